@@ -1,0 +1,197 @@
+"""The words every part of Stretto shares: a request, what it may ask, and what comes back.
+
+Everything here crosses a process or package boundary, so it is frozen and knows no tensor and no wire format.
+Times are seconds on the machine's monotonic clock unless a name ends in `_ms`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from math import isfinite
+from typing import Literal
+
+from msgspec import Struct, field
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice"]
+MAX_TOP_LOGPROBS = 20
+MAX_BIAS = 100.0
+
+
+class Grammar(Struct, frozen=True):
+    """What the text must look like. `source` is the schema (JSON), the regex, or the JSON list of choices."""
+
+    kind: GrammarKind
+    source: str = ""
+
+
+class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are drawn. The engine applies everything but `stop` and `n`, which are text and fan-out.
+
+    `top_k = 0` and `max_tokens = None` mean no limit (the context's own); `logprobs = k` reports the chosen
+    token and the k likeliest (0: the chosen one alone). Raises ValueError for values out of range.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict[int, float])
+    logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        self._within("temperature", self.temperature, 0.0, 100.0)
+        self._within("top_p", self.top_p, 0.0, 1.0, above=True)
+        self._within("min_p", self.min_p, 0.0, 1.0)
+        self._within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        self._within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        self._within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        self._within("top_k", self.top_k, 0, 2**31 - 1)
+        self._within("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        self._within("n", self.n, 1, 2**31 - 1)
+        if self.max_tokens is not None:
+            self._within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            if self.min_tokens > self.max_tokens:
+                raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
+        if self.logprobs is not None:
+            self._within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if self.seed is not None:
+            self._within("seed", self.seed, -(2**63), 2**64 - 1)
+        for token, bias in self.logit_bias.items():
+            self._within(f"logit_bias[{token}]", bias, -MAX_BIAS, MAX_BIAS)
+        if "" in self.stop:
+            raise ValueError("stop must not hold an empty string: it would end every answer at once")
+
+    @staticmethod
+    def _within(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+        if not isfinite(value) or value < low or value > high or (above and value == low):
+            raise ValueError(f"{name} must be {'above' if above else 'from'} {low} to {high}, not {value}")
+
+
+class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a request asks of time and quality. None: no limit of that kind."""
+
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+    total_ms: float | None = None
+    min_quality: float | None = None
+    on_miss: Literal["degrade", "reject", "late"] = "degrade"
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """One sequence to run. Built at the edge, where everything was checked: from here the type is the proof."""
+
+    id: int
+    model: str
+    prompt: tuple[int, ...]
+    arrival: float
+    sampling: Sampling = Sampling()
+    task: Literal["generate", "embed"] = "generate"
+    tenant: str = "local"
+    salt: str = ""
+    objective: Objective = Objective()
+    tier: str = "default"
+
+
+class Reason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+class Finish(Struct, frozen=True, array_like=True):
+    """The end of a sequence. `queue_ms` runs from arrival to its first step; `stop_token` is what ended it."""
+
+    reason: Reason
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    queue_ms: float
+    stop_token: int | None = None
+    error: str | None = None
+    preemptions: int = 0
+
+
+class Logprobs(Struct, frozen=True, array_like=True):
+    """Natural-log probability of the chosen token, and of the likeliest ones, best first."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenEvent(Struct, frozen=True, array_like=True, gc=False):
+    """One token of one sequence, or its end, or both. The token that ends a sequence (EOS) is not sent as text:
+    it arrives as `finish.stop_token` with `token = None`."""
+
+    id: int
+    token: int | None = None
+    logprobs: Logprobs | None = None
+    finish: Finish | None = None
+    embedding: tuple[float, ...] | None = None
+
+
+class StepStats(Struct, frozen=True, array_like=True):
+    """What one step was made of and what it cost."""
+
+    model: str
+    started: float
+    ms: float
+    decode_tokens: int
+    prefill_tokens: int
+    context_tokens: int
+    running: int
+    waiting: int
+    blocks_free: int
+    blocks_total: int
+    preempted: int = 0
+    predicted_ms: float | None = None
+
+
+class ModelInfo(Struct, frozen=True, kw_only=True):
+    """A model the engine holds. `weight_bytes` and `kv_bytes` are what it takes of the device's memory."""
+
+    name: str
+    path: str
+    family: str
+    dtype: str
+    device: str
+    context: int
+    vocab: int
+    parameters: int
+    weight_bytes: int
+    kv_bytes: int
+    block_size: int
+    blocks: int
+    load_s: float
+
+
+class WorkerState(Struct, frozen=True, kw_only=True):
+    """A worker as the outside sees it: `/state`, and what a gateway chooses by."""
+
+    ready: bool
+    draining: bool
+    uptime_s: float
+    engine_pid: int | None
+    engine_restarts: int
+    models: tuple[ModelInfo, ...]
+    active: int
+    running: int
+    waiting: int
+    blocks_free: int
+    blocks_total: int
+    steps: int
+    last_step: StepStats | None = None
