@@ -1,0 +1,1 @@
+"""Stretto: a real-time LLM server."""
