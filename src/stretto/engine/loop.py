@@ -1,0 +1,280 @@
+"""The engine's loop: take what arrived, plan a step, launch it, commit what it drew, tell the outside.
+
+It alone changes sequences, queues and pools. The clock and the runners are arguments, so the same loop runs
+in virtual time over `stretto.engine.null`. Of texts, sockets and tensors it knows nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import insort
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from stretto.engine.blocks import BlockPool
+from stretto.engine.schedule import Limits, Plan, Queues, Row, Schedule
+from stretto.engine.sequence import Drawn, Sequence
+from stretto.types import Finish, ModelInfo, Reason, StepStats, TokenEvent
+
+log = logging.getLogger(__name__)
+
+
+class Pending(Protocol):
+    """A launched step. `wait` gives one result for each of the plan's rows that draws, in order."""
+
+    def wait(self) -> list[Drawn]: ...
+
+
+class Runner(Protocol):
+    """Runs plans for one model. `depth` launched steps may be unfinished when the next is launched."""
+
+    info: ModelInfo
+    eos: frozenset[int]
+    depth: int
+
+    def launch(self, plan: Plan) -> Pending: ...
+
+
+@dataclass(slots=True)
+class Lane:
+    """One model's runner, pool and queues. `slots` are the free rows of the runner's tables."""
+
+    runner: Runner
+    pool: BlockPool
+    slots: list[int]
+    queues: Queues = field(default_factory=Queues)
+    flight: deque[Flight] = field(default_factory=lambda: deque[Flight]())
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step between its launch and its commit."""
+
+    plan: Plan
+    pending: Pending
+    started: float
+    stats: tuple[int, int, int]
+
+
+class Engine:
+    """All models of one device. `emit(events, stats)` is called once per step that had something to say."""
+
+    def __init__(
+        self,
+        runners: list[Runner],
+        *,
+        limits: Limits,
+        schedule: Schedule,
+        clock: Callable[[], float],
+        emit: Callable[[list[TokenEvent], StepStats | None], None],
+        share: bool = True,
+    ) -> None:
+        self._limits = limits
+        self._schedule = schedule
+        self._clock = clock
+        self._emit = emit
+        self._sequences: dict[int, Sequence] = {}
+        self._events: list[TokenEvent] = []
+        self.lanes = {
+            runner.info.name: Lane(
+                runner=runner,
+                pool=BlockPool(runner.info.blocks, runner.info.block_size, share=share),
+                slots=list(range(limits.max_running - 1, -1, -1)),
+            )
+            for runner in runners
+        }
+        self._turns = deque(self.lanes)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is waiting, running or in flight."""
+        return not self._sequences and not any(lane.flight for lane in self.lanes.values())
+
+    def submit(self, seq: Sequence) -> None:
+        """Queue a sequence; its request was checked against the model's context at the edge."""
+        self._sequences[seq.request.id] = seq
+        insort(self.lanes[seq.request.model].queues.waiting, seq, key=_arrival)
+
+    def cancel(self, ident: int) -> None:
+        """Drop a sequence now; unknown and ended ones are ignored, since a cancel may cross the end."""
+        seq = self._sequences.get(ident)
+        if seq is not None:
+            self._end(seq, Reason.CANCELLED)
+
+    def step(self) -> bool:
+        """One turn of one model; False when no model had anything to run."""
+        for _ in range(len(self._turns)):
+            lane = self.lanes[self._turns[0]]
+            self._turns.rotate(-1)
+            if lane.flight or lane.queues.waiting or lane.queues.running:
+                stats = self._turn(lane)
+                self._flush(stats)
+                if stats is not None:
+                    return True
+        self._flush(None)
+        return False
+
+    def check(self) -> None:
+        """Raise AssertionError when a pool and the sequences that hold its blocks disagree."""
+        for lane in self.lanes.values():
+            lane.pool.check(lane.queues.running)
+            assert all(not seq.blocks for seq in lane.queues.waiting), "a waiting sequence holds blocks"
+            assert len(lane.slots) + len(lane.queues.running) == self._limits.max_running, "slots were lost"
+
+    def _turn(self, lane: Lane) -> StepStats | None:
+        """Launch the lane's next step, then commit those beyond its depth (all, when there is nothing to
+        run).
+        """
+        plan = self._schedule(lane.runner.info.name, lane.queues, lane.pool, self._limits)
+        self._apply(lane, plan)
+        if plan.rows:
+            self._launch(lane, plan)
+        stats = None
+        while len(lane.flight) > (lane.runner.depth if plan.rows else 0):
+            stats = self._commit(lane, lane.flight.popleft())
+        return stats
+
+    def _apply(self, lane: Lane, plan: Plan) -> None:
+        """Do what the plan says to queues and blocks."""
+        now = self._clock()
+        for seq in plan.preempt:
+            lane.queues.running.remove(seq)
+            self._release(lane, seq)
+            seq.preemptions += 1
+            insort(lane.queues.waiting, seq, key=_arrival)
+        for seq, matched in plan.admit:
+            lane.queues.waiting.remove(seq)
+            lane.pool.adopt(seq, matched)
+            seq.slot = lane.slots.pop()
+            if seq.started is None:
+                seq.started = now
+                seq.cached = seq.computed
+            insort(lane.queues.running, seq, key=_arrival)
+        for row in plan.rows:
+            lane.pool.extend(row.seq, row.start + row.count)
+
+    def _launch(self, lane: Lane, plan: Plan) -> None:
+        stats = (plan.decode_tokens, plan.prefill_tokens, plan.context_tokens)
+        started = self._clock()
+        try:
+            pending = lane.runner.launch(plan)
+        except Exception as error:
+            self._fail(plan, error)
+            return
+        for row in plan.rows:
+            row.seq.computed += row.count
+            row.seq.in_flight += row.draw
+        lane.flight.append(Flight(plan, pending, started, stats))
+
+    def _commit(self, lane: Lane, flight: Flight) -> StepStats:
+        """Append what the step drew, end what is complete, and let others share the new blocks."""
+        drawing = [row for row in flight.plan.rows if row.draw]
+        try:
+            drawn = flight.pending.wait()
+        except Exception as error:
+            for row in drawing:
+                row.seq.in_flight -= 1
+            self._fail(flight.plan, error)
+            drawing, drawn = [], []
+        for row, result in zip(drawing, drawn, strict=True):
+            row.seq.in_flight -= 1
+            if not row.seq.ended:
+                self._take(lane, row, result)
+        for row in flight.plan.rows:
+            if not row.seq.ended and row.seq.blocks:
+                lane.pool.publish(row.seq)
+        return self._stats(lane, flight)
+
+    def _take(self, lane: Lane, row: Row, drawn: Drawn) -> None:
+        """One drawn token: keep it, pass it on, and see whether it ends the sequence."""
+        seq, sampling, token = row.seq, row.seq.request.sampling, drawn.token
+        if drawn.embedding is not None:
+            self._end(seq, Reason.STOP, embedding=drawn.embedding)
+            return
+        if token < 0:
+            self._end(seq, Reason.ERROR, error="the model's output was not a number (NaN or infinite logits)")
+            return
+        stops = not sampling.ignore_eos and token in lane.runner.eos
+        if (stops or token in sampling.stop_token_ids) and seq.output_len >= sampling.min_tokens:
+            seq.tokens.append(token)
+            self._end(seq, Reason.STOP, stop_token=token)
+            return
+        seq.tokens.append(token)
+        if seq.grammar is not None and not seq.grammar.accept(token):
+            self._end(seq, Reason.ERROR, error="the grammar took too long or refused the model's token")
+            return
+        self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs))
+        if seq.grammar is not None and seq.grammar.finished:
+            self._end(seq, Reason.STOP)
+        elif len(seq.tokens) >= seq.limit:
+            self._end(seq, Reason.LENGTH)
+
+    def _end(
+        self,
+        seq: Sequence,
+        reason: Reason,
+        *,
+        stop_token: int | None = None,
+        error: str | None = None,
+        embedding: tuple[float, ...] | None = None,
+    ) -> None:
+        """End a sequence wherever it stands, and say so."""
+        lane = self.lanes[seq.request.model]
+        del self._sequences[seq.request.id]
+        seq.ended = True
+        if seq.slot >= 0:
+            lane.queues.running.remove(seq)
+            self._release(lane, seq)
+        else:
+            lane.queues.waiting.remove(seq)
+        started = self._clock() if seq.started is None else seq.started
+        finish = Finish(
+            reason=reason,
+            prompt_tokens=seq.prompt_len,
+            output_tokens=seq.output_len,
+            cached_tokens=min(seq.cached, seq.prompt_len),
+            queue_ms=(started - seq.request.arrival) * 1e3,
+            stop_token=stop_token,
+            error=error,
+            preemptions=seq.preemptions,
+        )
+        self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=embedding))
+
+    def _release(self, lane: Lane, seq: Sequence) -> None:
+        lane.pool.release(seq)
+        lane.slots.append(seq.slot)
+        seq.slot = -1
+
+    def _fail(self, plan: Plan, error: Exception) -> None:
+        """A step that raised ends the sequences in it, and no others."""
+        log.exception("a step of %s failed", plan.model, exc_info=error)
+        for row in plan.rows:
+            if not row.seq.ended:
+                self._end(row.seq, Reason.ERROR, error=f"the step failed: {type(error).__name__}: {error}")
+
+    def _stats(self, lane: Lane, flight: Flight) -> StepStats:
+        decode, prefill, context = flight.stats
+        return StepStats(
+            model=flight.plan.model,
+            started=flight.started,
+            ms=(self._clock() - flight.started) * 1e3,
+            decode_tokens=decode,
+            prefill_tokens=prefill,
+            context_tokens=context,
+            running=len(lane.queues.running),
+            waiting=len(lane.queues.waiting),
+            blocks_free=lane.pool.available,
+            blocks_total=lane.pool.total,
+            preempted=len(flight.plan.preempt),
+        )
+
+    def _flush(self, stats: StepStats | None) -> None:
+        if self._events or stats is not None:
+            events, self._events = self._events, []
+            self._emit(events, stats)
+
+
+def _arrival(seq: Sequence) -> tuple[float, int]:
+    return seq.request.arrival, seq.request.id

@@ -1,0 +1,59 @@
+"""What the HTTP process and the engine process say to each other: msgpack over one local socket."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from stretto.types import ModelInfo, Request, StepStats, TokenEvent
+
+
+class Submit(Struct, frozen=True, tag="submit"):
+    """Run this request."""
+
+    request: Request
+
+
+class Cancel(Struct, frozen=True, tag="cancel", array_like=True):
+    """Nobody reads these requests any more."""
+
+    ids: list[int]
+
+
+class Stop(Struct, frozen=True, tag="stop"):
+    """End the process now."""
+
+
+class Progress(Struct, frozen=True, tag="progress"):
+    """Long work at start: `done` of `total` units of `stage`."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Ready(Struct, frozen=True, tag="ready"):
+    """The models are loaded; requests may come."""
+
+    models: list[ModelInfo]
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    """The engine cannot start, and a restart would not help."""
+
+    message: str
+
+
+class Step(Struct, frozen=True, tag="step", array_like=True):
+    """All that one step said."""
+
+    events: list[TokenEvent]
+    stats: StepStats | None
+
+
+ToEngine = Submit | Cancel | Stop
+FromEngine = Progress | Ready | Failed | Step
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

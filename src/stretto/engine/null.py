@@ -1,0 +1,112 @@
+"""The null model: the same loop without a network. It costs what its cost model says and draws fixed tokens.
+
+In virtual time it makes every scheduler test exact and instant; behind the real server it shows what
+everything but the model costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stretto.engine.schedule import Plan
+from stretto.engine.sequence import Drawn
+from stretto.types import Logprobs, ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Milliseconds of a step: `c0 + c1 * decode + c2 * prefill + c3 * context + c4 * prefill * context`,
+    over its tokens of each kind (context: keys held by the sequences in the step)."""
+
+    c0: float = 0.0
+    c1: float = 0.0
+    c2: float = 0.0
+    c3: float = 0.0
+    c4: float = 0.0
+
+    def __call__(self, decode: int, prefill: int, context: int) -> float:
+        return (
+            self.c0 + self.c1 * decode + self.c2 * prefill + self.c3 * context + self.c4 * prefill * context
+        )
+
+
+class VirtualClock:
+    """Time that moves only when told to. Called, it says the second; `sleep` moves it."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self._now = now
+
+    def __call__(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+
+
+@dataclass(frozen=True, slots=True)
+class NullPending:
+    drawn: list[Drawn]
+
+    def wait(self) -> list[Drawn]:
+        return self.drawn
+
+
+class NullRunner:
+    """A runner whose tokens depend on the sequence's seed and index alone, so any batching gives the same
+    text.
+
+    Tokens lie in `first` to `first + span`: keep special tokens out of that range. It never draws an EOS.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        *,
+        cost: Cost = Cost(),
+        sleep: Callable[[float], None],
+        first: int = 0,
+        span: int = 0,
+    ) -> None:
+        self.info = info
+        self.eos: frozenset[int] = frozenset()
+        self.depth = 0
+        self._cost = cost
+        self._sleep = sleep
+        self._first = first
+        self._span = span or info.vocab - first
+
+    def launch(self, plan: Plan) -> NullPending:
+        milliseconds = self._cost(plan.decode_tokens, plan.prefill_tokens, plan.context_tokens)
+        if milliseconds > 0:
+            self._sleep(milliseconds / 1e3)
+        drawn: list[Drawn] = []
+        for row in plan.rows:
+            if row.draw:
+                request = row.seq.request
+                token = self._first + (row.seq.seed * 31 + row.seq.length * 7) % self._span
+                logprobs = None if request.sampling.logprobs is None else Logprobs(0.0, ((token, 0.0),))
+                embedding = (1.0,) if request.task == "embed" else None
+                drawn.append(Drawn(token, logprobs, embedding))
+        return NullPending(drawn)
+
+
+def null_info(
+    *, name: str = "null", context: int = 8192, vocab: int = 4096, blocks: int = 65536
+) -> ModelInfo:
+    """What the null model says of itself."""
+    return ModelInfo(
+        name=name,
+        path="null",
+        family="null",
+        dtype="none",
+        device="none",
+        context=context,
+        vocab=vocab,
+        parameters=0,
+        weight_bytes=0,
+        kv_bytes=0,
+        block_size=16,
+        blocks=blocks,
+        load_s=0.0,
+    )

@@ -1,0 +1,150 @@
+"""The engine process: loads the models, then runs the loop between its inbox and its outbox until told to
+stop.
+
+Started by `stretto.engine.client` with a socket's address as argument and an `EngineConfig` (JSON) on
+standard input. It ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import msgspec
+import zmq
+
+from stretto.config import EngineConfig
+from stretto.engine import messages
+from stretto.engine.grammar import Matcher
+from stretto.engine.loop import Engine
+from stretto.engine.runner import Runners
+from stretto.engine.schedule import SCHEDULES, Limits
+from stretto.engine.sequence import Sequence
+from stretto.errors import StrettoError
+from stretto.types import Finish, Reason, Request, StepStats, TokenEvent
+
+IDLE_MS = 1000
+COMPILING_MS = 1
+PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """One engine and the socket it listens on. Grammars compile in a thread, so that no step waits for
+    one.
+    """
+
+    def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._runners = Runners(config, progress=lambda *done: self._send(messages.Progress(*done)))
+        self._engine = Engine(
+            self._runners.all,
+            limits=Limits(config.max_running, config.max_step_tokens),
+            schedule=SCHEDULES[config.schedule],
+            clock=time.monotonic,
+            emit=self._emit,
+            share=config.prefix_cache,
+        )
+        self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}
+        self._stopped = False
+        self._checked = True
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        self._send(messages.Ready([runner.info for runner in self._runners.all]))
+        while not self._stopped:
+            for message in self._inbox():
+                self._handle(message)
+            self._collect_compiled()
+            if self._engine.step():
+                self._checked = False
+
+    def _inbox(self) -> Iterator[messages.ToEngine]:
+        """What has arrived; when there is nothing else to do, wait for something to."""
+        if self._engine.idle:
+            waited = self._socket.poll(COMPILING_MS if self._compiling else IDLE_MS)
+            if not waited and not self._compiling and not self._checked:
+                self._engine.check()
+                self._checked = True
+        while self._socket.poll(0):
+            yield messages.decode_to_engine(self._socket.recv(zmq.NOBLOCK))
+
+    def _handle(self, message: messages.ToEngine) -> None:
+        match message:
+            case messages.Submit(request):
+                grammar = request.sampling.grammar
+                if grammar is None:
+                    self._engine.submit(self._sequence(request))
+                else:
+                    future = self._compilers.submit(self._runners.grammars(request.model).compile, grammar)
+                    self._compiling[request.id] = request, future
+            case messages.Cancel(ids):
+                for ident in ids:
+                    self._compiling.pop(ident, None)
+                    self._engine.cancel(ident)
+            case messages.Stop():
+                self._stopped = True
+
+    def _collect_compiled(self) -> None:
+        """Queue the requests whose grammar is ready; end those whose grammar is not one."""
+        for ident, (request, future) in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[ident]
+            try:
+                seq = self._sequence(request)
+                seq.grammar = future.result()
+                self._engine.submit(seq)
+            except StrettoError as error:
+                finish = Finish(Reason.ERROR, len(request.prompt), 0, 0, 0.0, error=error.message)
+                self._emit([TokenEvent(ident, finish=finish)], None)
+
+    def _sequence(self, request: Request) -> Sequence:
+        return Sequence.of(request, self._engine.lanes[request.model].runner.info.context)
+
+    def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        self._send(messages.Step(events, stats))
+
+    def _send(self, message: messages.FromEngine) -> None:
+        self._socket.send(messages.encode(message))
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends, and leave signals to the parent."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the parent process has ended")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def main() -> None:
+    """Run one engine. Exit code 1: it could not start, and said why over the socket."""
+    end_with_parent()
+    logging.basicConfig(format="%(asctime)s engine %(levelname)s %(message)s")
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(sys.argv[1])
+    try:
+        worker = Worker(config, socket)
+    except StrettoError as error:
+        socket.send(messages.encode(messages.Failed(error.message)))
+        socket.close(linger=1000)
+        context.term()
+        sys.exit(1)
+    worker.run()
+    socket.close(linger=100)
+    context.term()
+
+
+if __name__ == "__main__":
+    main()

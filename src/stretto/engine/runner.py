@@ -1,0 +1,107 @@
+"""Runs plans on a real model: plan -> flat arrays -> decoder -> sampler.
+
+CPU and CUDA differ in the kernels table alone. It reads sequences and never changes one but for its place in
+the block tables (`tabled`), and it knows nothing of queues, time or text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stretto.engine.sample import Sampler
+from stretto.engine.schedule import Plan, Row
+from stretto.engine.sequence import Drawn
+from stretto.kernels import Batch
+from stretto.models.decoder import Decoder
+from stretto.types import ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step whose results are already here: on the CPU launching is running."""
+
+    drawn: list[Drawn]
+
+    def wait(self) -> list[Drawn]:
+        return self.drawn
+
+
+class TorchRunner:
+    """One decoder and its KV cache. `eos` are the tokens that end an answer."""
+
+    depth = 0
+
+    def __init__(self, decoder: Decoder, info: ModelInfo, *, eos: frozenset[int], max_running: int) -> None:
+        self.info = info
+        self.eos = eos
+        self._decoder = decoder
+        self._cache = decoder.new_cache(info.blocks, info.block_size)
+        self._sampler = Sampler(info.vocab, eos, torch.device(info.device))
+        self._tables = np.zeros((max_running, -(-info.context // info.block_size)), dtype=np.int32)
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> Done:
+        """Run the plan. One result for each row that draws, in the plan's order."""
+        drawing = [row for row in plan.rows if row.draw]
+        hidden = self._decoder.forward(self._batch(plan.rows), self._cache)
+        if not drawing:
+            return Done([])
+        spoken = [index for index, row in enumerate(drawing) if row.seq.request.task == "generate"]
+        drawn: list[Drawn] = [Drawn(-1)] * len(drawing)
+        if spoken:
+            rows = hidden if len(spoken) == len(drawing) else hidden[spoken]
+            sequences = [drawing[index].seq for index in spoken]
+            for index, result in zip(
+                spoken, self._sampler(self._decoder.logits(rows), sequences), strict=True
+            ):
+                drawn[index] = result
+        for index, row in enumerate(drawing):
+            if row.seq.request.task == "embed":
+                vector = torch.nn.functional.normalize(hidden[index].float(), dim=0)
+                drawn[index] = Drawn(-1, embedding=tuple(vector.tolist()))
+        return Done(drawn)
+
+    def _batch(self, rows: list[Row]) -> Batch:
+        """The plan as the flat arrays that kernels read."""
+        size, sequences = self.info.block_size, len(rows)
+        counts = [row.count for row in rows]
+        contexts = [row.start + row.count for row in rows]
+        widest = max(-(-context // size) for context in contexts)
+        starts = np.zeros(sequences + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts[1:])
+        tokens: list[int] = []
+        positions = np.empty(int(starts[-1]), dtype=np.int64)
+        slots = np.empty_like(positions)
+        places = np.empty(sequences, dtype=np.int64)
+        for index, row in enumerate(rows):
+            seq, end = row.seq, row.start + row.count
+            self._enter(row)
+            places[index] = seq.slot
+            tokens += seq.tokens[row.start : end]
+            span = np.arange(row.start, end)
+            first = starts[index]
+            positions[first : first + row.count] = span
+            slots[first : first + row.count] = self._tables[seq.slot, span // size] * size + span % size
+        return Batch(
+            tokens=torch.tensor(tokens),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(slots),
+            query_starts=torch.from_numpy(starts),
+            contexts=torch.tensor(contexts, dtype=torch.int32),
+            tables=torch.from_numpy(self._tables[places, :widest]),
+            outputs=torch.tensor(
+                [int(starts[i + 1]) - 1 for i, row in enumerate(rows) if row.draw], dtype=torch.int64
+            ),
+            query_lens=counts,
+            context_lens=contexts,
+        )
+
+    def _enter(self, row: Row) -> None:
+        """Write the blocks a sequence has got since its last step into its row of the tables."""
+        seq = row.seq
+        if seq.tabled < len(seq.blocks):
+            self._tables[seq.slot, seq.tabled : len(seq.blocks)] = seq.blocks[seq.tabled :]
+            seq.tabled = len(seq.blocks)
