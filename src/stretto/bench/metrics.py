@@ -1,0 +1,162 @@
+"""What a load test says, from the times at which tokens arrived. Pure: no clock, no network.
+
+TTFT, TPOT, ITL, E2E and goodput are those of `vllm bench serve` and `sglang.benchmark.serving`; docstrings
+say where the two differ and which is taken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+from msgspec import Struct
+
+
+class Sample(Struct, frozen=True, kw_only=True):
+    """One request as the client saw it. Times are seconds of one clock.
+
+    `stamps`: when each event that carried text arrived. `ended`: when the last event with a choice did.
+    `error`: the kind of failure, None for a request that was answered; `detail`: its message.
+    """
+
+    started: float
+    stamps: tuple[float, ...] = ()
+    ended: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    error: str | None = None
+    detail: str = ""
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from sending to the first event with text (SGLang's; vLLM counts a role-only event too)."""
+        return self.stamps[0] - self.started
+
+    @property
+    def e2e(self) -> float:
+        """Seconds from sending to the last event with a choice (vLLM's; SGLang counts the usage event)."""
+        return self.ended - self.started
+
+    @property
+    def tpot(self) -> float | None:
+        """(E2E - TTFT) / (output tokens - 1): seconds per token after the first. None for a single token."""
+        return (self.e2e - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    @property
+    def itls(self) -> list[float]:
+        """Gaps between consecutive events with text, seconds."""
+        return [late - early for early, late in pairwise(self.stamps)]
+
+
+class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a request must keep to be good, milliseconds. None: no limit of that kind."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2e_ms: float | None = None
+
+
+NO_LIMITS = Limits()
+
+
+class Spread(Struct, frozen=True):
+    """A distribution, in milliseconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """A whole load test. Throughputs are per second of `duration_s`; input tokens are those the server tells.
+
+    `goodput` is good requests per second (vLLM) and `good_share` good requests / all sent, failed ones
+    included (SGLang); both None when no limit was set. Spreads are None when nothing was there to measure.
+    """
+
+    sent: int
+    completed: int
+    failed: int
+    errors: dict[str, int]
+    duration_s: float
+    input_tokens: int
+    output_tokens: int
+    requests_per_s: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    peak_concurrency: int
+    limits: Limits
+    goodput: float | None
+    good_share: float | None
+    ttft_ms: Spread | None
+    tpot_ms: Spread | None
+    itl_ms: Spread | None
+    e2e_ms: Spread | None
+
+
+def report(samples: Sequence[Sample], duration_s: float, limits: Limits = NO_LIMITS) -> Report:
+    """`duration_s` runs from the first request's sending to the last one's end."""
+    done = [sample for sample in samples if sample.error is None]
+    output = sum(sample.output_tokens for sample in done)
+    total = output + sum(sample.prompt_tokens for sample in done)
+    good = sum(is_good(sample, limits) for sample in done) if limits != NO_LIMITS else None
+    return Report(
+        sent=len(samples),
+        completed=len(done),
+        failed=len(samples) - len(done),
+        errors=dict(Counter(sample.error for sample in samples if sample.error is not None).most_common()),
+        duration_s=duration_s,
+        input_tokens=total - output,
+        output_tokens=output,
+        requests_per_s=len(done) / duration_s,
+        output_tokens_per_s=output / duration_s,
+        total_tokens_per_s=total / duration_s,
+        peak_concurrency=peak_concurrency(done),
+        limits=limits,
+        goodput=None if good is None else good / duration_s,
+        good_share=None if good is None else good / len(samples),
+        ttft_ms=spread([sample.ttft for sample in done]),
+        tpot_ms=spread([sample.tpot for sample in done if sample.tpot is not None]),
+        itl_ms=spread([gap for sample in done for gap in sample.itls]),
+        e2e_ms=spread([sample.e2e for sample in done]),
+    )
+
+
+def is_good(sample: Sample, limits: Limits) -> bool:
+    """Whether an answered request kept every limit. A single token's TPOT is 0, as vLLM has it."""
+    held = (
+        (limits.ttft_ms, sample.ttft),
+        (limits.tpot_ms, sample.tpot or 0.0),
+        (limits.e2e_ms, sample.e2e),
+    )
+    return all(limit is None or seconds * 1e3 <= limit for limit, seconds in held)
+
+
+def spread(seconds: Sequence[float]) -> Spread | None:
+    """The distribution of some durations, in milliseconds. None when there are none."""
+    if not seconds:
+        return None
+    ordered = sorted(value * 1e3 for value in seconds)
+    mean = sum(ordered) / len(ordered)
+    return Spread(mean, quantile(ordered, 0.5), quantile(ordered, 0.9), quantile(ordered, 0.99), ordered[-1])
+
+
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """The q-quantile of values in rising order, between two of them linearly (numpy's default)."""
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def peak_concurrency(samples: Sequence[Sample]) -> int:
+    """The most requests under way at one moment. One that ends as another starts does not overlap it."""
+    events = [(sample.started, 1) for sample in samples] + [(sample.ended, -1) for sample in samples]
+    now = most = 0
+    for _, change in sorted(events):
+        now += change
+        most = max(most, now)
+    return most

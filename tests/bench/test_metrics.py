@@ -1,0 +1,82 @@
+"""Every figure on a case small enough to work out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from stretto.bench.metrics import Limits, Sample, is_good, peak_concurrency, quantile, report, spread
+
+# Three tokens at 0.1, 0.2 and 0.4 s after sending; the finish event with the last token.
+THREE = Sample(started=10.0, stamps=(10.1, 10.2, 10.4), ended=10.4, prompt_tokens=7, output_tokens=3)
+ONE = Sample(started=11.0, stamps=(11.5,), ended=11.5, prompt_tokens=5, output_tokens=1)
+FAILED = Sample(started=11.0, ended=11.0, error="HTTP 503", detail="the queue is full")
+
+
+def test_one_request() -> None:
+    assert THREE.ttft == pytest.approx(0.1)
+    assert THREE.e2e == pytest.approx(0.4)
+    assert THREE.tpot == pytest.approx((0.4 - 0.1) / 2)
+    assert THREE.itls == pytest.approx([0.1, 0.2])
+
+
+def test_a_single_token_has_no_tpot_and_no_gap() -> None:
+    assert (ONE.tpot, ONE.itls) == (None, [])
+
+
+def test_tpot_counts_tokens_where_itl_counts_events() -> None:
+    """Two tokens in one event: the server said four tokens, the client saw two events."""
+    sample = Sample(started=0.0, stamps=(1.0, 1.6), ended=1.6, output_tokens=4)
+    assert sample.tpot == pytest.approx(0.2)
+    assert sample.itls == pytest.approx([0.6])
+
+
+def test_report() -> None:
+    seen = report([THREE, ONE, FAILED, FAILED], duration_s=2.0)
+    assert (seen.sent, seen.completed, seen.failed, seen.errors) == (4, 2, 2, {"HTTP 503": 2})
+    assert (seen.input_tokens, seen.output_tokens) == (12, 4)
+    assert (seen.requests_per_s, seen.output_tokens_per_s, seen.total_tokens_per_s) == (1.0, 2.0, 8.0)
+    assert seen.ttft_ms is not None and seen.ttft_ms.mean == pytest.approx(300)
+    assert seen.tpot_ms is not None and seen.tpot_ms.max == pytest.approx(150), "the single token is left out"
+    assert seen.itl_ms is not None and seen.itl_ms.max == pytest.approx(200)
+    assert seen.e2e_ms is not None and seen.e2e_ms.p50 == pytest.approx(450)
+    assert (seen.goodput, seen.good_share) == (None, None)
+
+
+def test_goodput_is_per_second_and_its_share_is_of_all_sent() -> None:
+    seen = report([THREE, ONE, FAILED, FAILED], duration_s=2.0, limits=Limits(ttft_ms=200))
+    assert (seen.goodput, seen.good_share) == (0.5, 0.25)
+
+
+def test_every_limit_counts_and_a_limit_just_kept_is_kept() -> None:
+    sample = Sample(started=0.0, stamps=(0.25, 0.5), ended=0.75, output_tokens=2)
+    assert is_good(sample, Limits(ttft_ms=250, tpot_ms=500, e2e_ms=750))
+    assert not is_good(sample, Limits(ttft_ms=249))
+    assert not is_good(sample, Limits(tpot_ms=499))
+    assert not is_good(sample, Limits(e2e_ms=749))
+    assert is_good(ONE, Limits(tpot_ms=0.001))
+
+
+def test_nothing_answered_is_reported_not_divided_by() -> None:
+    seen = report([FAILED], duration_s=1.0, limits=Limits(e2e_ms=1))
+    assert (seen.completed, seen.goodput, seen.good_share, seen.ttft_ms, seen.itl_ms) == (
+        0,
+        0.0,
+        0.0,
+        None,
+        None,
+    )
+
+
+def test_quantiles_lie_between_values_as_numpy_has_them() -> None:
+    assert [quantile([1.0, 2.0, 3.0, 4.0], q) for q in (0, 0.5, 0.9, 1)] == pytest.approx([1, 2.5, 3.7, 4])
+    assert quantile([5.0], 0.99) == 5.0
+    seen = spread([0.004, 0.001, 0.002, 0.003])
+    assert seen is not None
+    assert [seen.mean, seen.p50, seen.p90, seen.p99, seen.max] == pytest.approx([2.5, 2.5, 3.7, 3.97, 4.0])
+
+
+def test_peak_concurrency() -> None:
+    spans = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0)]
+    samples = [Sample(started=start, stamps=(end,), ended=end) for start, end in spans]
+    assert peak_concurrency(samples) == 2
+    assert peak_concurrency([]) == 0
