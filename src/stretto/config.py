@@ -1,46 +1,189 @@
-"""What each component is told at start, as one frozen struct per component.
+"""What each component is told at start, as one frozen struct per component, and where it comes from.
 
-`stretto.cli` builds these from a file, the environment and the flags; nothing else reads the environment.
+Flags win over the environment (`STRETTO_PORT`), that over a file (`port = 8000`), that over the defaults.
+One name everywhere. `stretto.cli` passes flags and environment in; nothing else reads the environment.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct
+import msgspec
+from msgspec import Meta, Struct, field
+from msgspec.structs import FieldInfo, fields
+
+from stretto.errors import StartError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Count = Annotated[int, Meta(ge=1)]
+ENVIRONMENT = "STRETTO_"
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?", re.IGNORECASE)
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True):
-    """One model to hold. `path` is a local directory in the Hugging Face layout, or `null` for the null model."""
+    """One model to hold. `path` is a directory in the Hugging Face layout, or `null` for the null model."""
 
     name: str
     path: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
-    """The engine process. Zero means: derive it from the machine and the model (`stretto doctor` says how)."""
+    """The engine process. Zero means: derived from the machine and the model (`stretto doctor` says how)."""
 
     models: tuple[ModelConfig, ...]
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 0
-    kv_bytes: int = 0
-    context: int = 0
-    block_size: int = 16
-    max_running: int = 256
-    max_step_tokens: int = 512
-    schedule: Literal["fcfs"] = "fcfs"
-    prefix_cache: bool = True
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Meta(description="where to compute; auto takes a usable CUDA device")
+    ] = "auto"
+    threads: Annotated[
+        int, Meta(ge=0, description="threads that compute; 0: one per physical core this process may use")
+    ] = 0
+    kv_bytes: Annotated[
+        int, Meta(ge=0, description="memory for the KV cache, as 2GiB (a bare number is GiB); 0: a quarter")
+    ] = field(default=0, name="kv_memory")
+    context: Annotated[
+        int, Meta(ge=0, description="longest prompt and answer together, tokens; 0: what the model allows")
+    ] = 0
+    block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens of a KV block")] = 16
+    max_running: Annotated[int, Meta(ge=1, description="sequences in a step at most")] = 256
+    max_step_tokens: Annotated[int, Meta(ge=1, description="tokens in a step at most")] = 512
+    schedule: Annotated[
+        Literal["fcfs"], Meta(description="what runs first; fcfs: first come, first served")
+    ] = "fcfs"
+    prefix_cache: Annotated[bool, Meta(description="share the KV blocks of equal beginnings")] = True
 
 
 class ServeConfig(Struct, frozen=True, kw_only=True):
-    """The HTTP front. `max_waiting` bounds the queue; `drain_s` bounds how long a shutdown waits for answers."""
+    """The HTTP front. `max_waiting` bounds the queue; `drain_s` how long a shutdown waits for answers."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    max_waiting: int = 512
-    max_body_bytes: int = 32 * 2**20
-    max_n: int = 16
-    max_stop: int = 16
-    drain_s: float = 30.0
-    api_keys: dict[str, str] = {}
+    host: Annotated[str, Meta(description="address to listen on; 0.0.0.0 is every network")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
+    max_waiting: Annotated[
+        int, Meta(ge=1, description="requests in the server at most; one more is refused with 503")
+    ] = 512
+    max_body_bytes: Annotated[int, Meta(ge=1024, description="bytes of a request at most")] = 32 * 2**20
+    max_n: Annotated[int, Meta(ge=1, description="answers to one request at most")] = 16
+    max_stop: Annotated[int, Meta(ge=0, description="stop strings of a request at most")] = 16
+    drain_s: Annotated[
+        float, Meta(ge=0, description="seconds a shutdown waits for the answers under way")
+    ] = field(default=30.0, name="drain")
+    api_keys: Annotated[
+        dict[str, str], Meta(description="who may ask: a table of key = tenant; empty: anybody, as `local`")
+    ] = {}
+
+
+class Models(Struct, frozen=True, kw_only=True):
+    """What to serve, as a user says it."""
+
+    models: Annotated[
+        tuple[str, ...],
+        Meta(
+            min_length=1,
+            description="directories or hub ids, each perhaps as NAME=PATH; the first is the default",
+        ),
+    ] = ("desk",)
+    dtype: Annotated[Dtype, Meta(description="what to compute in; auto: what the CPU or GPU is good at")] = (
+        "auto"
+    )
+
+
+def known() -> dict[str, FieldInfo]:
+    """Every setting by its name."""
+    every = (*fields(Models), *fields(ServeConfig), *fields(EngineConfig)[1:])
+    return {info.encode_name: info for info in every}
+
+
+Settings = msgspec.defstruct(
+    "Settings", [(name, info.type, None) for name, info in known().items()], forbid_unknown_fields=True
+)
+
+
+def load(
+    flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
+) -> tuple[ServeConfig, EngineConfig]:
+    """The settings of one server. A model's `path` is still what the user wrote.
+
+    Raises StartError that says where a value is wrong: the file and key, the variable, or the flag.
+    """
+    merged = {} if file is None else _checked(_read(file), f"{file}", strict=True)
+    for name in known():
+        variable = ENVIRONMENT + name.upper()
+        if name != "api_keys" and variable in environ:
+            text = environ[variable]
+            value: Any = text.split(",") if name == "models" else text
+            merged |= _checked({name: value}, variable, strict=False)
+    if key := environ.get("STRETTO_API_KEY"):
+        merged["api_keys"] = {key: "local"}
+    for name, value in flags.items():
+        merged |= _checked({name: value}, f"--{name.replace('_', '-')}", strict=False)
+    asked = Models(**_part(Models, merged))
+    merged["models"] = _named(asked)
+    return ServeConfig(**_part(ServeConfig, merged)), EngineConfig(**_part(EngineConfig, merged))
+
+
+def reference(flags: Collection[str]) -> str:
+    """The settings as a Markdown table. `flags` are the names that have a flag."""
+    rows = ["| in the file | environment | flag | default | meaning |", "| --- | --- | --- | --- | --- |"]
+    for name, info in known().items():
+        variable = "STRETTO_API_KEY (one key)" if name == "api_keys" else f"`{ENVIRONMENT}{name.upper()}`"
+        flag = f"`--{name.replace('_', '-')}`" if name in flags else "arguments" if name == "models" else ""
+        default = info.default if info.default is not msgspec.NODEFAULT else info.default_factory()
+        shown = msgspec.json.encode(default).decode()
+        meaning = info.type.__metadata__[0].description
+        rows.append(f"| `{name}` | {variable} | {flag} | `{shown}` | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def size(text: object) -> int:
+    """Bytes of `2GiB`, `512M` or `1.5` (GiB). Raises ValueError."""
+    match = SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write it like 2GiB, 512MiB or 1.5 (GiB)")
+    number, unit, _ = match.groups()
+    return int(float(number) * 2 ** (10 * ("KMGT".index(unit.upper()) + 1) if unit else 30))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StartError(f"cannot read the configuration {file}: {error}") from error
+
+
+def _checked(values: dict[str, Any], where: str, *, strict: bool) -> dict[str, Any]:
+    for name in values.keys() - known().keys():
+        near = difflib.get_close_matches(name, known(), 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known())}"
+        raise StartError(f"{where}: unknown setting {name}{hint}")
+    try:
+        if "kv_memory" in values:
+            values = values | {"kv_memory": size(values["kv_memory"])}
+        parsed = msgspec.convert(values, Settings, strict=strict)
+    except ValueError as error:
+        raise StartError(f"{where}: {error}") from error
+    return {name: getattr(parsed, name) for name in values}
+
+
+def _part(struct: type[Struct], merged: dict[str, Any]) -> dict[str, Any]:
+    return {info.name: merged[info.encode_name] for info in fields(struct) if info.encode_name in merged}
+
+
+def _named(asked: Models) -> tuple[ModelConfig, ...]:
+    """`NAME=PATH`, or the name a directory or hub id has. Raises StartError when two are called the same."""
+    models: list[ModelConfig] = []
+    for written in asked.models:
+        name, equals, path = written.partition("=")
+        if not equals:
+            path = written
+            name = Path(path).resolve().name if Path(path).is_dir() else path
+        if not name or not path:
+            raise StartError(f"{written!r} names no model: write PATH or NAME=PATH")
+        if name in {model.name for model in models}:
+            raise StartError(f"two models are called {name}: name one of them otherwise, as NAME={path}")
+        models.append(ModelConfig(name=name, path=path, dtype=asked.dtype))
+    return tuple(models)

@@ -1,0 +1,103 @@
+"""Where settings come from, who wins, and that a wrong one is said to be wrong where it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from stretto.config import EngineConfig, ModelConfig, ServeConfig, known, load, reference, size
+from stretto.errors import StartError
+
+
+def test_defaults_are_the_structs_own() -> None:
+    serve, engine = load({}, {}, None)
+    assert serve == ServeConfig()
+    assert engine == EngineConfig(models=(ModelConfig(name="desk", path="desk"),))
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "stretto.toml"
+    file.write_text('port = 1\nhost = "h"\nmax_running = 3\nkv_memory = "1.5GiB"\n[api_keys]\nk = "acme"\n')
+    environ = {"STRETTO_PORT": "2", "STRETTO_MAX_RUNNING": "4", "STRETTO_PREFIX_CACHE": "false"}
+    serve, engine = load({"port": 5}, environ, file)
+    assert (serve.port, serve.host, serve.api_keys) == (5, "h", {"k": "acme"})
+    assert (engine.max_running, engine.kv_bytes, engine.prefix_cache) == (4, 3 * 2**29, False)
+
+
+def test_one_key_from_the_environment() -> None:
+    assert load({}, {"STRETTO_API_KEY": "s3cret"}, None)[0].api_keys == {"s3cret": "local"}
+
+
+def test_models_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    asked = {"models": [f"{folder}/", "big=/elsewhere", "org/name"], "dtype": "float32"}
+    models = load(asked, {}, None)[1].models
+    assert [model.name for model in models] == ["my-model", "big", "org/name"]
+    assert [model.path for model in models] == [f"{folder}/", "/elsewhere", "org/name"]
+    assert {model.dtype for model in models} == {"float32"}
+    assert [m.name for m in load({}, {"STRETTO_MODELS": "a,b"}, None)[1].models] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prot = 1", r"stretto\.toml: unknown setting prot; did you mean port\?"),
+        ("colour = 1", r"unknown setting colour; known are models, .*host"),
+        ('port = "x"', r"stretto\.toml: Expected `int`, got `str` - at `\$\.port`"),
+        ("port = 70000", r"Expected `int` <= 65535 - at `\$\.port`"),
+        ("[api_keys]\nk = 1", r"Expected `str`, got `int` - at `\$\.api_keys\[\.\.\.\]`"),
+        ('kv_memory = "lots"', r"'lots' is no size"),
+        ('schedule = "lifo"', r"Invalid enum value 'lifo' - at `\$\.schedule`"),
+        ("models = []", r"at `\$\.models`"),
+        ("port = ", "cannot read the configuration"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "stretto.toml"
+    file.write_text(text)
+    with pytest.raises(StartError, match=message):
+        load({}, {}, file)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "message"),
+    [
+        ({"threads": -1}, {}, r"--threads: Expected `int` >= 0"),
+        ({}, {"STRETTO_MAX_WAITING": "many"}, r"STRETTO_MAX_WAITING: Expected `int`"),
+        ({"models": ["a", "a"]}, {}, "two models are called a"),
+        ({"models": ["=path"]}, {}, "names no model"),
+    ],
+)
+def test_a_wrong_flag_or_variable_is_named(
+    flags: dict[str, Any], environ: dict[str, str], message: str
+) -> None:
+    with pytest.raises(StartError, match=message):
+        load(flags, environ, None)
+    with pytest.raises(StartError, match="cannot read the configuration"):
+        load({}, {}, Path("/nowhere/stretto.toml"))
+
+
+def test_sizes() -> None:
+    assert [size(text) for text in ("2GiB", "512M", "1.5", 3, "8 kb")] == [
+        2 * 2**30,
+        512 * 2**20,
+        3 * 2**29,
+        3 * 2**30,
+        8 * 2**10,
+    ]
+
+
+def test_the_engine_s_config_crosses_the_process_border_unchanged() -> None:
+    engine = load({"kv_memory": "1GiB"}, {}, None)[1]
+    assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineConfig) == engine
+
+
+def test_the_reference_names_everything() -> None:
+    page = reference({"port"})
+    assert len(page.splitlines()) == 2 + len(known())
+    assert "| `port` | `STRETTO_PORT` | `--port` | `8000` |" in page
+    assert all(f"| `{name}` |" in page for name in known())
