@@ -1,0 +1,160 @@
+"""The seam between the decoder and the machine: one table of functions per device, and what they are handed.
+
+Everything is flat (T token rows of S sequences) and nothing here reads a value back from the device, so a
+table may be C, Triton or a captured graph. Knows no family of models, no scheduler and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy
+import torch
+from torch import Tensor
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+class Packed(Protocol):
+    """Weights in whatever layout a table likes best. `shares`: is this the tensor it was made from, still
+    held?"""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def shares(self, weight: Tensor) -> bool: ...
+
+
+Linear = Packed
+Experts = Packed
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step: T tokens of S sequences, those of a sequence in a row and ending at its newest position.
+
+    `tokens`, `positions`: int64 [T]. `slots`: int64 [T], block * block_size + offset of each token's own
+    key. `query_starts`: int32 [S + 1]. `contexts`: int32 [S], keys the last query of a sequence sees, itself
+    included. `tables`: int32 [S, blocks], padded with 0. `outputs`: int64 [R], the token rows whose hidden
+    state is wanted. `query_lens` and `context_lens` are the same numbers on the host.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    query_starts: Tensor
+    contexts: Tensor
+    tables: Tensor
+    outputs: Tensor
+    query_lens: list[int]
+    context_lens: list[int]
+
+
+@dataclass(slots=True)
+class Cache:
+    """Paged keys and values. A layer is [2, blocks, kv_heads, block_size, head_dim]: keys, then values.
+
+    Values of tokens not written yet must be finite, because attention may read them with weight zero: hence
+    zeros at the start, and `erase` for the blocks of a sequence whose numbers went wrong.
+    """
+
+    layers: list[Tensor]
+    scratch: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @classmethod
+    def zeros(
+        cls, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> Cache:
+        """`shape` is (blocks, kv_heads, block_size, head_dim). On the CPU the pages are not touched before
+        use."""
+        return cls([_zeros((2, *shape), dtype, device) for _ in range(layers)])
+
+    @property
+    def block_size(self) -> int:
+        return self.layers[0].shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def erase(self, blocks: list[int]) -> None:
+        """Zero these blocks in every layer."""
+        for layer in self.layers:
+            layer[:, blocks] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotary embedding: the angle of pair i at position p is p * frequencies[i] (float32 [dims / 2]); cosine
+    and sine are multiplied by `scale`. Pair i is the dimensions i and i + dims / 2 of a head."""
+
+    frequencies: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What is fixed about one kind of attention layer. `window`: keys a query sees, itself included (0:
+    all). `softcap`: scores become softcap * tanh(score / softcap) (0: none). `rotation`: which of the step's
+    rotations. `norm`: RMS norm of queries and keys: none, over each head, or over the whole row of heads."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    rotation: int = 0
+    norm: Literal["none", "head", "row"] = "none"
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What every step of a model has in common: its rotations, and the distinct windows of its layers."""
+
+    rotations: tuple[Rotation, ...]
+    windows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """A table. Activations are [T, ...] in the model's dtype; every function returns a tensor of that dtype.
+
+    Arguments marked consumed may be overwritten or returned.
+    """
+
+    name: str
+    pack: Callable[[Tensor, Tensor | None], Linear]
+    """(weight [N, K], bias [N] or None), consumed -> Linear."""
+    linear: Callable[[Tensor, Linear], Tensor]
+    """(x [T, K], Linear) -> x @ weight.T + bias, [T, N]."""
+    norm: Callable[[Tensor, Tensor, float], Tensor]
+    """(x [T, H], weight [H], eps) -> RMS norm, times the weight."""
+    add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    """(x, residual consumed, weight, eps) -> (norm of the sum, the sum)."""
+    gate: Callable[[Tensor, Activation], Tensor]
+    """(gate and up [T, 2F], activation) -> activation(gate) * up, [T, F]."""
+    prepare: Callable[[Batch, Cache, Geometry], Any]
+    """What all layers of a step share (cosines, indices, masks): the plan, opaque to the decoder."""
+    place: Callable[[Tensor, Tensor | None, Attention, Tensor, Any], Tensor]
+    """(queries, keys, values [T, (heads + 2 kv_heads) * head_dim] consumed, norm weights of queries and keys
+    [(heads + kv_heads) * head_dim] or None, kind, cache layer, plan): normalise and rotate queries and keys,
+    write keys and values into their slots -> queries [T, heads, head_dim]."""
+    attend: Callable[[Tensor, Attention, Tensor, Any], Tensor]
+    """(queries [T, heads, head_dim], kind, cache layer, plan) -> [T, heads * head_dim]; causal."""
+    pack_experts: Callable[[Tensor, Tensor, Activation], Experts]
+    """(gate and up [E, 2F, H], down [E, H, F], activation), consumed -> Experts."""
+    experts: Callable[[Tensor, Tensor, Experts, int, bool], Tensor]
+    """(x [T, H], router logits [T, E], Experts, k, normalise): softmax over all experts, the k likeliest,
+    their weights made to sum to 1 if `normalise`, the weighted sum of those experts -> [T, H]."""
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zero pages; torch would write every one of them now.
+    words = {2: numpy.int16, 4: numpy.int32}[dtype.itemsize]
+    return torch.from_numpy(numpy.zeros(shape, words)).view(dtype)

@@ -1,0 +1,76 @@
+/* What the Python side and every instruction-set level agree on. */
+#ifndef STRETTO_API_H
+#define STRETTO_API_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define PANEL 32 /* outputs that lie side by side in packed weights */
+#define MAX_K 65536 /* beyond it an int32 sum of int8 products could overflow */
+
+enum { F32 = 0, BF16 = 1 };
+enum { W_F32 = 0, W_BF16 = 1, W_I8 = 2, W_I4 = 3 };
+enum { NORM_NONE = 0, NORM_HEAD = 1, NORM_ROW = 2 };
+enum { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
+enum { OK = 0, NO_MEMORY = -1, BAD_SHAPE = -2 };
+
+/* Packed weights of y = x W^T + bias. Panels of 32 outputs, each one stream over k; a group of k (quantised kinds)
+ * starts with its 32 scales in bf16. `group` divides the padded k and equals it when a row has one scale. */
+typedef struct {
+    const uint8_t *data;
+    const float *bias;
+    int64_t n, k, group, kind;
+} Weights;
+
+/* One kind of attention layer over one step. Cache rows are [block, kv_head, offset, head_dim]. */
+typedef struct {
+    void *q; /* [tokens, >= heads * head_dim], row stride ldq; place() also finds keys and values behind it */
+    void *out; /* [tokens, heads * head_dim] */
+    const void *norms; /* [(heads + kv_heads) * head_dim] or NULL */
+    void *keys, *values;
+    const float *cosines, *sines; /* [tokens, dims / 2] */
+    const int64_t *slots; /* [tokens] */
+    const int32_t *tables, *starts, *contexts; /* [sequences, ldt], [sequences + 1], [sequences] */
+    int64_t tokens, sequences, ldq, ldt;
+    int64_t heads, kv_heads, head_dim, block_size, dims, window;
+    int64_t type, kv_type, norm;
+    float scale, softcap, eps;
+} Attend;
+
+typedef struct {
+    const char *name;
+    int (*pack)(const Weights *w, const void *source, int64_t type, uint8_t *data);
+    int (*unpack)(const Weights *w, float *out);
+    int (*linear)(const Weights *w, const void *x, void *y, int64_t m, int64_t type);
+    int (*norm)(const void *x, void *residual, const void *weight, void *y, int64_t m, int64_t h, float eps,
+                int64_t type);
+    int (*gate)(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type);
+    int (*rotate)(const int64_t *positions, const float *frequencies, float *cosines, float *sines, int64_t m,
+                  int64_t pairs, float scale);
+    int (*place)(const Attend *a);
+    int (*attend)(const Attend *a);
+    int (*top)(const float *logits, int64_t m, int64_t n, int64_t k, float *values, int64_t *indices);
+} Level;
+
+INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE size_t type_size(int64_t type) { return type == BF16 ? 2 : 4; }
+
+INLINE int64_t padded_k(int64_t kind, int64_t k)
+{
+    return kind == W_F32 ? k : round_up(k, kind == W_BF16 ? 2 : kind == W_I8 ? 4 : 8);
+}
+
+INLINE int64_t panel_bytes(int64_t kind, int64_t k, int64_t group)
+{
+    int64_t kp = padded_k(kind, k);
+    if (kind == W_F32)
+        return kp * PANEL * 4;
+    if (kind == W_BF16)
+        return kp * PANEL * 2;
+    return kp / group * (PANEL * 2) + (kind == W_I8 ? kp * PANEL : kp * PANEL / 2);
+}
+
+#endif

@@ -1,0 +1,177 @@
+"""Safetensors files, read straight into the memory that will hold the weights.
+
+Owns the parsing and checking of headers, and the file descriptors. Knows no family and no decoder.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from stretto.errors import CheckpointError
+from stretto.models.fields import Fields
+
+# Format: an 8-byte little-endian length, a JSON header of that length, then the data it points into.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+WIDTHS |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+MAX_HEADER = 100 * 2**20
+STAGE = 8 * 2**20
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor in a file: `start` is its first byte from the beginning of the file."""
+
+    file: int
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class Checkpoint:
+    """The tensors of a directory of safetensors. A context manager: it holds the files open.
+
+    Raises CheckpointError for files that are missing, truncated or malformed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: list[tuple[Path, int]] = []
+        self.entries: dict[str, Entry] = {}
+        try:
+            for file in _files(path):
+                self._open(file)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for _, descriptor in self.files:
+            os.close(descriptor)
+        self.files = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def _open(self, file: Path) -> None:
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is missing; the download may not have finished") from None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        self.files.append((file, descriptor))
+        for name, entry in _header(file, descriptor, len(self.files) - 1).items():
+            if name in self.entries:
+                raise CheckpointError(f"{file} holds {name}, which another file of {self.path} holds too")
+            self.entries[name] = entry
+
+    def read(self, name: str, into: Tensor) -> None:
+        """Fill `into` (contiguous) with tensor `name`. Raises CheckpointError when it is missing, of another
+        shape, of a dtype that is not a plain float, or cut short."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path} has no tensor {name}, which its config.json calls for")
+        if entry.shape != tuple(into.shape):
+            raise CheckpointError(
+                f"{name} in {self.files[entry.file][0]} has shape {list(entry.shape)}; "
+                f"by config.json it must be {list(into.shape)}"
+            )
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{name} in {self.files[entry.file][0]} is {entry.dtype}; only {', '.join(DTYPES)} are read"
+            )
+        dtype, flat = DTYPES[entry.dtype], into.view(-1)
+        if dtype == into.dtype and into.device.type == "cpu":
+            self._fill(entry, entry.start, flat)
+            return
+        stage = torch.empty(min(flat.numel(), STAGE // dtype.itemsize), dtype=dtype)
+        for first in range(0, flat.numel(), stage.numel() or 1):
+            part = stage[: flat.numel() - first]
+            self._fill(entry, entry.start + first * dtype.itemsize, part)
+            flat[first : first + part.numel()].copy_(part)
+
+    def _fill(self, entry: Entry, start: int, flat: Tensor) -> None:
+        file, descriptor = self.files[entry.file]
+        view, done = flat.view(torch.uint8).numpy().data, 0
+        while done < len(view):
+            try:
+                got = os.preadv(descriptor, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from error
+            if not got:
+                raise CheckpointError(f"{file} ends early: it is truncated, fetch it again")
+            done += got
+
+
+def _files(path: Path) -> list[Path]:
+    index = path / INDEX
+    if index.exists():
+        names = Fields.load(index).object("weight_map").data.values()
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise CheckpointError(f"{index}: $.weight_map must map tensors to files beside it")
+        return [path / name for name in sorted(set(names))]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} has no *.safetensors")
+    return files
+
+
+def _header(file: Path, descriptor: int, number: int) -> dict[str, Entry]:
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
+        raise CheckpointError(
+            f"{file} is not a safetensors file, or is truncated: its header does not fit in it"
+        )
+    try:
+        header = msgspec.json.decode(os.pread(descriptor, length, 8))
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{file} is not a safetensors file: its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, number, name, raw, 8 + length) for name, raw in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start < end:
+            raise CheckpointError(f"{file}: {name} overlaps the tensor before it")
+        end = entry.start + entry.nbytes
+        if end > size:
+            raise CheckpointError(f"{file} is truncated: {name} ends at byte {end} of {size}; fetch it again")
+    return entries
+
+
+def _entry(file: Path, number: int, name: str, raw: Any, base: int) -> Entry:
+    try:
+        dtype, shape, (start, stop) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
+        width, numbers = WIDTHS[dtype], (*shape, start, stop)
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{file}: the header's entry for {name} is malformed: {raw!r}") from None
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise CheckpointError(f"{file}: the header's entry for {name} is malformed: {raw!r}")
+    nbytes = width
+    for n in shape:
+        nbytes *= n
+    if stop - start != nbytes:
+        raise CheckpointError(f"{file}: {name} is {dtype} {list(shape)}, yet takes {stop - start} bytes")
+    return Entry(number, dtype, shape, base + start, nbytes)

@@ -1,0 +1,107 @@
+"""The one decoder: it runs whatever a ModelSpec describes, through a kernels table.
+
+Owns the weights. Holds nothing between steps: the cache and the batch are passed in, and only the table
+reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stretto.kernels import Batch, Cache, Geometry, Kernels, Linear
+from stretto.models.blocks import Feed, Join, Mixer
+from stretto.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """`to_feed` leads from attention to the MLP; `onward` from the MLP to the next layer, or to the end."""
+
+    mixer: Mixer
+    to_feed: Join
+    feed: Feed
+    onward: Join
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A loaded model. `first`: the norm the first layer reads through. `nbytes` counts what is held once."""
+
+    embedding: Tensor
+    first: Tensor | None
+    layers: Sequence[DecoderLayer]
+    head: Linear
+    geometry: Geometry
+    nbytes: int
+    parameters: int
+
+
+class Decoder:
+    """A model ready to run. Not thread-safe: one loop drives it."""
+
+    def __init__(self, spec: ModelSpec, kernels: Kernels, weights: Weights) -> None:
+        self.spec = spec
+        self.kernels = kernels
+        self._weights = weights
+        self._embedding = weights.embedding
+        self._last = len(weights.layers) - 1
+        # The scale is rounded as the checkpoint's own framework rounds it.
+        self._scale = torch.tensor(spec.embed_scale, dtype=self.dtype).item()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weights.nbytes
+
+    @property
+    def parameters(self) -> int:
+        return self._weights.parameters
+
+    def cache_bytes_per_block(self, block_size: int) -> int:
+        """Bytes of keys and values that `block_size` tokens take in all layers."""
+        spec = self.spec
+        return 2 * len(spec.layers) * spec.kv_heads * spec.head_dim * block_size * self.dtype.itemsize
+
+    def new_cache(self, blocks: int, block_size: int) -> Cache:
+        """An empty cache of `blocks * block_size` tokens."""
+        shape = (blocks, self.spec.kv_heads, block_size, self.spec.head_dim)
+        return Cache.zeros(len(self.spec.layers), shape, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: Cache) -> Tensor:
+        """Run the step and write its keys and values into the cache: the normed last hidden states of the
+        token rows `batch.outputs`, [R, hidden]."""
+        weights = self._weights
+        plan = self.kernels.prepare(batch, cache, weights.geometry)
+        residual = F.embedding(batch.tokens, self._embedding)
+        if self._scale != 1.0:
+            residual = residual * self._scale
+        x = residual
+        if weights.first is not None:
+            x = self.kernels.norm(residual, weights.first, self.spec.eps)
+        for number, layer in enumerate(weights.layers):
+            # Of the last layer only the keys, the values and the rows asked for are of use to anybody.
+            rows = batch.outputs if number == self._last else None
+            x = layer.mixer(x, cache.layers[number], plan, rows)
+            x, residual = layer.to_feed(x, residual if rows is None else residual[rows])
+            x, residual = layer.onward(layer.feed(x), residual)
+        return x
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, hidden] -> logits over the vocabulary, float32 [R, vocab]."""
+        logits = self.kernels.linear(hidden, self._weights.head).float()
+        cap = self.spec.final_cap
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits

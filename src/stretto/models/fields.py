@@ -1,0 +1,84 @@
+"""Typed reading of a JSON object that others wrote: every complaint names the file and the path to the
+field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stretto.errors import CheckpointError
+
+
+class Fields:
+    """A JSON object with defaults behind it. A field that is null counts as absent.
+
+    The typed getters raise CheckpointError for a field that is absent without a default, or of another type.
+    """
+
+    def __init__(
+        self, data: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        self.data = data
+        self.where = where
+        self.defaults = defaults or {}
+
+    @classmethod
+    def load(cls, path: Path) -> Fields:
+        """Raises CheckpointError when the file is missing or not a JSON object."""
+        try:
+            data = msgspec.json.decode(path.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing: is {path.parent} a model directory?") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path} must hold a JSON object, not {type(data).__name__}")
+        return cls(data, f"{path}: $")
+
+    def get(self, key: str) -> Any:
+        value = self.data.get(key)
+        return self.defaults.get(key) if value is None else value
+
+    def error(self, key: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}.{key} {problem}")
+
+    def _typed(self, key: str, kind: type | tuple[type, ...], name: str, default: Any) -> Any:
+        value = self.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(key, "is missing")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.error(key, f"must be {name}, not {value!r}")
+        return value
+
+    def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        value = self._typed(key, int, "a whole number", default)
+        if not least <= value < 2**31:
+            raise self.error(key, f"must be at least {least}, not {value}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = float(self._typed(key, (int, float), "a number", default))
+        if not 0 < value < float("inf"):
+            raise self.error(key, f"must be above zero, not {value}")
+        return value
+
+    def maybe(self, key: str) -> float | None:
+        return None if self.get(key) is None else self.number(key)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        return self._typed(key, bool, "true or false", default)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return self._typed(key, str, "a string", default)
+
+    def list(self, key: str) -> list[Any]:
+        return self._typed(key, list, "a list", [])
+
+    def object(self, key: str) -> Fields:
+        value = self._typed(key, dict, "an object", {})
+        return Fields(value, f"{self.where}.{key}")

@@ -1,0 +1,90 @@
+"""What a decoder is, as data: everything `stretto.models.decoder` needs to know about a checkpoint but its
+weights.
+
+Made from config.json by `stretto.models.families`; knows neither files nor tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from stretto.kernels import Activation
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+
+
+class Rope(Struct, frozen=True, kw_only=True):
+    """A rotary embedding of `dims` of a head's dimensions. `original` is the context before it was extended;
+    `short` are longrope's factors up to there. `attention` multiplies cosine and sine (None: yarn's own
+    rule)."""
+
+    kind: RopeKind
+    theta: float
+    dims: int
+    factor: float = 1.0
+    original: int = 0
+    low: float = 1.0
+    high: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention: float | None = None
+    mscale: float | None = None
+    mscale_all: float | None = None
+    short: tuple[float, ...] = ()
+
+
+class Layer(Struct, frozen=True):
+    """One decoder layer. `window`: keys a query sees (0: all). `rope`: which of the model's rotary
+    embeddings."""
+
+    window: int = 0
+    rope: int = 0
+    experts: bool = False
+
+
+class Routing(Struct, frozen=True):
+    """A mixture of experts: each token takes the `chosen` likeliest of `count`."""
+
+    count: int
+    chosen: int
+    normalise: bool
+    intermediate: int
+
+
+class ModelSpec(Struct, frozen=True, kw_only=True):
+    """A decoder-only transformer.
+
+    `unit_offset`: norm weights are stored minus one. `query_norm`: the norm of queries and keys, over each
+    head or the whole row. `scale` multiplies attention scores. `context` is the longest sequence the weights
+    were made for, `dtype` the one they are stored in. `eos` are the tokens that end an answer.
+    """
+
+    family: str
+    vocab: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[Layer, ...]
+    ropes: tuple[Rope, ...]
+    context: int
+    eps: float
+    scale: float
+    activation: Activation
+    dtype: Dtype
+    tied: bool
+    unit_offset: bool = False
+    query_norm: Literal["none", "head", "row"] = "none"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    embed_scale: float = 1.0
+    attention_cap: float = 0.0
+    final_cap: float = 0.0
+    routing: Routing | None = None
+    eos: tuple[int, ...] = ()
