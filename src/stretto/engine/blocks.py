@@ -113,6 +113,16 @@ class BlockPool:
         seq.computed = 0
         seq.tabled = 0
 
+    def forget(self, seq: Sequence) -> list[int]:
+        """Share nothing of `seq` any more, since its numbers went wrong; returns the blocks it alone
+        holds.
+        """
+        for block in seq.blocks:
+            key = self._key_of.pop(block, None)
+            if key is not None:
+                del self._block_of[key]
+        return [block for block in seq.blocks if self._refs[block] == 1]
+
     def freed_by(self, seq: Sequence) -> int:
         """Blocks that releasing `seq` would make available."""
         return sum(1 for block in seq.blocks if self._refs[block] == 1)

@@ -192,25 +192,29 @@ class EngineClient:
         self._process.stdin.write_eof()
 
     async def _keep(self) -> None:
-        """Wait for the process to end; unless that was asked for, fail its readers and start another."""
+        """Wait for the process to end; unless that was asked for, fail its readers and start another, after
+        ever longer pauses while it ends before it is ready."""
+        failures = 0
         while True:
             assert self._process is not None
             code = await self._process.wait()
             self._drain()
-            was_ready, self.ready = self.ready, False
+            failures = 0 if self.ready else failures + 1
+            self.ready = False
             self._unplug()
             self._fail_streams(code)
             if not self._settled.is_set():
                 self._failure = self._failure or f"the engine process ended while loading (exit code {code})"
-            self._settled.set()
-            if self._closing or self._failure is not None:
+                self._settled.set()
                 return
-            pause = RESTART_S[0 if was_ready else min(self.restarts, len(RESTART_S) - 1)]
-            self.restarts += 1
+            if self._closing:
+                return
+            pause = RESTART_S[min(failures, len(RESTART_S) - 1)]
             log.error("the engine ended (exit code %s); starting it again in %.1f s", code, pause)
             await asyncio.sleep(pause)
             if self._closing:
                 return
+            self.restarts += 1
             await self._spawn()
 
     def _unplug(self) -> None:
@@ -259,6 +263,7 @@ class EngineClient:
                 self._settled.set()
             case messages.Failed(text):
                 self._failure = text
+                log.error("the engine cannot start: %s", text)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         streams = self._streams

@@ -36,6 +36,10 @@ class Runner(Protocol):
 
     def launch(self, plan: Plan) -> Pending: ...
 
+    def erase(self, blocks: list[int]) -> None:
+        """Zero the KV memory of these blocks."""
+        ...
+
 
 @dataclass(slots=True)
 class Lane:
@@ -225,6 +229,8 @@ class Engine:
         del self._sequences[seq.request.id]
         seq.ended = True
         if seq.slot >= 0:
+            if reason is Reason.ERROR:
+                lane.runner.erase(lane.pool.forget(seq))
             lane.queues.running.remove(seq)
             self._release(lane, seq)
         else:

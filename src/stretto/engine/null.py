@@ -76,6 +76,9 @@ class NullRunner:
         self._first = first
         self._span = span or info.vocab - first
 
+    def erase(self, blocks: list[int]) -> None:
+        """There is no memory to erase."""
+
     def launch(self, plan: Plan) -> NullPending:
         milliseconds = self._cost(plan.decode_tokens, plan.prefill_tokens, plan.context_tokens)
         if milliseconds > 0:

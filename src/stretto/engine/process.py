@@ -21,9 +21,9 @@ import zmq
 
 from stretto.config import EngineConfig
 from stretto.engine import messages
+from stretto.engine.build import Runners
 from stretto.engine.grammar import Matcher
 from stretto.engine.loop import Engine
-from stretto.engine.runner import Runners
 from stretto.engine.schedule import SCHEDULES, Limits
 from stretto.engine.sequence import Sequence
 from stretto.errors import StrettoError

@@ -64,6 +64,10 @@ class TorchRunner:
                 drawn[index] = Drawn(-1, embedding=tuple(vector.tolist()))
         return Done(drawn)
 
+    def erase(self, blocks: list[int]) -> None:
+        """Zero the KV memory of these blocks."""
+        self._cache.erase(blocks)
+
     def _batch(self, rows: list[Row]) -> Batch:
         """The plan as the flat arrays that kernels read."""
         size, sequences = self.info.block_size, len(rows)

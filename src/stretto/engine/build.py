@@ -1,0 +1,121 @@
+"""Turns an engine's config into runners: what is loaded, in which dtype, with how much KV memory.
+
+The decisions are `stretto.machine`'s, so that `stretto doctor` tells the same story.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from stretto.config import EngineConfig, ModelConfig
+from stretto.engine.grammar import Grammars
+from stretto.engine.loop import Runner
+from stretto.engine.null import NullRunner, null_info
+from stretto.engine.runner import TorchRunner
+from stretto.errors import InvalidGrammar
+from stretto.kernels.reference import REFERENCE
+from stretto.machine import (
+    KvShape,
+    check_fit,
+    choose_device,
+    choose_dtype,
+    choose_kv,
+    choose_threads,
+    snapshot,
+)
+from stretto.models import families
+from stretto.models.decoder import Decoder
+from stretto.models.load import load
+from stretto.types import ModelInfo
+
+NULL = "null"
+Progress = Callable[[str, int, int], None]
+
+
+class Runners:
+    """Every model of one engine process, loaded. `progress(stage, done, total)` hears of long work.
+
+    Raises StartError, and CheckpointError below it, when a model cannot be held.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Progress) -> None:
+        self._config = config
+        self._progress = progress
+        self._grammars: dict[str, Grammars] = {}
+        torch.set_num_threads(choose_threads(snapshot(), config.threads).value)
+        self._device = torch.device(choose_device(config.device, torch.cuda.is_available()).value)
+        self.all = [self._runner(model, len(config.models) - i) for i, model in enumerate(config.models)]
+
+    def grammars(self, model: str) -> Grammars:
+        """The grammar compiler of a model. Raises InvalidGrammar for one without a tokenizer."""
+        if model not in self._grammars:
+            raise InvalidGrammar(f"model {model} has no tokenizer, so it cannot follow a grammar")
+        return self._grammars[model]
+
+    def _runner(self, model: ModelConfig, left: int) -> Runner:
+        """Load one of the `left` models that still share the free memory."""
+        if model.path == NULL:
+            return NullRunner(null_info(name=model.name), sleep=time.sleep)
+        started, path = time.monotonic(), Path(model.path)
+        spec = families.read(path)
+        dtype = choose_dtype(snapshot(), spec.dtype, device=self._device.type, asked=model.dtype).value
+        check_fit(model.name, _weight_bytes(path, spec.dtype, dtype), self._available())
+        decoder = load(
+            path,
+            dtype=getattr(torch, dtype),
+            device=self._device,
+            kernels=REFERENCE,
+            progress=lambda _, done, total: self._progress(model.name, done, total),
+        )
+        info = self._info(model, decoder, left, time.monotonic() - started)
+        eos = frozenset(spec.eos)
+        if (path / "tokenizer.json").exists():
+            self._grammars[model.name] = Grammars(path, eos, spec.vocab)
+        return TorchRunner(decoder, info, eos=eos, max_running=self._config.max_running)
+
+    def _info(self, model: ModelConfig, decoder: Decoder, left: int, load_s: float) -> ModelInfo:
+        """What the loaded model is, with the share of KV memory that is its own."""
+        config, spec = self._config, decoder.spec
+        shape = KvShape(
+            block_bytes=decoder.cache_bytes_per_block(config.block_size),
+            block_size=config.block_size,
+            context=spec.context,
+            max_running=config.max_running,
+        )
+        kv = choose_kv(
+            shape,
+            self._available() // left,
+            asked_bytes=config.kv_bytes // len(config.models),
+            asked_context=config.context,
+        ).value
+        return ModelInfo(
+            name=model.name,
+            path=model.path,
+            family=spec.family,
+            dtype=str(decoder.dtype).removeprefix("torch."),
+            device=str(self._device),
+            context=kv.context,
+            vocab=spec.vocab,
+            parameters=decoder.parameters,
+            weight_bytes=decoder.weight_bytes,
+            kv_bytes=kv.bytes,
+            block_size=config.block_size,
+            blocks=kv.blocks,
+            load_s=load_s,
+        )
+
+    def _available(self) -> int:
+        """Bytes the device can still give."""
+        if self._device.type == "cuda":
+            return torch.cuda.mem_get_info(self._device)[0]
+        return snapshot().available
+
+
+def _weight_bytes(path: Path, stored: str, held: str) -> int:
+    """What a checkpoint's weights will take, from the size of its files."""
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return size * getattr(torch, held).itemsize // getattr(torch, stored).itemsize

@@ -1,0 +1,140 @@
+"""The engine process and its client, over the null model: starting, dying, coming back, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from stretto.config import EngineConfig, ModelConfig
+from stretto.engine.client import EngineClient, Stream
+from stretto.errors import EngineDied, StartError
+from stretto.types import Reason, Request, Sampling, TokenEvent
+
+NULL = EngineConfig(models=(ModelConfig(name="null", path="null"),))
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[EngineClient]:
+    client = EngineClient(NULL)
+    await client.start()
+    await client.wait_ready()
+    yield client
+    await client.shutdown(1.0)
+
+
+def request(client: EngineClient, *, max_tokens: int = 5) -> Request:
+    return Request(
+        id=client.next_id(),
+        model="null",
+        prompt=(1, 2, 3),
+        arrival=time.monotonic(),
+        sampling=Sampling(max_tokens=max_tokens, seed=7),
+    )
+
+
+async def read(stream: Stream) -> list[TokenEvent]:
+    return [event async for events in stream for event in events]
+
+
+async def test_a_request_goes_there_and_back(client: EngineClient):
+    events = await read(client.submit(request(client)))
+    assert [event.token is not None for event in events] == [True] * 5 + [False]
+    assert events[-1].finish is not None and events[-1].finish.reason is Reason.LENGTH
+    assert client.worker_state().active == 0 and client.worker_state().steps >= 5
+
+
+async def test_many_requests_share_steps(client: EngineClient):
+    seen: list[int] = []
+    client.steps.append(lambda step: seen.append(step.running))
+    answers = await asyncio.gather(*(read(client.submit(request(client, max_tokens=50))) for _ in range(100)))
+    assert {len(events) for events in answers} == {51}
+    assert max(seen) > 10
+
+
+async def test_closing_a_stream_ends_its_work(client: EngineClient):
+    stream = client.submit(request(client, max_tokens=8000))
+    await anext(stream)
+    stream.close()
+    stream.close()
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    steps = -1
+    while steps != client.worker_state().steps:
+        steps = client.worker_state().steps
+        await asyncio.sleep(0.1)
+    assert steps < 8000
+
+
+async def test_a_killed_engine_fails_its_streams_at_once_and_comes_back(client: EngineClient):
+    streams = [client.submit(request(client, max_tokens=8000)) for _ in range(20)]
+    for stream in streams:
+        await anext(stream)
+    first = client.pid
+    assert first is not None
+    killed = time.monotonic()
+    os.kill(first, signal.SIGKILL)
+    for stream in streams:
+        with pytest.raises(EngineDied, match="exit code -9"):
+            await read(stream)
+    assert time.monotonic() - killed < 1.0
+    assert not client.ready
+    with pytest.raises(EngineDied):
+        client.submit(request(client))
+    while not client.ready:
+        await asyncio.sleep(0.05)
+    assert client.pid != first and client.restarts == 1
+    assert len(await read(client.submit(request(client)))) == 6
+
+
+async def test_an_engine_that_cannot_load_says_why(tmp_path: Path):
+    client = EngineClient(EngineConfig(models=(ModelConfig(name="x", path=str(tmp_path)),)))
+    await client.start()
+    with pytest.raises(StartError, match=r"config\.json"):
+        await client.wait_ready()
+    await client.shutdown(1.0)
+
+
+async def test_shutting_down_while_loading_leaves_no_process():
+    client = EngineClient(NULL)
+    await client.start()
+    pid = client.pid
+    assert pid is not None
+    await client.shutdown(1.0)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+ORPHAN = """
+import asyncio, sys
+from stretto.config import EngineConfig, ModelConfig
+from stretto.engine.client import EngineClient
+
+async def main():
+    client = EngineClient(EngineConfig(models=(ModelConfig(name="null", path="null"),)))
+    await client.start()
+    await client.wait_ready()
+    sys.stdout.write(f"{client.pid}\\n")
+    sys.stdout.flush()
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_the_engine_ends_when_the_front_is_killed():
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as front:
+        assert front.stdout is not None
+        engine = int(front.stdout.readline())
+        assert Path(f"/proc/{engine}").exists()
+        front.kill()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{engine}").exists() and "(zombie)" not in Path(f"/proc/{engine}/status").read_text():
+        assert time.monotonic() < deadline, "the engine outlived its front"
+        time.sleep(0.02)
