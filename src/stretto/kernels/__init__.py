@@ -87,8 +87,11 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Rotary embedding: the angle of pair i at position p is p * frequencies[i] (float32 [dims / 2]); cosine
-    and sine are multiplied by `scale`. Pair i is the dimensions i and i + dims / 2 of a head."""
+    """Rotary embedding: pair i is the dimensions i and i + dims / 2 of a head, turned at position p by the
+    angle p * frequencies[i + dims / 2]; cosine and sine are multiplied by `scale`. `frequencies`: float32
+    [dims], the first half the negative of the second, so that one cosine and one sine of a row serve both
+    halves.
+    """
 
     frequencies: Tensor
     scale: float = 1.0

@@ -6,9 +6,9 @@ operation: a step of a small model on one core is mostly dispatch. Knows no fami
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,16 @@ from stretto.kernels import Activation, Attention, Batch, Cache, Experts, Geomet
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
 # Decodes share one gather while padding them to the longest wastes little, and the copy stays this small.
 NEAR_TOKENS = 64
 NEAR_SHARE = 0.75
 GATHER_ELEMENTS = 2**25
+
+Decode = tuple[int, int, int, int]
+"""Keys seen, sequence, token row, context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +60,22 @@ class DenseExperts:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Sequences whose attention is one call. `blocks`: rows of the cache to gather, [2 * G * kv_heads * n].
+    """Sequences whose attention is one call: decodes of one row each, or one prefill.
 
-    `rows`: their token rows; a decode group has one each, a prefill group is one sequence and a slice.
-    `first` and `last` bound the keys within what is gathered. `mask`: added to the scores, [G or 1, 1,
-    queries, keys].
+    `rows`: their token rows. `blocks`: the rows of the cache, seen as [-1, block_size * head_dim], that hold
+    their keys and then their values; `gathered` is where these go, and `keys` and `values` are what of it is
+    attended to. `mask` is added to the scores, [count or 1, 1, queries, keys].
     """
 
     rows: Tensor | slice
     count: int
     queries: int
     blocks: Tensor
-    first: int
-    last: int
-    mask: Tensor | None
-    causal: bool
+    gathered: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+    causal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +86,31 @@ class Plan:
     rotations: list[tuple[Tensor, Tensor]]
     rows: Tensor
     groups: dict[int, list[Group]]
-    cache: Cache
 
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """The step as the grouping of attention reads it."""
+    """The cache and the step's tables, as the grouping of attention reads them. `heads`: what to add to a
+    block's row for its keys, then its values, of every head: [2, 1, kv_heads, 1]."""
 
+    cache: Cache
     tables: Tensor
-    size: int
-    kv_heads: int
-    head_dim: int
-    blocks: int
-    dtype: torch.dtype
+    heads: Tensor
+
+    def group(
+        self, rows: Tensor | slice, queries: int, table: Tensor, keys: slice, mask: Tensor | None
+    ) -> Group:
+        """Attention of `queries` rows per line of `table` [G, n], to the `keys` within its blocks."""
+        layer = self.cache.layers[0]
+        _, _, kv_heads, size, head_dim = layer.shape
+        blocks = (table[:, None] * kv_heads + self.heads).view(-1)
+        needed = blocks.shape[0] * size * head_dim
+        # The copy goes where the last one went: fresh pages for every layer would cost more than the copying.
+        if self.cache.scratch.numel() < needed or self.cache.scratch.dtype != layer.dtype:
+            self.cache.scratch = layer.new_empty(needed * 5 // 4)
+        gathered = self.cache.scratch[:needed].view(-1, size * head_dim)
+        both = gathered.view(2, table.shape[0], kv_heads, -1, head_dim)[:, :, :, keys]
+        return Group(rows, table.shape[0], queries, blocks, gathered, both[0], both[1], mask)
 
 
 def linear(x: Tensor, packed: Linear) -> Tensor:
@@ -103,12 +119,30 @@ def linear(x: Tensor, packed: Linear) -> Tensor:
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == torch.float32:
+        return _unit(x, eps).mul_(weight)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     residual = residual.add_(x)
-    return F.rms_norm(residual, weight.shape, weight, eps), residual
+    return norm(residual, weight, eps), residual
+
+
+def _unit(x: Tensor, eps: float) -> Tensor:
+    """RMS norm without a weight. In float32 it is three operations instead of the chain torch makes of it:
+    x / sqrt(mean(x * x) + eps) = sqrt(n) * x / hypot(|x|, sqrt(n * eps))."""
+    size = x.shape[-1]
+    if x.dtype != torch.float32:
+        return F.rms_norm(x, (size,), None, eps)
+    nothing, floor = _constants(size, eps, x.device)
+    length = torch.linalg.vector_norm(x, 2, -1, True).hypot_(floor)
+    return torch.addcdiv(nothing, x, length, value=size**0.5)
+
+
+@functools.cache
+def _constants(size: int, eps: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.zeros((), device=device), torch.tensor((size * eps) ** 0.5, device=device)
 
 
 def gate(gate_up: Tensor, activation: Activation) -> Tensor:
@@ -117,25 +151,29 @@ def gate(gate_up: Tensor, activation: Activation) -> Tensor:
 
 
 def prepare(batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
-    _, blocks, kv_heads, size, head_dim = cache.layers[0].shape
-    dtype = cache.layers[0].dtype
+    layer = cache.layers[0]
+    _, blocks, kv_heads, size, _ = layer.shape
     positions = batch.positions.to(torch.float32)[:, None, None]
-    pages = Pages(batch.tables, size, kv_heads, head_dim, blocks, dtype)
     # A token's key of head h is row (block * kv_heads + h) * size + offset, its value one pool further.
     first = batch.slots + batch.slots.div(size, rounding_mode="floor") * (size * (kv_heads - 1))
-    heads = torch.arange(0, kv_heads * size, size, device=first.device)
-    lanes = torch.cat((heads, heads + blocks * kv_heads * size))
+    heads, lanes = _offsets(blocks, kv_heads, size, layer.device)
+    pages = Pages(cache, batch.tables, heads)
     return Plan(
-        rotations=[_rotation(rotation, positions, dtype) for rotation in geometry.rotations],
+        rotations=[_rotation(rotation, positions, layer.dtype) for rotation in geometry.rotations],
         rows=first[:, None] + lanes,
         groups={window: _groups(batch, pages, window) for window in geometry.windows},
-        cache=cache,
     )
 
 
+@functools.cache
+def _offsets(blocks: int, kv_heads: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    heads = torch.arange(kv_heads, device=device)
+    both = torch.cat((heads, heads + blocks * kv_heads))
+    return both.view(2, 1, kv_heads, 1), both * size
+
+
 def _rotation(rotation: Rotation, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # The sine of the first half is negated by negating its angle, which leaves the cosine as it is.
-    angles = positions * torch.cat((-rotation.frequencies, rotation.frequencies))
+    angles = positions * rotation.frequencies
     cosines, sines = angles.cos(), angles.sin()
     if rotation.scale != 1.0:
         cosines, sines = cosines.mul_(rotation.scale), sines.mul_(rotation.scale)
@@ -144,88 +182,77 @@ def _rotation(rotation: Rotation, positions: Tensor, dtype: torch.dtype) -> tupl
 
 def _groups(batch: Batch, pages: Pages, window: int) -> list[Group]:
     groups: list[Group] = []
-    decodes: list[tuple[int, int, int]] = []
+    decodes: list[Decode] = []
     start = 0
     for sequence, (queries, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
         if queries == 1:
-            seen = min(context, window) if window else context
-            decodes.append((seen, sequence, start))
+            decodes.append((min(context, window or context), sequence, start, context))
         else:
             groups.append(_prefill(pages, sequence, slice(start, start + queries), context, window))
         start += queries
     if decodes:
-        element = pages.kv_heads * pages.head_dim * 2
-        for members in _near(decodes, max(1, GATHER_ELEMENTS // element)):
-            contexts = [batch.context_lens[sequence] for _, sequence, _ in members]
-            groups.append(_decode(pages, members, contexts, whole=len(members) == start))
+        layer = pages.cache.layers[0]
+        for members in _near(decodes, GATHER_ELEMENTS // (2 * layer.shape[2] * layer.shape[4])):
+            groups.append(_decode(pages, members, whole=len(members) == start))
     return groups
 
 
-def _near(decodes: list[tuple[int, int, int]], budget: int) -> list[list[tuple[int, int, int]]]:
-    """Split decodes, as (keys seen, sequence, row), into groups of similar length of at most `budget`
-    keys."""
+def _near(decodes: list[Decode], budget: int) -> list[list[Decode]]:
+    """Split decodes into groups of similar length, of at most `budget` keys in all."""
     longest, shortest = max(decodes)[0], min(decodes)[0]
     if shortest >= min(longest - NEAR_TOKENS, longest * NEAR_SHARE) and longest * len(decodes) <= budget:
         return [decodes]
-    groups: list[list[tuple[int, int, int]]] = []
-    longest = 0
+    groups: list[list[Decode]] = []
     for decode in sorted(decodes, reverse=True):
+        longest = groups[-1][0][0] if groups else 0
         near = decode[0] >= min(longest - NEAR_TOKENS, longest * NEAR_SHARE)
         if groups and near and (len(groups[-1]) + 1) * longest <= budget:
             groups[-1].append(decode)
         else:
             groups.append([decode])
-            longest = decode[0]
     return groups
 
 
-def _gather(pages: Pages, table: Tensor) -> Tensor:
-    """Cache rows of `block_size * head_dim` holding the keys, then the values, of the blocks [G, n]."""
-    heads = torch.arange(pages.kv_heads, device=table.device)[:, None]
-    keys = table[:, None, :] * pages.kv_heads + heads
-    return torch.stack((keys, keys + pages.blocks * pages.kv_heads)).view(-1)
-
-
-def _decode(pages: Pages, members: list[tuple[int, int, int]], contexts: list[int], *, whole: bool) -> Group:
-    size, device = pages.size, pages.tables.device
+def _decode(pages: Pages, members: list[Decode], *, whole: bool) -> Group:
+    """One row each. `whole`: the step holds nothing else, so the rows are all of it, in order."""
+    size, device = pages.cache.block_size, pages.tables.device
     if len(members) == 1:
-        seen, sequence, row = members[0]
-        first = (contexts[0] - seen) // size
-        table = pages.tables[sequence : sequence + 1, first : (contexts[0] - 1) // size + 1]
-        skip = contexts[0] - seen - first * size
-        return Group(slice(row, row + 1), 1, 1, _gather(pages, table), skip, skip + seen, None, False)
+        seen, sequence, row, context = members[0]
+        first = (context - seen) // size
+        table = pages.tables[sequence : sequence + 1, first : (context - 1) // size + 1]
+        skip = context - seen - first * size
+        return pages.group(slice(row, row + 1), 1, table, slice(skip, skip + seen), None)
+    width = max((context - 1) // size - (context - seen) // size for seen, _, _, context in members) + 1
+    seen, sequence, row, context = torch.tensor(members, device=device).t()[:, :, None]
+    first = (context - seen).div(size, rounding_mode="floor")
     # Columns are clamped to a sequence's own last block: padding must not read a neighbour's keys.
-    firsts = [(context - member[0]) // size for context, member in zip(contexts, members, strict=True)]
-    lasts = [(context - 1) // size for context in contexts]
-    width = max(last - first for first, last in zip(firsts, lasts, strict=True)) + 1
-    numbers = torch.tensor([firsts, lasts, contexts, *zip(*members, strict=True)], device=device)
-    first, last, context, seen, sequence, row = numbers[:, :, None]
+    last = (context - 1).div(size, rounding_mode="floor")
     columns = torch.minimum(first + torch.arange(width, device=device), last)
-    table = pages.tables[sequence, columns]
     keys = first * size + torch.arange(width * size, device=device)
-    hidden = (keys >= context) | (keys < context - seen)
-    mask = torch.zeros(hidden.shape, dtype=pages.dtype, device=device).masked_fill_(hidden, -torch.inf)
+    mask = _mask((keys >= context) | (keys < context - seen), pages)
     rows = slice(0, len(members)) if whole else row[:, 0]
-    return Group(rows, len(members), 1, _gather(pages, table), 0, width * size, mask[:, None, None, :], False)
+    return pages.group(rows, 1, pages.tables[sequence, columns], slice(None), mask[:, None, None])
 
 
 def _prefill(pages: Pages, sequence: int, rows: slice, context: int, window: int) -> Group:
-    size, queries = pages.size, rows.stop - rows.start
+    size, device, queries = pages.cache.block_size, pages.tables.device, rows.stop - rows.start
     oldest = max(0, context - queries - window + 1) if window else 0
     first = oldest // size
     table = pages.tables[sequence : sequence + 1, first : (context - 1) // size + 1]
-    skip = oldest - first * size
-    mask = None
-    causal = queries == context and not (0 < window < context)
-    if not causal:
-        query = torch.arange(context - queries, context, device=table.device)[:, None]
-        key = torch.arange(oldest, context, device=table.device)
-        hidden = key > query
-        if window:
-            hidden |= key <= query - window
-        mask = torch.zeros(hidden.shape, dtype=pages.dtype, device=table.device)
-        mask = mask.masked_fill_(hidden, -torch.inf)[None, None]
-    return Group(rows, 1, queries, _gather(pages, table), skip, skip + context - oldest, mask, causal)
+    keys = slice(oldest - first * size, context - first * size)
+    if queries == context <= (window or context):
+        return replace(pages.group(rows, queries, table, keys, None), causal=True)
+    query = torch.arange(context - queries, context, device=device)[:, None]
+    key = torch.arange(oldest, context, device=device)
+    hidden = key > query
+    if window:
+        hidden |= key <= query - window
+    return pages.group(rows, queries, table, keys, _mask(hidden, pages))
+
+
+def _mask(hidden: Tensor, pages: Pages) -> Tensor:
+    mask = torch.zeros(hidden.shape, dtype=pages.cache.layers[0].dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, -torch.inf)
 
 
 def place(qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: Plan) -> Tensor:
@@ -235,11 +262,11 @@ def place(qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, p
     if weights is not None:
         if kind.norm == "head":
             scales = weights.view(rotated, kind.head_dim)
-            torch.mul(F.rms_norm(both, (kind.head_dim,), None, kind.eps), scales, out=both)
+            torch.mul(_unit(both, kind.eps), scales, out=both)
         else:
             for part in (slice(heads * kind.head_dim), slice(heads * kind.head_dim, rotated * kind.head_dim)):
                 row = qkv[:, part]
-                row.copy_(F.rms_norm(row, (row.shape[1],), weights[part], kind.eps))
+                row.copy_(norm(row, weights[part], kind.eps))
     cosines, sines = plan.rotations[kind.rotation]
     dims = cosines.shape[-1]
     if dims != kind.head_dim:
@@ -253,17 +280,17 @@ def place(qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, p
 def attend(q: Tensor, kind: Attention, layer: Tensor, plan: Plan) -> Tensor:
     groups = plan.groups[kind.window]
     if len(groups) == 1:
-        return _attend(q, kind, layer, groups[0], plan.cache).reshape(q.shape[0], -1)
+        return _attend(q, kind, layer, groups[0]).reshape(q.shape[0], -1)
     out = q.new_empty(q.shape)
     for group in groups:
-        out[group.rows] = _attend(q[group.rows], kind, layer, group, plan.cache)
+        out[group.rows] = _attend(q[group.rows], kind, layer, group)
     return out.view(q.shape[0], -1)
 
 
-def _attend(q: Tensor, kind: Attention, layer: Tensor, group: Group, cache: Cache) -> Tensor:
-    """Queries [G * queries, heads, head_dim] of one group -> the same shape."""
-    kv_heads, share = kind.kv_heads, kind.heads // kind.kv_heads
-    keys, values = _read(layer, group, cache)
+def _attend(q: Tensor, kind: Attention, layer: Tensor, group: Group) -> Tensor:
+    """Queries [count * queries, heads, head_dim] of one group -> the same shape."""
+    kv_heads, share, keys, values = kind.kv_heads, kind.heads // kind.kv_heads, group.keys, group.values
+    torch.index_select(layer.view(-1, group.gathered.shape[1]), 0, group.blocks, out=group.gathered)
     if group.queries == 1:
         # The heads that share a key are that key's queries: nothing is repeated.
         q = q.reshape(group.count, kv_heads, share, kind.head_dim)
@@ -272,18 +299,6 @@ def _attend(q: Tensor, kind: Attention, layer: Tensor, group: Group, cache: Cach
     keys, values = (x[0][:, None].expand(-1, share, -1, -1) for x in (keys, values))
     out = _scores(q, keys, values, kind, group)
     return out.permute(2, 0, 1, 3).reshape(group.queries, kind.heads, kind.head_dim)
-
-
-def _read(layer: Tensor, group: Group, cache: Cache) -> Tensor:
-    """Keys and values [2, G, kv_heads, keys, head_dim], gathered into memory that is kept: fresh pages for
-    every layer would cost more than the copy."""
-    _, _, kv_heads, size, head_dim = layer.shape
-    needed = group.blocks.shape[0] * size * head_dim
-    if cache.scratch.numel() < needed or cache.scratch.dtype != layer.dtype:
-        cache.scratch = layer.new_empty(needed * 5 // 4)
-    out = cache.scratch[:needed].view(-1, size * head_dim)
-    torch.index_select(layer.view(-1, size * head_dim), 0, group.blocks, out=out)
-    return out.view(2, group.count, kv_heads, -1, head_dim)[:, :, :, group.first : group.last]
 
 
 def _scores(q: Tensor, keys: Tensor, values: Tensor, kind: Attention, group: Group) -> Tensor:

@@ -1,0 +1,104 @@
+/* The functions Python calls: the level in use, one caller at a time. */
+#include "api.h"
+
+#include "pool.h"
+
+#include <string.h>
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern const Level level_portable;
+#if defined(__x86_64__)
+extern const Level level_avx512bf16, level_avx512, level_avx2;
+#endif
+
+static const Level *level = &level_portable;
+
+static const Level *level_number(int number)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+                 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+                 && __builtin_cpu_supports("avx512vnni");
+    switch (number) {
+    case 0:
+        return avx512 && __builtin_cpu_supports("avx512bf16") ? &level_avx512bf16 : NULL;
+    case 1:
+        return avx512 ? &level_avx512 : NULL;
+    case 2:
+        return avx2 ? &level_avx2 : NULL;
+    }
+#endif
+    return number == 3 ? &level_portable : NULL;
+}
+
+/* The name of level `number` (0 is the best there is in source, 3 the portable one), NULL if this CPU lacks it. */
+EXPORTED const char *stretto_level(int number)
+{
+    const Level *found = level_number(number);
+    return found ? found->name : NULL;
+}
+
+EXPORTED int stretto_use(int number)
+{
+    const Level *found = level_number(number);
+    if (!found)
+        return BAD_SHAPE;
+    pool_enter();
+    level = found;
+    pool_leave();
+    return OK;
+}
+
+EXPORTED int stretto_threads(int count) { return pool_resize(count); }
+
+EXPORTED int64_t stretto_packed_bytes(const Weights *w)
+{
+    return (w->n + PANEL - 1) / PANEL * panel_bytes(w->kind, w->k, w->group);
+}
+
+#define LOCKED(call) \
+    pool_enter(); \
+    int result = level->call; \
+    pool_leave(); \
+    return result
+
+EXPORTED int stretto_pack(const Weights *w, const void *source, int64_t type, uint8_t *data)
+{
+    LOCKED(pack(w, source, type, data));
+}
+
+EXPORTED int stretto_unpack(const Weights *w, float *out) { LOCKED(unpack(w, out)); }
+
+EXPORTED int stretto_linear(const Weights *w, const void *x, void *y, int64_t m, int64_t type)
+{
+    LOCKED(linear(w, x, y, m, type));
+}
+
+EXPORTED int stretto_norm(const void *x, void *residual, const void *weight, void *y, int64_t m, int64_t h, float eps,
+                          int64_t type)
+{
+    LOCKED(norm(x, residual, weight, y, m, h, eps, type));
+}
+
+EXPORTED int stretto_gate(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type)
+{
+    LOCKED(gate(x, y, m, f, activation, type));
+}
+
+EXPORTED int stretto_rotate(const int64_t *positions, const float *frequencies, float *cosines, float *sines,
+                            int64_t m, int64_t pairs, float scale)
+{
+    LOCKED(rotate(positions, frequencies, cosines, sines, m, pairs, scale));
+}
+
+EXPORTED int stretto_place(const Attend *a) { LOCKED(place(a)); }
+
+EXPORTED int stretto_attend(const Attend *a) { LOCKED(attend(a)); }
+
+EXPORTED int stretto_top(const float *logits, int64_t m, int64_t n, int64_t k, float *values, int64_t *indices)
+{
+    LOCKED(top(logits, m, n, k, values, indices));
+}

@@ -1,0 +1,162 @@
+/* Weights into panels and back. Quantisation searches each group's scale for the least squared error. */
+
+#define SEARCH 12 /* scales tried on either side of a group's largest magnitude, for int4 */
+
+typedef struct {
+    const Weights *w;
+    const void *source;
+    int64_t type;
+    uint8_t *data;
+    float *out;
+} Pack;
+
+/* The nearest bf16 whose magnitude is not below. */
+INLINE float bf16_above(float x) { return float_of((bits_of(x) + 0xffff) & 0xffff0000u); }
+
+INLINE float squared_error(const float *x, int64_t n, float scale, float low, float high)
+{
+    float error = 0, inverse = 1.0f / scale;
+#pragma omp simd reduction(+ : error)
+    for (int64_t i = 0; i < n; i++) {
+        float q = (x[i] * inverse + ROUND) - ROUND;
+        q = q < low ? low : q;
+        q = q > high ? high : q;
+        float off = x[i] - q * scale;
+        error += off * off;
+    }
+    return error;
+}
+
+/* The bf16 scale of a group of int4 weights (levels -8 to 7); negative when the largest weight is positive, because
+ * there is one level more below zero. */
+INLINE float scale_of_4(const float *x, int64_t n)
+{
+    float peak = 0;
+    for (int64_t i = 0; i < n; i++)
+        peak = fabsf(x[i]) > fabsf(peak) ? x[i] : peak;
+    if (fabsf(peak) < 1e-30f)
+        return 0;
+    float best = 0, least_error = INFINITY;
+    for (int sign = -1; sign <= 1; sign += 2)
+        for (int i = -SEARCH; i <= SEARCH; i++) {
+            float scale = sign * peak / (8.0f + 0.1f * (float)i);
+            scale = from_bf16(to_bf16(scale));
+            float error = squared_error(x, n, scale, -8, 7);
+            if (error < least_error) {
+                least_error = error;
+                best = scale;
+            }
+        }
+    return best;
+}
+
+INLINE float scale_of_8(const float *x, int64_t n)
+{
+    float peak = float_of(largest(x, n));
+    return peak < 1e-30f ? 0 : bf16_above(peak / 127.0f);
+}
+
+INLINE int level_of(float x, float inverse, int low, int high)
+{
+    float q = x * inverse;
+    q = q < (float)low ? (float)low : q;
+    q = q > (float)high ? (float)high : q;
+    return (int)rintf(q);
+}
+
+/* One row's group of weights as bytes: column `lane` of the panel. */
+INLINE void pack_group(uint8_t *data, const float *x, int64_t lane, int64_t group, int64_t kind)
+{
+    float scale = kind == W_I8 ? scale_of_8(x, group) : scale_of_4(x, group);
+    float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+    ((uint16_t *)data)[lane] = to_bf16(scale);
+    data += PANEL * 2 + lane * 4;
+    for (int64_t k = 0; k < group; k++) {
+        if (kind == W_I8)
+            data[k / 4 * (PANEL * 4) + k % 4] = (uint8_t)(128 + level_of(x[k], inverse, -127, 127));
+        else
+            data[k / 8 * (PANEL * 4) + k % 4] |= (uint8_t)((8 + level_of(x[k], inverse, -8, 7)) << (k % 8 / 4 * 4));
+    }
+}
+
+static void pack_item(const void *job, int64_t panel, int thread)
+{
+    const Pack *a = job;
+    const Weights *w = a->w;
+    int64_t kp = padded_k(w->kind, w->k), bytes = panel_bytes(w->kind, w->k, w->group), group = w->group;
+    uint8_t *data = a->data + panel * bytes;
+    float *row = pool_private(thread);
+    memset(data, 0, (size_t)bytes);
+    memset(row, 0, (size_t)kp * sizeof(float));
+    for (int64_t lane = 0; lane < PANEL; lane++) {
+        int64_t n = panel * PANEL + lane;
+        if (n < w->n)
+            widen(row, at(a->source, n * w->k, a->type), w->k, a->type);
+        else
+            memset(row, 0, (size_t)kp * sizeof(float));
+        if (w->kind == W_F32)
+            for (int64_t k = 0; k < kp; k++)
+                ((float *)data)[k * PANEL + lane] = row[k];
+        else if (w->kind == W_BF16)
+            for (int64_t k = 0; k < kp; k++)
+                ((uint16_t *)data)[k / 2 * (PANEL * 2) + lane * 2 + k % 2] = to_bf16(row[k]);
+        else
+            for (int64_t g = 0; g < kp / group; g++)
+                pack_group(data + g * (bytes / (kp / group)), row + g * group, lane, group, w->kind);
+    }
+}
+
+static void unpack_item(const void *job, int64_t panel, int thread)
+{
+    const Pack *a = job;
+    const Weights *w = a->w;
+    int64_t kp = padded_k(w->kind, w->k), bytes = panel_bytes(w->kind, w->k, w->group);
+    int64_t group = w->kind < W_I8 ? kp : w->group, group_bytes = bytes / (kp / group);
+    const uint8_t *data = w->data + panel * bytes;
+    (void)thread;
+    for (int64_t lane = 0; lane < least(PANEL, w->n - panel * PANEL); lane++)
+        for (int64_t k = 0; k < w->k; k++) {
+            const uint8_t *of = data + k / group * group_bytes;
+            int64_t j = k % group;
+            float scale = w->kind < W_I8 ? 1.0f : from_bf16(((const uint16_t *)of)[lane]), x;
+            if (w->kind == W_F32)
+                x = ((const float *)of)[k * PANEL + lane];
+            else if (w->kind == W_BF16)
+                x = from_bf16(((const uint16_t *)of)[k / 2 * (PANEL * 2) + lane * 2 + k % 2]);
+            else if (w->kind == W_I8)
+                x = scale * (float)(of[PANEL * 2 + j / 4 * (PANEL * 4) + lane * 4 + j % 4] - 128);
+            else
+                x = scale * (float)((of[PANEL * 2 + j / 8 * (PANEL * 4) + lane * 4 + j % 4] >> (j % 8 / 4 * 4) & 15) - 8);
+            a->out[(panel * PANEL + lane) * w->k + k] = x;
+        }
+}
+
+INLINE int shape_of_weights_is_bad(const Weights *w)
+{
+    int64_t kp = padded_k(w->kind, w->k);
+    if (w->n < 1 || w->k < 1 || w->kind < W_F32 || w->kind > W_I4)
+        return 1;
+    return w->kind >= W_I8 && (w->k > MAX_K || w->group < 1 || kp % w->group || w->group % (w->kind == W_I8 ? 4 : 8));
+}
+
+/* Weights [n, k], row-major, into panels at `data`. */
+static int pack(const Weights *w, const void *source, int64_t type, uint8_t *data)
+{
+    Pack job = {w, source, type, data, NULL};
+    if (shape_of_weights_is_bad(w))
+        return BAD_SHAPE;
+    if (pool_reserve(0, (size_t)padded_k(w->kind, w->k) * sizeof(float)))
+        return NO_MEMORY;
+    pool_run(pack_item, &job, (w->n + PANEL - 1) / PANEL);
+    return OK;
+}
+
+/* Panels back into weights [n, k] in float32. */
+static int unpack(const Weights *w, float *out)
+{
+    Pack job = {w, NULL, F32, NULL, out};
+    if (shape_of_weights_is_bad(w))
+        return BAD_SHAPE;
+    pool_run(unpack_item, &job, (w->n + PANEL - 1) / PANEL);
+    return OK;
+}

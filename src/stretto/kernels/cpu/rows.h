@@ -1,0 +1,278 @@
+/* What is done to each token row by itself: norms, gated activations, rotations, the likeliest tokens. */
+
+#define SMALL_WORK 32768 /* elements below which waking another thread costs more than it saves */
+
+/* Rows per item: enough to be worth a turn, few enough to share out. */
+INLINE int64_t rows_per_item(int64_t m, int64_t width)
+{
+    if (m * width <= SMALL_WORK || pool_threads() == 1)
+        return m;
+    return most(1, least(m / (4 * pool_threads()), SMALL_WORK / width));
+}
+
+INLINE void run_rows(Body body, const void *job, int64_t m, int64_t rows)
+{
+    pool_run(body, job, (m + rows - 1) / rows);
+}
+
+typedef struct {
+    const void *x, *weight;
+    void *residual, *y;
+    int64_t m, h, type, rows;
+    float eps;
+} Norm;
+
+INLINE float mean_square(const float *x, int64_t h)
+{
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < h; i++)
+        sum += x[i] * x[i];
+    return sum / (float)h;
+}
+
+static void norm_item(const void *job, int64_t item, int thread)
+{
+    const Norm *a = job;
+    float *restrict row = pool_private(thread), *restrict weight = row + a->h, *restrict other = weight + a->h;
+    widen(weight, a->weight, a->h, a->type);
+    for (int64_t t = item * a->rows; t < least(a->m, (item + 1) * a->rows); t++) {
+        widen(row, at(a->x, t * a->h, a->type), a->h, a->type);
+        if (a->residual) {
+            void *sum = at(a->residual, t * a->h, a->type);
+            widen(other, sum, a->h, a->type);
+            for (int64_t i = 0; i < a->h; i++)
+                row[i] += other[i];
+            narrow(sum, row, a->h, a->type);
+        }
+        float scale = 1.0f / sqrtf(mean_square(row, a->h) + a->eps);
+        for (int64_t i = 0; i < a->h; i++)
+            row[i] *= scale * weight[i];
+        narrow(at(a->y, t * a->h, a->type), row, a->h, a->type);
+    }
+}
+
+/* y = RMS norm of x (+ residual, which becomes the sum), times the weight. All [m, h]. */
+static int norm(const void *x, void *residual, const void *weight, void *y, int64_t m, int64_t h, float eps,
+                int64_t type)
+{
+    Norm job = {x, weight, residual, y, m, h, type, rows_per_item(m, h), eps};
+    if (m < 1 || h < 1)
+        return m < 0 || h < 1 ? BAD_SHAPE : OK;
+    if (pool_reserve(0, (size_t)(3 * h) * sizeof(float)))
+        return NO_MEMORY;
+    run_rows(norm_item, &job, m, job.rows);
+    return OK;
+}
+
+typedef struct {
+    const void *x;
+    void *y;
+    int64_t m, f, activation, type, rows;
+} Gate;
+
+static void gate_item(const void *job, int64_t item, int thread)
+{
+    const Gate *a = job;
+    int64_t f = a->f;
+    float *restrict gates = pool_private(thread), *restrict ups = gates + f;
+    for (int64_t t = item * a->rows; t < least(a->m, (item + 1) * a->rows); t++) {
+        widen(gates, at(a->x, 2 * t * f, a->type), f, a->type);
+        widen(ups, at(a->x, (2 * t + 1) * f, a->type), f, a->type);
+        if (a->activation == SILU)
+            for (int64_t i = 0; i < f; i++)
+                gates[i] = gates[i] / (1.0f + exp_of(-gates[i])) * ups[i];
+        else if (a->activation == GELU)
+            for (int64_t i = 0; i < f; i++)
+                gates[i] = 0.5f * gates[i] * (1.0f + erf_of(gates[i] * 0.70710678f)) * ups[i];
+        else if (a->activation == GELU_TANH)
+            for (int64_t i = 0; i < f; i++) {
+                float g = gates[i], inner = 0.79788456f * (g + 0.044715f * g * g * g);
+                gates[i] = 0.5f * g * (1.0f + tanh_of(inner)) * ups[i];
+            }
+        else
+            for (int64_t i = 0; i < f; i++)
+                gates[i] = (gates[i] < 0.0f ? 0.0f : gates[i]) * ups[i];
+        narrow(at(a->y, t * f, a->type), gates, f, a->type);
+    }
+}
+
+/* y [m, f] = activation(x[:, :f]) * x[:, f:]. */
+static int gate(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type)
+{
+    Gate job = {x, y, m, f, activation, type, rows_per_item(m, 4 * f)};
+    if (m < 1 || f < 1)
+        return m < 0 || f < 1 ? BAD_SHAPE : OK;
+    if (pool_reserve(0, (size_t)(2 * f) * sizeof(float)))
+        return NO_MEMORY;
+    run_rows(gate_item, &job, m, job.rows);
+    return OK;
+}
+
+typedef struct {
+    const int64_t *positions;
+    const float *frequencies;
+    float *cosines, *sines;
+    int64_t m, pairs, rows;
+    float scale;
+} Rotate;
+
+static void rotate_item(const void *job, int64_t item, int thread)
+{
+    const Rotate *a = job;
+    (void)thread;
+    for (int64_t t = item * a->rows; t < least(a->m, (item + 1) * a->rows); t++)
+        for (int64_t i = 0; i < a->pairs; i++) {
+            float angle = (float)a->positions[t] * a->frequencies[i];
+            a->cosines[t * a->pairs + i] = a->scale * cosf(angle);
+            a->sines[t * a->pairs + i] = a->scale * sinf(angle);
+        }
+}
+
+/* Cosines and sines [m, pairs] of position * frequency, times the scale. */
+static int rotate(const int64_t *positions, const float *frequencies, float *cosines, float *sines, int64_t m,
+                  int64_t pairs, float scale)
+{
+    Rotate job = {positions, frequencies, cosines, sines, m, pairs, rows_per_item(m, 32 * pairs), scale};
+    if (m > 0 && pairs > 0)
+        run_rows(rotate_item, &job, m, job.rows);
+    return OK;
+}
+
+typedef struct {
+    const Attend *a;
+    int64_t rows;
+} Place;
+
+INLINE void norm_heads(float *restrict lanes, const float *restrict weight, int64_t n, float eps)
+{
+    float scale = 1.0f / sqrtf(mean_square(lanes, n) + eps);
+    for (int64_t i = 0; i < n; i++)
+        lanes[i] *= scale * weight[i];
+}
+
+INLINE void rotate_head(float *restrict head, const float *cosines, const float *sines, int64_t pairs)
+{
+    for (int64_t i = 0; i < pairs; i++) {
+        float first = head[i], second = head[i + pairs];
+        head[i] = first * cosines[i] - second * sines[i];
+        head[i + pairs] = second * cosines[i] + first * sines[i];
+    }
+}
+
+static void place_item(const void *job, int64_t item, int thread)
+{
+    const Attend *a = ((const Place *)job)->a;
+    int64_t rows = ((const Place *)job)->rows, d = a->head_dim, size = a->block_size, pairs = a->dims / 2;
+    int64_t rotated = a->heads + a->kv_heads, width = (rotated + a->kv_heads) * d;
+    float *lanes = pool_private(thread), *weight = lanes + width;
+    if (a->norm != NORM_NONE)
+        widen(weight, a->norms, rotated * d, a->type);
+    for (int64_t t = item * rows; t < least(a->tokens, (item + 1) * rows); t++) {
+        void *row = at(a->q, t * a->ldq, a->type);
+        widen(lanes, row, width, a->type);
+        if (a->norm == NORM_ROW) {
+            norm_heads(lanes, weight, a->heads * d, a->eps);
+            norm_heads(lanes + a->heads * d, weight + a->heads * d, a->kv_heads * d, a->eps);
+        }
+        for (int64_t h = 0; h < rotated; h++) {
+            if (a->norm == NORM_HEAD)
+                norm_heads(lanes + h * d, weight + h * d, d, a->eps);
+            rotate_head(lanes + h * d, a->cosines + t * pairs, a->sines + t * pairs, pairs);
+        }
+        narrow(row, lanes, a->heads * d, a->type);
+        int64_t first = a->slots[t] / size * a->kv_heads * size + a->slots[t] % size;
+        for (int64_t h = 0; h < a->kv_heads; h++) {
+            int64_t slot = (first + h * size) * d;
+            narrow(at(a->keys, slot, a->kv_type), lanes + (a->heads + h) * d, d, a->kv_type);
+            narrow(at(a->values, slot, a->kv_type), lanes + (rotated + h) * d, d, a->kv_type);
+        }
+    }
+}
+
+/* Normalise and rotate queries and keys, write keys and values into their slots. */
+static int place(const Attend *a)
+{
+    int64_t width = (a->heads + 2 * a->kv_heads) * a->head_dim;
+    Place job = {a, rows_per_item(a->tokens, 2 * width)};
+    if (a->tokens < 1)
+        return OK;
+    if (pool_reserve(0, (size_t)(2 * width) * sizeof(float)))
+        return NO_MEMORY;
+    run_rows(place_item, &job, a->tokens, job.rows);
+    return OK;
+}
+
+typedef struct {
+    const float *logits;
+    float *values;
+    int64_t *indices;
+    int64_t n, k;
+} Top;
+
+/* The heap keeps the worst of the best on top; of equals the later one is worse. */
+INLINE int worse(const float *v, const int64_t *at, int64_t a, int64_t b)
+{
+    return v[a] < v[b] || (v[a] == v[b] && at[a] > at[b]);
+}
+
+INLINE void swap_top(float *v, int64_t *at, int64_t a, int64_t b)
+{
+    float value = v[a];
+    int64_t index = at[a];
+    v[a] = v[b], at[a] = at[b];
+    v[b] = value, at[b] = index;
+}
+
+INLINE void sift(float *v, int64_t *at, int64_t n)
+{
+    for (int64_t i = 0, child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && worse(v, at, child + 1, child))
+            child++;
+        if (!worse(v, at, child, i))
+            return;
+        swap_top(v, at, i, child);
+    }
+}
+
+static void top_item(const void *job, int64_t item, int thread)
+{
+    const Top *a = job;
+    const float *x = a->logits + item * a->n;
+    float *v = a->values + item * a->k;
+    int64_t *indices = a->indices + item * a->k, k = a->k;
+    (void)thread;
+    for (int64_t i = 0; i < k; i++) {
+        v[i] = -INFINITY;
+        indices[i] = a->n;
+    }
+    for (int64_t start = 0; start < a->n; start += 64) {
+        int64_t end = least(a->n, start + 64);
+        int any = 0;
+#pragma omp simd reduction(| : any)
+        for (int64_t i = start; i < end; i++)
+            any |= x[i] > v[0];
+        /* -infinity counts while fewer than k tokens are held. NaN never does. */
+        for (int64_t i = start; (any || indices[0] == a->n) && i < end; i++)
+            if (x[i] > v[0] || (x[i] == v[0] && indices[0] == a->n)) {
+                v[0] = x[i];
+                indices[0] = i;
+                sift(v, indices, k);
+            }
+    }
+    for (int64_t left = k - 1; left > 0; left--) {
+        swap_top(v, indices, 0, left);
+        sift(v, indices, left);
+    }
+}
+
+/* The k largest of each row [m, n], best first; of equal ones the first. A row with fewer than k numbers (NaN is none)
+ * ends in index n and -infinity. */
+static int top(const float *logits, int64_t m, int64_t n, int64_t k, float *values, int64_t *indices)
+{
+    Top job = {logits, values, indices, n, k};
+    if (k < 1 || k > n)
+        return BAD_SHAPE;
+    pool_run(top_item, &job, m);
+    return OK;
+}

@@ -1,0 +1,66 @@
+/* Vectors of 16 lanes: AVX-512 with VNNI. */
+#include <immintrin.h>
+#define VF 16
+typedef __m512 vf;
+typedef __m512i vi;
+
+INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
+INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }
+INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf vf_from(vi a) { return _mm512_cvtepi32_ps(a); }
+INLINE vf vf_bf16(const uint16_t *p)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
+}
+INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
+INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE vf vf_even(vi pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+INLINE vf vf_odd(vi pairs)
+{
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
+}
+INLINE vi vi_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE vi vi_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+INLINE void vi_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
+INLINE vi vi_dot(vi sum, vi weights, vi x) { return _mm512_dpbusd_epi32(sum, weights, x); }
+INLINE vi vi_dot_small(vi sum, vi weights, vi x) { return _mm512_dpbusd_epi32(sum, weights, x); }
+
+INLINE vf vf_fold(vf a, vf b, int step)
+{
+    switch (step) {
+    case 0:
+        return vf_add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    case 1:
+        return vf_add(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))),
+                      _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))));
+    case 2:
+        return vf_add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    default:
+        return vf_add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+}
+
+/* Lane i of the result is the sum of the lanes of a[i]. */
+INLINE vf vf_sums(const vf *a)
+{
+    vf b[8], c[4], d[2];
+    for (int i = 0; i < 4; i++) {
+        b[2 * i] = vf_fold(a[4 * i], a[4 * i + 1], 0);
+        b[2 * i + 1] = vf_fold(a[4 * i + 2], a[4 * i + 3], 0);
+        c[i] = vf_fold(b[2 * i], b[2 * i + 1], 1);
+    }
+    d[0] = vf_fold(c[0], c[1], 2);
+    d[1] = vf_fold(c[2], c[3], 2);
+    return vf_fold(d[0], d[1], 3);
+}
+
+#define ROWS_INT 8
+#define ROWS_FLOAT 12
+#ifdef NATIVE_BF16
+INLINE vf vf_dot_bf16(vf sum, vi a, vi b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
