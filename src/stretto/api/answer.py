@@ -1,0 +1,195 @@
+"""One answer while it comes: token events in, deltas out, and what is to be said of it at the end.
+
+A Choice belongs to one sequence. It decodes, finds stop strings, reasoning and tool calls, and keeps time; it
+closes its stream when the answer ends in the text. It knows neither HTTP nor JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Protocol
+
+from stretto.api.detokenise import Decoder
+from stretto.api.reasoning import Reasoning
+from stretto.api.tools import Abandoned, NamedCall, Said, ToolParser
+from stretto.errors import EngineError
+from stretto.openai import Delta, FinishReason, Report
+from stretto.types import Finish, Reason, TokenEvent
+
+Spoken = tuple[Delta, TokenEvent | None]
+FINISH: dict[Reason, FinishReason] = {
+    Reason.STOP: "stop",
+    Reason.LENGTH: "length",
+    Reason.DEADLINE: "deadline",
+}
+
+
+class Stream(Protocol):
+    """The events of one sequence, as `engine.client` gives them: lists of all that came since the last."""
+
+    def __aiter__(self) -> AsyncIterator[list[TokenEvent]]: ...
+    async def __anext__(self) -> list[TokenEvent]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Times:
+    """When things happened, on the monotonic clock. `gaps` are the seconds between token lists."""
+
+    arrival: float
+    first: float | None = None
+    last: float = 0.0
+    gaps: list[float] = field(default_factory=list[float])
+
+    def mark(self, now: float) -> None:
+        if self.first is None:
+            self.first = now
+        else:
+            self.gaps.append(now - self.last)
+        self.last = now
+
+    @property
+    def ttft(self) -> float | None:
+        return None if self.first is None else self.first - self.arrival
+
+    def itl_p99(self) -> float | None:
+        if not self.gaps:
+            return None
+        ranked = sorted(self.gaps)
+        return ranked[min(len(ranked) - 1, int(0.99 * len(ranked)))]
+
+
+class Shape:
+    """Text -> deltas for models that think or call tools."""
+
+    def __init__(
+        self, reasoning: Reasoning | None, tools: ToolParser | NamedCall | None, *, folded: bool = False
+    ) -> None:
+        """`folded`: nobody has seen a delta when a call turns out to be none: all its text is content."""
+        self._reasoning = reasoning
+        self._tools = tools
+        self._folded = folded
+        self.abandoned: set[int] = set()
+
+    @property
+    def calls(self) -> int:
+        return 0 if self._tools is None else self._tools.calls
+
+    def push(self, text: str) -> list[Delta]:
+        if self._reasoning is None:
+            return self._answer(text)
+        thought, text = self._reasoning.push(text)
+        return ([Delta(reasoning_content=thought)] if thought else []) + self._answer(text)
+
+    def flush(self) -> list[Delta]:
+        thought, text = ("", "") if self._reasoning is None else self._reasoning.flush()
+        deltas = ([Delta(reasoning_content=thought)] if thought else []) + self._answer(text)
+        return deltas if self._tools is None else deltas + self._deltas(self._tools.flush())
+
+    def _answer(self, text: str) -> list[Delta]:
+        if not text:
+            return []
+        return [Delta(content=text)] if self._tools is None else self._deltas(self._tools.push(text))
+
+    def _deltas(self, said: list[Said]) -> list[Delta]:
+        deltas: list[Delta] = []
+        for part in said:
+            if isinstance(part, str):
+                deltas.append(Delta(content=part))
+            elif isinstance(part, Abandoned):
+                self.abandoned.add(part.index)
+                deltas.append(Delta(content=part.raw if self._folded else part.rest))
+            else:
+                deltas.append(Delta(tool_calls=[part]))
+        return deltas
+
+
+@dataclass(slots=True)
+class Choice:
+    """The answer of one sequence. `finish_reason` is set once it ended.
+
+    `shape` None: all text is content. `every_token`: tokens that say nothing yet make an empty delta too.
+    `prompt_counts`: this is the first choice of its prompt. `echo` is the text to begin with.
+    """
+
+    index: int
+    model: str
+    stream: Stream
+    decoder: Decoder
+    times: Times
+    prompt_tokens: int
+    prompt_counts: bool = True
+    echo: str = ""
+    shape: Shape | None = None
+    single_call: bool = False
+    every_token: bool = True
+    tokens: int = 0
+    finish_reason: FinishReason | None = None
+    finish: Finish | None = None
+
+    def take(self, events: list[TokenEvent]) -> list[Spoken]:
+        """What these events say. Raises EngineError when they say that the sequence failed."""
+        self.times.mark(monotonic())
+        spoken: list[Spoken] = []
+        push = self.decoder.push
+        for event in events:
+            if event.token is not None:
+                self.tokens += 1
+                text = push(event.token)
+                if self.shape is None:
+                    spoken.append((Delta(content=text), event))
+                else:
+                    self._shaped(text, event, spoken)
+                if self.decoder.stopped is not None:
+                    self._end("stop", spoken)
+                elif self.single_call and self.shape is not None and self.shape.calls:
+                    self._end("stop", spoken)
+            if self.finish_reason is not None:
+                return spoken
+            if event.finish is not None:
+                self._finished(event.finish, spoken)
+        return spoken
+
+    def report(self) -> Report:
+        times, finish = self.times, self.finish
+        return Report(
+            rung=self.model,
+            queue_ms=None if finish is None else round(finish.queue_ms, 3),
+            ttft_ms=_ms(times.ttft),
+            itl_p99_ms=_ms(times.itl_p99()),
+            cached_tokens=None if finish is None else finish.cached_tokens,
+        )
+
+    def _shaped(self, text: str, event: TokenEvent, spoken: list[Spoken]) -> None:
+        assert self.shape is not None
+        deltas = self.shape.push(text)
+        if deltas:
+            spoken.extend((delta, None) for delta in deltas[:-1])
+            spoken.append((deltas[-1], event))
+        elif self.every_token:
+            spoken.append((Delta(), event))
+
+    def _finished(self, finish: Finish, spoken: list[Spoken]) -> None:
+        self.finish = finish
+        reason = FINISH.get(finish.reason)
+        if reason is None:
+            raise EngineError(finish.error or f"the engine ended the sequence: {finish.reason.value}")
+        self._end(reason, spoken)
+
+    def _end(self, reason: FinishReason, spoken: list[Spoken]) -> None:
+        rest = "" if self.decoder.stopped is not None else self.decoder.flush()
+        if self.shape is not None:
+            deltas = self.shape.push(rest) + self.shape.flush()
+            spoken.extend((delta, None) for delta in deltas)
+            if reason == "stop" and self.shape.calls:
+                reason = "tool_calls"
+        elif rest:
+            spoken.append((Delta(content=rest), None))
+        self.finish_reason = reason
+        self.stream.close()
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 3)

@@ -1,0 +1,220 @@
+"""The HTTP application: routes, and the life of one request around its handler.
+
+`build` is all that other packages call. A handler gets a Call and answers it; what it raises becomes an error
+in OpenAI's shape: a response, or the last event of a stream that has begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from msgspec import json
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from stretto.api import generate, http, intake
+from stretto.api.front import Check, Engine, Front, Run
+from stretto.api.text import TextModel
+from stretto.config import ServeConfig
+from stretto.errors import NotFound, StrettoError, Unauthorised, WrongMethod
+from stretto.openai import ChatRequest, CompletionRequest, ModelCard, ModelList, Status
+from stretto.telemetry.metrics import Ended
+
+T = TypeVar("T")
+CHAT = json.Decoder(ChatRequest)
+COMPLETION = json.Decoder(CompletionRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request at its handler. `arrival` is monotonic: every deadline counts from it."""
+
+    front: Front
+    run: Run
+    arrival: float
+    tenant: str
+    scope: Scope
+    body: bytes
+    send: Send
+
+    def parse(self, decoder: json.Decoder[T]) -> T:
+        return http.parse(decoder, self.scope, self.body)
+
+
+Handler = Callable[[Call], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A route that works: reads the body, watches the client, answers errors, counts the end."""
+
+    name: str
+    front: Front
+    handler: Handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrival = time.monotonic()
+        run = Run(self.front)
+        outcome = "ok"
+        try:
+            tenant = http.tenant(scope, self.front.config.api_keys)
+            body = await http.read_body(scope, receive, self.front.config.max_body_bytes)
+            await self._answer(Call(self.front, run, arrival, tenant, scope, body, send), receive)
+        except http.ClientGone:
+            outcome = "client_gone"
+        except StrettoError as error:
+            outcome = error.code
+            await _tell(run, send, error)
+        except Exception as error:
+            outcome = "internal_error"
+            await _tell(run, send, http.internal(error))
+        finally:
+            self._count(run, "client_gone" if run.gone else outcome, arrival)
+
+    async def _answer(self, call: Call, receive: Receive) -> None:
+        watch = asyncio.create_task(_end_when_left(receive, call.run))
+        try:
+            with call.run:
+                await self.handler(call)
+        finally:
+            watch.cancel()
+
+    def _count(self, run: Run, outcome: str, arrival: float) -> None:
+        choices = run.choices
+        first = [choice.times.ttft for choice in choices if choice.times.ttft is not None]
+        finishes = [choice.finish for choice in choices if choice.finish is not None]
+        self.front.metrics.ended(
+            Ended(
+                endpoint=self.name,
+                outcome=outcome,
+                seconds=time.monotonic() - arrival,
+                prompt_tokens=sum(choice.prompt_tokens for choice in choices if choice.prompt_counts),
+                output_tokens=sum(choice.tokens for choice in choices),
+                cached_tokens=sum(finish.cached_tokens for finish in finishes),
+                queued=max((finish.queue_ms / 1e3 for finish in finishes), default=None),
+                first=min(first, default=None),
+                gaps=[gap for choice in choices for gap in choice.times.gaps],
+            )
+        )
+
+
+async def _end_when_left(receive: Receive, run: Run) -> None:
+    await http.left(receive)
+    run.end(None)
+
+
+async def _tell(run: Run, send: Send, error: StrettoError) -> None:
+    if run.streaming:
+        await send({"type": "http.response.body", "body": http.error_event(error)})
+    else:
+        await http.refuse(send, error)
+
+
+async def _chat(call: Call) -> None:
+    job = await intake.chat(call.front, call.parse(CHAT), len(call.body))
+    await generate.generate(call.front, call.run, job, call.tenant, call.arrival, call.send)
+
+
+async def _completion(call: Call) -> None:
+    job = await intake.completion(call.front, call.parse(COMPLETION), len(call.body))
+    await generate.generate(call.front, call.run, job, call.tenant, call.arrival, call.send)
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """The routes that only report."""
+
+    front: Front
+
+    def _json(self, value: object) -> Response:
+        return Response(json.encode(value), media_type="application/json")
+
+    async def health(self, request: Request) -> Response:
+        return self._json(Status("ok"))
+
+    async def ready(self, request: Request) -> Response:
+        self.front.ensure_open(0)
+        return self._json(Status("ready"))
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self.front.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+
+    async def state(self, request: Request) -> Response:
+        http.tenant(request.scope, self.front.config.api_keys)
+        return self._json(self.front.state())
+
+    async def models(self, request: Request) -> Response:
+        http.tenant(request.scope, self.front.config.api_keys)
+        return self._json(ModelList(data=[self._card(name) for name in self.front.texts]))
+
+    async def model(self, request: Request) -> Response:
+        http.tenant(request.scope, self.front.config.api_keys)
+        name, _ = self.front.model(request.path_params["name"])
+        return self._json(self._card(name))
+
+    def _card(self, name: str) -> ModelCard:
+        info = self.front.engine.models.get(name)
+        context = None if info is None else info.context
+        return ModelCard(id=name, created=self.front.created, max_model_len=context)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """Errors of the router and of `Pages`, in the shape of every other."""
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        path, method = request.url.path, request.method
+        headers = dict(error.headers or {})
+        if error.status_code == WrongMethod.status:
+            error = WrongMethod(f"{path} does not take {method}; it takes {headers.get('Allow', 'others')}")
+        else:
+            error = NotFound(f"there is nothing at {path}")
+    assert isinstance(error, StrettoError)
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(http.whole_seconds(error.retry_after))
+    if isinstance(error, Unauthorised):
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(json.encode(error.body()), error.status, headers=headers, media_type="application/json")
+
+
+def build(config: ServeConfig, engine: Engine, models: dict[str, Path], check: Check | None = None) -> App:
+    """The application for `models`, name -> checkpoint; the first one is the default.
+
+    `check(model, grammar)` raises InvalidGrammar for one that does not compile. Reads each model's tokenizer;
+    raises CheckpointError.
+    """
+    texts = {name: TextModel(path) for name, path in models.items()}
+    return App(Front(config, engine, texts, check))
+
+
+class App:
+    """The ASGI application, and its one `front`."""
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+        pages = Pages(front)
+        self._app = Starlette(
+            routes=[
+                Route("/v1/chat/completions", Endpoint("chat", front, _chat), methods=["POST"]),
+                Route("/v1/completions", Endpoint("completions", front, _completion), methods=["POST"]),
+                Route("/v1/models", pages.models),
+                Route("/v1/models/{name:path}", pages.model),
+                Route("/health", pages.health),
+                Route("/ready", pages.ready),
+                Route("/state", pages.state),
+                Route("/metrics", pages.metrics),
+            ],
+            exception_handlers={HTTPException: _refused, StrettoError: _refused},
+        )
+        self._app.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)

@@ -1,0 +1,190 @@
+"""The state of the HTTP front: its models, who waits, what runs, whether it drains. One event loop owns it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+from stretto.api.answer import Choice, Stream
+from stretto.api.text import TextModel
+from stretto.config import ServeConfig
+from stretto.errors import Draining, Overloaded, StrettoError, Unavailable, UnknownModel
+from stretto.telemetry.metrics import Gauges, Metrics
+from stretto.types import Grammar, ModelInfo, Request, StepStats, WorkerState
+
+T = TypeVar("T")
+Check = Callable[[str, Grammar], Awaitable[None]]
+LONG_TEXT = 4096
+
+
+class Engine(Protocol):
+    """What the front needs of `engine.client.EngineClient`."""
+
+    ready: bool
+    models: dict[str, ModelInfo]
+    restarts: int
+    steps: list[Callable[[StepStats], None]]
+
+    def next_id(self) -> int: ...
+    def submit(self, request: Request) -> Stream: ...
+    def worker_state(self) -> WorkerState: ...
+
+
+class Gate:
+    """The bound on sequences that wait for their first token, and how long one more would wait."""
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.waiting = 0
+        self._limit = limit
+        self._clock = clock
+        self._last = 0.0
+        self._interval = 0.0
+
+    def check(self, count: int) -> None:
+        """Raises Overloaded, with the seconds after which half the queue will have gone."""
+        if self.waiting + count > self._limit:
+            wait = min(60.0, max(1.0, self.waiting / 2 * self._interval))
+            raise Overloaded(
+                f"{self.waiting} requests wait already, of {self._limit} at most; try again later",
+                retry_after=wait,
+            )
+
+    def enter(self) -> None:
+        if self.waiting == 0:
+            self._last = self._clock()
+        self.waiting += 1
+
+    def leave(self, *, served: bool) -> None:
+        """One waits no more; `served` when its first token came."""
+        self.waiting -= 1
+        if served:
+            now = self._clock()
+            interval, self._last = now - self._last, now
+            self._interval += 0.1 * (interval - self._interval)
+
+
+class Front:
+    """Shared by every request. `check` judges a grammar where it may die; None leaves that to the engine."""
+
+    def __init__(
+        self, config: ServeConfig, engine: Engine, texts: dict[str, TextModel], check: Check | None
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.texts = texts
+        self.check = check
+        self.metrics = Metrics(self._gauges)
+        self.gate = Gate(config.max_waiting)
+        self.runs: set[Run] = set()
+        self._last_ended = asyncio.Event()
+        self.draining = False
+        self.created = int(time.time())
+        self._threads = ThreadPoolExecutor(2, "text")
+        engine.steps.append(self.metrics.step)
+
+    def model(self, name: str | None) -> tuple[str, TextModel]:
+        """The model of that name, or the first one. Raises UnknownModel."""
+        if name is None:
+            name = next(iter(self.texts))
+        if name not in self.texts:
+            held = ", ".join(self.texts)
+            raise UnknownModel(f"no model {name!r} here; this server holds {held}", param="$.model")
+        return name, self.texts[name]
+
+    def ensure_open(self, count: int = 1) -> None:
+        """Raises what keeps `count` more sequences out: Draining, Unavailable, Overloaded."""
+        if self.draining:
+            raise Draining("the server is shutting down", retry_after=self.config.drain_s)
+        if not self.engine.ready:
+            raise Unavailable("the engine is starting; try again soon", retry_after=2.0)
+        self.gate.check(count)
+
+    async def off_loop(self, size: int, work: Callable[..., T], *arguments: object) -> T:
+        """`work(*arguments)`, in a thread when `size` bytes of text would hold the event loop up."""
+        if size <= LONG_TEXT:
+            return work(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    def state(self) -> WorkerState:
+        """The engine's state with what only the front knows."""
+        state = self.engine.worker_state()
+        return WorkerState(
+            **{name: getattr(state, name) for name in state.__struct_fields__ if name != "draining"},
+            draining=self.draining,
+        )
+
+    def end_all(self, error: StrettoError) -> None:
+        """Ends what runs, each with `error`."""
+        for run in list(self.runs):
+            run.end(error)
+
+    def _gauges(self) -> Gauges:
+        return Gauges(len(self.runs), self.engine.ready, self.draining, self.engine.restarts)
+
+    async def idle(self) -> None:
+        """Returns when nothing runs."""
+        while self.runs:
+            self._last_ended.clear()
+            await self._last_ended.wait()
+
+    def ended(self, run: Run) -> None:
+        self.runs.discard(run)
+        if not self.runs:
+            self._last_ended.set()
+
+
+class Run:
+    """One request with work in the engine. However it ends, its streams are closed.
+
+    `end(None)`, when the client left, and `end(error)`, when the server must stop it, cancel its task; at the
+    end of the `with` the first is silent and the second raises `error`.
+    """
+
+    def __init__(self, front: Front) -> None:
+        self.choices: list[Choice] = []
+        self._front = front
+        self._task = asyncio.current_task()
+        self._ended = False
+        self._error: StrettoError | None = None
+        self.streaming = False
+        self.gone = False
+
+    def __enter__(self) -> Run:
+        self._front.runs.add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._front.ended(self)
+        for choice in self.choices:
+            choice.stream.close()
+            if choice.times.first is None:
+                self._front.gate.leave(served=False)
+        if kind is asyncio.CancelledError and self._ended and self._task is not None:
+            self._task.uncancel()
+            if self._error is not None:
+                raise self._error
+            self.gone = True
+            return True
+        return False
+
+    def end(self, error: StrettoError | None) -> None:
+        if not self._ended and self._task is not None:
+            self._ended = True
+            self._error = error
+            self._task.cancel()
+
+    def open(self, choices: Iterable[Choice]) -> None:
+        """Takes charge of choices whose streams were just submitted."""
+        for choice in choices:
+            self.choices.append(choice)
+            self._front.gate.enter()
+
+    def heard(self, choice: Choice) -> None:
+        """Called before the first events of `choice` are taken."""
+        self._front.gate.leave(served=True)

@@ -1,0 +1,142 @@
+"""Runs jobs: submits them, reads the engine's events, and sends the answer as it comes or whole."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from secrets import token_hex
+
+from msgspec import structs
+from starlette.types import Send
+
+from stretto.api import http, write
+from stretto.api.answer import Choice, Times
+from stretto.api.front import Front, Run
+from stretto.api.intake import Job
+from stretto.api.tools import MARKERS
+from stretto.errors import EngineError
+from stretto.types import Request, TokenEvent
+
+Heard = tuple[Choice, list[TokenEvent]]
+
+
+async def generate(front: Front, run: Run, job: Job, tenant: str, arrival: float, send: Send) -> None:
+    """One job from start to end. Raises what goes wrong; `run.streaming` says whether a stream had begun."""
+    front.ensure_open(len(job.prompts) * job.sampling.n)
+    run.open(_submit(front, job, tenant, arrival))
+    header = write.Header(
+        id=("chatcmpl-" if job.style is write.CHAT else "cmpl-") + token_hex(12),
+        created=int(time.time()),
+        model=job.model,
+        pieces=job.text.pieces,
+        logprobs=job.sampling.logprobs is not None,
+        usage=bool(job.options.include_usage),
+        each_usage=bool(job.options.continuous_usage_stats),
+    )
+    writer = write.Writer(header, job.style)
+    if job.stream:
+        await _stream(run, writer, send)
+    else:
+        await _whole(run, writer, send)
+
+
+def _submit(front: Front, job: Job, tenant: str, arrival: float) -> list[Choice]:
+    choices: list[Choice] = []
+    n, seed = job.sampling.n, job.sampling.seed
+    for at, prompt in enumerate(job.prompts):
+        for copy in range(n):
+            sampling = structs.replace(job.sampling, n=1, seed=None if seed is None else seed + copy)
+            request = Request(
+                id=front.engine.next_id(),
+                model=job.model,
+                prompt=prompt,
+                arrival=arrival,
+                sampling=sampling,
+                tenant=tenant,
+                salt=job.salt,
+            )
+            choices.append(
+                Choice(
+                    index=len(choices),
+                    model=job.model,
+                    stream=front.engine.submit(request),
+                    decoder=job.text.decoder(
+                        sampling.stop, sampling.min_tokens, MARKERS if job.parser else frozenset()
+                    ),
+                    times=Times(arrival),
+                    prompt_tokens=len(prompt),
+                    prompt_counts=copy == 0,
+                    echo=job.echo[at],
+                    shape=job.shape(),
+                    single_call=job.single_call,
+                    every_token=sampling.logprobs is not None,
+                )
+            )
+    return choices
+
+
+async def _stream(run: Run, writer: write.Writer, send: Send) -> None:
+    """All tokens that wait leave in one send. A reader that is slow holds up its own stream alone."""
+    open_choices = len(run.choices)
+    async with aclosing(_heard(run.choices)) as heard:
+        async for choice, events in heard:
+            if choice.times.first is None:
+                run.heard(choice)
+            body = writer.events(choice, choice.take(events))
+            if choice.finish_reason is not None:
+                open_choices -= 1
+            if open_choices == 0:
+                body += writer.trailer(run.choices)
+            if not run.streaming:
+                run.streaming = True
+                await send(http.start_events())
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": open_choices > 0})
+
+
+async def _whole(run: Run, writer: write.Writer, send: Send) -> None:
+    async with aclosing(_heard(run.choices)) as heard:
+        async for choice, events in heard:
+            if choice.times.first is None:
+                run.heard(choice)
+            writer.keep(choice, choice.take(events))
+    await http.answer(send, writer.whole(run.choices))
+
+
+async def _heard(choices: list[Choice]) -> AsyncGenerator[Heard]:
+    """The events of all choices as they come, until each has its finish reason."""
+    if len(choices) == 1:
+        async for events in _one(choices[0]):
+            yield events
+        return
+    # One place: a pump waits until its events were taken, so that a slow reader is felt by the streams.
+    inbox: asyncio.Queue[Heard | Exception] = asyncio.Queue(1)
+    pumps = [asyncio.create_task(_pump(choice, inbox)) for choice in choices]
+    try:
+        while any(choice.finish_reason is None for choice in choices):
+            item = await inbox.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        for pump in pumps:
+            pump.cancel()
+
+
+async def _one(choice: Choice) -> AsyncIterator[Heard]:
+    async for events in choice.stream:
+        yield choice, events
+        if choice.finish_reason is not None or events[-1].finish is not None:
+            return
+    if choice.finish_reason is None:
+        raise EngineError("the engine's stream ended without saying why")
+
+
+async def _pump(choice: Choice, inbox: asyncio.Queue[Heard | Exception]) -> None:
+    try:
+        async for heard in _one(choice):
+            await inbox.put(heard)
+    except Exception as error:
+        await inbox.put(error)

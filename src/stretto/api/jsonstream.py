@@ -1,0 +1,127 @@
+"""Reads JSON one character at a time: where it is in the value, whether it still is JSON, when it ends."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+_BLANK = frozenset(" \t\r\n")
+_SCALAR = frozenset("+-.0123456789Eaeflnrstu")
+_SCALARS = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null")
+_ESCAPES = frozenset('"\\/bfnrtu')
+_HEX = frozenset("0123456789abcdefABCDEF")
+_CLOSER = {"{": "}", "[": "]"}
+
+Want = Literal["value", "value or ]", "key", "key or }", "colon", "comma", "end"]
+
+
+class JsonReader:
+    """One JSON object or array. Feed it characters; ValueError where they stop being JSON.
+
+    After each character: `depth`, `done`, and for members of the outermost object `key` (as JSON, with its
+    quotes) and `in_value` (the character belongs to that key's value).
+    """
+
+    __slots__ = ("_escape", "_open", "_scalar", "_stack", "_want", "done", "in_value", "key")
+
+    def __init__(self) -> None:
+        self._stack: list[str] = []
+        self._want: Want = "value"
+        self._open: Literal["", "key", "text"] = ""
+        self._escape = 0
+        self._scalar = ""
+        self.done = False
+        self.in_value = False
+        self.key = ""
+
+    @property
+    def depth(self) -> int:
+        return len(self._stack)
+
+    def feed(self, character: str) -> None:
+        if self.done:
+            raise ValueError("more after the end")
+        deep = len(self._stack)
+        if self._open:
+            self._string(character)
+            self.in_value = deep > 1 or self._open == "text" or self._want == "comma"
+            return
+        if self._scalar:
+            if character in _SCALAR:
+                self._scalar += character
+                return
+            self._end_scalar()
+        if character in _BLANK:
+            self.in_value = deep > 1
+            return
+        self._structure(character)
+        if not self.done and len(self._stack) <= 1 and deep <= 1:
+            self.in_value = self._open == "text" or bool(self._scalar)
+        else:
+            self.in_value = deep > 1 or (deep == 1 and len(self._stack) == 2)
+
+    def _string(self, character: str) -> None:
+        if self._open == "key" and len(self._stack) == 1:
+            self.key += character
+        if self._escape:
+            self._escaped(character)
+        elif character == "\\":
+            self._escape = 1
+        elif character == '"':
+            self._want = "colon" if self._open == "key" else "comma"
+            self._open = ""
+        elif character < " ":
+            raise ValueError("a control character in a string")
+
+    def _escaped(self, character: str) -> None:
+        if self._escape == 1:
+            if character not in _ESCAPES:
+                raise ValueError("an unknown escape")
+            self._escape = 5 if character == "u" else 0
+        else:
+            if character not in _HEX:
+                raise ValueError("an escape that is not hexadecimal")
+            self._escape = 0 if self._escape == 2 else self._escape - 1
+
+    def _end_scalar(self) -> None:
+        if not _SCALARS.fullmatch(self._scalar):
+            raise ValueError(f"{self._scalar} is no JSON value")
+        self._scalar = ""
+        self._want = "comma"
+
+    def _structure(self, character: str) -> None:
+        want = self._want
+        inside = self._stack[-1] if self._stack else ""
+        if character == _CLOSER.get(inside) and want in (
+            "comma",
+            f"value or {character}",
+            f"key or {character}",
+        ):
+            self._stack.pop()
+            self._want = "comma"
+            self.done = not self._stack
+        elif want in ("value", "value or ]"):
+            self._value(character)
+        elif want in ("key", "key or }") and character == '"':
+            self._open = "key"
+            if len(self._stack) == 1:
+                self.key = character
+        elif want == "colon" and character == ":":
+            self._want = "value"
+        elif want == "comma" and character == ",":
+            self._want = "key" if inside == "{" else "value"
+        else:
+            raise ValueError(f"{character!r} where {want} was expected")
+
+    def _value(self, character: str) -> None:
+        if character in _CLOSER:
+            self._stack.append(character)
+            self._want = "key or }" if character == "{" else "value or ]"
+        elif not self._stack:
+            raise ValueError("neither an object nor an array")
+        elif character == '"':
+            self._open = "text"
+        elif character in _SCALAR:
+            self._scalar = character
+        else:
+            raise ValueError(f"{character!r} begins no value")

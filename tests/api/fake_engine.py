@@ -1,0 +1,141 @@
+"""An engine without a process: it says what a test tells it to, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from stretto.errors import EngineDied
+from stretto.types import Finish, Logprobs, ModelInfo, Reason, Request, StepStats, TokenEvent, WorkerState
+
+Item = int | list[int] | float | Reason | Exception | TokenEvent
+Script = Callable[[Request], Sequence[Item]]
+
+
+def info(name: str = "tiny", *, vocab: int, context: int = 512) -> ModelInfo:
+    return ModelInfo(
+        name=name,
+        path=name,
+        family="fake",
+        dtype="none",
+        device="none",
+        context=context,
+        vocab=vocab,
+        parameters=0,
+        weight_bytes=0,
+        kv_bytes=0,
+        block_size=16,
+        blocks=64,
+        load_s=0.0,
+    )
+
+
+class FakeStream:
+    """Plays one script: a token, tokens that arrive together, a pause in seconds, an end, or an exception."""
+
+    def __init__(self, engine: FakeEngine, request: Request, script: Sequence[Item]) -> None:
+        self.request = request
+        self.closed_after: int | None = None
+        self.said = 0
+        self._engine = engine
+        self._script = list(script)
+        self._ended = False
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        if self._ended:
+            raise StopAsyncIteration
+        while True:
+            if not self._script:
+                return [self._end(Reason.STOP)]
+            item = self._script.pop(0)
+            if isinstance(item, float):
+                await self._engine.pause(item)
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                return self._events(item)
+
+    def _events(self, item: int | list[int] | Reason | TokenEvent) -> list[TokenEvent]:
+        if isinstance(item, TokenEvent):
+            self._ended = item.finish is not None
+            return [item]
+        if isinstance(item, Reason):
+            return [self._end(item)]
+        events: list[TokenEvent] = []
+        limit = self.request.sampling.max_tokens
+        for token in [item] if isinstance(item, int) else item:
+            self.said += 1
+            last = self.said == limit
+            top = self.request.sampling.logprobs
+            logprobs = None
+            if top is not None:
+                logprobs = Logprobs(-0.5, tuple((token + i, -0.5 - i) for i in range(top)))
+            finish = self._finish(Reason.LENGTH) if last else None
+            self._ended = last
+            events.append(TokenEvent(self.request.id, token, logprobs, finish))
+            if last:
+                break
+        return events
+
+    def _end(self, reason: Reason) -> TokenEvent:
+        self._ended = True
+        return TokenEvent(self.request.id, finish=self._finish(reason))
+
+    def _finish(self, reason: Reason) -> Finish:
+        error = "the tensor caught fire" if reason is Reason.ERROR else None
+        return Finish(reason, len(self.request.prompt), self.said, 3, 1.5, error=error)
+
+    def close(self) -> None:
+        if self.closed_after is None:
+            self.closed_after = self.said
+            self._engine.open.discard(self)
+
+
+@dataclass
+class FakeEngine:
+    """`script(request)` is what each request gets. `open` are the streams that nobody has closed."""
+
+    script: Script
+    models: dict[str, ModelInfo]
+    ready: bool = True
+    restarts: int = 0
+    steps: list[Callable[[StepStats], None]] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    streams: list[FakeStream] = field(default_factory=list)
+    open: set[FakeStream] = field(default_factory=set)
+    pause: Callable[[float], object] = asyncio.sleep
+    _ids: count = field(default_factory=lambda: count(1))
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def submit(self, request: Request) -> FakeStream:
+        if not self.ready:
+            raise EngineDied("the engine is starting", retry_after=1.0)
+        self.requests.append(request)
+        stream = FakeStream(self, request, self.script(request))
+        self.streams.append(stream)
+        self.open.add(stream)
+        return stream
+
+    def worker_state(self) -> WorkerState:
+        return WorkerState(
+            ready=self.ready,
+            draining=False,
+            uptime_s=time.monotonic(),
+            engine_pid=1,
+            engine_restarts=self.restarts,
+            models=tuple(self.models.values()),
+            active=len(self.open),
+            running=0,
+            waiting=0,
+            blocks_free=64,
+            blocks_total=64,
+            steps=0,
+        )
