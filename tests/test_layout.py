@@ -30,8 +30,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gateway": GROUND | {"telemetry", "privacy", "energy"},
     "cluster": GROUND | {"telemetry", "gateway.choose"},
 }
-WIRING = {"cli", "llm", "doctor", "__main__", "__init__"}
-ONLY_WIRING_IMPORTS = {"cli": {"__main__"}, "llm": {"cli", "__init__"}, "doctor": {"cli"}}
+WIRING = {"cli", "llm", "doctor", "chat", "terminal", "__main__", "__init__"}
+ONLY_WIRING_IMPORTS = {
+    "cli": {"__main__"},
+    "llm": {"cli", "__init__"},
+    "doctor": {"cli"},
+    "chat": {"cli"},
+    "terminal": {"cli", "chat"},
+}
 TORCH = {"kernels", "models", "engine", "optimise"}
 TORCH_FREE = {
     "engine.client",

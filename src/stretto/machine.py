@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -176,6 +177,12 @@ def check_fit(name: str, weight_bytes: int, available: int) -> None:
             f"model {name} needs {gib(weight_bytes)} for its weights and {gib(available)} is available:"
             " free memory, or serve a smaller model"
         )
+
+
+def process_age() -> float:
+    """Seconds since this process was started, importing included."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def gib(size: int) -> str:

@@ -1,0 +1,272 @@
+"""The `stretto` command: one function per command, and the only place that wires everything together.
+
+Options that set something are named and described by `stretto.config`; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncGenerator, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+import uvloop
+
+from stretto import chat as conversation
+from stretto import config, doctor, terminal
+from stretto.api import app as api
+from stretto.api import serve as server
+from stretto.bench import load
+from stretto.bench.client import Client, RequestFailed
+from stretto.bench.metrics import Limits
+from stretto.config import EngineConfig, ServeConfig
+from stretto.engine.client import EngineClient
+from stretto.errors import StartError, StrettoError, Unavailable
+from stretto.llm import LLM, Message, locate
+from stretto.types import Sampling
+
+FAILURE, USAGE = 1, 2
+
+app = typer.Typer(
+    help="A real-time LLM server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+def setting(name: str) -> Any:
+    """An option as the config describes it. It has no default of its own: environment and file come next."""
+    info = config.known()[name]
+    text = f"{info.type.__metadata__[0].description} [dim]\\[{info.default}][/]"
+    return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
+
+
+def option(text: str, **rest: Any) -> Any:
+    """An option of one command."""
+    return typer.Option(help=text, **rest)
+
+
+MODELS = typer.Argument(metavar="[MODEL]...", help="directories or hub ids, perhaps as NAME=PATH \\[desk]")
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+Tokens = Annotated[int | None, option("tokens of the answer at most", min=1)]
+Temperature = Annotated[float, option("0 takes the likeliest token each time", min=0.0)]
+Seed = Annotated[int | None, option("the same seed gives the same answer")]
+
+
+@app.command()
+def serve(
+    ctx: typer.Context,
+    models: Annotated[list[str] | None, MODELS] = None,
+    file: Annotated[Path | None, typer.Option("--config", help="a TOML file of settings")] = None,
+    host: Annotated[str | None, setting("host")] = None,
+    port: Annotated[int | None, setting("port")] = None,
+    device: Annotated[str | None, setting("device")] = None,
+    dtype: Annotated[str | None, setting("dtype")] = None,
+    threads: Annotated[int | None, setting("threads")] = None,
+    kv_memory: Annotated[str | None, setting("kv_memory")] = None,
+    context: Annotated[int | None, setting("context")] = None,
+    max_running: Annotated[int | None, setting("max_running")] = None,
+    max_waiting: Annotated[int | None, setting("max_waiting")] = None,
+    schedule: Annotated[str | None, setting("schedule")] = None,
+    drain: Annotated[float | None, setting("drain")] = None,
+) -> None:
+    """Serve models over HTTP, as OpenAI's API has it.
+
+    Every setting can also come from the environment (STRETTO_PORT) or the file: see docs/configuration.md.
+    """
+    given = {
+        name: value for name, value in ctx.params.items() if value not in (None, [], ()) and name != "file"
+    }
+    with _usage():
+        front, engine = config.load(given, os.environ, file)
+    loading = terminal.Loading()
+    engine = msgspec.structs.replace(engine, models=locate(engine.models, loading))
+    uvloop.run(_serve(front, engine, loading))
+
+
+async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.Loading) -> None:
+    """The engine starts first and loads while the front is built: importing torch is most of the wait."""
+    client = EngineClient(engine, on_progress=loading)
+    await client.start()
+    application = api.build(front, client, {model.name: Path(model.path) for model in engine.models})
+    await server.run(front, application, client)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="a directory, a hub id, or a server's address")] = "desk",
+    max_tokens: Tokens = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+) -> None:
+    """Talk to a model in the terminal, loaded here or served elsewhere."""
+    with _usage():
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if "://" in model:
+        remote = _Remote(model, sampling)
+        conversation.converse(remote, f"{remote.model} at {model}")
+        return
+    with _loaded(model) as llm:
+        conversation.converse(lambda messages: llm.stream(messages, sampling), llm.info.name)
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Argument(help="what to answer; - reads it from standard input")],
+    model: Annotated[str, option("a directory, a hub id, or the bundled model")] = "desk",
+    max_tokens: Tokens = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt and exit."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with _usage():
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    with _loaded(model) as llm:
+        asked = [{"role": "user", "content": text}]
+        if as_json:
+            terminal.say_json(llm.chat(asked, sampling) if llm.chats else llm.generate(text, sampling)[0])
+            return
+        for piece in llm.stream(asked if llm.chats else text, sampling):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@bench.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Argument(help="an OpenAI-compatible server, like http://127.0.0.1:8000")],
+    requests: Annotated[int, option("how many to send", min=1)] = 100,
+    rate: Annotated[float | None, option("requests per second, as a Poisson process")] = None,
+    concurrency: Annotated[int | None, option("requests under way at once", min=1)] = None,
+    prompts: Annotated[Path | None, option("a file of prompts: JSON lines or plain lines, .gz too")] = None,
+    random_input: Annotated[int, option("without a file: random tokens per prompt", min=1)] = 128,
+    output_tokens: Annotated[int, option("tokens of each answer at most", min=1)] = 128,
+    endpoint: Annotated[load.Endpoint | None, option("chat for a file, else completions")] = None,
+    model: Annotated[str | None, option("its name there; else the first")] = None,
+    ttft_ms: Annotated[float | None, option("a good request's TTFT at most")] = None,
+    tpot_ms: Annotated[float | None, option("a good request's TPOT at most")] = None,
+    e2e_ms: Annotated[float | None, option("a good request's whole time at most")] = None,
+    seed: Annotated[int, option("of the arrivals and the random tokens")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Load a server and report TTFT, TPOT, ITL, E2E, throughput and goodput.
+
+    A key is taken from STRETTO_API_KEY or OPENAI_API_KEY.
+    """
+    with _usage():
+        asked = load.Load(
+            requests=requests,
+            rate=rate,
+            concurrency=concurrency,
+            prompts=prompts,
+            random_input=random_input,
+            output_tokens=output_tokens,
+            endpoint=endpoint,
+            model=model,
+            limits=Limits(ttft_ms=ttft_ms, tpot_ms=tpot_ms, e2e_ms=e2e_ms),
+            seed=seed,
+        )
+    with terminal.Counting("requests", requests) as count:
+        outcome = uvloop.run(load.run(url, asked, api_key=_key(), on_done=count))
+    if as_json:
+        terminal.say_json(outcome)
+    else:
+        terminal.show_outcome(outcome)
+    if not outcome.report.completed:
+        raise typer.Exit(FAILURE)
+
+
+@app.command("doctor")
+def examine(
+    model: Annotated[str | None, typer.Argument(help="a directory or hub id to look at too")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine has, what is chosen because of it, and whether a model fits."""
+    with _usage():
+        engine = config.load({"models": [model]} if model else {}, os.environ, None)[1]
+    located = locate(engine.models, terminal.Loading())[0] if model else None
+    found = doctor.diagnose(engine, located)
+    if as_json:
+        terminal.say_json(found)
+    else:
+        terminal.show_facts(doctor.sections(found))
+    if found.model is not None and found.model.problem is not None:
+        raise typer.Exit(FAILURE)
+
+
+class _Remote:
+    """A conversation with a server: one event loop, run while an answer comes."""
+
+    def __init__(self, url: str, sampling: Sampling) -> None:
+        self._client = Client(url, api_key=_key())
+        self._sampling = sampling
+        self._runner = asyncio.Runner()
+        try:
+            self.model = self._runner.run(self._client.models())[0]
+        except (RequestFailed, IndexError) as failure:
+            raise Unavailable(f"{url} does not answer as a model server: {failure}") from failure
+
+    def __call__(self, messages: list[Message]) -> Generator[str]:
+        body = {"model": self.model, "messages": messages, "stream": True}
+        for name in ("max_tokens", "temperature", "seed"):
+            if (value := getattr(self._sampling, name)) is not None:
+                body[name] = value
+        pieces = self._client.pieces("chat/completions", msgspec.json.encode(body))
+        try:
+            while (piece := self._runner.run(_next(pieces))) is not None:
+                yield piece
+        except RequestFailed as failure:
+            raise Unavailable(str(failure)) from failure
+        finally:
+            self._runner.run(_close(pieces))
+
+
+async def _next(pieces: AsyncGenerator[str]) -> str | None:
+    return await anext(pieces, None)
+
+
+async def _close(pieces: AsyncGenerator[str]) -> None:
+    await pieces.aclose()
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What is wrong in here is wrong with what was asked."""
+    try:
+        yield
+    except (StartError, ValueError) as error:
+        terminal.say_error(error if isinstance(error, StartError) else StartError(str(error)))
+        raise typer.Exit(USAGE) from error
+
+
+def _key() -> str | None:
+    return os.environ.get("STRETTO_API_KEY") or os.environ.get("OPENAI_API_KEY")
+
+
+def _loaded(model: str) -> LLM:
+    """A model of our own, with a bar while it loads."""
+    loading = terminal.Loading()
+    try:
+        return LLM(model, on_progress=loading)
+    finally:
+        loading.stop()
+
+
+def main() -> None:
+    """Run a command. What goes wrong on purpose is one line, never a traceback."""
+    try:
+        app()
+    except StrettoError as error:
+        terminal.say_error(error)
+        sys.exit(FAILURE)

@@ -1,0 +1,215 @@
+"""`stretto doctor`: what this machine has, what is chosen because of it and why, and whether a model fits.
+
+The choices are those of `stretto.machine`, which the engine makes too. What only torch knows is asked of a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from stretto import machine
+from stretto.config import EngineConfig, ModelConfig
+from stretto.errors import CheckpointError, StartError
+from stretto.machine import Choice, KvPlan, KvShape, Machine, gib
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+PACKAGES = ("stretto", "torch", "tokenizers", "llguidance", "msgspec", "pyzmq", "uvicorn")
+PROBE_S = 120
+Row = tuple[str, str, str]
+Section = tuple[str, list[Row]]
+
+
+class Gpu(Struct, frozen=True):
+    """A device torch can use; bytes."""
+
+    name: str
+    memory: int
+    free: int
+
+
+class Stored(Struct, frozen=True, kw_only=True):
+    """A checkpoint as it lies on disk. `token_elements`: keys and values of one token in all layers."""
+
+    family: str
+    dtype: str
+    context: int
+    vocab: int
+    parameters: int
+    token_elements: int
+    bytes: int
+
+
+class Probed(Struct, frozen=True, kw_only=True):
+    """What `stretto.engine.probe` prints."""
+
+    cuda: bool
+    isa: str
+    kernels: str
+    gpus: tuple[Gpu, ...]
+    stored: Stored | None
+    error: str | None
+
+
+class Fit(Struct, frozen=True, kw_only=True):
+    """A model on this machine. `problem` says why it does not run here; then `kv` may be missing."""
+
+    name: str
+    path: str
+    stored: Stored
+    dtype: Choice[str]
+    weight_bytes: int
+    kv: Choice[KvPlan] | None
+    problem: str | None
+
+
+class Diagnosis(Struct, frozen=True, kw_only=True):
+    """Everything `stretto doctor --json` prints. Sizes are bytes."""
+
+    machine: Machine
+    compiler: str | None
+    disk_free: int
+    python: str
+    versions: dict[str, str]
+    torch_isa: str
+    gpus: tuple[Gpu, ...]
+    kernels: str
+    device: Choice[str]
+    threads: Choice[int]
+    model: Fit | None
+
+
+def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
+    """Look at this machine, and at `model` on it. Raises CheckpointError for a directory that holds none."""
+    seen = machine.snapshot()
+    probed = _probe(model)
+    device = machine.choose_device(engine.device, probed.cuda)
+    available = probed.gpus[0].free if device.value == "cuda" else seen.available
+    fit = None
+    if model is not None and probed.stored is not None:
+        dtype = machine.choose_dtype(seen, probed.stored.dtype, device=device.value, asked=model.dtype)
+        fit = _fit(engine, model, probed.stored, dtype, available)
+    compiler = shutil.which("gcc")
+    return Diagnosis(
+        machine=seen,
+        compiler=compiler and _output([compiler, "--version"]).partition("\n")[0],
+        disk_free=shutil.disk_usage(Path.home()).free,
+        python=platform.python_version(),
+        versions={package: version(package) for package in PACKAGES},
+        torch_isa=probed.isa,
+        gpus=probed.gpus,
+        kernels=probed.kernels,
+        device=device,
+        threads=machine.choose_threads(seen, engine.threads),
+        model=fit,
+    )
+
+
+def sections(found: Diagnosis) -> list[Section]:
+    """The diagnosis for people: titles, and rows of name, value and reason."""
+    return [
+        ("This machine", _machine_rows(found)),
+        ("What is chosen", _choice_rows(found)),
+        *([] if found.model is None else [(f"Model {found.model.name}", _model_rows(found.model))]),
+        ("Software", [("python", found.python, ""), *((k, v, "") for k, v in found.versions.items())]),
+    ]
+
+
+def _probe(model: ModelConfig | None) -> Probed:
+    command = [sys.executable, "-m", "stretto.engine.probe", *([] if model is None else [model.path])]
+    probed = msgspec.json.decode(_output(command), type=Probed)
+    if probed.error is not None:
+        raise CheckpointError(probed.error)
+    return probed
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        last = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        raise StartError(f"`{' '.join(command)}` does not work here: {last}") from error
+    return done.stdout
+
+
+def _fit(engine: EngineConfig, model: ModelConfig, stored: Stored, dtype: Choice[str], available: int) -> Fit:
+    width = WIDTHS[dtype.value]
+    weights = stored.bytes * width // WIDTHS[stored.dtype]
+    shape = KvShape(
+        block_bytes=stored.token_elements * engine.block_size * width,
+        block_size=engine.block_size,
+        context=stored.context,
+        max_running=engine.max_running,
+    )
+    kv, problem = None, None
+    try:
+        machine.check_fit(model.name, weights, available)
+        kv = machine.choose_kv(
+            shape, available - weights, asked_bytes=engine.kv_bytes, asked_context=engine.context
+        )
+    except StartError as error:
+        problem = error.message
+    return Fit(
+        name=model.name,
+        path=model.path,
+        stored=stored,
+        dtype=dtype,
+        weight_bytes=weights,
+        kv=kv,
+        problem=problem,
+    )
+
+
+def _machine_rows(found: Diagnosis) -> list[Row]:
+    seen = found.machine
+    limit = "" if seen.quota is None else f"the container may use {seen.quota:g}"
+    rows = [
+        ("processor", seen.cpu, ""),
+        ("cores", f"{seen.cores} physical, {seen.logical_cores} logical", limit),
+        ("instructions", " ".join(seen.isa) or "none that matter here", f"torch uses {found.torch_isa}"),
+        ("memory", f"{gib(seen.available)} of {gib(seen.memory)} available", ""),
+        ("disk", f"{gib(found.disk_free)} free", "where models are downloaded to"),
+        ("C compiler", found.compiler or "none", ""),
+    ]
+    rows += [
+        (f"GPU {i}", f"{g.name}, {gib(g.free)} of {gib(g.memory)} free", "") for i, g in enumerate(found.gpus)
+    ]
+    if seen.gpus and not found.gpus:
+        rows.append(
+            ("GPU", ", ".join(seen.gpus), "the installed torch cannot use it: it is built without CUDA")
+        )
+    return rows
+
+
+def _choice_rows(found: Diagnosis) -> list[Row]:
+    return [
+        ("device", found.device.value, found.device.why),
+        ("threads", str(found.threads.value), found.threads.why),
+        ("kernels", found.kernels, ""),
+    ]
+
+
+def _model_rows(fit: Fit) -> list[Row]:
+    stored = fit.stored
+    rows = [
+        ("family", stored.family, ""),
+        ("parameters", f"{stored.parameters:,}", f"vocabulary of {stored.vocab:,}"),
+        ("context", f"{stored.context:,} tokens", "the model's own"),
+        ("dtype", fit.dtype.value, fit.dtype.why),
+        ("weights", gib(fit.weight_bytes), f"{gib(stored.bytes)} of {stored.dtype} on disk"),
+    ]
+    if fit.kv is not None:
+        plan = fit.kv.value
+        rows.append(("KV cache", f"{gib(plan.bytes)}: {plan.tokens:,} tokens", fit.kv.why))
+        rows.append(("fits", "yes", f"serves contexts of {plan.context:,} tokens"))
+    else:
+        rows.append(("fits", "no", fit.problem or ""))
+    return rows

@@ -1,0 +1,98 @@
+"""What torch and a checkpoint's headers say: `python -m stretto.engine.probe [DIRECTORY]` prints it as JSON.
+
+Run as a process of its own by `stretto doctor`, which never imports torch. It reads no weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from math import prod
+from pathlib import Path
+
+import msgspec
+import torch
+from msgspec import Struct
+
+from stretto.errors import CheckpointError
+from stretto.kernels.reference import REFERENCE
+from stretto.models import families
+from stretto.models.checkpoint import Checkpoint
+
+
+class Gpu(Struct, frozen=True):
+    """Bytes of its memory, and of what is free."""
+
+    name: str
+    memory: int
+    free: int
+
+
+class Stored(Struct, frozen=True, kw_only=True):
+    """A checkpoint: `dtype` is the one it is stored in, `parameters` counts all its tensors' elements, and
+    `token_elements` are the keys and values of one token in all layers."""
+
+    family: str
+    dtype: str
+    context: int
+    vocab: int
+    parameters: int
+    token_elements: int
+    bytes: int
+
+
+class Probed(Struct, frozen=True, kw_only=True):
+    """What only a process with torch can say."""
+
+    torch: str
+    cuda: bool
+    isa: str
+    kernels: str
+    gpus: tuple[Gpu, ...]
+    stored: Stored | None = None
+    error: str | None = None
+
+
+def stored(path: Path) -> Stored:
+    """Raises CheckpointError for a directory that holds no model Stretto runs."""
+    spec = families.read(path)
+    with Checkpoint(path) as checkpoint:
+        parameters = sum(prod(entry.shape) for entry in checkpoint.entries.values())
+        nbytes = checkpoint.nbytes
+    return Stored(
+        family=spec.family,
+        dtype=spec.dtype,
+        context=spec.context,
+        vocab=spec.vocab,
+        parameters=parameters,
+        token_elements=2 * len(spec.layers) * spec.kv_heads * spec.head_dim,
+        bytes=nbytes,
+    )
+
+
+def main() -> None:
+    """Print what is found; a checkpoint that cannot be read is a finding too."""
+    cuda = torch.cuda.is_available()
+    gpus: list[Gpu] = []
+    for device in range(torch.cuda.device_count() if cuda else 0):
+        free, total = torch.cuda.mem_get_info(device)
+        gpus.append(Gpu(torch.cuda.get_device_name(device), total, free))
+    found, error = None, None
+    if len(sys.argv) > 1:
+        try:
+            found = stored(Path(sys.argv[1]))
+        except CheckpointError as failure:
+            error = failure.message
+    probed = Probed(
+        torch=torch.__version__,
+        cuda=cuda,
+        isa=torch.backends.cpu.get_cpu_capability(),
+        kernels=REFERENCE.name,
+        gpus=tuple(gpus),
+        stored=found,
+        error=error,
+    )
+    sys.stdout.buffer.write(msgspec.json.encode(probed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""How commands speak: results on standard output, all else on standard error, colours on terminals only.
+
+Knows what reports look like on a screen, nothing of how they come about.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from types import TracebackType
+
+import msgspec
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from stretto.bench.load import Outcome
+from stretto.bench.metrics import Sample, Spread
+from stretto.errors import StrettoError
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def say_json(value: object) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+    sys.stdout.flush()
+
+
+def say_error(error: StrettoError) -> None:
+    """One line that says what is wrong and what to do about it."""
+    err.print("[bold red]error:[/]", end=" ")
+    err.print(error.message, markup=False)
+
+
+class Loading:
+    """A bar per stage of a long start: downloads, weights. Silent where there is no terminal."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+        self._progress = _progress(*columns)
+        self._stages: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` bytes of a stage."""
+        if not self._stages:
+            self._progress.start()
+        if stage not in self._stages:
+            self._stages[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._stages[stage], completed=done, total=total)
+
+    def stop(self) -> None:
+        """Take the bars away."""
+        self._progress.stop()
+
+
+class Counting:
+    """A bar over a known number of requests."""
+
+    def __init__(self, what: str, total: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = _progress(*columns)
+        self._task = self._progress.add_task(what, total=total)
+
+    def __enter__(self) -> Counting:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, sample: Sample) -> None:
+        """One more is done."""
+        self._progress.advance(self._task)
+
+
+def show_outcome(outcome: Outcome) -> None:
+    """A load test's figures, worst news last."""
+    report = outcome.report
+    table = _table(
+        "milliseconds", "mean", "p50", "p90", "p99", "max", title=f"{outcome.model} at {outcome.url}"
+    )
+    for name, spread in (
+        ("TTFT", report.ttft_ms),
+        ("TPOT", report.tpot_ms),
+        ("ITL", report.itl_ms),
+        ("E2E", report.e2e_ms),
+    ):
+        table.add_row(name, *_spread(spread))
+    out.print(table)
+    out.print(
+        f"{report.completed} of {report.sent} requests in {report.duration_s:.2f} s, at most"
+        f" {report.peak_concurrency} at once"
+    )
+    out.print(
+        f"{report.requests_per_s:.2f} requests/s · {report.output_tokens_per_s:.1f} output tokens/s ·"
+        f" {report.total_tokens_per_s:.1f} tokens/s with the prompts"
+    )
+    if report.goodput is not None and report.good_share is not None:
+        out.print(f"goodput {report.goodput:.2f} requests/s · {report.good_share:.1%} of all sent were good")
+    for kind, count in report.errors.items():
+        out.print(f"[red]{count} failed:[/] ", end="")
+        out.print(f"{kind}: {outcome.examples[kind]}", markup=False)
+
+
+def show_facts(sections: Iterable[tuple[str, list[tuple[str, str, str]]]]) -> None:
+    """Sections of (name, value, why)."""
+    for title, rows in sections:
+        table = _table(title, "", "why" if any(why for _, _, why in rows) else "")
+        for row in rows:
+            table.add_row(*row)
+        out.print(table)
+
+
+def _table(first: str, *others: str, title: str | None = None) -> Table:
+    table = Table(first, *others, title=title, title_justify="left", box=None, pad_edge=False)
+    table.columns[0].style = "cyan"
+    return table
+
+
+def _spread(spread: Spread | None) -> list[str]:
+    if spread is None:
+        return ["-"] * 5
+    return [f"{value:.2f}" for value in (spread.mean, spread.p50, spread.p90, spread.p99, spread.max)]
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
