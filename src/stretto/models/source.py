@@ -5,8 +5,93 @@ Imports no torch: the HTTP process uses it too. Knows nothing of what the files 
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from stretto.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]
 BUNDLED = "desk"
-WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+
+
+def resolve(name: str, progress: Progress | None = None) -> Path:
+    """The directory of model `name`: a path, a hub id `org/name` (downloaded once, into the hub's own
+    cache), or `desk`, the bundled model. `progress(stage, done, total)` counts bytes.
+
+    Raises CheckpointError, saying what to do, when there is no such model, when it cannot be fetched, and
+    when the directory is not a model in safetensors.
+    """
+    if name == BUNDLED:
+        return check(Path(str(files("stretto"))) / BUNDLED)
+    path = Path(name).expanduser()
+    if path.exists():
+        return check(path)
+    if HUB_ID.fullmatch(name) and not name.startswith("."):
+        return check(_fetch(name, progress))
+    raise CheckpointError(
+        f"{name!r} is no directory here, no hub id (organisation/name) and not {BUNDLED!r}, the bundled model"
+    )
+
+
+def check(path: Path) -> Path:
+    """Is `path` a directory with config.json and safetensors? Raises CheckpointError when not."""
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        raise CheckpointError(f"{path} is GGUF, which is not read: use the safetensors it was made from")
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file: give the directory that holds config.json and *.safetensors"
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist")
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(f"{path} is an adapter, not a model: merge it into its base model first")
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path} is not a model directory: it has no config.json")
+    if any(path.glob("*.safetensors")):
+        return path
+    if any(found for suffix in ("bin", "pt", "pth", "ckpt", "pkl") for found in path.glob(f"*.{suffix}")):
+        raise CheckpointError(
+            f"{path} holds only pickled weights, which can run code and are never loaded: "
+            "convert it to safetensors (save_pretrained does) or find a safetensors version of it"
+        )
+    raise CheckpointError(f"{path} has no *.safetensors; a download may not have finished")
+
+
+def _fetch(name: str, progress: Progress | None) -> Path:
+    # Naming the function is what loads the hub's client, a third of a second that only a download pays for;
+    # its other names (`utils`, `errors`) exist from then on.
+    fetch = huggingface_hub.snapshot_download
+    bar = None if progress is None else _bar(progress)
+    try:
+        return Path(fetch(name, allow_patterns=WANTED, tqdm_class=bar))
+    except huggingface_hub.errors.GatedRepoError as error:
+        raise CheckpointError(f"{name} is gated: accept its terms on the hub, then set HF_TOKEN") from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise CheckpointError(f"{name} is neither a directory here nor a model on the hub") from error
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{name} is not in the hub's cache, and the hub cannot be reached") from error
+    except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
+        raise CheckpointError(f"{name} could not be fetched from the hub: {error}") from error
+
+
+def _bar(progress: Progress) -> type[Any]:
+    """The hub's progress bar, drawing nothing and telling `progress` of the bytes written instead."""
+
+    class Bar(huggingface_hub.utils.tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._told = str(kwargs.pop("name", "")).endswith("snapshot_download")
+            super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if self._told:
+                progress("download", int(self.n), int(self.total or 0))
+
+    return Bar

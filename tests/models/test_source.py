@@ -1,0 +1,101 @@
+"""Where models come from, and what a directory that is no model is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from stretto.errors import CheckpointError
+from stretto.models.source import resolve
+
+
+def model(path: Path, *names: str) -> Path:
+    path.mkdir()
+    for name in names:
+        (path / name).write_bytes(b"{}")
+    return path
+
+
+def test_a_local_directory(tmp_path: Path) -> None:
+    path = model(tmp_path / "it", "config.json", "model.safetensors", "pytorch_model.bin")
+    assert resolve(str(path)) == path
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["config.json", "pytorch_model.bin"], "pickled weights.*never loaded.*convert it to safetensors"),
+        (["config.json", "consolidated.00.pth"], "pickled weights"),
+        (["config.json"], r"no \*.safetensors"),
+        (["model.safetensors"], "not a model directory: it has no config.json"),
+        ([], "not a model directory"),
+        (["model-q4.gguf", "config.json"], "GGUF, which is not read"),
+        (["adapter_config.json", "adapter_model.safetensors"], "merge it into its base model"),
+    ],
+)
+def test_directories_that_are_no_model(tmp_path: Path, names: list[str], says: str) -> None:
+    path = model(tmp_path / "it", *names)
+    with pytest.raises(CheckpointError, match=says) as error:
+        resolve(str(path))
+    assert str(path) in error.value.message
+
+
+def test_files_are_no_model(tmp_path: Path) -> None:
+    path = model(tmp_path / "it", "model.safetensors", "model.gguf")
+    with pytest.raises(CheckpointError, match="give the directory"):
+        resolve(str(path / "model.safetensors"))
+    with pytest.raises(CheckpointError, match="GGUF"):
+        resolve(str(path / "model.gguf"))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/no/such/place", "./a/b", "../x", "a/b/c", ""])
+def test_names_of_nothing(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError):
+        resolve(name)
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = model(tmp_path / "it", "config.json", "model.safetensors")
+    told: list[tuple[str, int, int]] = []
+
+    def fetch(name: str, *, allow_patterns: list[str], tqdm_class: Callable[..., Any]) -> str:
+        assert name == "org/some-model.v2"
+        assert "*.safetensors" in allow_patterns and not any("bin" in each for each in allow_patterns)
+        bar = tqdm_class(disable=True, name="huggingface_hub.snapshot_download", total=0, unit="B")
+        bar.total = 100
+        bar.update(40)
+        bar.refresh()
+        bar.close()
+        other = tqdm_class(disable=True, name="files", total=7)
+        other.refresh()
+        other.close()
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert resolve("org/some-model.v2", lambda *progress: told.append(progress)) == path
+    assert told[-1] == ("download", 40, 100)
+    assert {total for _, _, total in told} <= {0, 100}
+
+
+def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fetch(name: str, **_: object) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(CheckpointError, match="org/model is not in the hub's cache.*cannot be reached"):
+        resolve("org/model")
+
+
+def test_the_front_may_import_it() -> None:
+    code = "import sys, stretto.models.source; print('torch' in sys.modules, 'httpx2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
