@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,17 +22,26 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from stretto.api import generate, http, intake
+from stretto.api import embed, generate, http, intake, openapi
 from stretto.api.front import Check, Engine, Front, Run
 from stretto.api.text import TextModel
 from stretto.config import ServeConfig
 from stretto.errors import NotFound, StrettoError, Unauthorised, WrongMethod
-from stretto.openai import ChatRequest, CompletionRequest, ModelCard, ModelList, Status
+from stretto.openai import ChatRequest, CompletionRequest, EmbeddingRequest, ModelCard, ModelList, Status
 from stretto.telemetry.metrics import Ended
 
 T = TypeVar("T")
 CHAT = json.Decoder(ChatRequest)
 COMPLETION = json.Decoder(CompletionRequest)
+EMBEDDING = json.Decoder(EmbeddingRequest)
+PAGE = files("stretto.gateway") / "page"
+PAGE_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +139,12 @@ async def _completion(call: Call) -> None:
     await generate.generate(call.front, call.run, job, call.tenant, call.arrival, call.send)
 
 
+async def _embedding(call: Call) -> None:
+    request = call.parse(EMBEDDING)
+    caller = call.tenant, call.arrival
+    await embed.embed(call.front, call.run, request, len(call.body), caller, call.send)
+
+
 @dataclass(frozen=True, slots=True)
 class Pages:
     """The routes that only report."""
@@ -151,6 +167,17 @@ class Pages:
     async def state(self, request: Request) -> Response:
         http.tenant(request.scope, self.front.config.api_keys)
         return self._json(self.front.state())
+
+    async def openapi(self, request: Request) -> Response:
+        return self._json(openapi.document())
+
+    def page(self, request: Request) -> Response:
+        """The page at `/`, and what it is made of below `/page/`."""
+        name = request.path_params.get("name", "index.html")
+        kind = PAGE_TYPES.get(name)
+        if kind is None:
+            raise NotFound(f"there is nothing at {request.url.path}")
+        return Response((PAGE / name).read_bytes(), media_type=kind, headers=PAGE_HEADERS)
 
     async def models(self, request: Request) -> Response:
         http.tenant(request.scope, self.front.config.api_keys)
@@ -205,8 +232,12 @@ class App:
             routes=[
                 Route("/v1/chat/completions", Endpoint("chat", front, _chat), methods=["POST"]),
                 Route("/v1/completions", Endpoint("completions", front, _completion), methods=["POST"]),
+                Route("/v1/embeddings", Endpoint("embeddings", front, _embedding), methods=["POST"]),
                 Route("/v1/models", pages.models),
                 Route("/v1/models/{name:path}", pages.model),
+                Route("/", pages.page),
+                Route("/page/{name}", pages.page),
+                Route("/openapi.json", pages.openapi),
                 Route("/health", pages.health),
                 Route("/ready", pages.ready),
                 Route("/state", pages.state),

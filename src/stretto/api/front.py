@@ -1,4 +1,4 @@
-"""The state of the HTTP front: its models, who waits, what runs, whether it drains. One event loop owns it."""
+"""The state of the HTTP front: its models, who waits, what runs, whether it drains. One loop owns it."""
 
 from __future__ import annotations
 

@@ -303,6 +303,10 @@ def _options(request: Generation) -> StreamOptions:
     return request.stream_options or StreamOptions()
 
 
-def _salt(request: Generation) -> str:
-    parts = (request.user, request.safety_identifier, request.prompt_cache_key, request.cache_salt)
+def salt_of(*parts: str | None) -> str:
+    """What keeps computed prompts apart, besides the tenant."""
     return json.dumps(parts) if any(part is not None for part in parts) else ""
+
+
+def _salt(request: Generation) -> str:
+    return salt_of(request.user, request.safety_identifier, request.prompt_cache_key, request.cache_salt)
