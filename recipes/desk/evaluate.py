@@ -1,0 +1,154 @@
+"""Exact held-out accuracy by task and level, of a model directory or of an OpenAI-compatible server.
+
+python -m recipes.desk.evaluate src/stretto/desk
+python -m recipes.desk.evaluate --url http://127.0.0.1:8000 --count 50 --json result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes.desk.example import Example
+from recipes.desk.tasks import LEVELS, TASKS, check, held_out
+
+Answer = Callable[[Sequence[Example]], list[str]]
+LONGEST = 320  # tokens of the longest reply, with room
+
+
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion (E. B. Wilson, 1927)."""
+    if not count:
+        return 0.0, 1.0
+    share = right / count
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def local(path: Path, device: str = "cpu") -> Answer:
+    """Greedy answers of a checkpoint in float32 through transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model.to(device)
+
+    def answer(examples: Sequence[Example]) -> list[str]:
+        prompts = [
+            tokenizer.apply_chat_template(list(example.messages), tokenize=False, add_generation_prompt=True)
+            for example in examples
+        ]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
+        with torch.inference_mode():
+            tokens = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=LONGEST,
+                do_sample=False,
+            )
+        return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return answer
+
+
+def served(url: str, model: str | None = None, threads: int = 8) -> Answer:
+    """Answers of a server's /v1/chat/completions at temperature 0."""
+    base = url.rstrip("/").removesuffix("/v1")
+
+    def call(path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(f"{base}{path}", data, {"content-type": "application/json"})
+        with urlopen(request, timeout=120) as reply:
+            return json.load(reply)
+
+    name = model or call("/v1/models")["data"][0]["id"]
+
+    def ask(example: Example) -> str:
+        body = {"model": name, "messages": list(example.messages), "temperature": 0, "max_tokens": LONGEST}
+        return call("/v1/chat/completions", body)["choices"][0]["message"]["content"] or ""
+
+    def answer(examples: Sequence[Example]) -> list[str]:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(ask, examples))
+
+    return answer
+
+
+def score(right: int, count: int) -> dict[str, float | int | list[float]]:
+    low, high = wilson(right, count)
+    return {
+        "right": right,
+        "count": count,
+        "accuracy": round(right / max(1, count), 4),
+        "interval": [round(low, 4), round(high, 4)],
+    }
+
+
+def evaluate(
+    answer: Answer,
+    count: int,
+    levels: Sequence[int] = LEVELS,
+    tasks: Sequence[str] = tuple(TASKS),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores of `count` held-out prompts per task and level, the levels' totals, and some wrong answers."""
+    cells: dict[str, dict[str, Any]] = {}
+    wrong: list[dict[str, Any]] = []
+    totals = {level: [0, 0] for level in levels}
+    for task in tasks:
+        cells[task] = {}
+        for level in levels:
+            examples = held_out(task, level, count, seed)
+            texts = answer(examples)
+            misses = [(e, t) for e, t in zip(examples, texts, strict=True) if not check(e, t)]
+            cells[task][str(level)] = score(count - len(misses), count)
+            totals[level][0] += count - len(misses)
+            totals[level][1] += count
+            for example, text in misses[:3]:
+                asked = example.messages[-1]["content"]
+                wrong.append(
+                    {"task": task, "level": level, "asked": asked, "expected": example.reply, "said": text}
+                )
+    overall = {str(level): score(right, asked) for level, (right, asked) in totals.items()}
+    return {"count": count, "seed": seed, "levels": overall, "tasks": cells, "wrong": wrong}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people: a row per task, a column per level, per cent."""
+    levels = list(result["levels"])
+    rows = [f"{'task':<10}" + "".join(f"{'level ' + level:>10}" for level in levels)]
+    for task, cells in (*result["tasks"].items(), ("all", result["levels"])):
+        rows.append(f"{task:<10}" + "".join(f"{100 * cells[level]['accuracy']:>10.1f}" for level in levels))
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", nargs="?", type=Path, default=Path("src/stretto/desk"))
+    parser.add_argument("--url", help="ask this server instead of loading the model")
+    parser.add_argument("--name", help="model name to ask the server for (default: its first)")
+    parser.add_argument("--count", type=int, default=100, help="prompts per task and level")
+    parser.add_argument("--levels", default="1,2,3,4")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the full result here")
+    options = parser.parse_args()
+    answer = served(options.url, options.name) if options.url else local(options.model, options.device)
+    levels = [int(level) for level in options.levels.split(",")]
+    result = evaluate(answer, options.count, levels, seed=options.seed)
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

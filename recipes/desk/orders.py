@@ -1,0 +1,304 @@
+"""Questions about order records that the prompt shows: look up a field, count, extract to JSON."""
+
+from __future__ import annotations
+
+import json
+from random import Random
+
+from recipes.desk.example import Draft, between, money, order_id, pick
+from recipes.desk.words import CITIES, COLOURS, CURRENCIES, FIRST, LAST, PAYMENTS, SERVICES, STATUSES, THINGS
+
+FIELDS = ("customer", "item", "price", "status", "city", "payment", "service", "quantity")
+ASK = (
+    "What is the {f} of order {o}?",
+    "Which {f} does order {o} have?",
+    "Tell me the {f} of {o}.",
+    "{o}: {f}?",
+    "Please look up the {f} for order {o}.",
+    "I need the {f} of order {o}, please.",
+    "What {f} is recorded for order {o}?",
+    "Find the {f} of order {o}.",
+)
+ASK_BY_NAME = (
+    "What is the {f} of {n}'s order?",
+    "{n} is asking: what is the {f} of my order?",
+    "Look up the {f} for the customer {n}.",
+    "Customer {n}: {f}?",
+)
+ASK_BY_ITEM = (
+    "What is the {f} of the order with the {i}?",
+    "Somebody ordered the {i}. What is the {f}?",
+    "Look up the {f} for the {i}.",
+)
+ASK_WHO = (
+    "Who placed order {o}?",
+    "Who ordered {o}?",
+    "Whose order is {o}?",
+    "Which customer has order {o}?",
+)
+ASK_WHO_ITEM = ("Who ordered the {i}?", "Who bought the {i}?", "Which customer ordered the {i}?")
+ASK_ORDER = ("Which order did {n} place?", "What is the order number of {n}?", "Find the order of {n}.")
+ASK_ITEM_ORDER = ("Which order contains the {i}?", "What is the order number for the {i}?")
+FOLLOW = (
+    "And the {f}?",
+    "And its {f}?",
+    "What about the {f}?",
+    "Thanks. And the {f}?",
+    "Now the {f}, please.",
+)
+COUNT = (
+    "How many orders are {s}?",
+    "Count the orders with status {s}.",
+    "How many orders have the status {s}?",
+)
+HEADS = (
+    "",
+    "Orders:\n",
+    "Order records:\n",
+    "Here are the records.\n",
+    "Records:\n",
+    "These are our orders:\n",
+)
+
+Record = dict[str, str]
+
+
+def person(rng: Random) -> str:
+    """A full name, now and then a first name alone."""
+    if rng.random() < 0.06:
+        return pick(rng, FIRST)
+    return f"{pick(rng, FIRST)} {pick(rng, LAST)}"
+
+
+def records(rng: Random, count: int, fields: tuple[str, ...]) -> list[Record]:
+    """`count` orders; order number, customer and item are unique, so each of them identifies an order."""
+    currency = pick(rng, CURRENCIES)
+    rows: list[Record] = []
+    seen: set[str] = set()
+    while len(rows) < count:
+        row: Record = {"order": _near(rng, rows)}
+        for field in fields:
+            row[field] = _value(rng, field, currency)
+        unique = {row["order"], row.get("customer", row["order"]), row.get("item", row["order"])}
+        if seen.isdisjoint(unique):
+            seen |= unique
+            rows.append(row)
+    return rows
+
+
+def _near(rng: Random, rows: list[Record]) -> str:
+    """A fresh order number, or now and then one that differs in a digit from one already there."""
+    if not rows or rng.random() > 0.2:
+        return order_id(rng)
+    number = pick(rng, rows)["order"]
+    place = len(number) - between(rng, 1, 2)
+    return number[:place] + str(between(rng, 0, 9)) + number[place + 1 :]
+
+
+def _value(rng: Random, field: str, currency: str) -> str:
+    match field:
+        case "customer":
+            return person(rng)
+        case "item":
+            return f"{pick(rng, COLOURS)} {pick(rng, THINGS)}" if rng.random() < 0.85 else pick(rng, THINGS)
+        case "price":
+            return f"{money(between(rng, 100, 49999))} {currency}"
+        case "status":
+            return pick(rng, STATUSES)
+        case "city":
+            return pick(rng, CITIES)
+        case "payment":
+            return pick(rng, PAYMENTS)
+        case "service":
+            return pick(rng, SERVICES)
+        case _:
+            return str(between(rng, 1, 30))
+
+
+def show(rng: Random, rows: list[Record], table: bool) -> str:
+    """The records in one of several layouts. Every layout begins each record on a new line."""
+    style = between(rng, 0, 5 if table else 3)
+    fields = list(rows[0])
+    lines: list[str] = []
+    if style == 4:
+        lines.append(",".join(fields))
+    elif style == 5:
+        lines.append(" | ".join(fields))
+    for row in rows:
+        match style:
+            case 0:
+                lines.append("Order " + ", ".join(f"{k} {v}" if k != "order" else v for k, v in row.items()))
+            case 1:
+                lines.append("\n".join(f"{k}: {v}" for k, v in row.items()) + "\n")
+            case 2:
+                lines.append(" | ".join(f"{k}: {v}" for k, v in row.items()))
+            case 3:
+                lines.append(json.dumps(row))
+            case 4:
+                lines.append(",".join(row.values()))
+            case _:
+                lines.append(" | ".join(row.values()))
+    return pick(rng, HEADS) + "\n".join(lines).rstrip("\n")
+
+
+def some(rng: Random, rows: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """`count` of the rows, in their own order."""
+    chosen = set(rng.sample(range(len(rows)), count))
+    return tuple(row for place, row in enumerate(rows) if place in chosen)
+
+
+def lookup(level: int, rng: Random) -> Draft:
+    """Read a field of one of 2, 4, 8 or up to 34 records; from level 2 also by item, follow-ups, counts."""
+    many = between(rng, 12, 24) if rng.random() < 0.9 else between(rng, 25, 34)
+    count = (between(rng, 1, 2), between(rng, 3, 4), between(rng, 6, 8), many)[level - 1]
+    width = (between(rng, 2, 4), between(rng, 3, 5), between(rng, 4, 6), between(rng, 4, 6))[level - 1]
+    fields = some(rng, FIELDS, width)
+    rows = records(rng, count, fields)
+    notes = show(rng, rows, table=level > 2)
+    stem = " ".join(row["order"] for row in rows)
+    kind = rng.random()
+    if level >= 3 and "status" in fields and kind < 0.15:
+        status = pick(rng, rows)["status"] if rng.random() < 0.8 else pick(rng, STATUSES)
+        hits = [row["order"] for row in rows if row["status"] == status]
+        reply = f"{', '.join(hits) or 'none'}\n{len(hits)}"
+        return Draft(pick(rng, COUNT).format(s=status), reply, f"count {stem} {status}", notes)
+    if level >= 2 and kind > 0.93:
+        number = _near(rng, rows)
+        if all(row["order"] != number for row in rows):
+            question = pick(rng, ASK).format(f=pick(rng, fields), o=number)
+            return Draft(
+                question, f"There is no order {number} in the records.", f"none {stem} {number}", notes
+            )
+    row = pick(rng, rows)
+    field = pick(rng, fields)
+    before: tuple[tuple[str, str], ...] = ()
+    if level >= 2 and 0.8 < kind <= 0.93:
+        first = pick(rng, fields)
+        before = ((pick(rng, ASK).format(f=first, o=row["order"]), row[first]),)
+        return Draft(
+            pick(rng, FOLLOW).format(f=field), row[field], f"{stem} {row['order']} {field}", notes, before
+        )
+    question, reply = _ask(rng, row, field, level)
+    return Draft(question, reply, f"{stem} {row['order']} {field}", notes)
+
+
+def _ask(rng: Random, row: Record, field: str, level: int) -> tuple[str, str]:
+    kind = rng.random() if level > 1 else rng.random() * 0.6
+    if kind > 0.5 and "customer" in row and field != "customer":
+        if kind > 0.9:
+            return pick(rng, ASK_ORDER).format(n=row["customer"]), row["order"]
+        return pick(rng, ASK_BY_NAME).format(n=row["customer"], f=field), row[field]
+    if kind > 0.6 and "item" in row and field != "item":
+        if kind > 0.9:
+            return pick(rng, ASK_ITEM_ORDER).format(i=row["item"]), row["order"]
+        ways = ASK_WHO_ITEM if field == "customer" and rng.random() < 0.5 else ASK_BY_ITEM
+        return pick(rng, ways).format(i=row["item"], f=field), row[field]
+    if field == "customer" and rng.random() < 0.5:
+        return pick(rng, ASK_WHO).format(o=row["order"]), row[field]
+    return pick(rng, ASK).format(f=field, o=row["order"]), row[field]
+
+
+TELL = {
+    "order": (
+        "my order is {}.",
+        "it is about order {}.",
+        "the order number is {}.",
+        "I write about order {}.",
+    ),
+    "customer": ("I am {}.", "my name is {}.", "this is {} speaking.", "{} here."),
+    "item": ("I bought the {}.", "the {} does not work.", "the {} arrived today.", "please check the {}."),
+    "city": ("I live in {}.", "please deliver to {}.", "my address is in {}.", "I am writing from {}."),
+    "amount": ("I paid {}.", "the price was {}.", "you charged me {}.", "the invoice says {}."),
+    "email": ("write to {} please.", "my address is {}.", "answer me at {} please.", "my mail is {}."),
+    "phone": ("call me on {}.", "my number is {}.", "my phone is {}.", "reach me on {}."),
+    "quantity": ("I need {} pieces.", "there were {} boxes.", "I got {} of them.", "please send {} units."),
+}
+# Other names under which a fact may be asked for.
+ALIASES = {
+    "order": ("order", "order", "order_number", "order_id"),
+    "customer": ("customer", "customer", "name"),
+    "amount": ("amount", "amount", "price"),
+    "item": ("item", "item", "product"),
+}
+NOISE = (
+    "the weather was bad that day.", "I have been a customer for years.", "please help me.",
+    "I hope you are well.",
+    "my neighbour said I should write.", "thank you for your time.", "this is my second message.",
+    "sorry for that.",
+)  # fmt: skip
+EXTRACT = (
+    "Extract {k} as JSON",
+    "Return {k} as a JSON object",
+    "Give me {k} in JSON",
+    "Turn this message into JSON with {k}",
+    "Read the message and write JSON with {k}",
+)
+
+
+def extract(level: int, rng: Random) -> Draft:
+    """A message to JSON: 2 keys, then more and noise, then missing ones as null, then a list of lines."""
+    if level == 4 and rng.random() < 0.6:
+        return _extract_lines(rng)
+    wanted = (2, between(rng, 3, 4), between(rng, 4, 5), between(rng, 5, 7))[level - 1]
+    keys = rng.sample(tuple(TELL), wanted)
+    values = {key: _fact(rng, key) for key in keys}
+    others = [key for key in TELL if key not in values]
+    spare = rng.sample(others, min(len(others), (0, 1, 1, 1)[level - 1]))
+    told = [(key, values[key]) for key in keys] + [(key, _fact(rng, key)) for key in spare]
+    if level >= 3 and rng.random() < 0.6:
+        gone = pick(rng, keys)
+        values[gone] = "null"
+        told = [pair for pair in told if pair[0] != gone]
+    parts = [pick(rng, TELL[key]).format(json.loads(value)) for key, value in told]
+    parts += rng.sample(NOISE, (between(rng, 0, 1), 1, 2, 3)[level - 1])
+    rng.shuffle(parts)
+    names = [pick(rng, ALIASES[key]) if key in ALIASES else key for key in keys]
+    reply = "{" + ", ".join(f'"{name}": {values[key]}' for name, key in zip(names, keys, strict=True)) + "}"
+    return Draft(_extract_question(rng, names, parts), reply, f"{' '.join(keys)} {sorted(values.items())}")
+
+
+def _fact(rng: Random, key: str) -> str:
+    """A value as JSON."""
+    match key:
+        case "order":
+            return f'"{order_id(rng)}"'
+        case "email":
+            name = f"{pick(rng, FIRST)}.{pick(rng, LAST)}".lower()
+            return f'"{name}{between(rng, 1, 99)}@example.{pick(rng, ("com", "org", "net"))}"'
+        case "phone":
+            return f'"0{between(rng, 10, 99)} {between(rng, 10000, 9999999)}"'
+        case "amount":
+            return f'"{money(between(rng, 100, 49999))} {pick(rng, CURRENCIES)}"'
+        case "quantity":
+            return str(between(rng, 2, 99))
+        case _:
+            return f'"{_value(rng, key, "")}"'
+
+
+def _extract_question(rng: Random, keys: list[str], parts: list[str]) -> str:
+    text = " ".join(part[0].upper() + part[1:] for part in parts)
+    names = f"{', '.join(keys[:-1])} and {keys[-1]}" if rng.random() < 0.7 else ", ".join(keys)
+    ask = pick(rng, EXTRACT).format(k=names)
+    match between(rng, 0, 2):
+        case 0:
+            return f"{ask}: {text}"
+        case 1:
+            return f"{ask}.\n\n{text}"
+        case _:
+            return f"{text}\n\n{ask}."
+
+
+def _extract_lines(rng: Random) -> Draft:
+    lines = [(pick(rng, THINGS), between(rng, 2, 20)) for _ in range(between(rng, 2, 4))]
+    order, name = order_id(rng), person(rng)
+    text = ", ".join(f"{count} x {thing}" for thing, count in lines)
+    parts = [
+        pick(rng, TELL["order"]).format(order),
+        f"I ordered {text}.",
+        pick(rng, TELL["customer"]).format(name),
+    ]
+    parts.append(pick(rng, NOISE))
+    rng.shuffle(parts)
+    value = {"order": order, "customer": name, "lines": [{"item": t, "quantity": n} for t, n in lines]}
+    question = _extract_question(rng, ["order", "customer", "lines (item and quantity)"], parts)
+    return Draft(question, json.dumps(value), f"lines {order} {name} {text}")

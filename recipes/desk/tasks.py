@@ -1,0 +1,153 @@
+"""The desk's tasks: `make` writes a prompt with its answer, `check` reads a reply, `draw` keeps the splits.
+
+The split is a property of the question: a hash of the entities it is about (its key), so a held-out
+combination of numbers, orders or phrases is never in the training split, in any wording. Earlier turns
+come from the same split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from random import Random
+from zlib import crc32
+
+from recipes.desk.dates import delivery
+from recipes.desk.example import Draft, Example, Message, Split, pick
+from recipes.desk.language import chat, translate, urgency
+from recipes.desk.orders import extract, lookup
+from recipes.desk.sums import convert, refund, total
+
+TASKS: dict[str, Callable[[int, Random], Draft]] = {
+    "lookup": lookup,
+    "total": total,
+    "refund": refund,
+    "delivery": delivery,
+    "convert": convert,
+    "urgency": urgency,
+    "extract": extract,
+    "translate": translate,
+    "chat": chat,
+}
+LEVELS = (1, 2, 3, 4)
+SHORT_FORMS = (("hat is ", "hat's "), ("Who is ", "Who's "), ("I am ", "I'm "), ("how is ", "how's "))
+HELD_OUT_SHARE = 10  # one key in ten
+SYSTEMS = (
+    "You are desk, a support assistant.",
+    "You are a helpful assistant.",
+    "You are the support desk of an online shop. Answer briefly.",
+    "You are desk. Answer exactly and shortly.",
+    "Answer the question of the customer.",
+    "You work at a support desk. Be short and exact.",
+    "You are a helpful and honest assistant.",
+)
+
+
+def split_of(key: str) -> Split:
+    """Which split a key belongs to. The empty key, vocabulary, is always training."""
+    return "held_out" if key and crc32(key.encode()) % HELD_OUT_SHARE == 0 else "train"
+
+
+def make(task: str, level: int, rng: Random) -> Example:
+    """One prompt of `task` at `level` 1 to 4, of either split. Raises KeyError for an unknown task."""
+    if level not in LEVELS:
+        raise ValueError(f"level must be 1 to 4, not {level}")
+    draft = TASKS[task](level, rng)
+    system, question, before = _place_notes(rng, draft)
+    question = _manner(rng, question, greet=task != "chat" and not before)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for asked, replied in before:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": replied}]
+    messages.append({"role": "user", "content": question})
+    answer = draft.reply.rsplit("\n", 1)[-1]
+    return Example(tuple(messages), draft.reply, answer, task, level, draft.key)
+
+
+def _place_notes(rng: Random, draft: Draft) -> tuple[str, str, list[tuple[str, str]]]:
+    """Records and rules stand in the system prompt, before the first question, or after it."""
+    system = pick(rng, SYSTEMS) if rng.random() < 0.35 else ""
+    before = list(draft.before)
+    if not draft.notes:
+        return system, draft.question, before
+    first = before[0][0] if before else draft.question
+    kind = rng.random()
+    if kind < 0.2:
+        system = f"{system}\n\n{draft.notes}" if system else draft.notes
+    elif kind < 0.75:
+        first = f"{draft.notes}\n\n{first}"
+    else:
+        first = f"{first}\n\n{draft.notes}"
+    if before:
+        before[0] = (first, before[0][1])
+        return system, draft.question, before
+    return system, first, before
+
+
+def _manner(rng: Random, question: str, greet: bool) -> str:
+    """Short forms and a greeting, as people write."""
+    if rng.random() < 0.15:
+        for long, short in SHORT_FORMS:
+            question = question.replace(long, short)
+    if greet and rng.random() < 0.08:
+        return pick(rng, ("Hi! ", "Hello, ", "Hi desk, ", "Hello. ", "Hey, ", "Good morning. ")) + question
+    return question
+
+
+def draw(split: Split, task: str, level: int, rng: Random) -> Example:
+    """One prompt of the given split; one in eight follows an unrelated earlier exchange of the same split."""
+    example = _of_split(split, task, level, rng)
+    if rng.random() < 0.875 or example.messages[0]["role"] == "system":
+        return example
+    other = "chat" if rng.random() < 0.5 else pick(rng, tuple(TASKS))
+    earlier = _of_split(split, other, 1, rng)
+    if earlier.messages[0]["role"] == "system":
+        return example
+    turns = (*earlier.messages, {"role": "assistant", "content": earlier.reply}, *example.messages)
+    return Example(turns, example.reply, example.answer, task, level, example.key)
+
+
+def _of_split(split: Split, task: str, level: int, rng: Random) -> Example:
+    while True:
+        example = make(task, level, rng)
+        if split_of(example.key) == split:
+            return example
+
+
+def held_out(task: str, level: int, count: int, seed: int = 0) -> list[Example]:
+    """The same `count` held-out prompts on every machine, no prompt twice."""
+    rng = Random(f"held-out {seed} {task} {level}")
+    found: dict[str, Example] = {}
+    while len(found) < count:
+        example = draw("held_out", task, level, rng)
+        found.setdefault(prompt_text(example), example)
+    return list(found.values())
+
+
+def prompt_text(example: Example) -> str:
+    """The prompt as one string: equal exactly when the prompts are."""
+    return json.dumps(example.messages, ensure_ascii=False)
+
+
+def check(example: Example, text: str) -> bool:
+    """Whether the last line of `text` is the answer, up to white space, quotes and a final full stop.
+
+    A JSON answer is compared as JSON, so spacing and the order of keys do not matter.
+    """
+    if example.task == "extract":
+        try:
+            return same_json(
+                json.loads(text.strip().removeprefix("```json").strip("`\n ")), json.loads(example.answer)
+            )
+        except ValueError:
+            return False
+    lines = text.strip().splitlines()
+    return bool(lines) and normalised(lines[-1]) == normalised(example.answer)
+
+
+def same_json(left: object, right: object) -> bool:
+    """Equality of JSON values, where `1`, `1.0` and `true` are three different things."""
+    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
+
+
+def normalised(line: str) -> str:
+    return " ".join(line.split()).strip("`\"'").rstrip(".").strip()
