@@ -8,7 +8,7 @@ from msgspec import Struct
 from stretto.types import ModelInfo, Request, StepStats, TokenEvent
 
 
-class Submit(Struct, frozen=True, tag="submit"):
+class Submit(Struct, frozen=True, tag="submit", array_like=True):
     """Run this request."""
 
     request: Request
@@ -20,11 +20,11 @@ class Cancel(Struct, frozen=True, tag="cancel", array_like=True):
     ids: list[int]
 
 
-class Stop(Struct, frozen=True, tag="stop"):
+class Stop(Struct, frozen=True, tag="stop", array_like=True):
     """End the process now."""
 
 
-class Progress(Struct, frozen=True, tag="progress"):
+class Progress(Struct, frozen=True, tag="progress", array_like=True):
     """Long work at start: `done` of `total` units of `stage`."""
 
     stage: str
@@ -32,13 +32,13 @@ class Progress(Struct, frozen=True, tag="progress"):
     total: int
 
 
-class Ready(Struct, frozen=True, tag="ready"):
+class Ready(Struct, frozen=True, tag="ready", array_like=True):
     """The models are loaded; requests may come."""
 
     models: list[ModelInfo]
 
 
-class Failed(Struct, frozen=True, tag="failed"):
+class Failed(Struct, frozen=True, tag="failed", array_like=True):
     """The engine cannot start, and a restart would not help."""
 
     message: str
