@@ -25,6 +25,7 @@ from stretto.bench import load
 from stretto.bench.client import Client, RequestFailed
 from stretto.bench.metrics import Limits
 from stretto.config import EngineConfig, ServeConfig
+from stretto.engine.check import Checker
 from stretto.engine.client import EngineClient
 from stretto.errors import StartError, StrettoError, Unavailable
 from stretto.llm import LLM, Message, locate
@@ -55,7 +56,7 @@ def option(text: str, **rest: Any) -> Any:
     return typer.Option(help=text, **rest)
 
 
-MODELS = typer.Argument(metavar="[MODEL]...", help="directories or hub ids, perhaps as NAME=PATH \\[desk]")
+MODELS = typer.Argument(metavar="MODEL", help="directories or hub ids, perhaps as NAME=PATH \\[desk]")
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Tokens = Annotated[int | None, option("tokens of the answer at most", min=1)]
 Temperature = Annotated[float, option("0 takes the likeliest token each time", min=0.0)]
@@ -95,10 +96,21 @@ def serve(
 
 async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.Loading) -> None:
     """The engine starts first and loads while the front is built: importing torch is most of the wait."""
-    client = EngineClient(engine, on_progress=loading)
-    await client.start()
-    application = api.build(front, client, {model.name: Path(model.path) for model in engine.models})
-    await server.run(front, application, client)
+    client, checker = EngineClient(engine, on_progress=loading), Checker()
+
+    def announce(url: str) -> None:
+        loading.stop()
+        terminal.show_ready(url, list(client.models.values()), locked=bool(front.api_keys))
+
+    try:
+        await client.start()
+        models = {model.name: Path(model.path) for model in engine.models}
+        application = api.build(front, client, models, lambda _, grammar: checker.check(grammar))
+        await server.run(front, application, client, announce)
+    finally:
+        loading.stop()
+        await checker.close()
+        await client.shutdown(0.0)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from stretto import config
 from stretto.api.answer import Choice, Spoken, Times
 from stretto.api.text import NULL, TextModel
 from stretto.config import ModelConfig
+from stretto.engine.check import Checker
 from stretto.engine.client import EngineClient
 from stretto.errors import ContextExceeded, InvalidRequest, StartError, Unavailable
 from stretto.models import source
@@ -77,8 +78,8 @@ class LLM:
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="stretto-llm", daemon=True)
         self._thread.start()
-        self._client = EngineClient(engine, on_progress=on_progress)
-        self._finalise = weakref.finalize(self, _end, self._loop, self._thread, self._client)
+        self._client, self._checker = EngineClient(engine, on_progress=on_progress), Checker()
+        self._finalise = weakref.finalize(self, _end, self._loop, self._thread, self._client, self._checker)
         try:
             self._wait(self._client.start())
             self._text = TextModel(Path(model.path))
@@ -202,6 +203,8 @@ class LLM:
 
     async def _answer(self, request: Request, said: Callable[[str], None] | None = None) -> Completion:
         """One request to its end, by the server's own rules for text. `said` hears it piece by piece."""
+        if request.sampling.grammar is not None:
+            await self._checker.check(request.sampling.grammar)
         choice = Choice(
             index=0,
             model=request.model,
@@ -261,8 +264,9 @@ def _text(spoken: Iterable[Spoken]) -> str:
     return "".join(delta.content or "" for delta, _ in spoken)
 
 
-def _end(loop: asyncio.AbstractEventLoop, thread: Thread, client: EngineClient) -> None:
-    """End the engine, then the loop; also when an LLM is collected unclosed, or the interpreter ends."""
+def _end(loop: asyncio.AbstractEventLoop, thread: Thread, client: EngineClient, checker: Checker) -> None:
+    """End the processes, then the loop; also when an LLM is collected unclosed, or the interpreter ends."""
+    asyncio.run_coroutine_threadsafe(checker.close(), loop).result()
     asyncio.run_coroutine_threadsafe(client.shutdown(GRACE_S), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

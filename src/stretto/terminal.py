@@ -6,7 +6,7 @@ Knows what reports look like on a screen, nothing of how they come about.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 import msgspec
@@ -26,8 +26,11 @@ from rich.table import Table
 from stretto.bench.load import Outcome
 from stretto.bench.metrics import Sample, Spread
 from stretto.errors import StrettoError
+from stretto.machine import gib, process_age
+from stretto.types import ModelInfo
 
 out = Console(soft_wrap=True, highlight=False)
+QUESTION = "What is 22.53 + 32.62?"
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -84,6 +87,24 @@ class Counting:
     def __call__(self, sample: Sample) -> None:
         """One more is done."""
         self._progress.advance(self._task)
+
+
+def show_ready(url: str, models: Sequence[ModelInfo], *, locked: bool) -> None:
+    """That a server is ready, what it holds, and a line that asks it something."""
+    for model in models:
+        out.print(
+            f"[bold]{model.name}[/] · {model.family}, {model.parameters / 1e6:,.1f} M parameters"
+            f" in {model.dtype} on {model.device} · context {model.context:,}"
+            f" · KV cache {gib(model.kv_bytes)}, {model.blocks * model.block_size:,} tokens"
+        )
+    out.print(f"[bold green]ready[/] in {process_age():.1f} s · {url}")
+    key = " -H 'Authorization: Bearer KEY'" if locked else ""
+    body = {"model": models[0].name, "messages": [{"role": "user", "content": QUESTION}]}
+    document = msgspec.json.encode(body).decode()
+    out.print(
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{document}'",
+        markup=False,
+    )
 
 
 def show_outcome(outcome: Outcome) -> None:

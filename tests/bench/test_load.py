@@ -10,6 +10,7 @@ from statistics import mean, pstdev
 
 import msgspec
 import pytest
+import uvloop
 
 from stretto.bench.load import Load, arrivals, random_prompts, read_prompts, run
 from stretto.bench.metrics import Limits, Sample
@@ -108,6 +109,15 @@ async def test_sends_random_tokens_within_the_server_s_vocabulary() -> None:
     assert report.good_share == 1.0
     assert report.peak_concurrency <= 3
     assert server.connections <= 4
+
+
+def test_runs_on_uvloop_too() -> None:
+    async def once() -> int:
+        async with serving(answer) as server:
+            outcome = await run(server.url, Load(requests=2, rate=99.0), api_key=None, on_done=quiet)
+        return outcome.report.completed
+
+    assert uvloop.run(once()) == 2
 
 
 async def test_sends_a_file_of_prompts_to_chat_round_and_round(tmp_path: Path) -> None:

@@ -43,7 +43,6 @@ class Stored(Struct, frozen=True, kw_only=True):
 class Probed(Struct, frozen=True, kw_only=True):
     """What only a process with torch can say."""
 
-    torch: str
     cuda: bool
     isa: str
     kernels: str
@@ -83,7 +82,6 @@ def main() -> None:
         except CheckpointError as failure:
             error = failure.message
     probed = Probed(
-        torch=torch.__version__,
         cuda=cuda,
         isa=torch.backends.cpu.get_cpu_capability(),
         kernels=REFERENCE.name,
