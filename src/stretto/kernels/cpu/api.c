@@ -88,15 +88,41 @@ EXPORTED int stretto_gate(const void *x, void *y, int64_t m, int64_t f, int64_t 
     LOCKED(gate(x, y, m, f, activation, type));
 }
 
-EXPORTED int stretto_rotate(const int64_t *positions, const float *frequencies, float *cosines, float *sines,
-                            int64_t m, int64_t pairs, float scale)
+EXPORTED int stretto_rotate(const Step *step, const float *frequencies, int64_t pairs, float scale, float *turns)
 {
-    LOCKED(rotate(positions, frequencies, cosines, sines, m, pairs, scale));
+    LOCKED(rotate(step, frequencies, pairs, scale, turns));
 }
 
-EXPORTED int stretto_place(const Attend *a) { LOCKED(place(a)); }
+EXPORTED int stretto_place(const Step *step, const Kind *kind, void *qkv, const void *norms, const float *turns,
+                           int64_t dims, void *cache)
+{
+    LOCKED(place(step, kind, qkv, norms, turns, dims, cache));
+}
 
-EXPORTED int stretto_attend(const Attend *a) { LOCKED(attend(a)); }
+EXPORTED int stretto_attend(const Step *step, const Kind *kind, const void *q, int64_t ldq, const void *cache,
+                            void *out)
+{
+    LOCKED(attend(step, kind, q, ldq, cache, out));
+}
+
+/* Whether every index of the step points into its arrays and the cache. */
+EXPORTED int stretto_check(const Step *step)
+{
+    if (step->starts[0] != 0 || step->starts[step->sequences] != step->tokens)
+        return BAD_SHAPE;
+    for (int64_t t = 0; t < step->tokens; t++)
+        if (step->slots[t] < 0 || step->slots[t] >= step->blocks * step->block_size)
+            return BAD_SHAPE;
+    for (int64_t s = 0; s < step->sequences; s++) {
+        int64_t queries = (int64_t)step->starts[s + 1] - step->starts[s], context = step->contexts[s];
+        if (queries < 1 || context < queries || context > step->width * step->block_size)
+            return BAD_SHAPE;
+        for (int64_t i = 0; i < (context + step->block_size - 1) / step->block_size; i++)
+            if (step->tables[s * step->width + i] < 0 || step->tables[s * step->width + i] >= step->blocks)
+                return BAD_SHAPE;
+    }
+    return OK;
+}
 
 EXPORTED int stretto_top(const float *logits, int64_t m, int64_t n, int64_t k, float *values, int64_t *indices)
 {

@@ -23,20 +23,18 @@ typedef struct {
     int64_t n, k, group, kind;
 } Weights;
 
-/* One kind of attention layer over one step. Cache rows are [block, kv_head, offset, head_dim]. */
+/* What the layers of a step share. Cache rows are [block, kv_head, offset, head_dim]: keys, then as many values. */
 typedef struct {
-    void *q; /* [tokens, >= heads * head_dim], row stride ldq; place() also finds keys and values behind it */
-    void *out; /* [tokens, heads * head_dim] */
-    const void *norms; /* [(heads + kv_heads) * head_dim] or NULL */
-    void *keys, *values;
-    const float *cosines, *sines; /* [tokens, dims / 2] */
-    const int64_t *slots; /* [tokens] */
-    const int32_t *tables, *starts, *contexts; /* [sequences, ldt], [sequences + 1], [sequences] */
-    int64_t tokens, sequences, ldq, ldt;
-    int64_t heads, kv_heads, head_dim, block_size, dims, window;
-    int64_t type, kv_type, norm;
+    const int64_t *positions, *slots; /* [tokens] */
+    const int32_t *tables, *starts, *contexts; /* [sequences, width], [sequences + 1], [sequences] */
+    int64_t tokens, sequences, width, blocks, block_size, type, kv_type;
+} Step;
+
+/* What is fixed about a kind of attention layer; window and softcap 0: none. */
+typedef struct {
+    int64_t heads, kv_heads, head_dim, norm, window;
     float scale, softcap, eps;
-} Attend;
+} Kind;
 
 typedef struct {
     const char *name;
@@ -46,10 +44,10 @@ typedef struct {
     int (*norm)(const void *x, void *residual, const void *weight, void *y, int64_t m, int64_t h, float eps,
                 int64_t type);
     int (*gate)(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type);
-    int (*rotate)(const int64_t *positions, const float *frequencies, float *cosines, float *sines, int64_t m,
-                  int64_t pairs, float scale);
-    int (*place)(const Attend *a);
-    int (*attend)(const Attend *a);
+    int (*rotate)(const Step *step, const float *frequencies, int64_t pairs, float scale, float *turns);
+    int (*place)(const Step *step, const Kind *kind, void *qkv, const void *norms, const float *turns, int64_t dims,
+                 void *cache);
+    int (*attend)(const Step *step, const Kind *kind, const void *q, int64_t ldq, const void *cache, void *out);
     int (*top)(const float *logits, int64_t m, int64_t n, int64_t k, float *values, int64_t *indices);
 } Level;
 

@@ -1,1 +1,96 @@
-static int attend(const Attend *a) { (void)a; return BAD_SHAPE; }
+/* Splits a step's attention into items of similar work and runs them. */
+
+#define PART_KEYS 256 /* the fewest keys worth a part of their own */
+#define PARTS_PER_THREAD 4
+
+static void attend_item(const void *job, int64_t number, int thread)
+{
+    const Attention *a = job;
+    const Item *item = &a->items[number];
+    if (item->queries * a->share <= MANY)
+        decode(a, item, pool_private(thread));
+    else
+        prefill(a, item, pool_private(thread));
+}
+
+/* The parts of one head of one sequence lie side by side; `items` holds the first of each. */
+static void merge_item(const void *job, int64_t number, int thread)
+{
+    const Attention *a = job;
+    const Item *item = &a->items[number];
+    int64_t d = a->kind->head_dim, stride = MANY * (a->width + 2), parts = 1;
+    float *sums = pool_private(thread);
+    while (item[parts].part > item->part && item[parts].head == item->head && item[parts].sequence == item->sequence)
+        parts++;
+    if (item->part < 0 || (number > 0 && item[-1].part >= 0 && item[-1].head == item->head
+                           && item[-1].sequence == item->sequence))
+        return;
+    for (int64_t l = 0; l < item->queries * a->share; l++) {
+        const float *part = a->parts + item->part * stride + l * (a->width + 2);
+        float peak = -INFINITY, total = 0;
+        for (int64_t p = 0; p < parts; p++)
+            peak = part[p * stride] > peak ? part[p * stride] : peak;
+        memset(sums, 0, (size_t)d * sizeof(float));
+        for (int64_t p = 0; p < parts; p++) {
+            const float *of = part + p * stride;
+            float weight = exp_of(of[0] - (peak == -INFINITY ? 0.0f : peak));
+            total += weight * of[1];
+            for (int64_t i = 0; i < d; i++)
+                sums[i] += weight * of[2 + i];
+        }
+        write_row(a, item, l, sums, total);
+    }
+}
+
+/* Items of a step; with `items` NULL only counted. `parts` counts the partial results. */
+static int64_t divide(const Attention *a, int64_t part_keys, Item *items, int64_t *parts)
+{
+    int64_t count = 0, share = a->share;
+    *parts = 0;
+    for (int64_t s = 0; s < a->step->sequences; s++) {
+        int64_t queries = a->step->starts[s + 1] - a->step->starts[s], past = a->step->contexts[s] - queries;
+        int64_t each = queries * share <= MANY ? queries : most(1, QUERIES / share);
+        for (int64_t head = 0; head < a->kind->kv_heads; head++)
+            for (int64_t q = 0; q < queries; q += each) {
+                int64_t some = least(each, queries - q), from = first_key(a, past + q), to = past + q + some;
+                int64_t pieces = some * share <= MANY && each == queries ? most(1, (to - from) / part_keys) : 1;
+                for (int64_t p = 0; p < pieces; p++, count++)
+                    if (items)
+                        items[count] = (Item){s, head, q, some, from + (to - from) * p / pieces,
+                                              from + (to - from) * (p + 1) / pieces, pieces > 1 ? (*parts)++ : -1};
+                    else
+                        *parts += pieces > 1;
+            }
+    }
+    return count;
+}
+
+/* Causal attention of every query, its own key included: q [tokens, heads, head_dim], rows ldq elements apart, into
+ * out [tokens, heads * head_dim]. */
+static int attend(const Step *step, const Kind *kind, const void *q, int64_t ldq, const void *cache, void *out)
+{
+    int64_t keys = 0, parts, width = round_up(kind->head_dim, SPAN);
+    Attention job = {step, kind, q, cache, (const char *)cache + values_offset(step, kind), out, NULL, NULL, ldq,
+                     kind->heads / kind->kv_heads, width};
+    if (kind->heads % kind->kv_heads || job.share > QUERIES)
+        return BAD_SHAPE;
+    for (int64_t s = 0; s < step->sequences; s++)
+        keys += kind->window > 0 ? least(kind->window, step->contexts[s]) : step->contexts[s];
+    int64_t part_keys = most(PART_KEYS, keys * kind->kv_heads / (PARTS_PER_THREAD * pool_threads()));
+    if (pool_threads() == 1)
+        part_keys = INT64_MAX;
+    int64_t count = divide(&job, part_keys, NULL, &parts);
+    size_t list = (size_t)round_up((count + 1) * (int64_t)sizeof(Item), 64);
+    size_t own = (size_t)most(decode_scratch(width), prefill_scratch(kind->head_dim)) * sizeof(float);
+    if (pool_reserve(list + (size_t)(parts * MANY * (width + 2)) * sizeof(float), own))
+        return NO_MEMORY;
+    Item *items = pool_shared();
+    divide(&job, part_keys, items, &parts);
+    items[count] = (Item){-1, -1, 0, 0, 0, 0, -1};
+    job.items = items;
+    job.parts = (float *)((char *)items + list);
+    pool_run(attend_item, &job, count);
+    if (parts)
+        pool_run(merge_item, &job, count);
+    return OK;
+}

@@ -1,0 +1,273 @@
+/* Attention of few queries over many keys: each key and value is read once for all queries of its head.
+ *
+ * Online softmax (Milakov and Gimelshein, 2018) over tiles of keys; long contexts are split into parts whose results
+ * are merged as in Flash-Decoding (Dao et al., 2023). */
+
+#define KEYS 64 /* keys in a tile */
+#define MANY 16 /* queries times heads that share a key, up to which this way is the quicker one */
+#define SPAN (2 * VF)
+
+/* A piece of work: queries [query, query + queries) of a sequence, one KV head, keys [from, to). `part` numbers its
+ * place among partial results, -1: it writes the output itself. */
+typedef struct {
+    int64_t sequence, head, query, queries, from, to, part;
+} Item;
+
+typedef struct {
+    const Step *step;
+    const Kind *kind;
+    const void *q, *keys, *values;
+    void *out;
+    const Item *items;
+    float *parts;
+    int64_t ldq, share; /* of q, in elements; query heads that share a key */
+    int64_t width; /* head_dim rounded up to SPAN */
+} Attention;
+
+/* The running softmax of one query. */
+typedef struct {
+    float peak, total;
+    int64_t from, to; /* keys it sees */
+} Running;
+
+INLINE const void *row_of(const Attention *a, const void *cache, const Item *item, int64_t key)
+{
+    int64_t block = a->step->tables[item->sequence * a->step->width + key / a->step->block_size];
+    int64_t row = (block * a->kind->kv_heads + item->head) * a->step->block_size + key % a->step->block_size;
+    return at(cache, row * a->kind->head_dim, a->step->kv_type);
+}
+
+INLINE int64_t query_position(const Attention *a, const Item *item, int64_t query)
+{
+    int64_t queries = a->step->starts[item->sequence + 1] - a->step->starts[item->sequence];
+    return a->step->contexts[item->sequence] - queries + query;
+}
+
+INLINE int64_t first_key(const Attention *a, int64_t position)
+{
+    return a->kind->window > 0 ? most(0, position + 1 - a->kind->window) : 0;
+}
+
+/* Two vectors of a row, in the order queries are kept in: a pair of bf16 falls apart into even and odd. */
+INLINE void load_span(const void *row, int64_t i, int64_t type, vf *low, vf *high)
+{
+    if (type == BF16) {
+        vi pairs = vi_load((const uint16_t *)row + i);
+        *low = vf_even(pairs);
+        *high = vf_odd(pairs);
+    } else {
+        *low = vf_load((const float *)row + i);
+        *high = vf_load((const float *)row + i + VF);
+    }
+}
+
+/* Where element i of a head is kept. */
+INLINE int64_t kept(int64_t i, int64_t type)
+{
+    return type == BF16 ? i / SPAN * SPAN + i % 2 * VF + i % SPAN / 2 : i;
+}
+
+INLINE void score_lanes(const int lanes, const int64_t type, const float *q, const void *const *rows, int64_t count, int64_t width,
+                        float *scores)
+{
+    for (int64_t first = 0; first < count; first += VF) {
+        vf sums[LANES][VF];
+        for (int i = 0; i < VF; i++) {
+            vf sum[LANES];
+            UNROLL
+            for (int l = 0; l < lanes; l++)
+                sum[l] = vf_zero();
+            for (int64_t d = 0; d < width; d += SPAN) {
+                vf low, high;
+                load_span(rows[first + i], d, type, &low, &high);
+                UNROLL
+                for (int l = 0; l < lanes; l++) {
+                    sum[l] = vf_fma(low, vf_load(q + l * width + d), sum[l]);
+                    sum[l] = vf_fma(high, vf_load(q + l * width + d + VF), sum[l]);
+                }
+            }
+            UNROLL
+            for (int l = 0; l < lanes; l++)
+                sums[l][i] = sum[l];
+        }
+        UNROLL
+        for (int l = 0; l < lanes; l++)
+            vf_store(scores + l * KEYS + first, vf_sums(sums[l]));
+    }
+}
+
+INLINE void value_lanes(const int lanes, const int64_t type, const float *p, const void *const *rows, int64_t count,
+                        int64_t width, float *out)
+{
+    for (int64_t d = 0; d < width; d += SPAN) {
+        vf low[LANES], high[LANES];
+        UNROLL
+        for (int l = 0; l < lanes; l++) {
+            low[l] = vf_load(out + l * width + d);
+            high[l] = vf_load(out + l * width + d + VF);
+        }
+        for (int64_t i = 0; i < count; i++) {
+            vf first, second;
+            load_span(rows[i], d, type, &first, &second);
+            UNROLL
+            for (int l = 0; l < lanes; l++) {
+                vf weight = vf_set1(p[l * KEYS + i]);
+                low[l] = vf_fma(first, weight, low[l]);
+                high[l] = vf_fma(second, weight, high[l]);
+            }
+        }
+        UNROLL
+        for (int l = 0; l < lanes; l++) {
+            vf_store(out + l * width + d, low[l]);
+            vf_store(out + l * width + d + VF, high[l]);
+        }
+    }
+}
+
+/* Scores of one query into weights, its sums so far rescaled. */
+INLINE void soften(const Attention *a, float *restrict s, Running *run, int64_t key, float *restrict out, int64_t width)
+{
+    int64_t from = most(0, run->from - key), to = least(KEYS, run->to - key);
+    for (int64_t i = 0; i < KEYS; i++) {
+        float x = s[i] * a->kind->scale;
+        s[i] = x;
+    }
+    if (a->kind->softcap > 0)
+        for (int64_t i = 0; i < KEYS; i++)
+            s[i] = a->kind->softcap * tanh_of(s[i] / a->kind->softcap);
+    float peak = run->peak;
+    for (int64_t i = 0; i < KEYS; i++)
+        s[i] = i < from || i >= to ? -INFINITY : s[i];
+#pragma omp simd reduction(max : peak)
+    for (int64_t i = 0; i < KEYS; i++)
+        peak = s[i] > peak ? s[i] : peak;
+    float shift = peak == -INFINITY ? 0.0f : peak, total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < KEYS; i++) {
+        s[i] = exp_of(s[i] - shift);
+        total += s[i];
+    }
+    if (peak > run->peak) {
+        float fade = exp_of(run->peak - shift);
+        for (int64_t i = 0; i < width; i++)
+            out[i] *= fade;
+        run->total *= fade;
+        run->peak = peak;
+    }
+    run->total += total;
+}
+
+INLINE void fetch_rows(const Attention *a, const Item *item, int64_t key, const void **keys, const void **values)
+{
+    for (int64_t i = 0; i < KEYS; i++) {
+        int64_t of = least(key + i, item->to - 1);
+        keys[i] = row_of(a, a->keys, item, of);
+        values[i] = row_of(a, a->values, item, of);
+    }
+}
+
+/* Rows whose length is no multiple of SPAN, as floats with zeros behind. */
+INLINE void pad_rows(const Attention *a, const void **rows, float *copies, int64_t width)
+{
+    for (int64_t i = 0; i < KEYS; i++, copies += width) {
+        widen(copies, rows[i], a->kind->head_dim, a->step->kv_type);
+        memset(copies + a->kind->head_dim, 0, (size_t)(width - a->kind->head_dim) * sizeof(float));
+        rows[i] = copies;
+    }
+}
+
+INLINE void read_queries(const Attention *a, const Item *item, float *q, float *raw, int64_t width, int64_t type)
+{
+    int64_t share = a->share, d = a->kind->head_dim;
+    for (int64_t l = 0; l < item->queries * share; l++) {
+        int64_t row = a->step->starts[item->sequence] + item->query + l / share;
+        widen(raw, at(a->q, row * a->ldq + (item->head * share + l % share) * d, a->step->type), d, a->step->type);
+        memset(q + l * width, 0, (size_t)width * sizeof(float));
+        for (int64_t i = 0; i < d; i++)
+            q[l * width + kept(i, type)] = raw[i];
+    }
+}
+
+INLINE void write_row(const Attention *a, const Item *item, int64_t lane, const float *x, float total)
+{
+    int64_t share = a->share, row = a->step->starts[item->sequence] + item->query + lane / share;
+    void *out = at(a->out, (row * a->kind->heads + item->head * share + lane % share) * a->kind->head_dim, a->step->type);
+    float line[a->kind->head_dim], inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    for (int64_t i = 0; i < a->kind->head_dim; i++)
+        line[i] = x[i] * inverse;
+    narrow(out, line, a->kind->head_dim, a->step->type);
+}
+
+INLINE int64_t decode_scratch(int64_t width) { return MANY * (2 * width + KEYS) + width + 2 * KEYS * width; }
+
+INLINE void decode_tile(const int64_t type, int64_t lanes, const float *q, float *scores, const void *const *keys, int64_t count,
+                        int64_t width)
+{
+    for (int64_t l = 0; l < lanes;) {
+        if (LANES >= 4 && lanes - l >= 4)
+            score_lanes(LANES, type, q + l * width, keys, count, width, scores + l * KEYS), l += LANES;
+        else if (lanes - l >= 2)
+            score_lanes(2, type, q + l * width, keys, count, width, scores + l * KEYS), l += 2;
+        else
+            score_lanes(1, type, q + l * width, keys, count, width, scores + l * KEYS), l += 1;
+    }
+}
+
+INLINE void decode_values(const int64_t type, int64_t lanes, const float *p, float *out, const void *const *values,
+                          int64_t count, int64_t width)
+{
+    for (int64_t l = 0; l < lanes;) {
+        if (LANES >= 4 && lanes - l >= 4)
+            value_lanes(LANES, type, p + l * KEYS, values, count, width, out + l * width), l += LANES;
+        else if (lanes - l >= 2)
+            value_lanes(2, type, p + l * KEYS, values, count, width, out + l * width), l += 2;
+        else
+            value_lanes(1, type, p + l * KEYS, values, count, width, out + l * width), l += 1;
+    }
+}
+
+static void decode(const Attention *a, const Item *item, float *scratch)
+{
+    int64_t width = a->width, d = a->kind->head_dim, share = a->share, lanes = item->queries * share;
+    int64_t type = d == width ? a->step->kv_type : F32;
+    float *q = scratch, *out = q + MANY * width, *scores = out + MANY * width, *raw = scores + MANY * KEYS;
+    float *copies = raw + width;
+    Running runs[MANY];
+    read_queries(a, item, q, raw, width, type);
+    memset(out, 0, (size_t)(lanes * width) * sizeof(float));
+    for (int64_t l = 0; l < lanes; l++) {
+        int64_t position = query_position(a, item, item->query + l / share);
+        runs[l] = (Running){-INFINITY, 0, most(item->from, first_key(a, position)), least(item->to, position + 1)};
+    }
+    for (int64_t key = item->from; key < item->to; key += KEYS) {
+        const void *keys[KEYS], *values[KEYS];
+        int64_t count = least(KEYS, item->to - key);
+        fetch_rows(a, item, key, keys, values);
+        if (d != width) {
+            pad_rows(a, keys, copies, width);
+            pad_rows(a, values, copies + KEYS * width, width);
+        }
+        if (type == BF16)
+            decode_tile(BF16, lanes, q, scores, keys, count, width);
+        else
+            decode_tile(F32, lanes, q, scores, keys, count, width);
+        for (int64_t l = 0; l < lanes; l++)
+            soften(a, scores + l * KEYS, &runs[l], key, out + l * width, width);
+        if (type == BF16)
+            decode_values(BF16, lanes, scores, out, values, count, width);
+        else
+            decode_values(F32, lanes, scores, out, values, count, width);
+    }
+    for (int64_t l = 0; l < lanes; l++) {
+        for (int64_t i = 0; i < d; i++)
+            raw[i] = out[l * width + kept(i, type)];
+        if (item->part < 0) {
+            write_row(a, item, l, raw, runs[l].total);
+        } else {
+            float *part = a->parts + (item->part * MANY + l) * (width + 2);
+            memcpy(part + 2, raw, (size_t)d * sizeof(float));
+            part[0] = runs[l].peak;
+            part[1] = runs[l].total;
+        }
+    }
+}

@@ -162,55 +162,27 @@ INLINE void tile_pairs(const int rows, const Linear *a, const uint8_t *panel, in
         out[i] = sums[i];
 }
 
-#ifdef NATIVE_BF16
-/* Weights and x in bf16 pairs of k. */
-INLINE void tile_native(const int rows, const Linear *a, const uint8_t *panel, int64_t row, vf *out)
-{
-    const uint16_t *x = (const uint16_t *)a->x + row * a->kp;
-    int64_t kp = a->kp;
-    vf sums[ROWS_FLOAT * NV];
-    UNROLL
-    for (int i = 0; i < rows * NV; i++)
-        sums[i] = vf_zero();
-    for (int64_t k = 0; k < kp; k += 2, panel += PANEL * 4) {
-        vi weights[NV];
-        UNROLL
-        for (int v = 0; v < NV; v++)
-            weights[v] = vi_load(panel + v * VF * 4);
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            int32_t pair;
-            memcpy(&pair, x + r * kp + k, 4);
-            vi pairs = vi_set1(pair);
-            UNROLL
-            for (int v = 0; v < NV; v++)
-                sums[r * NV + v] = vf_dot_bf16(sums[r * NV + v], weights[v], pairs);
-        }
-    }
-    UNROLL
-    for (int i = 0; i < rows * NV; i++)
-        out[i] = sums[i];
-}
-#endif
-
-/* out[r][PANEL] (+)= sum over k of a[r * by_row + k * by_k] * b[k * ldb + 0..PANEL). */
-INLINE void tile_float(const int rows, const float *a, int64_t by_row, int64_t by_k, const float *b, int64_t ldb,
-                       int64_t k, vf *sums)
+/* sums[r][PANEL] += sum over k of a[r * by_row + k * by_k] * b[k * ldb + 0..PANEL), all in words: floats, or with
+ * `pairs` bf16 pairs, whose products count double. */
+INLINE void tile_words(const int rows, const int pairs, const float *a, int64_t by_row, int64_t by_k, const float *b,
+                       int64_t ldb, int64_t k, vf *sums)
 {
     vf local[ROWS_FLOAT * NV];
     UNROLL
     for (int i = 0; i < rows * NV; i++)
         local[i] = sums[i];
     for (; k > 0; k--, a += by_k, b += ldb) {
-        vf weights[NV];
+        vf words[NV];
         UNROLL
         for (int v = 0; v < NV; v++)
-            weights[v] = vf_load(b + v * VF);
+            words[v] = vf_load(b + v * VF);
         UNROLL
         for (int r = 0; r < rows; r++) {
+            vf word = vf_set1(a[r * by_row]);
             UNROLL
             for (int v = 0; v < NV; v++)
-                local[r * NV + v] = vf_fma(weights[v], vf_set1(a[r * by_row]), local[r * NV + v]);
+                local[r * NV + v] = pairs ? vf_dot_pairs(local[r * NV + v], words[v], word)
+                                          : vf_fma(words[v], word, local[r * NV + v]);
         }
     }
     UNROLL
@@ -218,42 +190,50 @@ INLINE void tile_float(const int rows, const float *a, int64_t by_row, int64_t b
         sums[i] = local[i];
 }
 
-#define EACH_UP_TO_12(CASE) \
-    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-
 /* Only the row counts a level has registers for are compiled. */
 #define ROWS_CASE(limit, n, call) \
     case n: \
         if (n <= limit) \
             call; \
         break;
+#define EACH_UP_TO_8(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#define INTS(n) (n <= ROWS_INT ? n : 1)
+#define FLOATS(n) (n <= ROWS_FLOAT ? n : 1)
 
-static void tile(const Linear *a, const uint8_t *panel, int taken_apart, int rows, int64_t row, vf *out)
+static void words(int rows, int pairs, const float *a, int64_t by_row, int64_t by_k, const float *b, int64_t ldb,
+                  int64_t k, vf *sums)
 {
-#define BYTES(n) ROWS_CASE(ROWS_INT, n, tile_bytes(n <= ROWS_INT ? n : 1, 0, a, panel, row, out))
-#define APART(n) ROWS_CASE(ROWS_INT, n, tile_bytes(n <= ROWS_INT ? n : 1, 1, a, panel, row, out))
-#define NIBBLES(n) ROWS_CASE(ROWS_INT, n, tile_nibbles(n <= ROWS_INT ? n : 1, a, panel, row, out))
-#define PAIRS(n) ROWS_CASE(ROWS_FLOAT, n, tile_pairs(n <= ROWS_FLOAT ? n : 1, a, panel, row, out))
-#define NATIVE(n) ROWS_CASE(ROWS_FLOAT, n, tile_native(n <= ROWS_FLOAT ? n : 1, a, panel, row, out))
-#define FLOATS(n) \
-    ROWS_CASE(ROWS_FLOAT, n, tile_float(n <= ROWS_FLOAT ? n : 1, (const float *)a->x + row * a->kp, a->kp, 1, \
-                                        (const float *)panel, PANEL, a->kp, out))
+#define SINGLE(n) ROWS_CASE(ROWS_FLOAT, n, tile_words(FLOATS(n), 0, a, by_row, by_k, b, ldb, k, sums))
+#define PAIRED(n) ROWS_CASE(ROWS_FLOAT, n, tile_words(FLOATS(n), 1, a, by_row, by_k, b, ldb, k, sums))
+#ifdef NATIVE_BF16
+    if (pairs) {
+        switch (rows) { EACH_UP_TO_8(PAIRED) }
+        return;
+    }
+#endif
+    (void)pairs;
+    switch (rows) { EACH_UP_TO_8(SINGLE) }
+}
+
+static void tile(const Linear *a, const uint8_t *panel, int apart, int rows, int64_t row, vf *out)
+{
+#define BYTES(n) ROWS_CASE(ROWS_INT, n, tile_bytes(INTS(n), 0, a, panel, row, out))
+#define APART(n) ROWS_CASE(ROWS_INT, n, tile_bytes(INTS(n), 1, a, panel, row, out))
+#define NIBBLES(n) ROWS_CASE(ROWS_INT, n, tile_nibbles(INTS(n), a, panel, row, out))
+#define PAIRS(n) ROWS_CASE(ROWS_FLOAT, n, tile_pairs(FLOATS(n), a, panel, row, out))
     if (a->w->kind == W_I8) {
-        switch (rows) { EACH_UP_TO_12(BYTES) }
-    } else if (a->w->kind == W_I4 && taken_apart) {
-        switch (rows) { EACH_UP_TO_12(APART) }
+        switch (rows) { EACH_UP_TO_8(BYTES) }
+    } else if (a->w->kind == W_I4 && apart) {
+        switch (rows) { EACH_UP_TO_8(APART) }
     } else if (a->w->kind == W_I4) {
-        switch (rows) { EACH_UP_TO_12(NIBBLES) }
-    } else if (a->w->kind == W_F32) {
+        switch (rows) { EACH_UP_TO_8(NIBBLES) }
+    } else if (a->w->kind == W_BF16 && !a->to_pairs) {
+        switch (rows) { EACH_UP_TO_8(PAIRS) }
+    } else {
+        int64_t k = a->kp / (a->to_pairs ? 2 : 1);
         for (int i = 0; i < rows * NV; i++)
             out[i] = vf_zero();
-        switch (rows) { EACH_UP_TO_12(FLOATS) }
-#ifdef NATIVE_BF16
-    } else if (a->to_pairs) {
-        switch (rows) { EACH_UP_TO_12(NATIVE) }
-#endif
-    } else {
-        switch (rows) { EACH_UP_TO_12(PAIRS) }
+        words(rows, a->to_pairs, (const float *)a->x + row * k, k, 1, (const float *)panel, PANEL, k, out);
     }
 }
 

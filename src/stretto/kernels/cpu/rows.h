@@ -110,10 +110,10 @@ static int gate(const void *x, void *y, int64_t m, int64_t f, int64_t activation
 }
 
 typedef struct {
-    const int64_t *positions;
+    const Step *step;
     const float *frequencies;
-    float *cosines, *sines;
-    int64_t m, pairs, rows;
+    float *turns;
+    int64_t pairs, rows;
     float scale;
 } Rotate;
 
@@ -121,27 +121,30 @@ static void rotate_item(const void *job, int64_t item, int thread)
 {
     const Rotate *a = job;
     (void)thread;
-    for (int64_t t = item * a->rows; t < least(a->m, (item + 1) * a->rows); t++)
+    for (int64_t t = item * a->rows; t < least(a->step->tokens, (item + 1) * a->rows); t++)
         for (int64_t i = 0; i < a->pairs; i++) {
-            float angle = (float)a->positions[t] * a->frequencies[i];
-            a->cosines[t * a->pairs + i] = a->scale * cosf(angle);
-            a->sines[t * a->pairs + i] = a->scale * sinf(angle);
+            float angle = (float)a->step->positions[t] * a->frequencies[i], *turn = a->turns + 2 * t * a->pairs;
+            turn[i] = a->scale * cosf(angle);
+            turn[a->pairs + i] = a->scale * sinf(angle);
         }
 }
 
-/* Cosines and sines [m, pairs] of position * frequency, times the scale. */
-static int rotate(const int64_t *positions, const float *frequencies, float *cosines, float *sines, int64_t m,
-                  int64_t pairs, float scale)
+/* Cosines, then sines, of position * frequency, times the scale: turns [tokens, 2, pairs]. */
+static int rotate(const Step *step, const float *frequencies, int64_t pairs, float scale, float *turns)
 {
-    Rotate job = {positions, frequencies, cosines, sines, m, pairs, rows_per_item(m, 32 * pairs), scale};
-    if (m > 0 && pairs > 0)
-        run_rows(rotate_item, &job, m, job.rows);
+    Rotate job = {step, frequencies, turns, pairs, rows_per_item(step->tokens, 32 * pairs), scale};
+    if (step->tokens > 0)
+        run_rows(rotate_item, &job, step->tokens, job.rows);
     return OK;
 }
 
 typedef struct {
-    const Attend *a;
-    int64_t rows;
+    const Step *step;
+    const Kind *kind;
+    char *qkv, *keys, *values;
+    const void *norms;
+    const float *turns;
+    int64_t pairs, rows;
 } Place;
 
 INLINE void norm_heads(float *restrict lanes, const float *restrict weight, int64_t n, float eps)
@@ -151,55 +154,67 @@ INLINE void norm_heads(float *restrict lanes, const float *restrict weight, int6
         lanes[i] *= scale * weight[i];
 }
 
-INLINE void rotate_head(float *restrict head, const float *cosines, const float *sines, int64_t pairs)
+INLINE void rotate_head(float *restrict head, const float *restrict turn, int64_t pairs)
 {
     for (int64_t i = 0; i < pairs; i++) {
         float first = head[i], second = head[i + pairs];
-        head[i] = first * cosines[i] - second * sines[i];
-        head[i + pairs] = second * cosines[i] + first * sines[i];
+        head[i] = first * turn[i] - second * turn[pairs + i];
+        head[i + pairs] = second * turn[i] + first * turn[pairs + i];
     }
 }
 
 static void place_item(const void *job, int64_t item, int thread)
 {
-    const Attend *a = ((const Place *)job)->a;
-    int64_t rows = ((const Place *)job)->rows, d = a->head_dim, size = a->block_size, pairs = a->dims / 2;
-    int64_t rotated = a->heads + a->kv_heads, width = (rotated + a->kv_heads) * d;
+    const Place *a = job;
+    const Step *step = a->step;
+    const Kind *kind = a->kind;
+    int64_t heads = kind->heads, rotated = heads + kind->kv_heads, d = kind->head_dim, size = step->block_size;
+    int64_t width = (rotated + kind->kv_heads) * d;
     float *lanes = pool_private(thread), *weight = lanes + width;
-    if (a->norm != NORM_NONE)
-        widen(weight, a->norms, rotated * d, a->type);
-    for (int64_t t = item * rows; t < least(a->tokens, (item + 1) * rows); t++) {
-        void *row = at(a->q, t * a->ldq, a->type);
-        widen(lanes, row, width, a->type);
-        if (a->norm == NORM_ROW) {
-            norm_heads(lanes, weight, a->heads * d, a->eps);
-            norm_heads(lanes + a->heads * d, weight + a->heads * d, a->kv_heads * d, a->eps);
+    if (kind->norm != NORM_NONE)
+        widen(weight, a->norms, rotated * d, step->type);
+    for (int64_t t = item * a->rows; t < least(step->tokens, (item + 1) * a->rows); t++) {
+        void *row = at(a->qkv, t * width, step->type);
+        widen(lanes, row, width, step->type);
+        if (kind->norm == NORM_ROW) {
+            norm_heads(lanes, weight, heads * d, kind->eps);
+            norm_heads(lanes + heads * d, weight + heads * d, kind->kv_heads * d, kind->eps);
         }
         for (int64_t h = 0; h < rotated; h++) {
-            if (a->norm == NORM_HEAD)
-                norm_heads(lanes + h * d, weight + h * d, d, a->eps);
-            rotate_head(lanes + h * d, a->cosines + t * pairs, a->sines + t * pairs, pairs);
+            if (kind->norm == NORM_HEAD)
+                norm_heads(lanes + h * d, weight + h * d, d, kind->eps);
+            rotate_head(lanes + h * d, a->turns + 2 * t * a->pairs, a->pairs);
         }
-        narrow(row, lanes, a->heads * d, a->type);
-        int64_t first = a->slots[t] / size * a->kv_heads * size + a->slots[t] % size;
-        for (int64_t h = 0; h < a->kv_heads; h++) {
+        narrow(row, lanes, heads * d, step->type);
+        int64_t first = step->slots[t] / size * kind->kv_heads * size + step->slots[t] % size;
+        for (int64_t h = 0; h < kind->kv_heads; h++) {
             int64_t slot = (first + h * size) * d;
-            narrow(at(a->keys, slot, a->kv_type), lanes + (a->heads + h) * d, d, a->kv_type);
-            narrow(at(a->values, slot, a->kv_type), lanes + (rotated + h) * d, d, a->kv_type);
+            narrow(at(a->keys, slot, step->kv_type), lanes + (heads + h) * d, d, step->kv_type);
+            narrow(at(a->values, slot, step->kv_type), lanes + (rotated + h) * d, d, step->kv_type);
         }
     }
 }
 
-/* Normalise and rotate queries and keys, write keys and values into their slots. */
-static int place(const Attend *a)
+INLINE int64_t values_offset(const Step *step, const Kind *kind)
 {
-    int64_t width = (a->heads + 2 * a->kv_heads) * a->head_dim;
-    Place job = {a, rows_per_item(a->tokens, 2 * width)};
-    if (a->tokens < 1)
+    return step->blocks * kind->kv_heads * step->block_size * kind->head_dim * (int64_t)type_size(step->kv_type);
+}
+
+/* qkv [tokens, (heads + 2 kv_heads) * head_dim]: normalise and rotate queries and keys, the queries in place; write
+ * keys and values into their slots. `dims` of a head are rotated, by `turns` [tokens, 2, dims / 2]. */
+static int place(const Step *step, const Kind *kind, void *qkv, const void *norms, const float *turns, int64_t dims,
+                 void *cache)
+{
+    int64_t width = (kind->heads + 2 * kind->kv_heads) * kind->head_dim;
+    char *keys = cache, *values = keys + values_offset(step, kind);
+    Place job = {step, kind, qkv, keys, values, norms, turns, dims / 2, rows_per_item(step->tokens, 2 * width)};
+    if (dims > kind->head_dim || dims % 2)
+        return BAD_SHAPE;
+    if (step->tokens < 1)
         return OK;
     if (pool_reserve(0, (size_t)(2 * width) * sizeof(float)))
         return NO_MEMORY;
-    run_rows(place_item, &job, a->tokens, job.rows);
+    run_rows(place_item, &job, step->tokens, job.rows);
     return OK;
 }
 

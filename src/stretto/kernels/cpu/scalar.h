@@ -4,6 +4,9 @@
 
 #define NV (PANEL / VF)
 #define UNROLL _Pragma("GCC unroll 16")
+#ifndef NATIVE_BF16
+#define vf_dot_pairs(sum, a, b) (sum) /* never asked for */
+#endif
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to the nearest integer */
 
 INLINE float float_of(uint32_t bits)

@@ -54,3 +54,4 @@ INLINE vf vf_sums(const vf *a)
 
 #define ROWS_INT 2
 #define ROWS_FLOAT 2
+#define LANES 2 /* queries that share a pass over keys or values */

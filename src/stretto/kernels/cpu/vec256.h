@@ -51,3 +51,4 @@ INLINE vf vf_sums(const vf *a)
 
 #define ROWS_INT 2
 #define ROWS_FLOAT 3
+#define LANES 2 /* queries that share a pass over keys or values */

@@ -60,7 +60,11 @@ INLINE vf vf_sums(const vf *a)
 }
 
 #define ROWS_INT 8
-#define ROWS_FLOAT 12
+#define ROWS_FLOAT 8
+#define LANES 4 /* queries that share a pass over keys or values */
 #ifdef NATIVE_BF16
-INLINE vf vf_dot_bf16(vf sum, vi a, vi b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+INLINE vf vf_dot_pairs(vf sum, vf a, vf b)
+{
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+}
 #endif

@@ -1,0 +1,125 @@
+"""The C library as Python sees it: its structures, its functions, the level and the threads in use.
+
+Loaded with ctypes, so that building it takes a C compiler and no Python headers. A call costs under a
+microsecond and lets other Python threads run. Knows addresses and numbers; shapes are checked by the
+callers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Literal
+
+LEVELS = 4
+F32, BF16 = 0, 1
+KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+NORMS = {"none": 0, "head": 1, "row": 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+Level = Literal["avx512bf16", "avx512", "avx2", "portable"]
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class Weights(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("data", "bias")),
+        *((name, _INT) for name in ("n", "k", "group", "kind")),
+    )
+
+
+class Step(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("positions", "slots", "tables", "starts", "contexts")),
+        *(
+            (name, _INT)
+            for name in ("tokens", "sequences", "width", "blocks", "block_size", "type", "kv_type")
+        ),
+    )
+
+
+class Kind(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("heads", "kv_heads", "head_dim", "norm", "window")),
+        *((name, _FLOAT) for name in ("scale", "softcap", "eps")),
+    )
+
+
+_FUNCTIONS: dict[str, tuple[type, ...]] = {
+    "pack": (_POINTER, _POINTER, _INT, _POINTER),
+    "unpack": (_POINTER, _POINTER),
+    "linear": (_POINTER, _POINTER, _POINTER, _INT, _INT),
+    "norm": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, _INT),
+    "gate": (_POINTER, _POINTER, _INT, _INT, _INT, _INT),
+    "rotate": (_POINTER, _POINTER, _INT, _FLOAT, _POINTER),
+    "place": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
+    "attend": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER),
+    "check": (_POINTER,),
+    "top": (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER),
+}
+_NO_MEMORY = -1
+
+
+def path() -> Path | None:
+    """Where the library is, None when it was not built."""
+    here = Path(__file__).parent
+    return next((file for suffix in EXTENSION_SUFFIXES if (file := here / f"_native{suffix}").exists()), None)
+
+
+class Native:
+    """The loaded library. There is one set of threads and one level in use for the whole process."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.stretto_level.restype = ctypes.c_char_p
+        library.stretto_packed_bytes.restype = _INT
+        library.stretto_packed_bytes.argtypes = (_POINTER,)
+        names = [library.stretto_level(number) for number in range(LEVELS)]
+        self.levels: dict[str, int] = {
+            name.decode(): number for number, name in enumerate(names) if name is not None
+        }
+        self.level = ""
+        self.use(next(iter(self.levels)))
+        self.pack, self.unpack, self.linear = (self._function(name) for name in ("pack", "unpack", "linear"))
+        self.norm, self.gate, self.rotate = (self._function(name) for name in ("norm", "gate", "rotate"))
+        self.place, self.attend, self.top = (self._function(name) for name in ("place", "attend", "top"))
+        self.check = self._function("check")
+        self.packed_bytes: Callable[[int], int] = library.stretto_packed_bytes
+
+    def use(self, level: str) -> None:
+        """Use the kernels of this level. Raises ValueError when this CPU cannot run them."""
+        if level not in self.levels or self._library.stretto_use(self.levels[level]):
+            raise ValueError(f"no level {level!r} on this CPU: it has {', '.join(self.levels)}")
+        self.level = level
+
+    def threads(self, count: int) -> None:
+        """Compute on `count` threads, the caller's included. Raises OSError when they cannot be had."""
+        if self._library.stretto_threads(count):
+            raise OSError(f"cannot start {count} threads")
+
+    def _function(self, name: str) -> Callable[..., int]:
+        function = self._library[f"stretto_{name}"]
+        function.argtypes = _FUNCTIONS[name]
+        return function
+
+
+@cache
+def load() -> Native | None:
+    """The library, or None when it was not built or cannot run here."""
+    found = path()
+    if found is None:
+        return None
+    try:
+        return Native(ctypes.CDLL(str(found)))
+    except OSError:
+        return None
+
+
+def complain(result: int, what: str) -> None:
+    """Raises what a function's result, not 0, means; `what` names the function and its shapes."""
+    if result == _NO_MEMORY:
+        raise MemoryError(f"no memory for the scratch of {what}")
+    raise ValueError(f"{what}: no kernel for this shape")

@@ -1,0 +1,253 @@
+"""The kernels table in C: what `stretto.kernels` asks for, on the CPU, with weights kept or quantised.
+
+Checks shapes, allocates results and calls the library. Activations are float32 or bfloat16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from stretto.kernels import Activation, Attention, Batch, Cache, Experts, Geometry, Kernels, Linear
+from stretto.kernels.cpu import native as c
+from stretto.kernels.cpu.native import Native, complain
+from stretto.kernels.cpu.weights import TYPES, Format, PackedLinear, exact_in_bfloat16, pack
+
+Quantise = Literal["int8", "int4"]
+GROUP = {"int8": 128, "int4": 32}
+# A router or another small matrix costs nothing to keep and much to get wrong.
+SMALLEST_QUANTISED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step as the library reads it. It points into `batch`, `cache` and `turns`, which live as long."""
+
+    step: c.Step
+    address: int
+    tokens: int
+    type: int
+    kv_dtype: torch.dtype
+    blocks: int
+    turns: tuple[tuple[Tensor, int, int], ...]
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    gate_up: list[PackedLinear]
+    down: list[PackedLinear]
+    activation: Activation
+
+    @property
+    def nbytes(self) -> int:
+        return sum(packed.nbytes for packed in (*self.gate_up, *self.down))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The functions of a table and what they share. `kinds` keeps the C form of each kind of attention, and
+    the kind itself, so that its id stays its own."""
+
+    native: Native
+    quantise: Quantise | None
+    kinds: dict[int, tuple[Attention, c.Kind, int]] = field(default_factory=dict)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        n, k = weight.shape
+        if self.quantise is None or n < SMALLEST_QUANTISED:
+            exact = exact_in_bfloat16(weight)
+            return pack(self.native, weight, bias, "bfloat16" if exact else "float32")
+        return pack(self.native, weight, bias, *fitting(self.quantise, k))
+
+    def linear(self, x: Tensor, packed: Linear) -> Tensor:
+        packed = cast(PackedLinear, packed)
+        m, k = x.shape
+        if k != packed.k or x.dtype not in TYPES:
+            raise ValueError(
+                f"x of shape {(m, k)}, {x.dtype}, does not fit weights of shape {(packed.n, packed.k)}"
+            )
+        x = x.contiguous()
+        y = x.new_empty((m, packed.n))
+        result = self.native.linear(packed.address, x.data_ptr(), y.data_ptr(), m, TYPES[x.dtype])
+        if result:
+            complain(result, f"linear {(m, k)} by {(packed.n, k)}")
+        return y
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm(x, None, weight, eps)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise ValueError(f"a residual of shape {tuple(residual.shape)} does not fit x {tuple(x.shape)}")
+        residual = residual.contiguous()
+        return self._norm(x, residual, weight, eps), residual
+
+    def _norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        m, h = x.shape
+        if weight.shape[0] != h or weight.dtype != x.dtype or x.dtype not in TYPES:
+            raise ValueError(f"x of shape {(m, h)}, {x.dtype}, does not fit a norm of {tuple(weight.shape)}")
+        x, y = x.contiguous(), torch.empty_like(x)
+        other = 0 if residual is None else residual.data_ptr()
+        result = self.native.norm(
+            x.data_ptr(), other, weight.data_ptr(), y.data_ptr(), m, h, eps, TYPES[x.dtype]
+        )
+        if result:
+            complain(result, f"norm {(m, h)}")
+        return y
+
+    def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        m, both = gate_up.shape
+        if both % 2 or gate_up.dtype not in TYPES:
+            raise ValueError(f"{(m, both)}, {gate_up.dtype}: not a gate and as many ups")
+        gate_up = gate_up.contiguous()
+        y = gate_up.new_empty((m, both // 2))
+        code, type = c.ACTIVATIONS[activation], TYPES[gate_up.dtype]
+        if result := self.native.gate(gate_up.data_ptr(), y.data_ptr(), m, both // 2, code, type):
+            complain(result, f"gate {(m, both)}")
+        return y
+
+    def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
+        layer = cache.layers[0]
+        if layer.dtype not in TYPES or not layer.is_contiguous():
+            raise ValueError(
+                f"a cache of {layer.dtype}, strides {layer.stride()}: not float32 or bfloat16 in a row"
+            )
+        _, blocks, _, size, _ = layer.shape
+        tokens, (sequences, width) = batch.tokens.shape[0], batch.tables.shape
+        pointers = (batch.positions, batch.slots, batch.tables, batch.query_starts, batch.contexts)
+        step = c.Step(
+            *(array.data_ptr() for array in pointers),
+            *(tokens, sequences, width, blocks, size, TYPES[layer.dtype], TYPES[layer.dtype]),
+        )
+        address = ctypes.addressof(step)
+        if not all(array.is_contiguous() for array in pointers) or self.native.check(address):
+            raise ValueError(
+                f"a step of {tokens} tokens in {sequences} sequences does not fit"
+                f" tables {tuple(batch.tables.shape)} and a cache of {tuple(layer.shape)}"
+            )
+        turns: list[tuple[Tensor, int, int]] = []
+        for rotation in geometry.rotations:
+            pairs = rotation.frequencies.shape[0]
+            turn = torch.empty(tokens, 2, pairs)
+            self.native.rotate(
+                address, rotation.frequencies.data_ptr(), pairs, rotation.scale, turn.data_ptr()
+            )
+            turns.append((turn, turn.data_ptr(), 2 * pairs))
+        return Plan(step, address, tokens, step.type, layer.dtype, blocks, tuple(turns), batch)
+
+    def place(
+        self, qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: Plan
+    ) -> Tensor:
+        lanes = kind.heads + 2 * kind.kv_heads
+        self._fits(qkv, (plan.tokens, lanes * kind.head_dim), kind, layer, plan)
+        qkv = qkv.contiguous()
+        norms = 0 if weights is None else weights.data_ptr()
+        _, turns, dims = plan.turns[kind.rotation]
+        result = self.native.place(
+            plan.address, self._kind(kind), qkv.data_ptr(), norms, turns, dims, layer.data_ptr()
+        )
+        if result:
+            complain(
+                result, f"place {tuple(qkv.shape)}, {kind.heads} heads of {kind.head_dim}, {dims} rotated"
+            )
+        return qkv.view(plan.tokens, lanes, kind.head_dim)[:, : kind.heads]
+
+    def attend(self, q: Tensor, kind: Attention, layer: Tensor, plan: Plan) -> Tensor:
+        self._fits(q, (plan.tokens, kind.heads, kind.head_dim), kind, layer, plan)
+        out = q.new_empty((plan.tokens, kind.heads * kind.head_dim))
+        result = self.native.attend(
+            plan.address, self._kind(kind), q.data_ptr(), q.stride(0), layer.data_ptr(), out.data_ptr()
+        )
+        if result:
+            complain(result, f"attend {tuple(q.shape)} with {kind.kv_heads} KV heads")
+        return out
+
+    def _fits(self, x: Tensor, shape: tuple[int, ...], kind: Attention, layer: Tensor, plan: Plan) -> None:
+        step = plan.step
+        cache = (2, plan.blocks, kind.kv_heads, step.block_size, kind.head_dim)
+        if x.shape != shape or layer.shape != cache:
+            raise ValueError(
+                f"{tuple(x.shape)} over a cache of {tuple(layer.shape)} is not {shape} over {cache}"
+            )
+        if x.dtype != plan.kv_dtype or layer.dtype != plan.kv_dtype:
+            raise ValueError(f"{x.dtype} over a cache of {layer.dtype} is not {plan.kv_dtype}")
+
+    def _kind(self, kind: Attention) -> int:
+        """The address of a kind's C form."""
+        known = self.kinds.get(id(kind))
+        if known is None:
+            struct = c.Kind(
+                *(kind.heads, kind.kv_heads, kind.head_dim, c.NORMS[kind.norm], kind.window),
+                *(kind.scale, kind.softcap, kind.eps),
+            )
+            known = self.kinds[id(kind)] = kind, struct, ctypes.addressof(struct)
+        return known[2]
+
+    def pack_experts(self, gate_up: Tensor, down: Tensor, activation: Activation) -> PackedExperts:
+        first = [self.pack(weight, None) for weight in gate_up]
+        return PackedExperts(first, [self.pack(weight, None) for weight in down], activation)
+
+    def experts(self, x: Tensor, logits: Tensor, packed: Experts, k: int, normalise: bool) -> Tensor:
+        packed = cast(PackedExperts, packed)
+        weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(k, -1)
+        if normalise:
+            weights /= weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype).view(-1, 1)
+        order = chosen.view(-1).argsort(stable=True)
+        counts = torch.bincount(chosen.view(-1), minlength=logits.shape[1]).tolist()
+        out, start = torch.zeros_like(x), 0
+        for expert, count in enumerate(counts):
+            if not count:
+                continue
+            picks = order[start : start + count]
+            rows = picks.div(k, rounding_mode="floor")
+            hidden = self.gate(self.linear(x[rows], packed.gate_up[expert]), packed.activation)
+            out.index_add_(0, rows, self.linear(hidden, packed.down[expert]) * weights[picks])
+            start += count
+        return out
+
+
+def fitting(quantise: Quantise, k: int) -> tuple[Format, int]:
+    """The format and group for rows of k: int8 where no int4 group divides them, a scale per row as the
+    last."""
+    group = next((size for size in (GROUP[quantise], 32, 16, 8) if k % size == 0), 0)
+    if quantise == "int4" and group:
+        return "int4", group
+    return "int8", group
+
+
+def top(native: Native, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of `logits` [R, N] float32, best first, equal ones in order, and where they
+    are [R, k]. NaN is never among them: a row with fewer than k numbers ends in -infinity at index N."""
+    rows, n = logits.shape
+    if logits.dtype != torch.float32 or not 1 <= k <= n:
+        raise ValueError(f"the top {k} of logits {(rows, n)}, {logits.dtype}")
+    logits = logits.contiguous()
+    values, indices = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
+    if result := native.top(logits.data_ptr(), rows, n, k, values.data_ptr(), indices.data_ptr()):
+        complain(result, f"top {k} of {(rows, n)}")
+    return values, indices
+
+
+def table(native: Native, quantise: Quantise | None = None) -> Kernels:
+    """The table. With `quantise`, `pack` quantises weights (round to nearest for int8, least squares for
+    int4)."""
+    own = Table(native, quantise)
+    return Kernels(
+        name=f"cpu-{native.level}" + (f"-{quantise}" if quantise else ""),
+        pack=own.pack,
+        linear=own.linear,
+        norm=own.norm,
+        add_norm=own.add_norm,
+        gate=own.gate,
+        prepare=own.prepare,
+        place=own.place,
+        attend=own.attend,
+        pack_experts=own.pack_experts,
+        experts=own.experts,
+    )

@@ -1,0 +1,102 @@
+"""Packed weights: panels of 32 outputs, in float32, bfloat16, int8 or int4, in memory of large pages.
+
+Owns the packing and the memory; `stretto.kernels.cpu.table` multiplies with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stretto.kernels.cpu.native import BF16, F32, KINDS, Native, Weights, complain
+
+Format = Literal["float32", "bfloat16", "int8", "int4"]
+TYPES = {torch.float32: F32, torch.bfloat16: BF16}
+LARGE_PAGE = 2**21
+LONGEST_ROW = 65536
+STEP = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """Weights [n, k] and a bias [n] as the kernels read them. `address` is that of `struct`, which points
+    into `data` and `bias`: all three live as long as this does."""
+
+    format: Format
+    n: int
+    k: int
+    group: int
+    data: Tensor
+    bias: Tensor | None
+    struct: Weights
+    address: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+def pack(native: Native, weight: Tensor, bias: Tensor | None, format: Format, group: int = 0) -> PackedLinear:
+    """`weight` [N, K] float32 or bfloat16, `bias` [N] or None. `group`: how many of a row's weights share a
+    scale (0: the whole row); it must divide K and be a multiple of 4 (int8) or 8 (int4).
+
+    int8 is symmetric with the row's or group's largest magnitude; int4 takes the scale of least squared
+    error. Raises ValueError for another shape or dtype.
+    """
+    if weight.dim() != 2 or 0 in weight.shape or weight.dtype not in TYPES:
+        raise ValueError(f"cannot pack weights of shape {tuple(weight.shape)}, {weight.dtype}")
+    n, k = weight.shape
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit weights of shape {(n, k)}")
+    step = STEP[format]
+    if group and (group < 0 or k % group or group % step):
+        raise ValueError(f"{format} groups of {group} do not divide rows of {k} into multiples of {step}")
+    if step > 2 and k > LONGEST_ROW:
+        raise ValueError(f"{format} weights of shape {(n, k)}: rows beyond {LONGEST_ROW} are not supported")
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    struct = Weights(
+        0, bias.data_ptr() if bias is not None else 0, n, k, group or -(-k // step) * step, KINDS[format]
+    )
+    address = ctypes.addressof(struct)
+    data = memory(native.packed_bytes(address))
+    struct.data = data.data_ptr()
+    if result := native.pack(address, weight.data_ptr(), TYPES[weight.dtype], data.data_ptr()):
+        complain(result, f"pack {(n, k)} as {format}")
+    return PackedLinear(format, n, k, struct.group, data, bias, struct, address)
+
+
+def unpack(native: Native, packed: PackedLinear) -> Tensor:
+    """The weights [N, K] as they are multiplied with, float32."""
+    out = torch.empty(packed.n, packed.k)
+    if result := native.unpack(packed.address, out.data_ptr()):
+        complain(result, f"unpack {(packed.n, packed.k)}")
+    return out
+
+
+def memory(size: int) -> Tensor:
+    """`size` bytes, uint8, aligned to 64; from large pages when they would fill some: fewer address look-ups
+    are a fifth more bandwidth."""
+    if size < LARGE_PAGE:
+        spare = torch.empty(size + 64, dtype=torch.uint8)
+        start = -spare.data_ptr() % 64
+        return spare[start : start + size]
+    region = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            region.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass
+    spare = torch.frombuffer(region, dtype=torch.uint8)
+    start = -spare.data_ptr() % LARGE_PAGE
+    return spare[start : start + size]
+
+
+def exact_in_bfloat16(weight: Tensor) -> bool:
+    """Whether float32 weights lose nothing as bfloat16, as those of a bfloat16 checkpoint do not."""
+    return weight.dtype == torch.bfloat16 or not bool((weight.contiguous().view(torch.int32) & 0xFFFF).any())
