@@ -18,11 +18,29 @@ from msgspec import Meta, Struct, field
 from msgspec.structs import FieldInfo, fields
 
 from stretto.errors import StartError
+from stretto.types import Objective
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Meta(ge=1)]
 ENVIRONMENT = "STRETTO_"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?", re.IGNORECASE)
+
+
+class Tier(Struct, frozen=True, kw_only=True):
+    """A named default objective. Where not all can be on time, those of lower weight give way."""
+
+    objective: Objective
+    weight: float
+
+
+# The objectives are what people notice, not what a machine can do, so they hold on a slow CPU and on a GPU:
+# 250 ms a token is about how fast one reads, 10 s is how long attention stays. A CPU that reads 300 tokens a
+# second keeps them for prompts of up to some 1,500 and 6,000 tokens; where it cannot, on_miss decides.
+TIERS: dict[str, Tier] = {
+    "priority": Tier(objective=Objective(ttft_ms=5_000, itl_ms=150), weight=4.0),
+    "default": Tier(objective=Objective(ttft_ms=20_000, itl_ms=250), weight=2.0),
+    "flex": Tier(objective=Objective(), weight=1.0),
+}
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from msgspec import Struct, field
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice"]
 MAX_TOP_LOGPROBS = 20
 MAX_BIAS = 100.0
+PREFIX_BLOCK = 512
 
 
 class Grammar(Struct, frozen=True):
@@ -103,6 +104,17 @@ class Request(Struct, frozen=True, kw_only=True):
     tier: str = "default"
 
 
+class Arrival(Struct, frozen=True, array_like=True):
+    """A request of a recorded load: `at` seconds from its start, so many tokens in and out. `prefix`: ids of
+    the prompt's blocks of `PREFIX_BLOCK` tokens, equal where the beginnings are; empty: nothing is known."""
+
+    at: float
+    prompt_tokens: int
+    output_tokens: int
+    prefix: tuple[int, ...] = ()
+    tenant: str = "local"
+
+
 class Reason(StrEnum):
     """Why a sequence ended."""
 
@@ -110,11 +122,13 @@ class Reason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    REFUSED = "refused"
     ERROR = "error"
 
 
 class Finish(Struct, frozen=True, array_like=True):
-    """The end of a sequence. `queue_ms` runs from arrival to its first step; `stop_token` is what ended it."""
+    """The end of a sequence. `queue_ms` runs from arrival to its first step; `stop_token` is what ended it;
+    `late`: a token was not out when it was due. A refusal may say after how many seconds to try again."""
 
     reason: Reason
     prompt_tokens: int
@@ -124,6 +138,8 @@ class Finish(Struct, frozen=True, array_like=True):
     stop_token: int | None = None
     error: str | None = None
     preemptions: int = 0
+    late: bool = False
+    retry_after: float | None = None
 
 
 class Logprobs(Struct, frozen=True, array_like=True):

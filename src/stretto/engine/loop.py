@@ -11,11 +11,16 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from heapq import heappush
+from math import inf
 from typing import Protocol
 
 from stretto.engine.blocks import BlockPool
-from stretto.engine.schedule import Limits, Plan, Queues, Row, Schedule
-from stretto.engine.sequence import Drawn, Sequence
+from stretto.engine.deadline import latest_start
+from stretto.engine.ledger import Ledger
+from stretto.engine.schedule import Limits, Moment, Plan, Queues, Row, Schedule
+from stretto.engine.sequence import Drawn, Rank, Sequence
+from stretto.engine.steptime import Load, StepTime
 from stretto.types import Finish, ModelInfo, Reason, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
@@ -43,13 +48,25 @@ class Runner(Protocol):
 
 @dataclass(slots=True)
 class Lane:
-    """One model's runner, pool and queues. `slots` are the free rows of the runner's tables."""
+    """One model's runner, pool and queues, and what is learnt of its time. `slots` are the free rows of the
+    runner's tables; `freed`: when its last step was over."""
 
     runner: Runner
     pool: BlockPool
     slots: list[int]
     queues: Queues = field(default_factory=Queues)
+    times: StepTime = field(default_factory=StepTime)
+    ledger: Ledger = field(default_factory=Ledger)
+    freed: float = -inf
     flight: deque[Flight] = field(default_factory=lambda: deque[Flight]())
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.flight or self.queues.waiting or self.queues.running)
+
+    def latest_start(self) -> float:
+        """When its next step must start for those with a due; inf when there are none."""
+        return latest_start(self.queues, self.times.cost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +76,7 @@ class Flight:
     plan: Plan
     pending: Pending
     started: float
-    stats: tuple[int, int, int]
+    load: Load
 
 
 class Engine:
@@ -98,8 +115,11 @@ class Engine:
 
     def submit(self, seq: Sequence) -> None:
         """Queue a sequence; its request was checked against the model's context at the edge."""
+        queues = self.lanes[seq.request.model].queues
         self._sequences[seq.request.id] = seq
-        insort(self.lanes[seq.request.model].queues.waiting, seq, key=_arrival)
+        insort(queues.waiting, seq, key=_rank)
+        if seq.last_due < inf:
+            heappush(queues.ends, (seq.last_due, seq.request.id, seq))
 
     def cancel(self, ident: int) -> None:
         """Drop a sequence now; unknown and ended ones are ignored, since a cancel may cross the end."""
@@ -109,16 +129,24 @@ class Engine:
 
     def step(self) -> bool:
         """One turn of one model; False when no model had anything to run."""
-        for _ in range(len(self._turns)):
-            lane = self.lanes[self._turns[0]]
-            self._turns.rotate(-1)
-            if lane.flight or lane.queues.waiting or lane.queues.running:
-                stats = self._turn(lane)
-                self._flush(stats)
-                if stats is not None:
-                    return True
-        self._flush(None)
+        for lane in self._by_turn():
+            stats = self._turn(lane)
+            self._flush(stats)
+            if stats is not None:
+                return True
         return False
+
+    def _by_turn(self) -> list[Lane]:
+        """The lanes with work: each has its turn, unless another's streams cannot wait for its step."""
+        busy = [lane for lane in map(self.lanes.__getitem__, self._turns) if lane.busy]
+        self._turns.rotate(-1)
+        if len(busy) > 1:
+            now = self._clock()
+            soonest = min(busy, key=lambda lane: lane.latest_start())
+            if now + busy[0].times.cost.decodes(1, 0) / 1e3 > soonest.latest_start():
+                busy.remove(soonest)
+                busy.insert(0, soonest)
+        return busy
 
     def check(self) -> None:
         """Raise AssertionError when a pool and the sequences that hold its blocks disagree."""
@@ -131,7 +159,10 @@ class Engine:
         """Launch the lane's next step, then commit those beyond its depth (all, when there is nothing to
         run).
         """
-        plan = self._schedule(lane.runner.info.name, lane.queues, lane.pool, self._limits)
+        others = [other for other in self.lanes.values() if other is not lane and other.busy]
+        until = min((other.latest_start() for other in others), default=inf)
+        moment = Moment(self._clock(), lane.times, lane.ledger, until)
+        plan = self._schedule(lane.runner.info.name, lane.queues, lane.pool, self._limits, moment)
         self._apply(lane, plan)
         if plan.rows:
             self._launch(lane, plan)
@@ -143,11 +174,22 @@ class Engine:
     def _apply(self, lane: Lane, plan: Plan) -> None:
         """Do what the plan says to queues and blocks."""
         now = self._clock()
+        for seq in plan.end:
+            self._end(seq, Reason.DEADLINE)
+        for seq, after in plan.refuse:
+            self._end(seq, Reason.REFUSED, retry_after=after)
+        for seq, rank in plan.place:
+            queue = lane.queues.waiting if seq.slot < 0 else lane.queues.running
+            queue.remove(seq)
+            seq.rank = rank
+            insort(queue, seq, key=_rank)
+        lane.ledger.tags.update(plan.tags)
+        lane.ledger.owed = plan.owed
         for seq in plan.preempt:
             lane.queues.running.remove(seq)
             self._release(lane, seq)
             seq.preemptions += 1
-            insort(lane.queues.waiting, seq, key=_arrival)
+            insort(lane.queues.waiting, seq, key=_rank)
         for seq, matched in plan.admit:
             lane.queues.waiting.remove(seq)
             lane.pool.adopt(seq, matched)
@@ -155,13 +197,12 @@ class Engine:
             if seq.started is None:
                 seq.started = now
                 seq.cached = seq.computed
-            insort(lane.queues.running, seq, key=_arrival)
+            insort(lane.queues.running, seq, key=_rank)
         for row in plan.rows:
             lane.pool.extend(row.seq, row.start + row.count)
 
     def _launch(self, lane: Lane, plan: Plan) -> None:
-        stats = (plan.decode_tokens, plan.prefill_tokens, plan.context_tokens)
-        started = self._clock()
+        load, started = plan.load, self._clock()
         try:
             pending = lane.runner.launch(plan)
         except Exception as error:
@@ -170,7 +211,15 @@ class Engine:
         for row in plan.rows:
             row.seq.computed += row.count
             row.seq.in_flight += row.draw
-        lane.flight.append(Flight(plan, pending, started, stats))
+            if row.count > 1 or row.start % lane.pool.size == 0:
+                self._charge(lane, row)
+        lane.flight.append(Flight(plan, pending, started, load))
+
+    def _charge(self, lane: Lane, row: Row) -> None:
+        """The tenant had this chunk, or (reckoned once a block) these decodes."""
+        cost, size = lane.times.cost, lane.pool.size
+        ms = cost.prefill(row.start, row.count) if row.count > 1 else size * cost.row(row.start)
+        lane.ledger.charge(row.seq.request.tenant, ms)
 
     def _commit(self, lane: Lane, flight: Flight) -> StepStats:
         """Append what the step drew, end what is complete, and let others share the new blocks."""
@@ -189,11 +238,15 @@ class Engine:
         for row in flight.plan.rows:
             if not row.seq.ended and row.seq.blocks:
                 lane.pool.publish(row.seq)
-        return self._stats(lane, flight)
+        stats = self._stats(lane, flight)
+        lane.times.observe(flight.load, stats.ms)
+        lane.ledger.fade(self._clock())
+        return stats
 
     def _take(self, lane: Lane, row: Row, drawn: Drawn) -> None:
         """One drawn token: keep it, pass it on, and see whether it ends the sequence."""
         seq, sampling, token = row.seq, row.seq.request.sampling, drawn.token
+        self._speak(lane, seq)
         if drawn.embedding is not None:
             self._end(seq, Reason.STOP, embedding=drawn.embedding)
             return
@@ -215,6 +268,15 @@ class Engine:
         elif len(seq.tokens) >= seq.limit:
             self._end(seq, Reason.LENGTH)
 
+    def _speak(self, lane: Lane, seq: Sequence) -> None:
+        """Note when a token was out. The first one settles how fast the rest must follow to be out in all by
+        the last due."""
+        now = self._clock()
+        if seq.spoke == inf and seq.last_due < inf:
+            rest = lane.ledger.expected(seq.request.tier, seq.request.sampling.max_tokens)
+            seq.gap = min(seq.gap, max(seq.last_due - now, 0.0) / rest)
+        seq.speak(now)
+
     def _end(
         self,
         seq: Sequence,
@@ -223,9 +285,12 @@ class Engine:
         stop_token: int | None = None,
         error: str | None = None,
         embedding: tuple[float, ...] | None = None,
+        retry_after: float | None = None,
     ) -> None:
         """End a sequence wherever it stands, and say so."""
         lane = self.lanes[seq.request.model]
+        if reason in (Reason.STOP, Reason.LENGTH):
+            lane.ledger.ended(seq.request.tier, seq.output_len)
         del self._sequences[seq.request.id]
         seq.ended = True
         if seq.slot >= 0:
@@ -245,6 +310,8 @@ class Engine:
             stop_token=stop_token,
             error=error,
             preemptions=seq.preemptions,
+            late=seq.late or reason in (Reason.DEADLINE, Reason.REFUSED),
+            retry_after=retry_after,
         )
         self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=embedding))
 
@@ -261,19 +328,21 @@ class Engine:
                 self._end(row.seq, Reason.ERROR, error=f"the step failed: {type(error).__name__}: {error}")
 
     def _stats(self, lane: Lane, flight: Flight) -> StepStats:
-        decode, prefill, context = flight.stats
+        now = self._clock()
+        started, lane.freed = max(flight.started, lane.freed), now
         return StepStats(
             model=flight.plan.model,
-            started=flight.started,
-            ms=(self._clock() - flight.started) * 1e3,
-            decode_tokens=decode,
-            prefill_tokens=prefill,
-            context_tokens=context,
+            started=started,
+            ms=(now - started) * 1e3,
+            decode_tokens=flight.load.decode,
+            prefill_tokens=flight.load.prefill,
+            context_tokens=flight.load.context,
             running=len(lane.queues.running),
             waiting=len(lane.queues.waiting),
             blocks_free=lane.pool.available,
             blocks_total=lane.pool.total,
             preempted=len(flight.plan.preempt),
+            predicted_ms=flight.plan.predicted,
         )
 
     def _flush(self, stats: StepStats | None) -> None:
@@ -282,5 +351,5 @@ class Engine:
             self._emit(events, stats)
 
 
-def _arrival(seq: Sequence) -> tuple[float, int]:
-    return seq.request.arrival, seq.request.id
+def _rank(seq: Sequence) -> Rank:
+    return seq.rank

@@ -11,24 +11,10 @@ from dataclasses import dataclass
 
 from stretto.engine.schedule import Plan
 from stretto.engine.sequence import Drawn
+from stretto.engine.steptime import Cost
 from stretto.types import Logprobs, ModelInfo
 
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Milliseconds of a step: `c0 + c1 * decode + c2 * prefill + c3 * context + c4 * prefill * context`,
-    over its tokens of each kind (context: keys held by the sequences in the step)."""
-
-    c0: float = 0.0
-    c1: float = 0.0
-    c2: float = 0.0
-    c3: float = 0.0
-    c4: float = 0.0
-
-    def __call__(self, decode: int, prefill: int, context: int) -> float:
-        return (
-            self.c0 + self.c1 * decode + self.c2 * prefill + self.c3 * context + self.c4 * prefill * context
-        )
+FREE = Cost()
 
 
 class VirtualClock:
@@ -63,7 +49,7 @@ class NullRunner:
         self,
         info: ModelInfo,
         *,
-        cost: Cost = Cost(),
+        cost: Cost = FREE,
         sleep: Callable[[float], None],
         first: int = 0,
         span: int = 0,
@@ -80,7 +66,7 @@ class NullRunner:
         """There is no memory to erase."""
 
     def launch(self, plan: Plan) -> NullPending:
-        milliseconds = self._cost(plan.decode_tokens, plan.prefill_tokens, plan.context_tokens)
+        milliseconds = self._cost(plan.load)
         if milliseconds > 0:
             self._sleep(milliseconds / 1e3)
         drawn: list[Drawn] = []

@@ -22,9 +22,10 @@ import zmq
 from stretto.config import EngineConfig
 from stretto.engine import messages
 from stretto.engine.build import Runners
+from stretto.engine.deadline import SCHEDULES
 from stretto.engine.grammar import Matcher
 from stretto.engine.loop import Engine
-from stretto.engine.schedule import SCHEDULES, Limits
+from stretto.engine.schedule import Limits
 from stretto.engine.sequence import Sequence
 from stretto.errors import StrettoError
 from stretto.types import Finish, Reason, Request, StepStats, TokenEvent

@@ -7,11 +7,17 @@ served, decodes before prompts, the latest arrival gives way when blocks run out
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
+from msgspec import Struct
+
+from stretto.config import TIERS, Tier
 from stretto.engine.blocks import BlockPool
-from stretto.engine.sequence import Sequence
+from stretto.engine.ledger import Ledger
+from stretto.engine.sequence import Rank, Sequence
+from stretto.engine.steptime import Load, StepTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +26,31 @@ class Limits:
 
     max_running: int
     max_step_tokens: int
+    tiers: Mapping[str, Tier] = field(default_factory=lambda: TIERS)
 
 
 @dataclass(slots=True)
 class Queues:
-    """One model's sequences. Both are in order of arrival; a preempted sequence waits at its old place."""
+    """One model's sequences, each list by rank: in order of arrival, unless the schedule placed them
+    otherwise. A preempted sequence waits at its old place. `ends` is a heap of those with a last due."""
 
     waiting: list[Sequence] = field(default_factory=list[Sequence])
     running: list[Sequence] = field(default_factory=list[Sequence])
+    ends: list[tuple[float, int, Sequence]] = field(default_factory=list[tuple[float, int, Sequence]])
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Moment:
+    """What a schedule that knows time looks at beside the queues. `until`: when other models on the device
+    need it, so the step should be over."""
+
+    now: float
+    times: StepTime
+    ledger: Ledger
+    until: float = inf
+
+
+class Row(Struct, frozen=True, gc=False):
     """Tokens `start` to `start + count` of a sequence; `draw`: they are its last, so the next one is
     drawn.
     """
@@ -44,31 +63,50 @@ class Row:
 
 @dataclass(slots=True)
 class Plan:
-    """What the step does, in this order: `preempt`, `admit` (with the blocks each can share), run `rows`."""
+    """What the step does, in this order: `end` those whose time has run out, `refuse` (with the seconds after
+    which to try again), `place` (at a new rank), `preempt`, `admit` (with the blocks each can share), run
+    `rows`. `predicted`: the milliseconds it should take. `tags` and `owed` are the
+    ledger's, from now on."""
 
     model: str
     rows: list[Row] = field(default_factory=list[Row])
     preempt: list[Sequence] = field(default_factory=list[Sequence])
     admit: list[tuple[Sequence, list[int]]] = field(default_factory=list[tuple[Sequence, list[int]]])
+    end: list[Sequence] = field(default_factory=list[Sequence])
+    refuse: list[tuple[Sequence, float]] = field(default_factory=list[tuple[Sequence, float]])
+    place: list[tuple[Sequence, Rank]] = field(default_factory=list[tuple[Sequence, Rank]])
+    tags: dict[str, float] = field(default_factory=dict[str, float])
+    owed: float = 0.0
+    predicted: float | None = None
 
     @property
     def decode_tokens(self) -> int:
-        return sum(1 for row in self.rows if row.draw and row.count == 1)
+        return self.load.decode
 
     @property
     def prefill_tokens(self) -> int:
-        return sum(row.count for row in self.rows) - self.decode_tokens
+        return self.load.prefill
 
     @property
-    def context_tokens(self) -> int:
-        return sum(row.start + row.count for row in self.rows)
+    def load(self) -> Load:
+        """What the step-time model needs to know of it."""
+        decode = prefill = context = 0
+        reading = 0.0
+        for row in self.rows:
+            if row.draw and row.count == 1:
+                decode += 1
+                context += row.start + 1
+            else:
+                prefill += row.count
+                reading += row.count * (row.start + row.count / 2)
+        return Load(decode, prefill, context, reading)
 
 
-Schedule = Callable[[str, Queues, BlockPool, Limits], Plan]
+Schedule = Callable[[str, Queues, BlockPool, Limits, Moment], Plan]
 
 
-def fcfs(model: str, queues: Queues, pool: BlockPool, limits: Limits) -> Plan:
-    """First come, first served. An empty plan means there is nothing to run now."""
+def fcfs(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment: Moment | None = None) -> Plan:
+    """First come, first served, whatever the time. An empty plan means there is nothing to run now."""
     plan = Plan(model)
     budget, free = _continue_running(plan, queues, pool, limits.max_step_tokens)
     room = limits.max_running - len(queues.running) + len(plan.preempt)
@@ -133,6 +171,3 @@ def _admit_waiting(plan: Plan, queues: Queues, pool: BlockPool, left: tuple[int,
 def _growth(seq: Sequence, count: int, pool: BlockPool) -> int:
     """Blocks a running sequence needs beyond its own to read `count` more tokens."""
     return pool.blocks_for(seq.computed + count) - len(seq.blocks)
-
-
-SCHEDULES: dict[str, Schedule] = {"fcfs": fcfs}

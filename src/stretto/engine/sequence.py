@@ -6,6 +6,7 @@ Owned and written by the engine's loop alone; the schedule, the sampler and the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from secrets import randbits
 from typing import TYPE_CHECKING
 
@@ -25,13 +26,22 @@ class Drawn:
     embedding: tuple[float, ...] | None = None
 
 
+Rank = tuple[int, float, int]
+UNPLACED, TIMED, SPARE = 0, 1, 2
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The tokens of a request, and how far the model has read them.
+    """The tokens of a request, how far the model has read them, and when the next one is due.
 
     `computed` counts the tokens whose keys and values are in the pool or in a launched step; `in_flight`
     counts tokens being drawn by launched steps, so not in `tokens` yet. It never grows beyond `limit`
     tokens. `slot` is its row in the runner's tables.
+
+    Times are seconds of the clock; inf is never. `due`: when its next token must be out; `last_due`: when
+    the whole must; `gap`: the longest pause between two tokens; `spoke`: when the last one was out; `late`:
+    one was not out when it was due. `rank` orders the queues: by arrival (UNPLACED) until a schedule places
+    it among those with a due (TIMED, by due) or those that take what time is left (SPARE).
     """
 
     request: Request
@@ -51,18 +61,29 @@ class Sequence:
     preemptions: int = 0
     ended: bool = False
     grammar: Matcher | None = None
+    rank: Rank = (UNPLACED, 0.0, 0)
+    due: float = inf
+    last_due: float = inf
+    gap: float = inf
+    spoke: float = inf
+    late: bool = False
 
     @classmethod
     def of(cls, request: Request, context: int) -> Sequence:
         """A sequence that has not run yet. Its limit is `max_tokens` within a context of `context` tokens."""
         seed, wanted = request.sampling.seed, request.sampling.max_tokens
         prompt_len = len(request.prompt)
+        arrival, objective = request.arrival, request.objective
         return cls(
             request=request,
             seed=randbits(63) if seed is None else seed,
             tokens=list(request.prompt),
             prompt_len=prompt_len,
             limit=context if wanted is None else min(context, prompt_len + wanted),
+            rank=(UNPLACED, arrival, request.id),
+            due=arrival + _seconds(objective.ttft_ms),
+            last_due=arrival + _seconds(objective.total_ms),
+            gap=_seconds(objective.itl_ms),
         )
 
     @property
@@ -80,4 +101,16 @@ class Sequence:
         nothing can follow it before it is known."""
         if self.in_flight and (self.length >= self.limit or self.grammar is not None):
             return 0
-        return self.length - self.computed
+        return len(self.tokens) + self.in_flight - self.computed
+
+    def speak(self, now: float) -> None:
+        """A token is out. Token k is due k gaps after the first one was, however early that came; where no
+        first was due, k gaps after it came. A due time never moves."""
+        self.late = self.late or now > self.due or now > self.last_due
+        itl = _seconds(self.request.objective.itl_ms)
+        self.due = (now if self.due == inf else self.due) + itl
+        self.spoke = now
+
+
+def _seconds(milliseconds: float | None) -> float:
+    return inf if milliseconds is None else milliseconds / 1e3

@@ -1,0 +1,439 @@
+"""The schedule that knows time: what the next step runs so that the most requests are on time.
+
+Pure, as `fcfs`: it looks at queues, pool, limits and the moment, and says a plan. Streams first; then prompts
+by due, without those that must give way; then whatever has no due, in what time is left. A step ends before
+the first stream in it would pause too long, so that the gap between tokens is bounded by construction.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from math import inf
+
+from stretto.engine.blocks import BlockPool
+from stretto.engine.feasible import Job, left_out
+from stretto.engine.schedule import Limits, Moment, Plan, Queues, Row, Schedule, fcfs
+from stretto.engine.sequence import SPARE, TIMED, Rank, Sequence
+from stretto.engine.steptime import Cost
+
+DEPTH = 64  # prompts that are looked at in a step, beside those left out
+SCAN = 256
+REACH = 20  # a step that no stream waits for takes as long as this many bases: the base is then 5 % of it
+SHORTEST_REACH_MS = 20.0
+SHARE = 0.05  # of all time goes to what has no due and has waited long
+PATIENCE_S = 10.0
+CROWDED = 0.9  # streams may take this share of their gaps; beyond, no prompt becomes a stream
+DEBT_STEP_MS = 3000.0
+
+Placed = tuple[Rank, Sequence]
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan in the making. `ms`: predicted so far; `tokens`, `free`, `room`: tokens, blocks and places that
+    are left; `end`: when the step must be over."""
+
+    plan: Plan
+    queues: Queues
+    pool: BlockPool
+    limits: Limits
+    now: float
+    cost: Cost
+    margin: float
+    ms: float
+    tokens: int
+    free: int
+    room: int
+    end: float = inf
+    claimed: set[bytes] = field(default_factory=set[bytes])
+
+    def left(self) -> float:
+        """Milliseconds that can still be filled."""
+        return (self.end - self.now) * 1e3 / self.margin - self.ms
+
+
+@dataclass(slots=True)
+class Running:
+    """The running sequences by what they need: streams and prompts, with a due and without. `tightest`: when
+    the first stream must have its token; `gap`: their shortest gap, ms; `needs`: blocks to go on with."""
+
+    streams: list[Sequence] = field(default_factory=list[Sequence])
+    prompts: list[Sequence] = field(default_factory=list[Sequence])
+    spare: list[Sequence] = field(default_factory=list[Sequence])
+    tightest: float = inf
+    gap: float = inf
+    context: int = 0
+    needs: int = 0
+
+
+def deadline(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment: Moment) -> Plan:
+    """On time first. An empty plan means there is nothing to run now."""
+    cost, now = moment.times.cost, moment.now
+    draft = Draft(
+        plan=Plan(model),
+        queues=queues,
+        pool=pool,
+        limits=limits,
+        now=now,
+        cost=cost,
+        margin=moment.times.margin,
+        ms=cost.c0,
+        tokens=limits.max_step_tokens,
+        free=pool.available,
+        room=limits.max_running - len(queues.running),
+    )
+    gone = _end_overdue(draft)
+    prompts, spare = _look_at_waiting(draft, moment, gone)
+    running = _sort_running(draft, moment, gone)
+    _run_streams(draft, running, moment.until)
+    draft.end = min(draft.end, now + reach(cost) / 1e3)
+    spare = running.spare + spare
+    owed = _promised(draft, moment, spare)
+    owed -= _fill(draft, spare, owed)
+    prompts = sorted([(seq.rank, seq) for seq in running.prompts] + prompts)[:DEPTH]
+    aside = _read(draft, prompts, running.gap, moment)
+    owed -= _fill(draft, spare + aside, inf)
+    draft.plan.owed = max(owed, 0.0)
+    draft.plan.predicted = draft.ms
+    return draft.plan
+
+
+def reach(cost: Cost) -> float:
+    """How long a step may take that no stream waits for, ms: longer would help little and keep the next
+    request from starting."""
+    return max(REACH * cost.c0, SHORTEST_REACH_MS)
+
+
+def latest_start(queues: Queues, cost: Cost) -> float:
+    """When the next step must start for every stream and the first prompt to be on time; inf: any time."""
+    streams = [seq for seq in queues.running if seq.rank[0] == TIMED and not seq.late]
+    tightest = min((min(seq.due, seq.spoke + seq.gap) for seq in streams), default=inf)
+    context = sum(seq.computed for seq in streams)
+    start = tightest - cost.decodes(len(streams), context) / 1e3
+    first = bisect_left(queues.waiting, (TIMED, -inf, 0), key=_rank)
+    if first < len(queues.waiting) and queues.waiting[first].rank[0] == TIMED:
+        seq = queues.waiting[first]
+        start = min(start, seq.rank[1] - (cost.c0 + cost.prefill(0, seq.length)) / 1e3)
+    return start
+
+
+def _end_overdue(draft: Draft) -> set[Sequence]:
+    """Those whose whole answer was due by now end, and get no more work."""
+    gone: set[Sequence] = set()
+    if draft.queues.ends and draft.queues.ends[0][0] <= draft.now:
+        gone = {seq for due, _, seq in draft.queues.ends if due <= draft.now and not seq.ended}
+        draft.plan.end += sorted(gone, key=_rank)
+    return gone
+
+
+def _look_at_waiting(
+    draft: Draft, moment: Moment, gone: set[Sequence]
+) -> tuple[list[Placed], list[Sequence]]:
+    """The first of those that wait, with a due and without, once newcomers have their place."""
+    waiting = draft.queues.waiting
+    timed = bisect_left(waiting, (TIMED, -inf, 0), key=_rank)
+    spare = bisect_left(waiting, (SPARE, -inf, 0), key=_rank)
+    prompts = [(seq.rank, seq) for seq in waiting[timed : min(spare, timed + DEPTH)]]
+    others = waiting[spare : spare + DEPTH]
+    for seq in waiting[:timed]:
+        if seq not in gone:
+            rank = _rank_for(draft, seq, moment)
+            draft.plan.place.append((seq, rank))
+            if rank[0] == TIMED:
+                prompts.append((rank, seq))
+            else:
+                others.append(seq)
+    if gone:
+        prompts = [(rank, seq) for rank, seq in prompts if seq not in gone]
+        others = [seq for seq in others if seq not in gone]
+    return prompts, others
+
+
+def _rank_for(draft: Draft, seq: Sequence, moment: Moment) -> Rank:
+    """Where a newcomer queues. What must all be out by a last due must start early enough for that."""
+    first = seq.due
+    if seq.last_due < inf:
+        rest = moment.ledger.expected(seq.request.tier, seq.request.sampling.max_tokens)
+        pace = min(seq.gap, draft.cost.decodes(1 + len(draft.queues.running), seq.length) / 1e3)
+        first = min(first, seq.last_due - rest * pace)
+    if min(first, seq.gap) < inf:
+        return TIMED, first, seq.request.id
+    return _spare_rank(draft, seq, moment, seq.request.arrival)
+
+
+def _spare_rank(draft: Draft, seq: Sequence, moment: Moment, since: float) -> Rank:
+    """A place among those without a due: when it would start if its tenant had the machine alone (start-time
+    fair queueing, Goyal et al., SIGCOMM 1996). One tenant's many do not stand before another's few."""
+    tags, tenant = draft.plan.tags, seq.request.tenant
+    tag = max(since, tags.get(tenant, moment.ledger.tags.get(tenant, 0.0)))
+    tags[tenant] = tag + draft.cost.prefill(seq.computed, seq.length - seq.computed) / 1e3
+    return SPARE, tag, seq.request.id
+
+
+def _sort_running(draft: Draft, moment: Moment, gone: set[Sequence]) -> Running:
+    """Who needs what. A stream that was late is no longer among those with a due: it cannot become on time,
+    so it must not make another late."""
+    running = Running()
+    streams, tightest, gap, context, needs = running.streams, inf, inf, 0, 0
+    prompts: list[Sequence] = []
+    size = draft.pool.size
+    for seq in draft.queues.running:
+        left = seq.remaining
+        if left == 0 or (gone and seq in gone):
+            continue
+        if seq.rank[0] != TIMED:
+            (running.spare if left == 1 else prompts).append(seq)
+        elif seq.late or seq.due < draft.now:
+            draft.plan.place.append((seq, _spare_rank(draft, seq, moment, draft.now)))
+            (running.spare if left == 1 else prompts).append(seq)
+        elif left == 1:
+            streams.append(seq)
+            latest = seq.spoke + seq.gap
+            if latest > seq.due:
+                latest = seq.due
+            if latest < tightest:
+                tightest = latest
+            if seq.gap < gap:
+                gap = seq.gap
+            context += seq.computed + 1
+            if seq.computed == len(seq.blocks) * size:
+                needs += 1
+        else:
+            running.prompts.append(seq)
+            gap = min(gap, seq.gap)
+    running.spare += prompts
+    running.tightest, running.gap, running.context, running.needs = tightest, gap * 1e3, context, needs
+    return running
+
+
+def _run_streams(draft: Draft, running: Running, until: float) -> None:
+    """All streams, when that is in time for the tightest of them; else those that cannot wait."""
+    streams, cost = running.streams, draft.cost
+    ms = cost.c1 * len(streams) + cost.c3 * running.context
+    draft.end = min(running.tightest, until)
+    late = draft.now + (draft.ms + ms) * draft.margin / 1e3 > draft.end
+    if streams and (late or running.needs > draft.free or len(streams) > draft.tokens):
+        _run_crowded(draft, running)
+        return
+    draft.plan.rows += [Row(seq, seq.computed, 1, True) for seq in streams]
+    draft.ms += ms
+    draft.tokens -= len(streams)
+    draft.free -= running.needs
+
+
+def _run_crowded(draft: Draft, running: Running) -> None:
+    """Not all streams fit: the tightest first, and those with slack wait for the next step. One that cannot
+    be in time whatever is done takes its turn with those that have no due."""
+    cost, base = draft.cost, draft.now + draft.ms * draft.margin / 1e3
+    jobs = [
+        Job(_latest(seq, base), cost.row(seq.computed + 1) * draft.margin / 1e3) for seq in running.streams
+    ]
+    order = sorted(range(len(jobs)), key=lambda index: jobs[index].due)
+    out = left_out([jobs[index] for index in order], base)
+    running.spare += [running.streams[order[place]] for place in out]
+    for place, index in enumerate(order):
+        seq, job = running.streams[index], jobs[index]
+        if place in out:
+            continue
+        if not draft.plan.rows:
+            draft.end = min(draft.end, job.due)
+        elif draft.left() < cost.row(seq.computed + 1):
+            break
+        _continue(draft, seq, 1)
+
+
+def _latest(seq: Sequence, soonest: float) -> float:
+    """When a stream must speak: before its pause is too long, or when that is lost before it is late."""
+    pause = seq.spoke + seq.gap
+    return min(pause, seq.due) if pause >= soonest else seq.due
+
+
+def _promised(draft: Draft, moment: Moment, spare: list[Sequence]) -> float:
+    """Milliseconds of this step that belong to those without a due, if they have waited long."""
+    patient = draft.now - PATIENCE_S
+    if not any(seq.rank[0] == SPARE and seq.rank[1] < patient for seq in spare[:DEPTH]):
+        return 0.0
+    return min(moment.ledger.owed + SHARE * max(draft.left() + draft.ms, draft.ms), reach(draft.cost))
+
+
+def _read(draft: Draft, prompts: list[Placed], gap: float, moment: Moment) -> list[Sequence]:
+    """Give prompts the rest of the step, by due, without those that must give way. Returns the latter, less
+    those refused, for what time may be left."""
+    if not prompts:
+        return []
+    aside: list[Sequence] = []
+    out = _giving_way(draft, prompts, gap, moment)
+    streams = len(draft.plan.rows)
+    for index, (_, seq) in enumerate(prompts):
+        if index not in out:
+            if (
+                draft.left() > 0
+                and draft.tokens > 0
+                and (seq.slot >= 0 or _bearable(draft, seq, gap, streams))
+            ):
+                _go_on(draft, seq, draft.left())
+        elif seq.request.objective.on_miss == "reject" and seq.started is None:
+            draft.plan.refuse.append((seq, out[index]))
+        else:
+            if len(out) > DEPTH // 2 or _hopeless(draft, seq):
+                draft.plan.place.append((seq, _spare_rank(draft, seq, moment, draft.now)))
+            aside.append(seq)
+    return aside
+
+
+def _giving_way(draft: Draft, prompts: list[Placed], gap: float, moment: Moment) -> dict[int, float]:
+    """Which prompts cannot be on time without making more, or weightier ones, late."""
+    cost, tiers, debts = draft.cost, draft.limits.tiers, moment.ledger.debts
+    step = min(gap, reach(cost))
+    rate = max((step / draft.margin - draft.ms) / step, SHARE)
+    jobs: list[Job] = []
+    for rank, seq in prompts:
+        start = seq.computed
+        seconds = cost.prefill(start, len(seq.tokens) - start) / rate / 1e3
+        tier = tiers.get(seq.request.tier)
+        debt = debts.get(seq.request.tenant, 0.0) // DEBT_STEP_MS if len(debts) > 1 else 0.0
+        jobs.append(Job(rank[1], seconds, (tier.weight if tier else 0.0, -debt)))
+    return left_out(jobs, draft.now)
+
+
+def _hopeless(draft: Draft, seq: Sequence) -> bool:
+    """Too late even with the machine to itself."""
+    alone = draft.cost.prefill(seq.computed, seq.length - seq.computed)
+    return draft.now + alone / 1e3 > seq.due
+
+
+def _bearable(draft: Draft, seq: Sequence, gap: float, streams: int) -> bool:
+    """Whether the streams would still have their pace if this prompt became one: the sum of what each takes
+    of its own gap, and of the base in the shortest one."""
+    cost = draft.cost
+    shortest = min(gap, seq.gap * 1e3)
+    if streams == 0 or shortest == inf:
+        return True
+    row = cost.row(seq.length)
+    if draft.cost.c0 + row * (streams + 1) <= CROWDED / 2 * shortest:
+        return True
+    pressure = cost.c0 / shortest + row / (seq.gap * 1e3)
+    for other in draft.queues.running:
+        if other.rank[0] == TIMED and not other.late:
+            pressure += cost.row(other.length) / (other.gap * 1e3)
+    return pressure * draft.margin <= CROWDED
+
+
+def _fill(draft: Draft, sequences: list[Sequence], ms: float) -> float:
+    """Run sequences, in order, for at most `ms` of the step; returns the milliseconds they take."""
+    before = draft.ms
+    ran = {id(row.seq) for row in draft.plan.rows} if sequences and ms > 0 else set[int]()
+    for seq in sequences:
+        left = min(draft.left(), ms - (draft.ms - before))
+        if left <= 0 or draft.tokens <= 0:
+            break
+        if id(seq) not in ran:
+            _go_on(draft, seq, left)
+    return draft.ms - before
+
+
+def _go_on(draft: Draft, seq: Sequence, ms: float) -> None:
+    """Read as much of a sequence as fits in `ms`, taking it in first when it waits."""
+    if seq in draft.plan.preempt:
+        return
+    if seq.slot < 0:
+        _admit(draft, seq, ms)
+    elif seq.remaining == 1:
+        if draft.cost.row(seq.computed + 1) <= ms:
+            _continue(draft, seq, 1)
+    else:
+        _continue(draft, seq, _chunk(draft, seq.computed, seq.remaining, ms))
+
+
+def _chunk(draft: Draft, start: int, wanted: int, ms: float) -> int:
+    """Tokens of a prompt that fit; a step that has nothing else takes one, whatever it costs."""
+    count = min(wanted, draft.tokens, draft.cost.chunk(start, ms))
+    return count if draft.plan.rows else max(count, 1)
+
+
+def _continue(draft: Draft, seq: Sequence, count: int) -> None:
+    """The next `count` tokens of a running sequence, if there are blocks for them."""
+    need = draft.pool.blocks_for(seq.computed + count) - len(seq.blocks)
+    if count <= 0 or not _make_room(draft, seq, need):
+        return
+    draft.free -= need
+    _add(draft, Row(seq, seq.computed, count, count == seq.remaining))
+
+
+def _admit(draft: Draft, seq: Sequence, ms: float) -> None:
+    """Take a waiting sequence in. One whose next block is being computed by another waits for it."""
+    pool = draft.pool
+    matched, idle = pool.match(seq)
+    key = pool.next_key(seq, len(matched))
+    if draft.room <= 0 or (key is not None and (key in draft.claimed or pool.expects(key))):
+        return
+    growth = len(draft.queues.running) - len(draft.plan.preempt)
+    start = len(matched) * pool.size
+    count = _chunk(draft, start, seq.length - start, ms)
+    need = pool.blocks_for(start + count) - len(matched) + idle
+    if need + growth > draft.free:  # what a victim shares with it is not room: begin anew
+        matched, start = [], 0
+        count = _chunk(draft, 0, seq.length, ms)
+        need = pool.blocks_for(count)
+        if seq.rank[0] != TIMED or not _make_room(draft, seq, need + growth, among=SPARE):
+            return
+    if count <= 0:
+        return
+    draft.free -= need
+    draft.room -= 1
+    if key is not None:
+        draft.claimed.add(key)
+    draft.plan.admit.append((seq, matched))
+    _add(draft, Row(seq, start, count, start + count == seq.length))
+
+
+def _add(draft: Draft, row: Row) -> None:
+    draft.plan.rows.append(row)
+    draft.tokens -= row.count
+    if row.draw and row.count == 1:
+        draft.ms += draft.cost.row(row.start + 1)
+    else:
+        draft.ms += draft.cost.prefill(row.start, row.count)
+
+
+def _make_room(draft: Draft, seq: Sequence, need: int, among: int = TIMED) -> bool:
+    """Whether `need` blocks are there, if looser sequences (of class `among` or beyond) give way, loosest
+    first. A tighter one never does."""
+    if need <= draft.free:
+        return True
+    plan = draft.plan
+    kept = {id(row.seq) for row in plan.rows} | {id(other) for other in plan.preempt}
+    tightness = _tightness(seq)
+    looser = [
+        other
+        for other in draft.queues.running
+        if id(other) not in kept and other.rank[0] >= among and _tightness(other) > tightness
+    ]
+    looser.sort(key=_tightness)
+    victims: list[Sequence] = []
+    free = draft.free
+    while need > free and looser:
+        victims.append(looser.pop())
+        free += draft.pool.freed_by(victims[-1])
+    if need > free:
+        return False
+    draft.free = free
+    draft.room += len(victims)
+    plan.preempt += victims
+    plan.place += [(v, (TIMED, v.due, v.request.id)) for v in victims if v.rank[0] == TIMED]
+    return True
+
+
+def _tightness(seq: Sequence) -> tuple[int, float, int]:
+    """Who comes first when not all can: those with a due by the next one, then the others by place."""
+    ident = seq.request.id
+    timed = seq.rank[0] != SPARE and not seq.late
+    return (TIMED, seq.due, ident) if timed else (SPARE, seq.rank[1], ident)
+
+
+def _rank(seq: Sequence) -> Rank:
+    return seq.rank
+
+
+SCHEDULES: dict[str, Schedule] = {"fcfs": fcfs, "deadline": deadline}
