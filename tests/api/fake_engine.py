@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from stretto.errors import EngineDied
+from msgspec import structs
+
+from stretto.errors import EngineDied, StartError
 from stretto.types import Finish, Logprobs, ModelInfo, Reason, Request, StepStats, TokenEvent, WorkerState
 
 Item = int | list[int] | float | Reason | Exception | TokenEvent
@@ -63,6 +65,7 @@ class FakeStream:
 
     def _events(self, item: int | list[int] | Reason | TokenEvent) -> list[TokenEvent]:
         if isinstance(item, TokenEvent):
+            item = structs.replace(item, id=self.request.id)
             self._ended = item.finish is not None
             return [item]
         if isinstance(item, Reason):
@@ -110,7 +113,19 @@ class FakeEngine:
     streams: list[FakeStream] = field(default_factory=list)
     open: set[FakeStream] = field(default_factory=set)
     pause: Callable[[float], object] = asyncio.sleep
+    failure: str | None = None
+    ended: bool = False
     _ids: count = field(default_factory=lambda: count(1))
+
+    async def wait_ready(self) -> None:
+        if self.failure is not None:
+            raise StartError(self.failure)
+        await asyncio.sleep(0)
+        self.ready = True
+
+    async def shutdown(self, grace_s: float) -> None:
+        self.ended = True
+        self.ready = False
 
     def next_id(self) -> int:
         return next(self._ids)

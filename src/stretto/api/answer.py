@@ -110,8 +110,8 @@ class Shape:
 class Choice:
     """The answer of one sequence. `finish_reason` is set once it ended.
 
-    `shape` None: all text is content. `every_token`: tokens that say nothing yet make an empty delta too.
-    `prompt_counts`: this is the first choice of its prompt. `echo` is the text to begin with.
+    `shape` None: all text is content. `single_call`: the first whole tool call ends it. `prompt_counts`: this
+    is the first choice of its prompt. `echo` is the text to begin with.
     """
 
     index: int
@@ -124,7 +124,6 @@ class Choice:
     echo: str = ""
     shape: Shape | None = None
     single_call: bool = False
-    every_token: bool = True
     tokens: int = 0
     finish_reason: FinishReason | None = None
     finish: Finish | None = None
@@ -165,11 +164,9 @@ class Choice:
     def _shaped(self, text: str, event: TokenEvent, spoken: list[Spoken]) -> None:
         assert self.shape is not None
         deltas = self.shape.push(text)
-        if deltas:
-            spoken.extend((delta, None) for delta in deltas[:-1])
-            spoken.append((deltas[-1], event))
-        elif self.every_token:
-            spoken.append((Delta(), event))
+        spoken.extend((delta, None) for delta in deltas[:-1])
+        # A token that says nothing yet is told of all the same: clients count tokens by events.
+        spoken.append((deltas[-1] if deltas else Delta(), event))
 
     def _finished(self, finish: Finish, spoken: list[Spoken]) -> None:
         self.finish = finish

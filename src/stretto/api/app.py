@@ -228,11 +228,14 @@ class App:
     def __init__(self, front: Front) -> None:
         self.front = front
         pages = Pages(front)
+        self._work = {
+            "/v1/chat/completions": Endpoint("chat", front, _chat),
+            "/v1/completions": Endpoint("completions", front, _completion),
+            "/v1/embeddings": Endpoint("embeddings", front, _embedding),
+        }
         self._app = Starlette(
             routes=[
-                Route("/v1/chat/completions", Endpoint("chat", front, _chat), methods=["POST"]),
-                Route("/v1/completions", Endpoint("completions", front, _completion), methods=["POST"]),
-                Route("/v1/embeddings", Endpoint("embeddings", front, _embedding), methods=["POST"]),
+                *(Route(path, endpoint, methods=["POST"]) for path, endpoint in self._work.items()),
                 Route("/v1/models", pages.models),
                 Route("/v1/models/{name:path}", pages.model),
                 Route("/", pages.page),
@@ -248,4 +251,8 @@ class App:
         self._app.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
+        # Work goes past the router, whose wrappers would be run for every token.
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._work:
+            await self._work[scope["path"]](scope, receive, send)
+        else:
+            await self._app(scope, receive, send)

@@ -17,7 +17,7 @@ from stretto.api.front import Front, Run
 from stretto.api.intake import Job
 from stretto.api.tools import MARKERS
 from stretto.errors import EngineError
-from stretto.types import Request, TokenEvent
+from stretto.types import Request, Sampling, TokenEvent
 
 Heard = tuple[Choice, list[TokenEvent]]
 
@@ -44,10 +44,9 @@ async def generate(front: Front, run: Run, job: Job, tenant: str, arrival: float
 
 def _submit(front: Front, job: Job, tenant: str, arrival: float) -> list[Choice]:
     choices: list[Choice] = []
-    n, seed = job.sampling.n, job.sampling.seed
     for at, prompt in enumerate(job.prompts):
-        for copy in range(n):
-            sampling = structs.replace(job.sampling, n=1, seed=None if seed is None else seed + copy)
+        for copy in range(job.sampling.n):
+            sampling = _one_of(job.sampling, copy)
             request = Request(
                 id=front.engine.next_id(),
                 model=job.model,
@@ -71,10 +70,17 @@ def _submit(front: Front, job: Job, tenant: str, arrival: float) -> list[Choice]
                     echo=job.echo[at],
                     shape=job.shape(),
                     single_call=job.single_call,
-                    every_token=sampling.logprobs is not None,
                 )
             )
     return choices
+
+
+def _one_of(sampling: Sampling, copy: int) -> Sampling:
+    if sampling.n == 1:
+        return sampling
+    # Copies of a seeded request differ, and each is the same whenever it is asked for again.
+    seed = None if sampling.seed is None else sampling.seed + copy
+    return structs.replace(sampling, n=1, seed=seed)
 
 
 async def _stream(run: Run, writer: write.Writer, send: Send) -> None:
@@ -119,7 +125,8 @@ async def _heard(choices: list[Choice]) -> AsyncGenerator[Heard]:
             item = await inbox.get()
             if isinstance(item, Exception):
                 raise item
-            yield item
+            if item[0].finish_reason is None:
+                yield item
     finally:
         for pump in pumps:
             pump.cancel()

@@ -131,6 +131,7 @@ class _Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             backlog=BACKLOG,
             timeout_keep_alive=60,
             timeout_graceful_shutdown=int(LAST_WORDS_S),
