@@ -4,6 +4,7 @@ must agree with. `make("qwen3", path)` saves one and returns the transformers mo
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -161,8 +162,11 @@ def make(
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    cast(Any, model).to(dtype).save_pretrained(path)
-    return model.float().eval()
+    if dtype != torch.float32:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+    cast(Any, deepcopy(model)).to(dtype).save_pretrained(path)
+    return model.eval()
 
 
 def rewrite(path: Path, *drop: str, **fields: Any) -> None:

@@ -91,7 +91,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match="org/model is not in the hub's cache.*cannot be reached"):
+    with pytest.raises(CheckpointError, match=r"org/model is not in the hub's cache.*cannot be reached"):
         resolve("org/model")
 
 

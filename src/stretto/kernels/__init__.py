@@ -88,10 +88,7 @@ class Cache:
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """Rotary embedding: pair i is the dimensions i and i + dims / 2 of a head, turned at position p by the
-    angle p * frequencies[i + dims / 2]; cosine and sine are multiplied by `scale`. `frequencies`: float32
-    [dims], the first half the negative of the second, so that one cosine and one sine of a row serve both
-    halves.
-    """
+    angle p * frequencies[i] (float32 [dims / 2]); cosine and sine are multiplied by `scale`."""
 
     frequencies: Tensor
     scale: float = 1.0

@@ -173,7 +173,8 @@ def _offsets(blocks: int, kv_heads: int, size: int, device: torch.device) -> tup
 
 
 def _rotation(rotation: Rotation, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    angles = positions * rotation.frequencies
+    # The sine of the first half is negated by negating its angle, which leaves the cosine as it is.
+    angles = positions * torch.cat((-rotation.frequencies, rotation.frequencies))
     cosines, sines = angles.cos(), angles.sin()
     if rotation.scale != 1.0:
         cosines, sines = cosines.mul_(rotation.scale), sines.mul_(rotation.scale)

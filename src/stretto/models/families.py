@@ -94,6 +94,7 @@ def _pattern(fields: Fields, layer: int) -> bool:
     return (layer + 1) % fields.count("sliding_window_pattern") != 0
 
 
+COMMON: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
 QWEN: dict[str, Any] = {
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
@@ -122,6 +123,7 @@ FAMILIES: dict[str, Family] = {
             "vocab_size": 32000,
             "max_position_embeddings": 131072,
             "num_key_value_heads": 8,
+            "sliding_window": 4096,
             "eos_token_id": 2,
         },
         slides=_always,
@@ -226,6 +228,7 @@ FAMILIES: dict[str, Family] = {
 }
 # A checkpoint of text and images whose text part is a family of its own.
 NESTED = {"gemma3": ("text_config", "gemma3_text")}
+SHARED = {"tie_word_embeddings", "torch_dtype", "dtype", "eos_token_id"}
 
 
 def read(path: Path) -> ModelSpec:
@@ -242,13 +245,11 @@ def read(path: Path) -> ModelSpec:
             f"{path} is quantised ({method}); only float32, bfloat16 and float16 weights are read: "
             "use the checkpoint it was made from"
         )
-    eos = _eos(path, config)
-    tied = config.data.get("tie_word_embeddings")
     if name in NESTED:
         key, name = NESTED[name]
         nested = config.object(key)
-        outer = {k: v for k, v in config.data.items() if k in ("torch_dtype", "dtype", "eos_token_id")}
-        config = Fields({**outer, **nested.data}, nested.where)
+        outer = {k: v for k, v in config.data.items() if k in SHARED}
+        config = Fields({**nested.data, **outer}, nested.where)
     if name not in FAMILIES:
         remote = " Code in a checkpoint (auto_map) is never run." if "auto_map" in config.data else ""
         known = ", ".join(sorted([*FAMILIES, *NESTED]))
@@ -260,10 +261,10 @@ def read(path: Path) -> ModelSpec:
     for key, value in family.only.items():
         if fields.get(key) not in (value, None):
             raise fields.error(key, f"is {fields.get(key)!r}; only {value!r} is implemented")
-    return _spec(name, family, fields, eos, tied)
+    return _spec(name, family, fields, _eos(path, fields))
 
 
-def _spec(name: str, family: Family, fields: Fields, eos: tuple[int, ...], tied: bool | None) -> ModelSpec:
+def _spec(name: str, family: Family, fields: Fields, eos: tuple[int, ...]) -> ModelSpec:
     hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     kv_heads, head_dim = (
         fields.count("num_key_value_heads", heads),
@@ -293,7 +294,7 @@ def _spec(name: str, family: Family, fields: Fields, eos: tuple[int, ...], tied:
         scale=(fields.number("query_pre_attn_scalar") if family.gemma else head_dim) ** -0.5,
         activation=ACTIVATIONS[activation],
         dtype=_dtype(fields),
-        tied=fields.flag("tie_word_embeddings") if tied is None else tied,
+        tied=fields.flag("tie_word_embeddings"),
         unit_offset=family.gemma,
         query_norm=family.query_norm,
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,

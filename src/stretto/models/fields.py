@@ -13,9 +13,10 @@ from stretto.errors import CheckpointError
 
 
 class Fields:
-    """A JSON object with defaults behind it. A field that is null counts as absent.
+    """A JSON object with defaults behind it: what an absent field means. A field that is null has no value.
 
-    The typed getters raise CheckpointError for a field that is absent without a default, or of another type.
+    The typed getters raise CheckpointError for a field that has no value (unless given one to take), or one
+    of another type.
     """
 
     def __init__(
@@ -39,8 +40,7 @@ class Fields:
         return cls(data, f"{path}: $")
 
     def get(self, key: str) -> Any:
-        value = self.data.get(key)
-        return self.defaults.get(key) if value is None else value
+        return self.data[key] if key in self.data else self.defaults.get(key)
 
     def error(self, key: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.where}.{key} {problem}")

@@ -76,7 +76,7 @@ def rotation(rope: Rope, device: torch.device) -> Rotation:
         frequencies, scale = _yarn(rope, frequencies), _yarn_scale(rope)
     elif rope.kind == "longrope":
         frequencies, scale = frequencies / torch.tensor(rope.short), rope.attention or 1.0
-    return Rotation(torch.cat((-frequencies, frequencies)).to(device), scale)
+    return Rotation(frequencies.to(device), scale)
 
 
 def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
