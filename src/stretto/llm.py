@@ -167,11 +167,14 @@ class LLM:
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):
             return self._text.encode(prompt)
-        if all(isinstance(part, int) for part in prompt):
-            return prompt  # pyright: ignore[reportReturnType]
-        if isinstance(prompt, Sequence) and all(isinstance(part, dict) and "role" in part for part in prompt):
-            return self._text.encode_chat(list(prompt))  # pyright: ignore[reportArgumentType]
-        raise InvalidRequest("a prompt is text, a list of token ids, or a list of messages with a role")
+        parts = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+        if ids := [part for part in parts if isinstance(part, int)]:
+            messages = []
+        else:
+            messages = [part for part in parts if isinstance(part, dict) and "role" in part]
+        if len(ids) + len(messages) < len(parts):
+            raise InvalidRequest("a prompt is text, a list of token ids, or a list of messages with a role")
+        return self._text.encode_chat(messages) if messages else ids
 
     def _check(self, ids: tuple[int, ...], sampling: Sampling) -> None:
         if not ids:
