@@ -133,10 +133,9 @@ class Table:
         turns: list[tuple[Tensor, int, int]] = []
         for rotation in geometry.rotations:
             pairs = rotation.frequencies.shape[0]
+            frequencies = rotation.frequencies.data_ptr()
             turn = torch.empty(tokens, 2, pairs)
-            self.native.rotate(
-                address, rotation.frequencies.data_ptr(), pairs, rotation.scale, turn.data_ptr()
-            )
+            self.native.rotate(address, frequencies, pairs, rotation.scale, turn.data_ptr())
             turns.append((turn, turn.data_ptr(), 2 * pairs))
         return Plan(step, address, tokens, step.type, layer.dtype, blocks, tuple(turns), batch)
 
