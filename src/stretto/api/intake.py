@@ -66,7 +66,7 @@ async def chat(front: Front, request: ChatRequest, size: int) -> Job:
     limit = _chat_limit(request)
     sampling = _sampling(request, limit, (request.top_logprobs or 0) if request.logprobs else None, grammar)
     _check_ids(sampling, info)
-    await _check_grammar(front, name, grammar)
+    await _check_grammar(front, name, grammar, request)
     thinks = text.template is not None and text.template.mentions(reasoning.CLOSE) and grammar is None
     variables = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
@@ -111,7 +111,7 @@ async def completion(front: Front, request: CompletionRequest, size: int) -> Job
     grammar = _grammar(request)
     sampling = _sampling(request, limit, request.logprobs, grammar)
     _check_ids(sampling, info)
-    await _check_grammar(front, name, grammar)
+    await _check_grammar(front, name, grammar, request)
     prompts = await front.off_loop(size, encode_all, text, inputs, "$.prompt", info)
     for prompt in prompts:
         _check_length(prompt, limit, info, "$.prompt")
@@ -254,13 +254,16 @@ def _grammar(request: Generation) -> Grammar | None:
     return found[0] if found else None
 
 
-async def _check_grammar(front: Front, model: str, grammar: Grammar | None) -> None:
+async def _check_grammar(front: Front, model: str, grammar: Grammar | None, request: Generation) -> None:
     if grammar is None or front.check is None:
         return
     try:
         await front.check(model, grammar)
     except InvalidGrammar as error:
-        error.param = error.param or "$.response_format"
+        if request.structured_outputs is not None:
+            error.param = "$.structured_outputs"
+        else:
+            error.param = "$.tools" if request.response_format is None else "$.response_format"
         raise
 
 
