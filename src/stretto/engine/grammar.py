@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
 from stretto.errors import InvalidGrammar
@@ -21,7 +21,7 @@ from stretto.types import Grammar, GrammarKind
 
 # llguidance's own limits let one mask take tens of milliseconds while every stream waits; these, near ten.
 LIMITS = LLParserLimits(
-    max_items_in_row=10_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
+    max_items_in_row=5_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
 )
 LONGEST: dict[GrammarKind, int] = {"regex": 2**12, "choice": 2**17, "json_schema": 2**17}
 WHITESPACE = r"[ \n\r\t]{1,40}"  # bounded: a lost model would indent until its last token
@@ -142,7 +142,7 @@ def reason(error: str) -> str:
         return rf"look-around such as \b, ^ or $ inside it is not supported ({found[1]})"
     found = re.search(r"regex parse error:\n    (.*)\n    ( *)\^+\nerror: (.*)", error)
     if found:
-        return f"{found[3]}, at character {len(found[2]) + 1} of the pattern"
+        return f"{found[3]}, at {found[1][len(found[2]) :][:30]!r}"
     return line
 
 
@@ -169,11 +169,16 @@ def _json_schema(source: str) -> str:
     return LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": WHITESPACE})
 
 
+def _regex(source: str) -> str:
+    # \d is 0-9 as in JSON Schema: no reader of a form expects a model's Thai digits.
+    return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(source, 'd')}/")
+
+
 def _choice(source: str) -> str:
     choices = parsed(source)
     if not isinstance(choices, list) or not choices or not all(isinstance(each, str) for each in choices):
         raise InvalidGrammar("a choice is a JSON list of one or more strings")
-    return LLMatcher.grammar_from_regex("|".join(re.escape(each) for each in choices))
+    return _regex("|".join(re.escape(each) for each in choices))
 
 
 def parsed(source: str) -> object:
@@ -187,6 +192,6 @@ def parsed(source: str) -> object:
 TRANSLATIONS: dict[GrammarKind, Callable[[str], str]] = {
     "json_object": _json_object,
     "json_schema": _json_schema,
-    "regex": LLMatcher.grammar_from_regex,
+    "regex": _regex,
     "choice": _choice,
 }
