@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from stretto.engine.schedule import Plan
 from stretto.engine.sequence import Drawn
-from stretto.engine.steptime import Cost
+from stretto.engine.steptime import Cost, Load
 from stretto.types import Logprobs, ModelInfo
 
 FREE = Cost()
@@ -49,7 +49,7 @@ class NullRunner:
         self,
         info: ModelInfo,
         *,
-        cost: Cost = FREE,
+        cost: Callable[[Load], float] = FREE,
         sleep: Callable[[float], None],
         first: int = 0,
         span: int = 0,
