@@ -323,12 +323,18 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
     stretto: Report | UnsetType = UNSET
 
 
+class MadeCall(Struct, frozen=True, kw_only=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class AnswerMessage(Struct, frozen=True, kw_only=True):
     content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[ToolCall] | UnsetType = UNSET
+    tool_calls: list[MadeCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True, kw_only=True):

@@ -26,8 +26,8 @@ STREAM = json.dumps(HELLO | {"stream": True}).encode()
 
 
 def post(body: bytes, path: str = CHAT) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    lines = ("Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    return "\r\n".join((f"POST {path} HTTP/1.1", *lines, "", "")).encode() + body
 
 
 @asynccontextmanager
@@ -181,7 +181,7 @@ async def test_a_second_signal_ends_at_once(served: Served, engine: FakeEngine) 
 async def test_a_port_in_use_and_a_bad_host(served: Served, app: App, engine: FakeEngine) -> None:
     with pytest.raises(StartError, match=f"port {served.port} on 127.0.0.1 is in use"):
         await serve.run(ServeConfig(port=served.port), app, engine)
-    with pytest.raises(StartError, match="--host no.such.host.invalid"):
+    with pytest.raises(StartError, match=r"--host no\.such\.host\.invalid"):
         serve.listen("no.such.host.invalid", 0)
 
 

@@ -22,11 +22,11 @@ from stretto.openai import (
     ChatLogprobs,
     Completion,
     Delta,
+    MadeCall,
     Report,
     TextChoice,
     TextLogprobs,
     TokenLogprob,
-    ToolCall,
     ToolCallDelta,
     TopLogprob,
     Usage,
@@ -238,7 +238,7 @@ def _text_body(delta: Delta) -> bytes:
     return encode(delta.content) if delta.content is not UNSET else b'""'
 
 
-def _tool_calls(kept: Kept) -> list[ToolCall]:
+def _tool_calls(kept: Kept) -> list[MadeCall]:
     shape = kept.choice.shape
     abandoned = shape.abandoned if shape is not None else set[int]()
     names: dict[int, tuple[str, str]] = {}
@@ -251,7 +251,7 @@ def _tool_calls(kept: Kept) -> list[ToolCall]:
         if isinstance(part.function.arguments, str):
             arguments.setdefault(part.index, []).append(part.function.arguments)
     return [
-        ToolCall(id=id, function=CalledFunction(name=name, arguments="".join(arguments.get(index, []))))
+        MadeCall(id=id, function=CalledFunction(name=name, arguments="".join(arguments.get(index, []))))
         for index, (id, name) in names.items()
     ]
 
@@ -259,7 +259,7 @@ def _tool_calls(kept: Kept) -> list[ToolCall]:
 def _chat(header: Header, kept: list[Kept], usage: Usage, report: Report) -> ChatCompletion:
     choices: list[ChatChoice] = []
     for part in kept:
-        calls: list[ToolCall] | UnsetType = _tool_calls(part) or UNSET
+        calls: list[MadeCall] | UnsetType = _tool_calls(part) or UNSET
         message = AnswerMessage(
             content=part.text or (None if calls or part.reasoning else ""),
             reasoning_content="".join(part.reasoning) if part.reasoning else UNSET,

@@ -185,7 +185,7 @@ class Metrics(Collector):
         yield _gauge("running_sequences", "Sequences in the last step.", ((m, s.running) for m, s in last))
         yield _gauge("waiting_sequences", "Sequences waiting for a step.", ((m, s.waiting) for m, s in last))
         yield _gauge("kv_blocks_free", "Free blocks of KV cache.", ((m, s.blocks_free) for m, s in last))
-        yield _gauge("kv_blocks_total", "All blocks of KV cache.", ((m, s.blocks_total) for m, s in last))
+        yield _gauge("kv_blocks", "All blocks of KV cache.", ((m, s.blocks_total) for m, s in last))
 
     def _of_worker(self) -> Iterator[Metric]:
         now = self._now()
