@@ -55,7 +55,7 @@ def llm(checkpoint: Path) -> Iterator[LLM]:
         yield made
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def null() -> Iterator[LLM]:
     with LLM("null") as made:
         yield made

@@ -94,7 +94,7 @@ def show_ready(url: str, models: Sequence[ModelInfo], *, locked: bool) -> None:
     for model in models:
         out.print(
             f"[bold]{model.name}[/] · {model.family}, {model.parameters / 1e6:,.1f} M parameters"
-            f" in {model.dtype} on {model.device} · context {model.context:,}"
+            f" · {model.dtype} on {model.device} · context {model.context:,}"
             f" · KV cache {gib(model.kv_bytes)}, {model.blocks * model.block_size:,} tokens"
         )
     out.print(f"[bold green]ready[/] in {process_age():.1f} s · {url}")

@@ -1,0 +1,245 @@
+"""The command as a user runs it: a process of its own, judged by what it prints and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import pytest
+import typer
+
+from stretto import cli, config
+
+STRETTO = [sys.executable, "-m", "stretto"]
+MOST_FLAGS = 30
+ESCAPE = "\x1b["
+
+
+def stretto(*arguments: str, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*STRETTO, *arguments],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=60,
+        env=os.environ | environ,
+    )
+
+
+def commands() -> dict[str, click.Command]:
+    """Every command by its full name."""
+    found: dict[str, click.Command] = {}
+    todo: list[tuple[str, Any]] = [("", typer.main.get_command(cli.app))]
+    while todo:
+        name, command = todo.pop()
+        if hasattr(command, "commands"):
+            todo += [(f"{name} {child}".strip(), each) for child, each in command.commands.items()]
+        else:
+            found[name] = command
+    return found
+
+
+@dataclass
+class Served:
+    url: str
+    pid: int
+    said: list[str]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log = tmp_path_factory.mktemp("serve") / "out"
+    with log.open("w") as out:
+        process = subprocess.Popen([*STRETTO, "serve", "null", "--port", "0"], stdout=out)
+    said: list[str] = []
+    deadline = time.monotonic() + 60
+    while len(said) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        said = log.read_text().splitlines()
+    try:
+        yield Served(said[1].split()[-1], process.pid, said)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_the_front_process_never_loads_torch() -> None:
+    code = (
+        "import sys, stretto.cli; "
+        "print([name for name in ('torch', 'transformers', 'pandas', 'pydantic') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_importing_the_words_loads_nothing_else() -> None:
+    code = "import sys, stretto.types; print([n for n in ('asyncio', 'typer') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_there_are_few_flags() -> None:
+    flags = {option for each in commands().values() for param in each.params for option in param.opts}
+    flags = {flag for flag in flags if flag.startswith("--")} - {"--help"}
+    assert len(flags) <= MOST_FLAGS, sorted(flags)
+
+
+def test_the_documented_settings_are_the_real_ones() -> None:
+    options = {cast(str, option.name) for option in commands()["serve"].params}
+    page = Path(__file__).parent.parent / "docs" / "configuration.md"
+    assert config.reference(options - {"models"}) in page.read_text(), f"replace the table in {page}"
+
+
+def test_help_shows_every_command_without_colours() -> None:
+    done = stretto("--help", NO_COLOR="1")
+    assert done.returncode == 0
+    assert all(name.split()[0] in done.stdout for name in commands())
+    assert ESCAPE not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "--colour", "blue"], "No such option"),
+        (["serve", "--port", "x"], "unable to parse string as an integer"),
+        (["serve", "--port", "70000"], "--port: Expected `int` <= 65535"),
+        (["serve", "--device", "tpu"], "--device: Invalid enum value 'tpu'"),
+        (["serve", "--kv-memory", "much"], "'much' is no size"),
+        (["serve", "--config", "/nowhere.toml"], "cannot read the configuration /nowhere.toml"),
+        (["serve", "a=null", "a=null"], "two models are called a"),
+        (["run"], "Missing argument"),
+        (["run", "x", "--temperature", "1000"], "temperature must be from 0.0 to 100.0"),
+        (["bench", "serve", "http://x", "--requests", "1"], "either --rate or --concurrency"),
+        (["bench", "serve", "http://x", "--rate", "1", "--concurrency", "1"], "either --rate or"),
+    ],
+)
+def test_wrong_use_exits_with_2(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process: what is tested is the parsing."""
+    with pytest.raises(SystemExit) as exit:
+        run_main(arguments)
+    assert exit.value.code == 2
+    assert says in re.sub(r"\s*│\s*\n?│?\s*", " ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "nowhere"], "error: 'nowhere' is no directory here"),
+        (["run", "x", "--model", "nowhere"], "error: 'nowhere' is no directory here"),
+        (["doctor", "nowhere"], "error: 'nowhere' is no directory here"),
+        (["chat", "http://127.0.0.1:9"], "error: http://127.0.0.1:9 does not answer"),
+        (["bench", "serve", "127.0.0.1:9", "--rate", "1"], "error: 127.0.0.1:9 does not answer"),
+    ],
+)
+def test_failures_are_one_line_and_exit_with_1(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run_main(arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 1
+    assert error.startswith(says)
+    assert error.count("\n") == 1
+
+
+def run_main(arguments: list[str]) -> None:
+    before, sys.argv = sys.argv, ["stretto", *arguments]
+    try:
+        cli.main()
+    finally:
+        sys.argv = before
+
+
+def test_a_port_in_use_is_said_to_be(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = stretto("serve", "null", "--port", str(taken.getsockname()[1]), TMPDIR=str(tmp_path))
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: port \d+ on 127\.0\.0\.1 is in use; .*--port\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_says_how_long_it_took_and_prints_a_line_that_works(served: Served) -> None:
+    assert re.fullmatch(r"ready in \d+\.\d s · http://127\.0\.0\.1:\d+", served.said[1])
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    done = subprocess.run(shlex.split(served.said[2]), capture_output=True, text=True, timeout=30)
+    answer = json.loads(done.stdout)
+    assert (answer["model"], answer["object"]) == ("null", "chat.completion")
+    assert answer["usage"]["completion_tokens"] > 0
+
+
+def test_bench_reports_in_one_json_document(served: Served) -> None:
+    load = ["--requests", "6", "--concurrency", "2", "--output-tokens", "5", "--random-input", "7"]
+    done = stretto("bench", "serve", served.url, *load, "--e2e-ms", "60000", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    outcome = json.loads(done.stdout)
+    assert (outcome["model"], outcome["endpoint"]) == ("null", "completions")
+    report = outcome["report"]
+    assert (report["sent"], report["completed"], report["output_tokens"], report["input_tokens"]) == (
+        6,
+        6,
+        30,
+        42,
+    )
+    assert report["good_share"] == 1.0
+    assert set(report["ttft_ms"]) == {"mean", "p50", "p90", "p99", "max"}
+
+
+def test_bench_with_prompts_prints_a_table(served: Served, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\n")
+    load = ["--requests", "3", "--rate", "100", "--output-tokens", "4", "--prompts", str(file)]
+    done = stretto("bench", "serve", served.url, *load)
+    assert done.returncode == 0
+    assert "3 of 3 requests" in done.stdout
+    assert all(name in done.stdout for name in ("TTFT", "TPOT", "ITL", "E2E"))
+    assert ESCAPE not in done.stdout
+
+
+def test_chat_with_a_server(served: Served) -> None:
+    done = stretto(
+        "chat",
+        served.url,
+        "--max-tokens",
+        "3",
+        "--seed",
+        "1",
+        stdin="hello\n/reset\nhello\n/what\n/quit\nnever\n",
+    )
+    first, second, *rest = done.stdout.splitlines()
+    assert first == second and first, "after /reset the same question has the same answer"
+    assert (done.returncode, rest) == (0, [])
+    assert "forgotten" in done.stderr and "no such command" in done.stderr
+
+
+def test_runs_a_prompt_in_a_process_of_its_own() -> None:
+    asked = ["--model", "null", "--max-tokens", "4", "--seed", "1"]
+    plain = stretto("run", "-", *asked, stdin="hello")
+    as_json = stretto("run", "hello", *asked, "--json")
+    answer = json.loads(as_json.stdout)
+    assert (plain.returncode, as_json.returncode, as_json.stderr) == (0, 0, "")
+    assert plain.stdout == answer["text"] + "\n"
+    assert (answer["finish_reason"], len(answer["token_ids"])) == ("length", 4)
+
+
+def test_doctor_reports_in_one_json_document() -> None:
+    done = stretto("doctor", "--json", STRETTO_THREADS="3")
+    found = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert found["threads"] == {"value": 3, "why": "asked for"}
+    assert found["machine"]["memory"] > found["machine"]["available"] > 0
+    assert found["device"]["value"] in ("cpu", "cuda")
+    assert found["model"] is None
