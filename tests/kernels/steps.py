@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Step:
     @property
     def rows(self) -> list[slice]:
         starts = self.batch.query_starts.tolist()
-        return [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+        return [slice(a, b) for a, b in pairwise(starts)]
 
 
 def step(
