@@ -77,7 +77,7 @@ async def chat(front: Front, request: ChatRequest, size: int) -> Job:
 
     def prepare() -> tuple[tuple[int, ...], bool]:
         rendered = text.render(conversation.messages(request, text), called.shown, variables)
-        opened = rendered.rfind(reasoning.OPEN) > rendered.rfind(reasoning.CLOSE)
+        opened = rendered.rstrip().endswith(reasoning.OPEN)
         return tuple(text.encode_rendered(rendered)), opened
 
     prompt, opened = await front.off_loop(size, prepare)

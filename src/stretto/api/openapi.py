@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import json
 
 from stretto.openai import (
+    ChatChunk,
     ChatCompletion,
     ChatRequest,
     Completion,
@@ -43,19 +44,16 @@ class _Route:
     errors: tuple[int, ...]
     request: type | None = None
     response: type | None = None
+    chunk: type | None = None
     media: tuple[str, ...] = ()
 
 
 WORK = (400, 401, 404, 413, 500, 503)
 ROUTES = (
     _Route(
-        "/v1/chat/completions", "post", "Answer a conversation.", WORK, ChatRequest, ChatCompletion,
-        ("text/event-stream",),
+        "/v1/chat/completions", "post", "Answer a conversation.", WORK, ChatRequest, ChatCompletion, ChatChunk
     ),
-    _Route(
-        "/v1/completions", "post", "Continue a text.", WORK, CompletionRequest, Completion,
-        ("text/event-stream",),
-    ),
+    _Route("/v1/completions", "post", "Continue a text.", WORK, CompletionRequest, Completion, Completion),
     _Route("/v1/embeddings", "post", "Turn texts into vectors.", WORK, EmbeddingRequest, EmbeddingList),
     _Route("/v1/models", "get", "The models held here.", (401,), response=ModelList),
     _Route("/v1/models/{name}", "get", "One model.", (401, 404), response=ModelCard),
@@ -63,15 +61,15 @@ ROUTES = (
     _Route("/ready", "get", "Whether requests are taken.", (503,), response=Status),
     _Route("/state", "get", "The worker's state.", (401,), response=WorkerState),
     _Route("/metrics", "get", "Metrics for Prometheus.", (), media=("text/plain",)),
-    _Route("/openapi.json", "get", "This document.", (), media=("application/json",)),
+    _Route("/openapi.json", "get", "This document.", ()),
     _Route("/", "get", "A page to try the server on.", (), media=("text/html",)),
-)  # fmt: skip
+)
 
 
 @cache
 def document() -> dict[str, Any]:
     """OpenAPI 3.1."""
-    types = [part for route in ROUTES for part in (route.request, route.response) if part is not None]
+    types = [part for route in ROUTES for part in (route.request, route.response, route.chunk) if part]
     _, components = json.schema_components([*types, ErrorBody], ref_template=PREFIX + "{name}")
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
@@ -95,7 +93,9 @@ def document() -> dict[str, Any]:
 
 def _operation(route: _Route) -> dict[str, Any]:
     content: dict[str, Any] = {media: {"schema": {"type": "string"}} for media in route.media}
-    if "application/json" in content:
+    if route.chunk is not None:
+        content["text/event-stream"] = {"schema": _event(route.chunk)}
+    if route.path == "/openapi.json":
         content["application/json"] = {"schema": {"type": "object"}}
     if route.response is not None:
         content["application/json"] = {"schema": {"$ref": PREFIX + route.response.__name__}}
@@ -119,6 +119,16 @@ def _operation(route: _Route) -> dict[str, Any]:
             {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         ]
     return operation
+
+
+def _event(chunk: type) -> dict[str, Any]:
+    """One server-sent event. OpenAPI 3.1 cannot say what its text holds, so the description does."""
+    says = f"The JSON of a {chunk.__name__}; at the end [DONE], or the JSON of an ErrorBody."
+    return {
+        "type": "object",
+        "properties": {"data": {"type": "string", "description": says}},
+        "required": ["data"],
+    }
 
 
 def _words(path: str) -> list[str]:
