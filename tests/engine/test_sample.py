@@ -379,6 +379,17 @@ def test_a_large_vocabulary_draws_as_if_it_were_sorted(row: int):
 
 
 @pytest.mark.parametrize("row", range(4))
+def test_a_large_vocabulary_is_inverted_by_blocks_as_a_whole(row: int):
+    logits = big_rows()[row]
+    weights = np.exp(logits - logits.max())
+    cumulative = weights.cumsum(dtype=np.float64) / weights.sum(dtype=np.float64)
+    for fraction in (0.0, 0.0123, 0.25, 0.5, 0.77, 0.9999):
+        token = sample._draw(logits, float(logits.max()), Sampling(), fraction)
+        below = cumulative[token - 1] if token else 0.0
+        assert below - 1e-6 <= fraction <= cumulative[token] + 1e-6
+
+
+@pytest.mark.parametrize("row", range(4))
 @pytest.mark.parametrize("size", [1, 20, 64, 1024, 16384, 50_001])
 def test_the_likeliest_are_a_prefix_of_the_sorted(row: int, size: int):
     logits = big_rows()[row]

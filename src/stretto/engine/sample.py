@@ -272,10 +272,11 @@ def _likeliest(logits: Row, size: int) -> NDArray[np.int64]:
     least of those. So the `size`-th greatest of four times `size` columns is a floor that `size` tokens
     reach, and few more: the rest of a large vocabulary is never compared again.
     """
-    folds = len(logits) // (4 * size)
+    columns = 4 * max(size, LADDER[0])
+    folds = len(logits) // columns
     if folds < 2:
         return np.argsort(-logits, kind="stable")
-    heads = logits[: folds * 4 * size].reshape(folds, -1).max(axis=0)
+    heads = logits[: folds * columns].reshape(folds, columns).max(axis=0)
     floor = np.partition(heads, -size)[-size]
     ids = np.flatnonzero(logits >= floor)
     return ids[np.argsort(-logits[ids], kind="stable")]
