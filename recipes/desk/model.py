@@ -6,14 +6,14 @@ Weights of all layers are stacked: one compiled layer serves all, and the optimi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
@@ -85,10 +85,15 @@ def layer(
     return x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
 
 
-def head_loss(x: Tensor, norm: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the rows x [M, hidden]; labels below zero do not count."""
+def head_loss(x: Tensor, norm: Tensor, embedding: Tensor, labels: Tensor, spans: Tensor) -> Tensor:
+    """Mean cross-entropy of the rows x [M, hidden]; labels below zero do not count.
+
+    A row weighs one by the root of its reply's length: otherwise the long workings drown the short answers.
+    """
     logits = F.linear(rms_norm(x, norm).to(embedding.dtype), embedding).float()
-    return F.cross_entropy(logits, labels, ignore_index=-100)
+    losses = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    weights = spans.float().rsqrt() * (labels >= 0)
+    return (losses * weights).sum() / weights.sum()
 
 
 class Decoder(nn.Module):
@@ -143,21 +148,20 @@ class Decoder(nn.Module):
             x = self.layer(x, weights, cos, sin, starts, attend)
         return x
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, starts: Tensor, rows: Tensor, labels: Tensor
-    ) -> Tensor:
-        """The loss of a packed batch; shapes as in `batches`."""
+    def forward(self, batch: Sequence[Tensor]) -> Tensor:
+        """The loss of a packed batch; parts and shapes as in `batches`."""
+        tokens, positions, starts, rows, labels, spans = batch
         x = self.hidden(tokens, positions, starts)[rows]
         table = self.embedding.to(torch.bfloat16 if x.is_cuda else torch.float32)
-        return self.head_loss(x, self.norm, table, labels)
+        return self.head_loss(x, self.norm, table, labels, spans)
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def export(model: Decoder, folder: Path) -> None:
-    """config.json, generation_config.json and model.safetensors (bf16), as transformers' LlamaForCausalLM."""
-    names = {
+def named(model: Decoder) -> dict[str, Tensor]:
+    """Views of the weights under the names of transformers' LlamaForCausalLM."""
+    stacks = {
         "self_attn.q_proj": model.q,
         "self_attn.k_proj": model.k,
         "self_attn.v_proj": model.v,
@@ -168,11 +172,29 @@ def export(model: Decoder, folder: Path) -> None:
         "input_layernorm": model.norms[:, 0],
         "post_attention_layernorm": model.norms[:, 1],
     }
-    tensors = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
-    for name, stack in names.items():
-        for number, weight in enumerate(stack):
+    tensors: dict[str, Tensor] = {
+        "model.embed_tokens.weight": model.embedding,
+        "model.norm.weight": model.norm,
+    }
+    for name, stack in stacks.items():
+        for number, weight in enumerate(stack.unbind(0)):
             tensors[f"model.layers.{number}.{name}.weight"] = weight
-    plain = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in tensors.items()}
+    return tensors
+
+
+@torch.no_grad()
+def restore(model: Decoder, folder: Path) -> None:
+    """Reads the weights that `export` wrote."""
+    stored = load_file(folder / "model.safetensors")
+    for name, weight in named(model).items():
+        weight.copy_(stored[name])
+
+
+def export(model: Decoder, folder: Path) -> None:
+    """config.json, generation_config.json and model.safetensors (bf16), as transformers' LlamaForCausalLM."""
+    plain = {
+        name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in named(model).items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(plain, folder / "model.safetensors", {"format": "pt"})
     size = model.size

@@ -74,14 +74,18 @@ def records(rng: Random, count: int, fields: tuple[str, ...]) -> list[Record]:
     """`count` orders; order number, customer and item are unique, so each of them identifies an order."""
     currency = pick(rng, CURRENCIES)
     rows: list[Record] = []
-    seen: set[str] = set()
+    whole: set[str] = set()
+    words: set[str] = set()
     while len(rows) < count:
         row: Record = {"order": _near(rng, rows)}
         for field in fields:
             row[field] = _value(rng, field, currency)
-        unique = {row["order"], row.get("customer", row["order"]), row.get("item", row["order"])}
-        if seen.isdisjoint(unique):
-            seen |= unique
+        names = {row["order"], row.get("customer", row["order"]), row.get("item", row["order"])}
+        parts = {part for name in names for part in name.split()}
+        # "lamp" beside "blue lamp" would leave open which one is meant.
+        if whole.isdisjoint(names | parts) and words.isdisjoint(names):
+            whole |= names
+            words |= parts
             rows.append(row)
     return rows
 
@@ -148,9 +152,9 @@ def some(rng: Random, rows: tuple[str, ...], count: int) -> tuple[str, ...]:
 
 
 def lookup(level: int, rng: Random) -> Draft:
-    """Read a field of one of 2, 4, 8 or up to 34 records; from level 2 also by item, follow-ups, counts."""
+    """Read a field of one of 2, 4, 8 or up to 34 records; from level 2 also follow-ups, then counts."""
     many = between(rng, 12, 24) if rng.random() < 0.9 else between(rng, 25, 34)
-    count = (between(rng, 1, 2), between(rng, 3, 4), between(rng, 6, 8), many)[level - 1]
+    count = (1 if rng.random() < 0.2 else 2, between(rng, 3, 4), between(rng, 6, 8), many)[level - 1]
     width = (between(rng, 2, 4), between(rng, 3, 5), between(rng, 4, 6), between(rng, 4, 6))[level - 1]
     fields = some(rng, FIELDS, width)
     rows = records(rng, count, fields)
@@ -160,7 +164,8 @@ def lookup(level: int, rng: Random) -> Draft:
     if level >= 3 and "status" in fields and kind < 0.15:
         status = pick(rng, rows)["status"] if rng.random() < 0.8 else pick(rng, STATUSES)
         hits = [row["order"] for row in rows if row["status"] == status]
-        reply = f"{', '.join(hits) or 'none'}\n{len(hits)}"
+        listed = ", ".join(f"{place} {number}" for place, number in enumerate(hits, 1))
+        reply = f"{listed or 'none'}\n{len(hits)}"
         return Draft(pick(rng, COUNT).format(s=status), reply, f"count {stem} {status}", notes)
     if level >= 2 and kind > 0.93:
         number = _near(rng, rows)
@@ -178,21 +183,24 @@ def lookup(level: int, rng: Random) -> Draft:
         return Draft(
             pick(rng, FOLLOW).format(f=field), row[field], f"{stem} {row['order']} {field}", notes, before
         )
-    question, reply = _ask(rng, row, field, level)
+    question, reply = _ask(rng, row, field)
     return Draft(question, reply, f"{stem} {row['order']} {field}", notes)
 
 
-def _ask(rng: Random, row: Record, field: str, level: int) -> tuple[str, str]:
-    kind = rng.random() if level > 1 else rng.random() * 0.6
-    if kind > 0.5 and "customer" in row and field != "customer":
-        if kind > 0.9:
-            return pick(rng, ASK_ORDER).format(n=row["customer"]), row["order"]
-        return pick(rng, ASK_BY_NAME).format(n=row["customer"], f=field), row[field]
-    if kind > 0.6 and "item" in row and field != "item":
-        if kind > 0.9:
-            return pick(rng, ASK_ITEM_ORDER).format(i=row["item"]), row["order"]
+def _ask(rng: Random, row: Record, field: str) -> tuple[str, str]:
+    """A question about a field. Asked by name or item, the reply finds the order first."""
+    kind = rng.random()
+    name, item = row.get("customer"), row.get("item")
+    found = f"order {row['order']}\n{row[field]}"
+    if name and field != "customer" and kind < (0.35 if item else 0.55):
+        if kind < 0.08:
+            return pick(rng, ASK_ORDER).format(n=name), row["order"]
+        return pick(rng, ASK_BY_NAME).format(n=name, f=field), found
+    if item and field != "item" and kind < 0.55:
+        if kind < 0.43:
+            return pick(rng, ASK_ITEM_ORDER).format(i=item), row["order"]
         ways = ASK_WHO_ITEM if field == "customer" and rng.random() < 0.5 else ASK_BY_ITEM
-        return pick(rng, ways).format(i=row["item"], f=field), row[field]
+        return pick(rng, ways).format(i=item, f=field), found
     if field == "customer" and rng.random() < 0.5:
         return pick(rng, ASK_WHO).format(o=row["order"]), row[field]
     return pick(rng, ASK).format(f=field, o=row["order"]), row[field]

@@ -21,11 +21,12 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from recipes.desk import evaluate
 from recipes.desk.batches import LEVEL_WEIGHTS, TASK_WEIGHTS, Array, Feed, Shape
-from recipes.desk.model import Decoder, Size, export
+from recipes.desk.model import Decoder, Size, export, restore
 from recipes.desk.tokenizer import build, save
 
 WARM_UP = 100  # steps
@@ -71,14 +72,20 @@ class Trainer:
         self.options = options
         self.started = time.monotonic()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = build(options.seed)
+        source: Path | None = options.source
+        self.tokenizer = (
+            Tokenizer.from_file(str(source / "tokenizer.json")) if source else build(options.seed)
+        )
         self.shape = Shape(options.tokens)
         self.feed = Feed(self.tokenizer, self.shape, options.seed, options.workers)
         generator = torch.Generator().manual_seed(options.seed)
         heads = options.hidden // 64
         vocabulary = self.tokenizer.get_vocab_size()
         size = Size(vocabulary, options.hidden, options.layers, heads, heads // 2, inner=options.inner)
-        self.model = Decoder(size, generator).to(self.device)
+        self.model = Decoder(size, generator)
+        if source:
+            restore(self.model, source)
+        self.model.to(self.device)
         if self.device.type == "cuda":
             self.model.compile()
         rest = [self.model.embedding, self.model.norm, self.model.norms]
@@ -96,8 +103,8 @@ class Trainer:
         flat = torch.from_numpy(batch)
         if self.device.type == "cuda":
             flat = flat.pin_memory().to(self.device, non_blocking=True)
-        tokens, positions, starts, rows, labels = flat.split(self.shape.sizes)
-        return tokens, positions, starts.clone(), rows, labels.long()
+        tokens, positions, starts, rows, labels, spans = flat.split(self.shape.sizes)
+        return tokens, positions, starts.clone(), rows, labels.long(), spans
 
     def progress(self) -> float:
         """How much of the budget is used, 0 to 1, by steps or minutes, whichever is nearer its end."""
@@ -117,7 +124,7 @@ class Trainer:
         rate = self.rate()
         for group in self.adam.param_groups:
             group["lr"] = self.options.adam_rate * rate
-        loss = self.model(*batch)
+        loss = self.model(batch)
         loss.backward()
         self.adam.step()
         self.muon.step(self.options.muon_rate * rate)
@@ -150,9 +157,11 @@ class Trainer:
 
     def card(self) -> dict[str, Any]:
         """What was run, to be completed with the held-out scores."""
-        options = {name: value for name, value in vars(self.options).items() if name != "out"}
+        options = {name: value for name, value in vars(self.options).items() if name not in ("out", "source")}
+        earlier = self.options.source and json.loads((self.options.source / "card.json").read_text())
         return {
             "name": "desk",
+            "earlier": earlier,
             "recipe": "recipes/desk/train.py",
             "options": options,
             "parameters": self.model.parameter_count(),
@@ -174,6 +183,9 @@ class Trainer:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the desk model.")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="go on from this directory's weights and tokenizer"
+    )
     parser.add_argument("--minutes", type=float, default=0.0, help="wall-clock budget, start-up included")
     parser.add_argument("--steps", type=int, default=0, help="budget in steps; either budget ends the run")
     parser.add_argument("--tokens", type=int, default=65_536, help="tokens per step")
@@ -186,9 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=int, default=100, help="steps between lines of progress")
-    parser.add_argument(
-        "--count", type=int, default=200, help="held-out prompts per task and level for the card"
-    )
+    parser.add_argument("--count", type=int, default=200, help="held-out prompts per task and level, or 0")
     options = parser.parse_args()
     if not (options.minutes or options.steps):
         parser.error("give --minutes or --steps")
@@ -208,6 +218,8 @@ def main() -> None:
     print(f"{card['steps']} steps, {card['tokens'] / 1e6:.0f} M tokens, {card['seconds']} s", flush=True)
     path = options.out / "card.json"
     path.write_text(json.dumps(card, indent=1) + "\n")  # a killed evaluation leaves at least this
+    if not options.count:
+        return
     result = evaluate.evaluate(evaluate.local(options.out, str(trainer.device)), options.count)
     wrong = result.pop("wrong")
     path.write_text(json.dumps(card | {"held_out": result}, indent=1) + "\n")
