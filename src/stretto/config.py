@@ -82,9 +82,12 @@ class ServeConfig(Struct, frozen=True, kw_only=True):
     host: Annotated[str, Meta(description="address to listen on; 0.0.0.0 is every network")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     max_waiting: Annotated[
-        int, Meta(ge=1, description="requests in the server at most; one more is refused with 503")
+        int,
+        Meta(
+            ge=1, description="answers that wait for their first token at most; one more is refused with 503"
+        ),
     ] = 512
-    max_body_bytes: Annotated[int, Meta(ge=1024, description="bytes of a request at most")] = 32 * 2**20
+    max_body_bytes: Annotated[int, Meta(ge=1024, description="bytes of a request at most")] = 4 * 2**20
     max_n: Annotated[int, Meta(ge=1, description="answers to one request at most")] = 16
     max_stop: Annotated[int, Meta(ge=0, description="stop strings of a request at most")] = 16
     drain_s: Annotated[

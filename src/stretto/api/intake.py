@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from stretto.api import conversation, reasoning, write
 from stretto.api.answer import Shape
@@ -112,12 +113,16 @@ async def completion(front: Front, request: CompletionRequest, size: int) -> Job
     sampling = _sampling(request, limit, request.logprobs, grammar)
     _check_ids(sampling, info)
     await _check_grammar(front, name, grammar, request)
-    prompts = await front.off_loop(size, encode_all, text, inputs, "$.prompt", info)
+
+    def prepare() -> tuple[list[tuple[int, ...]], list[str]]:
+        prompts = encode_all(text, inputs, "$.prompt", info)
+        if not request.echo:
+            return prompts, [""] * len(prompts)
+        return prompts, [item if isinstance(item, str) else text.decode(item) for item in inputs]
+
+    prompts, echo = await front.off_loop(size, prepare)
     for prompt in prompts:
         _check_length(prompt, limit, info, "$.prompt")
-    echo = [""] * len(prompts)
-    if request.echo:
-        echo = [item if isinstance(item, str) else text.decode(item) for item in inputs]
     return Job(
         style=write.TEXT,
         model=name,
@@ -135,12 +140,12 @@ def split(prompt: Prompts, path: str) -> list[str | list[int]]:
     """One prompt per item. Raises InvalidRequest for a list that mixes kinds."""
     if isinstance(prompt, str):
         return [prompt]
-    if all(isinstance(item, int) for item in prompt):
-        return [[item for item in prompt if isinstance(item, int)]]
-    texts = [item for item in prompt if not isinstance(item, int)]
-    if len(texts) < len(prompt) or len({type(item) for item in texts}) > 1:
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return [cast("list[int]", prompt)]
+    if len(kinds) > 1:
         raise InvalidRequest(f"{path} mixes text, ids and lists of ids; send one kind", param=path)
-    return texts
+    return cast("list[str | list[int]]", prompt)
 
 
 def encode_all(
