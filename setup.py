@@ -6,7 +6,15 @@ from glob import glob
 from setuptools import Extension, setup
 
 HERE = "src/stretto/kernels/cpu"
-FLAGS = ["-O3", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-pthread"]
+FLAGS = [
+    "-O3",
+    "-std=gnu11",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-pthread",
+]
 
 setup(
     ext_modules=[

@@ -33,7 +33,7 @@ static void merge_item(const void *job, int64_t number, int thread)
         memset(sums, 0, (size_t)d * sizeof(float));
         for (int64_t p = 0; p < parts; p++) {
             const float *of = part + p * stride;
-            float weight = exp_of(of[0] - (peak == -INFINITY ? 0.0f : peak));
+            float weight = exp_below(of[0] - (peak == -INFINITY ? 0.0f : peak));
             total += weight * of[1];
             for (int64_t i = 0; i < d; i++)
                 sums[i] += weight * of[2 + i];

@@ -67,8 +67,21 @@ INLINE int64_t kept(int64_t i, int64_t type)
     return type == BF16 ? i / SPAN * SPAN + i % 2 * VF + i % SPAN / 2 : i;
 }
 
-INLINE void score_lanes(const int lanes, const int64_t type, const float *q, const void *const *rows, int64_t count, int64_t width,
-                        float *scores)
+/* What the next tile will read, asked for while this one is computed: blocks are scattered, and the hardware foresees
+ * nothing beyond a page. */
+typedef struct {
+    const void *keys[KEYS], *values[KEYS];
+    int64_t bytes;
+} Next;
+
+INLINE void fetch(const void *row, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)row + i, 0, 2);
+}
+
+INLINE void score_lanes(const int lanes, const int64_t type, const float *q, const void *const *rows, int64_t count,
+                        int64_t width, float *scores, const Next *next)
 {
     for (int64_t first = 0; first < count; first += VF) {
         vf sums[LANES][VF];
@@ -77,6 +90,10 @@ INLINE void score_lanes(const int lanes, const int64_t type, const float *q, con
             UNROLL
             for (int l = 0; l < lanes; l++)
                 sum[l] = vf_zero();
+            if (next) {
+                fetch(next->keys[first + i], next->bytes);
+                fetch(next->values[first + i], next->bytes);
+            }
             for (int64_t d = 0; d < width; d += SPAN) {
                 vf low, high;
                 load_span(rows[first + i], d, type, &low, &high);
@@ -144,11 +161,11 @@ INLINE void soften(const Attention *a, float *restrict s, Running *run, int64_t 
     float shift = peak == -INFINITY ? 0.0f : peak, total = 0;
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < KEYS; i++) {
-        s[i] = exp_of(s[i] - shift);
+        s[i] = exp_below(s[i] - shift);
         total += s[i];
     }
     if (peak > run->peak) {
-        float fade = exp_of(run->peak - shift);
+        float fade = exp_below(run->peak - shift);
         for (int64_t i = 0; i < width; i++)
             out[i] *= fade;
         run->total *= fade;
@@ -157,12 +174,16 @@ INLINE void soften(const Attention *a, float *restrict s, Running *run, int64_t 
     run->total += total;
 }
 
-INLINE void fetch_rows(const Attention *a, const Item *item, int64_t key, const void **keys, const void **values)
+INLINE void find_rows(const Attention *a, const Item *item, int64_t key, const void **keys, const void **values)
 {
-    for (int64_t i = 0; i < KEYS; i++) {
-        int64_t of = least(key + i, item->to - 1);
-        keys[i] = row_of(a, a->keys, item, of);
-        values[i] = row_of(a, a->values, item, of);
+    int64_t size = a->step->block_size, width = a->kind->head_dim * (int64_t)type_size(a->step->kv_type);
+    for (int64_t i = 0; i < KEYS;) {
+        int64_t of = least(key + i, item->to - 1), left = of == key + i ? size - of % size : 1;
+        const char *k = row_of(a, a->keys, item, of), *v = row_of(a, a->values, item, of);
+        for (left = least(left, most(1, item->to - of)); left > 0 && i < KEYS; left--, i++, k += width, v += width) {
+            keys[i] = k;
+            values[i] = v;
+        }
     }
 }
 
@@ -200,16 +221,16 @@ INLINE void write_row(const Attention *a, const Item *item, int64_t lane, const 
 
 INLINE int64_t decode_scratch(int64_t width) { return MANY * (2 * width + KEYS) + width + 2 * KEYS * width; }
 
-INLINE void decode_tile(const int64_t type, int64_t lanes, const float *q, float *scores, const void *const *keys, int64_t count,
-                        int64_t width)
+INLINE void decode_scores(const int64_t type, int64_t lanes, const float *q, float *scores, const void *const *keys,
+                          int64_t count, int64_t width, const Next *next)
 {
-    for (int64_t l = 0; l < lanes;) {
+    for (int64_t l = 0; l < lanes; next = NULL) {
         if (LANES >= 4 && lanes - l >= 4)
-            score_lanes(LANES, type, q + l * width, keys, count, width, scores + l * KEYS), l += LANES;
+            score_lanes(LANES, type, q + l * width, keys, count, width, scores + l * KEYS, next), l += LANES;
         else if (lanes - l >= 2)
-            score_lanes(2, type, q + l * width, keys, count, width, scores + l * KEYS), l += 2;
+            score_lanes(2, type, q + l * width, keys, count, width, scores + l * KEYS, next), l += 2;
         else
-            score_lanes(1, type, q + l * width, keys, count, width, scores + l * KEYS), l += 1;
+            score_lanes(1, type, q + l * width, keys, count, width, scores + l * KEYS, next), l += 1;
     }
 }
 
@@ -239,18 +260,25 @@ static void decode(const Attention *a, const Item *item, float *scratch)
         int64_t position = query_position(a, item, item->query + l / share);
         runs[l] = (Running){-INFINITY, 0, most(item->from, first_key(a, position)), least(item->to, position + 1)};
     }
+    Next rows;
+    rows.bytes = d * (int64_t)type_size(a->step->kv_type);
+    find_rows(a, item, item->from, rows.keys, rows.values);
     for (int64_t key = item->from; key < item->to; key += KEYS) {
         const void *keys[KEYS], *values[KEYS];
         int64_t count = least(KEYS, item->to - key);
-        fetch_rows(a, item, key, keys, values);
+        const Next *next = key + KEYS < item->to ? &rows : NULL;
+        memcpy(keys, rows.keys, sizeof keys);
+        memcpy(values, rows.values, sizeof values);
+        if (next)
+            find_rows(a, item, key + KEYS, rows.keys, rows.values);
         if (d != width) {
             pad_rows(a, keys, copies, width);
             pad_rows(a, values, copies + KEYS * width, width);
         }
         if (type == BF16)
-            decode_tile(BF16, lanes, q, scores, keys, count, width);
+            decode_scores(BF16, lanes, q, scores, keys, count, width, next);
         else
-            decode_tile(F32, lanes, q, scores, keys, count, width);
+            decode_scores(F32, lanes, q, scores, keys, count, width, next);
         for (int64_t l = 0; l < lanes; l++)
             soften(a, scores + l * KEYS, &runs[l], key, out + l * width, width);
         if (type == BF16)

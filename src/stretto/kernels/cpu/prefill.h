@@ -47,20 +47,21 @@ INLINE void read_tile(const Attention *a, const Item *item, int64_t key, int64_t
     int64_t d = a->kind->head_dim;
     for (int64_t i = 0; i < count; i++) {
         const void *k = row_of(a, a->keys, item, key + i), *v = row_of(a, a->values, item, key + i);
-        if (pairs) {
-            const uint16_t *from = v;
-            uint16_t *restrict to = half(t->values, i / 2 * (2 * d) + i % 2);
-            memcpy(half(t->keys, i * d), k, (size_t)d * 2);
-            for (int64_t j = 0; j < d; j++)
-                to[2 * j] = from[j];
-        } else {
+        if (!pairs) {
             widen(t->keys + i * d, k, d, a->step->kv_type);
             widen(t->values + i * d, v, d, a->step->kv_type);
+            continue;
         }
+        memcpy(half(t->keys, i * d), k, (size_t)d * 2);
+        uint32_t *restrict words = (uint32_t *)t->values + i / 2 * d;
+        const uint16_t *row = v;
+        if (i % 2)
+            for (int64_t j = 0; j < d; j++)
+                words[j] |= (uint32_t)row[j] << 16;
+        else
+            for (int64_t j = 0; j < d; j++)
+                words[j] = row[j];
     }
-    if (pairs && count % 2)
-        for (int64_t j = 0; j < d; j++)
-            *half(t->values, count / 2 * (2 * d) + 2 * j + 1) = 0;
 }
 
 INLINE void hide(const Attention *a, float *scores, int64_t key, int64_t count, const int32_t *position)
@@ -91,12 +92,12 @@ INLINE void soften_lanes(const Attention *a, float *restrict s, int64_t count, f
     for (int64_t l = 0; l < PANEL; l++) {
         float highest = shift[l];
         shift[l] = highest == -INFINITY ? 0.0f : highest;
-        fade[l] = exp_of(peak[l] - shift[l]);
+        fade[l] = exp_below(peak[l] - shift[l]);
         peak[l] = highest;
     }
     for (int64_t i = 0; i < count; i++)
         for (int64_t l = 0; l < PANEL; l++) {
-            float weight = exp_of(s[i * PANEL + l] - shift[l]);
+            float weight = exp_below(s[i * PANEL + l] - shift[l]);
             s[i * PANEL + l] = weight;
             sum[l] += weight;
         }

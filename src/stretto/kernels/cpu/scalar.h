@@ -56,6 +56,23 @@ INLINE float exp_of(float x)
     return x != x ? x : result;
 }
 
+/* The same for x of at most 0, as softmax has it, in fewer steps. */
+INLINE float exp_below(float x)
+{
+    float y = x < -87.0f ? -87.0f : x;
+    float n = (y * 1.44269504f + ROUND) - ROUND;
+    float r = y - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    p *= float_of((uint32_t)((int32_t)n + 127) << 23);
+    return x < -87.0f ? 0.0f : p;
+}
+
 INLINE float tanh_of(float x)
 {
     float e = exp_of(-2.0f * fabsf(x));

@@ -40,6 +40,10 @@ class PackedLinear:
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
+    def shares(self, weight: Tensor) -> bool:
+        """Never: packing copies."""
+        return False
+
 
 def pack(native: Native, weight: Tensor, bias: Tensor | None, format: Format, group: int = 0) -> PackedLinear:
     """`weight` [N, K] float32 or bfloat16, `bias` [N] or None. `group`: how many of a row's weights share a
