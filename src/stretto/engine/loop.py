@@ -19,7 +19,7 @@ from stretto.engine.blocks import BlockPool
 from stretto.engine.deadline import latest_start
 from stretto.engine.ledger import Ledger
 from stretto.engine.schedule import Limits, Moment, Plan, Queues, Row, Schedule
-from stretto.engine.sequence import Drawn, Rank, Sequence
+from stretto.engine.sequence import TIMED, UNPLACED, Drawn, Rank, Sequence
 from stretto.engine.steptime import Load, StepTime
 from stretto.types import Finish, ModelInfo, Reason, StepStats, TokenEvent
 
@@ -134,6 +134,7 @@ class Engine:
             self._flush(stats)
             if stats is not None:
                 return True
+        self._flush(None)
         return False
 
     def _by_turn(self) -> list[Lane]:
@@ -179,6 +180,9 @@ class Engine:
         for seq, after in plan.refuse:
             self._end(seq, Reason.REFUSED, retry_after=after)
         for seq, rank in plan.place:
+            if seq.rank[0] == UNPLACED and rank[0] == TIMED:
+                tier = self._limits.tiers.get(seq.request.tier)
+                lane.ledger.arrived(tier.weight if tier else 0.0, lane.times.cost.prefill(0, seq.prompt_len))
             queue = lane.queues.waiting if seq.slot < 0 else lane.queues.running
             queue.remove(seq)
             seq.rank = rank
