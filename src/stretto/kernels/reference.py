@@ -22,10 +22,11 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-# Decodes share one gather while padding them to the longest wastes little, and the copy stays this small.
+# Decodes share one call while padding them to the longest wastes little, and what they gather stays in the
+# processor's own cache.
 NEAR_TOKENS = 64
 NEAR_SHARE = 0.75
-GATHER_ELEMENTS = 2**25
+GATHER_ELEMENTS = 2**19
 
 Decode = tuple[int, int, int, int]
 """Keys seen, sequence, token row, context."""
