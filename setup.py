@@ -1,5 +1,5 @@
-"""Builds the CPU kernels, plain C that needs a compiler and nothing else. Without one the install still succeeds,
-and the kernels written in torch are used."""
+"""Builds the CPU kernels, plain C that needs a compiler and nothing else. Without one the install still
+succeeds, and the kernels written in torch are used."""
 
 from glob import glob
 
@@ -22,7 +22,7 @@ setup(
             "stretto.kernels.cpu._native",
             sources=sorted(glob(f"{HERE}/*.c")),
             depends=sorted(glob(f"{HERE}/*.h")),
-            extra_compile_args=FLAGS,
+            extra_compile_args=FLAGS.split(),
             extra_link_args=["-pthread"],
             libraries=["m"],
             optional=True,

@@ -79,9 +79,6 @@ INLINE void hide(const Attention *a, float *scores, int64_t key, int64_t count, 
 INLINE void soften_lanes(const Attention *a, float *restrict s, int64_t count, float *peak, float *total, float *fade)
 {
     float shift[PANEL], sum[PANEL];
-    if (a->kind->softcap > 0)
-        for (int64_t i = 0; i < count * PANEL; i++)
-            s[i] = a->kind->softcap * tanh_of(s[i] / a->kind->softcap);
     for (int64_t l = 0; l < PANEL; l++) {
         shift[l] = peak[l];
         sum[l] = 0;
@@ -132,6 +129,9 @@ INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, 
         for (int j = 0; j < rows * NV; j++)
             vf_store(t->scores + i * PANEL + j * VF, vf_mul(sums[j], vf_set1(a->kind->scale)));
     }
+    if (a->kind->softcap > 0)
+        for (int64_t i = 0; i < count * PANEL; i++)
+            t->scores[i] = a->kind->softcap * tanh_of(t->scores[i] / a->kind->softcap);
     if (a->kind->window > 0 || key + count - 1 > position[0])
         hide(a, t->scores, key, count, position);
     soften_lanes(a, t->scores, count, t->peak + bank * PANEL, t->total + bank * PANEL, fade);
