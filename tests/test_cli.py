@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -12,16 +14,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from urllib.request import urlopen
 
 import click
 import pytest
 import typer
 
 from stretto import cli, config
+from tests.models.checkpoints import make
 
 STRETTO = [sys.executable, "-m", "stretto"]
 MOST_FLAGS = 30
@@ -225,6 +230,50 @@ def test_chat_with_a_server(served: Served) -> None:
     assert "forgotten" in done.stderr and "no such command" in done.stderr
 
 
+@contextmanager
+def terminal(*arguments: str) -> Iterator[Callable[[str, str], str]]:
+    """The command on a terminal of its own: type something, then read until something else appears."""
+    pid, screen = pty.fork()
+    if pid == 0:
+        os.environ.pop("NO_COLOR", None)
+        os.environ["TERM"] = "xterm-256color"
+        os.execv(sys.executable, [*STRETTO, *arguments])
+    seen = ""
+
+    def type_and_wait(typed: str, until: str) -> str:
+        """What appeared, up to and with `until`."""
+        nonlocal seen
+        os.write(screen, typed.encode())
+        deadline = time.monotonic() + 30
+        while until not in seen and time.monotonic() < deadline:
+            if select.select([screen], [], [], 0.5)[0]:
+                seen += os.read(screen, 65536).decode(errors="replace")
+        before, found, seen = seen.partition(until)
+        assert found, before[-2000:]
+        return before
+
+    try:
+        yield type_and_wait
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(screen)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(served: Served) -> None:
+    with terminal("chat", served.url, "--max-tokens", "8000") as type_and_wait:
+        assert ESCAPE in type_and_wait("", "> "), "colours on a terminal"
+        type_and_wait("hello\n", "\n")
+        type_and_wait("", " ")
+        type_and_wait("\x03", "(stopped)")
+        type_and_wait("", "to the first word")
+        type_and_wait("", "> ")
+        type_and_wait("\x03", "/quit ends it")
+        type_and_wait("/quit\n", "/quit")
+    with urlopen(f"{served.url}/state") as page:
+        assert json.load(page)["active"] == 0
+
+
 def test_runs_a_prompt_in_a_process_of_its_own() -> None:
     asked = ["--model", "null", "--max-tokens", "4", "--seed", "1"]
     plain = stretto("run", "-", *asked, stdin="hello")
@@ -235,11 +284,22 @@ def test_runs_a_prompt_in_a_process_of_its_own() -> None:
     assert (answer["finish_reason"], len(answer["token_ids"])) == ("length", 4)
 
 
-def test_doctor_reports_in_one_json_document() -> None:
-    done = stretto("doctor", "--json", STRETTO_THREADS="3")
-    found = json.loads(done.stdout)
+def test_doctor_reports_in_one_json_document(tmp_path: Path) -> None:
+    make("qwen3", tmp_path)
+    done = stretto("doctor", str(tmp_path), "--json", STRETTO_THREADS="3")
     assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
     assert found["threads"] == {"value": 3, "why": "asked for"}
     assert found["machine"]["memory"] > found["machine"]["available"] > 0
     assert found["device"]["value"] in ("cpu", "cuda")
-    assert found["model"] is None
+    fit = found["model"]
+    assert (fit["stored"]["family"], fit["stored"]["dtype"], fit["problem"]) == ("qwen3", "float32", None)
+    assert fit["weight_bytes"] == fit["stored"]["bytes"] > 100_000
+    assert fit["kv"]["value"]["context"] == 256
+
+
+def test_doctor_says_that_a_model_does_not_fit(tmp_path: Path) -> None:
+    make("qwen3", tmp_path)
+    done = stretto("doctor", str(tmp_path), STRETTO_CONTEXT="512")
+    assert done.returncode == 1
+    assert "beyond the model's own 256" in " ".join(done.stdout.split())

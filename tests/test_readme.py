@@ -1,4 +1,4 @@
-"""What the README tells people to run is run: every fenced block marked `run`, against a server of its own."""
+"""What the README tells people to run is run: every fenced block marked `run`, against a real server."""
 
 from __future__ import annotations
 

@@ -89,9 +89,9 @@ def serve(
     }
     with _usage():
         front, engine = config.load(given, os.environ, file)
-    loading = terminal.Loading()
-    engine = msgspec.structs.replace(engine, models=locate(engine.models, loading))
-    uvloop.run(_serve(front, engine, loading))
+    with terminal.Loading() as loading:
+        engine = msgspec.structs.replace(engine, models=locate(engine.models, loading))
+        uvloop.run(_serve(front, engine, loading))
 
 
 async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.Loading) -> None:
@@ -108,7 +108,6 @@ async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.Loa
         application = api.build(front, client, models, lambda _, grammar: checker.check(grammar))
         await server.run(front, application, client, announce)
     finally:
-        loading.stop()
         await checker.close()
         await client.shutdown(0.0)
 
@@ -124,8 +123,9 @@ def chat(
     with _usage():
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     if "://" in model:
-        remote = _Remote(model, sampling)
-        conversation.converse(remote, f"{remote.model} at {model}")
+        with asyncio.Runner() as runner:
+            remote = _Remote(runner, model, sampling)
+            conversation.converse(remote, f"{remote.model} at {model}")
         return
     with _loaded(model) as llm:
         conversation.converse(lambda messages: llm.stream(messages, sampling), llm.info.name)
@@ -207,7 +207,8 @@ def examine(
     """Say what this machine has, what is chosen because of it, and whether a model fits."""
     with _usage():
         engine = config.load({"models": [model]} if model else {}, os.environ, None)[1]
-    located = locate(engine.models, terminal.Loading())[0] if model else None
+    with terminal.Loading() as loading:
+        located = locate(engine.models, loading)[0] if model else None
     found = doctor.diagnose(engine, located)
     if as_json:
         terminal.say_json(found)
@@ -220,10 +221,10 @@ def examine(
 class _Remote:
     """A conversation with a server: one event loop, run while an answer comes."""
 
-    def __init__(self, url: str, sampling: Sampling) -> None:
+    def __init__(self, runner: asyncio.Runner, url: str, sampling: Sampling) -> None:
+        self._runner = runner
         self._client = Client(url, api_key=_key())
         self._sampling = sampling
-        self._runner = asyncio.Runner()
         try:
             self.model = self._runner.run(self._client.models())[0]
         except (RequestFailed, IndexError) as failure:
@@ -268,11 +269,8 @@ def _key() -> str | None:
 
 def _loaded(model: str) -> LLM:
     """A model of our own, with a bar while it loads."""
-    loading = terminal.Loading()
-    try:
+    with terminal.Loading() as loading:
         return LLM(model, on_progress=loading)
-    finally:
-        loading.stop()
 
 
 def main() -> None:

@@ -66,6 +66,14 @@ class Loading:
         """Take the bars away."""
         self._progress.stop()
 
+    def __enter__(self) -> Loading:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
 
 class Counting:
     """A bar over a known number of requests."""
