@@ -400,6 +400,61 @@ async def test_a_grammar_leaves_no_room_to_think(
     assert text.decode(list(engine.requests[0].prompt)).endswith("</think>\n\n")
 
 
+async def test_reasoning_effort_is_told_to_the_template(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    await whole(client, reasoning_effort="none")
+    await whole(client, chat_template_kwargs={"enable_thinking": False})
+    await whole(client, reasoning_effort="high")
+    await whole(client)
+    prompts = [request.prompt for request in engine.requests]
+    assert (prompts[0], prompts[2]) == (prompts[1], prompts[3])
+    assert prompts[0] != prompts[2]
+
+
+BENCHMARKS: list[tuple[str, dict[str, Any]]] = [
+    # As `vllm bench serve` and `sglang.benchmark.serving` send them.
+    (
+        TEXT,
+        {
+            "prompt": "Hi",
+            "repetition_penalty": 1.0,
+            "logprobs": None,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    (TEXT, {"prompt": [5, 6, 7], "temperature": 0.0, "best_of": 1}),
+    (
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+            "max_completion_tokens": 4,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    (CHAT, {"messages": HELLO["messages"], "temperature": 0.0, "max_completion_tokens": 4}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), BENCHMARKS)
+async def test_benchmark_clients_read_their_tokens(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    limit = {} if path == CHAT else {"max_tokens": 4}
+    body = body | limit | {"model": "tiny", "stream": True, "ignore_eos": True}
+    response = await client.post(path, json=body)
+    chunks = events(response.text)
+    tokens = [chunk for chunk in chunks if chunk["choices"]]
+    assert len(tokens) == 4, "the last token's event has the reason: no event that is none"
+    for chunk in tokens:
+        choice = chunk["choices"][0]
+        assert isinstance(choice["text"] if path == TEXT else choice["delta"]["content"], str)
+    if "stream_options" in body:
+        assert chunks[-1]["usage"]["completion_tokens"] == 4
+    else:
+        assert chunks == tokens, "sglang's client reads choices[0] of every line"
+
+
 async def test_messages_reach_the_template(
     client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
 ) -> None:

@@ -15,11 +15,11 @@ import pytest
 from stretto.api.app import App, build
 from stretto.api.front import Gate
 from stretto.config import ServeConfig
-from stretto.errors import Draining, InvalidGrammar, Overloaded
-from stretto.types import Grammar, Reason
+from stretto.errors import EngineDied, InvalidGrammar, Overloaded
+from stretto.types import Grammar, Reason, Request
 from tests.api.checkpoint import byte_level, write
 from tests.api.conftest import CHAT, HELLO
-from tests.api.fake_engine import FakeEngine, info
+from tests.api.fake_engine import FakeEngine, Item, info
 
 TEXT = "/v1/completions"
 EMBED = "/v1/embeddings"
@@ -123,6 +123,8 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
         "unsupported_field",
         "$.tools[0].function.strict",
     ),
+    ({"chat_template_kwargs": {"colour": 1}}, "unsupported_field", "$.chat_template_kwargs.colour"),
+    ({"reasoning_effort": "maximum"}, "unsupported_field", "$.reasoning_effort"),
     ({"model": "gpt-7"}, "model_not_found", "$.model"),
     ({"model": 7}, "invalid_value", "$.model"),
 ]
@@ -278,8 +280,9 @@ async def test_models_that_cannot(tmp_path: Path, engine: FakeEngine) -> None:
     app = build(ServeConfig(), engine, {"bare": bare, "toolless": toolless})
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         assert await refused(client, CHAT, HELLO) == (400, "unsupported_field", "$.messages")
-        body = HELLO | {"model": "toolless", "tools": [TOOL]}
-        assert await refused(client, CHAT, body) == (400, "unsupported_field", "$.tools")
+        for field, value in (("tools", [TOOL]), ("reasoning_effort", "low")):
+            body = HELLO | {"model": "toolless", field: value}
+            assert await refused(client, CHAT, body) == (400, "unsupported_field", f"$.{field}")
         assert (await client.post(TEXT, json={"prompt": "Hi"})).status_code == 200
 
 
@@ -336,7 +339,7 @@ async def test_errors_in_the_middle_of_a_stream_are_typed_events(
 ) -> None:
     for script, code in (
         ([5, Reason.ERROR], "engine_error"),
-        ([5, Draining("gone")], "draining"),
+        ([5, EngineDied("gone")], "engine_died"),
         ([5, RuntimeError("a prompt")], "internal_error"),
     ):
         engine.script = lambda request, script=script: script
@@ -347,7 +350,26 @@ async def test_errors_in_the_middle_of_a_stream_are_typed_events(
             assert json.loads(last)["error"]["code"] == code
             assert "[DONE]" not in response.text
             assert "a prompt" not in response.text
+        response = await client.post(CHAT, json=HELLO | {"n": 2})
+        assert (response.status_code, response.json()["error"]["code"]) == (
+            503 if code == "engine_died" else 500,
+            code,
+        )
         assert not engine.open
+
+
+async def test_an_engine_that_dies_between_two_choices_leaves_none_behind(
+    app: App, client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    def script(request: Request) -> list[Item]:
+        if len(engine.requests) == 2:
+            raise EngineDied("gone", retry_after=2.0)
+        return [60.0]
+
+    engine.script = script
+    response = await client.post(CHAT, json=HELLO | {"n": 3})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "2")
+    assert (engine.open, app.front.gate.waiting, app.front.runs) == (set(), 0, set())
 
 
 async def test_a_bug_is_logged_without_words_of_the_request(

@@ -142,6 +142,7 @@ class Choice:
                 else:
                     self._shaped(text, event, spoken)
                 if self.decoder.stopped is not None:
+                    self.finish = event.finish
                     self._end("stop", spoken)
                 elif self.single_call and self.shape is not None and self.shape.calls:
                     self._end("stop", spoken)

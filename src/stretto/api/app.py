@@ -162,7 +162,7 @@ class Pages:
         return self._json(Status("ready"))
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self.front.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+        return Response(self.front.metrics.text(), media_type=self.front.metrics.content_type)
 
     async def state(self, request: Request) -> Response:
         http.tenant(request.scope, self.front.config.api_keys)

@@ -90,6 +90,27 @@ def _called(call: ToolCall, path: str) -> dict[str, Any]:
     }
 
 
+def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:
+    """What the request tells the template. Raises UnsupportedField for what the template does not read."""
+    found = dict(request.chat_template_kwargs or {})
+    template = text.template
+    if template is None:
+        return found
+    for name in found:
+        if not template.mentions(name):
+            where = f"$.chat_template_kwargs.{name}"
+            raise UnsupportedField(f"{where}: this model's chat template does not read it", param=where)
+    if (effort := request.reasoning_effort) is not None:
+        if template.mentions("reasoning_effort"):
+            found.setdefault("reasoning_effort", effort)
+        elif template.mentions("enable_thinking"):
+            found.setdefault("enable_thinking", effort not in ("none", "minimal"))
+        else:
+            where = "$.reasoning_effort"
+            raise UnsupportedField(f"{where}: this model does not reason by degrees", param=where)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Calls:
     """How a request calls tools: `shown` is for the template, `grammar` forces, `parser` reads one answer."""

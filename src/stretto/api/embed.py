@@ -38,7 +38,7 @@ async def embed(
     for start in range(0, len(prompts), WINDOW):
         part = prompts[start : start + WINDOW]
         front.ensure_open(len(part))
-        choices = [
+        choices = run.open(
             _choice(
                 front,
                 Request(
@@ -53,8 +53,7 @@ async def embed(
                 ),
             )
             for prompt in part
-        ]
-        run.open(choices)
+        )
         vectors += [await _vector(run, choice) for choice in choices]
     await _answer(send, request, name, vectors, sum(map(len, prompts)))
 

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Protocol, TypeVar
 
+from msgspec import structs
+
 from stretto.api.answer import Choice, Stream
 from stretto.api.text import TextModel
 from stretto.config import ServeConfig
@@ -111,11 +113,7 @@ class Front:
 
     def state(self) -> WorkerState:
         """The engine's state with what only the front knows."""
-        state = self.engine.worker_state()
-        return WorkerState(
-            **{name: getattr(state, name) for name in state.__struct_fields__ if name != "draining"},
-            draining=self.draining,
-        )
+        return structs.replace(self.engine.worker_state(), draining=self.draining)
 
     def end_all(self, error: StrettoError) -> None:
         """Ends what runs, each with `error`."""
@@ -179,11 +177,14 @@ class Run:
             self._error = error
             self._task.cancel()
 
-    def open(self, choices: Iterable[Choice]) -> None:
-        """Takes charge of choices whose streams were just submitted."""
+    def open(self, choices: Iterable[Choice]) -> list[Choice]:
+        """Takes charge of each choice once its stream is submitted, so that none is left when one fails."""
+        opened: list[Choice] = []
         for choice in choices:
+            opened.append(choice)
             self.choices.append(choice)
             self._front.gate.enter()
+        return opened
 
     def heard(self, choice: Choice) -> None:
         """Called before the first events of `choice` are taken."""

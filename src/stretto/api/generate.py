@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
+from itertools import count
 from secrets import token_hex
 
 from msgspec import structs
@@ -42,8 +43,8 @@ async def generate(front: Front, run: Run, job: Job, tenant: str, arrival: float
         await _whole(run, writer, send)
 
 
-def _submit(front: Front, job: Job, tenant: str, arrival: float) -> list[Choice]:
-    choices: list[Choice] = []
+def _submit(front: Front, job: Job, tenant: str, arrival: float) -> Iterator[Choice]:
+    index = count()
     for at, prompt in enumerate(job.prompts):
         for copy in range(job.sampling.n):
             sampling = _one_of(job.sampling, copy)
@@ -56,9 +57,9 @@ def _submit(front: Front, job: Job, tenant: str, arrival: float) -> list[Choice]
                 tenant=tenant,
                 salt=job.salt,
             )
-            choices.append(
+            yield (
                 Choice(
-                    index=len(choices),
+                    index=next(index),
                     model=job.model,
                     stream=front.engine.submit(request),
                     decoder=job.text.decoder(
@@ -72,7 +73,6 @@ def _submit(front: Front, job: Job, tenant: str, arrival: float) -> list[Choice]
                     single_call=job.single_call,
                 )
             )
-    return choices
 
 
 def _one_of(sampling: Sampling, copy: int) -> Sampling:

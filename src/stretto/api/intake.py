@@ -69,9 +69,7 @@ async def chat(front: Front, request: ChatRequest, size: int) -> Job:
     _check_ids(sampling, info)
     await _check_grammar(front, name, grammar, request)
     thinks = text.template is not None and text.template.mentions(reasoning.CLOSE) and grammar is None
-    variables = dict(request.chat_template_kwargs or {})
-    if request.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", request.reasoning_effort)
+    variables = conversation.variables(request, text)
     if grammar is not None:
         # What the grammar allows is the answer: there is no room to think aloud before it.
         variables.setdefault("enable_thinking", False)

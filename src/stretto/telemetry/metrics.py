@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -128,6 +128,8 @@ class Metrics(Collector):
             steps.decode.add(stats.decode_tokens)
         if stats.prefill_tokens:
             steps.prefill.add(stats.prefill_tokens)
+
+    content_type = CONTENT_TYPE_LATEST
 
     def text(self) -> bytes:
         """The exposition that Prometheus reads."""
