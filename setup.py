@@ -22,7 +22,7 @@ setup(
             "stretto.kernels.cpu._native",
             sources=sorted(glob(f"{HERE}/*.c")),
             depends=sorted(glob(f"{HERE}/*.h")),
-            extra_compile_args=FLAGS.split(),
+            extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
             libraries=["m"],
             optional=True,

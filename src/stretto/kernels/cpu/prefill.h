@@ -76,7 +76,7 @@ INLINE void hide(const Attention *a, float *scores, int64_t key, int64_t count, 
 }
 
 /* Scores [count][PANEL] into weights; returns through `fade` what the sums so far are to be multiplied by. */
-INLINE void soften_lanes(const Attention *a, float *restrict s, int64_t count, float *peak, float *total, float *fade)
+INLINE void soften_lanes(float *restrict s, int64_t count, float *peak, float *total, float *fade)
 {
     float shift[PANEL], sum[PANEL];
     for (int64_t l = 0; l < PANEL; l++) {
@@ -134,7 +134,7 @@ INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, 
             t->scores[i] = a->kind->softcap * tanh_of(t->scores[i] / a->kind->softcap);
     if (a->kind->window > 0 || key + count - 1 > position[0])
         hide(a, t->scores, key, count, position);
-    soften_lanes(a, t->scores, count, t->peak + bank * PANEL, t->total + bank * PANEL, fade);
+    soften_lanes(t->scores, count, t->peak + bank * PANEL, t->total + bank * PANEL, fade);
     if (pairs)
         pair_weights(t, count);
     for (int64_t i = 0; i < d; i += step) {

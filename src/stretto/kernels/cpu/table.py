@@ -47,6 +47,10 @@ class PackedExperts:
     def nbytes(self) -> int:
         return sum(packed.nbytes for packed in (*self.gate_up, *self.down))
 
+    def shares(self, weight: Tensor) -> bool:
+        """Never: packing copies."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
