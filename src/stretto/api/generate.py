@@ -57,21 +57,18 @@ def _submit(front: Front, job: Job, tenant: str, arrival: float) -> Iterator[Cho
                 tenant=tenant,
                 salt=job.salt,
             )
-            yield (
-                Choice(
-                    index=next(index),
-                    model=job.model,
-                    stream=front.engine.submit(request),
-                    decoder=job.text.decoder(
-                        sampling.stop, sampling.min_tokens, MARKERS if job.parser else frozenset()
-                    ),
-                    times=Times(arrival),
-                    prompt_tokens=len(prompt),
-                    prompt_counts=copy == 0,
-                    echo=job.echo[at],
-                    shape=job.shape(),
-                    single_call=job.single_call,
-                )
+            shown = MARKERS if job.parser else frozenset[str]()
+            yield Choice(
+                index=next(index),
+                model=job.model,
+                stream=front.engine.submit(request),
+                decoder=job.text.decoder(sampling.stop, sampling.min_tokens, shown),
+                times=Times(arrival),
+                prompt_tokens=len(prompt),
+                prompt_counts=copy == 0,
+                echo=job.echo[at],
+                shape=job.shape(),
+                single_call=job.single_call,
             )
 
 
