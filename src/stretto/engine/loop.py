@@ -24,6 +24,7 @@ from stretto.engine.steptime import Load, StepTime
 from stretto.types import Finish, ModelInfo, Reason, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
+NOT_A_NUMBER = "the model's output was not a number (NaN or infinite logits)"
 
 
 class Pending(Protocol):
@@ -255,7 +256,7 @@ class Engine:
             self._end(seq, Reason.STOP, embedding=drawn.embedding)
             return
         if token < 0:
-            self._end(seq, Reason.ERROR, error="the model's output was not a number (NaN or infinite logits)")
+            self._end(seq, Reason.ERROR, error=_trouble(seq) or NOT_A_NUMBER)
             return
         stops = not sampling.ignore_eos and token in lane.runner.eos
         if (stops or token in sampling.stop_token_ids) and seq.output_len >= sampling.min_tokens:
@@ -264,7 +265,7 @@ class Engine:
             return
         seq.tokens.append(token)
         if seq.grammar is not None and not seq.grammar.accept(token):
-            self._end(seq, Reason.ERROR, error="the grammar took too long or refused the model's token")
+            self._end(seq, Reason.ERROR, error=_trouble(seq) or "the grammar refused the model's token")
             return
         self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs))
         if seq.grammar is not None and seq.grammar.finished:
@@ -357,3 +358,8 @@ class Engine:
 
 def _rank(seq: Sequence) -> Rank:
     return seq.rank
+
+
+def _trouble(seq: Sequence) -> str | None:
+    """What a sequence's grammar says went wrong, if anything did."""
+    return None if seq.grammar is None else seq.grammar.error
