@@ -64,7 +64,9 @@ class Driver:
             query_starts=torch.tensor(starts, dtype=torch.int32),
             contexts=torch.tensor(contexts, dtype=torch.int32),
             tables=torch.tensor(tables, dtype=torch.int32),
-            outputs=torch.tensor([end - 1 for end in starts[1:]] if outputs is None else outputs),
+            outputs=torch.tensor(
+                [end - 1 for end in starts[1:]] if outputs is None else outputs, dtype=torch.int64
+            ),
             query_lens=counts,
             context_lens=contexts,
         )

@@ -114,6 +114,15 @@ def test_logits_of_a_mixed_batch(pair: Pair) -> None:
     close(found, torch.stack([expected(model, tokens[i])[-1] for i in (1, 2, 4, 3, 0)]))
 
 
+def test_a_step_that_wants_nothing(pair: Pair) -> None:
+    """A chunk that does not end its prompt: keys and values are all it is for."""
+    model, decoder = pair
+    driver = Driver(decoder)
+    text = driver.text(prompt(20))
+    assert driver.step([(text, 13)], []).shape == (0, VOCAB)
+    close(driver.step([(text, 7)]), expected(model, text.tokens)[-1:])
+
+
 def test_prefix_reuse(pair: Pair) -> None:
     """A second text points at the first one's blocks, and the first goes on undisturbed."""
     model, decoder = pair

@@ -185,7 +185,7 @@ def test_a_file_cut_while_it_is_read(checkpoint: Path) -> None:
         with (checkpoint / "model.safetensors").open("r+b") as file:
             file.truncate(4096)
         with pytest.raises(CheckpointError, match="ends early"):
-            tensors.read("model.norm.weight", torch.empty(64))
+            tensors.read(tensors.find("model.norm.weight", (64,)), torch.empty(64))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,10 @@ def test_a_config_that_does_not_fit_the_tensors(checkpoint: Path) -> None:
     rewrite(checkpoint, num_hidden_layers=3)
     with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.2\."):
         read(checkpoint)
-    rewrite(checkpoint, num_hidden_layers=1)
+    rewrite(checkpoint, num_hidden_layers=2, vocab_size=2**31, hidden_size=2**31)
+    with pytest.raises(CheckpointError, match=r"shape \[160, 64\]; by config\.json it must be \[2147483648"):
+        read(checkpoint)
+    rewrite(checkpoint, num_hidden_layers=1, vocab_size=160, hidden_size=64)
     with pytest.raises(CheckpointError, match=r"tensors its config\.json does not explain"):
         read(checkpoint)
 

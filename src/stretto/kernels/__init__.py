@@ -57,7 +57,8 @@ class Cache:
     """Paged keys and values. A layer is [2, blocks, kv_heads, block_size, head_dim]: keys, then values.
 
     Values of tokens not written yet must be finite, because attention may read them with weight zero: hence
-    zeros at the start, and `erase` for the blocks of a sequence whose numbers went wrong.
+    zeros at the start, and `erase` for the blocks of a sequence whose numbers went wrong. `scratch` is the
+    kernels' own.
     """
 
     layers: list[Tensor]

@@ -85,21 +85,23 @@ class Checkpoint:
                 raise CheckpointError(f"{file} holds {name}, which another file of {self.path} holds too")
             self.entries[name] = entry
 
-    def read(self, name: str, into: Tensor) -> None:
-        """Fill `into` (contiguous) with tensor `name`. Raises CheckpointError when it is missing, of another
-        shape, of a dtype that is not a plain float, or cut short."""
+    def find(self, name: str, shape: tuple[int, ...]) -> Entry:
+        """Where tensor `name` lies. Raises CheckpointError when it is missing, of another shape, or of a
+        dtype that is not a plain float."""
         entry = self.entries.get(name)
         if entry is None:
             raise CheckpointError(f"{self.path} has no tensor {name}, which its config.json calls for")
-        if entry.shape != tuple(into.shape):
+        file, _ = self.files[entry.file]
+        if entry.shape != shape:
             raise CheckpointError(
-                f"{name} in {self.files[entry.file][0]} has shape {list(entry.shape)}; "
-                f"by config.json it must be {list(into.shape)}"
+                f"{name} in {file} has shape {list(entry.shape)}; by config.json it must be {list(shape)}"
             )
         if entry.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{name} in {self.files[entry.file][0]} is {entry.dtype}; only {', '.join(DTYPES)} are read"
-            )
+            raise CheckpointError(f"{name} in {file} is {entry.dtype}; only {', '.join(DTYPES)} are read")
+        return entry
+
+    def read(self, entry: Entry, into: Tensor) -> None:
+        """Fill `into` (contiguous) with the tensor. Raises CheckpointError when the file is cut short."""
         dtype, flat = DTYPES[entry.dtype], into.view(-1)
         if dtype == into.dtype and into.device.type == "cpu":
             self._fill(entry, entry.start, flat)

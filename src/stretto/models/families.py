@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "relu": "relu",
 }
+MOST = 65_536  # layers or experts: beyond it a config is a mistake, or an attack
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -240,7 +241,7 @@ def read(path: Path) -> ModelSpec:
     config = Fields.load(path / "config.json")
     name = config.text("model_type", "")
     if config.get("quantization_config") is not None or config.get("compression_config") is not None:
-        method = Fields(config.data.get("quantization_config") or {}, "").text("quant_method", "unknown")
+        method = config.object("quantization_config").text("quant_method", "unknown")
         raise CheckpointError(
             f"{path} is quantised ({method}); only float32, bfloat16 and float16 weights are read: "
             "use the checkpoint it was made from"
@@ -255,9 +256,7 @@ def read(path: Path) -> ModelSpec:
         known = ", ".join(sorted([*FAMILIES, *NESTED]))
         raise CheckpointError(f"{path} is of family {name!r}, which is not one of {known}.{remote}")
     family = FAMILIES[name]
-    fields = Fields(
-        config.data, config.where, {"rms_norm_eps": 1e-6, "hidden_act": "silu", **family.defaults}
-    )
+    fields = Fields(config.data, config.where, {**COMMON, **family.defaults})
     for key, value in family.only.items():
         if fields.get(key) not in (value, None):
             raise fields.error(key, f"is {fields.get(key)!r}; only {value!r} is implemented")
@@ -266,17 +265,14 @@ def read(path: Path) -> ModelSpec:
 
 def _spec(name: str, family: Family, fields: Fields, eos: tuple[int, ...]) -> ModelSpec:
     hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    kv_heads, head_dim = (
-        fields.count("num_key_value_heads", heads),
-        fields.count("head_dim", max(1, hidden // heads)),
-    )
+    kv_heads = fields.count("num_key_value_heads", heads)
+    head_dim = fields.count("head_dim", max(1, hidden // heads))
     if heads % kv_heads:
-        raise fields.error(
-            "num_key_value_heads", f"({kv_heads}) does not divide num_attention_heads ({heads})"
-        )
-    activation = fields.text("hidden_activation" if family.gemma else "hidden_act")
+        raise fields.error("num_key_value_heads", f"({kv_heads}) does not divide num_attention_heads")
+    key = "hidden_activation" if family.gemma else "hidden_act"
+    activation = fields.text(key)
     if activation not in ACTIVATIONS:
-        raise fields.error("hidden_act", f"is {activation!r}; implemented are {', '.join(ACTIVATIONS)}")
+        raise fields.error(key, f"is {activation!r}; implemented are {', '.join(ACTIVATIONS)}")
     bias = fields.flag("attention_bias")
     ropes = _ropes(family, fields, head_dim)
     return ModelSpec(
@@ -327,7 +323,7 @@ def _dtype(fields: Fields) -> Dtype:
 
 
 def _layers(family: Family, fields: Fields) -> tuple[Layer, ...]:
-    count = fields.count("num_hidden_layers")
+    count = fields.count("num_hidden_layers", most=MOST)
     windowed = fields.get("sliding_window") is not None
     slides = [family.slides(fields, layer) for layer in range(count)]
     types = fields.list("layer_types")
@@ -343,9 +339,7 @@ def _layers(family: Family, fields: Fields) -> tuple[Layer, ...]:
     window = fields.count("sliding_window") if windowed and any(slides) else 0
     split = isinstance(fields.get("rope_local_base_freq"), int | float) or _by_type(fields)
     return tuple(
-        Layer(
-            window=window if slide else 0, rope=int(slide and split), experts=_sparse(family, fields, layer)
-        )
+        Layer(window if slide else 0, int(slide and split), _sparse(family, fields, layer))
         for layer, slide in enumerate(slides)
     )
 
@@ -360,7 +354,7 @@ def _routing(family: Family, fields: Fields) -> Routing | None:
     if not family.experts:
         return None
     key = "num_local_experts" if fields.get("num_local_experts") is not None else "num_experts"
-    count, chosen = fields.count(key), fields.count("num_experts_per_tok")
+    count, chosen = fields.count(key, most=MOST), fields.count("num_experts_per_tok")
     if chosen > count:
         raise fields.error("num_experts_per_tok", f"({chosen}) is more than there are experts ({count})")
     intermediate = fields.count("moe_intermediate_size", fields.count("intermediate_size"))

@@ -55,10 +55,10 @@ class Fields:
             raise self.error(key, f"must be {name}, not {value!r}")
         return value
 
-    def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+    def count(self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**31) -> int:
         value = self._typed(key, int, "a whole number", default)
-        if not least <= value < 2**31:
-            raise self.error(key, f"must be at least {least}, not {value}")
+        if not least <= value <= most:
+            raise self.error(key, f"must be from {least} to {most}, not {value}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -78,16 +78,16 @@ class _Reader:
 
     def stack(self, parts: list[Part], shape: tuple[int, ...], suffix: str = "weight") -> Tensor:
         """A new tensor [rows of all parts, *shape], each part read into its own rows."""
-        held = torch.empty((sum(rows for _, rows in parts), *shape), dtype=self.dtype, device=self.device)
-        start = 0
-        for part, rows in parts:
-            name = f"{part}.{suffix}"
-            self.checkpoint.read(name, held[start : start + rows])
-            start += rows
-            self.unread.discard(name)
-            self.done += self.checkpoint.entries[name].nbytes
+        # All parts are found before memory is asked for: a config may lie about sizes.
+        names, rows = [f"{part}.{suffix}" for part, _ in parts], [rows for _, rows in parts]
+        entries = [self.checkpoint.find(name, (n, *shape)) for name, n in zip(names, rows, strict=True)]
+        held = torch.empty((sum(rows), *shape), dtype=self.dtype, device=self.device)
+        for entry, into in zip(entries, held.split(rows), strict=True):
+            self.checkpoint.read(entry, into)
+            self.done += entry.nbytes
             if self.progress is not None:
                 self.progress("weights", self.done, self.checkpoint.nbytes)
+        self.unread.difference_update(names)
         self.parameters += held.numel()
         return held
 
