@@ -24,6 +24,11 @@ class Grammar(Struct, frozen=True):
     kind: GrammarKind
     source: str = ""
 
+    @property
+    def spoken(self) -> str:
+        """What its author calls it."""
+        return self.kind.replace("json_", "JSON ")
+
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are drawn. The engine applies everything but `stop` and `n`, which are text and fan-out.

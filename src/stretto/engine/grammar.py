@@ -112,15 +112,10 @@ def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
         text = TRANSLATIONS[grammar.kind](_bounded(grammar))
         state = LLMatcher(tokenizer, text, log_level=0, limits=LIMITS)
     except ValueError as error:
-        raise InvalidGrammar(f"the {spoken(grammar)} does not compile: {reason(str(error))}") from error
+        raise InvalidGrammar(f"the {grammar.spoken} does not compile: {reason(str(error))}") from error
     if state.is_error():
-        raise InvalidGrammar(f"the {spoken(grammar)} does not compile: {reason(state.get_error())}")
+        raise InvalidGrammar(f"the {grammar.spoken} does not compile: {reason(state.get_error())}")
     return state
-
-
-def spoken(grammar: Grammar) -> str:
-    """What its author calls it."""
-    return grammar.kind.replace("json_", "JSON ")
 
 
 def reason(error: str) -> str:
@@ -150,7 +145,7 @@ def _bounded(grammar: Grammar) -> str:
     longest = LONGEST.get(grammar.kind, 0)
     if len(grammar.source) > longest:
         raise InvalidGrammar(
-            f"the {spoken(grammar)} has {len(grammar.source)} characters; at most {longest} are allowed"
+            f"the {grammar.spoken} has {len(grammar.source)} characters; at most {longest} are allowed"
         )
     return grammar.source
 
