@@ -1,0 +1,177 @@
+"""Rotation, KV write and paged attention at every level, against the table in torch."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Literal
+
+import pytest
+import torch
+
+from stretto.kernels import Attention, Batch, Cache, Geometry, Rotation
+from stretto.kernels.cpu.native import Native
+from stretto.kernels.cpu.table import Table
+from stretto.kernels.reference import REFERENCE
+from tests.kernels.levels import native
+
+__all__ = ["native"]
+
+DECODES = [(1, 1), (1, 2), (1, 70), (1, 333)]
+PREFILLS = [(30, 30), (65, 200), (2, 5)]
+LONG = [(1, 3000), (3, 2100)]
+
+
+def batch_of(work: list[tuple[int, int]], size: int) -> tuple[Batch, int]:
+    """A step of (queries, context) pairs over blocks in a scattered order, and how many blocks there are."""
+    needed = [-(-context // size) for _, context in work]
+    blocks = sum(needed) + 3
+    free = torch.randperm(blocks, generator=torch.Generator().manual_seed(blocks)).tolist()
+    tables = torch.zeros(len(work), max(needed), dtype=torch.int32)
+    positions: list[int] = []
+    slots: list[int] = []
+    for row, (queries, context) in enumerate(work):
+        own = [free.pop() for _ in range(needed[row])]
+        tables[row, : len(own)] = torch.tensor(own)
+        span = range(context - queries, context)
+        positions += span
+        slots += [own[position // size] * size + position % size for position in span]
+    lens, contexts = [queries for queries, _ in work], [context for _, context in work]
+    starts = torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
+    batch = Batch(
+        tokens=torch.zeros(len(positions), dtype=torch.int64),
+        positions=torch.tensor(positions),
+        slots=torch.tensor(slots),
+        query_starts=starts,
+        contexts=torch.tensor(contexts, dtype=torch.int32),
+        tables=tables,
+        outputs=starts[1:].long() - 1,
+        query_lens=lens,
+        context_lens=contexts,
+    )
+    return batch, blocks
+
+
+def both(native: Native, kind: Attention, work: list[tuple[int, int]], dtype: torch.dtype, dims: int = 0):
+    """The step on both tables: (queries, attention, cache) of each."""
+    draw = torch.Generator().manual_seed(kind.head_dim)
+    size, table = 16, Table(native, None)
+    batch, blocks = batch_of(work, size)
+    tokens, lanes = len(batch.tokens), kind.heads + 2 * kind.kv_heads
+    past = torch.randn(2, blocks, kind.kv_heads, size, kind.head_dim, generator=draw).to(dtype)
+    qkv = torch.randn(tokens, lanes * kind.head_dim, generator=draw).to(dtype)
+    weights = torch.rand((kind.heads + kind.kv_heads) * kind.head_dim, generator=draw).to(dtype)
+    rotation = Rotation(torch.rand((dims or kind.head_dim) // 2, generator=draw), 1.25)
+    geometry = Geometry((rotation,), (kind.window,))
+    results = []
+    for kernels in (table, REFERENCE):
+        cache = Cache([past.clone()])
+        plan = kernels.prepare(batch, cache, geometry)
+        norms = weights if kind.norm != "none" else None
+        q = kernels.place(qkv.clone(), norms, kind, cache.layers[0], plan)
+        out = kernels.attend(q, kind, cache.layers[0], plan)
+        results.append((q.float(), out.float(), cache.layers[0].float()))
+    return results
+
+
+def agree(results, dtype: torch.dtype, exact: float = 1e-5) -> None:
+    tolerance = exact if dtype == torch.float32 else 2e-2
+    for found, wanted in zip(*results, strict=True):
+        assert found.shape == wanted.shape
+        assert (found - wanted).norm() / wanted.norm() < tolerance
+        assert (found - wanted).abs().max() <= 5 * tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (6, 1), (3, 1), (20, 1), (16, 8)])
+def test_heads(native: Native, heads: int, kv_heads: int, dtype: torch.dtype):
+    kind = Attention(heads, kv_heads, 32, 0.2, norm="head")
+    agree(both(native, kind, DECODES + PREFILLS, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [2, 16, 24, 64, 80, 96, 128, 256])
+def test_head_dims(native: Native, head_dim: int, dtype: torch.dtype):
+    kind = Attention(4, 2, head_dim, head_dim**-0.5, norm="head")
+    agree(both(native, kind, DECODES + PREFILLS, dtype), dtype)
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 64, 100])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_windows_and_soft_caps(native: Native, window: int, softcap: float):
+    kind = Attention(4, 2, 32, 0.3, window=window, softcap=softcap)
+    agree(both(native, kind, DECODES + PREFILLS, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("norm", ["none", "head", "row"])
+def test_norms_and_partial_rotation(native: Native, norm: Literal["none", "head", "row"]):
+    kind = Attention(4, 2, 32, 0.3, norm=norm)
+    agree(both(native, kind, DECODES + PREFILLS, torch.float32, dims=12), torch.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_contexts_in_parts(native: Native, dtype: torch.dtype, threads: int):
+    native.threads(threads)
+    agree(both(native, Attention(4, 1, 64, 0.1), LONG, dtype), dtype)
+
+
+def test_scores_far_apart(native: Native):
+    """Softmax neither overflows nor divides by zero."""
+    kind = Attention(4, 2, 32, 60.0)
+    results = both(native, kind, DECODES + PREFILLS + LONG, torch.float32)
+    assert results[0][1].isfinite().all()
+    # Rounding in scores of some thousands, which the exponential magnifies.
+    agree(results, torch.float32, exact=1e-3)
+
+
+def test_a_bad_query_spoils_no_other(native: Native):
+    kind = Attention(4, 2, 32, 0.2)
+    batch, blocks = batch_of([(1, 40), (20, 20), (1, 9)], 16)
+    cache = Cache([torch.randn(2, blocks, 2, 16, 32)])
+    table = Table(native, None)
+    plan = table.prepare(batch, cache, Geometry((Rotation(torch.rand(16)),), (0,)))
+    q = torch.randn(22, 4, 32)
+    clean = table.attend(q, kind, cache.layers[0], plan)
+    q[5, 1, 3] = float("nan")
+    found = table.attend(q, kind, cache.layers[0], plan).view(22, 4, 32)
+    assert found[5, 1].isnan().all()
+    found[5, 1] = clean.view(22, 4, 32)[5, 1]
+    assert torch.equal(found.view(22, -1), clean)
+
+
+def test_steps_that_point_outside_are_refused(native: Native):
+    table, geometry = Table(native, None), Geometry((Rotation(torch.rand(16)),), (0,))
+    batch, blocks = batch_of([(1, 40), (20, 20)], 16)
+    cache = Cache([torch.zeros(2, blocks, 2, 16, 32)])
+    table.prepare(batch, cache, geometry)
+    for name, at, value in (
+        ("slots", 3, blocks * 16),
+        ("slots", 3, -1),
+        ("tables", (0, 1), blocks),
+        ("tables", (0, 1), -1),
+        ("contexts", 0, 49),
+        ("contexts", 1, 19),
+        ("query_starts", 1, 2**20),
+    ):
+        broken, _ = batch_of([(1, 40), (20, 20)], 16)
+        getattr(broken, name)[at] = value
+        with pytest.raises(ValueError, match="21 tokens in 2 sequences"):
+            table.prepare(broken, cache, geometry)
+
+
+def test_shapes_that_do_not_fit_are_named(native: Native):
+    table, kind = Table(native, None), Attention(4, 2, 32, 0.2)
+    batch, blocks = batch_of([(1, 40)], 16)
+    cache = Cache([torch.zeros(2, blocks, 2, 16, 32)])
+    plan = table.prepare(batch, cache, Geometry((Rotation(torch.rand(16)), Rotation(torch.rand(17))), (0,)))
+    layer = cache.layers[0]
+    with pytest.raises(ValueError, match=r"\(1, 255\)"):
+        table.place(torch.zeros(1, 255), None, kind, layer, plan)
+    with pytest.raises(ValueError, match="34 rotated"):
+        table.place(torch.zeros(1, 256), None, Attention(4, 2, 32, 0.2, rotation=1), layer, plan)
+    with pytest.raises(ValueError, match=r"\(2, 4, 32\)"):
+        table.attend(torch.zeros(2, 4, 32), kind, layer, plan)
+    with pytest.raises(ValueError, match="bfloat16"):
+        table.attend(torch.zeros(1, 4, 32).bfloat16(), kind, layer, plan)
+    with pytest.raises(ValueError, match="float16"):
+        table.prepare(batch, Cache([layer.half()]), Geometry((), ()))

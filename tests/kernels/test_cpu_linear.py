@@ -1,0 +1,179 @@
+"""Packed linears at every level: against float64 for weights kept, and against the same integer sums in
+torch for quantised ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stretto.kernels.cpu.native import Native
+from stretto.kernels.cpu.table import Table
+from stretto.kernels.cpu.weights import Format, PackedLinear, exact_in_bfloat16, memory, pack, unpack
+from tests.kernels.levels import native
+
+__all__ = ["native"]
+
+SHAPES = [(1, 1), (5, 3), (32, 64), (33, 40), (70, 264), (200, 96)]
+ROWS = [1, 2, 3, 7, 8, 9, 17, 100]
+INT_TOLERANCE = 2e-6
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def run(native: Native, x: Tensor, packed: PackedLinear) -> Tensor:
+    return Table(native, None).linear(x, packed)
+
+
+def quantised(x: Tensor, group: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Activations as the kernels quantise them: levels [m, groups, group] and scales [m, groups]."""
+    x = torch.nn.functional.pad(x, (0, pad)).view(x.shape[0], -1, group)
+    top = x.abs().amax(-1)
+    inverse = torch.where(top > 0, 127 / top, torch.zeros(()))
+    return (x * inverse[..., None]).round(), top / 127
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("n,k", SHAPES)
+@pytest.mark.parametrize("format", ["float32", "bfloat16"])
+def test_kept_weights(native: Native, format: Format, n: int, k: int):
+    weight, bias = drawn(n, k), drawn(n, seed=1)
+    if format == "bfloat16":
+        weight = weight.bfloat16().float()
+    packed = pack(native, weight, bias, format)
+    assert torch.equal(unpack(native, packed), weight)
+    for m in ROWS:
+        x = drawn(m, k, seed=2)
+        wanted = x.double() @ weight.double().T + bias
+        assert error(run(native, x, packed), wanted) < 1e-6
+        half = x.bfloat16()
+        wanted = half.double() @ weight.double().T + bias
+        found = run(native, half, packed)
+        assert found.dtype == torch.bfloat16
+        assert error(found, wanted) < 5e-3
+
+
+@pytest.mark.parametrize("n,k", SHAPES)
+@pytest.mark.parametrize("format,group", [("int8", 0), ("int8", 8), ("int4", 0), ("int4", 8)])
+def test_quantised_weights(native: Native, format: Format, group: int, n: int, k: int):
+    if group and k % group:
+        pytest.skip("the group does not divide the row")
+    weight, bias = drawn(n, k), drawn(n, seed=1)
+    packed = pack(native, weight, bias, format, group)
+    kept = unpack(native, packed)
+    for m in ROWS:
+        x = drawn(m, k, seed=2)
+        pad = -k % packed.group
+        levels, scales = quantised(x, packed.group, pad)
+        approximate = (levels.double() * scales[..., None].double()).flatten(1)[:, :k]
+        wanted = approximate @ kept.double().T + bias
+        assert error(run(native, x, packed), wanted) < INT_TOLERANCE
+
+
+@pytest.mark.parametrize("format,group", [("bfloat16", 0), ("int8", 0), ("int8", 128), ("int4", 32)])
+def test_many_rows(native: Native, format: Format, group: int):
+    weight = drawn(96, 256).bfloat16().float()
+    packed = pack(native, weight, None, format, group)
+    x = drawn(1024, 256, seed=3)
+    together = run(native, x, packed)
+    assert error(together, x.double() @ unpack(native, packed).double().T) < 1e-2
+    for rows in (slice(0, 1), slice(511, 520), slice(1020, 1024)):
+        torch.testing.assert_close(run(native, x[rows], packed), together[rows], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("format,group", [("bfloat16", 0), ("float32", 0), ("int8", 0), ("int4", 32)])
+def test_threads_change_nothing(native: Native, format: Format, group: int):
+    packed = pack(native, drawn(3000, 128), drawn(3000), format, group)
+    for m in (1, 40):
+        x, results = drawn(m, 128, seed=5), []
+        for threads in (1, 2, 3):
+            native.threads(threads)
+            results.append(run(native, x, packed))
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_int8_keeps_each_weight_within_half_a_step(native: Native):
+    weight = drawn(40, 64)
+    for group in (0, 16):
+        kept = unpack(native, pack(native, weight, None, "int8", group))
+        peaks = weight.view(40, -1, group or 64).abs().amax(-1, keepdim=True)
+        off = (kept - weight).view(40, -1, group or 64).abs()
+        assert bool((off <= peaks / 127 * 0.51).all())
+
+
+def test_int4_beats_rounding_to_nearest(native: Native):
+    weight = drawn(64, 256)
+    kept = unpack(native, pack(native, weight, None, "int4", 32))
+    groups = weight.view(64, -1, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    nearest = (groups / scale).round().clamp(-8, 7) * scale
+    assert (kept - weight).square().mean() < 0.85 * (nearest.view_as(weight) - weight).square().mean()
+
+
+def test_zeros_stay_zeros(native: Native):
+    for format in ("int8", "int4", "bfloat16"):
+        packed = pack(native, torch.zeros(33, 32), None, format)
+        assert not run(native, drawn(3, 32), packed).any()
+        packed = pack(native, drawn(33, 32), None, format)
+        assert not run(native, torch.zeros(3, 32), packed).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("format,group", [("bfloat16", 0), ("int8", 0), ("int8", 32), ("int4", 32)])
+def test_bad_numbers_spoil_their_own_row_alone(native: Native, format: Format, group: int, bad: float):
+    packed = pack(native, drawn(50, 64), None, format, group)
+    for m in (1, 20):
+        x = drawn(m, 64, seed=9)
+        clean = run(native, x, packed)
+        x[m // 2, 5] = bad
+        found = run(native, x, packed)
+        others = torch.arange(m) != m // 2
+        assert torch.equal(found[others], clean[others])
+        assert not found[m // 2].isfinite().any()
+
+
+def test_no_rows_at_all(native: Native):
+    packed = pack(native, drawn(50, 64), None, "int8")
+    assert run(native, torch.empty(0, 64), packed).shape == (0, 50)
+
+
+def test_shapes_that_do_not_fit_are_named(native: Native):
+    packed = pack(native, drawn(50, 64), None, "int8")
+    with pytest.raises(ValueError, match=r"\(2, 63\).*\(50, 64\)"):
+        run(native, drawn(2, 63), packed)
+    with pytest.raises(ValueError, match="float64"):
+        run(native, drawn(2, 64).double(), packed)
+    with pytest.raises(ValueError, match=r"groups of 24 .* rows of 64"):
+        pack(native, drawn(50, 64), None, "int8", 24)
+    with pytest.raises(ValueError, match="groups of 4 "):
+        pack(native, drawn(50, 64), None, "int4", 4)
+    with pytest.raises(ValueError, match=r"\(50,\)"):
+        pack(native, drawn(50), None, "int8")
+    with pytest.raises(ValueError, match=r"bias of shape \(49,\)"):
+        pack(native, drawn(50, 64), drawn(49), "int8")
+    with pytest.raises(ValueError, match="65540"):
+        pack(native, torch.zeros(1, 65540), None, "int8")
+
+
+def test_a_level_this_cpu_lacks_is_refused(native: Native):
+    with pytest.raises(ValueError, match="mmx"):
+        native.use("mmx")
+
+
+def test_what_bfloat16_holds_exactly():
+    weight = drawn(8, 8)
+    assert exact_in_bfloat16(weight.bfloat16().float())
+    assert not exact_in_bfloat16(weight)
+
+
+@pytest.mark.parametrize("size", [1, 100, 2**21, 2**21 + 64])
+def test_memory_is_aligned_and_writable(size: int):
+    found = memory(size)
+    assert found.shape == (size,) and found.data_ptr() % 64 == 0
+    found.fill_(7)
+    assert int(found[-1]) == 7

@@ -1,0 +1,72 @@
+"""Whole decoders on the C kernels: the reference's logits with weights kept, near them with weights
+quantised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from stretto.kernels import Kernels
+from stretto.kernels.cpu.native import Native
+from stretto.kernels.cpu.table import Quantise, fitting, table
+from stretto.kernels.reference import REFERENCE
+from stretto.models.decoder import Decoder
+from stretto.models.load import load
+from tests.kernels.levels import native
+from tests.models.checkpoints import make
+from tests.models.stepping import Driver
+
+__all__ = ["native"]
+
+CPU = torch.device("cpu")
+PROMPT = [(7 * i * i + 3 * i) % 150 + 4 for i in range(60)]
+
+
+def decoder(path: Path, kernels: Kernels, dtype: torch.dtype = torch.float32) -> Decoder:
+    return load(path, dtype=dtype, device=CPU, kernels=kernels)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "gemma3", "mistral", "phi3", "qwen3_moe"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    make(request.param, path)
+    return path
+
+
+@pytest.mark.parametrize("chunk", [60, 7, 1])
+def test_the_same_logits(native: Native, checkpoint: Path, chunk: int):
+    found = Driver(decoder(checkpoint, table(native))).read(PROMPT, chunk)
+    wanted = Driver(decoder(checkpoint, REFERENCE)).read(PROMPT, 60)
+    assert (found - wanted).norm() / wanted.norm() < 1e-4
+
+
+def test_bfloat16_is_as_near_as_torch_comes(native: Native, checkpoint: Path):
+    if "moe" in str(json.loads((checkpoint / "config.json").read_text())["model_type"]):
+        pytest.skip("a router's near ties fall either way")
+    found = Driver(decoder(checkpoint, table(native), torch.bfloat16)).read(PROMPT, 16)
+    wanted = Driver(decoder(checkpoint, REFERENCE)).read(PROMPT, 60)
+    plain = Driver(decoder(checkpoint, REFERENCE, torch.bfloat16)).read(PROMPT, 60)
+    assert (found - wanted).norm() < 1.2 * (plain - wanted).norm()
+
+
+@pytest.mark.parametrize("quantise", ["int8", "int4"])
+def test_quantised_logits_are_near(
+    native: Native, checkpoint: Path, quantise: Quantise, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("stretto.kernels.cpu.table.SMALLEST_QUANTISED", 32)
+    model = decoder(checkpoint, table(native, quantise))
+    found = Driver(model).read(PROMPT, 16)
+    wanted = Driver(decoder(checkpoint, REFERENCE)).read(PROMPT, 60)
+    off = float((found - wanted).norm() / wanted.norm())
+    assert 1e-4 < off < (0.1 if quantise == "int8" else 0.8)
+
+
+def test_the_group_follows_the_row():
+    assert fitting("int8", 1024) == ("int8", 128)
+    assert fitting("int4", 1024) == ("int4", 32)
+    assert fitting("int4", 24) == ("int4", 8)
+    assert fitting("int4", 20) == ("int8", 0)
+    assert fitting("int8", 100) == ("int8", 0)

@@ -1,0 +1,105 @@
+"""Norms, gated activations and the likeliest tokens at every level, against torch."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from stretto.kernels import Activation
+from stretto.kernels import reference as torch_kernels
+from stretto.kernels.cpu.native import Native
+from stretto.kernels.cpu.table import Table, top
+from tests.kernels.levels import native
+
+__all__ = ["native"]
+
+WIDTHS = [1, 7, 64, 130, 1024]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+DTYPES = list(TOLERANCE)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert found.dtype == wanted.dtype
+    tolerance = TOLERANCE[found.dtype]
+    torch.testing.assert_close(found, wanted, rtol=4 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norms(native: Native, width: int, dtype: torch.dtype):
+    table, draw = Table(native, None), torch.Generator().manual_seed(width)
+    for rows in (1, 3, 200):
+        x, residual = (torch.randn(rows, width, generator=draw).to(dtype) for _ in range(2))
+        weight = torch.rand(width, generator=draw).to(dtype)
+        close(table.norm(x, weight, 1e-6), torch_kernels.norm(x.clone(), weight, 1e-6))
+        found, total = table.add_norm(x.clone(), residual.clone(), weight, 1e-6)
+        wanted, summed = torch_kernels.add_norm(x.clone(), residual.clone(), weight, 1e-6)
+        close(total, summed)
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_gates(native: Native, activation: Activation, dtype: torch.dtype):
+    table, draw = Table(native, None), torch.Generator().manual_seed(1)
+    for rows, width in ((1, 1), (3, 50), (300, 64)):
+        x = (4 * torch.randn(rows, 2 * width, generator=draw)).to(dtype)
+        wanted = torch_kernels.gate(x.float(), activation).to(dtype)
+        close(table.gate(x.clone(), activation), wanted)
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_gates_at_the_ends(native: Native, activation: Activation):
+    """Neither overflow nor a NaN where torch has none, and one where torch has one."""
+    gates = torch.tensor([-1e30, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e18, float("nan")])
+    x = torch.cat((gates, torch.ones(len(gates))))[None]
+    wanted = torch_kernels.gate(x.clone(), activation)
+    found = Table(native, None).gate(x.clone(), activation)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_a_bad_row_spoils_no_other(native: Native):
+    x = torch.ones(5, 64)
+    x[2, 3] = float("nan")
+    found = Table(native, None).norm(x, torch.ones(64), 1e-6)
+    assert found.isnan().any(-1).tolist() == [False, False, True, False, False]
+
+
+def test_shapes_that_do_not_fit_are_named(native: Native):
+    table = Table(native, None)
+    with pytest.raises(ValueError, match=r"\(2, 8\).*\(9,\)"):
+        table.norm(torch.ones(2, 8), torch.ones(9), 1e-6)
+    with pytest.raises(ValueError, match=r"\(3, 8\)"):
+        table.add_norm(torch.ones(2, 8), torch.ones(3, 8), torch.ones(8), 1e-6)
+    with pytest.raises(ValueError, match=r"\(2, 7\)"):
+        table.gate(torch.ones(2, 7), "silu")
+    with pytest.raises(ValueError, match="top 9 "):
+        top(native, torch.ones(2, 8), 9)
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 1000, 5003])
+def test_the_likeliest(native: Native, n: int):
+    logits = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+    for k in {1, min(n, 5), min(n, 64), n if n < 100 else 100}:
+        values, indices = top(native, logits, k)
+        wanted = logits.topk(k)
+        assert torch.equal(values, wanted.values)
+        assert torch.equal(indices, wanted.indices)
+
+
+def test_of_equal_ones_the_first(native: Native):
+    logits = torch.zeros(1, 200)
+    logits[0, 150] = 1
+    _, indices = top(native, logits, 4)
+    assert indices.tolist() == [[150, 0, 1, 2]]
+
+
+def test_no_number_is_never_the_likeliest(native: Native):
+    logits = torch.full((2, 100), float("nan"))
+    logits[0, 70] = -3.0
+    logits[0, 90] = -float("inf")
+    values, indices = top(native, logits, 3)
+    assert indices.tolist() == [[70, 90, 100], [100, 100, 100]]
+    assert values[0, 0] == -3.0

@@ -1,0 +1,75 @@
+"""The threads behind the kernels: idle ones cost nothing, a fork starts its own, and callers take turns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import torch
+
+from stretto.kernels.cpu.native import Native
+from stretto.kernels.cpu.table import Table
+from stretto.kernels.cpu.weights import pack
+from tests.kernels.levels import native
+
+__all__ = ["native"]
+
+FORKED = """
+import os, sys, torch
+torch.set_num_threads(1)
+from stretto.kernels.cpu.native import load
+from stretto.kernels.cpu.table import Table
+from stretto.kernels.cpu.weights import pack
+native = load()
+native.threads(2)
+packed, x = pack(native, torch.ones(4096, 256), None, "int8"), torch.ones(4, 256)
+table = Table(native, None)
+wanted = table.linear(x, packed)
+child = os.fork()
+same = torch.equal(table.linear(x, packed), wanted)
+if child == 0:
+    os._exit(0 if same else 1)
+sys.exit(0 if same and os.waitpid(child, 0)[1] == 0 else 1)
+"""
+
+
+def test_idle_threads_sleep(native: Native):
+    table, packed = Table(native, None), pack(native, torch.ones(4096, 256), None, "int8")
+    for _ in range(10):
+        table.linear(torch.ones(1, 256), packed)
+    before = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - before < 0.05
+
+
+def test_a_forked_process_computes_too(native: Native):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], timeout=60, check=False)
+    assert done.returncode == 0
+
+
+def test_callers_from_many_threads_take_turns(native: Native):
+    table, packed = Table(native, None), pack(native, torch.eye(512), None, "bfloat16")
+    wrong: list[int] = []
+
+    def call(number: int) -> None:
+        x = torch.full((3, 512), float(number))
+        for _ in range(50):
+            if not torch.equal(table.linear(x, packed), x):
+                wrong.append(number)
+
+    callers = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_the_number_of_threads_changes_between_calls(native: Native):
+    table, packed = Table(native, None), pack(native, torch.eye(512), None, "bfloat16")
+    x = torch.arange(512.0)[None]
+    for threads in (1, 4, 2, 3, 1, 2):
+        native.threads(threads)
+        assert torch.equal(table.linear(x, packed).bfloat16(), x.bfloat16())
