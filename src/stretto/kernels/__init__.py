@@ -138,6 +138,8 @@ class Kernels:
     """(x, residual consumed, weight, eps) -> (norm of the sum, the sum)."""
     gate: Callable[[Tensor, Activation], Tensor]
     """(gate and up [T, 2F], activation) -> activation(gate) * up, [T, F]."""
+    gated: Callable[[Tensor, Linear, Activation], Tensor]
+    """(x [T, H], Linear of gates and ups, activation) -> the gate of its linear, [T, F]."""
     prepare: Callable[[Batch, Cache, Geometry], Any]
     """What all layers of a step share (cosines, indices, masks): the plan, opaque to the decoder."""
     place: Callable[[Tensor, Tensor | None, Attention, Tensor, Any], Tensor]

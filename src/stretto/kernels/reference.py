@@ -151,6 +151,10 @@ def gate(gate_up: Tensor, activation: Activation) -> Tensor:
     return ACTIVATIONS[activation](gates).mul_(ups)
 
 
+def gated(x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+    return gate(linear(x, packed), activation)
+
+
 def prepare(batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
     layer = cache.layers[0]
     _, blocks, kv_heads, size, _ = layer.shape
@@ -346,6 +350,7 @@ REFERENCE = Kernels(
     norm=norm,
     add_norm=add_norm,
     gate=gate,
+    gated=gated,
     prepare=prepare,
     place=place,
     attend=attend,

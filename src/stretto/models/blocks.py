@@ -46,7 +46,7 @@ class Mlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         kernels = self.kernels
-        return kernels.linear(kernels.gate(kernels.linear(x, self.gate_up), self.activation), self.down)
+        return kernels.linear(kernels.gated(x, self.gate_up, self.activation), self.down)
 
 
 @dataclass(frozen=True, slots=True)

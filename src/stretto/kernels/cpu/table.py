@@ -115,6 +115,9 @@ class Table:
             complain(result, f"gate {(m, both)}")
         return y
 
+    def gated(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+        return self.gate(self.linear(x, packed), activation)
+
     def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
         layer = cache.layers[0]
         if layer.dtype not in TYPES or not layer.is_contiguous():
@@ -248,6 +251,7 @@ def table(native: Native, quantise: Quantise | None = None) -> Kernels:
         norm=own.norm,
         add_norm=own.add_norm,
         gate=own.gate,
+        gated=own.gated,
         prepare=own.prepare,
         place=own.place,
         attend=own.attend,
