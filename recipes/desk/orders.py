@@ -107,6 +107,8 @@ def _value(rng: Random, field: str, currency: str) -> str:
             return f"{pick(rng, COLOURS)} {pick(rng, THINGS)}" if rng.random() < 0.85 else pick(rng, THINGS)
         case "price":
             return f"{money(between(rng, 100, 49999))} {currency}"
+        case "order":
+            return order_id(rng)
         case "status":
             return pick(rng, STATUSES)
         case "city":
@@ -153,20 +155,20 @@ def some(rng: Random, rows: tuple[str, ...], count: int) -> tuple[str, ...]:
 
 def lookup(level: int, rng: Random) -> Draft:
     """Read a field of one of 2, 4, 8 or up to 34 records; from level 2 also follow-ups, then counts."""
+    if rng.random() < (0.25, 0.12, 0.1, 0.1)[level - 1]:
+        return _list(level, rng)
     many = between(rng, 12, 24) if rng.random() < 0.9 else between(rng, 25, 34)
     count = (1 if rng.random() < 0.2 else 2, between(rng, 3, 4), between(rng, 6, 8), many)[level - 1]
     width = (between(rng, 2, 4), between(rng, 3, 5), between(rng, 4, 6), between(rng, 4, 6))[level - 1]
     fields = some(rng, FIELDS, width)
+    if "customer" not in fields and rng.random() < 0.5:
+        fields = ("customer", *fields)
     rows = records(rng, count, fields)
     notes = show(rng, rows, table=level > 2)
     stem = " ".join(row["order"] for row in rows)
     kind = rng.random()
-    if level >= 3 and "status" in fields and kind < 0.15:
-        status = pick(rng, rows)["status"] if rng.random() < 0.8 else pick(rng, STATUSES)
-        hits = [row["order"] for row in rows if row["status"] == status]
-        listed = ", ".join(f"{place} {number}" for place, number in enumerate(hits, 1))
-        reply = f"{listed or 'none'}\n{len(hits)}"
-        return Draft(pick(rng, COUNT).format(s=status), reply, f"count {stem} {status}", notes)
+    if "status" in fields and kind < 0.2 and 6 <= count <= 16:
+        return _count(rng, rows, f"count {stem}", notes)
     if level >= 2 and kind > 0.93:
         number = _near(rng, rows)
         if all(row["order"] != number for row in rows):
@@ -183,27 +185,78 @@ def lookup(level: int, rng: Random) -> Draft:
         return Draft(
             pick(rng, FOLLOW).format(f=field), row[field], f"{stem} {row['order']} {field}", notes, before
         )
-    question, reply = _ask(rng, row, field)
+    question, reply = _ask(rng, row, field, level)
     return Draft(question, reply, f"{stem} {row['order']} {field}", notes)
 
 
-def _ask(rng: Random, row: Record, field: str) -> tuple[str, str]:
-    """A question about a field. Asked by name or item, the reply finds the order first."""
-    kind = rng.random()
+def _count(rng: Random, rows: list[Record], key: str, notes: str) -> Draft:
+    """The working walks through the orders with a running count: `A-17 paid, B-20 shipped 1, ...`."""
+    status = pick(rng, rows)["status"] if rng.random() < 0.8 else pick(rng, STATUSES)
+    walk: list[str] = []
+    hits = 0
+    for row in rows:
+        hits += row["status"] == status
+        walk.append(f"{row['order']} {row['status']}" + (f" {hits}" if row["status"] == status else ""))
+    return Draft(pick(rng, COUNT).format(s=status), f"{', '.join(walk)}\n{hits}", f"{key} {status}", notes)
+
+
+def _ask(rng: Random, row: Record, field: str, level: int) -> tuple[str, str]:
+    """A question about a field, by order number, customer or item.
+
+    A record begins with order, customer and item. Reading back from a later field to an earlier one is
+    much harder for a causal model than reading on, so that waits for level 3.
+    """
+    kind = rng.random() / (0.4 if level == 1 else 0.6)
+    back = level >= 3
     name, item = row.get("customer"), row.get("item")
-    found = f"order {row['order']}\n{row[field]}"
-    if name and field != "customer" and kind < (0.35 if item else 0.55):
-        if kind < 0.08:
+    if name and field != "customer" and kind < (0.6 if item else 1.0):
+        if back and kind < 0.1:
             return pick(rng, ASK_ORDER).format(n=name), row["order"]
-        return pick(rng, ASK_BY_NAME).format(n=name, f=field), found
-    if item and field != "item" and kind < 0.55:
-        if kind < 0.43:
+        return pick(rng, ASK_BY_NAME).format(n=name, f=field), row[field]
+    if item and field != "item" and kind < 1.0 and (back or field != "customer"):
+        if back and kind < 0.7:
             return pick(rng, ASK_ITEM_ORDER).format(i=item), row["order"]
         ways = ASK_WHO_ITEM if field == "customer" and rng.random() < 0.5 else ASK_BY_ITEM
-        return pick(rng, ways).format(i=item, f=field), found
+        return pick(rng, ways).format(i=item, f=field), row[field]
     if field == "customer" and rng.random() < 0.5:
         return pick(rng, ASK_WHO).format(o=row["order"]), row[field]
     return pick(rng, ASK).format(f=field, o=row["order"]), row[field]
+
+
+# What is listed, by what, and how one asks for it.
+LISTS = (
+    ("price", "item", ("How much is the {}?", "What does the {} cost?", "Price of the {}?", "{}: price?")),
+    (
+        "city",
+        "customer",
+        ("Where does {} live?", "In which city is {}?", "{}: city?", "What is the city of {}?"),
+    ),
+    ("phone", "customer", ("What is the phone number of {}?", "Phone number of {}?", "How can I call {}?")),
+    ("status", "order", ("What is the status of {}?", "{}: status?", "Status of order {}?")),
+    (
+        "quantity",
+        "item",
+        ("What is the stock of the {}?", "Stock of the {}?", "How many of the {} are there?"),
+    ),
+    ("order", "customer", ("Which order did {} place?", "Order of {}?", "What did {} order?")),
+    ("customer", "order", ("Who placed order {}?", "Who ordered {}?", "Whose order is {}?")),
+)
+
+
+def _list(level: int, rng: Random) -> Draft:
+    """A plain list of two columns: prices, addresses, the stock. The key stands right before its value."""
+    field, by, ways = pick(rng, LISTS)
+    count = (between(rng, 2, 4), between(rng, 5, 8), between(rng, 9, 14), between(rng, 15, 30))[level - 1]
+    keys = [row[by] for row in records(rng, count, (by,) if by != "order" else ())]
+    currency = pick(rng, CURRENCIES)
+    values = [
+        json.loads(_fact(rng, field)) if field == "phone" else _value(rng, field, currency) for _ in keys
+    ]
+    sign, start = pick(rng, (": ", " - ", " | ", " = ", ", ")), pick(rng, ("", "", "- ", "* "))
+    notes = "\n".join(f"{start}{key}{sign}{value}" for key, value in zip(keys, values, strict=True))
+    place = between(rng, 0, count - 1)
+    question = pick(rng, ways).format(keys[place])
+    return Draft(question, values[place], f"list {field} {' '.join(keys)} {keys[place]}", notes)
 
 
 TELL = {

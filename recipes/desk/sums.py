@@ -141,7 +141,7 @@ def _customer_total(rng: Random) -> Draft:
     currency = hits[0]["price"].split()[1]
     amounts = [round(float(row["price"].split()[0]) * 100) for row in hits]
     steps, result = added(amounts)
-    steps.insert(0, ", ".join(f"{row['order']} {row['price'].split()[0]}" for row in hits))
+    steps.insert(0, ", ".join(map(money, amounts)))
     ask = pick(
         rng,
         ("What is the total of {}'s orders?", "Add up all orders of {}.", "How much did {} spend in all?"),
@@ -320,7 +320,8 @@ def _convert_price(rng: Random) -> Draft:
         each["price"] = f"{money(between(rng, 20, 1999) * 10)} {currency}"
     targets = rng.sample([c for c in CURRENCIES if c != currency], 3)
     rates = {target: between(rng, 2, 39) * 10 for target in targets}
-    table = "\n".join(f"1 {currency} = {_rate(rng, rate)} {target}" for target, rate in rates.items())
+    line = pick(rng, ("{c} to {t}: {r}", "{t}: {r}", "1 {c} = {r} {t}"))
+    table = "\n".join(line.format(c=currency, t=to, r=_rate(rng, rate)) for to, rate in rates.items())
     target = pick(rng, targets)
     amount = row["price"].split()[0]
     steps, result = product(round(float(amount) * 100), rates[target])

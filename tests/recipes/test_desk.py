@@ -1,0 +1,280 @@
+"""The desk's recipe: tasks, splits, tokenizer, batches, and the artefact that the package carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from recipes.desk import batches, evaluate, model
+from recipes.desk.example import Example
+from recipes.desk.tasks import LEVELS, TASKS, check, draw, held_out, make, prompt_text, split_of
+from recipes.desk.tokenizer import CONTEXT, END_ID, TEMPLATE, build, conversation, encode, render, save
+
+ARTEFACT = Path(__file__).parents[2] / "src" / "stretto" / "desk"
+CELLS = [(task, level) for task in TASKS for level in LEVELS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return build(seed=3, examples=2000)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("desk")
+    save(tokenizer, path)
+    return path
+
+
+@pytest.mark.parametrize(("task", "level"), CELLS)
+def test_the_same_seed_makes_the_same_prompts(task: str, level: int) -> None:
+    first = [make(task, level, rng) for rng in [Random(5)] for _ in range(20)]
+    again = [make(task, level, rng) for rng in [Random(5)] for _ in range(20)]
+    other = [make(task, level, rng) for rng in [Random(6)] for _ in range(20)]
+    assert first == again
+    assert first != other
+
+
+def test_an_unknown_task_or_level_is_refused() -> None:
+    with pytest.raises(ValueError, match="level must be 1 to 4"):
+        make("lookup", 5, Random(0))
+    with pytest.raises(KeyError):
+        make("poetry", 1, Random(0))
+
+
+def corrupted(answer: str, rng: Random) -> str:
+    """The answer with one letter or digit replaced by another."""
+    places = [place for place, sign in enumerate(answer) if sign.isalnum() and sign.isascii()]
+    place = rng.choice(places)
+    pool = "0123456789" if answer[place].isdigit() else "abcdefghijklmnopqrstuvwxyz"
+    new = rng.choice([sign for sign in pool if sign != answer[place].lower()])
+    return answer[:place] + new + answer[place + 1 :]
+
+
+@pytest.mark.parametrize(("task", "level"), CELLS)
+def test_the_checker_takes_its_own_answers_and_no_corrupted_one(task: str, level: int) -> None:
+    rng = Random(f"{task} {level}")
+    for _ in range(60):
+        example = make(task, level, rng)
+        assert example.answer == example.reply.splitlines()[-1]
+        assert check(example, example.reply)
+        assert check(example, f"  {example.answer} \n")
+        assert not check(example, corrupted(example.answer, rng))
+        assert not check(example, "")
+        assert not check(example, example.answer + " and more")
+
+
+def test_json_answers_are_compared_as_json() -> None:
+    example = Example((), '{"a": 1, "b": null}', '{"a": 1, "b": null}', "extract", 1, "")
+    assert check(example, '```json\n{"b":null,"a":1}\n```')
+    assert not check(example, '{"a": true, "b": null}')
+    assert not check(example, '{"a": "1", "b": null}')
+    assert not check(example, '{"a": 1}')
+    assert not check(example, "a is 1")
+
+
+def arithmetic(line: str) -> bool:
+    """Whether a line of working such as `12.50 + 7.25 = 19.75` is true; in hundredths of cents."""
+    left, right = line.split(": ")[-1].split(" = ")
+    first, sign, second = left.split(" ")
+    a, b, c = (round(float(part) * 10_000) for part in (first, second, right))
+    return c == {"+": a + b, "-": a - b, "x": a * b / 10_000}[sign]
+
+
+@pytest.mark.parametrize("task", ["total", "refund", "convert", "delivery"])
+def test_the_working_is_right(task: str) -> None:
+    rng, lines = Random(task), 0
+    for turn in range(800):
+        for line in make(task, LEVELS[turn % 4], rng).reply.splitlines()[:-1]:
+            if " = " in line and "%" not in line:
+                assert arithmetic(line), line
+                lines += 1
+    assert lines > 400
+
+
+def test_no_held_out_prompt_is_in_the_training_split() -> None:
+    rng = Random(11)
+    train: dict[str, str] = {}
+    for turn in range(9000):
+        task, level = CELLS[turn % len(CELLS)]
+        example = draw("train", task, level, rng)
+        assert split_of(example.key) == "train"
+        train[prompt_text(example)] = example.key
+    keys = set(train.values())
+    for task, level in CELLS:
+        for example in held_out(task, level, 60):
+            assert split_of(example.key) == "held_out"
+            assert example.key not in keys
+            assert prompt_text(example) not in train
+
+
+def test_a_prompt_has_one_answer_and_one_key() -> None:
+    """Otherwise a prompt could be in both splits, or be unanswerable."""
+    rng = Random(12)
+    seen: dict[str, tuple[str, str]] = {}
+    for turn in range(18_000):
+        task, level = CELLS[turn % len(CELLS)]
+        example = make(task, level, rng)
+        found = seen.setdefault(prompt_text(example), (example.answer, example.key))
+        assert found == (example.answer, example.key)
+    assert len(seen) > 17_000
+
+
+def test_held_out_prompts_are_the_same_every_time_and_differ() -> None:
+    first = held_out("lookup", 2, 40)
+    assert first == held_out("lookup", 2, 40)
+    assert first != held_out("lookup", 2, 40, seed=1)
+    assert len({prompt_text(example) for example in first}) == 40
+
+
+def test_harder_levels_are_longer() -> None:
+    for task in ("lookup", "total", "extract", "translate", "urgency"):
+        rng = Random(13)
+        sizes = [
+            sum(len(draw("train", task, level, rng).messages[-1]["content"]) for _ in range(60))
+            for level in LEVELS
+        ]
+        assert sizes[0] < sizes[1] < sizes[3], task
+
+
+@given(st.text())
+def test_any_text_survives_the_tokenizer(text: str) -> None:
+    tokenizer = Tokenizer.from_file(str(ARTEFACT / "tokenizer.json"))
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_digits_stand_alone_and_chat_tokens_are_single(tokenizer: Tokenizer) -> None:
+    for text in ("1042", " 24.90", "A-7", "x1y22"):
+        tokens = tokenizer.encode(text, add_special_tokens=False).tokens
+        assert all(len(token) == 1 for token in tokens if any(sign.isdigit() for sign in token)), tokens
+    assert tokenizer.encode("<|user|>hi<|end|>", add_special_tokens=False).ids[-1] == END_ID
+
+
+def test_the_chat_template_is_the_same_everywhere(folder: Path, tokenizer: Tokenizer) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    plain = ImmutableSandboxedEnvironment().from_string(TEMPLATE)
+    rng = Random(14)
+    for task, level in CELLS:
+        messages = list(draw("train", task, level, rng).messages)
+        text = render(messages, prompt=True)
+        assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
+        assert plain.render(messages=messages, add_generation_prompt=True) == text
+        assert plain.render(messages=messages) == render(messages)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == encode(tokenizer, [text])[0]
+
+
+def test_replies_and_prompts_fit(tokenizer: Tokenizer) -> None:
+    rng = Random(15)
+    for task, level in CELLS:
+        for _ in range(10):
+            example = draw("train", task, level, rng)
+            assert len(encode(tokenizer, [example.reply])[0]) < evaluate.LONGEST
+            assert len(encode(tokenizer, [conversation(example)])[0]) <= CONTEXT
+
+
+def test_a_batch_teaches_the_assistants_words_and_nothing_else(tokenizer: Tokenizer) -> None:
+    shape = batches.Shape(4096)
+    packer = batches.Packer(shape)
+    rng = Random(16)
+    replies: list[str] = []
+    batch = None
+    while batch is None:
+        example = draw("train", *rng.choice(CELLS[:3]), rng)
+        ids = batches.np.array(encode(tokenizer, [conversation(example)])[0], batches.np.int32)
+        batch = packer.add(ids, int(batches.answered(ids).sum()))
+        turns = (*example.messages, {"role": "assistant", "content": example.reply})
+        replies += [turn["content"] for turn in turns if batch is None and turn["role"] == "assistant"]
+    tokens, positions, starts, rows, labels, spans = batches.np.split(
+        batch, batches.np.cumsum(shape.sizes)[:-1]
+    )
+    taught = labels[labels >= 0]
+    assert (tokens[rows[: len(taught)] + 1] == taught).all()
+    said = tokenizer.decode(taught.tolist(), skip_special_tokens=False)
+    assert said == "".join(f"{reply}<|end|>" for reply in replies)
+    assert spans[0] == len(encode(tokenizer, [replies[0]])[0]) + 1
+    assert (positions[starts[starts < shape.tokens]] == 0).all()
+
+
+@torch.no_grad()
+def test_the_trained_layout_is_transformers_llama(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    size = model.Size(tokenizer.get_vocab_size(), hidden=128, layers=2, heads=2, kv_heads=1, inner=192)
+    ours = model.Decoder(size, torch.Generator().manual_seed(1))
+    for weight in ours.parameters():
+        weight.copy_((weight + torch.randn(weight.shape) * 0.1).bfloat16())
+    model.export(ours, tmp_path)
+    again = model.Decoder(size, torch.Generator().manual_seed(2))
+    model.restore(again, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = torch.randint(0, size.vocabulary, (50,))
+    positions = torch.cat((torch.arange(20), torch.arange(30)))
+    x = ours.hidden(tokens, positions, torch.tensor([0, 20, 50]))
+    logits = model.rms_norm(x, ours.norm) @ ours.embedding.T
+    for first, last in ((0, 20), (20, 50)):
+        expected = theirs(tokens[None, first:last]).logits[0]
+        assert torch.allclose(logits[first:last], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_evaluation_counts_what_is_right() -> None:
+    def perfect(examples: Sequence[Example]) -> list[str]:
+        return [example.reply for example in examples]
+
+    def half(examples: Sequence[Example]) -> list[str]:
+        return [example.reply if place % 2 else "?" for place, example in enumerate(examples)]
+
+    best = evaluate.evaluate(perfect, 4, levels=(1,), tasks=("total", "chat"))
+    assert best["levels"]["1"]["accuracy"] == 1.0
+    assert best["wrong"] == []
+    middling = evaluate.evaluate(half, 4, levels=(1,), tasks=("total", "chat"))
+    assert middling["tasks"]["total"]["1"]["right"] == 2
+    assert len(middling["wrong"]) == 4
+    assert "50.0" in evaluate.table(middling)
+
+
+def test_wilson_interval() -> None:
+    low, high = evaluate.wilson(90, 100)
+    assert (round(low, 4), round(high, 4)) == (0.8256, 0.9448)
+    assert evaluate.wilson(0, 0) == (0.0, 1.0)
+    assert evaluate.wilson(50, 50)[1] == 1.0
+
+
+def test_the_artefact_is_complete_and_small() -> None:
+    names = {path.name for path in ARTEFACT.iterdir()}
+    assert names == {
+        "card.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(path.stat().st_size for path in ARTEFACT.iterdir()) <= 12_000_000
+    card = json.loads((ARTEFACT / "card.json").read_text())
+    theirs = LlamaForCausalLM.from_pretrained(ARTEFACT)
+    assert theirs.num_parameters() == card["parameters"]
+
+
+def test_the_artefacts_card_keeps_the_promise() -> None:
+    held = json.loads((ARTEFACT / "card.json").read_text())["held_out"]
+    assert held["levels"]["1"]["interval"][0] >= 0.95
+    for task in TASKS:
+        assert held["tasks"][task]["1"]["accuracy"] >= 0.9, task
+
+
+def test_the_artefact_answers_held_out_questions() -> None:
+    answer = evaluate.local(ARTEFACT)
+    for task in ("lookup", "total", "chat"):
+        examples = held_out(task, 1, 10, seed=1)
+        texts = answer(examples)
+        assert sum(check(example, text) for example, text in zip(examples, texts, strict=True)) >= 8, task
