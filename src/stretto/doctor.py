@@ -54,6 +54,7 @@ class Probed(Struct, frozen=True, kw_only=True):
     cuda: bool
     isa: str
     kernels: str
+    kernels_why: str
     gpus: tuple[Gpu, ...]
     stored: Stored | None
     error: str | None
@@ -81,7 +82,7 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     torch_isa: str
     gpus: tuple[Gpu, ...]
-    kernels: str
+    kernels: Choice[str]
     device: Choice[str]
     threads: Choice[int]
     model: Fit | None
@@ -106,7 +107,7 @@ def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
         versions={package: version(package) for package in PACKAGES},
         torch_isa=probed.isa,
         gpus=probed.gpus,
-        kernels=probed.kernels,
+        kernels=Choice(probed.kernels, probed.kernels_why),
         device=device,
         threads=machine.choose_threads(seen, engine.threads),
         model=fit,
@@ -193,7 +194,7 @@ def _choice_rows(found: Diagnosis) -> list[Row]:
     return [
         ("device", found.device.value, found.device.why),
         ("threads", str(found.threads.value), found.threads.why),
-        ("kernels", found.kernels, ""),
+        ("kernels", found.kernels.value, found.kernels.why),
     ]
 
 

@@ -16,6 +16,8 @@ from stretto.engine.loop import Engine
 from stretto.engine.runner import TorchRunner
 from stretto.engine.schedule import Limits, Plan, fcfs
 from stretto.engine.sequence import Sequence
+from stretto.kernels import Kernels
+from stretto.kernels.choice import choose_kernels
 from stretto.kernels.reference import REFERENCE
 from stretto.models.load import load
 from stretto.types import ModelInfo, Reason, Request, Sampling, StepStats, TokenEvent
@@ -23,6 +25,10 @@ from tests.models.checkpoints import FAMILIES, VOCAB, expected, make
 
 BLOCK = 4
 OUTPUT = 10
+# The table this machine would choose, and the one it would fall back to: the same one, where C was not built.
+TABLES = list(
+    {each.name: each for each in (REFERENCE, choose_kernels(torch.device("cpu"), torch.float32)[0])}.values()
+)
 PROMPTS = [
     [3 + (7 * i * k + k) % (VOCAB - 3) for i in range(length)]
     for k, length in enumerate((5, 23, 1, 40, 12), 1)
@@ -32,8 +38,8 @@ PROMPTS = [
 class Bench:
     """One decoder behind a fresh engine of its own for each run."""
 
-    def __init__(self, path: Path) -> None:
-        self.decoder = load(path, dtype=torch.float32, device=torch.device("cpu"), kernels=REFERENCE)
+    def __init__(self, path: Path, kernels: Kernels = REFERENCE) -> None:
+        self.decoder = load(path, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels)
         self.steps: list[StepStats] = []
 
     def engine(self, *, blocks: int = 256, step_tokens: int = 512, share: bool = True) -> Engine:
@@ -103,9 +109,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_the_references_whatever_else_happens(family: str, tmp_path: Path):
+@pytest.mark.parametrize("kernels", TABLES, ids=lambda table: table.name)
+def test_greedy_tokens_are_the_references_whatever_else_happens(
+    family: str, kernels: Kernels, tmp_path: Path
+):
     model = make(family, tmp_path)
-    bench = Bench(tmp_path)
+    bench = Bench(tmp_path, kernels)
     alone = bench.alone()
     for prompt, answer in zip(PROMPTS, alone, strict=True):
         logits = expected(model, prompt + answer)

@@ -17,7 +17,7 @@ from stretto.engine.loop import Runner
 from stretto.engine.null import NullRunner, null_info
 from stretto.engine.runner import TorchRunner
 from stretto.errors import InvalidGrammar
-from stretto.kernels.reference import REFERENCE
+from stretto.kernels.choice import choose_kernels, use_threads
 from stretto.machine import (
     KvShape,
     check_fit,
@@ -46,7 +46,7 @@ class Runners:
         self._config = config
         self._progress = progress
         self._grammars: dict[str, Grammars] = {}
-        torch.set_num_threads(choose_threads(snapshot(), config.threads).value)
+        use_threads(choose_threads(snapshot(), config.threads).value)
         self._device = torch.device(choose_device(config.device, torch.cuda.is_available()).value)
         self.all = [self._runner(model, len(config.models) - i) for i, model in enumerate(config.models)]
 
@@ -64,11 +64,12 @@ class Runners:
         spec = families.read(path)
         dtype = choose_dtype(snapshot(), spec.dtype, device=self._device.type, asked=model.dtype).value
         check_fit(model.name, _weight_bytes(path, spec.dtype, dtype), self._available())
+        kernels, _ = choose_kernels(self._device, getattr(torch, dtype))
         decoder = load(
             path,
             dtype=getattr(torch, dtype),
             device=self._device,
-            kernels=REFERENCE,
+            kernels=kernels,
             progress=lambda _, done, total: self._progress(model.name, done, total),
         )
         info = self._info(model, decoder, left, time.monotonic() - started)

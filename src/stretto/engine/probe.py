@@ -14,7 +14,7 @@ import torch
 from msgspec import Struct
 
 from stretto.errors import CheckpointError
-from stretto.kernels.reference import REFERENCE
+from stretto.kernels.choice import choose_kernels
 from stretto.models import families
 from stretto.models.checkpoint import Checkpoint
 
@@ -46,6 +46,7 @@ class Probed(Struct, frozen=True, kw_only=True):
     cuda: bool
     isa: str
     kernels: str
+    kernels_why: str
     gpus: tuple[Gpu, ...]
     stored: Stored | None = None
     error: str | None = None
@@ -81,10 +82,12 @@ def main() -> None:
             found = stored(Path(sys.argv[1]))
         except CheckpointError as failure:
             error = failure.message
+    kernels, why = choose_kernels(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
     probed = Probed(
         cuda=cuda,
         isa=torch.backends.cpu.get_cpu_capability(),
-        kernels=REFERENCE.name,
+        kernels=kernels.name,
+        kernels_why=why,
         gpus=tuple(gpus),
         stored=found,
         error=error,
