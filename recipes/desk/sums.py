@@ -90,15 +90,15 @@ def _work(left: int | str, sign: str, right: int | str, result: int | str) -> st
 def _basket(rng: Random, count: int, high: int) -> Draft:
     currency = pick(rng, CURRENCIES)
     amounts = [between(rng, 50, high) for _ in range(count)]
-    things = [
-        f"{thing} {money(cents)} {currency}"
-        for thing, cents in zip(rng.sample(THINGS, count), amounts, strict=True)
-    ]
+    form = pick(rng, ("{} {} {}", "{} {} {}", "a {} for {} {}", "{} at {} {}", "one {}: {} {}"))
+    names = rng.sample(THINGS, count)
+    things = [form.format(thing, money(cents), currency) for thing, cents in zip(names, amounts, strict=True)]
     steps, result = added(amounts)
     ask = pick(rng, TOTAL)
     match between(rng, 0, 3):
         case 0:
-            question = f"{pick(rng, OPEN)}{', '.join(things)}. {ask}"
+            listed = ", ".join(things) if rng.random() < 0.5 else f"{', '.join(things[:-1])} and {things[-1]}"
+            question = f"{pick(rng, OPEN)}{listed}. {ask}"
         case 1:
             question = f"{ask}\n" + "\n".join(f"- {thing}" for thing in things)
         case 2:
