@@ -1,6 +1,7 @@
 """Every error Stretto raises on purpose, as one tree. Each owns its HTTP status and its OpenAI type and code.
 
-A message says what is wrong, where, and what to do about it. `param` is the path to the field: `$.messages[0]`.
+A message says what is wrong, where, and what to do about it. `param` is the path to the field:
+`$.messages[0]`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ class StrettoError(Exception):
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The error object of OpenAI's API."""
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 class InvalidRequest(StrettoError):

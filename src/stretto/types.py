@@ -95,7 +95,9 @@ class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Request(Struct, frozen=True, kw_only=True):
-    """One sequence to run. Built at the edge, where everything was checked: from here the type is the proof."""
+    """One sequence to run. Built at the edge, where everything was checked: from here the type is the
+    proof.
+    """
 
     id: int
     model: str
@@ -155,8 +157,8 @@ class Logprobs(Struct, frozen=True, array_like=True):
 
 
 class TokenEvent(Struct, frozen=True, array_like=True, gc=False):
-    """One token of one sequence, or its end, or both. The token that ends a sequence (EOS) is not sent as text:
-    it arrives as `finish.stop_token` with `token = None`."""
+    """One token of one sequence, or its end, or both. The token that ends a sequence (EOS) is not sent as
+    text: it arrives as `finish.stop_token` with `token = None`."""
 
     id: int
     token: int | None = None
