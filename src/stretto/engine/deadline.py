@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import inf
 
 from stretto.engine.blocks import BlockPool
@@ -17,14 +18,17 @@ from stretto.engine.schedule import Limits, Moment, Plan, Queues, Row, Schedule,
 from stretto.engine.sequence import SPARE, TIMED, Rank, Sequence
 from stretto.engine.steptime import Cost
 
-DEPTH = 64  # prompts that are looked at in a step, beside those left out
-SCAN = 256
+DEPTH = 64  # prompts that a step looks at
 REACH = 20  # a step that no stream waits for takes as long as this many bases: the base is then 5 % of it
 SHORTEST_REACH_MS = 20.0
-SHARE = 0.05  # of all time goes to what has no due and has waited long
-PATIENCE_S = 10.0
+SHARE = 0.03  # of all time goes to those without a due that have waited long
+PATIENCE_S = 30.0
+CAUTION = 0.7  # of the time that heavier prompts seem to leave
+LEAST = 0.25  # of the time for prompts is there for the lighter ones, whatever has come of late
 CROWDED = 0.9  # streams may take this share of their gaps; beyond, no prompt becomes a stream
-DEBT_STEP_MS = 3000.0
+BREVITY = 30.0  # seconds that a second of work puts a request without a due behind
+LATE_S = 300.0  # that a request which cannot be on time any more is put behind
+DEBT_STEP_MS = 3000.0  # tenants whose use of the last minute differs by less are even
 
 Placed = tuple[Rank, Sequence]
 
@@ -55,14 +59,18 @@ class Draft:
 
 @dataclass(slots=True)
 class Running:
-    """The running sequences by what they need: streams and prompts, with a due and without. `tightest`: when
-    the first stream must have its token; `gap`: their shortest gap, ms; `needs`: blocks to go on with."""
+    """The running sequences by what they need: `streams` and `prompts` with a due, `spare` (streams) and
+    `begun` (prompts) without. Of the first: `tightest`, when one must have its token; their shortest `gap`,
+    ms; `load`, the share of time they take at the slowest pace they bear; `context`, the keys that a step
+    reads for them; `needs`, the blocks they go on with."""
 
     streams: list[Sequence] = field(default_factory=list[Sequence])
     prompts: list[Sequence] = field(default_factory=list[Sequence])
     spare: list[Sequence] = field(default_factory=list[Sequence])
+    begun: list[Placed] = field(default_factory=list[Placed])
     tightest: float = inf
     gap: float = inf
+    load: float = 0.0
     context: int = 0
     needs: int = 0
 
@@ -84,19 +92,32 @@ def deadline(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment
         room=limits.max_running - len(queues.running),
     )
     gone = _end_overdue(draft)
-    prompts, spare = _look_at_waiting(draft, moment, gone)
+    prompts, others = _look_at_waiting(draft, moment, gone)
     running = _sort_running(draft, moment, gone)
-    _run_streams(draft, running, moment.until)
+    prompts = _in_order(draft, running.prompts, prompts)
+    out = _giving_way(draft, prompts, _rate(draft, running), moment)
+    _run_streams(draft, running, moment.until, pressed=bool(out))
     draft.end = min(draft.end, now + reach(cost) / 1e3)
-    spare = running.spare + spare
+    spare = running.spare + [seq for _, seq in sorted(running.begun + others)]
     owed = _promised(draft, moment, spare)
-    owed -= _fill(draft, spare, owed)
-    prompts = sorted([(seq.rank, seq) for seq in running.prompts] + prompts)[:DEPTH]
-    aside = _read(draft, prompts, running.gap, moment)
+    owed -= _fill(draft, spare, min(owed, draft.left() / 2))
+    aside = _read(draft, running, prompts, out, moment)
     owed -= _fill(draft, spare + aside, inf)
     draft.plan.owed = max(owed, 0.0)
     draft.plan.predicted = draft.ms
     return draft.plan
+
+
+def _in_order(draft: Draft, begun: list[Sequence], waiting: list[Placed]) -> list[Placed]:
+    """Prompts with a due, the weightier first and by due among equals."""
+    placed = sorted([(seq.rank, seq) for seq in begun] + waiting)[:DEPTH]
+    return sorted(placed, key=lambda one: -_weight(draft, one[1]))
+
+
+def _rate(draft: Draft, running: Running) -> float:
+    """The share of the time that is left for prompts while the streams have their pace."""
+    base = draft.cost.c0 / min(running.gap, reach(draft.cost))
+    return max(1.0 / draft.margin - base - running.load, SHARE)
 
 
 def reach(cost: Cost) -> float:
@@ -127,26 +148,21 @@ def _end_overdue(draft: Draft) -> set[Sequence]:
     return gone
 
 
-def _look_at_waiting(
-    draft: Draft, moment: Moment, gone: set[Sequence]
-) -> tuple[list[Placed], list[Sequence]]:
+def _look_at_waiting(draft: Draft, moment: Moment, gone: set[Sequence]) -> tuple[list[Placed], list[Placed]]:
     """The first of those that wait, with a due and without, once newcomers have their place."""
     waiting = draft.queues.waiting
     timed = bisect_left(waiting, (TIMED, -inf, 0), key=_rank)
     spare = bisect_left(waiting, (SPARE, -inf, 0), key=_rank)
     prompts = [(seq.rank, seq) for seq in waiting[timed : min(spare, timed + DEPTH)]]
-    others = waiting[spare : spare + DEPTH]
+    others = [(seq.rank, seq) for seq in waiting[spare : spare + DEPTH]]
     for seq in waiting[:timed]:
         if seq not in gone:
             rank = _rank_for(draft, seq, moment)
             draft.plan.place.append((seq, rank))
-            if rank[0] == TIMED:
-                prompts.append((rank, seq))
-            else:
-                others.append(seq)
+            (prompts if rank[0] == TIMED else others).append((rank, seq))
     if gone:
         prompts = [(rank, seq) for rank, seq in prompts if seq not in gone]
-        others = [seq for seq in others if seq not in gone]
+        others = [(rank, seq) for rank, seq in others if seq not in gone]
     return prompts, others
 
 
@@ -166,9 +182,10 @@ def _spare_rank(draft: Draft, seq: Sequence, moment: Moment, since: float) -> Ra
     """A place among those without a due: when it would start if its tenant had the machine alone (start-time
     fair queueing, Goyal et al., SIGCOMM 1996). One tenant's many do not stand before another's few."""
     tags, tenant = draft.plan.tags, seq.request.tenant
+    work = draft.cost.prefill(seq.computed, seq.length - seq.computed) / 1e3
     tag = max(since, tags.get(tenant, moment.ledger.tags.get(tenant, 0.0)))
-    tags[tenant] = tag + draft.cost.prefill(seq.computed, seq.length - seq.computed) / 1e3
-    return SPARE, tag, seq.request.id
+    tags[tenant] = tag + work
+    return SPARE, tag + BREVITY * work + (LATE_S if seq.due < inf else 0.0), seq.request.id
 
 
 def _sort_running(draft: Draft, moment: Moment, gone: set[Sequence]) -> Running:
@@ -176,17 +193,21 @@ def _sort_running(draft: Draft, moment: Moment, gone: set[Sequence]) -> Running:
     so it must not make another late."""
     running = Running()
     streams, tightest, gap, context, needs = running.streams, inf, inf, 0, 0
-    prompts: list[Sequence] = []
+    c1, c3, load = draft.cost.c1, draft.cost.c3, 0.0
     size = draft.pool.size
     for seq in draft.queues.running:
         left = seq.remaining
         if left == 0 or (gone and seq in gone):
             continue
-        if seq.rank[0] != TIMED:
-            (running.spare if left == 1 else prompts).append(seq)
-        elif seq.late or seq.due < draft.now:
-            draft.plan.place.append((seq, _spare_rank(draft, seq, moment, draft.now)))
-            (running.spare if left == 1 else prompts).append(seq)
+        if seq.rank[0] != TIMED or seq.late or seq.due < draft.now:
+            rank = seq.rank
+            if rank[0] == TIMED:
+                rank = _spare_rank(draft, seq, moment, draft.now)
+                draft.plan.place.append((seq, rank))
+            if left == 1:
+                running.spare.append(seq)
+            else:
+                running.begun.append((rank, seq))
         elif left == 1:
             streams.append(seq)
             latest = seq.spoke + seq.gap
@@ -197,22 +218,28 @@ def _sort_running(draft: Draft, moment: Moment, gone: set[Sequence]) -> Running:
             if seq.gap < gap:
                 gap = seq.gap
             context += seq.computed + 1
+            load += (c1 + c3 * seq.computed) / seq.gap
             if seq.computed == len(seq.blocks) * size:
                 needs += 1
         else:
             running.prompts.append(seq)
             gap = min(gap, seq.gap)
-    running.spare += prompts
-    running.tightest, running.gap, running.context, running.needs = tightest, gap * 1e3, context, needs
+    running.tightest, running.gap, running.load = tightest, gap * 1e3, load / 1e3
+    running.context, running.needs = context, needs
     return running
 
 
-def _run_streams(draft: Draft, running: Running, until: float) -> None:
-    """All streams, when that is in time for the tightest of them; else those that cannot wait."""
+def _run_streams(draft: Draft, running: Running, until: float, *, pressed: bool) -> None:
+    """All streams, when that is in time for the tightest of them; else those that cannot wait. When prompts
+    are `pressed`, streams that can have their token as well with the next step leave their time to them."""
     streams, cost = running.streams, draft.cost
     ms = cost.c1 * len(streams) + cost.c3 * running.context
     draft.end = min(running.tightest, until)
-    late = draft.now + (draft.ms + ms) * draft.margin / 1e3 > draft.end
+    step = (draft.ms + ms) * draft.margin / 1e3
+    late = draft.now + step > draft.end
+    if pressed and not late:
+        streams = [seq for seq in streams if min(seq.due, seq.spoke + seq.gap) < draft.end + step]
+        ms = cost.c1 * len(streams) + cost.c3 * sum(seq.computed + 1 for seq in streams)
     if streams and (late or running.needs > draft.free or len(streams) > draft.tokens):
         _run_crowded(draft, running)
         return
@@ -257,21 +284,16 @@ def _promised(draft: Draft, moment: Moment, spare: list[Sequence]) -> float:
     return min(moment.ledger.owed + SHARE * max(draft.left() + draft.ms, draft.ms), reach(draft.cost))
 
 
-def _read(draft: Draft, prompts: list[Placed], gap: float, moment: Moment) -> list[Sequence]:
-    """Give prompts the rest of the step, by due, without those that must give way. Returns the latter, less
-    those refused, for what time may be left."""
-    if not prompts:
-        return []
+def _read(
+    draft: Draft, running: Running, prompts: list[Placed], out: dict[int, float], moment: Moment
+) -> list[Sequence]:
+    """Give prompts the rest of the step, without those that must give way. Returns the latter, less those
+    refused, for what time may be left."""
     aside: list[Sequence] = []
-    out = _giving_way(draft, prompts, gap, moment)
-    streams = len(draft.plan.rows)
     for index, (_, seq) in enumerate(prompts):
         if index not in out:
-            if (
-                draft.left() > 0
-                and draft.tokens > 0
-                and (seq.slot >= 0 or _bearable(draft, seq, gap, streams))
-            ):
+            room = draft.left() > 0 and draft.tokens > 0
+            if room and (seq.slot >= 0 or _bearable(draft, seq, running)):
                 _go_on(draft, seq, draft.left())
         elif seq.request.objective.on_miss == "reject" and seq.started is None:
             draft.plan.refuse.append((seq, out[index]))
@@ -282,19 +304,30 @@ def _read(draft: Draft, prompts: list[Placed], gap: float, moment: Moment) -> li
     return aside
 
 
-def _giving_way(draft: Draft, prompts: list[Placed], gap: float, moment: Moment) -> dict[int, float]:
-    """Which prompts cannot be on time without making more, or weightier ones, late."""
-    cost, tiers, debts = draft.cost, draft.limits.tiers, moment.ledger.debts
-    step = min(gap, reach(cost))
-    rate = max((step / draft.margin - draft.ms) / step, SHARE)
-    jobs: list[Job] = []
-    for rank, seq in prompts:
-        start = seq.computed
-        seconds = cost.prefill(start, len(seq.tokens) - start) / rate / 1e3
-        tier = tiers.get(seq.request.tier)
-        debt = debts.get(seq.request.tenant, 0.0) // DEBT_STEP_MS if len(debts) > 1 else 0.0
-        jobs.append(Job(rank[1], seconds, (tier.weight if tier else 0.0, -debt)))
-    return left_out(jobs, draft.now)
+def _giving_way(draft: Draft, prompts: list[Placed], rate: float, moment: Moment) -> dict[int, float]:
+    """Which prompts cannot be on time without making more, or weightier ones, late. `prompts` are by weight,
+    then by due: a lighter one has the time that the heavier leave, and that heavier ones to come will."""
+    cost, debts = draft.cost, moment.ledger.debts
+    out: dict[int, float] = {}
+    start, first = draft.now, 0
+    for weight, group in groupby(prompts, key=lambda placed: _weight(draft, placed[1])):
+        heavier = moment.ledger.inflow_above(weight)
+        pace = 1e3 * max(rate - heavier, LEAST * rate) * (CAUTION if heavier else 1.0)
+        jobs: list[Job] = []
+        for rank, seq in group:
+            begun = seq.computed
+            debt = debts.get(seq.request.tenant, 0.0) // DEBT_STEP_MS if len(debts) > 1 else 0.0
+            jobs.append(Job(rank[1], cost.prefill(begun, len(seq.tokens) - begun) / pace, -debt))
+        lost = left_out(jobs, start)
+        start += sum(job.seconds for place, job in enumerate(jobs) if place not in lost)
+        out.update((first + place, excess) for place, excess in lost.items())
+        first += len(jobs)
+    return out
+
+
+def _weight(draft: Draft, seq: Sequence) -> float:
+    tier = draft.limits.tiers.get(seq.request.tier)
+    return tier.weight if tier else 0.0
 
 
 def _hopeless(draft: Draft, seq: Sequence) -> bool:
@@ -303,30 +336,22 @@ def _hopeless(draft: Draft, seq: Sequence) -> bool:
     return draft.now + alone / 1e3 > seq.due
 
 
-def _bearable(draft: Draft, seq: Sequence, gap: float, streams: int) -> bool:
-    """Whether the streams would still have their pace if this prompt became one: the sum of what each takes
-    of its own gap, and of the base in the shortest one."""
-    cost = draft.cost
-    shortest = min(gap, seq.gap * 1e3)
-    if streams == 0 or shortest == inf:
-        return True
-    row = cost.row(seq.length)
-    if draft.cost.c0 + row * (streams + 1) <= CROWDED / 2 * shortest:
-        return True
-    pressure = cost.c0 / shortest + row / (seq.gap * 1e3)
-    for other in draft.queues.running:
-        if other.rank[0] == TIMED and not other.late:
-            pressure += cost.row(other.length) / (other.gap * 1e3)
-    return pressure * draft.margin <= CROWDED
+def _bearable(draft: Draft, seq: Sequence, running: Running) -> bool:
+    """Whether the streams would still have their pace if this prompt became one of them."""
+    gap = seq.gap * 1e3
+    base = draft.cost.c0 / min(gap, running.gap)
+    return (
+        not running.streams or base + running.load + draft.cost.row(seq.length) / gap < CROWDED / draft.margin
+    )
 
 
 def _fill(draft: Draft, sequences: list[Sequence], ms: float) -> float:
     """Run sequences, in order, for at most `ms` of the step; returns the milliseconds they take."""
-    before = draft.ms
+    before, token = draft.ms, draft.cost.c2
     ran = {id(row.seq) for row in draft.plan.rows} if sequences and ms > 0 else set[int]()
     for seq in sequences:
         left = min(draft.left(), ms - (draft.ms - before))
-        if left <= 0 or draft.tokens <= 0:
+        if left <= 0 or draft.tokens <= 0 or (seq.slot < 0 and (draft.room <= 0 or left < token)):
             break
         if id(seq) not in ran:
             _go_on(draft, seq, left)
@@ -377,6 +402,7 @@ def _admit(draft: Draft, seq: Sequence, ms: float) -> None:
         count = _chunk(draft, 0, seq.length, ms)
         need = pool.blocks_for(count)
         if seq.rank[0] != TIMED or not _make_room(draft, seq, need + growth, among=SPARE):
+            draft.room = 0
             return
     if count <= 0:
         return

@@ -16,7 +16,7 @@ class Job(NamedTuple):
 
     due: float
     seconds: float
-    worth: tuple[float, float] = (0.0, 0.0)
+    worth: float = 0.0
 
 
 def left_out(jobs: Sequence[Job], start: float) -> dict[int, float]:
@@ -35,7 +35,7 @@ def left_out(jobs: Sequence[Job], start: float) -> dict[int, float]:
             break
     else:
         return out
-    heap: list[tuple[tuple[float, float], float, int]] = []
+    heap: list[tuple[float, float, int]] = []
     end = start
     for index, (due, seconds, worth) in enumerate(jobs):
         if start + seconds > due:

@@ -10,6 +10,7 @@ from math import exp
 from stretto.engine.steptime import Window
 
 MEMORY_S = 60.0
+INFLOW_S = 120.0
 LENGTHS = 512
 FIRST_GUESS = 256
 
@@ -23,6 +24,7 @@ class Ledger:
         self.debts: dict[str, float] = {}
         self.tags: dict[str, float] = {}
         self.owed = 0.0
+        self._inflow: dict[float, float] = {}
         self._lengths: dict[str, Window] = {}
         self._faded = 0.0
 
@@ -30,11 +32,20 @@ class Ledger:
         """The tenant's requests took this much of a step."""
         self.debts[tenant] = self.debts.get(tenant, 0.0) + ms
 
+    def arrived(self, weight: float, ms: float) -> None:
+        """A prompt of so much work has come, in a tier of this weight."""
+        self._inflow[weight] = self._inflow.get(weight, 0.0) + ms
+
+    def inflow_above(self, weight: float) -> float:
+        """How much work of greater weight has come of late, as a share of the time."""
+        return sum(ms for heavier, ms in self._inflow.items() if heavier > weight) / (INFLOW_S * 1e3)
+
     def fade(self, now: float) -> None:
         """Let what is past count less; forget who is even. Called every step, it acts once a second."""
         if now - self._faded < 1.0:
             return
-        share = exp((self._faded - now) / MEMORY_S)
+        share, slower = exp((self._faded - now) / MEMORY_S), exp((self._faded - now) / INFLOW_S)
+        self._inflow = {weight: ms * slower for weight, ms in self._inflow.items()}
         self._faded = now
         self.debts = {tenant: ms * share for tenant, ms in self.debts.items() if ms * share >= 1.0}
         self.tags = {tenant: tag for tenant, tag in self.tags.items() if tag > now}

@@ -33,8 +33,8 @@ SMALL_CPU = Cost(c0=38.0, c1=1.5, c2=2.9, c3=0.0022, c4=2e-6)
 # What such a machine can promise: it reads the longest usual prompt (4,100 tokens) in 12 s and speaks alone
 # every 45 ms. Five and ten times that pace, and two and four times that prompt.
 CPU_TIERS: dict[str, Tier] = {
-    "priority": Tier(objective=Objective(ttft_ms=25_000, itl_ms=250), weight=4.0),
-    "default": Tier(objective=Objective(ttft_ms=50_000, itl_ms=500), weight=2.0),
+    "priority": Tier(objective=Objective(ttft_ms=30_000, itl_ms=250), weight=4.0),
+    "default": Tier(objective=Objective(ttft_ms=60_000, itl_ms=500), weight=2.0),
     "flex": Tier(objective=Objective(), weight=1.0),
 }
 MIX = {"priority": 0.2, "default": 0.6, "flex": 0.2}
