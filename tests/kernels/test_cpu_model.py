@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stretto.errors import StartError
 from stretto.kernels import Kernels
 from stretto.kernels.cpu.native import Native
-from stretto.kernels.cpu.table import Quantise, fitting, table
+from stretto.kernels.cpu.table import Quantise, best, fitting, table
 from stretto.kernels.reference import REFERENCE
 from stretto.models.decoder import Decoder
 from stretto.models.load import load
@@ -70,3 +71,17 @@ def test_the_group_follows_the_row():
     assert fitting("int4", 24) == ("int4", 8)
     assert fitting("int4", 20) == ("int8", 0)
     assert fitting("int8", 100) == ("int8", 0)
+
+
+def test_the_best_table(native: Native, monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_num_threads()
+    assert best(torch.bfloat16, 2).name == f"cpu-{native.level}"
+    assert best(torch.float32, 2, "int8").name == f"cpu-{native.level}-int8"
+    torch.set_num_threads(before)
+    assert best(torch.float16, 2) is REFERENCE
+    with pytest.raises(StartError, match="float16"):
+        best(torch.float16, 2, "int8")
+    monkeypatch.setattr("stretto.kernels.cpu.table.load", lambda: None)
+    assert best(torch.float32, 2) is REFERENCE
+    with pytest.raises(StartError, match="compiler"):
+        best(torch.float32, 2, "int4")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,6 +43,16 @@ class PackedLinear:
     def shares(self, weight: Tensor) -> bool:
         """Never: packing copies."""
         return False
+
+    def moved(self, data: Tensor) -> PackedLinear:
+        """The same weights, their packed bytes now at `data`."""
+        if data.nbytes != self.data.nbytes or data.data_ptr() % 64 or not data.is_contiguous():
+            raise ValueError(
+                f"{data.nbytes} bytes are not the {self.data.nbytes} packed ones, or not aligned to 64"
+            )
+        old = self.struct
+        struct = Weights(data.data_ptr(), old.bias, old.n, old.k, old.group, old.kind)
+        return replace(self, data=data, struct=struct, address=ctypes.addressof(struct))
 
 
 def pack(native: Native, weight: Tensor, bias: Tensor | None, format: Format, group: int = 0) -> PackedLinear:
