@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, repeat
 from math import inf
 
 from stretto.engine.blocks import BlockPool
@@ -31,6 +31,7 @@ LATE_S = 300.0  # that a request which cannot be on time any more is put behind
 DEBT_STEP_MS = 3000.0  # tenants whose use of the last minute differs by less are even
 
 Placed = tuple[Rank, Sequence]
+Weighed = tuple[float, float, int, Sequence]  # minus its weight, its due, its id
 
 
 @dataclass(slots=True)
@@ -60,12 +61,14 @@ class Draft:
 @dataclass(slots=True)
 class Running:
     """The running sequences by what they need: `streams` and `prompts` with a due, `spare` (streams) and
-    `begun` (prompts) without. Of the first: `tightest`, when one must have its token; their shortest `gap`,
+    `begun` (prompts) without. Of the first: `starts`, their
+    tokens so far; `tightest`, when one must have its token; their shortest `gap`,
     ms; `load`, the share of time they take at the slowest pace they bear; `context`, the keys that a step
     reads for them; `needs`, the blocks they go on with."""
 
     streams: list[Sequence] = field(default_factory=list[Sequence])
     prompts: list[Sequence] = field(default_factory=list[Sequence])
+    starts: list[int] = field(default_factory=list[int])
     spare: list[Sequence] = field(default_factory=list[Sequence])
     begun: list[Placed] = field(default_factory=list[Placed])
     tightest: float = inf
@@ -108,10 +111,12 @@ def deadline(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment
     return draft.plan
 
 
-def _in_order(draft: Draft, begun: list[Sequence], waiting: list[Placed]) -> list[Placed]:
+def _in_order(draft: Draft, begun: list[Sequence], waiting: list[Placed]) -> list[Weighed]:
     """Prompts with a due, the weightier first and by due among equals."""
     placed = sorted([(seq.rank, seq) for seq in begun] + waiting)[:DEPTH]
-    return sorted(placed, key=lambda one: -_weight(draft, one[1]))
+    tiers = draft.limits.tiers
+    weights = {name: tier.weight for name, tier in tiers.items()}
+    return sorted((-weights.get(seq.request.tier, 0.0), rank[1], seq.request.id, seq) for rank, seq in placed)
 
 
 def _rate(draft: Draft, running: Running) -> float:
@@ -129,7 +134,7 @@ def reach(cost: Cost) -> float:
 def latest_start(queues: Queues, cost: Cost) -> float:
     """When the next step must start for every stream and the first prompt to be on time; inf: any time."""
     streams = [seq for seq in queues.running if seq.rank[0] == TIMED and not seq.late]
-    tightest = min((min(seq.due, seq.spoke + seq.gap) for seq in streams), default=inf)
+    tightest = min((seq.latest for seq in streams), default=inf)
     context = sum(seq.computed for seq in streams)
     start = tightest - cost.decodes(len(streams), context) / 1e3
     first = bisect_left(queues.waiting, (TIMED, -inf, 0), key=_rank)
@@ -192,58 +197,62 @@ def _sort_running(draft: Draft, moment: Moment, gone: set[Sequence]) -> Running:
     """Who needs what. A stream that was late is no longer among those with a due: it cannot become on time,
     so it must not make another late."""
     running = Running()
-    streams, tightest, gap, context, needs = running.streams, inf, inf, 0, 0
+    streams, starts, tightest, gap, needs = running.streams, running.starts, inf, inf, 0
     c1, c3, load = draft.cost.c1, draft.cost.c3, 0.0
-    size = draft.pool.size
+    now, size = draft.now, draft.pool.size
     for seq in draft.queues.running:
-        left = seq.remaining
+        left = seq.remaining if seq.in_flight else len(seq.tokens) - seq.computed
         if left == 0 or (gone and seq in gone):
             continue
-        if seq.rank[0] != TIMED or seq.late or seq.due < draft.now:
-            rank = seq.rank
-            if rank[0] == TIMED:
-                rank = _spare_rank(draft, seq, moment, draft.now)
-                draft.plan.place.append((seq, rank))
-            if left == 1:
-                running.spare.append(seq)
-            else:
-                running.begun.append((rank, seq))
+        if seq.rank[0] != TIMED or seq.late or seq.due < now:
+            _sort_spare(draft, moment, running, seq)
         elif left == 1:
             streams.append(seq)
-            latest = seq.spoke + seq.gap
-            if latest > seq.due:
-                latest = seq.due
-            if latest < tightest:
-                tightest = latest
+            at = seq.computed
+            starts.append(at)
+            if seq.latest < tightest:
+                tightest = seq.latest
             if seq.gap < gap:
                 gap = seq.gap
-            context += seq.computed + 1
-            load += (c1 + c3 * seq.computed) / seq.gap
-            if seq.computed == len(seq.blocks) * size:
+            load += (c1 + c3 * at) / seq.gap
+            if at % size == 0:
                 needs += 1
         else:
             running.prompts.append(seq)
             gap = min(gap, seq.gap)
     running.tightest, running.gap, running.load = tightest, gap * 1e3, load / 1e3
-    running.context, running.needs = context, needs
+    running.context, running.needs = sum(starts) + len(starts), needs
     return running
+
+
+def _sort_spare(draft: Draft, moment: Moment, running: Running, seq: Sequence) -> None:
+    """One without a due, or one that has just lost its own."""
+    rank = seq.rank
+    if rank[0] == TIMED:
+        rank = _spare_rank(draft, seq, moment, draft.now)
+        draft.plan.place.append((seq, rank))
+    if seq.remaining == 1:
+        running.spare.append(seq)
+    else:
+        running.begun.append((rank, seq))
 
 
 def _run_streams(draft: Draft, running: Running, until: float, *, pressed: bool) -> None:
     """All streams, when that is in time for the tightest of them; else those that cannot wait. When prompts
     are `pressed`, streams that can have their token as well with the next step leave their time to them."""
-    streams, cost = running.streams, draft.cost
+    streams, starts, cost = running.streams, running.starts, draft.cost
     ms = cost.c1 * len(streams) + cost.c3 * running.context
     draft.end = min(running.tightest, until)
     step = (draft.ms + ms) * draft.margin / 1e3
     late = draft.now + step > draft.end
     if pressed and not late:
-        streams = [seq for seq in streams if min(seq.due, seq.spoke + seq.gap) < draft.end + step]
-        ms = cost.c1 * len(streams) + cost.c3 * sum(seq.computed + 1 for seq in streams)
+        streams = [seq for seq in streams if seq.latest < draft.end + step]
+        starts = [seq.computed for seq in streams]
+        ms = cost.c1 * len(streams) + cost.c3 * (sum(starts) + len(starts))
     if streams and (late or running.needs > draft.free or len(streams) > draft.tokens):
         _run_crowded(draft, running)
         return
-    draft.plan.rows += [Row(seq, seq.computed, 1, True) for seq in streams]
+    draft.plan.rows += map(Row, streams, starts, repeat(1), repeat(True))
     draft.ms += ms
     draft.tokens -= len(streams)
     draft.free -= running.needs
@@ -253,27 +262,24 @@ def _run_crowded(draft: Draft, running: Running) -> None:
     """Not all streams fit: the tightest first, and those with slack wait for the next step. One that cannot
     be in time whatever is done takes its turn with those that have no due."""
     cost, base = draft.cost, draft.now + draft.ms * draft.margin / 1e3
-    jobs = [
-        Job(_latest(seq, base), cost.row(seq.computed + 1) * draft.margin / 1e3) for seq in running.streams
-    ]
-    order = sorted(range(len(jobs)), key=lambda index: jobs[index].due)
-    out = left_out([jobs[index] for index in order], base)
-    running.spare += [running.streams[order[place]] for place in out]
-    for place, index in enumerate(order):
-        seq, job = running.streams[index], jobs[index]
-        if place in out:
+    streams = sorted(running.streams, key=lambda seq: _latest(seq, base))
+    rows = [cost.row(seq.computed + 1) for seq in streams]
+    jobs = [(_latest(seq, base), ms * draft.margin / 1e3, 0.0) for seq, ms in zip(streams, rows, strict=True)]
+    out = left_out(jobs, base)
+    running.spare += [streams[index] for index in out]
+    for index, seq in enumerate(streams):
+        if index in out:
             continue
         if not draft.plan.rows:
-            draft.end = min(draft.end, job.due)
-        elif draft.left() < cost.row(seq.computed + 1):
+            draft.end = min(draft.end, jobs[index][0])
+        elif draft.left() < rows[index]:
             break
         _continue(draft, seq, 1)
 
 
 def _latest(seq: Sequence, soonest: float) -> float:
     """When a stream must speak: before its pause is too long, or when that is lost before it is late."""
-    pause = seq.spoke + seq.gap
-    return min(pause, seq.due) if pause >= soonest else seq.due
+    return seq.latest if seq.latest >= soonest else seq.due
 
 
 def _promised(draft: Draft, moment: Moment, spare: list[Sequence]) -> float:
@@ -285,12 +291,12 @@ def _promised(draft: Draft, moment: Moment, spare: list[Sequence]) -> float:
 
 
 def _read(
-    draft: Draft, running: Running, prompts: list[Placed], out: dict[int, float], moment: Moment
+    draft: Draft, running: Running, prompts: list[Weighed], out: dict[int, float], moment: Moment
 ) -> list[Sequence]:
     """Give prompts the rest of the step, without those that must give way. Returns the latter, less those
     refused, for what time may be left."""
     aside: list[Sequence] = []
-    for index, (_, seq) in enumerate(prompts):
+    for index, (_, _, _, seq) in enumerate(prompts):
         if index not in out:
             room = draft.left() > 0 and draft.tokens > 0
             if room and (seq.slot >= 0 or _bearable(draft, seq, running)):
@@ -304,30 +310,30 @@ def _read(
     return aside
 
 
-def _giving_way(draft: Draft, prompts: list[Placed], rate: float, moment: Moment) -> dict[int, float]:
+def _giving_way(draft: Draft, prompts: list[Weighed], rate: float, moment: Moment) -> dict[int, float]:
     """Which prompts cannot be on time without making more, or weightier ones, late. `prompts` are by weight,
     then by due: a lighter one has the time that the heavier leave, and that heavier ones to come will."""
-    cost, debts = draft.cost, moment.ledger.debts
+    c2, c4, debts = draft.cost.c2, draft.cost.c4, moment.ledger.debts
     out: dict[int, float] = {}
     start, first = draft.now, 0
-    for weight, group in groupby(prompts, key=lambda placed: _weight(draft, placed[1])):
-        heavier = moment.ledger.inflow_above(weight)
+    for weight, group in groupby(prompts, key=_minus_weight):
+        heavier = moment.ledger.inflow_above(-weight)
         pace = 1e3 * max(rate - heavier, LEAST * rate) * (CAUTION if heavier else 1.0)
         jobs: list[Job] = []
-        for rank, seq in group:
-            begun = seq.computed
+        for _, due, _, seq in group:
+            count = len(seq.tokens) - seq.computed
+            seconds = count * (c2 + c4 * (seq.computed + count / 2)) / pace
             debt = debts.get(seq.request.tenant, 0.0) // DEBT_STEP_MS if len(debts) > 1 else 0.0
-            jobs.append(Job(rank[1], cost.prefill(begun, len(seq.tokens) - begun) / pace, -debt))
+            jobs.append((due, seconds, -debt))
         lost = left_out(jobs, start)
-        start += sum(job.seconds for place, job in enumerate(jobs) if place not in lost)
+        start += sum(job[1] for place, job in enumerate(jobs) if place not in lost)
         out.update((first + place, excess) for place, excess in lost.items())
         first += len(jobs)
     return out
 
 
-def _weight(draft: Draft, seq: Sequence) -> float:
-    tier = draft.limits.tiers.get(seq.request.tier)
-    return tier.weight if tier else 0.0
+def _minus_weight(prompt: Weighed) -> float:
+    return prompt[0]
 
 
 def _hopeless(draft: Draft, seq: Sequence) -> bool:
@@ -348,7 +354,9 @@ def _bearable(draft: Draft, seq: Sequence, running: Running) -> bool:
 def _fill(draft: Draft, sequences: list[Sequence], ms: float) -> float:
     """Run sequences, in order, for at most `ms` of the step; returns the milliseconds they take."""
     before, token = draft.ms, draft.cost.c2
-    ran = {id(row.seq) for row in draft.plan.rows} if sequences and ms > 0 else set[int]()
+    if not sequences or min(draft.left(), ms) < min(token, draft.cost.c1):
+        return 0.0
+    ran = {id(row.seq) for row in draft.plan.rows}
     for seq in sequences:
         left = min(draft.left(), ms - (draft.ms - before))
         if left <= 0 or draft.tokens <= 0 or (seq.slot < 0 and (draft.room <= 0 or left < token)):

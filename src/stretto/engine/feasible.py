@@ -7,16 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heappop, heappush
-from typing import NamedTuple
 
-
-class Job(NamedTuple):
-    """`seconds` of work that must be over at `due`. Where not all fit, the one that compares lowest by
-    `worth` gives way first, and among equals the longest."""
-
-    due: float
-    seconds: float
-    worth: float = 0.0
+Job = tuple[float, float, float]  # due, seconds of work, worth: where not all fit, the least worth gives way
 
 
 def left_out(jobs: Sequence[Job], start: float) -> dict[int, float]:
@@ -29,9 +21,9 @@ def left_out(jobs: Sequence[Job], start: float) -> dict[int, float]:
     """
     out: dict[int, float] = {}
     end = start
-    for job in jobs:
-        end += job.seconds
-        if end > job.due:
+    for due, seconds, _ in jobs:
+        end += seconds
+        if end > due:
             break
     else:
         return out

@@ -39,9 +39,10 @@ class Sequence:
     tokens. `slot` is its row in the runner's tables.
 
     Times are seconds of the clock; inf is never. `due`: when its next token must be out; `last_due`: when
-    the whole must; `gap`: the longest pause between two tokens; `spoke`: when the last one was out; `late`:
-    one was not out when it was due. `rank` orders the queues: by arrival (UNPLACED) until a schedule places
-    it among those with a due (TIMED, by due) or those that take what time is left (SPARE).
+    the whole must; `gap`: the longest pause between two tokens; `spoke`: when the last one was out;
+    `latest`: when the next must be out for due and gap; `late`: one was not out when it was due. `rank`
+    orders the queues: by arrival (UNPLACED) until a schedule places it among those with a due (TIMED, by
+    due) or those that take what time is left (SPARE).
     """
 
     request: Request
@@ -66,6 +67,7 @@ class Sequence:
     last_due: float = inf
     gap: float = inf
     spoke: float = inf
+    latest: float = inf
     late: bool = False
 
     @classmethod
@@ -83,6 +85,7 @@ class Sequence:
             rank=(UNPLACED, arrival, request.id),
             due=arrival + _seconds(objective.ttft_ms),
             last_due=arrival + _seconds(objective.total_ms),
+            latest=arrival + _seconds(objective.ttft_ms),
             gap=_seconds(objective.itl_ms),
         )
 
@@ -110,6 +113,7 @@ class Sequence:
         itl = _seconds(self.request.objective.itl_ms)
         self.due = (now if self.due == inf else self.due) + itl
         self.spoke = now
+        self.latest = min(self.due, now + self.gap)
 
 
 def _seconds(milliseconds: float | None) -> float:
