@@ -230,7 +230,9 @@ def show(report: Report) -> None:
         f"{report.shape}, {report.level}, {report.threads} threads,"
         f" {report.bandwidth_gb_s:.1f} GB/s, load {report.load:.1f}"
     )
-    grid = Grid("kernel", "rows", "context", "us", "median", "rate", "of floor", title=title)
+    grid = Grid(title=title, box=None, padding=(0, 1))
+    for name in ("kernel", "rows", "context", "us", "median", "rate", "of floor"):
+        grid.add_column(name, no_wrap=True)
     for f in report.figures:
         share = "" if f.share is None else f"{f.share:.0%}"
         numbers = (str(f.rows), str(f.context or ""), f"{f.us:.1f}", f"{f.us_median:.1f}")

@@ -1,6 +1,7 @@
 /* Weights into panels and back. Quantisation searches each group's scale for the least squared error. */
 
-#define SEARCH 12 /* scales tried on either side of a group's largest magnitude, for int4 */
+#define SEARCH 6 /* scales tried on either side of the one that just holds the largest weight, for int4 */
+#define BLOCK 64 /* of k, moved at once: 32 rows of it stay in the nearest cache */
 
 typedef struct {
     const Weights *w;
@@ -39,7 +40,7 @@ INLINE float scale_of_4(const float *x, int64_t n)
     float best = 0, least_error = INFINITY;
     for (int sign = -1; sign <= 1; sign += 2)
         for (int i = -SEARCH; i <= SEARCH; i++) {
-            float scale = sign * peak / (8.0f + 0.1f * (float)i);
+            float scale = sign * peak / (8.0f + 0.2f * (float)i);
             scale = from_bf16(to_bf16(scale));
             float error = squared_error(x, n, scale, -8, 7);
             if (error < least_error) {
@@ -79,6 +80,27 @@ INLINE void pack_group(uint8_t *data, const float *x, int64_t lane, int64_t grou
     }
 }
 
+/* Weights that are kept: a transposition, in words of one float or of two bf16. */
+INLINE void pack_kept(const Pack *a, int64_t panel, uint32_t *words)
+{
+    const Weights *w = a->w;
+    int64_t halves = w->kind == W_BF16 ? 2 : 1, kp = padded_k(w->kind, w->k);
+    float block[BLOCK];
+    uint32_t line[BLOCK];
+    for (int64_t k = 0; k < kp; k += BLOCK)
+        for (int64_t lane = 0; lane < least(PANEL, w->n - panel * PANEL); lane++) {
+            int64_t count = least(BLOCK, w->k - k);
+            memset(block, 0, sizeof block);
+            widen(block, at(a->source, (panel * PANEL + lane) * w->k + k, a->type), count, a->type);
+            if (halves == 2)
+                narrow(line, block, BLOCK, BF16);
+            else
+                memcpy(line, block, sizeof line);
+            for (int64_t i = 0; i < least(BLOCK, kp - k) / halves; i++)
+                words[(k / halves + i) * PANEL + lane] = line[i];
+        }
+}
+
 static void pack_item(const void *job, int64_t panel, int thread)
 {
     const Pack *a = job;
@@ -87,22 +109,15 @@ static void pack_item(const void *job, int64_t panel, int thread)
     uint8_t *data = a->data + panel * bytes;
     float *row = pool_private(thread);
     memset(data, 0, (size_t)bytes);
+    if (w->kind < W_I8) {
+        pack_kept(a, panel, (uint32_t *)data);
+        return;
+    }
     memset(row, 0, (size_t)kp * sizeof(float));
-    for (int64_t lane = 0; lane < PANEL; lane++) {
-        int64_t n = panel * PANEL + lane;
-        if (n < w->n)
-            widen(row, at(a->source, n * w->k, a->type), w->k, a->type);
-        else
-            memset(row, 0, (size_t)kp * sizeof(float));
-        if (w->kind == W_F32)
-            for (int64_t k = 0; k < kp; k++)
-                ((float *)data)[k * PANEL + lane] = row[k];
-        else if (w->kind == W_BF16)
-            for (int64_t k = 0; k < kp; k++)
-                ((uint16_t *)data)[k / 2 * (PANEL * 2) + lane * 2 + k % 2] = to_bf16(row[k]);
-        else
-            for (int64_t g = 0; g < kp / group; g++)
-                pack_group(data + g * (bytes / (kp / group)), row + g * group, lane, group, w->kind);
+    for (int64_t lane = 0; lane < least(PANEL, w->n - panel * PANEL); lane++) {
+        widen(row, at(a->source, (panel * PANEL + lane) * w->k, a->type), w->k, a->type);
+        for (int64_t g = 0; g < kp / group; g++)
+            pack_group(data + g * (bytes / (kp / group)), row + g * group, lane, group, w->kind);
     }
 }
 

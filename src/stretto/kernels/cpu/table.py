@@ -23,6 +23,8 @@ Quantise = Literal["int8", "int4"]
 GROUP = {"int8": 128, "int4": 32}
 # A router or another small matrix costs nothing to keep and much to get wrong.
 SMALLEST_QUANTISED = 256
+# A matrix of so many outputs is the vocabulary's, whose rows int4 would blur more than speed is worth.
+VOCABULARY = 30_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ class Table:
         if self.quantise is None or n < SMALLEST_QUANTISED:
             exact = exact_in_bfloat16(weight)
             return pack(self.native, weight, bias, "bfloat16" if exact else "float32")
-        return pack(self.native, weight, bias, *fitting(self.quantise, k))
+        quantise = "int8" if n >= VOCABULARY else self.quantise
+        return pack(self.native, weight, bias, *fitting(quantise, k))
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
         packed = cast(PackedLinear, packed)
