@@ -8,7 +8,7 @@
 #define SPAN (2 * VF)
 
 /* A piece of work: queries [query, query + queries) of a sequence, one KV head, keys [from, to). `part` numbers its
- * place among partial results, -1: it writes the output itself. */
+ * place among partial results, -1: it writes the output itself. A list ends in an item of sequence -1. */
 typedef struct {
     int64_t sequence, head, query, queries, from, to, part;
 } Item;
@@ -266,11 +266,15 @@ static void decode(const Attention *a, const Item *item, float *scratch)
     for (int64_t key = item->from; key < item->to; key += KEYS) {
         const void *keys[KEYS], *values[KEYS];
         int64_t count = least(KEYS, item->to - key);
-        const Next *next = key + KEYS < item->to ? &rows : NULL;
+        const Next *next = &rows;
         memcpy(keys, rows.keys, sizeof keys);
         memcpy(values, rows.values, sizeof values);
-        if (next)
+        if (key + KEYS < item->to)
             find_rows(a, item, key + KEYS, rows.keys, rows.values);
+        else if (item[1].sequence >= 0)
+            find_rows(a, item + 1, item[1].from, rows.keys, rows.values);
+        else
+            next = NULL;
         if (d != width) {
             pad_rows(a, keys, copies, width);
             pad_rows(a, values, copies + KEYS * width, width);

@@ -175,6 +175,13 @@ static void place_item(const void *job, int64_t item, int thread)
         widen(weight, a->norms, rotated * d, step->type);
     for (int64_t t = item * a->rows; t < least(step->tokens, (item + 1) * a->rows); t++) {
         void *row = at(a->qkv, t * width, step->type);
+        int64_t first = step->slots[t] / size * kind->kv_heads * size + step->slots[t] % size;
+        for (int64_t h = 0; h < kind->kv_heads; h++)
+            for (int64_t i = 0; i < d; i += 64 / (int64_t)type_size(step->kv_type)) {
+                int64_t slot = (first + h * size) * d + i;
+                __builtin_prefetch(at(a->keys, slot, step->kv_type), 1);
+                __builtin_prefetch(at(a->values, slot, step->kv_type), 1);
+            }
         widen(lanes, row, width, step->type);
         if (kind->norm == NORM_ROW) {
             norm_heads(lanes, weight, heads * d, kind->eps);
@@ -186,7 +193,6 @@ static void place_item(const void *job, int64_t item, int thread)
             rotate_head(lanes + h * d, a->turns + 2 * t * a->pairs, a->pairs);
         }
         narrow(row, lanes, heads * d, step->type);
-        int64_t first = step->slots[t] / size * kind->kv_heads * size + step->slots[t] % size;
         for (int64_t h = 0; h < kind->kv_heads; h++) {
             int64_t slot = (first + h * size) * d;
             narrow(at(a->keys, slot, step->kv_type), lanes + (heads + h) * d, d, step->kv_type);
