@@ -1,0 +1,235 @@
+"""Attention over the paged cache: one query a sequence with its keys split over programs, and ragged chunks.
+
+Heads that share a key are rows of one matrix product. Softmax is kept online (Milakov and Gimelshein, arXiv
+1805.02867); the split over keys is Flash-Decoding's, and the last program of a head to end adds the parts up.
+"""
+# Triton's kernels are no Python a type checker knows.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false
+# pyright: reportOperatorIssue=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stretto.kernels import Attention, Batch
+from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
+
+KEYS = 64
+MOST_SPLITS = 32
+PROGRAMS = 264  # two for each multiprocessor of a Hopper card
+CHUNK_ROWS = 128
+
+
+@triton.jit
+def _scores(queries, keys, scale, CAP: tl.constexpr, EXACT: tl.constexpr):
+    """float32 [rows, keys]; `keys` come transposed."""
+    scores = tl.dot(queries, keys, input_precision="ieee" if EXACT else "tf32") * scale
+    if CAP > 0:
+        # tanh(y) = 2 sigmoid(2 y) - 1
+        scores = CAP * (2.0 * tl.sigmoid(scores * (2.0 / CAP)) - 1.0)
+    return scores
+
+
+@triton.jit
+def _weigh(scores, values, high, total, mixed, EXACT: tl.constexpr):
+    """Take scores and values into the online softmax: the new maximum, sum of weights, and weighted sum."""
+    top = tl.maximum(high, tl.max(scores, 1))
+    # A row that has seen no key yet has nothing to be scaled by.
+    floor = tl.where(top == -float("inf"), 0.0, top)
+    fade = tl.exp(high - floor)
+    weights = tl.exp(scores - floor[:, None])
+    total = total * fade + tl.sum(weights, 1)
+    mixed = mixed * fade[:, None]
+    mixed = tl.dot(weights.to(values.dtype), values, acc=mixed, input_precision="ieee" if EXACT else "tf32")
+    return top, total, mixed
+
+
+@triton.jit
+def _combine(
+    parts, stats, out, active, SPLITS: tl.constexpr, SHARE: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of one sequence's heads that share keys: parts [SPLITS, SHARE, DIM], stats [SPLITS,
+    SHARE, 2] (maximum, sum)."""
+    split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
+    for head in tl.static_range(SHARE):
+        at = split * SHARE + head
+        high = tl.load(stats + at * 2, split < active, -float("inf"), cache_modifier=".cg")
+        total = tl.load(stats + at * 2 + 1, split < active, 0.0, cache_modifier=".cg")
+        fade = tl.exp(high - tl.max(high, 0))
+        part = tl.load(
+            parts + at[:, None] * DIM + dim[None],
+            (split < active)[:, None] & (dim < DIM)[None],
+            0.0,
+            cache_modifier=".cg",
+        )
+        mixed = tl.sum(part * fade[:, None], 0) / tl.sum(total * fade, 0)
+        tl.store(out + head * DIM + dim, mixed.to(out.dtype.element_ty), dim < DIM)
+
+
+@triton.jit
+def _decode(
+    q, layer, tables, starts, contexts, out, parts, stats, arrived, q_stride, table_stride, blocks, scale,
+    KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    SPLITS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A share of the keys of one sequence that has one query, for the heads that share them."""
+    release()
+    seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    wait()
+    row, context = tl.load(starts + seq).to(tl.int64), tl.load(contexts + seq)
+    oldest = tl.maximum(context - WINDOW, 0) if WINDOW else 0
+    base = oldest // KEYS * KEYS
+    reach = tl.cdiv(tl.cdiv(context - base, KEYS), SPLITS) * KEYS
+    active = tl.cdiv(context - base, reach)
+    if tl.load(starts + seq + 1) - row != 1 or split >= active:
+        return
+    head, dim = tl.arange(0, SHARE_BLOCK), tl.arange(0, DIM_BLOCK)
+    own = (head < SHARE)[:, None] & (dim < DIM)[None]
+    queries = tl.load(q + row * q_stride + (kv_head * SHARE + head[:, None]) * DIM + dim[None], own, 0.0)
+    high = tl.full((SHARE_BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((SHARE_BLOCK,), tl.float32)
+    mixed = tl.zeros((SHARE_BLOCK, DIM_BLOCK), tl.float32)
+    begin = base + split * reach
+    for start in range(begin, tl.minimum(begin + reach, context), KEYS):
+        key = start + tl.arange(0, KEYS)
+        seen = (key >= oldest) & (key < context)
+        block = tl.load(tables + seq * table_stride + key // SIZE, seen, 0).to(tl.int64)
+        at = layer + ((block * KV_HEADS + kv_head) * SIZE + key % SIZE)[:, None] * DIM + dim[None]
+        readable = seen[:, None] & (dim < DIM)[None]
+        keys = tl.load(at, readable, 0.0)
+        values = tl.load(at + blocks * KV_HEADS * SIZE * DIM, readable, 0.0)
+        scores = tl.where(seen[None], _scores(queries, tl.trans(keys), scale, CAP, EXACT), -float("inf"))
+        high, total, mixed = _weigh(scores, values, high, total, mixed, EXACT)
+    there = out + (row * KV_HEADS + kv_head) * SHARE * DIM
+    if active == 1:
+        spot = there + head[:, None] * DIM + dim[None]
+        tl.store(spot, (mixed / total[:, None]).to(out.dtype.element_ty), own)
+        return
+    pair = seq * KV_HEADS + kv_head
+    parts += pair * SPLITS * SHARE * DIM
+    stats += pair * SPLITS * SHARE * 2
+    at = split * SHARE + head
+    tl.store(parts + at[:, None] * DIM + dim[None], mixed, own)
+    tl.store(stats + at * 2, high, head < SHARE)
+    tl.store(stats + at * 2 + 1, total, head < SHARE)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == active - 1:
+        _combine(parts, stats, there, active, SPLITS, SHARE, DIM, DIM_BLOCK)
+        tl.store(arrived + pair, 0)
+
+
+@triton.jit
+def _chunk(
+    q, layer, tables, starts, contexts, out, q_stride, table_stride, blocks, sequences, scale,
+    KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    TOKENS: tl.constexpr, SEQS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A tile of TOKENS queries of one sequence, for the heads that share keys. Tiles are numbered through the
+    sequences; those with one query have none."""
+    release()
+    kv_head = tl.program_id(1)
+    wait()
+    each = tl.arange(0, SEQS)
+    ends = tl.load(starts + 1 + each, each < sequences, 0)
+    counts = tl.where(each < sequences, ends - tl.load(starts + each, each < sequences, 0), 0)
+    tiles = tl.where(counts > 1, tl.cdiv(counts, TOKENS), 0)
+    until = tl.cumsum(tiles, 0)
+    # The later tiles of a prompt read the most keys: they go first.
+    number = tl.num_programs(0) - 1 - tl.program_id(0)
+    seq = tl.sum((until <= number).to(tl.int32), 0).to(tl.int64)
+    if seq >= sequences:
+        return
+    tile = number - tl.sum(tl.where(each < seq, tiles, 0), 0)
+    first, context = tl.load(starts + seq), tl.load(contexts + seq)
+    count = tl.load(starts + seq + 1) - first
+    line = tl.arange(0, TOKENS * SHARE_BLOCK)
+    token, head = tile * TOKENS + line // SHARE_BLOCK, line % SHARE_BLOCK
+    dim = tl.arange(0, DIM_BLOCK)
+    own = ((token < count) & (head < SHARE))[:, None] & (dim < DIM)[None]
+    rows = (first + token).to(tl.int64)
+    lanes = (kv_head * SHARE + head)[:, None] * DIM + dim[None]
+    queries = tl.load(q + rows[:, None] * q_stride + lanes, own, 0.0)
+    position = context - count + token
+    high = tl.full((TOKENS * SHARE_BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((TOKENS * SHARE_BLOCK,), tl.float32)
+    mixed = tl.zeros((TOKENS * SHARE_BLOCK, DIM_BLOCK), tl.float32)
+    lowest = context - count + tile * TOKENS
+    begin = tl.maximum(lowest - WINDOW + 1, 0) // KEYS * KEYS if WINDOW else 0
+    for start in range(begin, tl.minimum(lowest + TOKENS, context), KEYS):
+        key = start + tl.arange(0, KEYS)
+        written = (key < context) & (key > lowest - WINDOW) if WINDOW else key < context
+        block = tl.load(tables + seq * table_stride + key // SIZE, written, 0).to(tl.int64)
+        at = layer + ((block * KV_HEADS + kv_head) * SIZE + key % SIZE)[:, None] * DIM + dim[None]
+        readable = written[:, None] & (dim < DIM)[None]
+        keys = tl.load(at, readable, 0.0)
+        values = tl.load(at + blocks * KV_HEADS * SIZE * DIM, readable, 0.0)
+        seen = key[None] <= position[:, None]
+        if WINDOW:
+            seen &= key[None] > position[:, None] - WINDOW
+        scores = tl.where(seen, _scores(queries, tl.trans(keys), scale, CAP, EXACT), -float("inf"))
+        high, total, mixed = _weigh(scores, values, high, total, mixed, EXACT)
+    spot = out + rows[:, None] * (KV_HEADS * SHARE * DIM) + lanes
+    tl.store(spot, (mixed / total[:, None]).to(out.dtype.element_ty), own)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where the programs of a step's decodes meet: parts of the sums, and how many have arrived."""
+
+    splits: int
+    parts: Tensor
+    stats: Tensor
+    arrived: Tensor
+
+    @classmethod
+    def of(cls, sequences: int, heads: int, layer: Tensor) -> Room:
+        kv_heads, dim = layer.shape[2], layer.shape[4]
+        splits = 1
+        while splits < MOST_SPLITS and sequences * kv_heads * splits * 2 <= PROGRAMS:
+            splits *= 2
+        numbers = {"dtype": torch.float32, "device": layer.device}
+        return cls(
+            splits,
+            torch.empty((sequences, heads, splits, dim), **numbers),
+            torch.empty((sequences, heads, splits, 2), **numbers),
+            torch.zeros(sequences * kv_heads, dtype=torch.int32, device=layer.device),
+        )
+
+
+def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, room: Room, out: Tensor) -> None:
+    """Attention of the sequences that have one query; the rows of others in `out` are left alone."""
+    share = kind.heads // kind.kv_heads
+    _decode[(batch.contexts.shape[0], kind.kv_heads, room.splits)](
+        q, layer, batch.tables, batch.query_starts, batch.contexts, out, room.parts, room.stats, room.arrived,
+        q.stride(0), batch.tables.stride(0), layer.shape[1], kind.scale,
+        KV_HEADS=kind.kv_heads, SHARE=share, SHARE_BLOCK=pow2(share, 16), DIM=kind.head_dim,
+        DIM_BLOCK=pow2(kind.head_dim, 16), SIZE=layer.shape[3], WINDOW=kind.window, CAP=kind.softcap,
+        SPLITS=room.splits, KEYS=KEYS, EXACT=q.dtype == torch.float32,
+        num_warps=4, num_stages=3 if kind.head_dim <= 128 and q.itemsize == 2 else 1, **OPTIONS,
+    )  # fmt: skip
+
+
+def chunk(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, out: Tensor) -> None:
+    """Attention of the sequences that have several queries; the rows of others in `out` are left alone."""
+    share = pow2(kind.heads // kind.kv_heads)
+    wide = kind.head_dim > 128 or q.itemsize > 2
+    tokens = max((64 if wide else CHUNK_ROWS) // share, 1)
+    tokens = max(tokens, pow2(-(-16 // share)))
+    tiles = sum(-(-count // tokens) for count in batch.query_lens if count > 1)
+    _chunk[(tiles, kind.kv_heads)](
+        q, layer, batch.tables, batch.query_starts, batch.contexts, out,
+        q.stride(0), batch.tables.stride(0), layer.shape[1], len(batch.query_lens), kind.scale,
+        KV_HEADS=kind.kv_heads, SHARE=kind.heads // kind.kv_heads, SHARE_BLOCK=share, DIM=kind.head_dim,
+        DIM_BLOCK=pow2(kind.head_dim, 16), SIZE=layer.shape[3], WINDOW=kind.window, CAP=kind.softcap,
+        TOKENS=tokens, SEQS=pow2(len(batch.query_lens)), KEYS=32 if wide else KEYS,
+        EXACT=q.dtype == torch.float32, num_warps=4 if wide else 8, num_stages=1 if wide else 3, **OPTIONS,
+    )  # fmt: skip

@@ -1,0 +1,260 @@
+"""Linear layers by number of rows: a stream of weights for few, tensor cores fed at memory speed for some,
+and the vendor's matrix product for many.
+
+FP8 weights have a scale per row (e4m3, largest magnitude at 448). With few rows they are widened and the
+activations stay as they are; with more these are scaled to FP8 too, row by row.
+"""
+# Triton's kernels are no Python a type checker knows.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false
+# pyright: reportOperatorIssue=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stretto.kernels import Activation
+from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
+from stretto.kernels.cuda.rows import activate
+from stretto.kernels.reference import Dense
+
+FP8 = torch.float8_e4m3fn
+FP8_MOST = 448.0
+FEW = 4
+SOME = 64
+HELD = 16384  # weights that a program of the stream has on their way at once
+WIDE = 8192  # from so many outputs on the vendor's product of 16-bit weights is the better one
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8:
+    """`weight` e4m3 [N, K], of which row n counts `scales[n]` times (float32)."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scales.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def shares(self, weight: Tensor) -> bool:
+        return False
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """The weights that these stand for."""
+        return (self.weight.float() * self.scales[:, None]).to(dtype)
+
+
+def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[R, K] -> e4m3 [R, K] and the float32 scale of each row."""
+    scales = weight.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / FP8_MOST
+    return (weight.float() / scales).clamp(-FP8_MOST, FP8_MOST).to(FP8), scales[:, 0]
+
+
+@triton.jit
+def _add(sums, weights, x, columns, left, M: tl.constexpr, k):
+    """sums [rows, M or more] plus the products of `weights` [rows, columns] with each row of x."""
+    places = tl.arange(0, sums.shape[1])[None]
+    wide = weights.to(tl.float32)
+    for m in tl.static_range(M):
+        values = tl.load(x + m * k + columns, columns < left, 0.0).to(tl.float32)
+        sums += tl.where(places == m, tl.sum(wide * values[None], 1)[:, None], 0.0)
+    return sums
+
+
+@triton.jit
+def _finish(sums, scales, bias, row, there):
+    if scales is not None:
+        sums *= tl.load(scales + row, there, 0.0)[:, None]
+    if bias is not None:
+        sums += tl.load(bias + row, there, 0.0).to(tl.float32)[:, None]
+    return sums
+
+
+@triton.jit
+def _stream(
+    x, weight, scales, bias, out, n, k,
+    M: tl.constexpr, M_BLOCK: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """ROWS outputs of each of the M rows of x; if GATED also those n further on, which they gate. The first
+    weights are on their way before x is known, and each later lot before the one in front is summed."""
+    release()
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SPAN)
+    there = row < n
+    at = weight + row.to(tl.int64)[:, None] * k + column[None]
+    above = at + n.to(tl.int64) * k
+    inside = there[:, None] & (column < k)[None]
+    held = tl.load(at, inside, 0.0, eviction_policy="evict_first")
+    sums = tl.zeros((ROWS, M_BLOCK), tl.float32)
+    if GATED is not None:
+        held_up = tl.load(above, inside, 0.0, eviction_policy="evict_first")
+        ups = tl.zeros((ROWS, M_BLOCK), tl.float32)
+    wait()
+    for loop in tl.static_range(LOOPS):
+        now = held
+        inside = there[:, None] & (column + (loop + 1) * SPAN < k)[None]
+        if GATED is not None:
+            now_up = held_up
+        if loop + 1 < LOOPS:
+            held = tl.load(at + (loop + 1) * SPAN, inside, 0.0, eviction_policy="evict_first")
+            if GATED is not None:
+                held_up = tl.load(above + (loop + 1) * SPAN, inside, 0.0, eviction_policy="evict_first")
+        sums = _add(sums, now, x + loop * SPAN, column, k - loop * SPAN, M, k)
+        if GATED is not None:
+            ups = _add(ups, now_up, x + loop * SPAN, column, k - loop * SPAN, M, k)
+    sums = _finish(sums, scales, bias, row, there)
+    if GATED is not None:
+        sums = activate(sums, GATED) * _finish(ups, scales, bias, n + row, there)
+    place = tl.arange(0, M_BLOCK)
+    spot = out + place[None] * n + row[:, None]
+    tl.store(spot, sums.to(out.dtype.element_ty), there[:, None] & (place < M)[None])
+
+
+@triton.jit
+def _tile(
+    x, weight, x_scales, scales, bias, out, parts, arrived, m, n, k, reach,
+    M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """N_BLOCK outputs of all rows of x, over a share of the columns. Weights stand on the left, so that they
+    fill the tensor cores however few the rows. The last share to end adds the parts up."""
+    release()
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row, column = tile * N_BLOCK + tl.arange(0, N_BLOCK), tl.arange(0, K_BLOCK)
+    place = tl.arange(0, M_BLOCK)
+    at = weight + row.to(tl.int64)[:, None] * k + column[None]
+    across = x + place[None] * k + column[:, None]
+    begin = split * reach
+    end = tl.minimum(begin + reach, k)
+    sums = tl.zeros((N_BLOCK, M_BLOCK), tl.float32)
+    wait()
+    for start in range(begin, end, K_BLOCK):
+        inside = start + column < end
+        weights = tl.load(at + start, (row < n)[:, None] & inside[None], 0.0, eviction_policy="evict_first")
+        values = tl.load(across + start, (place < m)[None] & inside[:, None], 0.0)
+        sums = tl.dot(weights, values, acc=sums, input_precision="ieee" if EXACT else "tf32")
+    there = (row < n)[:, None] & (place < m)[None]
+    if SPLITS > 1:
+        own = parts + (place[None] * SPLITS).to(tl.int64) * n + row[:, None]
+        tl.store(own + split * n, sums, there)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        sums = tl.zeros((N_BLOCK, M_BLOCK), tl.float32)
+        for other in tl.static_range(SPLITS):
+            sums += tl.load(own + other * n, there, 0.0, cache_modifier=".cg")
+        tl.store(arrived + tile, 0)
+    if x_scales is not None:
+        sums *= tl.load(x_scales + place, place < m, 0.0)[None]
+    sums = _finish(sums, scales, bias, row, row < n)
+    tl.store(out + place[None] * n + row[:, None], sums.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _quantise(x, out, scales, k, MOST: tl.constexpr, BLOCK: tl.constexpr):
+    release()
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wait()
+    value = tl.load(x + row * k + column, column < k, 0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / MOST
+    tl.store(scales + row, scale)
+    tl.store(out + row * k + column, (value / scale).to(out.dtype.element_ty), column < k)
+
+
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, K] -> e4m3 [M, K] and the float32 scale of each row."""
+    out, scales = torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
+    block = pow2(x.shape[1])
+    _quantise[(x.shape[0],)](
+        x,
+        out,
+        scales,
+        x.shape[1],
+        MOST=FP8_MOST,
+        BLOCK=block,
+        num_warps=min(max(block // 512, 1), 16),
+        **OPTIONS,
+    )
+    return out, scales
+
+
+Held = Dense | Fp8
+
+
+def _scales(packed: Held) -> Tensor | None:
+    return packed.scales if isinstance(packed, Fp8) else None
+
+
+def stream(x: Tensor, packed: Held, activation: Activation | None = None) -> Tensor:
+    """For at most FEW rows. With an activation the weights are gates and ups: [M, N / 2]."""
+    m, k = x.shape
+    n = packed.weight.shape[0] // (1 if activation is None else 2)
+    longest, warps = (2048, 8) if packed.weight.itemsize > 1 else (4096, 4)
+    span = min(pow2(k, 32), longest)
+    rows = max(HELD // span // (1 if activation is None else 2), 1)
+    out = x.new_empty(m, n)
+    _stream[(triton.cdiv(n, rows),)](
+        x, packed.weight, _scales(packed), packed.bias, out, n, k,
+        M=m, M_BLOCK=pow2(m), ROWS=rows, SPAN=span, LOOPS=triton.cdiv(k, span), GATED=activation,
+        num_warps=warps, **OPTIONS,
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Of the outputs by the columns in 16-bit weights; `programs` to aim at by sharing columns out."""
+
+    n_block: int
+    k_block: int
+    stages: int
+    programs: int
+
+
+FLAT = Tiling(64, 256, 3, 132)
+TALL = Tiling(128, 128, 3, 264)
+TALL_FROM = 132 * 128
+
+
+def tiled(x: Tensor, packed: Held, arrived: Tensor, tiling: Tiling | None = None) -> Tensor:
+    """For at most SOME rows. `arrived`: int32 zeros, one for each tile of outputs, left as they were."""
+    (m, k), n = x.shape, packed.weight.shape[0]
+    if tiling is None:
+        tiling = TALL if n >= TALL_FROM else FLAT
+    out = x.new_empty(m, n)
+    x_scales = None
+    if isinstance(packed, Fp8):
+        x, x_scales = quantised(x)
+    k_block = min(tiling.k_block * 2 // x.itemsize, pow2(k, 32))
+    tiles, steps = triton.cdiv(n, tiling.n_block), triton.cdiv(k, k_block)
+    splits = 1
+    while tiles * splits * 2 <= tiling.programs and splits * 4 <= steps:
+        splits *= 2
+    reach = triton.cdiv(steps, splits) * k_block
+    parts = out.new_empty((m, splits, n) if splits > 1 else 0, dtype=torch.float32)
+    _tile[(tiles, splits)](
+        x, packed.weight, x_scales, _scales(packed), packed.bias, out, parts, arrived, m, n, k, reach,
+        M_BLOCK=pow2(m, 16), N_BLOCK=tiling.n_block, K_BLOCK=k_block, SPLITS=splits,
+        EXACT=x.dtype == torch.float32, num_warps=4, num_stages=tiling.stages, **OPTIONS,
+    )  # fmt: skip
+    return out
+
+
+def product(x: Tensor, packed: Held) -> Tensor:
+    """For any number of rows, by the vendor's library."""
+    if isinstance(packed, Dense):
+        return F.linear(x, packed.weight, packed.bias)
+    if x.dtype != torch.bfloat16 or packed.weight.shape[0] % 16 or packed.weight.shape[1] % 16:
+        return F.linear(x, packed.widened(x.dtype), packed.bias)
+    narrow, scales = quantised(x)
+    return torch._scaled_mm(
+        narrow, packed.weight.t(), scales[:, None], packed.scales[None], bias=packed.bias, out_dtype=x.dtype
+    )

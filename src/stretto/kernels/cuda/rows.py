@@ -1,0 +1,182 @@
+"""What happens to each token row by itself: norms, gates, rotation and the writing of keys and values.
+
+Values are computed in float32 and rounded once, when they are stored.
+"""
+# Triton's kernels are no Python a type checker knows.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false
+# pyright: reportOperatorIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stretto.kernels import Activation, Attention, Batch, Rotation
+from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
+
+GATE_BLOCK = 1024
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    if KIND == "silu":
+        return x * tl.sigmoid(x)
+    if KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    if KIND == "gelu_tanh":
+        # (1 + tanh(y)) / 2 is sigmoid(2 y)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def _norm(x, residual, weight, out, width, x_stride, out_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    release()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    scales = tl.load(weight + columns, inside, 0.0).to(tl.float32)
+    wait()
+    value = tl.load(x + row * x_stride + columns, inside, 0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(residual + row * width + columns, inside, 0.0).to(tl.float32)
+        total = value.to(residual.dtype.element_ty)
+        tl.store(residual + row * width + columns, total, inside)
+        value = total.to(tl.float32)
+    mean = tl.sum(value * value, 0) / width
+    tl.store(out + row * out_stride + columns, value * tl.rsqrt(mean + eps) * scales, inside)
+
+
+def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> None:
+    block = pow2(x.shape[-1])
+    _norm[(x.shape[0],)](
+        x, residual, weight, out, x.shape[-1], x.stride(0), out.stride(0), eps,
+        ADD=residual is not None, BLOCK=block, num_warps=min(max(block // 512, 1), 16), **OPTIONS,
+    )  # fmt: skip
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.shape[0]:
+        _launch_norm(x, None, weight, out, eps)
+    return out
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, residual = x.contiguous(), residual.contiguous()
+    out = torch.empty_like(x)
+    if x.shape[0]:
+        _launch_norm(x, residual, weight, out, eps)
+    return out, residual
+
+
+@triton.jit
+def _gate(both, out, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    release()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    wait()
+    gates = tl.load(both + row * 2 * width + columns, inside, 0.0).to(tl.float32)
+    ups = tl.load(both + (row * 2 + 1) * width + columns, inside, 0.0).to(tl.float32)
+    tl.store(out + row * width + columns, activate(gates, KIND) * ups, inside)
+
+
+def gate(gate_up: Tensor, activation: Activation) -> Tensor:
+    gate_up = gate_up.contiguous()
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    block = min(pow2(width), GATE_BLOCK)
+    if rows:
+        grid = (rows, triton.cdiv(width, block))
+        _gate[grid](gate_up, out, width, KIND=activation, BLOCK=block, **OPTIONS)
+    return out
+
+
+@triton.jit
+def _turn(positions, frequencies, out, pairs, scale, BLOCK: tl.constexpr):
+    release()
+    wait()
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, BLOCK)
+    inside = pair < pairs
+    angles = tl.load(positions + row).to(tl.float32) * tl.load(frequencies + pair, inside, 0.0)
+    tl.store(out + row * 2 * pairs + pair, tl.cos(angles) * scale, inside)
+    tl.store(out + (row * 2 + 1) * pairs + pair, tl.sin(angles) * scale, inside)
+
+
+def turn(batch: Batch, rotation: Rotation) -> Tensor:
+    """Cosines and sines of the step's tokens: float32 [T, 2, pairs]."""
+    tokens, pairs = batch.positions.shape[0], rotation.frequencies.shape[0]
+    out = torch.empty((tokens, 2, pairs), dtype=torch.float32, device=batch.positions.device)
+    block = pow2(pairs)
+    _turn[(tokens,)](
+        batch.positions, rotation.frequencies, out, pairs, rotation.scale, BLOCK=block, num_warps=1, **OPTIONS
+    )
+    return out
+
+
+@triton.jit
+def _place(
+    qkv, weights, turns, slots, layer, blocks, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
+    NORM: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One head of one token. Its dimensions are PAIRS firsts, as many seconds, and REST that do not turn."""
+    release()
+    token, lane = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pair, rest = tl.arange(0, PAIR_BLOCK), 2 * PAIRS + tl.arange(0, REST_BLOCK)
+    paired, resting = pair < PAIRS, rest < 2 * PAIRS + REST
+    here = qkv + (token * (HEADS + 2 * KV_HEADS) + lane) * DIM
+    wait()
+    first = tl.load(here + pair, paired, 0.0).to(tl.float32)
+    second = tl.load(here + PAIRS + pair, paired, 0.0).to(tl.float32)
+    still = tl.load(here + rest, resting, 0.0).to(tl.float32)
+    if lane < HEADS + KV_HEADS:
+        if NORM:
+            square = tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(still * still, 0)
+            unit = tl.rsqrt(square / DIM + eps)
+            scales = weights + lane * DIM
+            first = first * unit * tl.load(scales + pair, paired, 0.0).to(tl.float32)
+            second = second * unit * tl.load(scales + PAIRS + pair, paired, 0.0).to(tl.float32)
+            still = still * unit * tl.load(scales + rest, resting, 0.0).to(tl.float32)
+        cosine = tl.load(turns + token * 2 * PAIRS + pair, paired, 0.0)
+        sine = tl.load(turns + (token * 2 + 1) * PAIRS + pair, paired, 0.0)
+        turned = first * cosine - second * sine
+        second = second * cosine + first * sine
+        first = turned
+    out = here
+    if lane >= HEADS:
+        slot = tl.load(slots + token)
+        head = (lane - HEADS) % KV_HEADS
+        pool = (lane - HEADS) // KV_HEADS
+        block = pool * blocks + slot // SIZE
+        out = layer + ((block * KV_HEADS + head) * SIZE + slot % SIZE) * DIM
+    kind = qkv.dtype.element_ty
+    tl.store(out + pair, first.to(kind), paired)
+    tl.store(out + PAIRS + pair, second.to(kind), paired)
+    tl.store(out + rest, still.to(kind), resting)
+
+
+def place(
+    qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, turns: Tensor, slots: Tensor
+) -> Tensor:
+    """`turns` as `turn` gives them; everything else as `Kernels.place` says."""
+    qkv = qkv.contiguous()
+    tokens, pairs = qkv.shape[0], turns.shape[2]
+    queries, keys = kind.heads * kind.head_dim, kind.kv_heads * kind.head_dim
+    if weights is not None and kind.norm == "row":
+        for part in (slice(queries), slice(queries, queries + keys)):
+            _launch_norm(qkv[:, part], None, weights[part], qkv[:, part], kind.eps)
+    rest = kind.head_dim - 2 * pairs
+    _place[(tokens, kind.heads + 2 * kind.kv_heads)](
+        qkv, weights, turns, slots, layer, layer.shape[1], kind.eps,
+        HEADS=kind.heads, KV_HEADS=kind.kv_heads, DIM=kind.head_dim, PAIRS=pairs, SIZE=layer.shape[3],
+        NORM=weights is not None and kind.norm == "head",
+        PAIR_BLOCK=pow2(pairs), REST=rest, REST_BLOCK=pow2(rest), num_warps=1, **OPTIONS,
+    )  # fmt: skip
+    return qkv.view(tokens, -1, kind.head_dim)[:, : kind.heads]

@@ -1,0 +1,17 @@
+"""Where tests of the CUDA table run: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="Triton is not installed")
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+# The interpreter is slow, and cuts bfloat16 off instead of rounding it: there, what a kernel computes is tested.
+TOLERANCES = {torch.float32: 1e-5} | ({torch.float16: 2e-3, torch.bfloat16: 1.5e-2} if GPU else {})

@@ -1,0 +1,260 @@
+"""The CUDA table against its definitions in float64: on a GPU, or else in Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kernels, Rotation
+from tests.kernels.cuda import DEVICE, GPU, TOLERANCES
+from tests.kernels.steps import Step, attention, rms, rotated, step
+
+from stretto.kernels.cuda import linear  # isort: skip
+from stretto.kernels.cuda.table import table  # isort: skip
+
+pytestmark = [pytest.mark.cuda] if GPU else []
+KIND = Attention(heads=6, kv_heads=2, head_dim=16, scale=0.3)
+dtypes = pytest.mark.parametrize("dtype", TOLERANCES)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return table(DEVICE)
+
+
+def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    found, wanted = found.cpu().double(), wanted.cpu().double()
+    assert found.shape == wanted.shape
+    assert torch.isfinite(found).all()
+    assert (found - wanted).norm() / wanted.norm() <= tolerance
+
+
+def there(made: Step) -> tuple[Batch, Cache]:
+    """The step and its cache on the device."""
+    moved = {
+        field.name: value.to(DEVICE) if isinstance(value, Tensor) else value
+        for field in fields(made.batch)
+        for value in [getattr(made.batch, field.name)]
+    }
+    return Batch(**moved), Cache([layer.to(DEVICE) for layer in made.cache.layers])
+
+
+def attend(kernels: Kernels, made: Step, kind: Attention, q: Tensor) -> Tensor:
+    batch, cache = there(made)
+    plan = kernels.prepare(batch, cache, Geometry((Rotation(torch.zeros(8, device=DEVICE)),), (kind.window,)))
+    new = [
+        slice(context - count, None)
+        for count, context in zip(made.batch.query_lens, made.batch.context_lens, strict=True)
+    ]
+    keys = torch.cat([keys[rows] for keys, rows in zip(made.keys, new, strict=True)])
+    values = torch.cat([values[rows] for values, rows in zip(made.values, new, strict=True)])
+    qkv = torch.cat((q, keys, values), 1).flatten(1).to(DEVICE)
+    placed = kernels.place(qkv, None, kind, cache.layers[0], plan)
+    kernels.attend(placed, kind, cache.layers[0], plan)  # twice: what programs share must be left as it was
+    return kernels.attend(placed, kind, cache.layers[0], plan).view(q.shape)
+
+
+def plain(made: Step, kind: Attention, q: Tensor) -> Tensor:
+    parts = zip(made.rows, made.keys, made.values, strict=True)
+    return torch.cat([attention(q[rows], keys, values, kind) for rows, keys, values in parts])
+
+
+def queries(made: Step, kind: Attention, dtype: torch.dtype) -> Tensor:
+    return torch.randn(made.batch.tokens.shape[0], kind.heads, kind.head_dim).to(dtype)
+
+
+STEPS = {
+    "one decode": [(1, 30)],
+    "decodes far apart": [(1, 3), (1, 400), (1, 90), (1, 395), (1, 1)],
+    "whole prompt": [(21, 21)],
+    "continued prompt": [(6, 150)],
+    "prompts": [(8, 8), (5, 21), (2, 2), (70, 90)],
+    "everything": [(1, 17), (9, 9), (1, 200), (4, 40), (1, 2), (3, 3)],
+}
+CHANGES = [{"window": 1}, {"window": 7}, {"softcap": 2.0}, {"window": 70, "softcap": 2.0}]
+
+
+@dtypes
+@pytest.mark.parametrize("name", STEPS)
+def test_attend(kernels: Kernels, dtype: torch.dtype, name: str) -> None:
+    made = step(STEPS[name], KIND, dtype=dtype)
+    q = queries(made, KIND, dtype)
+    near(attend(kernels, made, KIND, q), plain(made, KIND, q), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("name", ["decodes far apart", "everything", "continued prompt"])
+@pytest.mark.parametrize("changes", CHANGES)
+@pytest.mark.parametrize("size", [3, 16] if GPU else [3])
+def test_attend_with_windows_and_caps(
+    kernels: Kernels, name: str, changes: dict[str, float], size: int
+) -> None:
+    kind = replace(KIND, **changes)  # type: ignore[arg-type]
+    made = step(STEPS[name], kind, size=size)
+    q = queries(made, kind, torch.float32)
+    near(attend(kernels, made, kind, q), plain(made, kind, q), 1e-5)
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 128), (4, 4, 24), (8, 1, 64), (14, 2, 96)])
+def test_attend_by_heads(kernels: Kernels, heads: tuple[int, int, int]) -> None:
+    kind = replace(KIND, heads=heads[0], kv_heads=heads[1], head_dim=heads[2], scale=0.1)
+    made = step(STEPS["everything"], kind)
+    q = queries(made, kind, torch.float32)
+    near(attend(kernels, made, kind, q), plain(made, kind, q), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["decodes far apart", "everything", "continued prompt"])
+def test_nothing_outside_the_window_is_read(kernels: Kernels, name: str) -> None:
+    kind = replace(KIND, window=6)
+    made = step(STEPS[name], kind)
+    used = torch.zeros(made.cache.layers[0].shape[1], dtype=torch.bool)
+    for table_, count, context in zip(
+        made.batch.tables, made.batch.query_lens, made.batch.context_lens, strict=True
+    ):
+        oldest = max(0, context - count - 5)
+        used[table_[oldest // 4 : (context - 1) // 4 + 1].long()] = True
+    made.cache.layers[0][:, ~used] = torch.nan
+    q = queries(made, kind, torch.float32)
+    near(attend(kernels, made, kind, q), plain(made, kind, q), 1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize("norm", ["none", "head", "row"])
+@pytest.mark.parametrize("dims", [16, 12])
+def test_place(kernels: Kernels, dtype: torch.dtype, norm: str, dims: int) -> None:
+    kind = replace(KIND, norm=norm, eps=1e-5)
+    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])
+    made = step([(3, 9), (1, 30), (1, 1), (5, 5)], kind, dtype=dtype)
+    batch, cache = there(made)
+    rotation = Rotation(frequencies[: dims // 2].to(DEVICE), 1.2)
+    plan = kernels.prepare(batch, cache, Geometry((Rotation(frequencies.to(DEVICE)), rotation), (0,)))
+    qkv = torch.randn(10, 10 * 16).to(dtype)
+    weights = None if norm == "none" else torch.randn(8 * 16).to(dtype)
+    q, k, v = qkv.double().view(10, 10, 16).split((6, 2, 2), 1)
+    if weights is not None:
+        scales = weights.double().view(8, 16)
+        normed = [rms(x if norm == "head" else x.flatten(1), 1e-5).view(x.shape) for x in (q, k)]
+        q, k = normed[0] * scales[:6], normed[1] * scales[6:]
+    q, k = (rotated(x, made.batch.positions, frequencies[: dims // 2], 1.2) for x in (q, k))
+    layer, own = cache.layers[0], None if weights is None else weights.to(DEVICE)
+    found = kernels.place(qkv.to(DEVICE), own, replace(kind, rotation=1), layer, plan)
+    near(found, q, TOLERANCES[dtype])
+    layer, before = layer.cpu(), made.cache.layers[0]
+    blocks, offsets = made.batch.slots // 4, made.batch.slots % 4
+    near(layer[0, blocks, :, offsets], k, TOLERANCES[dtype])
+    near(layer[1, blocks, :, offsets], v, TOLERANCES[dtype])
+    layer[:, blocks, :, offsets] = before[:, blocks, :, offsets]
+    assert torch.equal(layer, before), "a slot of somebody else was written"
+
+
+def test_far_positions_turn_as_exactly_as_near_ones(kernels: Kernels) -> None:
+    made = step([(1, 1)], KIND)
+    batch, cache = there(made)
+    batch.positions = torch.tensor([131071], device=DEVICE)
+    frequencies = 1.0 / 500000.0 ** (torch.arange(8) / 8)
+    plan = kernels.prepare(batch, cache, Geometry((Rotation(frequencies.to(DEVICE)),), (0,)))
+    angles = (131071 * frequencies).double()
+    near(plan.turns[0][0], torch.stack((angles.cos(), angles.sin())), 1e-5)
+
+
+@dtypes
+def test_norms(kernels: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(5, 40) * torch.tensor([[1e-4], [1e-2], [1.0], [10.0], [0.0]])).to(dtype)
+    y, weight = torch.randn(5, 40).to(dtype), torch.randn(40).to(dtype)
+    near(
+        kernels.norm(x.to(DEVICE), weight.to(DEVICE), 1e-5), rms(x, 1e-5) * weight.double(), TOLERANCES[dtype]
+    )
+    wanted = x.double() + y.double()
+    found, total = kernels.add_norm(x.to(DEVICE), y.to(DEVICE), weight.to(DEVICE), 1e-5)
+    near(total, wanted, TOLERANCES[dtype])
+    near(found, rms(wanted, 1e-5) * weight.double(), TOLERANCES[dtype])
+
+
+def gate(both: Tensor, activation: Activation) -> Tensor:
+    gates, ups = both.double().chunk(2, -1)
+    return (
+        ups
+        * {
+            "silu": gates / (1 + (-gates).exp()),
+            "gelu": gates * (1 + torch.erf(gates / 2**0.5)) / 2,
+            "gelu_tanh": gates * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gates + 0.044715 * gates**3))) / 2,
+            "relu": gates.clamp(min=0),
+        }[activation]
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_gate(kernels: Kernels, dtype: torch.dtype, activation: Activation) -> None:
+    torch.manual_seed(0)
+    both = torch.randn(3, 24).to(dtype)
+    near(kernels.gate(both.to(DEVICE), activation), gate(both, activation), TOLERANCES[dtype])
+
+
+SHAPES = [(20, 33), (70, 300), (8, 5000)] if GPU else [(70, 33), (4, 2100)]
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 17, 64, 65] if GPU else [1, 3, 17, 65])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear(
+    kernels: Kernels, dtype: torch.dtype, rows: int, shape: tuple[int, int], biased: bool
+) -> None:
+    torch.manual_seed(rows)
+    x, weight, bias = torch.randn(rows, shape[1]), torch.randn(shape) * 0.05, torch.randn(shape[0])
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype) if biased else torch.zeros(shape[0])
+    wanted = x.double() @ weight.double().t() + bias.double()
+    packed = kernels.pack(weight.to(DEVICE), bias.to(DEVICE) if biased else None)
+    for _ in range(2):
+        near(kernels.linear(x.to(DEVICE), packed), wanted, TOLERANCES[dtype])
+    near(kernels.gated(x.to(DEVICE), packed, "silu"), gate(wanted, "silu"), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("splits", [1, 8])
+def test_a_tile_may_be_shared_out_by_columns(kernels: Kernels, splits: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 4096), torch.randn(100, 4096)
+    arrived = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    tiling = linear.Tiling(64, 64, 2, 2 * splits)
+    found = linear.tiled(x.to(DEVICE), linear.Dense(weight.to(DEVICE), None), arrived, tiling)
+    near(found, x.double() @ weight.double().t(), 1e-5)
+    assert not arrived.any()
+
+
+@dtypes
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("rows", [1, 9, 90])
+def test_experts(kernels: Kernels, dtype: torch.dtype, normalise: bool, rows: int) -> None:
+    torch.manual_seed(rows)
+    x, logits = torch.randn(rows, 16).to(dtype), torch.randn(rows, 5).to(dtype)
+    gate_up, down = torch.randn(5, 24, 16).to(dtype), torch.randn(5, 16, 12).to(dtype)
+    packed = kernels.pack_experts(gate_up.to(DEVICE), down.to(DEVICE), "silu")
+    wanted = torch.zeros(rows, 16, dtype=torch.float64)
+    for row, weights in enumerate(logits.double().softmax(-1)):
+        chosen = weights.argsort(descending=True)[:3].tolist()
+        for expert in chosen:
+            made = down[expert].double() @ gate(gate_up[expert].double() @ x[row].double(), "silu")
+            wanted[row] += made * weights[expert] / (weights[chosen].sum() if normalise else 1)
+    found = kernels.experts(x.to(DEVICE), logits.to(DEVICE), packed, 3, normalise)
+    near(found, wanted, TOLERANCES[dtype])
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: the interpreter knows no FP8")
+@pytest.mark.parametrize("rows", [1, 3, 5, 33, 64, 65, 300])
+@pytest.mark.parametrize("shape", [(320, 512), (1024, 4096), (272, 5024)])
+def test_fp8(rows: int, shape: tuple[int, int]) -> None:
+    """Within what rounding the activations costs of the weights that FP8 can hold."""
+    torch.manual_seed(rows)
+    narrow = table(DEVICE, "fp8")
+    x = (torch.randn(rows, shape[1]) * torch.logspace(-2, 2, rows)[:, None]).bfloat16().to(DEVICE)
+    packed = narrow.pack(torch.randn(shape).bfloat16().to(DEVICE), None)
+    assert isinstance(packed, linear.Fp8) and packed.nbytes == shape[0] * (shape[1] + 4)
+    wanted = x.double() @ (packed.weight.double() * packed.scales.double()[:, None]).t()
+    near(narrow.linear(x, packed), wanted, 4e-3 if rows <= linear.FEW else 4e-2)
+    gated = narrow.gated(x[:, : shape[1]], packed, "silu")
+    near(gated[-1:], gate(wanted[-1:].cpu(), "silu"), 8e-3 if rows <= linear.FEW else 8e-2)

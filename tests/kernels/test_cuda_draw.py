@@ -1,0 +1,143 @@
+"""Drawing on the device: what may be drawn is what the sampler on the host would draw, and as often."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stretto.kernels import Batch
+from tests.kernels.cuda import DEVICE, GPU
+
+from stretto.kernels.cuda import draw  # isort: skip
+
+pytestmark = [pytest.mark.cuda] if GPU else []
+VOCAB, COUNT = (5000, 50) if GPU else (300, 10)
+
+
+def orders(*rows: dict[int, float]) -> Tensor:
+    """Orders by field; slots count up."""
+    made = np.zeros((len(rows), draw.ORDER), dtype=np.int32)
+    for index, row in enumerate(rows):
+        made[index, draw.SLOT] = index
+        for place, value in ({draw.TOP_P: 1.0} | row).items():
+            if place >= draw.TEMPERATURE:
+                made[index, place : place + 1].view(np.float32)[:] = value
+            else:
+                made[index, place] = int(value)
+    return torch.from_numpy(made).to(DEVICE)
+
+
+def drawn(logits: Tensor, *rows: dict[int, float]) -> list[int]:
+    """One row of logits, drawn from by each order."""
+    known = torch.full((len(rows),), -7, device=DEVICE)
+    found = draw.draw(logits.expand(len(rows), -1).contiguous().to(DEVICE), orders(*rows), known)
+    assert torch.equal(found, known)
+    return found.tolist()
+
+
+def spread(**fields: float) -> list[dict[int, float]]:
+    """Orders whose fractions are the middles of equal parts."""
+    names = {"heat": draw.TEMPERATURE, "top_p": draw.TOP_P, "min_p": draw.MIN_P, "top_k": draw.TOP_K}
+    asked = {names[name]: value for name, value in fields.items()}
+    return [{draw.TEMPERATURE: 1.0} | asked | {draw.FRACTION: (i + 0.5) / COUNT} for i in range(COUNT)]
+
+
+def wanted(probabilities: Tensor) -> list[int]:
+    """What inverting the cumulative sum in the vocabulary's order gives for the same fractions."""
+    cumulative = list(accumulate(probabilities.double().tolist()))
+    goals = [cumulative[-1] * (i + 0.5) / COUNT for i in range(COUNT)]
+    return [next(place for place, until in enumerate(cumulative) if until > goal) for goal in goals]
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2.5
+
+
+def test_greedy_takes_the_first_of_the_greatest(logits: Tensor) -> None:
+    best = int(logits.argmax())
+    assert drawn(logits, {}, {draw.TOP_K: 3}) == [best, best]
+    logits[[17, 250]] = 99.0
+    assert drawn(logits, {}) == [17]
+
+
+@pytest.mark.parametrize("heat", [0.5, 1.0, 3.0])
+def test_temperature(logits: Tensor, heat: float) -> None:
+    assert drawn(logits, *spread(heat=heat)) == wanted((logits / heat).softmax(0))
+
+
+def test_top_k(logits: Tensor) -> None:
+    for k in (1, 2, 40, VOCAB):
+        kept = torch.where(logits >= logits.topk(k).values[-1], logits.softmax(0), 0.0)
+        assert drawn(logits, *spread(top_k=k)) == wanted(kept)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])
+def test_top_p(logits: Tensor, top_p: float) -> None:
+    ranked = logits.softmax(0).double().sort(descending=True).values
+    count = int((ranked.cumsum(0) < top_p).sum()) + 1
+    kept = torch.where(logits >= logits.topk(count).values[-1], logits.softmax(0), 0.0)
+    assert drawn(logits, *spread(top_p=top_p)) == wanted(kept)
+
+
+def test_min_p(logits: Tensor) -> None:
+    for min_p in (0.02, 0.3, 1.0):
+        weights = (logits - logits.max()).exp()
+        assert drawn(logits, *spread(min_p=min_p)) == wanted(torch.where(weights >= min_p, weights, 0.0))
+
+
+def test_top_p_counts_what_the_others_leave(logits: Tensor) -> None:
+    """As the host does: min_p, then top_k, then top_p of the mass of those left."""
+    weights = (logits - logits.max()).exp().double()
+    weights[weights < 0.01] = 0
+    weights[logits < logits.topk(30).values[-1]] = 0
+    ranked = (weights / weights.sum()).sort(descending=True)
+    count = int((ranked.values.cumsum(0) < 0.8).sum()) + 1
+    kept = torch.zeros(VOCAB, dtype=torch.float64)
+    kept[ranked.indices[:count]] = weights[ranked.indices[:count]]
+    assert drawn(logits, *spread(top_k=30, min_p=0.01, top_p=0.8)) == wanted(kept)
+
+
+def test_rows_do_not_matter_to_each_other_and_wrong_numbers_are_told(logits: Tensor) -> None:
+    rows = torch.stack((logits, logits, logits, logits, logits.flip(0)))
+    rows[1, 50], rows[2, 0], rows[3] = torch.nan, torch.inf, -torch.inf
+    hot = {draw.TEMPERATURE: 1.0, draw.FRACTION: 0.3, draw.TOP_P: 0.9}
+    known = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    found = draw.draw(rows.to(DEVICE), orders(hot, hot, {}, {}, hot), known).tolist()
+    assert found[1:4] == [-1, -1, -1]
+    assert found[0] == drawn(logits, hot)[0] and found[4] == drawn(logits.flip(0), hot)[0]
+
+
+def test_fractions_at_the_ends_draw_something_possible(logits: Tensor) -> None:
+    logits[100:] = -torch.inf
+    ends = [{draw.TEMPERATURE: 1.0, draw.FRACTION: fraction} for fraction in (0.0, 1.0)]
+    first, last = drawn(logits, *ends)
+    assert first == 0 and 0 <= last < 100
+
+
+def test_a_step_is_laid_out_from_its_orders() -> None:
+    def zeros(*shape: int, kind: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(shape, dtype=kind, device=DEVICE)
+
+    tables = zeros(4, 600, kind=torch.int32)
+    tables[:, :550] = torch.arange(4 * 550).view(4, 550)
+    known = torch.tensor([40, 41, 42, -1], device=DEVICE)
+    rows = [(2, 9, -1, 77), (0, 2195, 5, 88), (3, 0, -1, 99)]
+    made = np.zeros((3, draw.ORDER), dtype=np.int32)
+    made[:, :4] = rows
+    batch = Batch(
+        zeros(3), zeros(3), zeros(3), zeros(4), zeros(3, kind=torch.int32), zeros(3, 600, kind=torch.int32),
+        zeros(3), [1] * 3, [0] * 3,
+    )  # fmt: skip
+    before = tables.clone()
+    draw.read(torch.from_numpy(made).to(DEVICE), known, tables, batch, 4)
+    assert batch.tokens.tolist() == [42, 5, 0], "a token that is no number must not be looked up"
+    assert batch.positions.tolist() == [9, 2195, 0] and batch.contexts.tolist() == [10, 2196, 1]
+    assert batch.slots.tolist() == [77 * 4 + 1, 88 * 4 + 3, 99 * 4]
+    for row, (slot, position, _, block) in enumerate(rows):
+        assert batch.tables[row, : position // 4].tolist() == before[slot, : position // 4].tolist()
+        assert batch.tables[row, position // 4] == tables[slot, position // 4] == block
