@@ -250,6 +250,7 @@ def _run_streams(draft: Draft, running: Running, until: float, *, pressed: bool)
         starts = [seq.computed for seq in streams]
         ms = cost.c1 * len(streams) + cost.c3 * (sum(starts) + len(starts))
     if streams and (late or running.needs > draft.free or len(streams) > draft.tokens):
+        draft.end = until
         _run_crowded(draft, running)
         return
     draft.plan.rows += map(Row, streams, starts, repeat(1), repeat(True))
@@ -296,10 +297,11 @@ def _read(
     """Give prompts the rest of the step, without those that must give way. Returns the latter, less those
     refused, for what time may be left."""
     aside: list[Sequence] = []
+    crowded = False
     for index, (_, _, _, seq) in enumerate(prompts):
         if index not in out:
-            room = draft.left() > 0 and draft.tokens > 0
-            if room and (seq.slot >= 0 or _bearable(draft, seq, running)):
+            crowded = crowded or (seq.slot < 0 and not _bearable(draft, seq, running))
+            if draft.left() > 0 and draft.tokens > 0 and (seq.slot >= 0 or not crowded):
                 _go_on(draft, seq, draft.left())
         elif seq.request.objective.on_miss == "reject" and seq.started is None:
             draft.plan.refuse.append((seq, out[index]))

@@ -11,7 +11,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from heapq import heappush
+from heapq import heappop, heappush
 from math import inf
 from typing import Protocol
 
@@ -130,13 +130,21 @@ class Engine:
 
     def step(self) -> bool:
         """One turn of one model; False when no model had anything to run."""
-        for lane in self._by_turn():
-            stats = self._turn(lane)
+        lanes = self._by_turn()
+        considerate = [self._until(lane) for lane in lanes]
+        regardless = [inf] * (len(lanes) if len(lanes) > 1 else 0)
+        for lane, until in zip(lanes * 2, considerate + regardless, strict=False):
+            stats = self._turn(lane, until)
             self._flush(stats)
             if stats is not None:
                 return True
         self._flush(None)
         return False
+
+    def _until(self, lane: Lane) -> float:
+        """When a step of this lane must be over for the streams of the others."""
+        others = [other for other in self.lanes.values() if other is not lane and other.busy]
+        return min((other.latest_start() for other in others), default=inf)
 
     def _by_turn(self) -> list[Lane]:
         """The lanes with work: each has its turn, unless another's streams cannot wait for its step."""
@@ -157,12 +165,10 @@ class Engine:
             assert all(not seq.blocks for seq in lane.queues.waiting), "a waiting sequence holds blocks"
             assert len(lane.slots) + len(lane.queues.running) == self._limits.max_running, "slots were lost"
 
-    def _turn(self, lane: Lane) -> StepStats | None:
+    def _turn(self, lane: Lane, until: float) -> StepStats | None:
         """Launch the lane's next step, then commit those beyond its depth (all, when there is nothing to
         run).
         """
-        others = [other for other in self.lanes.values() if other is not lane and other.busy]
-        until = min((other.latest_start() for other in others), default=inf)
         moment = Moment(self._clock(), lane.times, lane.ledger, until)
         plan = self._schedule(lane.runner.info.name, lane.queues, lane.pool, self._limits, moment)
         self._apply(lane, plan)
@@ -180,7 +186,11 @@ class Engine:
             self._end(seq, Reason.DEADLINE)
         for seq, after in plan.refuse:
             self._end(seq, Reason.REFUSED, retry_after=after)
+        while lane.queues.ends and lane.queues.ends[0][2].ended:
+            heappop(lane.queues.ends)
         for seq, rank in plan.place:
+            if seq.ended:
+                continue
             if seq.rank[0] == UNPLACED and rank[0] == TIMED:
                 tier = self._limits.tiers.get(seq.request.tier)
                 lane.ledger.arrived(tier.weight if tier else 0.0, lane.times.cost.prefill(0, seq.prompt_len))

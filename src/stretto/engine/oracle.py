@@ -24,8 +24,8 @@ class Work(NamedTuple):
 def most_on_time(works: Sequence[Work], grid: int = GRID) -> float:
     """The largest number of requests, fractions counted, that one machine can finish between arrival and due.
 
-    All lengths are known, work may be interrupted at will and done in any order, a part of a request counts as
-    that part of one, and arrivals and dues are moved apart to the next of `grid` instants: each makes it
+    All lengths are known, work may be interrupted at will and done in any order, a part of a request counts
+    as that part of one, and arrivals and dues are moved apart to the next of `grid` instants: each makes it
     easier, so no schedule has more. The amounts of work that can be done form a polymatroid (those of a
     preemptive machine with release times and dues: Horn, Naval Research Logistics Quarterly 21, 1974), so
     taking the shortest first, each as far as what is taken leaves room, is optimal (Edmonds 1970).

@@ -41,8 +41,8 @@ MIX = {"priority": 0.2, "default": 0.6, "flex": 0.2}
 
 
 class Setting(Struct, frozen=True, kw_only=True):
-    """What to replay on. `noise`: the spread of a step's time about its cost (log-normal sigma). `known`: what
-    the scheduler believes at first; None: the truth. `load` 1.0 is `capacity`'s rate."""
+    """What to replay on. `noise`: the spread of a step's time about its cost (log-normal sigma). `known`:
+    what the scheduler believes at first; None: the truth. `load` 1.0 is `capacity`'s rate."""
 
     schedule: str = "deadline"
     load: float = 1.0
@@ -108,7 +108,7 @@ class Report(Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class Told:
-    """What a client of one request would have seen. Dues are reckoned here anew, not taken from the engine."""
+    """What a client of one request would have seen. Dues are reckoned here anew, not the engine's."""
 
     request: Request
     first: float = inf
