@@ -24,6 +24,7 @@ NOISE = 0.05  # the relative spread of steps that are alike
 HUBER = 2.5  # an error beyond this many usual ones counts as one of that size
 SMALLEST_NOISE = 0.01
 WARM = 8  # steps before the usual error means anything
+PERSISTENT = 6  # so many outliers in a row, on one side, are a change and not a disturbance
 
 
 class Load(NamedTuple):
@@ -146,8 +147,9 @@ class StepTime:
         self.cost = cost
         self.errors = Window(64, errors)
         self._theta = np.array(msgspec.structs.astuple(cost)) * SCALES
+        self._run = 0
         self._usual = Window(16, errors[-16:])
-        self._spread = np.diag(np.maximum(self._theta, 0.02 * self._theta.max()) ** 2)
+        self._spread = self._ignorance()
 
     @property
     def error(self) -> float:
@@ -167,10 +169,18 @@ class StepTime:
         error = ms / predicted - 1.0
         usual = max(self._usual.quantile(0.5, 0.0), SMALLEST_NOISE)
         bound = HUBER * usual if len(self._usual) >= WARM else 1.0
+        self._run = max(self._run, 0) + 1 if error > bound else min(self._run, 0) - 1 if error < -bound else 0
+        if abs(self._run) > PERSISTENT:
+            bound, self._run = inf, 0
+            self._spread = self._ignorance()
         self.errors.add(abs(error))
         self._usual.add(abs(error))
         self._learn(np.array((1.0, *load)) / SCALES / predicted, min(max(error, -bound), bound))
         self.cost = Cost(*(self._theta / SCALES).tolist())
+
+    def _ignorance(self) -> np.ndarray:
+        """A spread that holds each coefficient for right within a factor of two or so, and no more."""
+        return np.diag(np.maximum(self._theta, 0.02 * self._theta.max()) ** 2)
 
     def _learn(self, row: np.ndarray, error: float) -> None:
         """Forget only in the direction that this step speaks of (Kulhavy, Automatica 23, 1987): steps that

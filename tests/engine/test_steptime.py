@@ -1,0 +1,162 @@
+"""The step-time model: what it answers, what it learns, what it refuses to learn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stretto.engine.replay import SMALL_CPU
+from stretto.engine.steptime import (
+    BUDGET_MS,
+    PROBES,
+    UNKNOWN,
+    Cost,
+    Load,
+    Probe,
+    StepTime,
+    Window,
+    calibrate,
+    fit,
+    load,
+    save,
+)
+
+MACHINE = {"machine": "two cores", "checkpoint": "small"}
+
+
+def some_load(rng: Random) -> Load:
+    decode, start = rng.randint(0, 16), rng.randint(0, 2000)
+    prefill = rng.choice([0, 0, rng.randint(1, 90)])
+    if decode == prefill == 0:
+        decode = 1
+    return Load(decode, prefill, decode * rng.randint(50, 2000), prefill * (start + prefill / 2))
+
+
+def steps(
+    model: StepTime, count: int, rng: Random, *, speed: float = 1.0, outliers: float = 0.0
+) -> list[float]:
+    """Let a model watch steps of a machine; its errors against the machine without noise."""
+    errors: list[float] = []
+    for _ in range(count):
+        seen = some_load(rng)
+        truth = speed * SMALL_CPU(seen)
+        errors.append(abs(model.cost(seen) / truth - 1.0))
+        factor = 6.0 if rng.random() < outliers else 1.0
+        model.observe(seen, truth * rng.lognormvariate(0.0, 0.05) * factor)
+    return errors
+
+
+def test_it_learns_a_machine_it_knows_nothing_of():
+    model = StepTime(UNKNOWN)
+    assert median(steps(model, 300, Random(1))[-100:]) < 0.03
+    assert model.error < 0.08
+
+
+def test_a_noisy_neighbour_does_not_poison_it():
+    model = StepTime(SMALL_CPU, [0.05] * 32)
+    assert median(steps(model, 400, Random(2), outliers=0.15)[-200:]) < 0.06
+
+
+def test_a_lasting_change_of_speed_is_learnt_within_fifty_steps():
+    model = StepTime(SMALL_CPU, [0.03] * 32)
+    steps(model, 100, Random(3))
+    before = steps(model, 60, Random(4), speed=2.0)
+    assert before[0] > 0.4 and median(before[-10:]) < 0.1
+
+
+def test_steps_that_are_all_alike_do_not_unlearn_the_rest():
+    model, rng = StepTime(SMALL_CPU, [0.03] * 32), Random(5)
+    alike = Load(4, 0, 4000, 0.0)
+    for _ in range(2000):
+        model.observe(alike, SMALL_CPU(alike) * rng.lognormvariate(0.0, 0.03))
+    other = Load(16, 64, 20_000, 64 * 500.0)
+    assert model.cost(other) == pytest.approx(SMALL_CPU(other), rel=0.1)
+
+
+@given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=60), st.integers(0, 9))
+def test_coefficients_stay_at_or_above_zero(times: list[float], seed: int):
+    model, rng = StepTime(), Random(seed)
+    for ms in times:
+        model.observe(some_load(rng), ms)
+        assert all(0 <= value < float("inf") for value in (model.cost.c0, model.cost.c1, model.cost.c2))
+        assert model.cost.c3 >= 0 and model.cost.c4 >= 0 and model.margin >= 1.0
+
+
+@given(st.integers(0, 8000), st.floats(0.0, 5000.0))
+def test_the_largest_chunk_is_the_largest(start: int, ms: float):
+    count = SMALL_CPU.chunk(start, ms)
+    assert SMALL_CPU.prefill(start, count) <= ms + 1e-6
+    assert SMALL_CPU.prefill(start, count + 1) > ms
+
+
+def test_a_first_token_takes_longer_beside_streams():
+    cost = Cost(c0=10.0, c1=1.0, c2=1.0)
+    assert cost.first_token(0, 100, beside=10.0, step=20.0) == pytest.approx(200.0)
+    assert cost.first_token(0, 100, beside=20.0, step=20.0) == float("inf")
+    assert cost.decodes(5, 0) == 15.0 and cost.row(0) == 1.0
+
+
+def test_calibration_finds_the_machine_and_keeps_to_its_budget():
+    rng, ran = Random(6), list[Probe]()
+    spent = 0.0
+
+    def run(probe: Probe) -> float:
+        nonlocal spent
+        ran.append(probe)
+        ms = SMALL_CPU(probe.load) * rng.lognormvariate(0.0, 0.03)
+        spent += ms
+        return ms
+
+    model = calibrate(run)
+    assert spent <= BUDGET_MS * 1.05 and len(set(ran)) >= len(PROBES) - 2
+    for seen in (Load(8, 64, 8000, 64 * 300.0), Load(1, 0, 300, 0.0), Load(0, 90, 0, 4050.0)):
+        assert model.cost(seen) == pytest.approx(SMALL_CPU(seen), rel=0.1)
+    assert 0 < model.error < 0.1
+
+
+def test_calibration_of_a_machine_too_slow_for_all_probes():
+    slow = Cost(c0=300.0, c1=40.0, c2=60.0)
+    model = calibrate(lambda probe: slow(probe.load))
+    assert model.cost(Load(1, 0, 100, 0.0)) == pytest.approx(340.0, rel=0.1)
+
+
+def test_a_fit_needs_a_step_and_leaves_out_what_would_be_negative():
+    with pytest.raises(ValueError, match="at least one"):
+        fit([])
+    falling = [(Load(decode), 10.0 - decode / 10) for decode in range(1, 20)]
+    assert fit(falling).c1 == 0.0
+
+
+def test_it_is_kept_for_its_machine_and_checkpoint_alone(tmp_path: Path):
+    path = tmp_path / "steptime.json"
+    assert load(path, **MACHINE) is None
+    model = StepTime(SMALL_CPU, [0.02, 0.04])
+    save(model, path, **MACHINE)
+    again = load(path, **MACHINE)
+    assert again is not None and again.cost == SMALL_CPU and list(again.errors) == [0.02, 0.04]
+    assert load(path, machine="other", checkpoint="small") is None
+    assert load(path, machine="two cores", checkpoint="large") is None
+    broken = json.loads(path.read_text())
+    broken["cost"]["c0"] = -1.0
+    path.write_text(json.dumps(broken))
+    assert load(path, **MACHINE) is None
+    path.write_text("{")
+    assert load(path, **MACHINE) is None
+    assert [entry.name for entry in tmp_path.iterdir()] == ["steptime.json"]
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=40))
+def test_a_window_knows_the_quantiles_of_its_last_values(values: list[float]):
+    window = Window(8)
+    assert window.quantile(0.5, 7.0) == 7.0
+    for value in values:
+        window.add(value)
+    last = sorted(values[-8:])
+    assert len(window) == len(last) and window.quantile(0.5, 0.0) == last[len(last) // 2]
+    assert window.quantile(1.0, 0.0) == last[-1]
