@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct, field, structs
 from msgspec.structs import FieldInfo, fields
 
 from stretto.errors import StartError
@@ -22,6 +22,9 @@ from stretto.types import Objective
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Meta(ge=1)]
+Limit = Annotated[float, Meta(gt=0, le=86_400_000)]
+TierName = Literal["priority", "default", "flex"]
+FILE_ONLY = ("api_keys", "tiers")
 ENVIRONMENT = "STRETTO_"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?", re.IGNORECASE)
 
@@ -41,6 +44,31 @@ TIERS: dict[str, Tier] = {
     "default": Tier(objective=Objective(ttft_ms=20_000, itl_ms=250), weight=2.0),
     "flex": Tier(objective=Objective(), weight=1.0),
 }
+
+
+class Terms(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A tier's objective as a configuration writes it, the whole of it: what is left out has no limit."""
+
+    ttft_ms: Limit | None = None
+    itl_ms: Limit | None = None
+    total_ms: Limit | None = None
+    on_miss: Literal["degrade", "reject", "late"] = "degrade"
+
+
+Tiers = Annotated[
+    dict[TierName, Terms],
+    Meta(
+        description="what a tier's requests ask of time, as `[tiers.priority]` with `ttft_ms`, `itl_ms`, ..."
+    ),
+]
+
+
+def tiers_of(terms: Mapping[TierName, Terms]) -> dict[str, Tier]:
+    """The tiers, those that `terms` names with the objective it says."""
+    return TIERS | {
+        name: Tier(objective=Objective(**structs.asdict(asked)), weight=TIERS[name].weight)
+        for name, asked in terms.items()
+    }
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True):
@@ -71,9 +99,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_running: Annotated[int, Meta(ge=1, description="sequences in a step at most")] = 256
     max_step_tokens: Annotated[int, Meta(ge=1, description="tokens in a step at most")] = 512
     schedule: Annotated[
-        Literal["fcfs"], Meta(description="what runs first; fcfs: first come, first served")
+        Literal["fcfs", "deadline"],
+        Meta(
+            description="what runs first; fcfs: first come, first served; deadline: so that most are on time"
+        ),
     ] = "fcfs"
     prefix_cache: Annotated[bool, Meta(description="share the KV blocks of equal beginnings")] = True
+    tiers: Tiers = {}
 
 
 class ServeConfig(Struct, frozen=True, kw_only=True):
@@ -96,6 +128,7 @@ class ServeConfig(Struct, frozen=True, kw_only=True):
     api_keys: Annotated[
         dict[str, str], Meta(description="who may ask: a table of key = tenant; empty: anybody, as `local`")
     ] = {}
+    tiers: Tiers = {}
 
 
 class Models(Struct, frozen=True, kw_only=True):
@@ -134,7 +167,7 @@ def load(
     merged = {} if file is None else _checked(_read(file), f"{file}", strict=True)
     for name in known():
         variable = ENVIRONMENT + name.upper()
-        if name != "api_keys" and variable in environ:
+        if name not in FILE_ONLY and variable in environ:
             text = environ[variable]
             value: Any = text.split(",") if name == "models" else text
             merged |= _checked({name: value}, variable, strict=False)
@@ -151,7 +184,8 @@ def reference(flags: Collection[str]) -> str:
     """The settings as a Markdown table. `flags` are the names that have a flag."""
     rows = ["| in the file | environment | flag | default | meaning |", "| --- | --- | --- | --- | --- |"]
     for name, info in known().items():
-        variable = "STRETTO_API_KEY (one key)" if name == "api_keys" else f"`{ENVIRONMENT}{name.upper()}`"
+        variable = "" if name in FILE_ONLY else f"`{ENVIRONMENT}{name.upper()}`"
+        variable = "STRETTO_API_KEY (one key)" if name == "api_keys" else variable
         flag = f"`--{name.replace('_', '-')}`" if name in flags else "arguments" if name == "models" else ""
         default = info.default if info.default is not msgspec.NODEFAULT else info.default_factory()
         shown = msgspec.json.encode(default).decode()

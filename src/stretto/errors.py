@@ -105,6 +105,12 @@ class Overloaded(Unavailable):
     code = "overloaded"
 
 
+class CannotBeOnTime(Unavailable):
+    """The request asked to be refused rather than late, and would have been late."""
+
+    code = "cannot_be_on_time"
+
+
 class Draining(Unavailable):
     """The worker is shutting down."""
 

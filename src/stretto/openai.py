@@ -19,6 +19,7 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_\-]{1,64}$", min_length=1, max_length=64)]
 Empty = Annotated[list[Any], Meta(max_length=0)]
+Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
 
 
 class Wire(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -149,6 +150,22 @@ class StructuredOutputs(Wire, frozen=True, kw_only=True):
     choice: Annotated[list[StopString], Meta(min_length=1)] | None = None
 
 
+class AskedObjective(Wire, frozen=True, kw_only=True):
+    """Latency that the answer should keep; what is left out is the tier's. Milliseconds, a day at most."""
+
+    ttft_ms: Milliseconds | None = None
+    itl_ms: Milliseconds | None = None
+    total_ms: Milliseconds | None = None
+    min_quality: None = None
+    on_miss: Literal["degrade", "reject", "late"] | None = None
+
+
+class AskedTotal(Wire, frozen=True, kw_only=True):
+    """What an embedding may ask: it has no stream of tokens."""
+
+    total_ms: Milliseconds | None = None
+
+
 # Requests
 
 
@@ -179,7 +196,8 @@ class Generation(Wire, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: Literal["auto", "default", "priority", "flex"] | None = None
+    objective: AskedObjective | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -224,6 +242,7 @@ class EmbeddingRequest(Wire, frozen=True, kw_only=True):
     dimensions: Positive | None = None
     user: str | None = None
     cache_salt: str | None = None
+    objective: AskedTotal | None = None
 
 
 # Responses
@@ -243,8 +262,9 @@ class Usage(Struct, frozen=True, kw_only=True):
 class Report(Struct, frozen=True, kw_only=True):
     """Stretto's own account of an answer. What is not known, or was not asked for, is null.
 
-    `rung` is the variant of the model that answered; the times are milliseconds seen by the HTTP front, but
-    `queue_ms`, which the engine measures from arrival to the sequence's first step.
+    `rung` is the variant of the model that answered; `on_time`: every token was here by its due. Times are
+    milliseconds seen by the HTTP front, but `queue_ms`, which the engine measures from arrival to the
+    sequence's first step.
     """
 
     rung: str
@@ -319,6 +339,7 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
     model: str
     choices: list[ChunkChoice]
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    service_tier: str | UnsetType = UNSET
     usage: Usage | UnsetType | None = UNSET
     stretto: Report | UnsetType = UNSET
 
@@ -352,6 +373,7 @@ class ChatCompletion(Struct, frozen=True, kw_only=True):
     usage: Usage
     stretto: Report
     object: Literal["chat.completion"] = "chat.completion"
+    service_tier: str | UnsetType = UNSET
 
 
 class TextChoice(Struct, frozen=True, kw_only=True):
@@ -369,6 +391,7 @@ class Completion(Struct, frozen=True, kw_only=True):
     model: str
     choices: list[TextChoice]
     object: Literal["text_completion"] = "text_completion"
+    service_tier: str | UnsetType = UNSET
     usage: Usage | UnsetType | None = UNSET
     stretto: Report | UnsetType = UNSET
 

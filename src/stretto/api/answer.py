@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from time import monotonic
 from typing import Protocol
 
 from stretto.api.detokenise import Decoder
 from stretto.api.reasoning import Reasoning
 from stretto.api.tools import Abandoned, NamedCall, Said, ToolParser
-from stretto.errors import EngineError
+from stretto.errors import CannotBeOnTime, EngineError
 from stretto.openai import Delta, FinishReason, Report
-from stretto.types import Finish, Reason, TokenEvent
+from stretto.types import Finish, Objective, Reason, TokenEvent
 
 Spoken = tuple[Delta, TokenEvent | None]
 FINISH: dict[Reason, FinishReason] = {
@@ -36,9 +37,12 @@ class Stream(Protocol):
 
 @dataclass(slots=True)
 class Times:
-    """When things happened, on the monotonic clock. `gaps` are the seconds between token lists."""
+    """When things happened, on the monotonic clock. `gaps` are the seconds between token lists; `late`: one
+    came after it was due."""
 
     arrival: float
+    objective: Objective = field(default_factory=Objective)
+    late: bool = False
     first: float | None = None
     last: float = 0.0
     gaps: list[float] = field(default_factory=list[float])
@@ -49,6 +53,21 @@ class Times:
         else:
             self.gaps.append(now - self.last)
         self.last = now
+
+    def judge(self, now: float, spoken: int) -> None:
+        """Something is here after `spoken` tokens: token k is due k gaps after the first one was."""
+        objective = self.objective
+        start = self.arrival + _seconds(objective.ttft_ms)
+        if start == inf and self.first is not None:
+            start = self.first
+        due = start + spoken * _seconds(objective.itl_ms) if spoken else start
+        self.late = self.late or now > min(due, self.arrival + _seconds(objective.total_ms))
+
+    @property
+    def on_time(self) -> bool | None:
+        """None when nothing was asked."""
+        asked = (self.objective.ttft_ms, self.objective.itl_ms, self.objective.total_ms)
+        return None if asked == (None, None, None) else not self.late
 
     @property
     def ttft(self) -> float | None:
@@ -129,8 +148,12 @@ class Choice:
     finish: Finish | None = None
 
     def take(self, events: list[TokenEvent]) -> list[Spoken]:
-        """What these events say. Raises EngineError when they say that the sequence failed."""
-        self.times.mark(monotonic())
+        """What these events say. Raises EngineError when they say that the sequence failed, CannotBeOnTime
+        when it was refused."""
+        now = monotonic()
+        self.times.mark(now)
+        if any(event.token is not None for event in events):
+            self.times.judge(now, self.tokens)
         spoken: list[Spoken] = []
         push = self.decoder.push
         for event in events:
@@ -156,6 +179,7 @@ class Choice:
         times, finish = self.times, self.finish
         return Report(
             rung=self.model,
+            on_time=self.times.on_time,
             queue_ms=None if finish is None else round(finish.queue_ms, 3),
             ttft_ms=_ms(times.ttft),
             itl_p99_ms=_ms(times.itl_p99()),
@@ -171,6 +195,11 @@ class Choice:
 
     def _finished(self, finish: Finish, spoken: list[Spoken]) -> None:
         self.finish = finish
+        total_ms = self.times.objective.total_ms
+        whole = monotonic() > self.times.arrival + _seconds(total_ms)
+        self.times.late = self.times.late or whole or finish.reason is Reason.DEADLINE
+        if finish.reason is Reason.REFUSED:
+            raise _refusal(finish)
         reason = FINISH.get(finish.reason)
         if reason is None:
             raise EngineError(finish.error or f"the engine ended the sequence: {finish.reason.value}")
@@ -187,6 +216,17 @@ class Choice:
             spoken.append((Delta(content=rest), None))
         self.finish_reason = reason
         self.stream.close()
+
+
+def _refusal(finish: Finish) -> CannotBeOnTime:
+    after = finish.retry_after
+    if after is None or not isfinite(after):
+        return CannotBeOnTime("this server cannot meet $.objective at all: ask for more time")
+    return CannotBeOnTime("$.objective cannot be met now; try again later", retry_after=after)
+
+
+def _seconds(milliseconds: float | None) -> float:
+    return inf if milliseconds is None else milliseconds / 1e3
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -11,6 +11,7 @@ from msgspec import json
 from starlette.types import Send
 
 from stretto.api import http
+from stretto.api.aims import of_embedding
 from stretto.api.answer import Choice, Times
 from stretto.api.front import Front, Run
 from stretto.api.intake import encode_all, salt_of, split
@@ -50,6 +51,7 @@ async def embed(
                     task="embed",
                     tenant=tenant,
                     salt=salt,
+                    objective=of_embedding(request.objective),
                 ),
             )
             for prompt in part
@@ -66,7 +68,7 @@ def _choice(front: Front, request: Request) -> Choice:
         model=request.model,
         stream=stream,
         decoder=decoder,
-        times=Times(request.arrival),
+        times=Times(request.arrival, request.objective),
         prompt_tokens=len(request.prompt),
     )
 

@@ -13,7 +13,7 @@ from msgspec import structs
 
 from stretto.api.answer import Choice, Stream
 from stretto.api.text import TextModel
-from stretto.config import ServeConfig
+from stretto.config import ServeConfig, tiers_of
 from stretto.errors import Draining, Overloaded, StrettoError, Unavailable, UnknownModel
 from stretto.telemetry.metrics import Gauges, Metrics
 from stretto.types import Grammar, ModelInfo, Request, StepStats, WorkerState
@@ -76,6 +76,7 @@ class Front:
         self, config: ServeConfig, engine: Engine, texts: dict[str, TextModel], check: Check | None
     ) -> None:
         self.config = config
+        self.tiers = tiers_of(config.tiers)
         self.engine = engine
         self.texts = texts
         self.check = check

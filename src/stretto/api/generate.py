@@ -32,6 +32,7 @@ async def generate(front: Front, run: Run, job: Job, tenant: str, arrival: float
         created=int(time.time()),
         model=job.model,
         pieces=job.text.pieces,
+        tier=job.aim.tier,
         logprobs=job.sampling.logprobs is not None,
         usage=bool(job.options.include_usage),
         each_usage=bool(job.options.continuous_usage_stats),
@@ -56,6 +57,8 @@ def _submit(front: Front, job: Job, tenant: str, arrival: float) -> Iterator[Cho
                 sampling=sampling,
                 tenant=tenant,
                 salt=job.salt,
+                objective=job.aim.objective,
+                tier=job.aim.tier,
             )
             shown = MARKERS if job.parser else frozenset[str]()
             yield Choice(
@@ -63,7 +66,7 @@ def _submit(front: Front, job: Job, tenant: str, arrival: float) -> Iterator[Cho
                 model=job.model,
                 stream=front.engine.submit(request),
                 decoder=job.text.decoder(sampling.stop, sampling.min_tokens, shown),
-                times=Times(arrival),
+                times=Times(arrival, job.aim.objective),
                 prompt_tokens=len(prompt),
                 prompt_counts=copy == 0,
                 echo=job.echo[at],

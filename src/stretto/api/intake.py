@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from stretto.api import conversation, reasoning, write
+from stretto.api.aims import Aim, aim
 from stretto.api.answer import Shape
 from stretto.api.front import Front
 from stretto.api.text import TextModel
@@ -37,6 +38,7 @@ class Job:
     prompts: list[tuple[int, ...]]
     sampling: Sampling
     salt: str
+    aim: Aim
     stream: bool
     options: StreamOptions
     echo: list[str]
@@ -88,6 +90,7 @@ async def chat(front: Front, request: ChatRequest, size: int) -> Job:
         prompts=[prompt],
         sampling=sampling,
         salt=_salt(request),
+        aim=aim(request, front.tiers),
         stream=bool(request.stream),
         options=_options(request),
         echo=[""],
@@ -128,6 +131,7 @@ async def completion(front: Front, request: CompletionRequest, size: int) -> Job
         prompts=prompts,
         sampling=sampling,
         salt=_salt(request),
+        aim=aim(request, front.tiers),
         stream=bool(request.stream),
         options=_options(request),
         echo=echo,

@@ -45,6 +45,7 @@ class Header:
     created: int
     model: str
     pieces: Pieces
+    tier: str = "default"
     logprobs: bool = False
     usage: bool = False
     each_usage: bool = False
@@ -95,7 +96,7 @@ class Writer:
         self._header = header
         self._style = style
         common = {"id": header.id, "object": style.stream_object, "created": header.created}
-        self._common = b"data: " + encode({**common, "model": header.model})[:-1] + b',"choices":['
+        self._common = b"data: " + encode(common | _named(header))[:-1] + b',"choices":['
         self._quiet = b',"usage":null' if header.usage else b""
         self._tail = b',"logprobs":null,"finish_reason":null}]' + self._quiet + b"}\n\n"
         self._plain = not header.logprobs and not header.each_usage
@@ -185,14 +186,20 @@ def report_of(choices: list[Choice]) -> Report:
     def worst(values: list[float | None]) -> float | None:
         return max((value for value in values if value is not None), default=None)
 
+    on_time = [report.on_time for report in reports if report.on_time is not None]
     cached = [report.cached_tokens for report in reports if report.cached_tokens is not None]
     return Report(
         rung=reports[0].rung,
+        on_time=all(on_time) if on_time else None,
         queue_ms=worst([report.queue_ms for report in reports]),
         ttft_ms=worst([report.ttft_ms for report in reports]),
         itl_p99_ms=worst([report.itl_p99_ms for report in reports]),
         cached_tokens=sum(cached) if cached else None,
     )
+
+
+def _named(header: Header) -> dict[str, str]:
+    return {"model": header.model, "service_tier": header.tier}
 
 
 def _top(pieces: Pieces, token: int, logprob: float) -> TopLogprob:
@@ -275,7 +282,13 @@ def _chat(header: Header, kept: list[Kept], usage: Usage, report: Report) -> Cha
             )
         )
     return ChatCompletion(
-        id=header.id, created=header.created, model=header.model, choices=choices, usage=usage, stretto=report
+        id=header.id,
+        created=header.created,
+        model=header.model,
+        choices=choices,
+        usage=usage,
+        stretto=report,
+        service_tier=header.tier,
     )
 
 
@@ -290,7 +303,13 @@ def _text(header: Header, kept: list[Kept], usage: Usage, report: Report) -> Com
         for part in kept
     ]
     return Completion(
-        id=header.id, created=header.created, model=header.model, choices=choices, usage=usage, stretto=report
+        id=header.id,
+        created=header.created,
+        model=header.model,
+        choices=choices,
+        usage=usage,
+        stretto=report,
+        service_tier=header.tier,
     )
 
 

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 import zmq
 
-from stretto.config import EngineConfig
+from stretto.config import EngineConfig, tiers_of
 from stretto.engine import messages
 from stretto.engine.build import Runners
 from stretto.engine.deadline import SCHEDULES
@@ -45,7 +45,7 @@ class Worker:
         self._runners = Runners(config, progress=lambda *done: self._send(messages.Progress(*done)))
         self._engine = Engine(
             self._runners.all,
-            limits=Limits(config.max_running, config.max_step_tokens),
+            limits=Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers)),
             schedule=SCHEDULES[config.schedule],
             clock=time.monotonic,
             emit=self._emit,
