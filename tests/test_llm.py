@@ -149,8 +149,8 @@ def test_bad_input_is_refused_before_any_work(
 def test_models_that_cannot_be_served(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="no directory here"):
         LLM("nowhere")
-    with pytest.raises(StartError, match="quantise='int8' is not available"):
-        LLM("null", quantise="int8")
+    with pytest.raises(StartError, match="quantise: Invalid enum value 'int3'"):
+        LLM("null", quantise="int3")
     with pytest.raises(StartError, match="unknown setting colour"):
         LLM("null", colour="blue")
     with pytest.raises(StartError, match="beyond the model's own 256"):

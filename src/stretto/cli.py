@@ -72,6 +72,7 @@ def serve(
     port: Annotated[int | None, setting("port")] = None,
     device: Annotated[str | None, setting("device")] = None,
     dtype: Annotated[str | None, setting("dtype")] = None,
+    quantise: Annotated[str | None, setting("quantise")] = None,
     threads: Annotated[int | None, setting("threads")] = None,
     kv_memory: Annotated[str | None, setting("kv_memory")] = None,
     context: Annotated[int | None, setting("context")] = None,

@@ -21,6 +21,7 @@ from stretto.errors import StartError
 from stretto.types import Objective
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantise = Literal["int8", "int4"]
 Count = Annotated[int, Meta(ge=1)]
 Limit = Annotated[float, Meta(gt=0, le=86_400_000)]
 TierName = Literal["priority", "default", "flex"]
@@ -77,6 +78,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     name: str
     path: str
     dtype: Dtype = "auto"
+    quantise: Quantise | None = None
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
@@ -144,6 +146,9 @@ class Models(Struct, frozen=True, kw_only=True):
     dtype: Annotated[Dtype, Meta(description="what to compute in; auto: what the CPU or GPU is good at")] = (
         "auto"
     )
+    quantise: Annotated[
+        Quantise | None, Meta(description="hold weights in 8 or 4 bits: faster, a little less exact")
+    ] = None
 
 
 def known() -> dict[str, FieldInfo]:
@@ -240,5 +245,5 @@ def _named(asked: Models) -> tuple[ModelConfig, ...]:
             raise StartError(f"{written!r} names no model: write PATH or NAME=PATH")
         if name in {model.name for model in models}:
             raise StartError(f"two models are called {name}: name one of them otherwise, as NAME={path}")
-        models.append(ModelConfig(name=name, path=path, dtype=asked.dtype))
+        models.append(ModelConfig(name=name, path=path, dtype=asked.dtype, quantise=asked.quantise))
     return tuple(models)

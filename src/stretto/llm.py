@@ -69,9 +69,7 @@ class LLM:
         on_progress: Callable[[str, int, int], None] | None = None,
         **settings: Any,
     ) -> None:
-        if quantise is not None:
-            raise StartError(f"quantise={quantise!r} is not available in this version: leave it None")
-        flags = settings | {"models": [path], "dtype": dtype or "auto"}
+        flags = settings | {"models": [path], "dtype": dtype or "auto", "quantise": quantise}
         engine = config.load(flags, {}, None)[1]
         engine = msgspec.structs.replace(engine, models=locate(engine.models, on_progress))
         model = engine.models[0]

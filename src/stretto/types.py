@@ -191,6 +191,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     path: str
     family: str
     dtype: str
+    quantise: str | None = None
     device: str
     context: int
     vocab: int

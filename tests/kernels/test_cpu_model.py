@@ -11,8 +11,9 @@ import torch
 
 from stretto.errors import StartError
 from stretto.kernels import Kernels
+from stretto.kernels.choice import choose_kernels
 from stretto.kernels.cpu.native import Native
-from stretto.kernels.cpu.table import Quantise, best, fitting, table
+from stretto.kernels.cpu.table import Quantise, fitting, table
 from stretto.kernels.reference import REFERENCE
 from stretto.models.decoder import Decoder
 from stretto.models.load import load
@@ -73,15 +74,14 @@ def test_the_group_follows_the_row():
     assert fitting("int8", 100) == ("int8", 0)
 
 
-def test_the_best_table(native: Native, monkeypatch: pytest.MonkeyPatch):
-    before = torch.get_num_threads()
-    assert best(torch.bfloat16, 2).name == f"cpu-{native.level}"
-    assert best(torch.float32, 2, "int8").name == f"cpu-{native.level}-int8"
-    torch.set_num_threads(before)
-    assert best(torch.float16, 2) is REFERENCE
+def test_the_table_chosen(native: Native, monkeypatch: pytest.MonkeyPatch):
+    cpu = torch.device("cpu")
+    assert choose_kernels(cpu, torch.bfloat16)[0].name == f"cpu-{native.level}"
+    assert choose_kernels(cpu, torch.float32, "int8")[0].name == f"cpu-{native.level}-int8"
+    assert choose_kernels(cpu, torch.float16)[0] is REFERENCE
     with pytest.raises(StartError, match="float16"):
-        best(torch.float16, 2, "int8")
-    monkeypatch.setattr("stretto.kernels.cpu.table.load", lambda: None)
-    assert best(torch.float32, 2) is REFERENCE
-    with pytest.raises(StartError, match="compiler"):
-        best(torch.float32, 2, "int4")
+        choose_kernels(cpu, torch.float16, "int8")
+    monkeypatch.setattr("stretto.kernels.cpu.native.load", lambda: None)
+    assert choose_kernels(cpu, torch.float32)[0] is REFERENCE
+    with pytest.raises(StartError, match="gcc"):
+        choose_kernels(cpu, torch.float32, "int4")

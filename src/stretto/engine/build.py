@@ -64,7 +64,7 @@ class Runners:
         spec = families.read(path)
         dtype = choose_dtype(snapshot(), spec.dtype, device=self._device.type, asked=model.dtype).value
         check_fit(model.name, _weight_bytes(path, spec.dtype, dtype), self._available())
-        kernels, _ = choose_kernels(self._device, getattr(torch, dtype))
+        kernels, _ = choose_kernels(self._device, getattr(torch, dtype), model.quantise)
         decoder = load(
             path,
             dtype=getattr(torch, dtype),
@@ -98,6 +98,7 @@ class Runners:
             path=model.path,
             family=spec.family,
             dtype=str(decoder.dtype).removeprefix("torch."),
+            quantise=model.quantise,
             device=str(self._device),
             context=kv.context,
             vocab=spec.vocab,

@@ -12,12 +12,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from stretto.errors import StartError
 from stretto.kernels import Activation, Attention, Batch, Cache, Experts, Geometry, Kernels, Linear
 from stretto.kernels.cpu import native as c
-from stretto.kernels.cpu.native import Native, complain, load
+from stretto.kernels.cpu.native import Native, complain
 from stretto.kernels.cpu.weights import TYPES, Format, PackedLinear, exact_in_bfloat16, pack
-from stretto.kernels.reference import REFERENCE
 
 Quantise = Literal["int8", "int4"]
 GROUP = {"int8": 128, "int4": 32}
@@ -263,21 +261,3 @@ def table(native: Native, quantise: Quantise | None = None) -> Kernels:
         pack_experts=own.pack_experts,
         experts=own.experts,
     )
-
-
-def best(dtype: torch.dtype, threads: int, quantise: Quantise | None = None) -> Kernels:
-    """The table for a model computed in `dtype` on this CPU: in C where it was built and knows the dtype,
-    else the one in torch. The C kernels bring their own threads; torch's would spin on the same cores, so it
-    is told to use one. Raises StartError when weights are to be quantised and only torch's table can be had.
-    """
-    native = load()
-    if native is not None and dtype in TYPES:
-        native.threads(threads)
-        torch.set_num_threads(1)
-        return table(native, quantise)
-    if quantise is not None:
-        reason = (
-            "were not built: install with a C compiler" if native is None else f"do not compute in {dtype}"
-        )
-        raise StartError(f"cannot quantise to {quantise}: the CPU kernels {reason}")
-    return REFERENCE
