@@ -22,6 +22,7 @@ SCALES = (1.0, 8.0, 128.0, 8192.0, 131072.0)  # a load of each kind that costs a
 FORGETTING = 0.9  # remembers about 10 steps of a kind
 NOISE = 0.05  # the relative spread of steps that are alike
 HUBER = 2.5  # an error beyond this many usual ones counts as one of that size
+SHORTEST_MS = 0.01  # below this a step is as good as free, and a relative error says nothing
 SMALLEST_NOISE = 0.01
 WARM = 8  # steps before the usual error means anything
 PERSISTENT = 6  # so many outliers in a row, on one side, are a change and not a disturbance
@@ -163,9 +164,7 @@ class StepTime:
 
     def observe(self, load: Load, ms: float) -> None:
         """Learn from a step that took `ms`. Errors are relative, so long and short steps weigh the same."""
-        predicted = self.cost(load)
-        if ms <= 0 or predicted <= 0:
-            return
+        predicted, ms = max(self.cost(load), SHORTEST_MS), max(ms, SHORTEST_MS)
         error = ms / predicted - 1.0
         usual = max(self._usual.quantile(0.5, 0.0), SMALLEST_NOISE)
         bound = HUBER * usual if len(self._usual) >= WARM else 1.0
