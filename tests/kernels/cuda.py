@@ -13,5 +13,5 @@ if not GPU:
 pytest.importorskip("triton", reason="Triton is not installed")
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
-# The interpreter is slow, and cuts bfloat16 off instead of rounding it: there, what a kernel computes is tested.
+# The interpreter is slow, and cuts bfloat16 off instead of rounding it.
 TOLERANCES = {torch.float32: 1e-5} | ({torch.float16: 2e-3, torch.bfloat16: 1.5e-2} if GPU else {})

@@ -72,7 +72,7 @@ STEPS = {
     "decodes far apart": [(1, 3), (1, 400), (1, 90), (1, 395), (1, 1)],
     "whole prompt": [(21, 21)],
     "continued prompt": [(6, 150)],
-    "prompts": [(8, 8), (5, 21), (2, 2), (70, 90)],
+    "prompts": [(8, 8), (5, 21), (2, 2), (70, 90) if GPU else (30, 50)],
     "everything": [(1, 17), (9, 9), (1, 200), (4, 40), (1, 2), (3, 3)],
 }
 CHANGES = [{"window": 1}, {"window": 7}, {"softcap": 2.0}, {"window": 70, "softcap": 2.0}]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ from stretto.types import ModelInfo
 
 NULL = "null"
 Progress = Callable[[str, int, int], None]
+# It needs Triton, which comes with torch for CUDA alone.
+CUDA = "stretto.engine.graphs"
 
 
 class Runners:
@@ -76,7 +79,8 @@ class Runners:
         eos = frozenset(spec.eos)
         if (path / "tokenizer.json").exists():
             self._grammars[model.name] = Grammars(path, eos, spec.vocab)
-        return TorchRunner(decoder, info, eos=eos, max_running=self._config.max_running)
+        kind = import_module(CUDA).CudaRunner if self._device.type == "cuda" else TorchRunner
+        return kind(decoder, info, eos=eos, max_running=self._config.max_running)
 
     def _info(self, model: ModelConfig, decoder: Decoder, left: int, load_s: float) -> ModelInfo:
         """What the loaded model is, with the share of KV memory that is its own."""

@@ -38,7 +38,7 @@ class Batch:
     `tokens`, `positions`: int64 [T]. `slots`: int64 [T], block * block_size + offset of each token's own
     key. `query_starts`: int32 [S + 1]. `contexts`: int32 [S], keys the last query of a sequence sees, itself
     included. `tables`: int32 [S, blocks], padded with 0. `outputs`: int64 [R], the token rows whose hidden
-    state is wanted. `query_lens` and `context_lens` are the same numbers on the host.
+    state is wanted; None: all. `query_lens` and `context_lens` are the same numbers on the host.
     """
 
     tokens: Tensor
@@ -47,7 +47,7 @@ class Batch:
     query_starts: Tensor
     contexts: Tensor
     tables: Tensor
-    outputs: Tensor
+    outputs: Tensor | None
     query_lens: list[int]
     context_lens: list[int]
 

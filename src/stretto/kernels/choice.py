@@ -1,6 +1,9 @@
-"""Which table runs where: the C kernels on a CPU they were built for, torch everywhere else."""
+"""Which table runs where: Triton's kernels on a CUDA device, the C kernels on a CPU they were built for, and
+torch everywhere else."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import torch
 
@@ -11,6 +14,9 @@ from stretto.kernels.cpu.table import Quantise, table
 from stretto.kernels.cpu.weights import TYPES
 from stretto.kernels.reference import REFERENCE
 
+# Triton comes with torch for CUDA alone, so its table is imported only where there is a device for it.
+CUDA = "stretto.kernels.cuda.table"
+
 
 def choose_kernels(
     device: torch.device, dtype: torch.dtype, quantise: Quantise | None = None
@@ -19,6 +25,8 @@ def choose_kernels(
 
     Raises StartError when weights are to be quantised and only torch's table can be had.
     """
+    if device.type == "cuda" and quantise is None:
+        return import_module(CUDA).table(device), "Triton's kernels, for CUDA devices"
     library = native.load()
     if device.type != "cpu":
         kernels, why = REFERENCE, f"torch's own kernels run on {device.type}"

@@ -28,6 +28,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0
 FEW = 4
 SOME = 64
+MANY = 1024  # up to here the vendor's FP8 product costs the host more than it saves the device
 HELD = 16384  # weights that a program of the stream has on their way at once
 WIDE = 8192  # from so many outputs on the vendor's product of 16-bit weights is the better one
 
@@ -124,12 +125,13 @@ def _tile(
     M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """N_BLOCK outputs of all rows of x, over a share of the columns. Weights stand on the left, so that they
-    fill the tensor cores however few the rows. The last share to end adds the parts up."""
+    """N_BLOCK outputs of M_BLOCK rows of x, over a share of the columns. Weights stand on the left, so that
+    they fill the tensor cores however few the rows. The last share to end adds the parts up; there are shares
+    only where all rows are in one block."""
     release()
-    tile, split = tl.program_id(0), tl.program_id(1)
+    split, tile = tl.program_id(1), tl.program_id(2)
     row, column = tile * N_BLOCK + tl.arange(0, N_BLOCK), tl.arange(0, K_BLOCK)
-    place = tl.arange(0, M_BLOCK)
+    place = tl.program_id(0) * M_BLOCK + tl.arange(0, M_BLOCK)
     at = weight + row.to(tl.int64)[:, None] * k + column[None]
     across = x + place[None] * k + column[:, None]
     begin = split * reach
@@ -217,18 +219,21 @@ class Tiling:
     k_block: int
     stages: int
     programs: int
+    warps: int = 4
 
 
 FLAT = Tiling(64, 256, 3, 132)
 TALL = Tiling(128, 128, 3, 264)
 TALL_FROM = 132 * 128
+DEEP = Tiling(128, 64, 4, 0, 8)
+DEEP_ROWS = 128
 
 
 def tiled(x: Tensor, packed: Held, arrived: Tensor, tiling: Tiling | None = None) -> Tensor:
-    """For at most SOME rows. `arrived`: int32 zeros, one for each tile of outputs, left as they were."""
+    """For at most MANY rows. `arrived`: int32 zeros, one for each tile of outputs, left as they were."""
     (m, k), n = x.shape, packed.weight.shape[0]
     if tiling is None:
-        tiling = TALL if n >= TALL_FROM else FLAT
+        tiling = DEEP if m > SOME else TALL if n >= TALL_FROM else FLAT
     out = x.new_empty(m, n)
     x_scales = None
     if isinstance(packed, Fp8):
@@ -240,10 +245,11 @@ def tiled(x: Tensor, packed: Held, arrived: Tensor, tiling: Tiling | None = None
         splits *= 2
     reach = triton.cdiv(steps, splits) * k_block
     parts = out.new_empty((m, splits, n) if splits > 1 else 0, dtype=torch.float32)
-    _tile[(tiles, splits)](
+    m_block = min(pow2(m, 16), DEEP_ROWS)
+    _tile[(triton.cdiv(m, m_block), splits, tiles)](
         x, packed.weight, x_scales, _scales(packed), packed.bias, out, parts, arrived, m, n, k, reach,
-        M_BLOCK=pow2(m, 16), N_BLOCK=tiling.n_block, K_BLOCK=k_block, SPLITS=splits,
-        EXACT=x.dtype == torch.float32, num_warps=4, num_stages=tiling.stages, **OPTIONS,
+        M_BLOCK=m_block, N_BLOCK=tiling.n_block, K_BLOCK=k_block, SPLITS=splits,
+        EXACT=x.dtype == torch.float32, num_warps=tiling.warps, num_stages=tiling.stages, **OPTIONS,
     )  # fmt: skip
     return out
 

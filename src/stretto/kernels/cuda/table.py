@@ -14,7 +14,7 @@ from torch import Tensor
 from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kernels, Linear
 from stretto.kernels.cuda import attend, rows
 from stretto.kernels.cuda.experts import experts
-from stretto.kernels.cuda.linear import FEW, SOME, WIDE, Fp8, Held, product, stream, tiled, to_fp8
+from stretto.kernels.cuda.linear import FEW, MANY, SOME, WIDE, Fp8, Held, product, stream, tiled, to_fp8
 from stretto.kernels.reference import Dense, DenseExperts
 
 Quantise = Literal["fp8"]
@@ -48,8 +48,11 @@ class Table:
         held, count = cast(Held, packed), x.shape[0]
         if 0 < count <= FEW:
             return stream(x.contiguous(), held)
-        few_outputs = isinstance(held, Fp8) or held.weight.shape[0] < WIDE
-        if 0 < count <= SOME and few_outputs and x.dtype != torch.float32:
+        if isinstance(held, Fp8):
+            worth = count <= MANY
+        else:
+            worth = count <= SOME and held.weight.shape[0] < WIDE and x.dtype != torch.float32
+        if 0 < count and worth:
             return tiled(x.contiguous(), held, self._arrived)
         return product(x, held)
 
