@@ -21,12 +21,14 @@ from stretto import chat as conversation
 from stretto import config, doctor, terminal
 from stretto.api import app as api
 from stretto.api import serve as server
-from stretto.bench import load
+from stretto.bench import load, traces
 from stretto.bench.client import Client, RequestFailed
 from stretto.bench.metrics import Limits
-from stretto.config import EngineConfig, ServeConfig
+from stretto.config import TIERS, EngineConfig, ServeConfig
+from stretto.engine import replay
 from stretto.engine.check import Checker
 from stretto.engine.client import EngineClient
+from stretto.engine.deadline import SCHEDULES
 from stretto.errors import StartError, StrettoError, Unavailable
 from stretto.llm import LLM, Message, locate
 from stretto.types import Sampling
@@ -77,7 +79,6 @@ def serve(
     kv_memory: Annotated[str | None, setting("kv_memory")] = None,
     context: Annotated[int | None, setting("context")] = None,
     max_running: Annotated[int | None, setting("max_running")] = None,
-    max_waiting: Annotated[int | None, setting("max_waiting")] = None,
     schedule: Annotated[str | None, setting("schedule")] = None,
     drain: Annotated[float | None, setting("drain")] = None,
 ) -> None:
@@ -198,6 +199,51 @@ def bench_serve(
         terminal.show_outcome(outcome)
     if not outcome.report.completed:
         raise typer.Exit(FAILURE)
+
+
+@bench.command("trace")
+def bench_trace(
+    file: Annotated[
+        Path, typer.Argument(help="a recorded load: Azure, Mooncake, LMCache or ServeGen, .gz too")
+    ],
+    load: Annotated[float, option("arrivals, as a share of what fcfs can serve at most")] = 1.0,
+    schedule: Annotated[str, setting("schedule")] = "deadline",
+    tiers: Annotated[str, option("the share of each tier")] = "priority=0.2,default=0.6,flex=0.2",
+    virtual: Annotated[bool, option("in virtual time, on the modelled 0.6B on two CPU cores")] = False,
+    requests: Annotated[int | None, option("the first ones alone", min=1)] = None,
+    seed: Annotated[int, option("of the tiers, and of what a trace gives as distributions")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Replay a recorded load and report attainment and goodput by tier."""
+    with _usage():
+        if not virtual:
+            raise StartError("give --virtual: a trace is replayed in virtual time")
+        if schedule not in SCHEDULES:
+            raise StartError(f"--schedule is one of {', '.join(SCHEDULES)}, not {schedule}")
+        if not 0.01 <= load <= 100:
+            raise StartError(f"--load must be from 0.01 to 100, not {load}")
+        setting = replay.Setting(schedule=schedule, load=load, mix=_mix(tiers), seed=seed)
+    report = replay.replay(traces.read(file, requests=requests, seed=seed), setting)
+    if as_json:
+        terminal.say_json(report)
+    else:
+        terminal.show_replay(report)
+
+
+def _mix(text: str) -> dict[str, float]:
+    """`priority=0.2,default=0.8` as shares that sum to 1. Raises StartError."""
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, share = part.partition("=")
+        try:
+            shares[name] = float(share)
+        except ValueError:
+            raise StartError(f"--tiers: {part!r} is no share: write TIER=0.2") from None
+        if name not in TIERS or not 0 <= shares[name] <= 1:
+            raise StartError(f"--tiers: {part!r}; tiers are {', '.join(TIERS)}, shares from 0 to 1")
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise StartError(f"--tiers: the shares sum to {sum(shares.values()):g}, not to 1")
+    return shares
 
 
 @app.command("doctor")

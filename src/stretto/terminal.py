@@ -25,6 +25,7 @@ from rich.table import Table
 
 from stretto.bench.load import Outcome
 from stretto.bench.metrics import Sample, Spread
+from stretto.engine.replay import Report
 from stretto.errors import StrettoError
 from stretto.machine import gib, process_age
 from stretto.types import ModelInfo
@@ -142,6 +143,26 @@ def show_outcome(outcome: Outcome) -> None:
     for kind, count in report.errors.items():
         out.print(f"[red]{count} failed:[/] ", end="")
         out.print(f"{kind}: {outcome.examples[kind]}", markup=False)
+
+
+def show_replay(report: Report) -> None:
+    """A replayed trace by tier; those that nobody was in are left out."""
+    columns = ("sent", "on time", "good/s", "TTFT p50", "p99", "ITL p99", "refused", "overdue")
+    table = _table("tier", *columns, title=f"{report.schedule} at load {report.load:g}")
+    for name, tier in report.tiers.items():
+        if tier.sent:
+            ttft, itl = tier.ttft_ms, tier.itl_ms
+            times = (ttft and ttft.p50, ttft and ttft.p99, itl and itl.p99)
+            shown = ["-" if value is None else f"{value:,.0f}" for value in times]
+            counts = (str(tier.refused), str(tier.overdue))
+            table.add_row(
+                name, str(tier.sent), f"{tier.attainment:.1%}", f"{tier.goodput:.3f}", *shown, *counts
+            )
+    out.print(table)
+    out.print(
+        f"{report.rate:.3f} requests/s over {report.duration_s:,.0f} s, {report.steps:,} steps,"
+        f" {report.wasted:.1%} of the tokens wasted, {report.preemptions} preemptions"
+    )
 
 
 def show_facts(sections: Iterable[tuple[str, list[tuple[str, str, str]]]]) -> None:
