@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,7 @@ from msgspec import json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -34,8 +34,15 @@ T = TypeVar("T")
 CHAT = json.Decoder(ChatRequest)
 COMPLETION = json.Decoder(CompletionRequest)
 EMBEDDING = json.Decoder(EmbeddingRequest)
+LIVE_S = 0.5
 PAGE = files("stretto.gateway") / "page"
-PAGE_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+PAGE_TYPES = {
+    "index.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "timing.js": "text/javascript",
+    "live.js": "text/javascript",
+}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -102,19 +109,21 @@ class Endpoint:
         choices = run.choices
         first = [choice.times.ttft for choice in choices if choice.times.ttft is not None]
         finishes = [choice.finish for choice in choices if choice.finish is not None]
-        self.front.metrics.ended(
-            Ended(
-                endpoint=self.name,
-                outcome=outcome,
-                seconds=time.monotonic() - arrival,
-                prompt_tokens=sum(choice.prompt_tokens for choice in choices if choice.prompt_counts),
-                output_tokens=sum(choice.tokens for choice in choices),
-                cached_tokens=sum(finish.cached_tokens for finish in finishes),
-                queued=max((finish.queue_ms / 1e3 for finish in finishes), default=None),
-                first=min(first, default=None),
-                gaps=[gap for choice in choices for gap in choice.times.gaps],
-            )
+        ended = Ended(
+            endpoint=self.name,
+            outcome=outcome,
+            seconds=time.monotonic() - arrival,
+            prompt_tokens=sum(choice.prompt_tokens for choice in choices if choice.prompt_counts),
+            output_tokens=sum(choice.tokens for choice in choices),
+            cached_tokens=sum(finish.cached_tokens for finish in finishes),
+            queued=max((finish.queue_ms / 1e3 for finish in finishes), default=None),
+            first=min(first, default=None),
+            gaps=[gap for choice in choices for gap in choice.times.gaps],
         )
+        self.front.metrics.ended(ended)
+        verdicts = [choice.report().on_time for choice in choices if choice.finish is not None]
+        judged = [verdict for verdict in verdicts if verdict is not None]
+        self.front.recent.ended(ended, run.tier, all(judged) if judged else None)
 
 
 async def _end_when_left(receive: Receive, run: Run) -> None:
@@ -167,6 +176,20 @@ class Pages:
     async def state(self, request: Request) -> Response:
         http.tenant(request.scope, self.front.config.api_keys)
         return self._json(self.front.state())
+
+    async def live(self, request: Request) -> Response:
+        """Server-sent events: the recent past, a few times a second until the server drains."""
+        http.tenant(request.scope, self.front.config.api_keys)
+        headers = {"Cache-Control": "no-store"}
+        return StreamingResponse(self._snapshots(), media_type="text/event-stream", headers=headers)
+
+    async def _snapshots(self) -> AsyncIterator[bytes]:
+        front = self.front
+        while not front.draining:
+            engine = front.engine
+            now = front.recent.snapshot(running=len(front.runs), restarts=engine.restarts, ready=engine.ready)
+            yield b"data: " + json.encode(now) + b"\n\n"
+            await asyncio.sleep(LIVE_S)
 
     async def openapi(self, request: Request) -> Response:
         return self._json(openapi.document())
@@ -244,6 +267,7 @@ class App:
                 Route("/health", pages.health),
                 Route("/ready", pages.ready),
                 Route("/state", pages.state),
+                Route("/live", pages.live),
                 Route("/metrics", pages.metrics),
             ],
             exception_handlers={HTTPException: _refused, StrettoError: _refused},

@@ -15,6 +15,7 @@ from stretto.api.answer import Choice, Stream
 from stretto.api.text import TextModel
 from stretto.config import ServeConfig, tiers_of
 from stretto.errors import Draining, Overloaded, StrettoError, Unavailable, UnknownModel
+from stretto.telemetry.live import Recent
 from stretto.telemetry.metrics import Gauges, Metrics
 from stretto.types import Grammar, ModelInfo, Request, StepStats, WorkerState
 
@@ -87,7 +88,8 @@ class Front:
         self.draining = False
         self.created = int(time.time())
         self._threads = ThreadPoolExecutor(2, "text")
-        engine.steps.append(self.metrics.step)
+        self.recent = Recent()
+        engine.steps += [self.metrics.step, self.recent.step]
 
     def model(self, name: str | None) -> tuple[str, TextModel]:
         """The model of that name, or the first one. Raises UnknownModel."""
@@ -145,6 +147,7 @@ class Run:
 
     def __init__(self, front: Front) -> None:
         self.choices: list[Choice] = []
+        self.tier = "default"
         self._front = front
         self._task = asyncio.current_task()
         self._ended = False

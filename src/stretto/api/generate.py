@@ -26,6 +26,7 @@ Heard = tuple[Choice, list[TokenEvent]]
 async def generate(front: Front, run: Run, job: Job, tenant: str, arrival: float, send: Send) -> None:
     """One job from start to end. Raises what goes wrong; `run.streaming` says whether a stream had begun."""
     front.ensure_open(len(job.prompts) * job.sampling.n)
+    run.tier = job.aim.tier
     run.open(_submit(front, job, tenant, arrival))
     header = write.Header(
         id=("chatcmpl-" if job.style is write.CHAT else "cmpl-") + token_hex(12),

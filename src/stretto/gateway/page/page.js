@@ -43,6 +43,15 @@ async function* events(response) {
   }
 }
 
+function objective() {
+  const asked = {};
+  for (const name of ["ttft", "itl", "total"]) {
+    const value = parseFloat($(name).value);
+    if (value > 0) asked[`${name}_ms`] = value;
+  }
+  return asked;
+}
+
 function request() {
   const system = $("system").value.trim();
   const tokens = parseInt($("tokens").value, 10);
@@ -50,6 +59,8 @@ function request() {
     model: $("model").value,
     messages: [...(system ? [{ role: "system", content: system }] : []), ...history],
     temperature: parseFloat($("temperature").value),
+    service_tier: $("tier").value,
+    ...(Object.keys(objective()).length && { objective: objective() }),
     stream: true,
     stream_options: { include_usage: true },
     ...(tokens > 0 && { max_completion_tokens: tokens }),
@@ -58,6 +69,8 @@ function request() {
 
 function timing(report, usage, seconds) {
   const parts = [];
+  if (report?.on_time != null) parts.push(report.on_time ? "On time" : "Late");
+  if (report?.queue_ms != null) parts.push(`waited ${report.queue_ms.toFixed(0)} ms`);
   if (report?.ttft_ms != null) parts.push(`first token ${report.ttft_ms.toFixed(0)} ms`);
   if (report?.itl_p99_ms != null) parts.push(`gaps p99 ${report.itl_p99_ms.toFixed(0)} ms`);
   if (usage) parts.push(`${usage.completion_tokens} tokens`);
@@ -67,6 +80,14 @@ function timing(report, usage, seconds) {
 
 async function answer(shown) {
   const started = performance.now();
+  const asked = objective();
+  const arrivals = [];
+  let drawn = null, drawing = 0;
+  const draw = () => {
+    const next = strip(arrivals, asked);
+    if (drawn) drawn.replaceWith(next); else shown.box.append(next);
+    drawn = next;
+  };
   const response = await fetch("v1/chat/completions", {
     method: "POST", headers: headers(), body: JSON.stringify(request()), signal: running.signal,
   });
@@ -77,6 +98,10 @@ async function answer(shown) {
     usage = event.usage ?? usage;
     report = event.stretto ?? report;
     const delta = event.choices[0]?.delta ?? {};
+    if (delta.content || delta.reasoning_content) {
+      arrivals.push(performance.now() - started);
+      if (!drawing) drawing = requestAnimationFrame(() => { drawing = 0; draw(); });
+    }
     if (delta.reasoning_content) {
       if (!thought) shown.body.before((thought = element("p", "thought")));
       thought.append(delta.reasoning_content);
@@ -88,6 +113,8 @@ async function answer(shown) {
     const log = $("log");
     if (log.scrollHeight - log.scrollTop - log.clientHeight < 120) log.scrollTop = log.scrollHeight;
   }
+  cancelAnimationFrame(drawing);
+  if (arrivals.length) draw();
   shown.box.append(element("p", "timing", timing(report, usage, (performance.now() - started) / 1000)));
   return text;
 }
@@ -122,41 +149,13 @@ function grow() {
   input.style.height = `${input.scrollHeight + 2}px`;
 }
 
-function facts(state) {
-  const model = state.models.find((held) => held.name === $("model").value) ?? state.models[0];
-  const rows = model
-    ? [["Family", model.family], ["Parameters", short(model.parameters)], ["Context", model.context],
-       ["Type", model.dtype], ["Device", model.device], ["Running", state.running], ["Waiting", state.waiting]]
-    : [];
-  $("facts").replaceChildren(...rows.flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]));
-}
-
-function short(number) {
-  const unit = ["", "K", "M", "B"];
-  let at = 0;
-  while (number >= 1000 && at < 3) { number /= 1000; at += 1; }
-  return `${number.toPrecision(3)} ${unit[at]}`;
-}
-
-async function look() {
-  let ready = false, text = "not reachable";
-  try {
-    const response = await fetch("ready");
-    ready = response.ok;
-    text = ready ? "ready" : (await response.json()).error.message;
-    if (!$("model").options.length || !ready) await models();
-    const state = await fetch("state", { headers: headers() });
-    if (state.ok) facts(await state.json());
-  } catch { /* the status line says it */ }
-  $("status").className = `status ${ready ? "ready" : "down"}`;
-  $("status-text").textContent = text;
-}
-
 async function models() {
   const response = await fetch("v1/models", { headers: headers() });
   if (!response.ok) return;
   const { data } = await response.json();
+  const chosen = $("model").value;
   $("model").replaceChildren(...data.map((model) => new Option(model.id)));
+  if (data.some((model) => model.id === chosen)) $("model").value = chosen;
 }
 
 $("form").addEventListener("submit", (event) => {
@@ -178,5 +177,24 @@ $("clear").addEventListener("click", () => {
   history.length = 0;
   $("log").replaceChildren(element("p", "hint", "A new conversation."));
 });
-look();
-setInterval(look, 5000);
+$("copy").addEventListener("click", async () => {
+  const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const body = request();
+  const said = $("input").value.trim();
+  if (said) body.messages.push({ role: "user", content: said });
+  const key = $("key").value.trim() ? ' -H "Authorization: Bearer $STRETTO_KEY"' : "";
+  const url = new URL("v1/chat/completions", document.baseURI);
+  const text = `curl -N ${url} -H 'Content-Type: application/json'${key} -d ${quote(JSON.stringify(body))}`;
+  let done = "Copied";
+  try { await navigator.clipboard.writeText(text); } catch { done = "The browser refused to copy"; }
+  $("copy").textContent = done;
+  setTimeout(() => { $("copy").textContent = "Copy as curl"; }, 2000);
+});
+models().catch(() => {});
+follow(headers, events, (ready, text) => {
+  const kind = `status ${ready ? "ready" : "down"}`;
+  if ($("status").className === kind && $("status-text").textContent === text) return;
+  $("status").className = kind;
+  $("status-text").textContent = text;
+  if (ready) models().catch(() => {});
+});
