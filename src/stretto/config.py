@@ -73,12 +73,25 @@ def tiers_of(terms: Mapping[TierName, Terms]) -> dict[str, Tier]:
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True):
-    """One model to hold. `path` is a directory in the Hugging Face layout, or `null` for the null model."""
+    """One model to hold. `path` is a directory in the Hugging Face layout, or `null` for the null model,
+    whose steps take no time, or as many milliseconds as `null:20` says.
+    """
 
     name: str
     path: str
     dtype: Dtype = "auto"
     quantise: Quantise | None = None
+
+    @property
+    def null_ms(self) -> float | None:
+        """Milliseconds of a step of the null model; None: it is a real one. Raises StartError for no number."""
+        name, _, text = self.path.partition(":")
+        if name != "null":
+            return None
+        try:
+            return float(text or 0.0)
+        except ValueError:
+            raise StartError(f"{self.path!r}: write null, or null:20 for steps of 20 ms") from None
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):

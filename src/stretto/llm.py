@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from stretto import config
 from stretto.api.answer import Choice, Spoken, Times
-from stretto.api.text import NULL, TextModel
+from stretto.api.text import TextModel
 from stretto.config import ModelConfig
 from stretto.engine.check import Checker
 from stretto.engine.client import EngineClient
@@ -255,7 +255,7 @@ def locate(
     """The models with directories in place of what a user wrote; hub ids are downloaded first."""
     return tuple(
         model
-        if model.path == NULL
+        if model.null_ms is not None
         else msgspec.structs.replace(model, path=str(source.resolve(model.path, on_progress)))
         for model in models
     )

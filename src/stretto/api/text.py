@@ -30,7 +30,7 @@ class TextModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        is_null = str(path) == NULL
+        is_null = str(path).partition(":")[0] == NULL
         self.tokenizer = _null_tokenizer() if is_null else _load(path)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

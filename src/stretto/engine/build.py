@@ -15,7 +15,7 @@ import torch
 from stretto.config import EngineConfig, ModelConfig
 from stretto.engine.grammar import Grammars
 from stretto.engine.loop import Runner
-from stretto.engine.null import NullRunner, null_info
+from stretto.engine.null import Cost, NullRunner, null_info
 from stretto.engine.runner import TorchRunner
 from stretto.errors import InvalidGrammar
 from stretto.kernels.choice import choose_kernels, use_threads
@@ -33,7 +33,6 @@ from stretto.models.decoder import Decoder
 from stretto.models.load import load
 from stretto.types import ModelInfo
 
-NULL = "null"
 Progress = Callable[[str, int, int], None]
 # It needs Triton, which comes with torch for CUDA alone.
 CUDA = "stretto.engine.graphs"
@@ -61,8 +60,8 @@ class Runners:
 
     def _runner(self, model: ModelConfig, left: int) -> Runner:
         """Load one of the `left` models that still share the free memory."""
-        if model.path == NULL:
-            return NullRunner(null_info(name=model.name), sleep=time.sleep)
+        if model.null_ms is not None:
+            return NullRunner(null_info(name=model.name), cost=Cost(c0=model.null_ms), sleep=time.sleep)
         started, path = time.monotonic(), Path(model.path)
         spec = families.read(path)
         dtype = choose_dtype(snapshot(), spec.dtype, device=self._device.type, asked=model.dtype).value

@@ -22,6 +22,7 @@ SCALES = (1.0, 8.0, 128.0, 8192.0, 131072.0)  # a load of each kind that costs a
 FORGETTING = 0.9  # remembers about 10 steps of a kind
 NOISE = 0.05  # the relative spread of steps that are alike
 HUBER = 2.5  # an error beyond this many usual ones counts as one of that size
+MOST_SPREAD = 1e12
 SHORTEST_MS = 0.01  # below this a step is as good as free, and a relative error says nothing
 SMALLEST_NOISE = 0.01
 WARM = 8  # steps before the usual error means anything
@@ -191,6 +192,8 @@ class StepTime:
         self._theta = np.maximum(self._theta + lever * (error / (1.0 + known) / NOISE**2), 0.0)
         told = FORGETTING - (1.0 - FORGETTING) / known
         self._spread -= np.outer(lever, lever) * (told / (1.0 + told * known) / NOISE**2)
+        if not float(self._spread.max()) < MOST_SPREAD:  # rounding has run away with it
+            self._spread = self._ignorance()
 
 
 def calibrate(run: Callable[[Probe], float], budget_ms: float = BUDGET_MS) -> StepTime:
