@@ -84,7 +84,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
 
     @property
     def null_ms(self) -> float | None:
-        """Milliseconds of a step of the null model; None: it is a real one. Raises StartError for no number."""
+        """Milliseconds of a null model's step; None: it is a real one. Raises StartError for no number."""
         name, _, text = self.path.partition(":")
         if name != "null":
             return None

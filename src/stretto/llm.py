@@ -24,7 +24,7 @@ from stretto.api.text import TextModel
 from stretto.config import ModelConfig
 from stretto.engine.check import Checker
 from stretto.engine.client import EngineClient
-from stretto.errors import ContextExceeded, InvalidRequest, StartError, Unavailable
+from stretto.errors import ContextExceeded, InvalidRequest, Unavailable
 from stretto.models import source
 from stretto.types import Logprobs, ModelInfo, Reason, Request, Sampling
 
