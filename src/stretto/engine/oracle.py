@@ -14,11 +14,39 @@ GRID = 512
 
 
 class Work(NamedTuple):
-    """A request as seconds of machine time, to be done between `arrival` and `due`."""
+    """Seconds of machine time to be done between `arrival` and `due`, in `steps` steps or more."""
 
     arrival: float
     due: float
     seconds: float
+    steps: int = 0
+
+
+def with_base(works: Sequence[Work], base: float, grid: int = 4 * GRID) -> list[Work]:
+    """The works with their part of what steps themselves cost (`base` seconds each), whatever they hold.
+
+    A request needs a step for each of its tokens and shares steps only with those it overlaps. Charging each
+    step to the requests that may be there, in fixed parts that add to no more than one, so charges a schedule
+    no more than it pays: another relaxation. The parts are the square of how densely a request needs steps.
+    """
+    if not works:
+        return []
+    starts = np.array([work.arrival for work in works])
+    dues = np.array([work.due for work in works])
+    instants = np.linspace(starts.min(), dues.max(), grid + 1)
+    first = np.clip(np.searchsorted(instants, starts, side="right") - 1, 0, grid - 1)
+    last = np.clip(np.searchsorted(instants, dues, side="left"), first + 1, grid)
+    steps = np.array([work.steps for work in works])
+    part = (steps / (dues - starts)) ** 2
+    change = np.zeros(grid + 1)
+    np.add.at(change, first, part)
+    np.add.at(change, last, -part)
+    there = np.cumsum(change)
+    most = [float(there[begin:end].max()) for begin, end in zip(first, last, strict=True)]
+    return [
+        work._replace(seconds=work.seconds + base * work.steps * share / whole if share else work.seconds)
+        for work, share, whole in zip(works, part.tolist(), most, strict=True)
+    ]
 
 
 def most_on_time(works: Sequence[Work], grid: int = GRID) -> float:

@@ -21,7 +21,7 @@ from stretto.config import Tier
 from stretto.engine.deadline import SCHEDULES
 from stretto.engine.loop import Engine
 from stretto.engine.null import NullPending, NullRunner, VirtualClock, null_info
-from stretto.engine.oracle import Work, most_on_time
+from stretto.engine.oracle import Work, most_on_time, with_base
 from stretto.engine.schedule import Limits, Plan
 from stretto.engine.sequence import Sequence as Running
 from stretto.engine.steptime import Cost, Load, StepTime
@@ -31,10 +31,11 @@ from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason, Request, Sam
 # A Qwen3-0.6B shape on two cores of a server CPU, int8: to be replaced by a calibrated one.
 SMALL_CPU = Cost(c0=38.0, c1=1.5, c2=2.9, c3=0.0022, c4=2e-6)
 # What such a machine can promise: it reads the longest usual prompt (4,100 tokens) in 12 s and speaks alone
-# every 45 ms. Five and ten times that pace, and two and four times that prompt.
+# every 45 ms. So: three and six times that prompt, and some five and ten times that pace (a quick reader's
+# and a slow one's).
 CPU_TIERS: dict[str, Tier] = {
-    "priority": Tier(objective=Objective(ttft_ms=30_000, itl_ms=250), weight=4.0),
-    "default": Tier(objective=Objective(ttft_ms=60_000, itl_ms=500), weight=2.0),
+    "priority": Tier(objective=Objective(ttft_ms=36_000, itl_ms=250), weight=4.0),
+    "default": Tier(objective=Objective(ttft_ms=72_000, itl_ms=500), weight=2.0),
     "flex": Tier(objective=Objective(), weight=1.0),
 }
 MIX = {"priority": 0.2, "default": 0.6, "flex": 0.2}
@@ -70,7 +71,8 @@ class Spread(Struct, frozen=True):
 class TierReport(Struct, frozen=True, kw_only=True):
     """What became of a tier's requests. `on_time` counts those without an objective that were answered.
     `goodput`: on-time answers per second that were over within the time of the arrivals, so what is only
-    done once the load has gone does not count; `completed` and `tokens` (per second) likewise."""
+    done once the load has gone does not count; `completed` and `tokens` (per second) likewise.
+    `longest_gap_ms`: the longest pause between two tokens of a request that was on time."""
 
     sent: int
     on_time: int
@@ -83,13 +85,14 @@ class TierReport(Struct, frozen=True, kw_only=True):
     ttft_ms: Spread | None
     tpot_ms: Spread | None
     itl_ms: Spread | None
+    longest_gap_ms: float
 
 
 class Report(Struct, frozen=True, kw_only=True):
     """A replay. `rate`: arrivals per second; `capacity`: what load 1.0 is; `duration_s` to the last arrival,
     `drained_s` to the last end. `wasted`: share of all tokens computed for requests that had an objective and
-    were late or never answered. `oracle_goodput`: no schedule could have more (see `engine.oracle`).
-    `timed` are all tiers with an objective."""
+    were late or never answered. `best_goodput`: no schedule could have more (see `engine.oracle`); prefixes
+    that requests share are not in that reckoning. `timed` are all tiers with an objective."""
 
     schedule: str
     load: float
@@ -102,7 +105,7 @@ class Report(Struct, frozen=True, kw_only=True):
     wasted: float
     preemptions: int
     model_error: float
-    oracle_goodput: float | None
+    best_goodput: dict[str, float]
     tiers: dict[str, TierReport]
 
 
@@ -175,7 +178,11 @@ def replay(arrivals: Sequence[Arrival], setting: Setting, *, rate: float | None 
     ]
     outputs = [arrival.output_tokens for arrival in usable]
     report = World(setting, share=any(arrival.prefix for arrival in usable)).run(requests, outputs, full)
-    return msgspec.structs.replace(report, oracle_goodput=bound(requests, outputs, setting))
+    timed = [pair for pair in zip(requests, outputs, strict=True) if _timed(pair[0])]
+    best = {"all": bound(requests, outputs, setting)}
+    if timed:
+        best["timed"] = bound([one for one, _ in timed], [tokens for _, tokens in timed], setting)
+    return msgspec.structs.replace(report, best_goodput=best)
 
 
 def capacity(arrivals: Sequence[Arrival], setting: Setting, most: int = 2000) -> float:
@@ -268,16 +275,15 @@ class World:
             wasted=lost / total if total else 0.0,
             preemptions=self._preemptions,
             model_error=self._lane.times.error,
-            oracle_goodput=None,
+            best_goodput={},
             tiers={name: _tier_report(group, end) for name, group in groups.items()},
         )
 
 
 def bound(requests: Sequence[Request], outputs: Sequence[int], setting: Setting) -> float:
-    """Goodput that no schedule exceeds: `engine.oracle` over the work of each request when every step is full
-    (so its tokens carry no more of the base than they must), due with its last token or with the last
-    arrival, whichever is first."""
-    end = requests[-1].arrival
+    """Goodput that no schedule exceeds, by `engine.oracle`: each request's own work and its part of the steps
+    it needs, due with its last token or with the last arrival, whichever is first."""
+    cost, end = setting.cost, requests[-1].arrival
     works: list[Work] = []
     for request, tokens in zip(requests, outputs, strict=True):
         objective, prompt = request.objective, len(request.prompt)
@@ -285,12 +291,11 @@ def bound(requests: Sequence[Request], outputs: Sequence[int], setting: Setting)
         if tokens > 1:
             streamed += (tokens - 1) * _seconds(objective.itl_ms)
         due = min(request.arrival + min(streamed, _seconds(objective.total_ms)), end)
-        base = setting.cost.c0 * (prompt + tokens - 1) / setting.max_step_tokens
-        spoken = (tokens - 1) * setting.cost.row(prompt + tokens // 2)
-        seconds = (base + setting.cost.prefill(0, prompt) + spoken) / 1e3
+        spoken = (tokens - 1) * cost.row(prompt + tokens // 2)
+        seconds = (cost.prefill(0, prompt) + spoken) / 1e3
         if due - request.arrival >= seconds:
-            works.append(Work(request.arrival, due, seconds))
-    return most_on_time(works) / end
+            works.append(Work(request.arrival, due, seconds, tokens))
+    return most_on_time(with_base(works, cost.c0 / 1e3)) / end
 
 
 def _request(ident: int, arrival: Arrival, tier: tuple[str, Tier]) -> Request:
@@ -338,6 +343,7 @@ def _tier_report(group: Sequence[Told], end: float) -> TierReport:
         ttft_ms=_spread([(one.first - one.request.arrival) * 1e3 for one in spoke]),
         tpot_ms=_spread([sum(one.gaps) / len(one.gaps) for one in spoke if one.gaps]),
         itl_ms=_spread([gap for one in spoke for gap in one.gaps]),
+        longest_gap_ms=max((max(one.gaps, default=0.0) for one in good), default=0.0),
     )
 
 
