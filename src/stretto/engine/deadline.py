@@ -370,8 +370,6 @@ def _fill(draft: Draft, sequences: list[Sequence], ms: float) -> float:
 
 def _go_on(draft: Draft, seq: Sequence, ms: float) -> None:
     """Read as much of a sequence as fits in `ms`, taking it in first when it waits."""
-    if seq in draft.plan.preempt:
-        return
     if seq.slot < 0:
         _admit(draft, seq, ms)
     elif seq.remaining == 1:
@@ -388,7 +386,9 @@ def _chunk(draft: Draft, start: int, wanted: int, ms: float) -> int:
 
 
 def _continue(draft: Draft, seq: Sequence, count: int) -> None:
-    """The next `count` tokens of a running sequence, if there are blocks for them."""
+    """The next `count` tokens of a running sequence, if it may still run and there are blocks for them."""
+    if seq in draft.plan.preempt:
+        return
     need = draft.pool.blocks_for(seq.computed + count) - len(seq.blocks)
     if count <= 0 or not _make_room(draft, seq, need):
         return
@@ -439,12 +439,12 @@ def _make_room(draft: Draft, seq: Sequence, need: int, among: int = TIMED) -> bo
     if need <= draft.free:
         return True
     plan = draft.plan
-    kept = {id(row.seq) for row in plan.rows} | {id(other) for other in plan.preempt}
+    kept = {id(other) for other in (*(row.seq for row in plan.rows), *plan.preempt, *plan.end)}
     tightness = _tightness(seq)
     looser = [
         other
         for other in draft.queues.running
-        if id(other) not in kept and other.rank[0] >= among and _tightness(other) > tightness
+        if other.rank[0] >= among and _tightness(other) > tightness and id(other) not in kept
     ]
     looser.sort(key=_tightness)
     victims: list[Sequence] = []

@@ -303,7 +303,7 @@ def _request(ident: int, arrival: Arrival, tier: tuple[str, Tier]) -> Request:
     tokens = (0,) * arrival.prompt_tokens
     if arrival.prefix:
         ids = (block * PREFIX_BLOCK + offset for block in arrival.prefix for offset in range(PREFIX_BLOCK))
-        tokens = tuple(islice(chain(ids, repeat(0)), arrival.prompt_tokens))
+        tokens = tuple(islice(chain(ids, repeat(-ident)), arrival.prompt_tokens))
     name, row = tier
     return Request(
         id=ident,
