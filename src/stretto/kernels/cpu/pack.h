@@ -1,6 +1,7 @@
 /* Weights into panels and back. Quantisation searches each group's scale for the least squared error. */
 
 #define SEARCH 6 /* scales tried on either side of the one that just holds the largest weight, for int4 */
+#define LINE 16  /* words of a cache line */
 #define BLOCK 64 /* of k, moved at once: 32 rows of it stay in the nearest cache */
 
 typedef struct {
@@ -80,6 +81,15 @@ INLINE void pack_group(uint8_t *data, const float *x, int64_t lane, int64_t grou
     }
 }
 
+/* A whole panel that is kept as it is: PANEL rows of `count` words, a cache line of each at a time. */
+INLINE void move_pairs(uint32_t *words, const void *rows, int64_t count)
+{
+    for (int64_t start = 0; start < count; start += LINE)
+        for (int64_t i = start; i < least(start + LINE, count); i++)
+            for (int64_t lane = 0; lane < PANEL; lane++)
+                memcpy(words + i * PANEL + lane, (const uint8_t *)rows + (lane * count + i) * 4, 4);
+}
+
 /* Weights that are kept: a transposition, in words of one float or of two bf16. */
 INLINE void pack_kept(const Pack *a, int64_t panel, uint32_t *words)
 {
@@ -87,6 +97,11 @@ INLINE void pack_kept(const Pack *a, int64_t panel, uint32_t *words)
     int64_t halves = w->kind == W_BF16 ? 2 : 1, kp = padded_k(w->kind, w->k);
     float block[BLOCK];
     uint32_t line[BLOCK];
+    if (halves == 2 && a->type == BF16 && w->k % 2 == 0 && (panel + 1) * PANEL <= w->n) {
+        move_pairs(words, at(a->source, panel * PANEL * w->k, a->type), w->k / 2);
+        memset(words + w->k / 2 * PANEL, 0, (size_t)(kp - w->k) / 2 * PANEL * sizeof *words);
+        return;
+    }
     for (int64_t k = 0; k < kp; k += BLOCK)
         for (int64_t lane = 0; lane < least(PANEL, w->n - panel * PANEL); lane++) {
             int64_t count = least(BLOCK, w->k - k);
