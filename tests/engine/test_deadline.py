@@ -88,12 +88,14 @@ class World:
         tokens: int = 5,
         objective: Objective | None = None,
         tenant: str = "local",
+        first: int | None = None,
     ) -> Request:
-        """A request for model `b` when its id is above 1,000, else for `a`. Prompts share no beginnings."""
+        """A request for model `b` when its id is above 1,000, else for `a`. Prompts with one `first` token
+        begin alike; those without share nothing."""
         request = Request(
             id=ident,
             model="b" if ident > 1000 else "a",
-            prompt=(ident, *range(prompt - 1)),
+            prompt=(-ident if first is None else first, *range(prompt - 1)),
             arrival=self.clock(),
             sampling=Sampling(max_tokens=tokens, seed=ident),
             objective=TIERS[tier].objective if objective is None else objective,
@@ -294,6 +296,16 @@ def test_blocks_are_taken_from_the_loosest_never_from_a_tighter_one():
     assert world.on_time(3) and all(world.reason(ident) is Reason.LENGTH for ident in (1, 2, 3))
 
 
+def test_those_without_a_due_make_place_for_one_that_has_one():
+    world = World(running=4)
+    for ident in range(1, 9):
+        world.send(ident, 50, tier="flex", tokens=400)
+    world.run(until=0.05)
+    world.send(9, 50, tier="priority")
+    world.run()
+    assert world.on_time(9) and {world.reason(ident) for ident in range(1, 9)} == {Reason.LENGTH}
+
+
 def test_another_models_prompt_does_not_hold_up_a_stream():
     world = World(cost=SMALL_CPU)
     world.send(1, 20, tokens=60, objective=Objective(ttft_ms=2000, itl_ms=200))
@@ -445,6 +457,7 @@ def test_every_request_ends_and_no_block_is_lost(data: st.DataObject):
             objective=data.draw(objectives),
             tier=data.draw(st.sampled_from(list(TIERS))),
             tenant=data.draw(st.sampled_from(["x", "y"])),
+            first=data.draw(st.integers(0, 1)),
         )
         dues: dict[tuple[int, int], float] = {}
         for _ in range(data.draw(st.integers(0, 4))):

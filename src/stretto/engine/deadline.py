@@ -246,6 +246,7 @@ def _run_streams(draft: Draft, running: Running, until: float, *, pressed: bool)
     step = (draft.ms + ms) * draft.margin / 1e3
     late = draft.now + step > draft.end
     if pressed and not late:
+        running.spare += [seq for seq in streams if seq.latest >= draft.end + step]
         streams = [seq for seq in streams if seq.latest < draft.end + step]
         starts = [seq.computed for seq in streams]
         ms = cost.c1 * len(streams) + cost.c3 * (sum(starts) + len(starts))
@@ -397,17 +398,21 @@ def _continue(draft: Draft, seq: Sequence, count: int) -> None:
 
 
 def _admit(draft: Draft, seq: Sequence, ms: float) -> None:
-    """Take a waiting sequence in. One whose next block is being computed by another waits for it."""
+    """Take a waiting sequence in. One whose next block is being computed by another waits for it. In a
+    step in which another gives way it begins anew: what the two share is not room."""
     pool = draft.pool
-    matched, idle = pool.match(seq)
+    if draft.room <= 0 and not _make_place(draft, seq):
+        return
+    anew = bool(draft.plan.preempt)
+    matched, idle = ([], 0) if anew else pool.match(seq)
     key = pool.next_key(seq, len(matched))
-    if draft.room <= 0 or (key is not None and (key in draft.claimed or pool.expects(key))):
+    if key is not None and not anew and (key in draft.claimed or pool.expects(key)):
         return
     growth = len(draft.queues.running) - len(draft.plan.preempt)
     start = len(matched) * pool.size
     count = _chunk(draft, start, seq.length - start, ms)
     need = pool.blocks_for(start + count) - len(matched) + idle
-    if need + growth > draft.free:  # what a victim shares with it is not room: begin anew
+    if need + growth > draft.free:
         matched, start = [], 0
         count = _chunk(draft, 0, seq.length, ms)
         need = pool.blocks_for(count)
@@ -436,29 +441,49 @@ def _add(draft: Draft, row: Row) -> None:
 def _make_room(draft: Draft, seq: Sequence, need: int, among: int = TIMED) -> bool:
     """Whether `need` blocks are there, if looser sequences (of class `among` or beyond) give way, loosest
     first. A tighter one never does."""
-    if need <= draft.free:
-        return True
-    plan = draft.plan
-    kept = {id(other) for other in (*(row.seq for row in plan.rows), *plan.preempt, *plan.end)}
-    tightness = _tightness(seq)
-    looser = [
-        other
-        for other in draft.queues.running
-        if other.rank[0] >= among and _tightness(other) > tightness and id(other) not in kept
-    ]
-    looser.sort(key=_tightness)
     victims: list[Sequence] = []
     free = draft.free
+    looser = _looser(draft, seq, among) if need > free else []
     while need > free and looser:
         victims.append(looser.pop())
         free += draft.pool.freed_by(victims[-1])
     if need > free:
         return False
     draft.free = free
-    draft.room += len(victims)
-    plan.preempt += victims
-    plan.place += [(v, (TIMED, v.due, v.request.id)) for v in victims if v.rank[0] == TIMED]
+    _preempt(draft, victims)
     return True
+
+
+def _make_place(draft: Draft, seq: Sequence) -> bool:
+    """Whether one without a due could make place for this one, which has one."""
+    looser = _looser(draft, seq, SPARE) if seq.rank[0] == TIMED else []
+    if looser:
+        draft.free += draft.pool.freed_by(looser[-1])
+        _preempt(draft, looser[-1:])
+    return draft.room > 0
+
+
+def _looser(draft: Draft, seq: Sequence, among: int) -> list[Sequence]:
+    """The running sequences that may give way to this one, the loosest last. None in a step that has let
+    one in on the blocks of another: what they share would not be room."""
+    plan, tightness = draft.plan, _tightness(seq)
+    if any(matched for _, matched in plan.admit):
+        return []
+    kept = {id(other) for other in (*(row.seq for row in plan.rows), *plan.preempt, *plan.end)}
+    looser = [
+        other
+        for other in draft.queues.running
+        if other.rank[0] >= among and _tightness(other) > tightness and id(other) not in kept
+    ]
+    return sorted(looser, key=_tightness)
+
+
+def _preempt(draft: Draft, victims: list[Sequence]) -> None:
+    draft.room += len(victims)
+    draft.plan.preempt += victims
+    draft.plan.place += [
+        (v, (TIMED, v.due, v.request.id)) for v in victims if v.rank[0] == TIMED and not v.late
+    ]
 
 
 def _tightness(seq: Sequence) -> tuple[int, float, int]:
