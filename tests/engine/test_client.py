@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,15 @@ async def test_an_engine_that_cannot_load_says_why(tmp_path: Path):
     with pytest.raises(StartError, match=r"config\.json"):
         await client.wait_ready()
     await client.shutdown(1.0)
+
+
+def test_a_full_disk_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch):
+    def full(**_: str) -> str:
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(StartError, match="No space left on device; free some space, or set TMPDIR"):
+        EngineClient(NULL)
 
 
 async def test_shutting_down_while_loading_leaves_no_process():

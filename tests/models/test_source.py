@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,16 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     with pytest.raises(CheckpointError, match=r"org/model is not in the hub's cache.*cannot be reached"):
+        resolve("org/model")
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full, raising=False)
+    with pytest.raises(CheckpointError, match=r"the disk is full.*org/model.*HF_HOME"):
         resolve("org/model")
 
 

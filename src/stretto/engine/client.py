@@ -89,7 +89,7 @@ class EngineClient:
     ) -> None:
         self._config = config
         self._on_progress = on_progress
-        self._folder = Path(tempfile.mkdtemp(prefix="stretto-"))
+        self._folder = _folder()
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -263,7 +263,8 @@ class EngineClient:
                 self._settled.set()
             case messages.Failed(text):
                 self._failure = text
-                log.error("the engine cannot start: %s", text)
+                if self._settled.is_set():  # the first time, `wait_ready` says it
+                    log.error("the engine cannot start: %s", text)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         streams = self._streams
@@ -273,3 +274,14 @@ class EngineClient:
                 stream.push(event)
                 if event.finish is not None:
                     del streams[event.id]
+
+
+def _folder() -> Path:
+    """A folder for the sockets. Raises StartError when none can be made, as on a full disk."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="stretto-"))
+    except OSError as error:
+        reason = error.strerror or error
+        raise StartError(
+            f"no folder for the engine's socket: {reason}; free some space, or set TMPDIR"
+        ) from error

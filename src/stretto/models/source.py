@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from errno import ENOSPC
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ def _fetch(name: str, progress: Progress | None) -> Path:
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise CheckpointError(f"{name} is not in the hub's cache, and the hub cannot be reached") from error
     except (huggingface_hub.errors.HfHubHTTPError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == ENOSPC:
+            raise CheckpointError(
+                f"the disk is full: {name} was not downloaded whole; free some space, or set HF_HOME to a "
+                "folder on another disk, and start again: what is there is kept"
+            ) from error
         raise CheckpointError(f"{name} could not be fetched from the hub: {error}") from error
 
 
