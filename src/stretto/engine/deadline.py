@@ -13,6 +13,7 @@ from itertools import groupby, repeat
 from math import inf
 
 from stretto.engine.blocks import BlockPool
+from stretto.engine.draft import Draft, go_on, run
 from stretto.engine.feasible import Job, left_out
 from stretto.engine.schedule import Limits, Moment, Plan, Queues, Row, Schedule, fcfs
 from stretto.engine.sequence import SPARE, TIMED, Rank, Sequence
@@ -32,30 +33,6 @@ DEBT_STEP_MS = 3000.0  # tenants whose use of the last minute differs by less ar
 
 Placed = tuple[Rank, Sequence]
 Weighed = tuple[float, float, int, Sequence]  # minus its weight, its due, its id
-
-
-@dataclass(slots=True)
-class Draft:
-    """A plan in the making. `ms`: predicted so far; `tokens`, `free`, `room`: tokens, blocks and places that
-    are left; `end`: when the step must be over."""
-
-    plan: Plan
-    queues: Queues
-    pool: BlockPool
-    limits: Limits
-    now: float
-    cost: Cost
-    margin: float
-    ms: float
-    tokens: int
-    free: int
-    room: int
-    end: float = inf
-    claimed: set[bytes] = field(default_factory=set[bytes])
-
-    def left(self) -> float:
-        """Milliseconds that can still be filled."""
-        return (self.end - self.now) * 1e3 / self.margin - self.ms
 
 
 @dataclass(slots=True)
@@ -276,7 +253,7 @@ def _run_crowded(draft: Draft, running: Running) -> None:
             draft.end = min(draft.end, jobs[index][0])
         elif draft.left() < rows[index]:
             break
-        _continue(draft, seq, 1)
+        go_on(draft, seq, 1)
 
 
 def _latest(seq: Sequence, soonest: float) -> float:
@@ -303,7 +280,7 @@ def _read(
         if index not in out:
             crowded = crowded or (seq.slot < 0 and not _bearable(draft, seq, running))
             if draft.left() > 0 and draft.tokens > 0 and (seq.slot >= 0 or not crowded):
-                _go_on(draft, seq, draft.left())
+                run(draft, seq, draft.left())
         elif seq.request.objective.on_miss == "reject" and seq.started is None:
             draft.plan.refuse.append((seq, out[index]))
         else:
@@ -362,135 +339,11 @@ def _fill(draft: Draft, sequences: list[Sequence], ms: float) -> float:
     ran = {id(row.seq) for row in draft.plan.rows}
     for seq in sequences:
         left = min(draft.left(), ms - (draft.ms - before))
-        if left <= 0 or draft.tokens <= 0 or (seq.slot < 0 and (draft.room <= 0 or left < token)):
+        if left <= 0 or draft.tokens <= 0 or (seq.slot < 0 and (draft.full or left < token)):
             break
         if id(seq) not in ran:
-            _go_on(draft, seq, left)
+            run(draft, seq, left)
     return draft.ms - before
-
-
-def _go_on(draft: Draft, seq: Sequence, ms: float) -> None:
-    """Read as much of a sequence as fits in `ms`, taking it in first when it waits."""
-    if seq.slot < 0:
-        _admit(draft, seq, ms)
-    elif seq.remaining == 1:
-        if draft.cost.row(seq.computed + 1) <= ms:
-            _continue(draft, seq, 1)
-    else:
-        _continue(draft, seq, _chunk(draft, seq.computed, seq.remaining, ms))
-
-
-def _chunk(draft: Draft, start: int, wanted: int, ms: float) -> int:
-    """Tokens of a prompt that fit; a step that has nothing else takes one, whatever it costs."""
-    count = min(wanted, draft.tokens, draft.cost.chunk(start, ms))
-    return count if draft.plan.rows else max(count, 1)
-
-
-def _continue(draft: Draft, seq: Sequence, count: int) -> None:
-    """The next `count` tokens of a running sequence, if it may still run and there are blocks for them."""
-    if seq in draft.plan.preempt:
-        return
-    need = draft.pool.blocks_for(seq.computed + count) - len(seq.blocks)
-    if count <= 0 or not _make_room(draft, seq, need):
-        return
-    draft.free -= need
-    _add(draft, Row(seq, seq.computed, count, count == seq.remaining))
-
-
-def _admit(draft: Draft, seq: Sequence, ms: float) -> None:
-    """Take a waiting sequence in. One whose next block is being computed by another waits for it. In a
-    step in which another gives way it begins anew: what the two share is not room."""
-    pool = draft.pool
-    if draft.room <= 0 and not _make_place(draft, seq):
-        return
-    anew = bool(draft.plan.preempt)
-    matched, idle = ([], 0) if anew else pool.match(seq)
-    key = pool.next_key(seq, len(matched))
-    if key is not None and not anew and (key in draft.claimed or pool.expects(key)):
-        return
-    growth = len(draft.queues.running) - len(draft.plan.preempt)
-    start = len(matched) * pool.size
-    count = _chunk(draft, start, seq.length - start, ms)
-    need = pool.blocks_for(start + count) - len(matched) + idle
-    if need + growth > draft.free:
-        matched, start = [], 0
-        count = _chunk(draft, 0, seq.length, ms)
-        need = pool.blocks_for(count)
-        if seq.rank[0] != TIMED or not _make_room(draft, seq, need + growth, among=SPARE):
-            draft.room = 0
-            return
-    if count <= 0:
-        return
-    draft.free -= need
-    draft.room -= 1
-    if key is not None:
-        draft.claimed.add(key)
-    draft.plan.admit.append((seq, matched))
-    _add(draft, Row(seq, start, count, start + count == seq.length))
-
-
-def _add(draft: Draft, row: Row) -> None:
-    draft.plan.rows.append(row)
-    draft.tokens -= row.count
-    if row.draw and row.count == 1:
-        draft.ms += draft.cost.row(row.start + 1)
-    else:
-        draft.ms += draft.cost.prefill(row.start, row.count)
-
-
-def _make_room(draft: Draft, seq: Sequence, need: int, among: int = TIMED) -> bool:
-    """Whether `need` blocks are there, if looser sequences (of class `among` or beyond) give way, loosest
-    first. A tighter one never does."""
-    victims: list[Sequence] = []
-    free = draft.free
-    looser = _looser(draft, seq, among) if need > free else []
-    while need > free and looser:
-        victims.append(looser.pop())
-        free += draft.pool.freed_by(victims[-1])
-    if need > free:
-        return False
-    draft.free = free
-    _preempt(draft, victims)
-    return True
-
-
-def _make_place(draft: Draft, seq: Sequence) -> bool:
-    """Whether one without a due could make place for this one, which has one."""
-    looser = _looser(draft, seq, SPARE) if seq.rank[0] == TIMED else []
-    if looser:
-        draft.free += draft.pool.freed_by(looser[-1])
-        _preempt(draft, looser[-1:])
-    return draft.room > 0
-
-
-def _looser(draft: Draft, seq: Sequence, among: int) -> list[Sequence]:
-    """The running sequences that may give way to this one, the loosest last. None in a step that has let
-    one in on the blocks of another: what they share would not be room."""
-    plan, tightness = draft.plan, _tightness(seq)
-    if any(matched for _, matched in plan.admit):
-        return []
-    kept = {id(other) for other in (*(row.seq for row in plan.rows), *plan.preempt, *plan.end)}
-    looser = [
-        other
-        for other in draft.queues.running
-        if other.rank[0] >= among and _tightness(other) > tightness and id(other) not in kept
-    ]
-    return sorted(looser, key=_tightness)
-
-
-def _preempt(draft: Draft, victims: list[Sequence]) -> None:
-    draft.room += len(victims)
-    draft.plan.preempt += victims
-    draft.plan.place += [
-        (v, (TIMED, v.due, v.request.id)) for v in victims if v.rank[0] == TIMED and not v.late
-    ]
-
-
-def _tightness(seq: Sequence) -> tuple[int, float, int]:
-    """Who comes first when not all can: those with a due by the next one, then the others by place."""
-    ident = seq.request.id
-    timed = seq.rank[0] != SPARE and not seq.late
-    return (TIMED, seq.due, ident) if timed else (SPARE, seq.rank[1], ident)
 
 
 def _rank(seq: Sequence) -> Rank:
