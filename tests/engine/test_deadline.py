@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 from math import inf
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -209,6 +210,32 @@ def test_refused_at_once_with_the_time_after_which_it_would_have_been_taken():
     world.send(9, 1000, objective=tight)
     world.run()
     assert world.on_time(9)
+
+
+def test_a_forecast_is_close_to_what_happens_and_says_when_to_try_again():
+    def seen(world: World):
+        lane = world.engine.lanes["a"]
+        return snapshot(lane.queues, world.engine._limits, Moment(world.clock(), lane.times, lane.ledger))
+
+    world = World()
+    for ident in range(1, 6):
+        world.send(ident, 1000)
+    world.run(until=0.005)
+    asked = msgspec.structs.replace(world.requests[1], id=6, arrival=world.clock())
+    told = predict(asked, seen(world))
+    world.send(6, 1000)
+    long = msgspec.structs.replace(asked, prompt=(0,) * 3000, objective=Objective(ttft_ms=200))
+    refused = predict(long, seen(world))
+    never = predict(msgspec.structs.replace(asked, objective=Objective(ttft_ms=20)), seen(world))
+    short = predict(msgspec.structs.replace(asked, objective=Objective(total_ms=330)), seen(world))
+    crowd = predict(msgspec.structs.replace(asked, objective=Objective(itl_ms=1.05)), seen(world))
+    world.run()
+    assert told.feasible and told.ttft_ms == pytest.approx(
+        (world.stamps[6][0] - asked.arrival) * 1e3, rel=0.15
+    )
+    assert not refused.feasible and 0.05 <= refused.retry_after < 0.5
+    assert not never.feasible and never.retry_after == inf
+    assert not short.feasible and not crowd.feasible
 
 
 def test_no_work_for_a_request_whose_time_is_over():
