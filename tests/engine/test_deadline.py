@@ -227,7 +227,7 @@ def test_a_forecast_is_close_to_what_happens_and_says_when_to_try_again():
     long = msgspec.structs.replace(asked, prompt=(0,) * 3000, objective=Objective(ttft_ms=200))
     refused = predict(long, seen(world))
     never = predict(msgspec.structs.replace(asked, objective=Objective(ttft_ms=20)), seen(world))
-    short = predict(msgspec.structs.replace(asked, objective=Objective(total_ms=330)), seen(world))
+    short = predict(msgspec.structs.replace(asked, objective=Objective(total_ms=55)), seen(world))
     crowd = predict(msgspec.structs.replace(asked, objective=Objective(itl_ms=1.05)), seen(world))
     world.run()
     assert told.feasible and told.ttft_ms == pytest.approx(
@@ -500,3 +500,14 @@ def test_every_request_ends_and_no_block_is_lost(data: st.DataObject):
     world.run()
     assert len(world.ends) == sent
     assert lane.pool.available == lane.pool.total and not lane.queues.running and not lane.queues.waiting
+
+
+def test_a_tight_request_is_seen_behind_any_number_of_lighter_ones():
+    world = World()
+    for ident in range(1, 200):
+        world.send(ident, 50, objective=Objective(ttft_ms=90, itl_ms=1000))
+    world.run(until=0.002)
+    world.send(999, 50, tier="priority")
+    sent = world.clock()
+    world.run()
+    assert world.on_time(999) and world.stamps[999][0] - sent < 0.05

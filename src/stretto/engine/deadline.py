@@ -32,7 +32,6 @@ LATE_S = 300.0  # that a request which cannot be on time any more is put behind
 DEBT_STEP_MS = 3000.0  # tenants whose use of the last minute differs by less are even
 
 Placed = tuple[Rank, Sequence]
-Weighed = tuple[float, float, int, Sequence]  # minus its weight, its due, its id
 
 
 @dataclass(slots=True)
@@ -74,7 +73,7 @@ def deadline(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment
     gone = _end_overdue(draft)
     prompts, others = _look_at_waiting(draft, moment, gone)
     running = _sort_running(draft, moment, gone)
-    prompts = _in_order(draft, running.prompts, prompts)
+    prompts = sorted([(seq.rank, seq) for seq in running.prompts] + prompts)[:DEPTH]
     out = _giving_way(draft, prompts, _rate(draft, running), moment)
     _run_streams(draft, running, moment.until, pressed=bool(out))
     draft.end = min(draft.end, now + reach(cost) / 1e3)
@@ -86,14 +85,6 @@ def deadline(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment
     draft.plan.owed = max(owed, 0.0)
     draft.plan.predicted = draft.ms
     return draft.plan
-
-
-def _in_order(draft: Draft, begun: list[Sequence], waiting: list[Placed]) -> list[Weighed]:
-    """Prompts with a due, the weightier first and by due among equals."""
-    placed = sorted([(seq.rank, seq) for seq in begun] + waiting)[:DEPTH]
-    tiers = draft.limits.tiers
-    weights = {name: tier.weight for name, tier in tiers.items()}
-    return sorted((-weights.get(seq.request.tier, 0.0), rank[1], seq.request.id, seq) for rank, seq in placed)
 
 
 def _rate(draft: Draft, running: Running) -> float:
@@ -114,10 +105,10 @@ def latest_start(queues: Queues, cost: Cost) -> float:
     tightest = min((seq.latest for seq in streams), default=inf)
     context = sum(seq.computed for seq in streams)
     start = tightest - cost.decodes(len(streams), context) / 1e3
-    first = bisect_left(queues.waiting, (TIMED, -inf, 0), key=_rank)
+    first = bisect_left(queues.waiting, (TIMED,), key=_rank)
     if first < len(queues.waiting) and queues.waiting[first].rank[0] == TIMED:
         seq = queues.waiting[first]
-        start = min(start, seq.rank[1] - (cost.c0 + cost.prefill(0, seq.length)) / 1e3)
+        start = min(start, seq.rank[2] - (cost.c0 + cost.prefill(0, seq.length)) / 1e3)
     return start
 
 
@@ -133,8 +124,8 @@ def _end_overdue(draft: Draft) -> set[Sequence]:
 def _look_at_waiting(draft: Draft, moment: Moment, gone: set[Sequence]) -> tuple[list[Placed], list[Placed]]:
     """The first of those that wait, with a due and without, once newcomers have their place."""
     waiting = draft.queues.waiting
-    timed = bisect_left(waiting, (TIMED, -inf, 0), key=_rank)
-    spare = bisect_left(waiting, (SPARE, -inf, 0), key=_rank)
+    timed = bisect_left(waiting, (TIMED,), key=_rank)
+    spare = bisect_left(waiting, (SPARE,), key=_rank)
     prompts = [(seq.rank, seq) for seq in waiting[timed : min(spare, timed + DEPTH)]]
     others = [(seq.rank, seq) for seq in waiting[spare : spare + DEPTH]]
     for seq in waiting[:timed]:
@@ -156,7 +147,8 @@ def _rank_for(draft: Draft, seq: Sequence, moment: Moment) -> Rank:
         pace = min(seq.gap, draft.cost.decodes(1 + len(draft.queues.running), seq.length) / 1e3)
         first = min(first, seq.last_due - rest * pace)
     if min(first, seq.gap) < inf:
-        return TIMED, first, seq.request.id
+        tier = draft.limits.tiers.get(seq.request.tier)
+        return TIMED, -tier.weight if tier else 0.0, first, seq.request.id
     return _spare_rank(draft, seq, moment, seq.request.arrival)
 
 
@@ -167,7 +159,7 @@ def _spare_rank(draft: Draft, seq: Sequence, moment: Moment, since: float) -> Ra
     work = draft.cost.prefill(seq.computed, seq.length - seq.computed) / 1e3
     tag = max(since, tags.get(tenant, moment.ledger.tags.get(tenant, 0.0)))
     tags[tenant] = tag + work
-    return SPARE, tag + BREVITY * work + (LATE_S if seq.due < inf else 0.0), seq.request.id
+    return SPARE, 0.0, tag + BREVITY * work + (LATE_S if seq.due < inf else 0.0), seq.request.id
 
 
 def _sort_running(draft: Draft, moment: Moment, gone: set[Sequence]) -> Running:
@@ -264,19 +256,19 @@ def _latest(seq: Sequence, soonest: float) -> float:
 def _promised(draft: Draft, moment: Moment, spare: list[Sequence]) -> float:
     """Milliseconds of this step that belong to those without a due, if they have waited long."""
     patient = draft.now - PATIENCE_S
-    if not any(seq.rank[0] == SPARE and seq.rank[1] < patient for seq in spare[:DEPTH]):
+    if not any(seq.rank[0] == SPARE and seq.rank[2] < patient for seq in spare[:DEPTH]):
         return 0.0
     return min(moment.ledger.owed + SHARE * max(draft.left() + draft.ms, draft.ms), reach(draft.cost))
 
 
 def _read(
-    draft: Draft, running: Running, prompts: list[Weighed], out: dict[int, float], moment: Moment
+    draft: Draft, running: Running, prompts: list[Placed], out: dict[int, float], moment: Moment
 ) -> list[Sequence]:
     """Give prompts the rest of the step, without those that must give way. Returns the latter, less those
     refused, for what time may be left."""
     aside: list[Sequence] = []
     crowded = False
-    for index, (_, _, _, seq) in enumerate(prompts):
+    for index, (_, seq) in enumerate(prompts):
         if index not in out:
             crowded = crowded or (seq.slot < 0 and not _bearable(draft, seq, running))
             if draft.left() > 0 and draft.tokens > 0 and (seq.slot >= 0 or not crowded):
@@ -290,7 +282,7 @@ def _read(
     return aside
 
 
-def _giving_way(draft: Draft, prompts: list[Weighed], rate: float, moment: Moment) -> dict[int, float]:
+def _giving_way(draft: Draft, prompts: list[Placed], rate: float, moment: Moment) -> dict[int, float]:
     """Which prompts cannot be on time without making more, or weightier ones, late. `prompts` are by weight,
     then by due: a lighter one has the time that the heavier leave, and that heavier ones to come will."""
     c2, c4, debts = draft.cost.c2, draft.cost.c4, moment.ledger.debts
@@ -300,11 +292,11 @@ def _giving_way(draft: Draft, prompts: list[Weighed], rate: float, moment: Momen
         heavier = moment.ledger.inflow_above(-weight)
         pace = 1e3 * max(rate - heavier, LEAST * rate) * (CAUTION if heavier else 1.0)
         jobs: list[Job] = []
-        for _, due, _, seq in group:
+        for rank, seq in group:
             count = len(seq.tokens) - seq.computed
             seconds = count * (c2 + c4 * (seq.computed + count / 2)) / pace
             debt = debts.get(seq.request.tenant, 0.0) // DEBT_STEP_MS if len(debts) > 1 else 0.0
-            jobs.append((due, seconds, -debt))
+            jobs.append((rank[2], seconds, -debt))
         lost = left_out(jobs, start)
         start += sum(job[1] for place, job in enumerate(jobs) if place not in lost)
         out.update((first + place, excess) for place, excess in lost.items())
@@ -312,8 +304,8 @@ def _giving_way(draft: Draft, prompts: list[Weighed], rate: float, moment: Momen
     return out
 
 
-def _minus_weight(prompt: Weighed) -> float:
-    return prompt[0]
+def _minus_weight(prompt: Placed) -> float:
+    return prompt[0][1]
 
 
 def _hopeless(draft: Draft, seq: Sequence) -> bool:

@@ -154,13 +154,12 @@ def _looser(draft: Draft, seq: Sequence, among: int) -> list[Sequence]:
 def _preempt(draft: Draft, victims: list[Sequence]) -> None:
     draft.room += len(victims)
     draft.plan.preempt += victims
-    draft.plan.place += [
-        (v, (TIMED, v.due, v.request.id)) for v in victims if v.rank[0] == TIMED and not v.late
-    ]
+    timed = [seq for seq in victims if seq.rank[0] == TIMED and not seq.late]
+    draft.plan.place += [(seq, (TIMED, seq.rank[1], seq.due, seq.request.id)) for seq in timed]
 
 
 def _tightness(seq: Sequence) -> tuple[int, float, int]:
     """Who comes first when not all can: those with a due by the next one, then the others by place."""
     ident = seq.request.id
     timed = seq.rank[0] != SPARE and not seq.late
-    return (TIMED, seq.due, ident) if timed else (SPARE, seq.rank[1], ident)
+    return (TIMED, seq.due, ident) if timed else (SPARE, seq.rank[2], ident)

@@ -26,7 +26,7 @@ class Drawn:
     embedding: tuple[float, ...] | None = None
 
 
-Rank = tuple[int, float, int]
+Rank = tuple[int, float, float, int]
 UNPLACED, TIMED, SPARE = 0, 1, 2
 
 
@@ -42,7 +42,7 @@ class Sequence:
     the whole must; `gap`: the longest pause between two tokens; `spoke`: when the last one was out;
     `latest`: when the next must be out for due and gap; `late`: one was not out when it was due. `rank`
     orders the queues: by arrival (UNPLACED) until a schedule places it among those with a due (TIMED, by
-    due) or those that take what time is left (SPARE).
+    weight and due) or those that take what time is left (SPARE).
     """
 
     request: Request
@@ -62,7 +62,7 @@ class Sequence:
     preemptions: int = 0
     ended: bool = False
     grammar: Matcher | None = None
-    rank: Rank = (UNPLACED, 0.0, 0)
+    rank: Rank = (UNPLACED, 0.0, 0.0, 0)
     due: float = inf
     last_due: float = inf
     gap: float = inf
@@ -82,7 +82,7 @@ class Sequence:
             tokens=list(request.prompt),
             prompt_len=prompt_len,
             limit=context if wanted is None else min(context, prompt_len + wanted),
-            rank=(UNPLACED, arrival, request.id),
+            rank=(UNPLACED, 0.0, arrival, request.id),
             due=arrival + _seconds(objective.ttft_ms),
             last_due=arrival + _seconds(objective.total_ms),
             latest=arrival + _seconds(objective.ttft_ms),
