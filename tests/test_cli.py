@@ -68,7 +68,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("serve") / "out"
     with log.open("w") as out:
-        process = subprocess.Popen([*STRETTO, "serve", "null", "--port", "0"], stdout=out)
+        process = subprocess.Popen([*STRETTO, "serve", "null=null:1", "--port", "0"], stdout=out)
     said: list[str] = []
     deadline = time.monotonic() + 60
     while len(said) < 3 and process.poll() is None and time.monotonic() < deadline:
