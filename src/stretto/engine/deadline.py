@@ -13,7 +13,7 @@ from itertools import groupby, repeat
 from math import inf
 
 from stretto.engine.blocks import BlockPool
-from stretto.engine.draft import Draft, go_on, run
+from stretto.engine.budget import Budget, go_on, run
 from stretto.engine.feasible import Job, left_out
 from stretto.engine.schedule import Limits, Moment, Plan, Queues, Row, Schedule, fcfs
 from stretto.engine.sequence import SPARE, TIMED, Rank, Sequence
@@ -57,7 +57,7 @@ class Running:
 def deadline(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment: Moment) -> Plan:
     """On time first. An empty plan means there is nothing to run now."""
     cost, now = moment.times.cost, moment.now
-    draft = Draft(
+    budget = Budget(
         plan=Plan(model),
         queues=queues,
         pool=pool,
@@ -70,27 +70,27 @@ def deadline(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment
         free=pool.available,
         room=limits.max_running - len(queues.running),
     )
-    gone = _end_overdue(draft)
-    prompts, others = _look_at_waiting(draft, moment, gone)
-    running = _sort_running(draft, moment, gone)
+    gone = _end_overdue(budget)
+    prompts, others = _look_at_waiting(budget, moment, gone)
+    running = _sort_running(budget, moment, gone)
     prompts = sorted([(seq.rank, seq) for seq in running.prompts] + prompts)[:DEPTH]
-    out = _giving_way(draft, prompts, _rate(draft, running), moment)
-    _run_streams(draft, running, moment.until, pressed=bool(out))
-    draft.end = min(draft.end, now + reach(cost) / 1e3)
+    out = _giving_way(budget, prompts, _rate(budget, running), moment)
+    _run_streams(budget, running, moment.until, pressed=bool(out))
+    budget.end = min(budget.end, now + reach(cost) / 1e3)
     spare = running.spare + [seq for _, seq in sorted(running.begun + others)]
-    owed = _promised(draft, moment, spare)
-    owed -= _fill(draft, spare, min(owed, draft.left() / 2))
-    aside = _read(draft, running, prompts, out, moment)
-    owed -= _fill(draft, spare + aside, inf)
-    draft.plan.owed = max(owed, 0.0)
-    draft.plan.predicted = draft.ms
-    return draft.plan
+    owed = _promised(budget, moment, spare)
+    owed -= _fill(budget, spare, min(owed, budget.left() / 2))
+    aside = _read(budget, running, prompts, out, moment)
+    owed -= _fill(budget, spare + aside, inf)
+    budget.plan.owed = max(owed, 0.0)
+    budget.plan.predicted = budget.ms
+    return budget.plan
 
 
-def _rate(draft: Draft, running: Running) -> float:
+def _rate(budget: Budget, running: Running) -> float:
     """The share of the time that is left for prompts while the streams have their pace."""
-    base = draft.cost.c0 / min(running.gap, reach(draft.cost))
-    return max(1.0 / draft.margin - base - running.load, SHARE)
+    base = budget.cost.c0 / min(running.gap, reach(budget.cost))
+    return max(1.0 / budget.margin - base - running.load, SHARE)
 
 
 def reach(cost: Cost) -> float:
@@ -112,26 +112,28 @@ def latest_start(queues: Queues, cost: Cost) -> float:
     return start
 
 
-def _end_overdue(draft: Draft) -> set[Sequence]:
+def _end_overdue(budget: Budget) -> set[Sequence]:
     """Those whose whole answer was due by now end, and get no more work."""
     gone: set[Sequence] = set()
-    if draft.queues.ends and draft.queues.ends[0][0] <= draft.now:
-        gone = {seq for due, _, seq in draft.queues.ends if due <= draft.now and not seq.ended}
-        draft.plan.end += sorted(gone, key=_rank)
+    if budget.queues.ends and budget.queues.ends[0][0] <= budget.now:
+        gone = {seq for due, _, seq in budget.queues.ends if due <= budget.now and not seq.ended}
+        budget.plan.end += sorted(gone, key=_rank)
     return gone
 
 
-def _look_at_waiting(draft: Draft, moment: Moment, gone: set[Sequence]) -> tuple[list[Placed], list[Placed]]:
+def _look_at_waiting(
+    budget: Budget, moment: Moment, gone: set[Sequence]
+) -> tuple[list[Placed], list[Placed]]:
     """The first of those that wait, with a due and without, once newcomers have their place."""
-    waiting = draft.queues.waiting
+    waiting = budget.queues.waiting
     timed = bisect_left(waiting, (TIMED,), key=_rank)
     spare = bisect_left(waiting, (SPARE,), key=_rank)
     prompts = [(seq.rank, seq) for seq in waiting[timed : min(spare, timed + DEPTH)]]
     others = [(seq.rank, seq) for seq in waiting[spare : spare + DEPTH]]
     for seq in waiting[:timed]:
         if seq not in gone:
-            rank = _rank_for(draft, seq, moment)
-            draft.plan.place.append((seq, rank))
+            rank = _rank_for(budget, seq, moment)
+            budget.plan.place.append((seq, rank))
             (prompts if rank[0] == TIMED else others).append((rank, seq))
     if gone:
         prompts = [(rank, seq) for rank, seq in prompts if seq not in gone]
@@ -139,42 +141,42 @@ def _look_at_waiting(draft: Draft, moment: Moment, gone: set[Sequence]) -> tuple
     return prompts, others
 
 
-def _rank_for(draft: Draft, seq: Sequence, moment: Moment) -> Rank:
+def _rank_for(budget: Budget, seq: Sequence, moment: Moment) -> Rank:
     """Where a newcomer queues. What must all be out by a last due must start early enough for that."""
     first = seq.due
     if seq.last_due < inf:
         rest = moment.ledger.expected(seq.request.tier, seq.request.sampling.max_tokens)
-        pace = min(seq.gap, draft.cost.decodes(1 + len(draft.queues.running), seq.length) / 1e3)
+        pace = min(seq.gap, budget.cost.decodes(1 + len(budget.queues.running), seq.length) / 1e3)
         first = min(first, seq.last_due - rest * pace)
     if min(first, seq.gap) < inf:
-        tier = draft.limits.tiers.get(seq.request.tier)
+        tier = budget.limits.tiers.get(seq.request.tier)
         return TIMED, -tier.weight if tier else 0.0, first, seq.request.id
-    return _spare_rank(draft, seq, moment, seq.request.arrival)
+    return _spare_rank(budget, seq, moment, seq.request.arrival)
 
 
-def _spare_rank(draft: Draft, seq: Sequence, moment: Moment, since: float) -> Rank:
+def _spare_rank(budget: Budget, seq: Sequence, moment: Moment, since: float) -> Rank:
     """A place among those without a due: when it would start if its tenant had the machine alone (start-time
     fair queueing, Goyal et al., SIGCOMM 1996). One tenant's many do not stand before another's few."""
-    tags, tenant = draft.plan.tags, seq.request.tenant
-    work = draft.cost.prefill(seq.computed, seq.length - seq.computed) / 1e3
+    tags, tenant = budget.plan.tags, seq.request.tenant
+    work = budget.cost.prefill(seq.computed, seq.length - seq.computed) / 1e3
     tag = max(since, tags.get(tenant, moment.ledger.tags.get(tenant, 0.0)))
     tags[tenant] = tag + work
     return SPARE, 0.0, tag + BREVITY * work + (LATE_S if seq.due < inf else 0.0), seq.request.id
 
 
-def _sort_running(draft: Draft, moment: Moment, gone: set[Sequence]) -> Running:
+def _sort_running(budget: Budget, moment: Moment, gone: set[Sequence]) -> Running:
     """Who needs what. A stream that was late is no longer among those with a due: it cannot become on time,
     so it must not make another late."""
     running = Running()
     streams, starts, tightest, gap, needs = running.streams, running.starts, inf, inf, 0
-    c1, c3, load = draft.cost.c1, draft.cost.c3, 0.0
-    now, size = draft.now, draft.pool.size
-    for seq in draft.queues.running:
+    c1, c3, load = budget.cost.c1, budget.cost.c3, 0.0
+    now, size = budget.now, budget.pool.size
+    for seq in budget.queues.running:
         left = seq.remaining if seq.in_flight else len(seq.tokens) - seq.computed
         if left == 0 or (gone and seq in gone):
             continue
         if seq.rank[0] != TIMED or seq.late or seq.due < now:
-            _sort_spare(draft, moment, running, seq)
+            _sort_spare(budget, moment, running, seq)
         elif left == 1:
             streams.append(seq)
             at = seq.computed
@@ -194,58 +196,60 @@ def _sort_running(draft: Draft, moment: Moment, gone: set[Sequence]) -> Running:
     return running
 
 
-def _sort_spare(draft: Draft, moment: Moment, running: Running, seq: Sequence) -> None:
+def _sort_spare(budget: Budget, moment: Moment, running: Running, seq: Sequence) -> None:
     """One without a due, or one that has just lost its own."""
     rank = seq.rank
     if rank[0] == TIMED:
-        rank = _spare_rank(draft, seq, moment, draft.now)
-        draft.plan.place.append((seq, rank))
+        rank = _spare_rank(budget, seq, moment, budget.now)
+        budget.plan.place.append((seq, rank))
     if seq.remaining == 1:
         running.spare.append(seq)
     else:
         running.begun.append((rank, seq))
 
 
-def _run_streams(draft: Draft, running: Running, until: float, *, pressed: bool) -> None:
+def _run_streams(budget: Budget, running: Running, until: float, *, pressed: bool) -> None:
     """All streams, when that is in time for the tightest of them; else those that cannot wait. When prompts
     are `pressed`, streams that can have their token as well with the next step leave their time to them."""
-    streams, starts, cost = running.streams, running.starts, draft.cost
+    streams, starts, cost = running.streams, running.starts, budget.cost
     ms = cost.c1 * len(streams) + cost.c3 * running.context
-    draft.end = min(running.tightest, until)
-    step = (draft.ms + ms) * draft.margin / 1e3
-    late = draft.now + step > draft.end
+    budget.end = min(running.tightest, until)
+    step = (budget.ms + ms) * budget.margin / 1e3
+    late = budget.now + step > budget.end
     if pressed and not late:
-        running.spare += [seq for seq in streams if seq.latest >= draft.end + step]
-        streams = [seq for seq in streams if seq.latest < draft.end + step]
+        running.spare += [seq for seq in streams if seq.latest >= budget.end + step]
+        streams = [seq for seq in streams if seq.latest < budget.end + step]
         starts = [seq.computed for seq in streams]
         ms = cost.c1 * len(streams) + cost.c3 * (sum(starts) + len(starts))
-    if streams and (late or running.needs > draft.free or len(streams) > draft.tokens):
-        draft.end = until
-        _run_crowded(draft, running)
+    if streams and (late or running.needs > budget.free or len(streams) > budget.tokens):
+        budget.end = until
+        _run_crowded(budget, running)
         return
-    draft.plan.rows += map(Row, streams, starts, repeat(1), repeat(True))
-    draft.ms += ms
-    draft.tokens -= len(streams)
-    draft.free -= running.needs
+    budget.plan.rows += map(Row, streams, starts, repeat(1), repeat(True))
+    budget.ms += ms
+    budget.tokens -= len(streams)
+    budget.free -= running.needs
 
 
-def _run_crowded(draft: Draft, running: Running) -> None:
+def _run_crowded(budget: Budget, running: Running) -> None:
     """Not all streams fit: the tightest first, and those with slack wait for the next step. One that cannot
     be in time whatever is done takes its turn with those that have no due."""
-    cost, base = draft.cost, draft.now + draft.ms * draft.margin / 1e3
+    cost, base = budget.cost, budget.now + budget.ms * budget.margin / 1e3
     streams = sorted(running.streams, key=lambda seq: _latest(seq, base))
     rows = [cost.row(seq.computed + 1) for seq in streams]
-    jobs = [(_latest(seq, base), ms * draft.margin / 1e3, 0.0) for seq, ms in zip(streams, rows, strict=True)]
+    jobs = [
+        (_latest(seq, base), ms * budget.margin / 1e3, 0.0) for seq, ms in zip(streams, rows, strict=True)
+    ]
     out = left_out(jobs, base)
     running.spare += [streams[index] for index in out]
     for index, seq in enumerate(streams):
         if index in out:
             continue
-        if not draft.plan.rows:
-            draft.end = min(draft.end, jobs[index][0])
-        elif draft.left() < rows[index]:
+        if not budget.plan.rows:
+            budget.end = min(budget.end, jobs[index][0])
+        elif budget.left() < rows[index]:
             break
-        go_on(draft, seq, 1)
+        go_on(budget, seq, 1)
 
 
 def _latest(seq: Sequence, soonest: float) -> float:
@@ -253,16 +257,16 @@ def _latest(seq: Sequence, soonest: float) -> float:
     return seq.latest if seq.latest >= soonest else seq.due
 
 
-def _promised(draft: Draft, moment: Moment, spare: list[Sequence]) -> float:
+def _promised(budget: Budget, moment: Moment, spare: list[Sequence]) -> float:
     """Milliseconds of this step that belong to those without a due, if they have waited long."""
-    patient = draft.now - PATIENCE_S
+    patient = budget.now - PATIENCE_S
     if not any(seq.rank[0] == SPARE and seq.rank[2] < patient for seq in spare[:DEPTH]):
         return 0.0
-    return min(moment.ledger.owed + SHARE * max(draft.left() + draft.ms, draft.ms), reach(draft.cost))
+    return min(moment.ledger.owed + SHARE * max(budget.left() + budget.ms, budget.ms), reach(budget.cost))
 
 
 def _read(
-    draft: Draft, running: Running, prompts: list[Placed], out: dict[int, float], moment: Moment
+    budget: Budget, running: Running, prompts: list[Placed], out: dict[int, float], moment: Moment
 ) -> list[Sequence]:
     """Give prompts the rest of the step, without those that must give way. Returns the latter, less those
     refused, for what time may be left."""
@@ -270,24 +274,24 @@ def _read(
     crowded = False
     for index, (_, seq) in enumerate(prompts):
         if index not in out:
-            crowded = crowded or (seq.slot < 0 and not _bearable(draft, seq, running))
-            if draft.left() > 0 and draft.tokens > 0 and (seq.slot >= 0 or not crowded):
-                run(draft, seq, draft.left())
+            crowded = crowded or (seq.slot < 0 and not _bearable(budget, seq, running))
+            if budget.left() > 0 and budget.tokens > 0 and (seq.slot >= 0 or not crowded):
+                run(budget, seq, budget.left())
         elif seq.request.objective.on_miss == "reject" and seq.started is None:
-            draft.plan.refuse.append((seq, out[index]))
+            budget.plan.refuse.append((seq, out[index]))
         else:
-            if len(out) > DEPTH // 2 or _hopeless(draft, seq):
-                draft.plan.place.append((seq, _spare_rank(draft, seq, moment, draft.now)))
+            if len(out) > DEPTH // 2 or _hopeless(budget, seq):
+                budget.plan.place.append((seq, _spare_rank(budget, seq, moment, budget.now)))
             aside.append(seq)
     return aside
 
 
-def _giving_way(draft: Draft, prompts: list[Placed], rate: float, moment: Moment) -> dict[int, float]:
+def _giving_way(budget: Budget, prompts: list[Placed], rate: float, moment: Moment) -> dict[int, float]:
     """Which prompts cannot be on time without making more, or weightier ones, late. `prompts` are by weight,
     then by due: a lighter one has the time that the heavier leave, and that heavier ones to come will."""
-    c2, c4, debts = draft.cost.c2, draft.cost.c4, moment.ledger.debts
+    c2, c4, debts = budget.cost.c2, budget.cost.c4, moment.ledger.debts
     out: dict[int, float] = {}
-    start, first = draft.now, 0
+    start, first = budget.now, 0
     for weight, group in groupby(prompts, key=_minus_weight):
         heavier = moment.ledger.inflow_above(-weight)
         pace = 1e3 * max(rate - heavier, LEAST * rate) * (CAUTION if heavier else 1.0)
@@ -308,34 +312,35 @@ def _minus_weight(prompt: Placed) -> float:
     return prompt[0][1]
 
 
-def _hopeless(draft: Draft, seq: Sequence) -> bool:
+def _hopeless(budget: Budget, seq: Sequence) -> bool:
     """Too late even with the machine to itself."""
-    alone = draft.cost.prefill(seq.computed, seq.length - seq.computed)
-    return draft.now + alone / 1e3 > seq.due
+    alone = budget.cost.prefill(seq.computed, seq.length - seq.computed)
+    return budget.now + alone / 1e3 > seq.due
 
 
-def _bearable(draft: Draft, seq: Sequence, running: Running) -> bool:
+def _bearable(budget: Budget, seq: Sequence, running: Running) -> bool:
     """Whether the streams would still have their pace if this prompt became one of them."""
     gap = seq.gap * 1e3
-    base = draft.cost.c0 / min(gap, running.gap)
+    base = budget.cost.c0 / min(gap, running.gap)
     return (
-        not running.streams or base + running.load + draft.cost.row(seq.length) / gap < CROWDED / draft.margin
+        not running.streams
+        or base + running.load + budget.cost.row(seq.length) / gap < CROWDED / budget.margin
     )
 
 
-def _fill(draft: Draft, sequences: list[Sequence], ms: float) -> float:
+def _fill(budget: Budget, sequences: list[Sequence], ms: float) -> float:
     """Run sequences, in order, for at most `ms` of the step; returns the milliseconds they take."""
-    before, token = draft.ms, draft.cost.c2
-    if not sequences or min(draft.left(), ms) < min(token, draft.cost.c1):
+    before, token = budget.ms, budget.cost.c2
+    if not sequences or min(budget.left(), ms) < min(token, budget.cost.c1):
         return 0.0
-    ran = {id(row.seq) for row in draft.plan.rows}
+    ran = {id(row.seq) for row in budget.plan.rows}
     for seq in sequences:
-        left = min(draft.left(), ms - (draft.ms - before))
-        if left <= 0 or draft.tokens <= 0 or (seq.slot < 0 and (draft.full or left < token)):
+        left = min(budget.left(), ms - (budget.ms - before))
+        if left <= 0 or budget.tokens <= 0 or (seq.slot < 0 and (budget.full or left < token)):
             break
         if id(seq) not in ran:
-            run(draft, seq, left)
-    return draft.ms - before
+            run(budget, seq, left)
+    return budget.ms - before
 
 
 def _rank(seq: Sequence) -> Rank:
