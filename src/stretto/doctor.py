@@ -19,45 +19,13 @@ from msgspec import Struct
 from stretto import machine
 from stretto.config import EngineConfig, ModelConfig
 from stretto.errors import CheckpointError, StartError
-from stretto.machine import Choice, KvPlan, KvShape, Machine, gib
+from stretto.machine import Choice, Gpu, KvPlan, KvShape, Machine, Probed, Stored, gib
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 PACKAGES = ("stretto", "torch", "tokenizers", "llguidance", "msgspec", "pyzmq", "uvicorn")
 PROBE_S = 120
 Row = tuple[str, str, str]
 Section = tuple[str, list[Row]]
-
-
-class Gpu(Struct, frozen=True):
-    """A device torch can use; bytes."""
-
-    name: str
-    memory: int
-    free: int
-
-
-class Stored(Struct, frozen=True, kw_only=True):
-    """A checkpoint as it lies on disk. `token_elements`: keys and values of one token in all layers."""
-
-    family: str
-    dtype: str
-    context: int
-    vocab: int
-    parameters: int
-    token_elements: int
-    bytes: int
-
-
-class Probed(Struct, frozen=True, kw_only=True):
-    """What `stretto.engine.probe` prints."""
-
-    cuda: bool
-    isa: str
-    kernels: str
-    kernels_why: str
-    gpus: tuple[Gpu, ...]
-    stored: Stored | None
-    error: str | None
 
 
 class Fit(Struct, frozen=True, kw_only=True):

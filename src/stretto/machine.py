@@ -46,6 +46,39 @@ class Machine(Struct, frozen=True, kw_only=True):
     gpus: tuple[str, ...] = ()
 
 
+class Gpu(Struct, frozen=True):
+    """A device torch can use: bytes of its memory, and of what is free."""
+
+    name: str
+    memory: int
+    free: int
+
+
+class Stored(Struct, frozen=True, kw_only=True):
+    """A checkpoint as it lies on disk, `bytes` of it. `dtype` is the one it is stored in, `parameters` counts
+    all its tensors' elements, and `token_elements` are the keys and values of one token in all layers."""
+
+    family: str
+    dtype: str
+    context: int
+    vocab: int
+    parameters: int
+    token_elements: int
+    bytes: int
+
+
+class Probed(Struct, frozen=True, kw_only=True):
+    """What only a process with torch can say of a machine and of a checkpoint: `stretto.engine.probe`."""
+
+    cuda: bool
+    isa: str
+    kernels: str
+    kernels_why: str
+    gpus: tuple[Gpu, ...]
+    stored: Stored | None = None
+    error: str | None = None
+
+
 class Choice(Struct, Generic[T], frozen=True):
     """A decision, and the sentence that says why."""
 

@@ -11,45 +11,12 @@ from pathlib import Path
 
 import msgspec
 import torch
-from msgspec import Struct
 
 from stretto.errors import CheckpointError
 from stretto.kernels.choice import choose_kernels
+from stretto.machine import Gpu, Probed, Stored
 from stretto.models import families
 from stretto.models.checkpoint import Checkpoint
-
-
-class Gpu(Struct, frozen=True):
-    """Bytes of its memory, and of what is free."""
-
-    name: str
-    memory: int
-    free: int
-
-
-class Stored(Struct, frozen=True, kw_only=True):
-    """A checkpoint: `dtype` is the one it is stored in, `parameters` counts all its tensors' elements, and
-    `token_elements` are the keys and values of one token in all layers."""
-
-    family: str
-    dtype: str
-    context: int
-    vocab: int
-    parameters: int
-    token_elements: int
-    bytes: int
-
-
-class Probed(Struct, frozen=True, kw_only=True):
-    """What only a process with torch can say."""
-
-    cuda: bool
-    isa: str
-    kernels: str
-    kernels_why: str
-    gpus: tuple[Gpu, ...]
-    stored: Stored | None = None
-    error: str | None = None
 
 
 def stored(path: Path) -> Stored:
