@@ -1,9 +1,16 @@
 """For every test: torch's operators run on one thread, since two of them would spin against the servers that
-tests start on the same cores.
+tests start on the same cores; and what those servers keep on disk goes with the tests.
 """
 
 from __future__ import annotations
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

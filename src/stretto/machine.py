@@ -127,6 +127,11 @@ def snapshot(root: Path = Path("/")) -> Machine:
     )
 
 
+def cache_folder() -> Path:
+    """Where what was measured or made once is kept for the next start (XDG Base Directory)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stretto"
+
+
 def choose_device(asked: str, cuda_usable: bool) -> Choice[str]:
     """`cuda_usable` is torch's word on it. Raises StartError when CUDA is asked for and cannot be used."""
     if asked == "cuda" and not cuda_usable:

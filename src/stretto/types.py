@@ -185,7 +185,8 @@ class StepStats(Struct, frozen=True, array_like=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """A model the engine holds. `weight_bytes` and `kv_bytes` are what it takes of the device's memory."""
+    """A model the engine holds. `weight_bytes` and `kv_bytes` are what it takes of the device's memory;
+    `kernels` says what computes it."""
 
     name: str
     path: str
@@ -201,6 +202,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     block_size: int
     blocks: int
     load_s: float
+    kernels: str = ""
 
 
 class WorkerState(Struct, frozen=True, kw_only=True):

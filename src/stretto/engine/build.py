@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import msgspec
 import torch
 
 from stretto.config import EngineConfig, ModelConfig
@@ -39,7 +40,8 @@ CUDA = "stretto.engine.graphs"
 
 
 class Runners:
-    """Every model of one engine process, loaded. `progress(stage, done, total)` hears of long work.
+    """Every model of one engine process, loaded, and `machine`: what computes them, in words.
+    `progress(stage, done, total)` hears of long work.
 
     Raises StartError, and CheckpointError below it, when a model cannot be held.
     """
@@ -48,7 +50,9 @@ class Runners:
         self._config = config
         self._progress = progress
         self._grammars: dict[str, Grammars] = {}
-        use_threads(choose_threads(snapshot(), config.threads).value)
+        machine, threads = snapshot(), choose_threads(snapshot(), config.threads).value
+        self.machine = f"{machine.cpu}, {machine.cores} cores, {threads} threads, {machine.gpus}"
+        use_threads(threads)
         self._device = torch.device(choose_device(config.device, torch.cuda.is_available()).value)
         self.all = [self._runner(model, len(config.models) - i) for i, model in enumerate(config.models)]
 
@@ -66,7 +70,7 @@ class Runners:
         spec = families.read(path)
         dtype = choose_dtype(snapshot(), spec.dtype, device=self._device.type, asked=model.dtype).value
         check_fit(model.name, _weight_bytes(path, spec.dtype, dtype), self._available())
-        kernels, _ = choose_kernels(self._device, getattr(torch, dtype), model.quantise)
+        kernels, why = choose_kernels(self._device, getattr(torch, dtype), model.quantise)
         decoder = load(
             path,
             dtype=getattr(torch, dtype),
@@ -75,6 +79,7 @@ class Runners:
             progress=lambda _, done, total: self._progress(model.name, done, total),
         )
         info = self._info(model, decoder, left, time.monotonic() - started)
+        info = msgspec.structs.replace(info, kernels=why)
         eos = frozenset(spec.eos)
         if (path / "tokenizer.json").exists():
             self._grammars[model.name] = Grammars(path, eos, spec.vocab)

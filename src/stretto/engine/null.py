@@ -49,7 +49,7 @@ class NullRunner:
         self,
         info: ModelInfo,
         *,
-        cost: Callable[[Load], float] = FREE,
+        cost: Cost = FREE,
         sleep: Callable[[float], None],
         first: int = 0,
         span: int = 0,
@@ -57,7 +57,7 @@ class NullRunner:
         self.info = info
         self.eos: frozenset[int] = frozenset()
         self.depth = 0
-        self._cost = cost
+        self.cost = cost
         self._sleep = sleep
         self._first = first
         self._span = span or info.vocab - first
@@ -65,8 +65,12 @@ class NullRunner:
     def erase(self, blocks: list[int]) -> None:
         """There is no memory to erase."""
 
+    def _takes(self, load: Load) -> float:
+        """Milliseconds of a step."""
+        return self.cost(load)
+
     def launch(self, plan: Plan) -> NullPending:
-        milliseconds = self._cost(plan.load)
+        milliseconds = self._takes(plan.load)
         if milliseconds > 0:
             self._sleep(milliseconds / 1e3)
         drawn: list[Drawn] = []

@@ -22,12 +22,14 @@ import zmq
 from stretto.config import EngineConfig, tiers_of
 from stretto.engine import messages
 from stretto.engine.build import Runners
+from stretto.engine.calibrate import known_times
 from stretto.engine.deadline import SCHEDULES
 from stretto.engine.grammar import Matcher
 from stretto.engine.loop import Engine
 from stretto.engine.schedule import Limits
 from stretto.engine.sequence import Sequence
 from stretto.errors import StrettoError
+from stretto.machine import cache_folder
 from stretto.types import Finish, Reason, Request, StepStats, TokenEvent
 
 IDLE_MS = 1000
@@ -43,14 +45,19 @@ class Worker:
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
         self._runners = Runners(config, progress=lambda *done: self._send(messages.Progress(*done)))
+        self._limits = Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers))
         self._engine = Engine(
             self._runners.all,
-            limits=Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers)),
+            limits=self._limits,
             schedule=SCHEDULES[config.schedule],
             clock=time.monotonic,
             emit=self._emit,
             share=config.prefix_cache,
         )
+        for lane in self._engine.lanes.values():
+            lane.times = known_times(
+                lane.runner, self._limits, machine=self._runners.machine, folder=cache_folder() / "step-times"
+            )
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}
         self._stopped = False

@@ -143,14 +143,14 @@ class TraceRunner(NullRunner):
 
     def __init__(self, setting: Setting, clock: VirtualClock, told: Mapping[int, Told]) -> None:
         info = null_info(context=setting.context, blocks=setting.blocks)
-        super().__init__(info, cost=self._noisy, sleep=clock.sleep)
+        super().__init__(info, cost=setting.cost, sleep=clock.sleep)
         self._setting = setting
         self._told = told
         self._rng = Random(f"noise {setting.seed}")
 
-    def _noisy(self, load: Load) -> float:
+    def _takes(self, load: Load) -> float:
         noise = self._setting.noise
-        return self._setting.cost(load) * (self._rng.lognormvariate(0.0, noise) if noise else 1.0)
+        return self.cost(load) * (self._rng.lognormvariate(0.0, noise) if noise else 1.0)
 
     def launch(self, plan: Plan) -> NullPending:
         for row in plan.rows:

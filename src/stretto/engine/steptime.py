@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import inf, sqrt
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +24,7 @@ HUBER = 2.5  # an error beyond this many usual ones counts as one of that size
 MOST_SPREAD = 1e12
 SHORTEST_MS = 0.01  # below this a step is as good as free, and a relative error says nothing
 SMALLEST_NOISE = 0.01
+REWEIGHTED = 10  # rounds of a robust fit
 WARM = 8  # steps before the usual error means anything
 PERSISTENT = 6  # so many outliers in a row, on one side, are a change and not a disturbance
 
@@ -109,36 +109,6 @@ class Window:
         )
 
 
-class Probe(NamedTuple):
-    """A step to measure: `decodes` sequences that read `context` keys each, beside a prompt's chunk of
-    `prefill` tokens after its first `start`."""
-
-    decodes: int
-    context: int
-    prefill: int = 0
-    start: int = 0
-
-    @property
-    def load(self) -> Load:
-        reading = self.prefill * (self.start + self.prefill / 2)
-        return Load(self.decodes, self.prefill, self.decodes * self.context, reading)
-
-
-PROBES = (
-    Probe(1, 16),
-    Probe(0, 0, 32),
-    Probe(8, 16),
-    Probe(1, 1024),
-    Probe(0, 0, 96),
-    Probe(4, 512),
-    Probe(0, 0, 32, 1024),
-    Probe(8, 1024),
-    Probe(4, 128, 64),
-    Probe(16, 64),
-    Probe(0, 0, 256),
-    Probe(2, 256, 128, 512),
-)
-BUDGET_MS = 2000.0
 UNKNOWN = Cost(20.0, 1.0, 0.5, 1e-3, 1e-6)
 
 
@@ -196,67 +166,31 @@ class StepTime:
             self._spread = self._ignorance()
 
 
-def calibrate(run: Callable[[Probe], float], budget_ms: float = BUDGET_MS) -> StepTime:
-    """Measure the probes, in rounds until `budget_ms` of steps have run, and fit a model to them.
-
-    `run` carries a probe out and says the milliseconds it took. The first one warms up and is not counted. A
-    probe that would exceed the budget is passed over, so a slow machine is calibrated with its short ones.
-    """
-    seen: list[tuple[Load, float]] = []
-    took: dict[Probe, float] = {}
-    spent = run(PROBES[0])
-    for probe in PROBES * 5:
-        likely = took.get(probe, fit(seen)(probe.load) if len(seen) > 3 else spent)
-        if spent + likely <= budget_ms:
-            took[probe] = run(probe)
-            spent += took[probe]
-            seen.append((probe.load, took[probe]))
-    cost = fit(seen)
-    return StepTime(cost, [abs(ms / max(cost(load), 1e-9) - 1.0) for load, ms in seen])
-
-
 def fit(seen: Sequence[tuple[Load, float]]) -> Cost:
-    """The cost of least squared relative error, no coefficient below zero: those that would be are left out,
-    the most negative first. Raises ValueError when nothing was seen."""
+    """The cost of least relative error by Huber's measure (iteratively reweighted least squares), so that a
+    few disturbed steps do not bend it. Raises ValueError when nothing was seen."""
     if not seen:
         raise ValueError("a step-time model needs at least one measured step")
-    took = np.array([ms for _, ms in seen])
-    rows = np.array([(1.0, *load) for load, _ in seen]) / SCALES / took[:, None]
+    rows = np.array([(1.0, *load) for load, _ in seen]) / SCALES / np.array([[ms] for _, ms in seen])
+    trust = np.ones(len(seen))
+    theta = _positive(rows, trust)
+    for _ in range(REWEIGHTED):
+        errors = np.abs(rows @ theta - 1.0)
+        usual = max(1.5 * float(np.median(errors)), SMALLEST_NOISE)
+        trust = np.minimum(1.0, usual / np.maximum(errors, 1e-9))
+        theta = _positive(rows, trust)
+    return Cost(*(theta / SCALES).tolist())
+
+
+def _positive(rows: np.ndarray, trust: np.ndarray) -> np.ndarray:
+    """Weighted least squares of `rows @ theta = 1`, no coefficient below zero: those that would be are left
+    out, the most negative first."""
     held = [index for index in range(len(SCALES)) if rows[:, index].any()]
     while True:
-        theta, *_ = np.linalg.lstsq(rows[:, held], np.ones(len(seen)))
+        theta, *_ = np.linalg.lstsq(rows[:, held] * np.sqrt(trust)[:, None], np.sqrt(trust))
         if theta.min() >= 0 or len(held) == 1:
             break
         del held[int(theta.argmin())]
     whole = np.zeros(len(SCALES))
     whole[held] = np.maximum(theta, 0.0)
-    return Cost(*(whole / SCALES).tolist())
-
-
-class Kept(Struct, frozen=True):
-    """A step-time model as it is kept on disk, and what it was measured on."""
-
-    machine: str
-    checkpoint: str
-    cost: Cost
-    errors: list[float]
-
-
-def save(model: StepTime, path: Path, *, machine: str, checkpoint: str) -> None:
-    """Keep a model for the next start. Written beside and moved into place: a reader sees all or nothing."""
-    kept = Kept(machine, checkpoint, model.cost, list(model.errors))
-    draft = path.with_suffix(".part")
-    draft.write_bytes(msgspec.json.format(msgspec.json.encode(kept)))
-    draft.replace(path)
-
-
-def load(path: Path, *, machine: str, checkpoint: str) -> StepTime | None:
-    """The model kept at `path`; None when there is none, or it is of another machine or checkpoint, or cannot
-    be read: then it is measured again."""
-    try:
-        kept = msgspec.json.decode(path.read_bytes(), type=Kept)
-    except (OSError, msgspec.DecodeError):
-        return None
-    usable = (kept.machine, kept.checkpoint) == (machine, checkpoint)
-    finite = all(0 <= value < float("inf") for value in msgspec.structs.astuple(kept.cost))
-    return StepTime(kept.cost, kept.errors) if usable and finite else None
+    return whole
