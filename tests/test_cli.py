@@ -129,6 +129,12 @@ def test_help_shows_every_command_without_colours() -> None:
         (["run", "x", "--temperature", "1000"], "temperature must be from 0.0 to 100.0"),
         (["bench", "serve", "http://x", "--requests", "1"], "either --rate or --concurrency"),
         (["bench", "serve", "http://x", "--rate", "1", "--concurrency", "1"], "either --rate or"),
+        (["bench", "serve", "http://x", "--rate", "1", "--goodput", "ttft=9"], "write it like ttft:200"),
+        (
+            ["bench", "serve", "http://x", "--rate", "1", "--goodput", "itl:9"],
+            "limits are ttft, tpot and e2e",
+        ),
+        (["bench", "engine", "--batch", "1,0"], "--batch: '1,0' is no list of numbers above 0"),
     ],
 )
 def test_wrong_use_exits_with_2(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +194,7 @@ def test_says_how_long_it_took_and_prints_a_line_that_works(served: Served) -> N
 
 def test_bench_reports_in_one_json_document(served: Served) -> None:
     load = ["--requests", "6", "--concurrency", "2", "--output-tokens", "5", "--random-input", "7"]
-    done = stretto("bench", "serve", served.url, *load, "--e2e-ms", "60000", "--json")
+    done = stretto("bench", "serve", served.url, *load, "--goodput", "e2e:60000", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     outcome = json.loads(done.stdout)
     assert (outcome["model"], outcome["endpoint"]) == ("null", "completions")

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "energy": GROUND,
     "privacy": GROUND,
     "kernels": GROUND,
-    "bench": GROUND,
+    "bench": GROUND | {"engine.task", "engine.replay"},
     "models": GROUND | {"kernels"},
     "engine": GROUND | {"models", "kernels", "telemetry", "energy"},
     "optimise": GROUND | {"models", "kernels", CLIENT},
@@ -42,6 +42,8 @@ TORCH = {"kernels", "models", "engine", "optimise"}
 TORCH_FREE = {
     "engine.client",
     "engine.messages",
+    "engine.task",
+    "engine.replay",
     "engine.schedule",
     "engine.loop",
     "engine.blocks",

@@ -21,6 +21,7 @@ from stretto import chat as conversation
 from stretto import config, doctor, terminal
 from stretto.api import app as api
 from stretto.api import serve as server
+from stretto.bench import engine as alone
 from stretto.bench import load, traces
 from stretto.bench.client import Client, RequestFailed
 from stretto.bench.metrics import Limits
@@ -42,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
+bench = typer.Typer(help="Measure a server, a schedule, or the engine alone.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -159,18 +160,21 @@ def run(
 
 @bench.command("serve")
 def bench_serve(
-    url: Annotated[str, typer.Argument(help="an OpenAI-compatible server, like http://127.0.0.1:8000")],
+    url: Annotated[
+        str,
+        typer.Argument(
+            help="an OpenAI-compatible server, like http://127.0.0.1:8000; with /v1/completions behind it, or"
+            " /v1/chat/completions, that endpoint; else chat for a file of prompts"
+        ),
+    ],
     requests: Annotated[int, option("how many to send", min=1)] = 100,
     rate: Annotated[float | None, option("requests per second, as a Poisson process")] = None,
     concurrency: Annotated[int | None, option("requests under way at once", min=1)] = None,
     prompts: Annotated[Path | None, option("a file of prompts: JSON lines or plain lines, .gz too")] = None,
     random_input: Annotated[int, option("without a file: random tokens per prompt", min=1)] = 128,
     output_tokens: Annotated[int, option("tokens of each answer at most", min=1)] = 128,
-    endpoint: Annotated[load.Endpoint | None, option("chat for a file, else completions")] = None,
     model: Annotated[str | None, option("its name there; else the first")] = None,
-    ttft_ms: Annotated[float | None, option("a good request's TTFT at most")] = None,
-    tpot_ms: Annotated[float | None, option("a good request's TPOT at most")] = None,
-    e2e_ms: Annotated[float | None, option("a good request's whole time at most")] = None,
+    goodput: Annotated[str, option("what a good request keeps, ms: ttft:200,tpot:50,e2e:3000")] = "",
     seed: Annotated[int, option("of the arrivals and the random tokens")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -178,6 +182,7 @@ def bench_serve(
 
     A key is taken from STRETTO_API_KEY or OPENAI_API_KEY.
     """
+    url, endpoint = load.addressed(url)
     with _usage():
         asked = load.Load(
             requests=requests,
@@ -188,7 +193,7 @@ def bench_serve(
             output_tokens=output_tokens,
             endpoint=endpoint,
             model=model,
-            limits=Limits(ttft_ms=ttft_ms, tpot_ms=tpot_ms, e2e_ms=e2e_ms),
+            limits=Limits.of(goodput),
             seed=seed,
         )
     with terminal.Counting("requests", requests) as count:
@@ -199,6 +204,38 @@ def bench_serve(
         terminal.show_outcome(outcome)
     if not outcome.report.completed:
         raise typer.Exit(FAILURE)
+
+
+@bench.command("engine")
+def bench_engine(
+    model: Annotated[str, typer.Argument(help="a directory or hub id")] = "desk",
+    batch: Annotated[str, option("sequences at once: several numbers, each measured")] = "1,8",
+    context: Annotated[str, option("tokens of each prompt: several numbers, each measured")] = "512",
+    output_tokens: Annotated[int, option("tokens of each answer", min=2)] = 32,
+    quantise: Annotated[str | None, setting("quantise")] = None,
+    threads: Annotated[int | None, setting("threads")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the engine alone: start, TTFT, decode, and each kind of layer against the memory's limit."""
+    given = {"models": [model], "quantise": quantise, "threads": threads}
+    with _usage():
+        engine = config.load({k: v for k, v in given.items() if v is not None}, os.environ, None)[1]
+        batches, contexts = _numbers("--batch", batch), _numbers("--context", context)
+    with terminal.Loading() as loading:
+        engine = msgspec.structs.replace(engine, models=locate(engine.models, loading))
+    report = alone.measure(engine, batches, contexts, output_tokens)
+    if as_json:
+        terminal.say_json(report)
+    else:
+        terminal.show_engine(report)
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    """`1,8` as numbers above 0. Raises StartError."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise StartError(f"{flag}: {text!r} is no list of numbers above 0: write it like 1,8")
+    return [int(part) for part in parts]
 
 
 @bench.command("trace")

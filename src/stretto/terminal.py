@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from stretto.bench import engine
 from stretto.bench.load import Outcome
 from stretto.bench.metrics import Sample, Spread
 from stretto.engine.replay import Report
@@ -163,6 +164,35 @@ def show_replay(report: Report) -> None:
         f"{report.rate:.3f} requests/s over {report.duration_s:,.0f} s, {report.steps:,} steps,"
         f" {report.wasted:.1%} of the tokens wasted, {report.preemptions} preemptions"
     )
+
+
+def show_engine(report: engine.Report) -> None:
+    """What the engine alone does, and where a step of it goes."""
+    model = report.model
+    out.print(
+        f"[bold]{model.name}[/] · {model.quantise or model.dtype} · {report.kernels}"
+        f" · {report.threads} threads · {report.cpu}"
+    )
+    out.print(
+        f"ready in {report.start_s:.2f} s, first token after {report.first_token_s:.2f} s,"
+        f" {gib(report.peak_bytes)} of memory at most; load {report.load:.1f}"
+    )
+    table = _table("batch", "context", "TTFT ms", "prefill tok/s", "decode tok/s", "step ms", "of bandwidth")
+    for figure in report.figures:
+        numbers = (figure.ttft_ms, figure.prefill_tokens_per_s, figure.decode_tokens_per_s, figure.step_ms)
+        shown = [f"{number:,.1f}" for number in numbers]
+        table.add_row(str(figure.batch), str(figure.context), *shown, _percent(figure.mbu))
+    out.print(table)
+    if report.bandwidth_gb_s is not None:
+        table = _table("a decode step", "ms", "MB", "of bandwidth", title=f"{report.bandwidth_gb_s:.1f} GB/s")
+        for part in report.parts:
+            size = f"{part.bytes / 1e6:,.1f}" if part.bytes else ""
+            table.add_row(part.layer, f"{part.ms:.3f}", size, _percent(part.floor))
+        out.print(table)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def show_facts(sections: Iterable[tuple[str, list[tuple[str, str, str]]]]) -> None:

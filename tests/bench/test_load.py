@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import uvloop
 
-from stretto.bench.load import Load, arrivals, random_prompts, read_prompts, run
+from stretto.bench.load import Load, addressed, arrivals, random_prompts, read_prompts, run
 from stretto.bench.metrics import Limits, Sample
 from stretto.errors import StartError
 from tests.bench.serving import DONE, OK, Piece, chat, chunked, plain, serving, usage
@@ -189,3 +189,16 @@ async def test_a_server_that_refuses_the_warm_up_is_not_measured() -> None:
 def test_loads_that_make_no_sense(wrong: dict[str, object]) -> None:
     with pytest.raises(StartError):
         Load(requests=1, **wrong)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("url", "means"),
+    [
+        ("http://x:1", ("http://x:1", None)),
+        ("http://x:1/v1/", ("http://x:1/v1/", None)),
+        ("http://x:1/v1/completions", ("http://x:1/v1", "completions")),
+        ("http://x:1/v1/chat/completions/", ("http://x:1/v1", "chat")),
+    ],
+)
+def test_an_endpoint_may_stand_behind_the_address(url: str, means: tuple[str, str | None]) -> None:
+    assert addressed(url) == means

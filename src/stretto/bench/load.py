@@ -76,6 +76,15 @@ class Outcome(Struct, frozen=True, kw_only=True):
     examples: dict[str, str]
 
 
+def addressed(url: str) -> tuple[str, Endpoint | None]:
+    """A server's address without the endpoint that may stand behind it, and that endpoint."""
+    for endpoint, path in PATHS.items():
+        base = url.removesuffix("/").removesuffix(f"/{path}")
+        if base != url.removesuffix("/"):
+            return base, endpoint
+    return url, None
+
+
 async def run(url: str, load: Load, *, api_key: str | None, on_done: Callable[[Sample], None]) -> Outcome:
     """Warm up, send everything, wait for all answers. `on_done` hears of each.
 
@@ -182,7 +191,7 @@ def _body(prompt: Prompt, load: Load, model: str, endpoint: Endpoint) -> bytes:
     if endpoint == "chat":
         body["messages"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     elif isinstance(prompt, list) and isinstance(prompt[0], dict):
-        raise StartError("prompts with messages go to the chat endpoint: give --endpoint chat")
+        raise StartError("prompts with messages go to the chat endpoint: give URL/v1/chat/completions")
     else:
         body["prompt"] = prompt
     if load.prompts is None:

@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from msgspec import Struct
 
+from stretto.errors import StartError
+
 
 class Sample(Struct, frozen=True, kw_only=True):
     """One request as the client saw it. Times are seconds of one clock.
@@ -55,6 +57,20 @@ class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     e2e_ms: float | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Limits:
+        """Parses `ttft:200,tpot:50,e2e:3000`, in milliseconds. Raises StartError."""
+        held: dict[str, float] = {}
+        for part in text.replace(",", " ").split():
+            name, _, value = part.partition(":")
+            try:
+                held[f"{name}_ms"] = float(value)
+            except ValueError:
+                raise StartError(f"--goodput: {part!r} is no limit: write it like ttft:200") from None
+            if f"{name}_ms" not in cls.__struct_fields__ or not held[f"{name}_ms"] > 0:
+                raise StartError(f"--goodput: {part!r}; limits are ttft, tpot and e2e, above 0 ms")
+        return cls(**held)
 
 
 NO_LIMITS = Limits()

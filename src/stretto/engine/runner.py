@@ -37,7 +37,7 @@ class TorchRunner:
     def __init__(self, decoder: Decoder, info: ModelInfo, *, eos: frozenset[int], max_running: int) -> None:
         self.info = info
         self.eos = eos
-        self._decoder = decoder
+        self.decoder = decoder
         self._cache = decoder.new_cache(info.blocks, info.block_size)
         self._sampler = Sampler(info.vocab, eos, torch.device(info.device))
         self._tables = np.zeros((max_running, -(-info.context // info.block_size)), dtype=np.int32)
@@ -46,7 +46,7 @@ class TorchRunner:
     def launch(self, plan: Plan) -> Done:
         """Run the plan. One result for each row that draws, in the plan's order."""
         drawing = [row for row in plan.rows if row.draw]
-        hidden = self._decoder.forward(self._batch(plan.rows), self._cache)
+        hidden = self.decoder.forward(self._batch(plan.rows), self._cache)
         if not drawing:
             return Done([])
         spoken = [index for index, row in enumerate(drawing) if row.seq.request.task == "generate"]
@@ -55,7 +55,7 @@ class TorchRunner:
             rows = hidden if len(spoken) == len(drawing) else hidden[spoken]
             sequences = [drawing[index].seq for index in spoken]
             for index, result in zip(
-                spoken, self._sampler(self._decoder.logits(rows), sequences), strict=True
+                spoken, self._sampler(self.decoder.logits(rows), sequences), strict=True
             ):
                 drawn[index] = result
         for index, row in enumerate(drawing):

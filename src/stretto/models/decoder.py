@@ -47,7 +47,7 @@ class Decoder:
     def __init__(self, spec: ModelSpec, kernels: Kernels, weights: Weights) -> None:
         self.spec = spec
         self.kernels = kernels
-        self._weights = weights
+        self.weights = weights
         self._embedding = weights.embedding
         self._last = len(weights.layers) - 1
         # The scale is rounded as the checkpoint's own framework rounds it.
@@ -63,11 +63,11 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        return self._weights.nbytes
+        return self.weights.nbytes
 
     @property
     def parameters(self) -> int:
-        return self._weights.parameters
+        return self.weights.parameters
 
     def cache_bytes_per_block(self, block_size: int) -> int:
         """Bytes of keys and values that `block_size` tokens take in all layers."""
@@ -83,7 +83,7 @@ class Decoder:
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """Run the step and write its keys and values into the cache: the normed last hidden states of the
         token rows `batch.outputs`, [R, hidden]."""
-        weights = self._weights
+        weights = self.weights
         plan = self.kernels.prepare(batch, cache, weights.geometry)
         residual = F.embedding(batch.tokens, self._embedding)
         if self._scale != 1.0:
@@ -102,6 +102,6 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, hidden] -> logits over the vocabulary, float32 [R, vocab]."""
-        logits = self.kernels.linear(hidden, self._weights.head).float()
+        logits = self.kernels.linear(hidden, self.weights.head).float()
         cap = self.spec.final_cap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits

@@ -1,0 +1,189 @@
+"""What the engine alone does, without a server: starts one, gives it tasks in rounds, makes medians of them.
+
+The engine is a process of its own that is spoken to in lines of JSON (`stretto.engine.task`), so the time it
+takes to start is measured too, and nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+from types import TracebackType
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from stretto.config import EngineConfig
+from stretto.engine.task import Parts, Ready, Task, Took
+from stretto.errors import StartError
+from stretto.machine import snapshot
+from stretto.types import ModelInfo
+
+T = TypeVar("T")
+ROUNDS = 5
+FIRST = Task(prompt_tokens=16, output_tokens=1)
+
+
+class Figure(Struct, frozen=True, kw_only=True):
+    """Medians of `rounds`, of `batch` sequences with prompts of `context` tokens.
+
+    `ttft_ms` is until all of them had their first token, `prefill_tokens_per_s` follows from it; of a batch
+    both are of the first round alone, since the others find its prompts kept. `decode_tokens_per_s` is of the
+    whole batch, `step_ms` one step of it. `mbu`: bytes of weights and keys such a step must read, against
+    what the memory could have given in that time; None where no step was taken apart.
+    """
+
+    batch: int
+    context: int
+    rounds: int
+    ttft_ms: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    step_ms: float
+    mbu: float | None = None
+
+
+class Share(Struct, frozen=True, kw_only=True):
+    """One kind of layer in a decode step of one sequence. `floor`: the time its bytes take at the measured
+    bandwidth, against the time it took; None for what reads nothing to speak of."""
+
+    layer: str
+    bytes: int
+    ms: float
+    floor: float | None
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """`start_s`: until the process was ready; `first_token_s`: until it had answered a prompt of 16 tokens.
+    `load` is the machine's, over the last minute. Of the parts, `between` is what no kernel accounts for."""
+
+    cpu: str
+    load: float
+    model: ModelInfo
+    kernels: str
+    threads: int
+    start_s: float
+    first_token_s: float
+    peak_bytes: int
+    bandwidth_gb_s: float | None
+    figures: list[Figure]
+    parts: list[Share]
+
+
+class Alone:
+    """An engine process. Raises StartError, with what it said, when it ends before it is told to."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        command = [sys.executable, "-m", "stretto.engine.measure"]
+        self.started = time.perf_counter()
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.ready = self._exchange(msgspec.json.encode(config), Ready)
+        self.start_s = time.perf_counter() - self.started
+
+    def run(self, task: Task) -> Took:
+        """Carry out a task."""
+        return self._exchange(msgspec.json.encode(task), Took)
+
+    def apart(self) -> Parts:
+        """Take a step apart."""
+        return self._exchange(b"", Parts)
+
+    def _exchange(self, line: bytes, kind: type[T]) -> T:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(line + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # It has ended: what it said is read below.
+        answer = self._process.stdout.readline()
+        if not answer:
+            assert self._process.stderr is not None
+            said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            raise StartError(said[-1] if said else f"the engine ended (exit code {self._process.wait()})")
+        return msgspec.json.decode(answer, type=kind)
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def measure(
+    config: EngineConfig, batches: Sequence[int], contexts: Sequence[int], output_tokens: int
+) -> Report:
+    """Every batch with every context, `ROUNDS` times each. Raises StartError when one does not fit."""
+    with Alone(config) as alone:
+        alone.run(FIRST)
+        first_token_s = time.perf_counter() - alone.started
+        cases = [
+            Task(batch=batch, prompt_tokens=context, output_tokens=output_tokens)
+            for context in contexts
+            for batch in batches
+        ]
+        seen: dict[Task, list[Took]] = {case: [] for case in cases}
+        for number in range(ROUNDS):
+            for case in cases:
+                seed = number + 1 if case.batch == 1 else 0
+                seen[case].append(alone.run(msgspec.structs.replace(case, seed=seed)))
+        parts = alone.apart() if alone.ready.model.device == "cpu" else None
+        return Report(
+            cpu=snapshot().cpu,
+            load=os.getloadavg()[0],
+            model=alone.ready.model,
+            kernels=alone.ready.kernels,
+            threads=alone.ready.threads,
+            start_s=alone.start_s,
+            first_token_s=first_token_s,
+            peak_bytes=max(took.peak_bytes for each in seen.values() for took in each),
+            bandwidth_gb_s=None if parts is None else parts.bandwidth / 1e9,
+            figures=[_figure(case, took, alone.ready.model, parts) for case, took in seen.items()],
+            parts=[] if parts is None else _shares(parts),
+        )
+
+
+def _figure(case: Task, seen: Sequence[Took], model: ModelInfo, parts: Parts | None) -> Figure:
+    ttft = median(took.ttft_ms for took in seen if not took.cached_tokens)
+    rate = median(took.decode_tokens / took.decode_ms * 1e3 for took in seen)
+    step_ms = case.batch / rate * 1e3
+    return Figure(
+        batch=case.batch,
+        context=case.prompt_tokens,
+        rounds=len(seen),
+        ttft_ms=ttft,
+        prefill_tokens_per_s=case.batch * case.prompt_tokens / ttft * 1e3,
+        decode_tokens_per_s=rate,
+        step_ms=step_ms,
+        mbu=None if parts is None else _read(case, model, parts) / parts.bandwidth / step_ms * 1e3,
+    )
+
+
+def _read(case: Task, model: ModelInfo, parts: Parts) -> float:
+    """Bytes that a decode step of this case must read: all weights once, and everybody's keys and values."""
+    weights = sum(part.bytes for part in parts.parts if part.layer != "attention")
+    keys = case.batch * (case.prompt_tokens + case.output_tokens / 2)
+    return weights + keys * model.kv_bytes / (model.blocks * model.block_size)
+
+
+def _shares(parts: Parts) -> list[Share]:
+    shares = [
+        Share(
+            layer=part.layer,
+            bytes=part.bytes,
+            ms=part.ms,
+            floor=part.bytes / parts.bandwidth / part.ms * 1e3 if part.bytes else None,
+        )
+        for part in sorted(parts.parts, key=lambda part: -part.ms)
+    ]
+    between = parts.step_ms - sum(part.ms for part in parts.parts)
+    return [*shares, Share(layer="between", bytes=0, ms=between, floor=None)]
