@@ -64,6 +64,13 @@ Tiers = Annotated[
 ]
 
 
+Schedule = Annotated[
+    Literal["fcfs", "deadline"],
+    Meta(description="what runs first; fcfs: first come, first served; deadline: so that most are on time"),
+]
+SCHEDULE: Schedule = "fcfs"
+
+
 def tiers_of(terms: Mapping[TierName, Terms]) -> dict[str, Tier]:
     """The tiers, those that `terms` names with the objective it says."""
     return TIERS | {
@@ -113,18 +120,14 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens of a KV block")] = 16
     max_running: Annotated[int, Meta(ge=1, description="sequences in a step at most")] = 256
     max_step_tokens: Annotated[int, Meta(ge=1, description="tokens in a step at most")] = 512
-    schedule: Annotated[
-        Literal["fcfs", "deadline"],
-        Meta(
-            description="what runs first; fcfs: first come, first served; deadline: so that most are on time"
-        ),
-    ] = "fcfs"
+    schedule: Schedule = SCHEDULE
     prefix_cache: Annotated[bool, Meta(description="share the KV blocks of equal beginnings")] = True
     tiers: Tiers = {}
 
 
 class ServeConfig(Struct, frozen=True, kw_only=True):
-    """The HTTP front. `max_waiting` bounds the queue; `drain_s` how long a shutdown waits for answers."""
+    """The HTTP front. `max_waiting` bounds the queue; `drain_s` how long a shutdown waits for answers.
+    `schedule` and `tiers` are the engine's too. Raises StartError for a tier the schedule cannot keep."""
 
     host: Annotated[str, Meta(description="address to listen on; 0.0.0.0 is every network")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
@@ -143,7 +146,15 @@ class ServeConfig(Struct, frozen=True, kw_only=True):
     api_keys: Annotated[
         dict[str, str], Meta(description="who may ask: a table of key = tenant; empty: anybody, as `local`")
     ] = {}
+    schedule: Schedule = SCHEDULE
     tiers: Tiers = {}
+
+    def __post_init__(self) -> None:
+        for name, terms in self.tiers.items():
+            if self.schedule == "fcfs" and terms.on_miss == "reject":
+                raise StartError(
+                    f"tiers.{name}: on_miss = reject needs the schedule deadline: fcfs refuses nobody"
+                )
 
 
 class Models(Struct, frozen=True, kw_only=True):

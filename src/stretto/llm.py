@@ -232,7 +232,7 @@ class LLM:
             token_ids=tuple(event.token for event in heard if event.token is not None),
             finish_reason=choice.finish_reason or Reason.STOP,
             prompt_tokens=choice.prompt_tokens,
-            cached_tokens=0 if choice.finish is None else choice.finish.cached_tokens,
+            cached_tokens=0 if choice.began is None else choice.began.cached_tokens,
             logprobs=None if request.sampling.logprobs is None else probable,
         )
 

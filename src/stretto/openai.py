@@ -19,6 +19,9 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_\-]{1,64}$", min_length=1, max_length=64)]
 Empty = Annotated[list[Any], Meta(max_length=0)]
+MetadataKey = Annotated[str, Meta(max_length=64)]
+MetadataValue = Annotated[str, Meta(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=16)]
 Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
 
 
@@ -173,7 +176,7 @@ class Generation(Wire, frozen=True, kw_only=True):
     """What chat and plain completions share. `top_k` of 0 or -1 means no limit, as in vLLM.
 
     `user`, `safety_identifier`, `prompt_cache_key` and `cache_salt` separate the prefix cache: requests share
-    computed prompts only when all four are equal. `metadata` is checked and kept nowhere.
+    computed prompts only when all four are equal. `metadata` comes back with the answer, and is kept nowhere.
     """
 
     model: str | None = None
@@ -202,7 +205,7 @@ class Generation(Wire, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     cache_salt: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     store: bool | None = None
 
 
@@ -342,6 +345,7 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
     service_tier: str | UnsetType = UNSET
     usage: Usage | UnsetType | None = UNSET
     stretto: Report | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType = UNSET
 
 
 class MadeCall(Struct, frozen=True, kw_only=True):
@@ -372,6 +376,7 @@ class ChatCompletion(Struct, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     stretto: Report
+    metadata: dict[str, str] | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
     service_tier: str | UnsetType = UNSET
 
@@ -394,6 +399,7 @@ class Completion(Struct, frozen=True, kw_only=True):
     service_tier: str | UnsetType = UNSET
     usage: Usage | UnsetType | None = UNSET
     stretto: Report | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType = UNSET
 
 
 class Embedding(Struct, frozen=True, kw_only=True):

@@ -156,15 +156,24 @@ class Logprobs(Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Began(Struct, frozen=True, array_like=True, gc=False):
+    """How a sequence started: `queue_ms` from arrival to its first step, and the tokens of its prompt that
+    were in the cache."""
+
+    queue_ms: float
+    cached_tokens: int
+
+
 class TokenEvent(Struct, frozen=True, array_like=True, gc=False):
     """One token of one sequence, or its end, or both. The token that ends a sequence (EOS) is not sent as
-    text: it arrives as `finish.stop_token` with `token = None`."""
+    text: it arrives as `finish.stop_token` with `token = None`. The first token has `began`."""
 
     id: int
     token: int | None = None
     logprobs: Logprobs | None = None
     finish: Finish | None = None
     embedding: tuple[float, ...] | None = None
+    began: Began | None = None
 
 
 class StepStats(Struct, frozen=True, array_like=True):

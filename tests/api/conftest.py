@@ -55,7 +55,7 @@ def says(text: TextModel, engine: FakeEngine) -> Callable[[str], list[int]]:
 
 @pytest.fixture
 def config() -> ServeConfig:
-    return ServeConfig(port=0, max_waiting=32, drain_s=0.3)
+    return ServeConfig(port=0, max_waiting=32, drain_s=0.3, schedule="deadline")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from stretto.api.app import App, build
 from stretto.api.text import TextModel
 from stretto.config import ServeConfig
-from stretto.types import Grammar, Reason, Request, Sampling, TokenEvent
+from stretto.types import Began, Grammar, Reason, Request, Sampling, TokenEvent
 from tests.api.checkpoint import byte_level, write
 from tests.api.conftest import CHAT, HELLO, ids_of
 from tests.api.fake_engine import FakeEngine, info
@@ -85,6 +85,27 @@ async def test_the_report_says_what_the_engine_and_the_clock_say(client: httpx.A
     assert report["itl_p99_ms"] >= 0
     chunks = await streamed(client)
     assert [chunk.get("stretto", {}).get("rung") for chunk in chunks] == [None] * (len(chunks) - 1) + ["tiny"]
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_an_answer_that_a_stop_string_ended_is_reported_whole(
+    client: httpx.AsyncClient, engine: FakeEngine, says: Says, path: str
+) -> None:
+    first, *rest = says("Hello, world!")
+    engine.script = lambda request: [TokenEvent(0, first, began=Began(7.5, 2)), *rest]
+    answer = await whole(client, path, stop=",")
+    assert (answer["stretto"]["queue_ms"], answer["stretto"]["cached_tokens"]) == (7.5, 2)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_metadata_comes_back_with_the_answer(client: httpx.AsyncClient, path: str) -> None:
+    sent = {"order": "17", "run": "nightly"}
+    assert (await whole(client, path, metadata=sent))["metadata"] == sent
+    chunks = await streamed(client, path, metadata=sent, n=2)
+    assert [chunk["metadata"] for chunk in chunks if "metadata" in chunk] == [sent, sent], "once a choice"
+    assert "metadata" not in await whole(client, path)
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])

@@ -84,6 +84,37 @@ async def test_a_refusal_is_503(
     assert not engine.open
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_a_schedule_that_refuses_nobody_says_so(
+    checkpoint: Path, engine: FakeEngine, path: str
+) -> None:
+    app = build(ServeConfig(schedule="fcfs"), engine, {"tiny": checkpoint})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        refused = await answer(client, path, objective={"ttft_ms": 9, "on_miss": "reject"})
+        judged = await answer(client, path, objective={"ttft_ms": 60_000, "on_miss": "late"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "$.objective.on_miss")
+    assert judged.json()["stretto"]["on_time"] is True
+
+
+async def test_not_a_number_is_no_objective(client: httpx.AsyncClient) -> None:
+    for number in ("NaN", "Infinity", "-Infinity", "1e999"):
+        body = f'{{"messages": [{{"role": "user", "content": "Hi"}}], "objective": {{"ttft_ms": {number}}}}}'
+        refused = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
+        assert refused.status_code == 400, number
+        assert refused.json()["error"]["code"] == "invalid_value"
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_objectives_hold_without_a_stream(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str
+) -> None:
+    engine.script = lambda request: [65, 0.05, 66]
+    late = await answer(client, path, objective={"total_ms": 40})
+    early = await answer(client, path, objective={"total_ms": 60_000, "ttft_ms": 30_000})
+    assert late.json()["stretto"]["on_time"] is False
+    assert early.json()["stretto"]["on_time"] is True
+
+
 async def test_embeddings_take_a_total(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.script = lambda request: [
         TokenEvent(0, finish=Finish(Reason.STOP, 1, 0, 0, 0.0), embedding=(1.0, 0.0))
@@ -118,7 +149,12 @@ def test_a_file_says_the_tiers(tmp_path: Path) -> None:
     tiers = tiers_of(front.tiers)
     assert tiers["priority"].objective == Objective(ttft_ms=800)
     assert (tiers["priority"].weight, tiers["default"]) == (TIERS["priority"].weight, TIERS["default"])
-    for wrong in ("[tiers.gold]\nttft_ms = 1\n", "[tiers.flex]\nttft_ms = 0\n", "[tiers.flex]\nspeed = 1\n"):
+    for wrong in (
+        '[tiers.flex]\non_miss = "reject"\n',
+        "[tiers.gold]\nttft_ms = 1\n",
+        "[tiers.flex]\nttft_ms = 0\n",
+        "[tiers.flex]\nspeed = 1\n",
+    ):
         file.write_text(wrong)
         with pytest.raises(StartError, match="tiers"):
             load({}, {}, file)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from stretto.config import Tier
+from stretto.config import Schedule, Tier
 from stretto.errors import InvalidRequest
 from stretto.openai import AskedTotal, Generation
 from stretto.types import Objective
@@ -23,11 +23,23 @@ class Aim(NamedTuple):
     tier: str = DEFAULT
 
 
-def aim(request: Generation, tiers: Mapping[str, Tier]) -> Aim:
+def tier_of(request: Generation) -> str:
+    """The name of the tier that a request asks for."""
+    return DEFAULT if request.service_tier in (None, "auto") else request.service_tier
+
+
+def aim(request: Generation, tiers: Mapping[str, Tier], schedule: Schedule) -> Aim:
     """The request's own limits, and its tier's where it has none. Without a stream no gap between tokens is
-    seen, so the tier's does not count. Raises InvalidRequest for limits that contradict each other."""
-    tier = DEFAULT if request.service_tier in (None, "auto") else request.service_tier
+    seen, so the tier's does not count. Raises InvalidRequest for limits that contradict each other, and for a
+    refusal that `schedule` never gives."""
+    tier = tier_of(request)
     usual, asked = tiers[tier].objective, request.objective
+    if asked is not None and asked.on_miss == "reject" and schedule == "fcfs":
+        where = "$.objective.on_miss"
+        raise InvalidRequest(
+            f"{where}: this server runs the schedule fcfs, which refuses nobody; ask for late or degrade",
+            param=where,
+        )
     own = (
         Objective()
         if asked is None

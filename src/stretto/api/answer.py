@@ -17,7 +17,7 @@ from stretto.api.reasoning import Reasoning
 from stretto.api.tools import Abandoned, NamedCall, Said, ToolParser
 from stretto.errors import CannotBeOnTime, EngineError
 from stretto.openai import Delta, FinishReason, Report
-from stretto.types import Finish, Objective, Reason, TokenEvent
+from stretto.types import Began, Finish, Objective, Reason, TokenEvent
 
 Spoken = tuple[Delta, TokenEvent | None]
 FINISH: dict[Reason, FinishReason] = {
@@ -37,12 +37,14 @@ class Stream(Protocol):
 
 @dataclass(slots=True)
 class Times:
-    """When things happened, on the monotonic clock. `gaps` are the seconds between token lists; `late`: one
-    came after it was due."""
+    """When things happened, on the monotonic clock. `gaps` are the seconds between token lists; `slack` how
+    long before its due the token with the least time to spare came, below 0 when it was late; `cut`: the
+    engine gave the answer up."""
 
     arrival: float
     objective: Objective = field(default_factory=Objective)
-    late: bool = False
+    cut: bool = False
+    slack: float = inf
     first: float | None = None
     last: float = 0.0
     gaps: list[float] = field(default_factory=list[float])
@@ -61,7 +63,16 @@ class Times:
         if start == inf and self.first is not None:
             start = self.first
         due = start + spoken * _seconds(objective.itl_ms) if spoken else start
-        self.late = self.late or now > min(due, self.arrival + _seconds(objective.total_ms))
+        self.slack = min(self.slack, due - now, self.arrival + _seconds(objective.total_ms) - now)
+
+    def end(self, now: float, *, cut: bool) -> None:
+        """The answer is over."""
+        self.slack = min(self.slack, self.arrival + _seconds(self.objective.total_ms) - now)
+        self.cut = cut
+
+    @property
+    def late(self) -> bool:
+        return self.cut or self.slack < 0
 
     @property
     def on_time(self) -> bool | None:
@@ -145,7 +156,7 @@ class Choice:
     single_call: bool = False
     tokens: int = 0
     finish_reason: FinishReason | None = None
-    finish: Finish | None = None
+    began: Began | None = None
 
     def take(self, events: list[TokenEvent]) -> list[Spoken]:
         """What these events say. Raises EngineError when they say that the sequence failed, CannotBeOnTime
@@ -154,6 +165,8 @@ class Choice:
         self.times.mark(now)
         if any(event.token is not None for event in events):
             self.times.judge(now, self.tokens)
+        if self.began is None and events:
+            self.began = events[0].began
         spoken: list[Spoken] = []
         push = self.decoder.push
         for event in events:
@@ -165,7 +178,6 @@ class Choice:
                 else:
                     self._shaped(text, event, spoken)
                 if self.decoder.stopped is not None:
-                    self.finish = event.finish
                     self._end("stop", spoken)
                 elif self.single_call and self.shape is not None and self.shape.calls:
                     self._end("stop", spoken)
@@ -176,14 +188,14 @@ class Choice:
         return spoken
 
     def report(self) -> Report:
-        times, finish = self.times, self.finish
+        times, began = self.times, self.began
         return Report(
             rung=self.model,
             on_time=self.times.on_time,
-            queue_ms=None if finish is None else round(finish.queue_ms, 3),
+            queue_ms=None if began is None else round(began.queue_ms, 3),
             ttft_ms=_ms(times.ttft),
             itl_p99_ms=_ms(times.itl_p99()),
-            cached_tokens=None if finish is None else finish.cached_tokens,
+            cached_tokens=None if began is None else began.cached_tokens,
         )
 
     def _shaped(self, text: str, event: TokenEvent, spoken: list[Spoken]) -> None:
@@ -194,10 +206,9 @@ class Choice:
         spoken.append((deltas[-1] if deltas else Delta(), event))
 
     def _finished(self, finish: Finish, spoken: list[Spoken]) -> None:
-        self.finish = finish
-        total_ms = self.times.objective.total_ms
-        whole = monotonic() > self.times.arrival + _seconds(total_ms)
-        self.times.late = self.times.late or whole or finish.reason is Reason.DEADLINE
+        if self.began is None:
+            self.began = Began(finish.queue_ms, finish.cached_tokens)
+        self.times.end(monotonic(), cut=finish.reason is Reason.DEADLINE)
         if finish.reason is Reason.REFUSED:
             raise _refusal(finish)
         reason = FINISH.get(finish.reason)

@@ -23,12 +23,13 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from stretto.api import embed, generate, http, intake, openapi
+from stretto.api.account import account
+from stretto.api.aims import DEFAULT, tier_of
 from stretto.api.front import Check, Engine, Front, Run
 from stretto.api.text import TextModel
 from stretto.config import ServeConfig
 from stretto.errors import NotFound, StrettoError, Unauthorised, WrongMethod
 from stretto.openai import ChatRequest, CompletionRequest, EmbeddingRequest, ModelCard, ModelList, Status
-from stretto.telemetry.metrics import Ended
 
 T = TypeVar("T")
 CHAT = json.Decoder(ChatRequest)
@@ -81,21 +82,21 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrival = time.monotonic()
         run = Run(self.front)
-        outcome = "ok"
+        failure: StrettoError | None = None
         try:
             tenant = http.tenant(scope, self.front.config.api_keys)
             body = await http.read_body(scope, receive, self.front.config.max_body_bytes)
             await self._answer(Call(self.front, run, arrival, tenant, scope, body, send), receive)
         except http.ClientGone:
-            outcome = "client_gone"
-        except StrettoError as error:
-            outcome = error.code
-            await _tell(run, send, error)
+            run.gone = True
+        except asyncio.CancelledError:
+            run.gone = True
+            raise
         except Exception as error:
-            outcome = "internal_error"
-            await _tell(run, send, http.internal(error))
+            failure = error if isinstance(error, StrettoError) else http.internal(error)
+            await _tell(run, send, failure)
         finally:
-            self._count(run, "client_gone" if run.gone else outcome, arrival)
+            self.front.ended(account(run, self.name, failure, time.monotonic() - arrival))
 
     async def _answer(self, call: Call, receive: Receive) -> None:
         watch = asyncio.create_task(_end_when_left(receive, call.run))
@@ -104,26 +105,6 @@ class Endpoint:
                 await self.handler(call)
         finally:
             watch.cancel()
-
-    def _count(self, run: Run, outcome: str, arrival: float) -> None:
-        choices = run.choices
-        first = [choice.times.ttft for choice in choices if choice.times.ttft is not None]
-        finishes = [choice.finish for choice in choices if choice.finish is not None]
-        ended = Ended(
-            endpoint=self.name,
-            outcome=outcome,
-            seconds=time.monotonic() - arrival,
-            prompt_tokens=sum(choice.prompt_tokens for choice in choices if choice.prompt_counts),
-            output_tokens=sum(choice.tokens for choice in choices),
-            cached_tokens=sum(finish.cached_tokens for finish in finishes),
-            queued=max((finish.queue_ms / 1e3 for finish in finishes), default=None),
-            first=min(first, default=None),
-            gaps=[gap for choice in choices for gap in choice.times.gaps],
-        )
-        self.front.metrics.ended(ended)
-        verdicts = [choice.report().on_time for choice in choices if choice.finish is not None]
-        judged = [verdict for verdict in verdicts if verdict is not None]
-        self.front.recent.ended(ended, run.tier, all(judged) if judged else None)
 
 
 async def _end_when_left(receive: Receive, run: Run) -> None:
@@ -139,17 +120,22 @@ async def _tell(run: Run, send: Send, error: StrettoError) -> None:
 
 
 async def _chat(call: Call) -> None:
-    job = await intake.chat(call.front, call.parse(CHAT), len(call.body))
+    request = call.parse(CHAT)
+    call.run.asks(request.model, tier_of(request))
+    job = await intake.chat(call.front, request, len(call.body))
     await generate.generate(call.front, call.run, job, call.tenant, call.arrival, call.send)
 
 
 async def _completion(call: Call) -> None:
-    job = await intake.completion(call.front, call.parse(COMPLETION), len(call.body))
+    request = call.parse(COMPLETION)
+    call.run.asks(request.model, tier_of(request))
+    job = await intake.completion(call.front, request, len(call.body))
     await generate.generate(call.front, call.run, job, call.tenant, call.arrival, call.send)
 
 
 async def _embedding(call: Call) -> None:
     request = call.parse(EMBEDDING)
+    call.run.asks(request.model, DEFAULT)
     caller = call.tenant, call.arrival
     await embed.embed(call.front, call.run, request, len(call.body), caller, call.send)
 

@@ -16,7 +16,7 @@ from stretto.api.text import TextModel
 from stretto.config import ServeConfig, tiers_of
 from stretto.errors import Draining, Overloaded, StrettoError, Unavailable, UnknownModel
 from stretto.telemetry.live import Recent
-from stretto.telemetry.metrics import Gauges, Metrics
+from stretto.telemetry.metrics import Ended, Gauges, Metrics
 from stretto.types import Grammar, ModelInfo, Request, StepStats, WorkerState
 
 T = TypeVar("T")
@@ -132,10 +132,16 @@ class Front:
             self._last_ended.clear()
             await self._last_ended.wait()
 
-    def ended(self, run: Run) -> None:
+    def closed(self, run: Run) -> None:
+        """A run has nothing more in the engine."""
         self.runs.discard(run)
         if not self.runs:
             self._last_ended.set()
+
+    def ended(self, request: Ended) -> None:
+        """A request is over."""
+        self.metrics.ended(request)
+        self.recent.ended(request)
 
 
 class Run:
@@ -147,7 +153,8 @@ class Run:
 
     def __init__(self, front: Front) -> None:
         self.choices: list[Choice] = []
-        self.tier = "default"
+        self.tier = ""
+        self.model = ""
         self._front = front
         self._task = asyncio.current_task()
         self._ended = False
@@ -162,7 +169,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self._front.ended(self)
+        self._front.closed(self)
         for choice in self.choices:
             choice.stream.close()
             if choice.times.first is None:
@@ -180,6 +187,12 @@ class Run:
             self._ended = True
             self._error = error
             self._task.cancel()
+
+    def asks(self, model: str | None, tier: str) -> None:
+        """What the request is for: counted under a model only where it is one of ours."""
+        self.tier = tier
+        texts = self._front.texts
+        self.model = next(iter(texts)) if model is None else model if model in texts else ""
 
     def open(self, choices: Iterable[Choice]) -> list[Choice]:
         """Takes charge of each choice once its stream is submitted, so that none is left when one fails."""

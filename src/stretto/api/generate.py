@@ -26,7 +26,6 @@ Heard = tuple[Choice, list[TokenEvent]]
 async def generate(front: Front, run: Run, job: Job, tenant: str, arrival: float, send: Send) -> None:
     """One job from start to end. Raises what goes wrong; `run.streaming` says whether a stream had begun."""
     front.ensure_open(len(job.prompts) * job.sampling.n)
-    run.tier = job.aim.tier
     run.open(_submit(front, job, tenant, arrival))
     header = write.Header(
         id=("chatcmpl-" if job.style is write.CHAT else "cmpl-") + token_hex(12),
@@ -34,6 +33,7 @@ async def generate(front: Front, run: Run, job: Job, tenant: str, arrival: float
         model=job.model,
         pieces=job.text.pieces,
         tier=job.aim.tier,
+        metadata=job.metadata,
         logprobs=job.sampling.logprobs is not None,
         usage=bool(job.options.include_usage),
         each_usage=bool(job.options.continuous_usage_stats),

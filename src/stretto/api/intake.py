@@ -39,6 +39,7 @@ class Job:
     sampling: Sampling
     salt: str
     aim: Aim
+    metadata: dict[str, str] | None
     stream: bool
     options: StreamOptions
     echo: list[str]
@@ -90,7 +91,8 @@ async def chat(front: Front, request: ChatRequest, size: int) -> Job:
         prompts=[prompt],
         sampling=sampling,
         salt=_salt(request),
-        aim=aim(request, front.tiers),
+        aim=aim(request, front.tiers, front.config.schedule),
+        metadata=request.metadata,
         stream=bool(request.stream),
         options=_options(request),
         echo=[""],
@@ -131,7 +133,8 @@ async def completion(front: Front, request: CompletionRequest, size: int) -> Job
         prompts=prompts,
         sampling=sampling,
         salt=_salt(request),
-        aim=aim(request, front.tiers),
+        aim=aim(request, front.tiers, front.config.schedule),
+        metadata=request.metadata,
         stream=bool(request.stream),
         options=_options(request),
         echo=echo,

@@ -22,6 +22,7 @@ from stretto.openai import (
     ModelList,
     Status,
 )
+from stretto.telemetry.live import Live
 from stretto.types import WorkerState
 
 ERRORS = {
@@ -30,7 +31,8 @@ ERRORS = {
     404: "No model of that name is held here.",
     413: "The body is too large.",
     500: "A bug, or a request that the engine could not finish.",
-    503: "Not now: the engine is starting, the queue is full, or the server is shutting down.",
+    503: "Not now: the objective cannot be met, the queue is full, the engine is starting, or the server is "
+    "shutting down.",
 }
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
 PREFIX = "#/components/schemas/"
@@ -60,6 +62,7 @@ ROUTES = (
     _Route("/health", "get", "Whether the process lives.", (), response=Status),
     _Route("/ready", "get", "Whether requests are taken.", (503,), response=Status),
     _Route("/state", "get", "The worker's state.", (401,), response=WorkerState),
+    _Route("/live", "get", "What happens now, twice a second.", (401,), chunk=Live),
     _Route("/metrics", "get", "Metrics for Prometheus.", (), media=("text/plain",)),
     _Route("/openapi.json", "get", "This document.", ()),
     _Route("/", "get", "A page to try the server on.", (), media=("text/html",)),
@@ -123,7 +126,8 @@ def _operation(route: _Route) -> dict[str, Any]:
 
 def _event(chunk: type) -> dict[str, Any]:
     """One server-sent event. OpenAPI 3.1 cannot say what its text holds, so the description does."""
-    says = f"The JSON of a {chunk.__name__}; at the end [DONE], or the JSON of an ErrorBody."
+    ends = "; at the end [DONE], or the JSON of an ErrorBody" if chunk is not Live else ""
+    says = f"The JSON of a {chunk.__name__}{ends}."
     return {
         "type": "object",
         "properties": {"data": {"type": "string", "description": says}},

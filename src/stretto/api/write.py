@@ -46,6 +46,7 @@ class Header:
     model: str
     pieces: Pieces
     tier: str = "default"
+    metadata: dict[str, str] | None = None
     logprobs: bool = False
     usage: bool = False
     each_usage: bool = False
@@ -128,6 +129,8 @@ class Writer:
             delta, event = last
             parts += (head, body(delta), self._logged(choice, delta, event), b',"finish_reason":')
             parts += (encode(choice.finish_reason), b'}],"stretto":', encode(choice.report()))
+            if self._header.metadata:
+                parts += (b',"metadata":', encode(self._header.metadata))
             parts += (self._usage_so_far(choice), b"}\n\n")
         return b"".join(parts)
 
@@ -170,7 +173,7 @@ def usage_of(choices: list[Choice]) -> Usage:
     firsts = [choice for choice in choices if choice.prompt_counts]
     prompt = sum(choice.prompt_tokens for choice in firsts)
     said = sum(choice.tokens for choice in choices)
-    cached = sum(choice.finish.cached_tokens for choice in firsts if choice.finish is not None)
+    cached = sum(choice.began.cached_tokens for choice in firsts if choice.began is not None)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=said,
@@ -288,6 +291,7 @@ def _chat(header: Header, kept: list[Kept], usage: Usage, report: Report) -> Cha
         choices=choices,
         usage=usage,
         stretto=report,
+        metadata=header.metadata or UNSET,
         service_tier=header.tier,
     )
 
@@ -309,6 +313,7 @@ def _text(header: Header, kept: list[Kept], usage: Usage, report: Report) -> Com
         choices=choices,
         usage=usage,
         stretto=report,
+        metadata=header.metadata or UNSET,
         service_tier=header.tier,
     )
 

@@ -21,7 +21,7 @@ from stretto.engine.ledger import Ledger
 from stretto.engine.schedule import Limits, Moment, Plan, Queues, Row, Schedule
 from stretto.engine.sequence import TIMED, UNPLACED, Drawn, Rank, Sequence
 from stretto.engine.steptime import Load, StepTime
-from stretto.types import Finish, ModelInfo, Reason, StepStats, TokenEvent
+from stretto.types import Began, Finish, ModelInfo, Reason, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
 NOT_A_NUMBER = "the model's output was not a number (NaN or infinite logits)"
@@ -277,7 +277,8 @@ class Engine:
         if seq.grammar is not None and not seq.grammar.accept(token):
             self._end(seq, Reason.ERROR, error=_trouble(seq) or "the grammar refused the model's token")
             return
-        self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs))
+        began = _began(seq) if seq.output_len == 1 else None
+        self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs, began=began))
         if seq.grammar is not None and seq.grammar.finished:
             self._end(seq, Reason.STOP)
         elif len(seq.tokens) >= seq.limit:
@@ -364,6 +365,13 @@ class Engine:
         if self._events or stats is not None:
             events, self._events = self._events, []
             self._emit(events, stats)
+
+
+def _began(seq: Sequence) -> Began | None:
+    """A front that ends the answer itself, at a stop string, hears of no other end."""
+    if seq.started is None:
+        return None
+    return Began((seq.started - seq.request.arrival) * 1e3, min(seq.cached, seq.prompt_len))
 
 
 def _rank(seq: Sequence) -> Rank:

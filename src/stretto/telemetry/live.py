@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from msgspec import Struct
 
@@ -18,22 +18,42 @@ WINDOW_S = 10.0
 KEPT_STEPS = 4096
 KEPT_ENDS = 1024
 KEPT_GAPS = 64
+SHOWN_STEPS = 120
+
+Pair = tuple[float | None, float | None]
+
+
+class Kept(Struct, frozen=True):
+    """Requests that were on time, of all judged: since the start, and of late; `goodput`: on time, per second
+    of the window."""
+
+    on_time: int
+    judged: int
+    lately_on_time: int
+    lately_judged: int
+    goodput: float
 
 
 class Live(Struct, frozen=True, kw_only=True):
-    """The last WINDOW_S seconds. Times in milliseconds; None for what was not seen. `on_time` is
-    [on time, judged] of all requests since the start."""
+    """The last WINDOW_S seconds. Times in milliseconds, pairs are median and 99th percentile; None for what
+    was not seen. `step_tokens`: decode and prompt tokens of a step, mean; `steps`: what the last ones took
+    and what was predicted; `refused`: by reason, since the start."""
 
     tokens_s: float
     prefill_s: float
+    steps_s: float
     running: int
     waiting: int
     blocks_used: int
     blocks_total: int
-    ttft_ms: tuple[float | None, float | None]
-    itl_ms: tuple[float | None, float | None]
+    ttft_ms: Pair
+    itl_ms: Pair
+    step_ms: Pair
+    step_tokens: tuple[float, float]
     model_error: float | None
-    on_time: dict[str, tuple[int, int]]
+    steps: tuple[tuple[float, float], ...]
+    tiers: dict[str, Kept]
+    refused: dict[str, int]
     ended: int
     restarts: int
     ready: bool
@@ -47,18 +67,20 @@ class Recent:
         self._steps: deque[tuple[float, StepStats]] = deque(maxlen=KEPT_STEPS)
         self._ends: deque[tuple[float, Ended]] = deque(maxlen=KEPT_ENDS)
         self._judged: Counter[str] = Counter()
-        self._kept: Counter[str] = Counter()
+        self._on_time: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
         self._ended = 0
 
     def step(self, stats: StepStats) -> None:
         self._steps.append((self._clock(), stats))
 
-    def ended(self, request: Ended, tier: str, on_time: bool | None) -> None:
+    def ended(self, request: Ended) -> None:
         self._ends.append((self._clock(), request))
         self._ended += 1
-        if on_time is not None:
-            self._judged[tier] += 1
-            self._kept[tier] += on_time
+        self._judged[request.tier] += _judged(request)
+        self._on_time[request.tier] += request.verdict == "on_time"
+        if request.verdict == "refused":
+            self._refused[request.outcome] += 1
 
     def snapshot(self, *, running: int, restarts: int, ready: bool) -> Live:
         """`running`: requests open in the front, which an idle engine's last step may not know ended."""
@@ -66,30 +88,48 @@ class Recent:
         steps = [stats for at, stats in self._steps if at >= since]
         ends = [request for at, request in self._ends if at >= since]
         last = {stats.model: stats for _, stats in self._steps}.values() if running else []
-        used = sum(stats.blocks_total - stats.blocks_free for stats in last)
-        errors = [abs(s.predicted_ms - s.ms) / s.ms for s in steps if s.predicted_ms is not None and s.ms > 0]
-        gaps = [gap for request in ends for gap in request.gaps[:KEPT_GAPS]]
+        timed = [(s.ms, s.predicted_ms) for s in steps if s.predicted_ms is not None and s.ms > 0]
+        decode, prefill = sum(s.decode_tokens for s in steps), sum(s.prefill_tokens for s in steps)
+        count = max(1, len(steps))
         return Live(
-            tokens_s=sum(stats.decode_tokens for stats in steps) / WINDOW_S,
-            prefill_s=sum(stats.prefill_tokens for stats in steps) / WINDOW_S,
+            tokens_s=decode / WINDOW_S,
+            prefill_s=prefill / WINDOW_S,
+            steps_s=len(steps) / WINDOW_S,
             running=sum(stats.running for stats in last),
             waiting=sum(stats.waiting for stats in last),
-            blocks_used=used,
+            blocks_used=sum(stats.blocks_total - stats.blocks_free for stats in last),
             blocks_total=sum(stats.blocks_total for stats in last),
-            ttft_ms=_quantiles(request.first for request in ends),
-            itl_ms=_quantiles(gaps),
-            model_error=_at(sorted(errors), 0.5),
-            on_time={tier: (self._kept[tier], judged) for tier, judged in self._judged.items()},
+            ttft_ms=_quantiles(request.first * 1e3 for request in ends if request.first is not None),
+            itl_ms=_quantiles(gap * 1e3 for request in ends for gap in request.gaps[:KEPT_GAPS]),
+            step_ms=_quantiles(stats.ms for stats in steps),
+            step_tokens=(decode / count, prefill / count),
+            model_error=_at(sorted(abs(predicted - ms) / ms for ms, predicted in timed), 0.5),
+            steps=tuple(timed[-SHOWN_STEPS:]),
+            tiers=self._tiers(ends),
+            refused=dict(self._refused),
             ended=self._ended,
             restarts=restarts,
             ready=ready,
         )
 
+    def _tiers(self, ends: Sequence[Ended]) -> dict[str, Kept]:
+        judged = Counter(request.tier for request in ends if _judged(request))
+        on_time = Counter(request.tier for request in ends if request.verdict == "on_time")
+        return {
+            tier: Kept(self._on_time[tier], count, on_time[tier], judged[tier], on_time[tier] / WINDOW_S)
+            for tier, count in self._judged.items()
+            if count
+        }
 
-def _quantiles(seconds: Iterable[float | None]) -> tuple[float | None, float | None]:
-    """The median and the 99th percentile, in milliseconds."""
-    values = sorted(value * 1e3 for value in seconds if value is not None)
-    return _at(values, 0.5), _at(values, 0.99)
+
+def _judged(request: Ended) -> bool:
+    return request.verdict not in (None, "cancelled")
+
+
+def _quantiles(values: Iterable[float]) -> Pair:
+    """The median and the 99th percentile."""
+    ordered = sorted(values)
+    return _at(ordered, 0.5), _at(ordered, 0.99)
 
 
 def _at(ordered: list[float], share: float) -> float | None:
