@@ -177,7 +177,8 @@ class TokenEvent(Struct, frozen=True, array_like=True, gc=False):
 
 
 class StepStats(Struct, frozen=True, array_like=True):
-    """What one step was made of and what it cost."""
+    """What one step was made of and what it cost. `decode_tokens` are those it said in answers; `accepted` of
+    them had been guessed, and `proposed` guesses were checked."""
 
     model: str
     started: float
@@ -191,6 +192,8 @@ class StepStats(Struct, frozen=True, array_like=True):
     blocks_total: int
     preempted: int = 0
     predicted_ms: float | None = None
+    proposed: int = 0
+    accepted: int = 0
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):

@@ -424,9 +424,9 @@ def test_rows_that_ask_nothing_cost_one_argmax(monkeypatch: pytest.MonkeyPatch):
     looked: list[int] = []
     row = Sampler._row
 
-    def counted(self: Sampler, logits: np.ndarray, best: int, seq: Sequence) -> Drawn:
-        looked.append(seq.request.id)
-        return row(self, logits, best, seq)
+    def counted(self: Sampler, logits: np.ndarray, best: int, place: sample._Place) -> Drawn:
+        looked.append(place.seq.request.id)
+        return row(self, logits, best, place)
 
     monkeypatch.setattr(Sampler, "_row", counted)
     greedy = [sequence(Sampling(temperature=0.0)) for _ in range(5)]

@@ -96,6 +96,15 @@ class BlockPool:
                 self._key_of[block] = key
         seq.published = full
 
+    def trim(self, seq: Sequence) -> None:
+        """Take back the blocks beyond its computed tokens: wrong guesses had them. Nobody shares those."""
+        left = self.blocks_for(seq.computed)
+        for block in reversed(seq.blocks[left:]):
+            self._refs[block] = 0
+            self._free.append(block)
+        del seq.blocks[left:]
+        seq.tabled = min(seq.tabled, left)
+
     def release(self, seq: Sequence) -> None:
         """Take back all blocks of `seq`; what it published stays findable until the room is needed."""
         for block in reversed(seq.blocks):
@@ -112,6 +121,7 @@ class BlockPool:
         seq.published = 0
         seq.computed = 0
         seq.tabled = 0
+        seq.drafted = 0
 
     def forget(self, seq: Sequence) -> list[int]:
         """Share nothing of `seq` any more, since its numbers went wrong; returns the blocks it alone

@@ -51,6 +51,10 @@ class Matcher:
         if self._state.is_error():
             bits[:] = 0
 
+    def fork(self) -> Matcher:
+        """A second one that has come as far, and goes on by itself."""
+        return Matcher(self._state.deep_copy(), self._known * 32, self.words * 32)
+
     def accept(self, token: int) -> bool:
         """Take a token as the next one; False when the grammar does not allow it or the limits end it."""
         return self._state.consume_token(token)

@@ -20,6 +20,7 @@ from stretto.engine.deadline import latest_start
 from stretto.engine.ledger import Ledger
 from stretto.engine.schedule import Limits, Moment, Plan, Queues, Row, Schedule
 from stretto.engine.sequence import TIMED, UNPLACED, Drawn, Rank, Sequence
+from stretto.engine.speculate import Speculation
 from stretto.engine.steptime import Load, StepTime
 from stretto.types import Began, Finish, ModelInfo, Reason, StepStats, TokenEvent
 
@@ -34,11 +35,13 @@ class Pending(Protocol):
 
 
 class Runner(Protocol):
-    """Runs plans for one model. `depth` launched steps may be unfinished when the next is launched."""
+    """Runs plans for one model. `depth` launched steps may be unfinished when the next is launched.
+    `speculation` guesses at what sequences say next; None: no row of a plan may have a draft."""
 
     info: ModelInfo
     eos: frozenset[int]
     depth: int
+    speculation: Speculation | None
 
     def launch(self, plan: Plan) -> Pending: ...
 
@@ -173,6 +176,7 @@ class Engine:
         plan = self._schedule(lane.runner.info.name, lane.queues, lane.pool, self._limits, moment)
         self._apply(lane, plan)
         if plan.rows:
+            self._guess(lane, plan, moment)
             self._launch(lane, plan)
         stats = None
         while len(lane.flight) > (lane.runner.depth if plan.rows else 0):
@@ -216,6 +220,19 @@ class Engine:
         for row in plan.rows:
             lane.pool.extend(row.seq, row.start + row.count)
 
+    def _guess(self, lane: Lane, plan: Plan, moment: Moment) -> None:
+        """Let the plan's decodes check guesses, where that is worth it and there is room."""
+        speculation = lane.runner.speculation
+        if speculation is None:
+            return
+        chosen = speculation.choose(plan, lane.queues, lane.pool, self._limits, moment)
+        for index, row in enumerate(plan.rows):
+            if count := chosen.get(row.seq, 0):
+                lane.pool.extend(row.seq, row.start + row.count + count)
+                plan.rows[index] = speculation.guess(row, count)
+        if chosen and plan.predicted is not None:
+            plan.predicted = lane.times.cost(plan.load)
+
     def _launch(self, lane: Lane, plan: Plan) -> None:
         load, started = plan.load, self._clock()
         try:
@@ -231,9 +248,12 @@ class Engine:
         lane.flight.append(Flight(plan, pending, started, load))
 
     def _charge(self, lane: Lane, row: Row) -> None:
-        """The tenant had this chunk, or (reckoned once a block) these decodes."""
+        """The tenant had this chunk, or (reckoned once a block) these decodes, or checked these guesses."""
         cost, size = lane.times.cost, lane.pool.size
-        ms = cost.prefill(row.start, row.count) if row.count > 1 else size * cost.row(row.start)
+        if row.draft:
+            ms = cost(Plan("", [row]).load) - cost.c0
+        else:
+            ms = cost.prefill(row.start, row.count) if row.count > 1 else size * cost.row(row.start)
         lane.ledger.charge(row.seq.request.tenant, ms)
 
     def _commit(self, lane: Lane, flight: Flight) -> StepStats:
@@ -246,17 +266,32 @@ class Engine:
                 row.seq.in_flight -= 1
             self._fail(flight.plan, error)
             drawing, drawn = [], []
+        accepted = 0
         for row, result in zip(drawing, drawn, strict=True):
             row.seq.in_flight -= 1
             if not row.seq.ended:
                 self._take(lane, row, result)
+                accepted += self._take_more(lane, row, result.then)
         for row in flight.plan.rows:
             if not row.seq.ended and row.seq.blocks:
                 lane.pool.publish(row.seq)
-        stats = self._stats(lane, flight)
+        stats = self._stats(lane, flight, accepted)
         lane.times.observe(flight.load, stats.ms)
         lane.ledger.fade(self._clock())
         return stats
+
+    def _take_more(self, lane: Lane, row: Row, drawn: tuple[Drawn, ...]) -> int:
+        """The tokens drawn after right guesses, until one ends the sequence; how many they were. Of the wrong
+        guesses nothing is kept."""
+        seq, before = row.seq, row.seq.output_len
+        for each in drawn:
+            if not seq.ended:
+                self._take(lane, row, each)
+        accepted = seq.output_len - before
+        if row.draft and not seq.ended:
+            seq.computed = len(seq.tokens) - 1
+            lane.pool.trim(seq)
+        return accepted
 
     def _take(self, lane: Lane, row: Row, drawn: Drawn) -> None:
         """One drawn token: keep it, pass it on, and see whether it ends the sequence."""
@@ -343,14 +378,15 @@ class Engine:
             if not row.seq.ended:
                 self._end(row.seq, Reason.ERROR, error=f"the step failed: {type(error).__name__}: {error}")
 
-    def _stats(self, lane: Lane, flight: Flight) -> StepStats:
+    def _stats(self, lane: Lane, flight: Flight, accepted: int) -> StepStats:
         now = self._clock()
+        proposed = sum(len(row.draft) for row in flight.plan.rows)
         started, lane.freed = max(flight.started, lane.freed), now
         return StepStats(
             model=flight.plan.model,
             started=started,
             ms=(now - started) * 1e3,
-            decode_tokens=flight.load.decode,
+            decode_tokens=flight.load.decode - proposed + accepted,
             prefill_tokens=flight.load.prefill,
             context_tokens=flight.load.context,
             running=len(lane.queues.running),
@@ -359,6 +395,8 @@ class Engine:
             blocks_total=lane.pool.total,
             preempted=len(flight.plan.preempt),
             predicted_ms=flight.plan.predicted,
+            proposed=proposed,
+            accepted=accepted,
         )
 
     def _flush(self, stats: StepStats | None) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from stretto.engine.schedule import Plan
-from stretto.engine.sequence import Drawn
+from stretto.engine.sequence import Drawn, Sequence, follow
+from stretto.engine.speculate import Speculation
 from stretto.engine.steptime import Cost, Load
 from stretto.types import Logprobs, ModelInfo
 
@@ -57,6 +59,7 @@ class NullRunner:
         self.info = info
         self.eos: frozenset[int] = frozenset()
         self.depth = 0
+        self.speculation: Speculation | None = None
         self.cost = cost
         self._sleep = sleep
         self._first = first
@@ -73,15 +76,12 @@ class NullRunner:
         milliseconds = self._takes(plan.load)
         if milliseconds > 0:
             self._sleep(milliseconds / 1e3)
-        drawn: list[Drawn] = []
-        for row in plan.rows:
-            if row.draw:
-                request = row.seq.request
-                token = self._first + (row.seq.seed * 31 + row.seq.length * 7) % self._span
-                logprobs = None if request.sampling.logprobs is None else Logprobs(0.0, ((token, 0.0),))
-                embedding = (1.0,) if request.task == "embed" else None
-                drawn.append(Drawn(token, logprobs, embedding))
-        return NullPending(drawn)
+        return NullPending([follow(row.draft, partial(self._draw, row.seq)) for row in plan.rows if row.draw])
+
+    def _draw(self, seq: Sequence, ahead: int) -> Drawn:
+        token = self._first + (seq.seed * 31 + (seq.length + ahead) * 7) % self._span
+        logprobs = None if seq.request.sampling.logprobs is None else Logprobs(0.0, ((token, 0.0),))
+        return Drawn(token, logprobs, (1.0,) if seq.request.task == "embed" else None)
 
 
 def null_info(

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stretto.engine.sample import Sampler
 from stretto.engine.schedule import Plan, Row
 from stretto.engine.sequence import Drawn
+from stretto.engine.speculate import Speculation
 from stretto.kernels import Batch
 from stretto.models.decoder import Decoder
 from stretto.types import ModelInfo
@@ -30,9 +32,11 @@ class Done:
 
 
 class TorchRunner:
-    """One decoder and its KV cache. `eos` are the tokens that end an answer."""
+    """One decoder and its KV cache. `eos` are the tokens that end an answer; `speculation` guesses at
+    answers, None: it does not."""
 
     depth = 0
+    speculation: Speculation | None = None
 
     def __init__(self, decoder: Decoder, info: ModelInfo, *, eos: frozenset[int], max_running: int) -> None:
         self.info = info
@@ -47,26 +51,28 @@ class TorchRunner:
         """Run the plan. One result for each row that draws, in the plan's order."""
         drawing = [row for row in plan.rows if row.draw]
         hidden = self.decoder.forward(self._batch(plan.rows), self._cache)
-        if not drawing:
-            return Done([])
-        spoken = [index for index, row in enumerate(drawing) if row.seq.request.task == "generate"]
-        drawn: list[Drawn] = [Drawn(-1)] * len(drawing)
-        if spoken:
-            rows = hidden if len(spoken) == len(drawing) else hidden[spoken]
-            sequences = [drawing[index].seq for index in spoken]
-            for index, result in zip(
-                spoken, self._sampler(self.decoder.logits(rows), sequences), strict=True
-            ):
-                drawn[index] = result
-        for index, row in enumerate(drawing):
-            if row.seq.request.task == "embed":
-                vector = torch.nn.functional.normalize(hidden[index].float(), dim=0)
-                drawn[index] = Drawn(-1, embedding=tuple(vector.tolist()))
-        return Done(drawn)
+        spoken = [row for row in drawing if row.seq.request.task == "generate"]
+        if len(spoken) == len(drawing):
+            return Done(self._draw(hidden, spoken))
+        texts = iter(self._draw(hidden[_of("generate", drawing)], spoken))
+        vectors = iter(hidden[_of("embed", drawing)])
+        return Done(
+            [
+                next(texts) if row.seq.request.task == "generate" else _embedding(next(vectors))
+                for row in drawing
+            ]
+        )
 
     def erase(self, blocks: list[int]) -> None:
         """Zero the KV memory of these blocks."""
         self._cache.erase(blocks)
+
+    def _draw(self, hidden: Tensor, rows: list[Row]) -> list[Drawn]:
+        """What the rows draw from their hidden states, one and one more for each guess."""
+        if not rows:
+            return []
+        drafts = [row.draft for row in rows]
+        return self._sampler(self.decoder.logits(hidden), [row.seq for row in rows], drafts)
 
     def _batch(self, rows: list[Row]) -> Batch:
         """The plan as the flat arrays that kernels read."""
@@ -85,6 +91,7 @@ class TorchRunner:
             self._enter(row)
             places[index] = seq.slot
             tokens += seq.tokens[row.start : end]
+            tokens += row.draft
             span = np.arange(row.start, end)
             first = starts[index]
             positions[first : first + row.count] = span
@@ -97,7 +104,13 @@ class TorchRunner:
             contexts=torch.tensor(contexts, dtype=torch.int32),
             tables=torch.from_numpy(self._tables[places, :widest]),
             outputs=torch.tensor(
-                [int(starts[i + 1]) - 1 for i, row in enumerate(rows) if row.draw], dtype=torch.int64
+                [
+                    int(starts[i + 1]) - back
+                    for i, row in enumerate(rows)
+                    if row.draw
+                    for back in range(1 + len(row.draft), 0, -1)
+                ],
+                dtype=torch.int64,
             ),
             query_lens=counts,
             context_lens=contexts,
@@ -109,3 +122,13 @@ class TorchRunner:
         if seq.tabled < len(seq.blocks):
             self._tables[seq.slot, seq.tabled : len(seq.blocks)] = seq.blocks[seq.tabled :]
             seq.tabled = len(seq.blocks)
+
+
+def _of(task: str, rows: list[Row]) -> Tensor:
+    """Which hidden states belong to rows of this task, bool."""
+    return torch.tensor([row.seq.request.task == task for row in rows for _ in range(1 + len(row.draft))])
+
+
+def _embedding(hidden: Tensor) -> Drawn:
+    vector = torch.nn.functional.normalize(hidden.float(), dim=0)
+    return Drawn(-1, embedding=tuple(vector.tolist()))

@@ -8,14 +8,18 @@ sequences and changes none; of plans, caches and time it knows nothing.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
+from itertools import accumulate
 from math import e, log, log2
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stretto.engine.sequence import Drawn, Sequence
+from stretto.engine.grammar import Matcher
+from stretto.engine.sequence import Drawn, Sequence, follow
 from stretto.types import Logprobs, Sampling
 
 Row = NDArray[np.float32]
@@ -36,9 +40,11 @@ class Sampler:
         self._histories: dict[int, _History] = {}
 
     @torch.inference_mode()
-    def __call__(self, logits: Tensor, sequences: list[Sequence]) -> list[Drawn]:
-        """One token for each row of `logits` (float32 [R, vocab], left as it was), in order: row r is what
-        follows sequences[r].
+    def __call__(
+        self, logits: Tensor, sequences: list[Sequence], drafts: list[tuple[int, ...]] | None = None
+    ) -> list[Drawn]:
+        """What each sequence draws from its rows of `logits` (float32 [R, vocab], left as they were), which
+        stand in order: one row, or with `drafts` one more for each of its guesses, were the guess accepted.
 
         In this order, as vLLM documents its own: logit_bias, min_tokens (EOS and stop_token_ids cannot be
         drawn yet), grammar, repetition penalty (prompt and output), frequency and presence penalty
@@ -52,29 +58,48 @@ class Sampler:
         operations cost numpy a fraction of torch's), and makes neighbours unable to matter.
         """
         tokens, peaks = self._pick(logits)
-        drawn = np.where(np.isfinite(peaks), tokens, -1).tolist()
-        result = [Drawn(token) for token in drawn]
-        special = [row for row, seq in enumerate(sequences) if drawn[row] >= 0 and _is_special(seq)]
-        self._remember([sequences[row] for row in special])
+        best: list[int] = np.where(np.isfinite(peaks), tokens, -1).tolist()
+        drafts = drafts or [()] * len(sequences)
+        firsts = list(accumulate((1 + len(draft) for draft in drafts), initial=0))
+        special = [place for place, seq in enumerate(sequences) if _is_special(seq)]
+        self._remember([sequences[place] for place in special])
+        result = [
+            follow(draft, lambda n, first=first: Drawn(best[first + n])) if draft else Drawn(best[first])
+            for draft, first in zip(drafts, firsts, strict=False)
+        ]
         if special:
-            rows = logits.numpy() if logits.is_cpu else logits[special].cpu().numpy()
+            rows = logits.cpu().numpy()
             with np.errstate(over="ignore", divide="ignore"):  # what grows infinite is caught in its row
-                for place, row in enumerate(special):
-                    own = rows[row if logits.is_cpu else place]
-                    result[row] = self._row(own, drawn[row], sequences[row])
+                for place in special:
+                    own = slice(firsts[place], firsts[place + 1])
+                    result[place] = self._follow(rows[own], best[own], sequences[place], drafts[place])
         return result
 
-    def _row(self, logits: Row, best: int, seq: Sequence) -> Drawn:
-        """What follows `seq`, drawn from sound `logits` [vocab] whose greatest is at `best`."""
-        sampling, token, final = seq.request.sampling, best, logits
-        if _reshapes(seq):
-            final = self._reshaped(logits, seq)
+    def _follow(self, logits: Row, best: list[int], seq: Sequence, draft: tuple[int, ...]) -> Drawn:
+        """What follows `seq` and its guesses: `logits` [1 + guesses, vocab], the greatest of each at `best`,
+        -1 where they are not sound."""
+        grammar = seq.grammar.fork() if seq.grammar is not None and draft else seq.grammar
+
+        def draw(accepted: int) -> Drawn:
+            if grammar is not None and accepted:
+                grammar.accept(draft[accepted - 1])
+            if best[accepted] < 0:
+                return Drawn(-1)
+            return self._row(logits[accepted], best[accepted], _Place(seq, draft[:accepted], grammar))
+
+        return follow(draft, draw)
+
+    def _row(self, logits: Row, best: int, place: _Place) -> Drawn:
+        """What comes at a place, drawn from sound `logits` [vocab] whose greatest is at `best`."""
+        sampling, token, final = place.seq.request.sampling, best, logits
+        if place.reshapes:
+            final = self._reshaped(logits, place)
             token = int(final.argmax())
         peak = float(final[token])
         if not np.isfinite(peak):
             return Drawn(-1)
         if sampling.temperature >= GREEDY_BELOW:
-            token = _draw(final, peak, sampling, uniform(seq.seed, seq.length))
+            token = _draw(final, peak, sampling, uniform(place.seq.seed, place.number))
         if sampling.logprobs is None:
             return Drawn(token)
         return Drawn(token, _report(logits, float(logits[best]), token, sampling.logprobs))
@@ -88,45 +113,71 @@ class Sampler:
                 history = self._histories[ident] = known.get(ident) or _History(seq)
                 history.read(seq.tokens)
 
-    def _reshaped(self, logits: Row, seq: Sequence) -> Row:
+    def _reshaped(self, logits: Row, place: _Place) -> Row:
         """A copy of the logits with bias, minimum, grammar and penalties applied."""
-        final, sampling = logits.copy(), seq.request.sampling
+        final, sampling = logits.copy(), place.seq.request.sampling
         for token, bias in sampling.logit_bias.items():
             if 0 <= token < self._vocab:
                 final[token] += bias
-        early = self._too_early(seq)
-        if seq.grammar is not None:
-            final[~self._allowed(seq, early)] = -np.inf
+        early = self._too_early(place)
+        if place.grammar is not None:
+            final[~self._allowed(place.grammar, early)] = -np.inf
         elif early:
             final[early] = -np.inf
-        history = self._histories.get(seq.request.id)
+        history = self._histories.get(place.seq.request.id)
         if history is not None:
-            ids, counts = np.array(history.ids), np.array(history.counts, dtype=np.float32)
+            ids, counts = history.with_guesses(place.ahead)
             seen = final[ids]
             seen = np.where(seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty)
             seen -= sampling.frequency_penalty * counts
             final[ids] = seen - sampling.presence_penalty * (counts > 0)
         return final
 
-    def _too_early(self, seq: Sequence) -> list[int]:
+    def _too_early(self, place: _Place) -> list[int]:
         """The tokens that would end the sequence before its `min_tokens`."""
-        sampling = seq.request.sampling
-        if seq.output_len >= sampling.min_tokens:
+        sampling = place.seq.request.sampling
+        if place.output_len >= sampling.min_tokens:
             return []
         ends = sampling.stop_token_ids if sampling.ignore_eos else (*self._eos, *sampling.stop_token_ids)
         return [token for token in ends if 0 <= token < self._vocab]
 
-    def _allowed(self, seq: Sequence, early: list[int]) -> NDArray[np.bool_]:
+    def _allowed(self, grammar: Matcher, early: list[int]) -> NDArray[np.bool_]:
         """What the grammar allows, bool [vocab]: without what is too `early`, unless nothing else is left.
         Nothing at all is allowed when the grammar failed.
         """
-        assert seq.grammar is not None
-        bits = np.zeros(seq.grammar.words, dtype=np.int32)
-        seq.grammar.mask_into(bits)
+        bits = np.zeros(grammar.words, dtype=np.int32)
+        grammar.mask_into(bits)
         allowed = np.unpackbits(bits.view(np.uint8), count=self._vocab, bitorder="little").view(np.bool_)
         later = allowed.copy()
         later[early] = False
         return later if later.any() else allowed
+
+
+class _Place(NamedTuple):
+    """Where a token is drawn: what follows `seq` and the guesses `ahead`, once `grammar` has taken those."""
+
+    seq: Sequence
+    ahead: tuple[int, ...] = ()
+    grammar: Matcher | None = None
+
+    @property
+    def number(self) -> int:
+        return self.seq.length + len(self.ahead)
+
+    @property
+    def output_len(self) -> int:
+        return self.seq.output_len + len(self.ahead)
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether the logits are changed before anything is drawn."""
+        sampling = self.seq.request.sampling
+        return (
+            self.grammar is not None
+            or bool(sampling.logit_bias)
+            or self.output_len < sampling.min_tokens
+            or _penalised(sampling)
+        )
 
 
 class _History:
@@ -154,6 +205,16 @@ class _History:
             self.counts[place] += 1
         self._until = len(tokens)
 
+    def with_guesses(self, ahead: tuple[int, ...]) -> tuple[NDArray[np.int64], Row]:
+        """The tokens and how often the output would hold each with the guesses accepted."""
+        ids, counts = np.array(self.ids), np.array(self.counts, dtype=np.float32)
+        for token, times in Counter(ahead).items():
+            if token in self._places:
+                counts[self._places[token]] += times
+            else:
+                ids, counts = np.append(ids, token), np.append(counts, np.float32(times))
+        return ids, counts
+
 
 def uniform(seed: int, index: int) -> float:
     """The number in [0, BELOW_ONE] that decides token `index` of a sequence: SplitMix64 (Steele, Lea and
@@ -177,21 +238,11 @@ def _penalised(sampling: Sampling) -> bool:
     )
 
 
-def _reshapes(seq: Sequence) -> bool:
-    """Whether its logits are changed before anything is drawn."""
-    sampling = seq.request.sampling
-    return (
-        seq.grammar is not None
-        or bool(sampling.logit_bias)
-        or seq.output_len < sampling.min_tokens
-        or _penalised(sampling)
-    )
-
-
 def _is_special(seq: Sequence) -> bool:
     """Whether the greatest logit alone does not answer it."""
     sampling = seq.request.sampling
-    return sampling.temperature >= GREEDY_BELOW or sampling.logprobs is not None or _reshapes(seq)
+    drawn = sampling.temperature >= GREEDY_BELOW or sampling.logprobs is not None
+    return drawn or _Place(seq, grammar=seq.grammar).reshapes
 
 
 def _best_here(logits: Tensor) -> tuple[NDArray[np.int64], Row]:

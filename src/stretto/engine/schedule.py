@@ -52,13 +52,20 @@ class Moment:
 
 class Row(Struct, frozen=True, gc=False):
     """Tokens `start` to `start + count` of a sequence; `draw`: they are its last, so the next one is
-    drawn.
+    drawn. The last of them may be a `draft`, guesses at what follows its tokens: then one is drawn after each
+    of these too, and counts as far as the guesses were right.
     """
 
     seq: Sequence
     start: int
     count: int
     draw: bool
+    draft: tuple[int, ...] = ()
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it goes on with an answer, rather than reading a prompt."""
+        return self.draw and self.count == 1 + len(self.draft)
 
 
 @dataclass(slots=True)
@@ -89,13 +96,15 @@ class Plan:
 
     @property
     def load(self) -> Load:
-        """What the step-time model needs to know of it."""
+        """What the step-time model needs to know of it. A guess costs what a decode does, its logits and draw
+        included, but for the keys: one reading of them serves the whole row."""
         decode = prefill = context = 0
         reading = 0.0
         for row in self.rows:
-            if row.draw and row.count == 1:
-                decode += 1
-                context += row.start + 1
+            if row.decodes:
+                decode += row.count
+                context += row.start + row.count
+                reading += len(row.draft) * (row.start + row.count / 2)
             else:
                 prefill += row.count
                 reading += row.count * (row.start + row.count / 2)

@@ -5,7 +5,8 @@ Owned and written by the engine's loop alone; the schedule, the sampler and the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from math import inf
 from secrets import randbits
 from typing import TYPE_CHECKING
@@ -14,16 +15,28 @@ from stretto.types import Logprobs, Request
 
 if TYPE_CHECKING:
     from stretto.engine.grammar import Matcher
+    from stretto.engine.speculate import Trail
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """What a step drew for one sequence: a token, or for an embedding request the vector in its place.
-    `token < 0` without one: the logits were not numbers."""
+    `token < 0` without one: the logits were not numbers. `then`: what followed it, each guess before being
+    right."""
 
     token: int
     logprobs: Logprobs | None = None
     embedding: tuple[float, ...] | None = None
+    then: tuple[Drawn, ...] = ()
+
+
+def follow(draft: tuple[int, ...], draw: Callable[[int], Drawn]) -> Drawn:
+    """Draw a token, and one more after each guess of `draft` that was right: `draw(n)` with n guesses
+    accepted. Every token is the model's own draw at its own place, so guesses change none of them."""
+    drawn = [draw(0)]
+    while len(drawn) <= len(draft) and drawn[-1].token == draft[len(drawn) - 1]:
+        drawn.append(draw(len(drawn)))
+    return replace(drawn[0], then=tuple(drawn[1:])) if len(drawn) > 1 else drawn[0]
 
 
 Rank = tuple[int, float, float, int]
@@ -36,7 +49,8 @@ class Sequence:
 
     `computed` counts the tokens whose keys and values are in the pool or in a launched step; `in_flight`
     counts tokens being drawn by launched steps, so not in `tokens` yet. It never grows beyond `limit`
-    tokens. `slot` is its row in the runner's tables.
+    tokens. `slot` is its row in the runner's tables; `drafted` counts the tokens that a draft model has read.
+    `trail` is what guesses at its next tokens go by.
 
     Times are seconds of the clock; inf is never. `due`: when its next token must be out; `last_due`: when
     the whole must; `gap`: the longest pause between two tokens; `spoke`: when the last one was out;
@@ -58,10 +72,12 @@ class Sequence:
     published: int = 0
     slot: int = -1
     tabled: int = 0
+    drafted: int = 0
     started: float | None = None
     preemptions: int = 0
     ended: bool = False
     grammar: Matcher | None = None
+    trail: Trail | None = None
     rank: Rank = (UNPLACED, 0.0, 0.0, 0)
     due: float = inf
     last_due: float = inf
