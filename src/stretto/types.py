@@ -135,7 +135,8 @@ class Reason(StrEnum):
 
 class Finish(Struct, frozen=True, array_like=True):
     """The end of a sequence. `queue_ms` runs from arrival to its first step; `stop_token` is what ended it;
-    `late`: a token was not out when it was due. A refusal may say after how many seconds to try again."""
+    `late`: a token was not out when it was due. A refusal may say after how many seconds to try again.
+    `forecast_ms`: what `queue_ms` was expected to be when it was sent."""
 
     reason: Reason
     prompt_tokens: int
@@ -147,6 +148,7 @@ class Finish(Struct, frozen=True, array_like=True):
     preemptions: int = 0
     late: bool = False
     retry_after: float | None = None
+    forecast_ms: float | None = None
 
 
 class Logprobs(Struct, frozen=True, array_like=True):

@@ -12,12 +12,17 @@ from collections.abc import AsyncIterator
 from errno import ENOSPC
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from stretto.config import EngineConfig, ModelConfig
+from stretto.config import TIERS, EngineConfig, ModelConfig
+from stretto.engine.admit import Outlook, snapshot
 from stretto.engine.client import EngineClient, Stream
+from stretto.engine.ledger import Ledger
+from stretto.engine.schedule import Limits, Moment, Queues
+from stretto.engine.steptime import Cost, StepTime
 from stretto.errors import EngineDied, StartError
-from stretto.types import Reason, Request, Sampling, TokenEvent
+from stretto.types import Objective, Reason, Request, Sampling, TokenEvent
 
 NULL = EngineConfig(models=(ModelConfig(name="null", path="null"),))
 
@@ -123,7 +128,8 @@ async def test_shutting_down_while_loading_leaves_no_process():
 
 ORPHAN = """
 import asyncio, sys
-from stretto.config import EngineConfig, ModelConfig
+from stretto.config import TIERS, EngineConfig, ModelConfig
+from stretto.engine.admit import Outlook, snapshot
 from stretto.engine.client import EngineClient
 
 async def main():
@@ -148,3 +154,49 @@ def test_the_engine_ends_when_the_front_is_killed():
     while Path(f"/proc/{engine}").exists() and "(zombie)" not in Path(f"/proc/{engine}/status").read_text():
         assert time.monotonic() < deadline, "the engine outlived its front"
         time.sleep(0.02)
+
+
+async def test_what_cannot_be_on_time_is_refused_before_the_running_step_has_ended():
+    model = ModelConfig(name="null", path="null:300")
+    client = EngineClient(EngineConfig(models=(model,), schedule="deadline"))
+    await client.start()
+    await client.wait_ready()
+    hopeless = Objective(ttft_ms=100, on_miss="reject")
+    try:
+        running = client.submit(request(client, max_tokens=3))
+        await anext(running)  # the next step is under way, and takes 300 ms
+        steps = client.worker_state().steps
+        asked = msgspec.structs.replace(request(client), objective=hopeless)
+        stream = client.submit(asked)
+        (event,) = await anext(stream)
+        assert client.worker_state().steps == steps and client.worker_state().active == 1
+        assert event.finish is not None and event.finish.reason is Reason.REFUSED
+        assert event.finish.retry_after is not None and event.finish.output_tokens == 0
+        late = msgspec.structs.replace(asked, id=client.next_id(), objective=Objective(ttft_ms=100))
+        answered = (await read(client.submit(late)))[-1].finish
+        assert answered is not None and answered.reason is Reason.LENGTH and answered.late
+        assert answered.forecast_ms is not None and answered.forecast_ms >= 0
+        await read(running)
+    finally:
+        await client.shutdown(1.0)
+
+
+async def test_a_burst_sent_since_the_last_word_of_the_engine_counts():
+    """Each promise of a first token takes from what is left for the next, before the engine has seen any."""
+    outlook = Outlook(TIERS)
+    queues, moment = Queues(), Moment(0.0, StepTime(Cost(c0=10.0, c2=1.0)), Ledger())
+    outlook.see(snapshot(queues, Limits(16, 512), moment, 0))
+    promised = 0
+    for ident in range(1, 20):
+        asked = Request(
+            id=ident, model="null", prompt=(1,) * 100, arrival=0.0, objective=Objective(ttft_ms=500)
+        )
+        forecast = outlook.forecast(asked, 0.0)
+        assert forecast is not None
+        promised += forecast.feasible
+        if forecast.feasible:
+            outlook.sent(asked)
+    assert 1 <= promised <= 5
+    outlook.see(snapshot(queues, Limits(16, 512), moment, 19))
+    forecast = outlook.forecast(asked, 0.0)
+    assert forecast is not None and forecast.feasible and forecast.queue_ms == 0.0

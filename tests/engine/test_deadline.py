@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stretto.config import Tier
 from stretto.engine import deadline as schedule
-from stretto.engine.admit import predict, snapshot
+from stretto.engine.admit import Forecast, predict, snapshot
 from stretto.engine.deadline import SCHEDULES, reach
 from stretto.engine.feasible import left_out
 from stretto.engine.loop import Engine
@@ -215,20 +215,23 @@ def test_refused_at_once_with_the_time_after_which_it_would_have_been_taken():
 def test_a_forecast_is_close_to_what_happens_and_says_when_to_try_again():
     def seen(world: World):
         lane = world.engine.lanes["a"]
-        return snapshot(lane.queues, world.engine._limits, Moment(world.clock(), lane.times, lane.ledger))
+        return snapshot(lane.queues, world.engine._limits, Moment(world.clock(), lane.times, lane.ledger), 0)
+
+    def foretold(request: Request) -> Forecast:
+        return predict(request, seen(world), TIERS[request.tier].weight, world.clock())
 
     world = World()
     for ident in range(1, 6):
         world.send(ident, 1000)
     world.run(until=0.005)
     asked = msgspec.structs.replace(world.requests[1], id=6, arrival=world.clock())
-    told = predict(asked, seen(world))
+    told = foretold(asked)
     world.send(6, 1000)
     long = msgspec.structs.replace(asked, prompt=(0,) * 3000, objective=Objective(ttft_ms=200))
-    refused = predict(long, seen(world))
-    never = predict(msgspec.structs.replace(asked, objective=Objective(ttft_ms=20)), seen(world))
-    short = predict(msgspec.structs.replace(asked, objective=Objective(total_ms=55)), seen(world))
-    crowd = predict(msgspec.structs.replace(asked, objective=Objective(itl_ms=1.05)), seen(world))
+    refused = foretold(long)
+    never = foretold(msgspec.structs.replace(asked, objective=Objective(ttft_ms=20)))
+    short = foretold(msgspec.structs.replace(asked, objective=Objective(total_ms=55)))
+    crowd = foretold(msgspec.structs.replace(asked, objective=Objective(itl_ms=1.05)))
     world.run()
     assert told.feasible and told.ttft_ms == pytest.approx(
         (world.stamps[6][0] - asked.arrival) * 1e3, rel=0.15
@@ -430,9 +433,10 @@ def test_a_priority_request_that_was_promised_is_not_late_for_looser_ones(
         if 999 not in world.requests and moment >= at:
             world.run(until=at / 1e3)
             lane = world.engine.lanes["a"]
-            seen = snapshot(lane.queues, world.engine._limits, Moment(world.clock(), lane.times, lane.ledger))
+            now = Moment(world.clock(), lane.times, lane.ledger)
+            seen = snapshot(lane.queues, world.engine._limits, now, 0)
             request = world.send(999, prompt, tier="priority", tokens=10)
-            promised = predict(request, seen).feasible
+            promised = predict(request, seen, TIERS["priority"].weight, world.clock()).feasible
         if size:
             world.run(until=moment / 1e3)
             world.send(ident, size, tokens=tokens, tier=("default", "flex")[ident % 2])

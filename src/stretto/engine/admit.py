@@ -6,9 +6,13 @@ models or machines can ask it without asking the engine.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Mapping
+from itertools import islice
 from math import inf
 from typing import NamedTuple
 
+import msgspec
 from msgspec import Struct
 
 from stretto.config import Tier
@@ -31,12 +35,14 @@ class Ahead(NamedTuple):
     ms: float
 
 
-class Snapshot(Struct, frozen=True, kw_only=True):
-    """An engine's work at `now`. `load`: the share of the time that its streams take at their slowest pace;
-    `gap_ms`: the shortest pause one of them bears; `streams` and `context` make its decodes; `inflow`: work
-    above each weight that has come of late, as a share of the time; `usual`: tokens of a long answer."""
+class Snapshot(Struct, frozen=True, kw_only=True, array_like=True):
+    """An engine's work at `now`, the requests up to id `newest` among it. `load`: the share of the time that
+    its streams take at their slowest pace; `gap_ms`: the shortest pause one of them bears; `streams` and
+    `context` make its decodes; `inflow`: work above each weight that has come of late, as a share of the
+    time; `usual`: tokens of a long answer of each tier."""
 
     now: float
+    newest: int
     cost: Cost
     margin: float
     load: float
@@ -46,25 +52,71 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     ahead: tuple[Ahead, ...]
     inflow: dict[float, float]
     usual: dict[str, int]
-    tiers: dict[str, Tier]
 
 
 class Forecast(NamedTuple):
-    """When the first token would be out after arrival, whether the whole would be on time, and if not, after
-    how many seconds it would be, were nothing else to come (inf: never on this machine)."""
+    """When a request would start and its first token be out, after its arrival; whether the whole would be on
+    time, and if not, after how many seconds it would be, were nothing else to come (inf: never on this
+    machine)."""
 
+    queue_ms: float
     ttft_ms: float
     feasible: bool
     retry_after: float
 
 
-def snapshot(queues: Queues, limits: Limits, moment: Moment) -> Snapshot:
-    """What `predict` needs to know of an engine; bounded in size."""
+class Outlook:
+    """What is known of an engine elsewhere: its last snapshot, and what was sent to it since."""
+
+    def __init__(self, tiers: Mapping[str, Tier]) -> None:
+        self._tiers = tiers
+        self._seen: Snapshot | None = None
+        self._since: list[tuple[int, Ahead]] = []
+
+    def see(self, seen: Snapshot) -> None:
+        """The engine's word replaces what was guessed of it."""
+        self._seen = seen
+        self._since = [(ident, job) for ident, job in self._since if ident > seen.newest]
+
+    def sent(self, request: Request) -> None:
+        """One more request is on its way to the engine."""
+        due, seen = _dues(request)[0], self._seen
+        if seen is not None and due < inf and len(self._since) < MOST:
+            job = Ahead(self._weight(request), due, seen.cost.prefill(0, len(request.prompt)))
+            self._since.append((request.id, job))
+
+    def forecast(self, request: Request, now: float) -> Forecast | None:
+        """What would become of the request if it were sent now; None before the engine has said anything."""
+        seen = self._seen
+        if seen is None:
+            return None
+        if self._since:
+            ahead = sorted([*seen.ahead, *(job for _, job in self._since)], key=_by_weight)
+            seen = msgspec.structs.replace(seen, ahead=tuple(ahead))
+        return predict(request, seen, self._weight(request), now)
+
+    def work_ms(self, request: Request) -> float:
+        """What the whole request takes of the machine, as far as one can tell; 0 when nothing is known."""
+        seen = self._seen
+        if seen is None:
+            return 0.0
+        length, tokens = len(request.prompt), _tokens(request, seen)
+        return seen.cost.prefill(0, length) + tokens * seen.cost.row(length + tokens // 2)
+
+    def _weight(self, request: Request) -> float:
+        tier = self._tiers.get(request.tier)
+        return tier.weight if tier else 0.0
+
+
+def snapshot(queues: Queues, limits: Limits, moment: Moment, newest: int) -> Snapshot:
+    """What `predict` needs to know of an engine that has had the requests up to id `newest`; bounded in
+    size."""
     cost = moment.times.cost
     weights = {name: tier.weight for name, tier in limits.tiers.items()}
-    streams = [seq for seq in queues.running if seq.rank[0] == TIMED and not seq.late and seq.spoke < inf]
-    reading = [seq for seq in queues.running if seq.rank[0] == TIMED and not seq.late and seq.spoke == inf]
-    prompts = reading + [seq for seq in queues.waiting if seq.rank[0] <= TIMED and seq.due < inf][:MOST]
+    timed = [seq for seq in queues.running if seq.rank[0] == TIMED and not seq.late]
+    streams = [seq for seq in timed if seq.spoke < inf]
+    waiting = (seq for seq in queues.waiting if seq.rank[0] <= TIMED and seq.due < inf)
+    prompts = [*(seq for seq in timed if seq.spoke == inf), *islice(waiting, MOST)]
     ahead = [
         Ahead(
             weights.get(seq.request.tier, 0.0), seq.due, cost.prefill(seq.computed, seq.length - seq.computed)
@@ -73,46 +125,44 @@ def snapshot(queues: Queues, limits: Limits, moment: Moment) -> Snapshot:
     ]
     return Snapshot(
         now=moment.now,
+        newest=newest,
         cost=cost,
         margin=moment.times.margin,
         load=sum(cost.row(seq.length) / seq.gap for seq in streams) / 1e3,
         gap_ms=min((seq.gap for seq in streams), default=inf) * 1e3,
         streams=len(streams),
         context=sum(seq.length for seq in streams),
-        ahead=tuple(sorted(ahead, key=lambda job: (-job.weight, job.due))),
+        ahead=tuple(sorted(ahead, key=_by_weight)),
         inflow={weight: moment.ledger.inflow_above(weight) for weight in {*weights.values(), 0.0}},
         usual={name: moment.ledger.expected(name, None) for name in limits.tiers},
-        tiers=dict(limits.tiers),
     )
 
 
-def predict(request: Request, seen: Snapshot) -> Forecast:
-    """What would become of a request that came now. It is feasible when the schedule would not make it give
-    way: its first token in time beside those of its weight and above, its streams' pace, and its whole answer
-    (of a usual length for its tier) by `total_ms`."""
+def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Forecast:
+    """What would become of a request of a tier of this weight that was sent `now`. It is feasible when the
+    schedule would not make it give way: its first token in time beside those of its weight and above, its
+    streams' pace, and its whole answer (of a usual length for its tier) by `total_ms`."""
     cost, objective = seen.cost, request.objective
-    tier = seen.tiers.get(request.tier)
-    weight = tier.weight if tier else 0.0
     gap = min(inf if objective.itl_ms is None else objective.itl_ms, seen.gap_ms, reach(cost))
     rate = max(1.0 / seen.margin - cost.c0 / gap - seen.load, LEAST / 10)
     heavier = seen.inflow.get(weight, 0.0)
     pace = max(rate - heavier, LEAST * rate) * (CAUTION if heavier else 1.0) * 1e3
-    begin = seen.now + sum(job.ms for job in seen.ahead if job.weight > weight) / pace
+    begin = now + sum(job.ms for job in seen.ahead if job.weight > weight) / pace
     due, last_due = _dues(request)
-    own = cost.prefill(0, len(request.prompt)) / pace
-    step = cost.c0 / 1e3
+    own = cost.prefill(0, len(request.prompt)) / pace + cost.c0 / 1e3
     jobs: list[Job] = [(job.due, job.ms / pace, 0.0) for job in seen.ahead if job.weight == weight]
-    jobs = sorted([*jobs, (due, own + step, 0.0)])
-    place = jobs.index((due, own + step, 0.0))
-    first = begin + sum(seconds for _, seconds, _ in jobs[: place + 1])
+    place = bisect_right(jobs, (due, inf, 0.0))
+    jobs.insert(place, (due, own, 0.0))
+    start = begin + sum(seconds for _, seconds, _ in jobs[:place])
     excess = left_out(jobs, begin).get(place, 0.0)
     rest = _tokens(request, seen) - 1
-    excess = max(excess, first + rest * _pace(request, seen) / 1e3 - last_due)
-    hopeless = seen.now + cost.prefill(0, len(request.prompt)) / 1e3 > due
+    excess = max(excess, start + own + rest * _pace(request, seen) / 1e3 - last_due)
+    hopeless = now + cost.prefill(0, len(request.prompt)) / 1e3 > due
     if not _bearable(request, seen):
         excess = max(excess, SOONEST_S)
-    ttft_ms = (first - request.arrival) * 1e3
-    return Forecast(ttft_ms, excess <= 0, 0.0 if excess <= 0 else inf if hopeless else max(excess, SOONEST_S))
+    after = 0.0 if excess <= 0 else inf if hopeless else max(excess, SOONEST_S)
+    queued = (start - request.arrival) * 1e3
+    return Forecast(queued, queued + own * 1e3, excess <= 0, after)
 
 
 def _dues(request: Request) -> tuple[float, float]:
@@ -138,3 +188,7 @@ def _bearable(request: Request, seen: Snapshot) -> bool:
         return True
     base = seen.cost.c0 / min(itl, seen.gap_ms)
     return base + seen.load + seen.cost.row(len(request.prompt)) / itl < CROWDED / seen.margin
+
+
+def _by_weight(job: Ahead) -> tuple[float, float]:
+    return -job.weight, job.due

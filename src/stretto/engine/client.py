@@ -19,10 +19,11 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from stretto.config import EngineConfig
+from stretto.config import EngineConfig, tiers_of
 from stretto.engine import messages
+from stretto.engine.admit import Forecast, Outlook
 from stretto.errors import EngineDied, StartError
-from stretto.types import ModelInfo, Request, StepStats, TokenEvent, WorkerState
+from stretto.types import Finish, ModelInfo, Reason, Request, StepStats, TokenEvent, WorkerState
 
 log = logging.getLogger(__name__)
 RESTART_S = (0.0, 0.5, 2.0, 5.0)
@@ -33,7 +34,7 @@ class Stream:
     cancelling.
     """
 
-    __slots__ = ("_client", "_error", "_events", "_finished", "_id", "_waiter")
+    __slots__ = ("_client", "_error", "_events", "_finished", "_id", "_waiter", "forecast_ms")
 
     def __init__(self, client: EngineClient, ident: int) -> None:
         self._client = client
@@ -42,6 +43,7 @@ class Stream:
         self._finished = False
         self._error: EngineDied | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self.forecast_ms: float | None = None
 
     def __aiter__(self) -> Stream:
         return self
@@ -66,9 +68,11 @@ class Stream:
 
     def push(self, event: TokenEvent) -> None:
         """The client's side: one more event."""
-        self._events.append(event)
         if event.finish is not None:
             self._finished = True
+            finish = msgspec.structs.replace(event.finish, forecast_ms=self.forecast_ms)
+            event = msgspec.structs.replace(event, finish=finish)
+        self._events.append(event)
         self._wake()
 
     def fail(self, error: EngineDied) -> None:
@@ -100,6 +104,7 @@ class EngineClient:
         self._failure: str | None = None
         self._closing = False
         self._keeper: asyncio.Task[None] | None = None
+        self._outlooks: dict[str, Outlook] = {}
         self._steps = 0
         self._last: dict[str, StepStats] = {}
         self.ready = False
@@ -128,10 +133,18 @@ class EngineClient:
         return next(self._ids)
 
     def submit(self, request: Request) -> Stream:
-        """Send a request. Raises EngineDied while no engine is ready."""
+        """Send a request, or refuse it at once when it may be refused and would not be on time. Raises
+        EngineDied while no engine is ready."""
         if not self.ready:
             raise EngineDied("the engine is starting; try again in a moment", retry_after=1.0)
         stream = Stream(self, request.id)
+        forecast = self._outlooks[request.model].forecast(request, time.monotonic())
+        if forecast is not None:
+            if request.objective.on_miss == "reject" and not forecast.feasible:
+                stream.push(_refusal(request, forecast))
+                return stream
+            stream.forecast_ms = forecast.queue_ms
+            self._outlooks[request.model].sent(request)
         self._streams[request.id] = stream
         self._send(messages.Submit(request))
         return stream
@@ -178,6 +191,7 @@ class EngineClient:
 
     async def _spawn(self) -> None:
         """A fresh socket and a fresh process, so that nothing of a dead engine can be read by mistake."""
+        self._outlooks = {model.name: Outlook(tiers_of(self._config.tiers)) for model in self._config.models}
         address = f"ipc://{self._folder}/engine-{self.restarts}"
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set(zmq.LINGER, 0)
@@ -247,8 +261,10 @@ class EngineClient:
 
     def _handle(self, message: messages.FromEngine) -> None:
         match message:
-            case messages.Step(events, stats):
+            case messages.Step(events, stats, seen):
                 self._deliver(events)
+                for model, snapshot in seen.items():
+                    self._outlooks[model].see(snapshot)
                 if stats is not None:
                     self._steps += 1
                     self._last[stats.model] = stats
@@ -274,6 +290,15 @@ class EngineClient:
                 stream.push(event)
                 if event.finish is not None:
                     del streams[event.id]
+
+
+def _refusal(request: Request, forecast: Forecast) -> TokenEvent:
+    """The end of a request that was never sent."""
+    waited = (time.monotonic() - request.arrival) * 1e3
+    finish = Finish(
+        Reason.REFUSED, len(request.prompt), 0, 0, waited, late=True, retry_after=forecast.retry_after
+    )
+    return TokenEvent(request.id, finish=finish)
 
 
 def _folder() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
+from stretto.engine.admit import Snapshot
 from stretto.types import ModelInfo, Request, StepStats, TokenEvent
 
 
@@ -45,10 +46,11 @@ class Failed(Struct, frozen=True, tag="failed", array_like=True):
 
 
 class Step(Struct, frozen=True, tag="step", array_like=True):
-    """All that one step said."""
+    """All that one step said. `seen`: what a model's engine looks like after it, now and then."""
 
     events: list[TokenEvent]
     stats: StepStats | None
+    seen: dict[str, Snapshot] = {}
 
 
 ToEngine = Submit | Cancel | Stop

@@ -21,12 +21,13 @@ import zmq
 
 from stretto.config import EngineConfig, tiers_of
 from stretto.engine import messages
+from stretto.engine.admit import Snapshot, snapshot
 from stretto.engine.build import Runners
 from stretto.engine.calibrate import known_times
 from stretto.engine.deadline import SCHEDULES
 from stretto.engine.grammar import Matcher
 from stretto.engine.loop import Engine
-from stretto.engine.schedule import Limits
+from stretto.engine.schedule import Limits, Moment
 from stretto.engine.sequence import Sequence
 from stretto.errors import StrettoError
 from stretto.machine import cache_folder
@@ -34,6 +35,7 @@ from stretto.types import Finish, Reason, Request, StepStats, TokenEvent
 
 IDLE_MS = 1000
 COMPILING_MS = 1
+SHOWN_S = 0.02  # between two snapshots of a busy model
 PR_SET_PDEATHSIG = 1
 
 
@@ -60,11 +62,15 @@ class Worker:
             )
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}
+        self._foresees = config.schedule == "deadline"
+        self._newest: dict[str, int] = {}
+        self._shown: dict[str, float] = {}
         self._stopped = False
         self._checked = True
 
     def run(self) -> None:
         """Serve until told to stop."""
+        self._emit([], None)
         self._send(messages.Ready([runner.info for runner in self._runners.all]))
         while not self._stopped:
             for message in self._inbox():
@@ -86,6 +92,7 @@ class Worker:
     def _handle(self, message: messages.ToEngine) -> None:
         match message:
             case messages.Submit(request):
+                self._newest[request.model] = request.id
                 grammar = request.sampling.grammar
                 if grammar is None:
                     self._engine.submit(self._sequence(request))
@@ -117,7 +124,18 @@ class Worker:
         return Sequence.of(request, self._engine.lanes[request.model].runner.info.context)
 
     def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
-        self._send(messages.Step(events, stats))
+        self._send(messages.Step(events, stats, self._snapshots() if self._foresees else {}))
+
+    def _snapshots(self) -> dict[str, Snapshot]:
+        """What the engine looks like, for each model of which it was said a while ago."""
+        now = time.monotonic()
+        found: dict[str, Snapshot] = {}
+        for name, lane in self._engine.lanes.items():
+            if now >= self._shown.get(name, 0.0) + SHOWN_S or not lane.busy:
+                self._shown[name] = now
+                moment = Moment(now, lane.times, lane.ledger)
+                found[name] = snapshot(lane.queues, self._limits, moment, self._newest.get(name, 0))
+        return found
 
     def _send(self, message: messages.FromEngine) -> None:
         self._socket.send(messages.encode(message))

@@ -30,14 +30,22 @@ from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason, Request, Sam
 
 # A Qwen3-0.6B shape on two cores of a server CPU, int8: to be replaced by a calibrated one.
 SMALL_CPU = Cost(c0=38.0, c1=1.5, c2=2.9, c3=0.0022, c4=2e-6)
-# What such a machine can promise: it reads the longest usual prompt (4,100 tokens) in 12 s and speaks alone
-# every 45 ms. So: three and six times that prompt, and some five and ten times that pace (a quick reader's
-# and a slow one's).
-CPU_TIERS: dict[str, Tier] = {
-    "priority": Tier(objective=Objective(ttft_ms=36_000, itl_ms=250), weight=4.0),
-    "default": Tier(objective=Objective(ttft_ms=72_000, itl_ms=500), weight=2.0),
-    "flex": Tier(objective=Objective(), weight=1.0),
-}
+LONGEST_USUAL = 4100  # tokens of a prompt; nearly all of the Azure conversations are shorter
+
+
+def tiers_for(cost: Cost) -> dict[str, Tier]:
+    """What a machine of this cost can promise: a first token within three and six times the reading of the
+    longest usual prompt, and five and ten times the pace of a stream that is alone."""
+    read = (cost.c0 + cost.prefill(0, LONGEST_USUAL)) * 3
+    pace = cost.decodes(1, LONGEST_USUAL // 4) * 5
+    return {
+        "priority": Tier(objective=Objective(ttft_ms=read, itl_ms=pace), weight=4.0),
+        "default": Tier(objective=Objective(ttft_ms=read * 2, itl_ms=pace * 2), weight=2.0),
+        "flex": Tier(objective=Objective(), weight=1.0),
+    }
+
+
+CPU_TIERS = tiers_for(SMALL_CPU)
 MIX = {"priority": 0.2, "default": 0.6, "flex": 0.2}
 
 
