@@ -2,192 +2,174 @@
  *
  * One row of x streams the weights once, so memory sets the pace; more rows share each panel while it is in cache.
  * Integer kinds take weights unsigned (offset by 128 or 8) and activations signed, quantised here per row and group
- * of k; the offset is taken back by starting each sum at -offset * sum(x). A row holding NaN or infinity in a group
- * gives NaN in that row of y and touches no other. */
+ * of k; the offset is taken back by what each sum starts at. A row holding NaN or infinity in a group gives NaN in
+ * that row of y and touches no other.
+ *
+ * Quantised x stands in words, those of the rows of a tile side by side: a word meets the word of each output's
+ * weights that a level's `vi_split` makes of a packed one. */
 
 #define CACHE_BYTES 262144 /* of x that is kept at hand while all panels pass by */
 #define ITEM_BYTES 16384 /* of weights: a turn that is worth taking */
 
 typedef struct {
     const Weights *w;
-    const void *x; /* as the tiles read it: float, bf16 pairs or int8 */
-    const float *scales; /* [m, groups] of quantised x */
-    const int32_t *starts; /* [m, groups], what an integer sum starts at */
+    const void *x; /* as the tiles read it: float or bf16 pairs [m, kp], or words [tiles, words, rows] */
+    const float *scales; /* of quantised x [tiles, groups, rows] */
+    const int32_t *starts; /* what an integer sum starts at [tiles, spans, rows] */
     void *y;
     const void *source;
     int64_t m, type, kp, groups, panel; /* panel: bytes */
-    int64_t block, panels, chunk, chunks; /* rows per block of x, panels in all, panels per item, items per block */
+    int64_t rows, tiles, block; /* rows of a tile, tiles in all, tiles per block of x */
+    int64_t span, words; /* k summed as integers before they become floats; words of a row of x */
+    int64_t panels, chunk, chunks; /* panels in all, panels per item, items per block */
     int to_pairs;
 } Linear;
 
-INLINE void load_scales(vf *scales, const uint8_t *data)
-{
-    UNROLL
-    for (int v = 0; v < NV; v++)
-        scales[v] = vf_bf16((const uint16_t *)data + v * VF);
-}
+INLINE int64_t parts_of(int64_t kind) { return kind == W_I4 ? 2 : PARTS_I8; }
 
-/* Weights in bytes: int8 (small = 0), or int4 already taken apart (small = 1). */
-INLINE void tile_bytes(const int rows, const int small, const Linear *a, const uint8_t *panel, int64_t row, vf *out)
+/* Each sum has a name of its own: the compiler would keep an array of them in memory. */
+#define EACH_SLOT(CASE) CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+
+/* Integer weights, packed (apart = 0) or already split (apart = 1): two vectors of the panel from `from` on, or four
+ * when `wide`, which stand in the slots of further rows. */
+INLINE void tile_integers(const int rows, const int wide, const int kind, const int apart, const Linear *a,
+                          const uint8_t *panel, int64_t tile, const int from, vf *out)
 {
-    int64_t groups = a->groups, group = a->w->group, kp = a->kp;
-    const int8_t *x = (const int8_t *)a->x + row * kp;
-    const float *scales = a->scales + row * groups;
-    const int32_t *starts = a->starts + row * groups;
-    vf sums[ROWS_INT * NV];
-    UNROLL
-    for (int i = 0; i < rows * NV; i++)
-        sums[i] = vf_zero();
-    for (int64_t g = 0; g < groups; g++) {
-        vi counts[ROWS_INT * NV];
-        const uint8_t *data = panel + PANEL * 2;
-        UNROLL
-        for (int r = 0; r < rows; r++)
-            UNROLL
-            for (int v = 0; v < NV; v++)
-                counts[r * NV + v] = vi_set1(starts[r * groups + g]);
-        for (int64_t k = 0; k < group; k += 4, data += PANEL * 4) {
-            vi weights[NV];
-            UNROLL
-            for (int v = 0; v < NV; v++)
-                weights[v] = vi_load(data + v * VF * 4);
-            UNROLL
-            for (int r = 0; r < rows; r++) {
-                int32_t four;
-                memcpy(&four, x + r * kp + k, 4);
-                vi fours = vi_set1(four);
+    const int parts = kind == W_I4 ? 2 : PARTS_I8, each = kind == W_I4 ? 8 : 4, slots = wide ? 2 * rows : rows;
+    const int stride = PANEL * 4 * (apart ? parts : 1), vectors = wide ? 4 : 2;
+    int64_t groups = a->groups, spans = a->w->group / a->span, steps = a->span / each;
+    const int32_t *x = (const int32_t *)a->x + tile * a->words * rows;
+    const float *scales = a->scales + tile * groups * rows;
+    const int32_t *starts = a->starts + tile * groups * spans * rows;
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            out[r * NV + from + v] = vf_zero();
+    for (int64_t g = 0; g < groups; g++, scales += rows) {
+        const uint8_t *data = panel + PANEL * 2 + from * VF * 4;
+        for (int64_t s = 0; s < spans; s++, starts += rows) {
+            vi low0, low1, low2, low3, low4, low5, low6, low7, high0, high1, high2, high3, high4, high5, high6, high7;
+#define START(n) low##n = high##n = vi_set1(n < slots ? starts[n % rows] : 0);
+            EACH_SLOT(START)
+            for (int64_t k = 0; k < steps; k++, data += stride)
                 UNROLL
-                for (int v = 0; v < NV; v++)
-                    counts[r * NV + v] = small ? vi_dot_small(counts[r * NV + v], weights[v], fours)
-                                               : vi_dot(counts[r * NV + v], weights[v], fours);
-            }
-        }
-        vf by_weight[NV];
-        load_scales(by_weight, panel);
-        UNROLL
-        for (int r = 0; r < rows; r++)
-            UNROLL
-            for (int v = 0; v < NV; v++)
-                sums[r * NV + v] = vf_fma(vf_from(counts[r * NV + v]),
-                                          vf_mul(by_weight[v], vf_set1(scales[r * groups + g])), sums[r * NV + v]);
-        x += group;
-        panel = data;
+                for (int part = 0; part < parts; part++, x += rows) {
+                    vi weights[4];
+                    UNROLL
+                    for (int v = 0; v < vectors; v++)
+                        weights[v] = apart ? vi_load(data + part * PANEL * 4 + v * VF * 4)
+                                           : vi_split(kind, vi_load(data + v * VF * 4), part);
+#define SUM(n) \
+    if (n < slots) { \
+        vi word = vi_set1(x[n % rows]); \
+        low##n = vi_dot(kind, low##n, weights[n < rows ? 0 : 2], word); \
+        high##n = vi_dot(kind, high##n, weights[n < rows ? 1 : 3], word); \
     }
-    UNROLL
-    for (int i = 0; i < rows * NV; i++)
-        out[i] = sums[i];
-}
-
-INLINE void tile_nibbles(const int rows, const Linear *a, const uint8_t *panel, int64_t row, vf *out)
-{
-    int64_t groups = a->groups, group = a->w->group, kp = a->kp;
-    const int8_t *x = (const int8_t *)a->x + row * kp;
-    const float *scales = a->scales + row * groups;
-    const int32_t *starts = a->starts + row * groups;
-    vf sums[ROWS_INT * NV];
-    UNROLL
-    for (int i = 0; i < rows * NV; i++)
-        sums[i] = vf_zero();
-    for (int64_t g = 0; g < groups; g++) {
-        vi counts[ROWS_INT * NV];
-        const uint8_t *data = panel + PANEL * 2;
-        UNROLL
-        for (int r = 0; r < rows; r++)
-            UNROLL
-            for (int v = 0; v < NV; v++)
-                counts[r * NV + v] = vi_set1(starts[r * groups + g]);
-        for (int64_t k = 0; k < group; k += 8, data += PANEL * 4) {
-            vi low[NV], high[NV];
-            UNROLL
-            for (int v = 0; v < NV; v++) {
-                vi both = vi_load(data + v * VF * 4);
-                low[v] = vi_low(both);
-                high[v] = vi_high(both);
-            }
-            UNROLL
-            for (int r = 0; r < rows; r++) {
-                int32_t four[2];
-                memcpy(four, x + r * kp + k, 8);
-                UNROLL
-                for (int v = 0; v < NV; v++) {
-                    counts[r * NV + v] = vi_dot_small(counts[r * NV + v], low[v], vi_set1(four[0]));
-                    counts[r * NV + v] = vi_dot_small(counts[r * NV + v], high[v], vi_set1(four[1]));
+                    EACH_SLOT(SUM)
                 }
-            }
-        }
-        vf by_weight[NV];
-        load_scales(by_weight, panel);
-        UNROLL
-        for (int r = 0; r < rows; r++)
-            UNROLL
-            for (int v = 0; v < NV; v++)
-                sums[r * NV + v] = vf_fma(vf_from(counts[r * NV + v]),
-                                          vf_mul(by_weight[v], vf_set1(scales[r * groups + g])), sums[r * NV + v]);
-        x += group;
-        panel = data;
+            const uint16_t *by_weight = (const uint16_t *)panel + from * VF;
+#define SCALE(n) \
+    if (n < slots) { \
+        vf *sum = out + n % rows * NV + from + n / rows * 2, by_row = vf_set1(scales[n % rows]); \
+        const uint16_t *by = by_weight + n / rows * 2 * VF; \
+        sum[0] = vf_fma(vf_from(vi_total(kind, low##n)), vf_mul(vf_bf16(by), by_row), sum[0]); \
+        sum[1] = vf_fma(vf_from(vi_total(kind, high##n)), vf_mul(vf_bf16(by + VF), by_row), sum[1]); \
     }
-    UNROLL
-    for (int i = 0; i < rows * NV; i++)
-        out[i] = sums[i];
+            EACH_SLOT(SCALE)
+        }
+        panel = data - from * VF * 4;
+    }
 }
 
-/* Weights in bf16 pairs of k, x in float. */
-INLINE void tile_pairs(const int rows, const Linear *a, const uint8_t *panel, int64_t row, vf *out)
+/* A whole panel, in as few passes as the registers allow. */
+INLINE void tile_panel(const int rows, const int kind, const int apart, const Linear *a, const uint8_t *panel,
+                       int64_t tile, vf *out)
 {
+    const int wide = rows <= ROWS_WIDE;
+    UNROLL
+    for (int from = 0; from < NV; from += wide ? 4 : 2)
+        tile_integers(rows, wide, kind, apart, a, panel, tile, from, out);
+}
+
+/* Weights in bf16 pairs of k, x in float: vectors as in tile_integers. */
+INLINE void tile_pairs(const int rows, const int wide, const Linear *a, const uint8_t *panel, int64_t row,
+                       const int from, vf *out)
+{
+    const int slots = wide ? 2 * rows : rows, vectors = wide ? 4 : 2;
     const float *x = (const float *)a->x + row * a->kp;
+    const uint8_t *data = panel + from * VF * 4;
     int64_t kp = a->kp;
-    vf sums[ROWS_FLOAT * NV];
-    UNROLL
-    for (int i = 0; i < rows * NV; i++)
-        sums[i] = vf_zero();
-    for (int64_t k = 0; k < kp; k += 2, panel += PANEL * 4) {
-        vf even[NV], odd[NV];
+    vf low0, low1, low2, low3, low4, low5, low6, low7, high0, high1, high2, high3, high4, high5, high6, high7;
+#define ZERO(n) low##n = high##n = vf_zero();
+    EACH_SLOT(ZERO)
+    for (int64_t k = 0; k < kp; k += 2, data += PANEL * 4)
         UNROLL
-        for (int v = 0; v < NV; v++) {
-            vi pairs = vi_load(panel + v * VF * 4);
-            even[v] = vf_even(pairs);
-            odd[v] = vf_odd(pairs);
-        }
-        UNROLL
-        for (int r = 0; r < rows; r++) {
+        for (int odd = 0; odd < 2; odd++) {
+            vf weights[4];
             UNROLL
-            for (int v = 0; v < NV; v++) {
-                sums[r * NV + v] = vf_fma(even[v], vf_set1(x[r * kp + k]), sums[r * NV + v]);
-                sums[r * NV + v] = vf_fma(odd[v], vf_set1(x[r * kp + k + 1]), sums[r * NV + v]);
+            for (int v = 0; v < vectors; v++) {
+                vi pairs = vi_load(data + v * VF * 4);
+                weights[v] = odd ? vf_odd(pairs) : vf_even(pairs);
             }
-        }
+#define SUM_HALF(n) \
+    if (n < slots) { \
+        vf word = vf_set1(x[n % rows * kp + k + odd]); \
+        low##n = vf_sum(weights[n < rows ? 0 : 2], word, low##n); \
+        high##n = vf_sum(weights[n < rows ? 1 : 3], word, high##n); \
     }
-    UNROLL
-    for (int i = 0; i < rows * NV; i++)
-        out[i] = sums[i];
+            EACH_SLOT(SUM_HALF)
+        }
+#define KEEP(n) \
+    if (n < slots) { \
+        out[n % rows * NV + from + n / rows * 2] = low##n; \
+        out[n % rows * NV + from + n / rows * 2 + 1] = high##n; \
+    }
+    EACH_SLOT(KEEP)
 }
 
 /* sums[r][PANEL] += sum over k of a[r * by_row + k * by_k] * b[k * ldb + 0..PANEL), all in words: floats, or with
- * `pairs` bf16 pairs, whose products count double. */
-INLINE void tile_words(const int rows, const int pairs, const float *a, int64_t by_row, int64_t by_k, const float *b,
-                       int64_t ldb, int64_t k, vf *sums)
+ * `pairs` bf16 pairs, whose products count double. Vectors as in tile_integers. */
+INLINE void tile_words(const int rows, const int wide, const int pairs, const float *a, int64_t by_row, int64_t by_k,
+                       const float *b, int64_t ldb, int64_t k, const int from, vf *sums)
 {
-    vf local[ROWS_FLOAT * NV];
-    UNROLL
-    for (int i = 0; i < rows * NV; i++)
-        local[i] = sums[i];
-    for (; k > 0; k--, a += by_k, b += ldb) {
-        vf words[NV];
+    const int slots = wide ? 2 * rows : rows, vectors = wide ? 4 : 2;
+    vf low0, low1, low2, low3, low4, low5, low6, low7, high0, high1, high2, high3, high4, high5, high6, high7;
+#define LOAD(n) \
+    low##n = n < slots ? sums[n % rows * NV + from + n / rows * 2] : vf_zero(); \
+    high##n = n < slots ? sums[n % rows * NV + from + n / rows * 2 + 1] : vf_zero();
+    EACH_SLOT(LOAD)
+    for (b += from * VF; k > 0; k--, a += by_k, b += ldb) {
+        vf weights[4];
         UNROLL
-        for (int v = 0; v < NV; v++)
-            words[v] = vf_load(b + v * VF);
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            vf word = vf_set1(a[r * by_row]);
-            UNROLL
-            for (int v = 0; v < NV; v++)
-                local[r * NV + v] = pairs ? vf_dot_pairs(local[r * NV + v], words[v], word)
-                                          : vf_fma(words[v], word, local[r * NV + v]);
-        }
+        for (int v = 0; v < vectors; v++)
+            weights[v] = vf_load(b + v * VF);
+#define SUM_WORD(n) \
+    if (n < slots) { \
+        vf word = vf_set1(a[n % rows * by_row]), first = weights[n < rows ? 0 : 2], second = weights[n < rows ? 1 : 3]; \
+        low##n = pairs ? vf_dot_pairs(low##n, first, word) : vf_sum(first, word, low##n); \
+        high##n = pairs ? vf_dot_pairs(high##n, second, word) : vf_sum(second, word, high##n); \
     }
+        EACH_SLOT(SUM_WORD)
+    }
+    vf *out = sums;
+    EACH_SLOT(KEEP)
+}
+
+/* Whole panels of the same. */
+INLINE void pairs_panel(const int rows, const Linear *a, const uint8_t *panel, int64_t row, vf *out)
+{
+    const int wide = rows <= ROWS_WIDE;
     UNROLL
-    for (int i = 0; i < rows * NV; i++)
-        sums[i] = local[i];
+    for (int from = 0; from < NV; from += wide ? 4 : 2)
+        tile_pairs(rows, wide, a, panel, row, from, out);
+}
+
+INLINE void words_panel(const int rows, const int pairs, const float *a, int64_t by_row, int64_t by_k, const float *b,
+                        int64_t ldb, int64_t k, vf *sums)
+{
+    const int wide = rows <= ROWS_WIDE;
+    UNROLL
+    for (int from = 0; from < NV; from += wide ? 4 : 2)
+        tile_words(rows, wide, pairs, a, by_row, by_k, b, ldb, k, from, sums);
 }
 
 /* Only the row counts a level has registers for are compiled. */
@@ -203,8 +185,8 @@ INLINE void tile_words(const int rows, const int pairs, const float *a, int64_t 
 static void words(int rows, int pairs, const float *a, int64_t by_row, int64_t by_k, const float *b, int64_t ldb,
                   int64_t k, vf *sums)
 {
-#define SINGLE(n) ROWS_CASE(ROWS_FLOAT, n, tile_words(FLOATS(n), 0, a, by_row, by_k, b, ldb, k, sums))
-#define PAIRED(n) ROWS_CASE(ROWS_FLOAT, n, tile_words(FLOATS(n), 1, a, by_row, by_k, b, ldb, k, sums))
+#define SINGLE(n) ROWS_CASE(ROWS_FLOAT, n, words_panel(FLOATS(n), 0, a, by_row, by_k, b, ldb, k, sums))
+#define PAIRED(n) ROWS_CASE(ROWS_FLOAT, n, words_panel(FLOATS(n), 1, a, by_row, by_k, b, ldb, k, sums))
 #ifdef NATIVE_BF16
     if (pairs) {
         switch (rows) { EACH_UP_TO_8(PAIRED) }
@@ -217,14 +199,17 @@ static void words(int rows, int pairs, const float *a, int64_t by_row, int64_t b
 
 static void tile(const Linear *a, const uint8_t *panel, int apart, int rows, int64_t row, vf *out)
 {
-#define BYTES(n) ROWS_CASE(ROWS_INT, n, tile_bytes(INTS(n), 0, a, panel, row, out))
-#define APART(n) ROWS_CASE(ROWS_INT, n, tile_bytes(INTS(n), 1, a, panel, row, out))
-#define NIBBLES(n) ROWS_CASE(ROWS_INT, n, tile_nibbles(INTS(n), a, panel, row, out))
-#define PAIRS(n) ROWS_CASE(ROWS_FLOAT, n, tile_pairs(FLOATS(n), a, panel, row, out))
-    if (a->w->kind == W_I8) {
+#define BYTES(n) ROWS_CASE(ROWS_INT, n, tile_panel(INTS(n), W_I8, 0, a, panel, row / n, out))
+#define BYTES_APART(n) ROWS_CASE(ROWS_INT, n, tile_panel(INTS(n), W_I8, 1, a, panel, row / n, out))
+#define NIBBLES(n) ROWS_CASE(ROWS_INT, n, tile_panel(INTS(n), W_I4, 0, a, panel, row / n, out))
+#define NIBBLES_APART(n) ROWS_CASE(ROWS_INT, n, tile_panel(INTS(n), W_I4, 1, a, panel, row / n, out))
+#define PAIRS(n) ROWS_CASE(ROWS_FLOAT, n, pairs_panel(FLOATS(n), a, panel, row, out))
+    if (a->w->kind == W_I8 && apart) {
+        switch (rows) { EACH_UP_TO_8(BYTES_APART) }
+    } else if (a->w->kind == W_I8) {
         switch (rows) { EACH_UP_TO_8(BYTES) }
     } else if (a->w->kind == W_I4 && apart) {
-        switch (rows) { EACH_UP_TO_8(APART) }
+        switch (rows) { EACH_UP_TO_8(NIBBLES_APART) }
     } else if (a->w->kind == W_I4) {
         switch (rows) { EACH_UP_TO_8(NIBBLES) }
     } else if (a->w->kind == W_BF16 && !a->to_pairs) {
@@ -256,18 +241,22 @@ static void emit(const Linear *a, int64_t panel, int rows, int64_t row, const vf
     }
 }
 
-/* An int4 panel as a panel of bytes, so that many rows of x share the taking apart. */
-static void take_apart(const Linear *a, const uint8_t *panel, uint8_t *out)
+/* A packed panel with its words split, so that many rows of x share the splitting. */
+INLINE void take_apart(const int kind, const Linear *a, const uint8_t *panel, uint8_t *out)
 {
+    const int parts = kind == W_I4 ? 2 : PARTS_I8;
+    int64_t steps = a->w->group / (kind == W_I4 ? 8 : 4);
     for (int64_t g = 0; g < a->groups; g++) {
         memcpy(out, panel, PANEL * 2);
         panel += PANEL * 2;
         out += PANEL * 2;
-        for (int64_t k = 0; k < a->w->group; k += 8, panel += PANEL * 4, out += PANEL * 8)
+        for (int64_t k = 0; k < steps; k++, panel += PANEL * 4, out += PANEL * 4 * parts)
+            UNROLL
             for (int v = 0; v < NV; v++) {
-                vi both = vi_load(panel + v * VF * 4);
-                vi_store(out + v * VF * 4, vi_low(both));
-                vi_store(out + PANEL * 4 + v * VF * 4, vi_high(both));
+                vi packed = vi_load(panel + v * VF * 4);
+                UNROLL
+                for (int part = 0; part < parts; part++)
+                    vi_store(out + part * PANEL * 4 + v * VF * 4, vi_split(kind, packed, part));
             }
     }
 }
@@ -275,97 +264,138 @@ static void take_apart(const Linear *a, const uint8_t *panel, uint8_t *out)
 static void linear_item(const void *job, int64_t item, int thread)
 {
     const Linear *a = job;
-    int64_t first = item / a->chunks * a->block, rows = least(a->block, a->m - first);
-    int most_rows = a->w->kind >= W_I8 ? ROWS_INT : ROWS_FLOAT;
-    int64_t tiles = (rows + most_rows - 1) / most_rows, each = (rows + tiles - 1) / tiles;
-    int apart = a->w->kind == W_I4 && tiles > 1;
+    int64_t kind = a->w->kind, first = item / a->chunks * a->block, last = least(a->tiles, first + a->block);
     int64_t panel = item % a->chunks * a->chunk, end = least(a->panels, panel + a->chunk);
-    vf sums[ROWS_FLOAT * NV];
+    int apart = kind >= W_I8 && parts_of(kind) > 1 && last - first > 1;
+    vf sums[ROWS_MOST * NV];
     for (; panel < end; panel++) {
         const uint8_t *data = a->w->data + panel * a->panel;
         if (apart) {
-            take_apart(a, data, pool_private(thread));
+            if (kind == W_I4)
+                take_apart(W_I4, a, data, pool_private(thread));
+            else
+                take_apart(W_I8, a, data, pool_private(thread));
             data = pool_private(thread);
         }
-        for (int64_t row = first; row < first + rows; row += each) {
-            int count = (int)least(each, first + rows - row);
-            tile(a, data, apart, count, row, sums);
-            emit(a, panel, count, row, sums);
+        for (int64_t t = first; t < last; t++) {
+            int64_t row = t * a->rows, rows = least(a->rows, a->m - row);
+            tile(a, data, apart, (int)(kind >= W_I8 ? a->rows : rows), row, sums);
+            emit(a, panel, (int)rows, row, sums);
         }
     }
 }
 
-INLINE void quantise_group(int8_t *restrict q, const float *restrict x, int64_t n, int offset, float *scale,
-                           int32_t *start)
+/* x [n] into levels q; returns their scale: NaN when x holds a number that is not finite, and then q is 0. */
+INLINE float quantise(int8_t *restrict q, const float *restrict x, int64_t n)
 {
     uint32_t top = largest(x, n);
     int finite = top < 0x7f800000, some = float_of(top) > 1e-30f;
     float inverse = finite && some ? 127.0f / float_of(top) : 0.0f;
-    int32_t sum = 0;
-    *scale = !finite ? NAN : some ? float_of(top) / 127.0f : 0.0f;
     if (!finite) {
         memset(q, 0, (size_t)n);
-    } else {
+        return NAN;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++)
+        q[i] = (int8_t)(int32_t)((x[i] * inverse + ROUND) - ROUND);
+    return some ? float_of(top) / 127.0f : 0.0f;
+}
+
+INLINE int32_t sum_of(const int8_t *q, int64_t n)
+{
+    int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < n; i++) {
-            int32_t level = (int32_t)((x[i] * inverse + ROUND) - ROUND);
-            sum += level;
-            q[i] = (int8_t)level;
+    for (int64_t i = 0; i < n; i++)
+        sum += q[i];
+    return sum;
+}
+
+/* Levels q [kp] of a row into its place among the words of its tile. */
+INLINE void spread(const Linear *a, int64_t row, const int8_t *q)
+{
+    int64_t rows = a->rows;
+    int32_t *x = (int32_t *)a->x + row / rows * a->words * rows + row % rows;
+    if (a->w->kind == W_I8 && PARTS_I8 == 2) {
+        for (int64_t k = 0; k < a->kp; k += 4, x += 2 * rows) {
+            x[0] = (int32_t)((uint16_t)q[k] | (uint32_t)q[k + 2] << 16);
+            x[rows] = (int32_t)((uint16_t)q[k + 1] | (uint32_t)q[k + 3] << 16);
+        }
+        return;
+    }
+    for (int64_t k = 0; k < a->kp; k += 4, x += rows)
+        memcpy(x, q + k, 4);
+}
+
+static void prepare_quantised(const Linear *a, int64_t row, int thread)
+{
+    int64_t k = a->w->k, kp = a->kp, group = a->w->group, rows = a->rows, kind = a->w->kind;
+    float *x = pool_private(thread);
+    int8_t *q = (int8_t *)(x + kp);
+    int64_t of_tile = row / rows * a->groups * rows + row % rows;
+    float *scales = (float *)a->scales + of_tile;
+    int32_t *starts = (int32_t *)a->starts + row / rows * (kp / a->span) * rows + row % rows;
+    if (row < a->m)
+        widen(x, at(a->source, row * k, a->type), k, a->type);
+    memset(x + (row < a->m ? k : 0), 0, (size_t)(row < a->m ? kp - k : kp) * 4);
+    for (int64_t g = 0; g < a->groups; g++) {
+        scales[g * rows] = quantise(q + g * group, x + g * group, group);
+        for (int64_t from = g * group; from < (g + 1) * group; from += a->span) {
+            int32_t sum = sum_of(q + from, a->span);
+            starts[from / a->span * rows] = kind == W_I4 ? start_of_4(sum) : -128 * sum;
         }
     }
-    *start = -offset * sum;
+    spread(a, row, q);
 }
 
 static void prepare_item(const void *job, int64_t row, int thread)
 {
     const Linear *a = job;
-    int64_t k = a->w->k, kp = a->kp, group = a->w->group;
+    int64_t k = a->w->k, kp = a->kp;
     const void *source = at(a->source, row * k, a->type);
-    if (a->w->kind < W_I8) {
-        if (a->to_pairs) {
-            uint16_t *x = (uint16_t *)a->x + row * kp;
-            memcpy(x, source, (size_t)k * 2);
-            memset(x + k, 0, (size_t)(kp - k) * 2);
-        } else {
-            float *x = (float *)a->x + row * kp;
-            widen(x, source, k, a->type);
-            memset(x + k, 0, (size_t)(kp - k) * 4);
-        }
-        return;
+    if (a->w->kind >= W_I8) {
+        prepare_quantised(a, row, thread);
+    } else if (a->to_pairs) {
+        uint16_t *x = (uint16_t *)a->x + row * kp;
+        memcpy(x, source, (size_t)k * 2);
+        memset(x + k, 0, (size_t)(kp - k) * 2);
+    } else {
+        float *x = (float *)a->x + row * kp;
+        widen(x, source, k, a->type);
+        memset(x + k, 0, (size_t)(kp - k) * 4);
     }
-    float *x = pool_private(thread);
-    widen(x, source, k, a->type);
-    memset(x + k, 0, (size_t)(kp - k) * 4);
-    for (int64_t g = 0; g < a->groups; g++)
-        quantise_group((int8_t *)a->x + row * kp + g * group, x + g * group, group, a->w->kind == W_I8 ? 128 : 8,
-                       (float *)a->scales + row * a->groups + g, (int32_t *)a->starts + row * a->groups + g);
 }
 
 /* Make x what the tiles read; in place where it already is. Returns NO_MEMORY or OK. */
 static int prepare(Linear *a)
 {
-    int64_t kind = a->w->kind, m = a->m, kp = a->kp;
+    int64_t kind = a->w->kind, kp = a->kp, rows = a->m;
     int quantised = kind >= W_I8;
 #ifdef NATIVE_BF16
     a->to_pairs = kind == W_BF16 && a->type == BF16;
 #endif
-    int64_t element = quantised ? 1 : a->to_pairs ? 2 : 4;
     int in_place = !quantised && kp == a->w->k && (a->to_pairs ? BF16 : F32) == a->type;
-    size_t bytes = in_place ? 0 : (size_t)round_up(m * kp * element, 64);
-    size_t per_group = quantised ? (size_t)(m * a->groups) * 4 : 0;
-    size_t own = quantised ? (size_t)most(kp * 4, kind == W_I4 ? kp * PANEL + a->groups * PANEL * 2 : 0) : 0;
-    if (pool_reserve(bytes + 2 * per_group, own))
+    size_t bytes = 0, scales = 0, starts = 0, own = 0;
+    if (quantised) {
+        rows = a->tiles * a->rows;
+        bytes = (size_t)round_up(rows * a->words * 4, 64);
+        scales = (size_t)(rows * a->groups) * 4;
+        starts = (size_t)(rows * (kp / a->span)) * 4;
+        own = (size_t)most(kp * 5, kp * PANEL * (kind == W_I8 ? PARTS_I8 : 1) + a->groups * PANEL * 2);
+    } else if (!in_place) {
+        bytes = (size_t)round_up(rows * kp * (a->to_pairs ? 2 : 4), 64);
+    }
+    if (pool_reserve(bytes + scales + starts, own))
         return NO_MEMORY;
     a->x = in_place ? a->source : pool_shared();
     a->scales = (const float *)((char *)pool_shared() + bytes);
-    a->starts = (const int32_t *)((char *)pool_shared() + bytes + per_group);
+    a->starts = (const int32_t *)((char *)pool_shared() + bytes + scales);
     if (in_place)
         return OK;
-    if (m * kp <= SMALL_WORK / 2)
-        for (int64_t row = 0; row < m; row++)
+    if (rows * kp <= SMALL_WORK / 2)
+        for (int64_t row = 0; row < rows; row++)
             prepare_item(a, row, 0);
     else
-        pool_run(prepare_item, a, m);
+        pool_run(prepare_item, a, rows);
     return OK;
 }
 
@@ -377,19 +407,26 @@ static int linear(const Weights *w, const void *x, void *y, int64_t m, int64_t t
         return BAD_SHAPE;
     if (m == 0)
         return OK;
+    int quantised = w->kind >= W_I8;
+    int64_t most_rows = quantised ? ROWS_INT : ROWS_FLOAT;
     job.kp = padded_k(w->kind, w->k);
-    job.groups = w->kind >= W_I8 ? job.kp / w->group : 1;
+    job.groups = quantised ? job.kp / w->group : 1;
+    job.span = !quantised ? job.kp : w->group;
+    if (w->kind == W_I4 && w->group > SPAN_I4)
+        job.span = w->group % SPAN_I4 ? 8 : SPAN_I4;
+    job.words = job.kp / 4 * (w->kind == W_I8 ? PARTS_I8 : 1);
     job.panel = panel_bytes(w->kind, w->k, w->group);
     job.panels = (w->n + PANEL - 1) / PANEL;
-    int64_t rows = w->kind >= W_I8 ? ROWS_INT : ROWS_FLOAT, row_bytes = job.kp * (w->kind >= W_I8 ? 1 : 4);
-    int64_t blocks = (m + 3) / most(4 * rows, CACHE_BYTES / row_bytes) + 1;
-    job.block = round_up((m + blocks - 1) / blocks, rows);
-    if (m <= job.block)
-        job.block = m;
+    job.tiles = (m + most_rows - 1) / most_rows;
+    job.rows = (m + job.tiles - 1) / job.tiles;
+    job.tiles = (m + job.rows - 1) / job.rows;
+    int64_t tile_bytes = job.rows * (quantised ? job.words * 4 : job.kp * 4);
+    int64_t blocks = job.tiles / most(4, CACHE_BYTES / tile_bytes) + 1;
+    job.block = (job.tiles + blocks - 1) / blocks;
     job.chunk = most(1, ITEM_BYTES / (job.panel * least(m, 64)));
     job.chunks = (job.panels + job.chunk - 1) / job.chunk;
     if (prepare(&job))
         return NO_MEMORY;
-    pool_run(linear_item, &job, (m + job.block - 1) / job.block * job.chunks);
+    pool_run(linear_item, &job, (job.tiles + job.block - 1) / job.block * job.chunks);
     return OK;
 }

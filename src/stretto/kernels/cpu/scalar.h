@@ -3,6 +3,7 @@
 #include <string.h>
 
 #define NV (PANEL / VF)
+#define ROWS_MOST (ROWS_INT > ROWS_FLOAT ? ROWS_INT : ROWS_FLOAT)
 #define UNROLL _Pragma("GCC unroll 16")
 #ifndef NATIVE_BF16
 #define vf_dot_pairs(sum, a, b) (sum) /* never asked for */

@@ -17,6 +17,7 @@ INLINE void vf_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
 INLINE vf vf_add(vf a, vf b) { return a + b; }
 INLINE vf vf_mul(vf a, vf b) { return a * b; }
 INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+INLINE vf vf_sum(vf a, vf b, vf c) { return vf_fma(a, b, c); }
 INLINE vf vf_from(vi a) { return __builtin_convertvector(a, vf); }
 INLINE vi vi_zero(void) { return (vi){0}; }
 INLINE vi vi_set1(int32_t x) { return (vi){x, x, x, x}; }
@@ -33,15 +34,25 @@ INLINE vf vf_bf16(const uint16_t *p)
 }
 INLINE vf vf_even(vi pairs) { return (vf)((vu)pairs << 16); }
 INLINE vf vf_odd(vi pairs) { return (vf)((vu)pairs & 0xffff0000u); }
-INLINE vi vi_low(vi a) { return a & 0x0f0f0f0f; }
-INLINE vi vi_high(vi a) { return (vi)((vu)a >> 4) & 0x0f0f0f0f; }
-INLINE vi vi_dot(vi sum, vi weights, vi x)
+#define PARTS_I8 1
+#define SPAN_I4 MAX_K /* k summed as integers: a whole group */
+INLINE vi vi_split(int kind, vi packed, int part)
 {
+    return kind == W_I4 ? (vi)((vu)packed >> (4 * part)) & 0x0f0f0f0f : packed;
+}
+INLINE vi vi_dot(int kind, vi sum, vi weights, vi x)
+{
+    (void)kind;
     for (int shift = 0; shift < 32; shift += 8)
         sum += ((vi)((vu)weights >> shift) & 255) * ((vi)((vu)x << (24 - shift)) >> 24);
     return sum;
 }
-INLINE vi vi_dot_small(vi sum, vi weights, vi x) { return vi_dot(sum, weights, x); }
+INLINE vi vi_total(int kind, vi sum)
+{
+    (void)kind;
+    return sum;
+}
+INLINE int32_t start_of_4(int32_t sum) { return -8 * sum; }
 
 /* Lane i of the result is the sum of the lanes of a[i]. */
 INLINE vf vf_sums(const vf *a)
@@ -54,4 +65,5 @@ INLINE vf vf_sums(const vf *a)
 
 #define ROWS_INT 2
 #define ROWS_FLOAT 2
+#define ROWS_WIDE 0 /* rows of x that leave registers for four vectors of weights */
 #define LANES 2 /* queries that share a pass over keys or values */

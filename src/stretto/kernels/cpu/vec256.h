@@ -11,6 +11,13 @@ INLINE void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+/* The same in this order, as vi_dot. */
+INLINE vf vf_sum(vf a, vf b, vf c)
+{
+    c = _mm256_fmadd_ps(a, b, c);
+    __asm__ volatile("" : "+x"(c));
+    return c;
+}
 INLINE vf vf_from(vi a) { return _mm256_cvtepi32_ps(a); }
 INLINE vf vf_bf16(const uint16_t *p)
 {
@@ -24,22 +31,29 @@ INLINE vf vf_odd(vi pairs)
 {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
 }
-INLINE vi vi_low(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
-INLINE vi vi_high(vi a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
 INLINE void vi_store(void *p, vi a) { _mm256_storeu_si256(p, a); }
 
-/* Products of full-range bytes would saturate in maddubs: even and odd bytes go through 16 bits instead. */
-INLINE vi vi_dot(vi sum, vi weights, vi x)
+/* Products of full-range bytes would saturate in 16 bits, so int8 is split into even and odd bytes of 16 bits each.
+ * Those of nibbles do not: 32 of k are summed in 16 bits, two sums to a lane, each of which takes back half of the
+ * offset. By case analysis they stay within 15 * 127 * 16 = 30,480. */
+#define PARTS_I8 2
+#define SPAN_I4 32
+INLINE vi vi_split(int kind, vi packed, int part)
 {
-    vi even = _mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(255)),
-                                _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-    vi odd = _mm256_madd_epi16(_mm256_srli_epi16(weights, 8), _mm256_srai_epi16(x, 8));
-    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+    vi odd = _mm256_srli_epi16(packed, kind == W_I4 ? 4 : 8);
+    return kind == W_I4 ? _mm256_and_si256(part ? odd : packed, _mm256_set1_epi8(15))
+                        : part ? odd : _mm256_and_si256(packed, _mm256_set1_epi16(255));
 }
-INLINE vi vi_dot_small(vi sum, vi weights, vi x)
+INLINE vi vi_dot(int kind, vi sum, vi weights, vi x)
 {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+    sum = kind == W_I4 ? _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, x))
+                       : _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x));
+    /* Keeps the order: the compiler would start all products first, and there are no registers for them. */
+    __asm__ volatile("" : "+x"(sum));
+    return sum;
 }
+INLINE vi vi_total(int kind, vi sum) { return kind == W_I4 ? _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) : sum; }
+INLINE int32_t start_of_4(int32_t sum) { return (int32_t)((uint32_t)(uint16_t)(-4 * sum) * 0x10001u); }
 
 /* Lane i of the result is the sum of the lanes of a[i]. */
 INLINE vf vf_sums(const vf *a)
@@ -49,6 +63,7 @@ INLINE vf vf_sums(const vf *a)
     return vf_add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
-#define ROWS_INT 2
-#define ROWS_FLOAT 3
+#define ROWS_INT 6
+#define ROWS_FLOAT 4
+#define ROWS_WIDE 2 /* rows of x that leave registers for four vectors of weights */
 #define LANES 2 /* queries that share a pass over keys or values */

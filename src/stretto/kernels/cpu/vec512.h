@@ -11,6 +11,7 @@ INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf vf_sum(vf a, vf b, vf c) { return vf_fma(a, b, c); }
 INLINE vf vf_from(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vf vf_bf16(const uint16_t *p)
 {
@@ -24,11 +25,25 @@ INLINE vf vf_odd(vi pairs)
 {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
 }
-INLINE vi vi_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
-INLINE vi vi_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 INLINE void vi_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
-INLINE vi vi_dot(vi sum, vi weights, vi x) { return _mm512_dpbusd_epi32(sum, weights, x); }
-INLINE vi vi_dot_small(vi sum, vi weights, vi x) { return _mm512_dpbusd_epi32(sum, weights, x); }
+#define PARTS_I8 1
+#define SPAN_I4 MAX_K /* k summed as integers: a whole group */
+INLINE vi vi_split(int kind, vi packed, int part)
+{
+    vi all = part ? _mm512_srli_epi16(packed, 4) : packed;
+    return kind == W_I4 ? _mm512_and_si512(all, _mm512_set1_epi8(15)) : packed;
+}
+INLINE vi vi_dot(int kind, vi sum, vi weights, vi x)
+{
+    (void)kind;
+    return _mm512_dpbusd_epi32(sum, weights, x);
+}
+INLINE vi vi_total(int kind, vi sum)
+{
+    (void)kind;
+    return sum;
+}
+INLINE int32_t start_of_4(int32_t sum) { return -8 * sum; }
 
 INLINE vf vf_fold(vf a, vf b, int step)
 {
@@ -61,6 +76,7 @@ INLINE vf vf_sums(const vf *a)
 
 #define ROWS_INT 8
 #define ROWS_FLOAT 8
+#define ROWS_WIDE 0 /* rows of x that leave registers for four vectors of weights */
 #define LANES 4 /* queries that share a pass over keys or values */
 #ifdef NATIVE_BF16
 INLINE vf vf_dot_pairs(vf sum, vf a, vf b)
