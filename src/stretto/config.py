@@ -26,6 +26,7 @@ Count = Annotated[int, Meta(ge=1)]
 Limit = Annotated[float, Meta(gt=0, le=86_400_000)]
 TierName = Literal["priority", "default", "flex"]
 FILE_ONLY = ("api_keys", "tiers")
+SIZES = {"kv_memory", "cache_size"}
 ENVIRONMENT = "STRETTO_"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?", re.IGNORECASE)
 
@@ -122,6 +123,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_step_tokens: Annotated[int, Meta(ge=1, description="tokens in a step at most")] = 512
     schedule: Schedule = SCHEDULE
     prefix_cache: Annotated[bool, Meta(description="share the KV blocks of equal beginnings")] = True
+    cache_dir: Annotated[
+        str,
+        Meta(description="where quantised weights and step times are kept; empty: $XDG_CACHE_HOME/stretto"),
+    ] = ""
+    cache_bytes: Annotated[
+        int, Meta(ge=0, description="disk space for quantised weights, as 8GiB; the oldest go; 0: none kept")
+    ] = field(default=20 * 2**30, name="cache_size")
     tiers: Tiers = {}
 
 
@@ -245,8 +253,7 @@ def _checked(values: dict[str, Any], where: str, *, strict: bool) -> dict[str, A
         hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known())}"
         raise StartError(f"{where}: unknown setting {name}{hint}")
     try:
-        if "kv_memory" in values:
-            values = values | {"kv_memory": size(values["kv_memory"])}
+        values = values | {name: size(values[name]) for name in SIZES & values.keys()}
         parsed = msgspec.convert(values, Settings, strict=strict)
     except ValueError as error:
         raise StartError(f"{where}: {error}") from error

@@ -40,12 +40,22 @@ class Fit(Struct, frozen=True, kw_only=True):
     problem: str | None
 
 
+class Kept(Struct, frozen=True):
+    """The quantised weights kept in `folder` for the next start; bytes."""
+
+    folder: str
+    files: int
+    bytes: int
+    limit: int
+
+
 class Diagnosis(Struct, frozen=True, kw_only=True):
     """Everything `stretto doctor --json` prints. Sizes are bytes."""
 
     machine: Machine
     compiler: str | None
     disk_free: int
+    packed: Kept
     python: str
     versions: dict[str, str]
     torch_isa: str
@@ -71,6 +81,7 @@ def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
         machine=seen,
         compiler=compiler and _output([compiler, "--version"]).partition("\n")[0],
         disk_free=shutil.disk_usage(Path.home()).free,
+        packed=_packed(engine),
         python=platform.python_version(),
         versions={package: version(package) for package in PACKAGES},
         torch_isa=probed.isa,
@@ -107,6 +118,12 @@ def _output(command: list[str]) -> str:
         last = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
         raise StartError(f"`{' '.join(command)}` does not work here: {last}") from error
     return done.stdout
+
+
+def _packed(engine: EngineConfig) -> Kept:
+    folder = machine.packed_folder(engine.cache_dir)
+    sizes = [file.stat().st_size for file in folder.glob("*.packed")]
+    return Kept(str(folder), len(sizes), sum(sizes), engine.cache_bytes)
 
 
 def _fit(engine: EngineConfig, model: ModelConfig, stored: Stored, dtype: Choice[str], available: int) -> Fit:
@@ -146,6 +163,11 @@ def _machine_rows(found: Diagnosis) -> list[Row]:
         ("instructions", " ".join(seen.isa) or "none that matter here", f"torch uses {found.torch_isa}"),
         ("memory", f"{gib(seen.available)} of {gib(seen.memory)} available", ""),
         ("disk", f"{gib(found.disk_free)} free", "where models are downloaded to"),
+        (
+            "quantised weights",
+            f"{gib(found.packed.bytes)} kept in {found.packed.files} files of {gib(found.packed.limit)}",
+            found.packed.folder,
+        ),
         ("C compiler", found.compiler or "none", ""),
     ]
     rows += [

@@ -127,9 +127,16 @@ def snapshot(root: Path = Path("/")) -> Machine:
     )
 
 
-def cache_folder() -> Path:
-    """Where what was measured or made once is kept for the next start (XDG Base Directory)."""
+def cache_folder(asked: str = "") -> Path:
+    """Where what was measured or made once is kept for the next start (XDG Base Directory, unless asked)."""
+    if asked:
+        return Path(asked).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stretto"
+
+
+def packed_folder(asked: str = "") -> Path:
+    """Where quantised weights are kept, as the kernels read them."""
+    return cache_folder(asked) / "packed"
 
 
 def choose_device(asked: str, cuda_usable: bool) -> Choice[str]:

@@ -20,6 +20,8 @@ from stretto.engine.null import Cost, NullRunner, null_info
 from stretto.engine.runner import TorchRunner
 from stretto.errors import InvalidGrammar
 from stretto.kernels.choice import choose_kernels, use_threads
+from stretto.kernels.cpu import native
+from stretto.kernels.cpu.cache import Folder, PackedCache
 from stretto.machine import (
     KvShape,
     check_fit,
@@ -27,9 +29,11 @@ from stretto.machine import (
     choose_dtype,
     choose_kv,
     choose_threads,
+    packed_folder,
     snapshot,
 )
 from stretto.models import families
+from stretto.models.checkpoint import identity
 from stretto.models.decoder import Decoder
 from stretto.models.load import load
 from stretto.types import ModelInfo
@@ -71,13 +75,17 @@ class Runners:
         dtype = choose_dtype(snapshot(), spec.dtype, device=self._device.type, asked=model.dtype).value
         check_fit(model.name, _weight_bytes(path, spec.dtype, dtype), self._available())
         kernels, why = choose_kernels(self._device, getattr(torch, dtype), model.quantise)
+        store = self._store(path, kernels.name) if model.quantise else None
         decoder = load(
             path,
             dtype=getattr(torch, dtype),
             device=self._device,
             kernels=kernels,
             progress=lambda _, done, total: self._progress(model.name, done, total),
+            store=store,
         )
+        if store is not None:
+            store.save()
         info = self._info(model, decoder, left, time.monotonic() - started)
         info = msgspec.structs.replace(info, kernels=why)
         eos = frozenset(spec.eos)
@@ -85,6 +93,14 @@ class Runners:
             self._grammars[model.name] = Grammars(path, eos, spec.vocab)
         kind = import_module(CUDA).CudaRunner if self._device.type == "cuda" else TorchRunner
         return kind(decoder, info, eos=eos, max_running=self._config.max_running)
+
+    def _store(self, path: Path, kernels: str) -> PackedCache | None:
+        """What an earlier start kept of this checkpoint's weights for these kernels."""
+        library = native.load()
+        if library is None or not self._config.cache_bytes:
+            return None
+        folder = Folder(packed_folder(self._config.cache_dir), self._config.cache_bytes)
+        return PackedCache.open(library, folder, f"{kernels} {identity(path)}")
 
     def _info(self, model: ModelConfig, decoder: Decoder, left: int, load_s: float) -> ModelInfo:
         """What the loaded model is, with the share of KV memory that is its own."""

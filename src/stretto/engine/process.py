@@ -58,7 +58,10 @@ class Worker:
         )
         for lane in self._engine.lanes.values():
             lane.times = known_times(
-                lane.runner, self._limits, machine=self._runners.machine, folder=cache_folder() / "step-times"
+                lane.runner,
+                self._limits,
+                machine=self._runners.machine,
+                folder=cache_folder(config.cache_dir) / "step-times",
             )
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}

@@ -153,6 +153,8 @@ class Kernels:
     experts: Callable[[Tensor, Tensor, Experts, int, bool], Tensor]
     """(x [T, H], router logits [T, E], Experts, k, normalise): softmax over all experts, the k likeliest,
     their weights made to sum to 1 if `normalise`, the weighted sum of those experts -> [T, H]."""
+    takes: frozenset[torch.dtype] = frozenset()
+    """Dtypes in which weights to pack may come, and an embedding stay, whatever the model computes in."""
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

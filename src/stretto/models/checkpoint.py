@@ -5,8 +5,10 @@ Owns the parsing and checking of headers, and the file descriptors. Knows no fam
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +26,7 @@ WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 WIDTHS |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 MAX_HEADER = 100 * 2**20
 STAGE = 8 * 2**20
+SAMPLES, SAMPLE = 16, 16384
 INDEX = "model.safetensors.index.json"
 
 
@@ -54,6 +57,7 @@ class Checkpoint:
         except BaseException:
             self.close()
             raise
+        self.nbytes = sum(entry.nbytes for entry in self.entries.values())
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -67,10 +71,6 @@ class Checkpoint:
         for _, descriptor in self.files:
             os.close(descriptor)
         self.files = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries.values())
 
     def _open(self, file: Path) -> None:
         try:
@@ -112,6 +112,30 @@ class Checkpoint:
             self._fill(entry, entry.start + first * dtype.itemsize, part)
             flat[first : first + part.numel()].copy_(part)
 
+    def map(self, entry: Entry) -> Tensor:
+        """The tensor as it lies in the file, read when it is used. The file must not be written to."""
+        file, descriptor = self.files[entry.file]
+        start = entry.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        offset = entry.start - start
+        try:
+            # Private and writable, because torch has no read-only tensors.
+            region = mmap.mmap(
+                descriptor,
+                offset + entry.nbytes,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=start,
+            )
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be mapped: {error}") from error
+        dtype = DTYPES[entry.dtype]
+        if entry.start % dtype.itemsize:
+            held = torch.empty(entry.shape, dtype=dtype)
+            self.read(entry, held)
+            return held
+        flat = torch.frombuffer(region, dtype=dtype, offset=offset, count=entry.nbytes // dtype.itemsize)
+        return flat.view(entry.shape)
+
     def _fill(self, entry: Entry, start: int, flat: Tensor) -> None:
         file, descriptor = self.files[entry.file]
         view, done = flat.view(torch.uint8).numpy().data, 0
@@ -123,6 +147,20 @@ class Checkpoint:
             if not got:
                 raise CheckpointError(f"{file} ends early: it is truncated, fetch it again")
             done += got
+
+
+def identity(path: Path) -> str:
+    """A digest that changes with the checkpoint: its config, and of each file the name, the size, the time it
+    was changed, the header, and some of its data here and there. Reading it all would take as long as loading
+    it. Raises CheckpointError."""
+    seen = blake2b((path / "config.json").read_bytes(), digest_size=16)
+    with Checkpoint(path) as checkpoint:
+        for file, descriptor in checkpoint.files:
+            stat = os.fstat(descriptor)
+            seen.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+            for sample in range(SAMPLES):
+                seen.update(os.pread(descriptor, SAMPLE, stat.st_size * sample // SAMPLES))
+    return seen.hexdigest()
 
 
 def _files(path: Path) -> list[Path]:

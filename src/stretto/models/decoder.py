@@ -30,9 +30,11 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A loaded model. `first`: the norm the first layer reads through. `nbytes` counts what is held once."""
+    """A loaded model, computed in `dtype`; the embedding may be stored in less. `first`: the norm the first
+    layer reads through. `nbytes` counts what is held once."""
 
     embedding: Tensor
+    dtype: torch.dtype
     first: Tensor | None
     layers: Sequence[DecoderLayer]
     head: Linear
@@ -55,7 +57,7 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._embedding.dtype
+        return self.weights.dtype
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +87,7 @@ class Decoder:
         token rows `batch.outputs`, [R, hidden]."""
         weights = self.weights
         plan = self.kernels.prepare(batch, cache, weights.geometry)
-        residual = F.embedding(batch.tokens, self._embedding)
+        residual = F.embedding(batch.tokens, self._embedding).to(self.dtype)
         if self._scale != 1.0:
             residual = residual * self._scale
         x = residual

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from stretto.errors import CheckpointError
 from stretto.kernels import Attention, Geometry, Kernels, Linear, Packed
 from stretto.models import families, rope
 from stretto.models.blocks import Feed, Join, Mixer, Mixture, Mlp
-from stretto.models.checkpoint import Checkpoint
+from stretto.models.checkpoint import DTYPES, Checkpoint, Entry
 from stretto.models.decoder import Decoder, DecoderLayer, Weights
 from stretto.models.families import FAMILIES, Names
 from stretto.models.spec import Layer, ModelSpec, Routing
@@ -34,6 +36,16 @@ COMPUTED = ".rotary_emb.inv_freq"
 
 Part = tuple[str, int]
 """A tensor's name without `.weight`, and its rows."""
+Source = tuple[list[Part], tuple[int, ...], str]
+"""Tensors that are read as one, their shape but for the rows, and what their names end in."""
+
+
+class Store(Protocol):
+    """Packed weights of this very checkpoint from an earlier start, by the name of their first tensor."""
+
+    def take(self, name: str) -> Packed | None: ...
+
+    def keep(self, name: str, packed: Packed) -> None: ...
 
 
 def load(
@@ -43,15 +55,18 @@ def load(
     device: torch.device,
     kernels: Kernels,
     progress: Progress | None = None,
+    store: Store | None = None,
 ) -> Decoder:
     """Load the model in directory `path`, its weights held as `dtype` on `device`.
 
-    `progress("weights", done, total)` counts bytes. Raises CheckpointError for a config that is not
-    understood (see `families.read`) and for tensors that are missing, misshapen, unexpected or cut short.
+    `progress("weights", done, total)` counts bytes. What `store` has is not read from the checkpoint; what it
+    lacks is given to it. Raises CheckpointError for a config that is not understood (see `families.read`) and
+    for tensors that are missing, misshapen, unexpected or cut short.
     """
     spec = families.read(path)
     with Checkpoint(path) as checkpoint:
         reader = _Reader(checkpoint, kernels, dtype, device, progress)
+        reader.store = store
         decoder = Decoder(spec, kernels, _weights(reader, spec))
         reader.finish()
     return decoder
@@ -70,39 +85,84 @@ class _Reader:
     ) -> None:
         self.checkpoint, self.kernels = checkpoint, kernels
         self.dtype, self.device, self.progress = dtype, device, progress
+        self.store: Store | None = None
         self.unread = set(checkpoint.entries)
         self.done = self.nbytes = self.parameters = 0
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint.entries
 
+    def find(self, parts: list[Part], shape: tuple[int, ...], suffix: str) -> list[Entry]:
+        """Where the parts lie, [rows, *shape] each."""
+        names = [f"{part}.{suffix}" for part, _ in parts]
+        self.unread.difference_update(names)
+        return [self.checkpoint.find(name, (n, *shape)) for name, (_, n) in zip(names, parts, strict=True)]
+
     def stack(self, parts: list[Part], shape: tuple[int, ...], suffix: str = "weight") -> Tensor:
         """A new tensor [rows of all parts, *shape], each part read into its own rows."""
         # All parts are found before memory is asked for: a config may lie about sizes.
-        names, rows = [f"{part}.{suffix}" for part, _ in parts], [rows for _, rows in parts]
-        entries = [self.checkpoint.find(name, (n, *shape)) for name, n in zip(names, rows, strict=True)]
-        held = torch.empty((sum(rows), *shape), dtype=self.dtype, device=self.device)
+        entries, rows = self.find(parts, shape, suffix), [rows for _, rows in parts]
+        dtype = self._as_stored(entries) or self.dtype
+        held = torch.empty((sum(rows), *shape), dtype=dtype, device=self.device)
         for entry, into in zip(entries, held.split(rows), strict=True):
             self.checkpoint.read(entry, into)
-            self.done += entry.nbytes
-            if self.progress is not None:
-                self.progress("weights", self.done, self.checkpoint.nbytes)
-        self.unread.difference_update(names)
-        self.parameters += held.numel()
+            self.count(entry)
         return held
 
-    def hold(self, packed: Packed) -> Packed:
+    def count(self, entry: Entry) -> None:
+        self.done += entry.nbytes
+        self.parameters += prod(entry.shape)
+        if self.progress is not None:
+            self.progress("weights", self.done, self.checkpoint.nbytes)
+
+    def packed(self, name: str, sources: list[Source], pack: Callable[[], Packed]) -> Packed:
+        """What the store has under `name`, or else what `pack` makes of the sources."""
+        packed = None if self.store is None else self.store.take(name)
+        if packed is not None:
+            for source in sources:
+                for entry in self.find(*source):
+                    self.count(entry)
+        else:
+            packed = pack()
+            if self.store is not None:
+                self.store.keep(name, packed)
         self.nbytes += packed.nbytes
         return packed
 
     def linear(self, parts: list[Part], columns: int, bias: bool = False) -> Linear:
-        weight = self.stack(parts, (columns,))
-        return self.hold(self.kernels.pack(weight, self.stack(parts, (), "bias") if bias else None))
+        sources: list[Source] = [(parts, (columns,), "weight"), *([(parts, (), "bias")] if bias else [])]
+
+        def pack() -> Packed:
+            weight, *others = [self.stack(*source) for source in sources]
+            return self.kernels.pack(weight, others[0] if others else None)
+
+        return self.packed(parts[0][0], sources, pack)
+
+    def embedding(self, name: str, spec: ModelSpec) -> Tensor:
+        """Where the kernels take it so, as it lies in the file: a step reads few of its rows."""
+        part = (name, spec.vocab)
+        (entry,) = self.find([part], (spec.hidden,), "weight")
+        if self._as_stored([entry]) is None:
+            embedding = self.stack([part], (spec.hidden,))
+        else:
+            embedding = self.checkpoint.map(entry)
+            self.count(entry)
+        self.nbytes += embedding.nbytes
+        return embedding
+
+    def _as_stored(self, entries: list[Entry]) -> torch.dtype | None:
+        """The dtype of these tensors in the checkpoint, if the kernels take them in it and it is no wider."""
+        stored = {DTYPES[entry.dtype] for entry in entries}
+        if len(stored) > 1 or not stored <= self.kernels.takes:
+            return None
+        (dtype,) = stored
+        return dtype if dtype.itemsize <= self.dtype.itemsize else None
 
     def norm(self, names: list[Part], offset: bool) -> Tensor:
         weight = self.stack(names, ())
+        weight = (weight.float().add_(1.0) if offset else weight).to(self.dtype)
         self.nbytes += weight.nbytes
-        return weight.float().add_(1.0).to(self.dtype) if offset else weight
+        return weight
 
     def finish(self) -> None:
         """Raises CheckpointError when the checkpoint holds tensors nobody asked for: the numbers would be
@@ -130,8 +190,7 @@ class _Halves:
 
 def _weights(reader: _Reader, spec: ModelSpec) -> Weights:
     root = next((root for root in ROOTS if reader.has(f"{root}embed_tokens.weight")), "model.")
-    embedding = reader.stack([(f"{root}embed_tokens", spec.vocab)], (spec.hidden,))
-    reader.nbytes += embedding.nbytes
+    embedding = reader.embedding(f"{root}embed_tokens", spec)
     halves = [_layer(reader, spec, f"{root}layers.{i}.", layer) for i, layer in enumerate(spec.layers)]
     final = reader.norm([(f"{root}norm", spec.hidden)], spec.unit_offset)
     befores = [*(half.before for half in halves[1:]), final]
@@ -145,6 +204,7 @@ def _weights(reader: _Reader, spec: ModelSpec) -> Weights:
             for half, before in zip(halves, befores, strict=True)
         ],
         head=_head(reader, spec, ROOTS[root], embedding),
+        dtype=reader.dtype,
         geometry=Geometry(
             tuple(rope.rotation(each, reader.device) for each in spec.ropes),
             tuple(sorted({layer.window for layer in spec.layers})),
@@ -158,8 +218,10 @@ def _head(reader: _Reader, spec: ModelSpec, name: str, embedding: Tensor) -> Lin
     if not spec.tied:
         return reader.linear([(name, spec.vocab)], spec.hidden)
     reader.unread.discard(f"{name}.weight")
-    head = reader.kernels.pack(embedding, None)
-    return head if head.shares(embedding) else reader.hold(head)
+    head = reader.packed(name, [], lambda: reader.kernels.pack(embedding, None))
+    if head.shares(embedding):
+        reader.nbytes -= head.nbytes
+    return head
 
 
 def _layer(reader: _Reader, spec: ModelSpec, at: str, layer: Layer) -> _Halves:
@@ -229,7 +291,12 @@ def _mixture(reader: _Reader, spec: ModelSpec, routing: Routing, names: Names, a
     router = reader.linear([(at + names.router, count)], hidden)
     ups = [(at + name.format(i), inner) for i in range(count) for name in names.expert_gate_up]
     downs = [(at + names.expert_down.format(i), hidden) for i in range(count)]
-    gate_up = reader.stack(ups, (hidden,)).view(count, 2 * inner, hidden)
-    down = reader.stack(downs, (inner,)).view(count, hidden, inner)
-    packed = reader.hold(reader.kernels.pack_experts(gate_up, down, spec.activation))
+
+    def pack() -> Packed:
+        gate_up = reader.stack(ups, (hidden,)).view(count, 2 * inner, hidden)
+        down = reader.stack(downs, (inner,)).view(count, hidden, inner)
+        return reader.kernels.pack_experts(gate_up, down, spec.activation)
+
+    sources: list[Source] = [(ups, (hidden,), "weight"), (downs, (inner,), "weight")]
+    packed = reader.packed(ups[0][0], sources, pack)
     return Mixture(reader.kernels, router, packed, routing.chosen, routing.normalise)

@@ -88,6 +88,9 @@ class Native:
         self.place, self.attend, self.top = (self._function(name) for name in ("place", "attend", "top"))
         self.check = self._function("check")
         self.packed_bytes: Callable[[int], int] = library.stretto_packed_bytes
+        library.stretto_checksum.restype = ctypes.c_uint64
+        library.stretto_checksum.argtypes = (_POINTER, _INT)
+        self.checksum: Callable[[int, int], int] = library.stretto_checksum
 
     def use(self, level: str) -> None:
         """Use the kernels of this level. Raises ValueError when this CPU cannot run them."""

@@ -260,4 +260,5 @@ def table(native: Native, quantise: Quantise | None = None) -> Kernels:
         attend=own.attend,
         pack_experts=own.pack_experts,
         experts=own.experts,
+        takes=frozenset(TYPES),
     )

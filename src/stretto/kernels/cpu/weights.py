@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ TYPES = {torch.float32: F32, torch.bfloat16: BF16}
 LARGE_PAGE = 2**21
 LONGEST_ROW = 65536
 STEP = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
+
+
+class Form(NamedTuple):
+    """How weights [n, k] are packed; `group` of a row's weights share a scale."""
+
+    format: Format
+    n: int
+    k: int
+    group: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +71,43 @@ def pack(native: Native, weight: Tensor, bias: Tensor | None, format: Format, gr
     int8 is symmetric with the row's or group's largest magnitude; int4 takes the scale of least squared
     error. Raises ValueError for another shape or dtype.
     """
-    if weight.dim() != 2 or 0 in weight.shape or weight.dtype not in TYPES:
+    if weight.dim() != 2 or weight.dtype not in TYPES:
         raise ValueError(f"cannot pack weights of shape {tuple(weight.shape)}, {weight.dtype}")
     n, k = weight.shape
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit weights of shape {(n, k)}")
+    form = Form(format, n, k, group or -(-k // STEP[format]) * STEP[format])
+    data = memory(packed_bytes(native, form))
+    packed = adopt(native, form, data, None if bias is None else bias.float().contiguous())
+    weight = weight.contiguous()
+    if result := native.pack(packed.address, weight.data_ptr(), TYPES[weight.dtype], data.data_ptr()):
+        complain(result, f"pack {(n, k)} as {format}")
+    return packed
+
+
+def packed_bytes(native: Native, form: Form) -> int:
+    """What weights of this form take. Raises ValueError for a form no kernel reads."""
+    format, n, k, group = form
     step = STEP[format]
-    if group and (group < 0 or k % group or group % step):
+    if n < 1 or k < 1:
+        raise ValueError(f"cannot pack weights of shape {(n, k)}")
+    if group < 1 or -(-k // step) * step % group or group % step:
         raise ValueError(f"{format} groups of {group} do not divide rows of {k} into multiples of {step}")
     if step > 2 and k > LONGEST_ROW:
         raise ValueError(f"{format} weights of shape {(n, k)}: rows beyond {LONGEST_ROW} are not supported")
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    struct = Weights(
-        0, bias.data_ptr() if bias is not None else 0, n, k, group or -(-k // step) * step, KINDS[format]
-    )
-    address = ctypes.addressof(struct)
-    data = memory(native.packed_bytes(address))
-    struct.data = data.data_ptr()
-    if result := native.pack(address, weight.data_ptr(), TYPES[weight.dtype], data.data_ptr()):
-        complain(result, f"pack {(n, k)} as {format}")
-    return PackedLinear(format, n, k, struct.group, data, bias, struct, address)
+    return native.packed_bytes(ctypes.addressof(Weights(0, 0, n, k, group, KINDS[format])))
+
+
+def adopt(native: Native, form: Form, data: Tensor, bias: Tensor | None) -> PackedLinear:
+    """Weights that lie packed at `data` (uint8, aligned to 64), with a bias [n] float32 or None. Raises
+    ValueError when these are not the bytes of such weights."""
+    format, n, k, group = form
+    if data.nbytes != (size := packed_bytes(native, form)) or data.data_ptr() % 64:
+        raise ValueError(f"{data.nbytes} bytes are not the {size} packed ones, or not aligned to 64")
+    if bias is not None and (bias.shape != (n,) or bias.dtype != torch.float32):
+        raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit weights of shape {(n, k)}")
+    struct = Weights(data.data_ptr(), 0 if bias is None else bias.data_ptr(), n, k, group, KINDS[format])
+    return PackedLinear(format, n, k, group, data, bias, struct, ctypes.addressof(struct))
 
 
 def unpack(native: Native, packed: PackedLinear) -> Tensor:

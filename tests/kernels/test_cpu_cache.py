@@ -1,0 +1,225 @@
+"""Packed weights kept on disk: the same numbers at the next start, whatever happened to the file since."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stretto.kernels.cpu import cache as module
+from stretto.kernels.cpu.cache import Folder, PackedCache
+from stretto.kernels.cpu.native import Native
+from stretto.kernels.cpu.table import Quantise, table
+from stretto.models.checkpoint import identity
+from stretto.models.load import load
+from tests.kernels.levels import LIBRARY
+from tests.models.checkpoints import FAMILIES, make
+from tests.models.stepping import Driver
+
+PROMPT = [(7 * i * i + 3 * i) % 150 + 4 for i in range(30)]
+ROOM = 2**30
+
+
+@pytest.fixture
+def native() -> Native:
+    if LIBRARY is None:
+        pytest.skip("the C kernels are not built: no compiler at install time")
+    LIBRARY.threads(2)
+    return LIBRARY
+
+
+@pytest.fixture(autouse=True)
+def _small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stretto.kernels.cpu.table.SMALLEST_QUANTISED", 32)
+
+
+class Start:
+    """One start of a model: its logits, and what its cache did."""
+
+    def __init__(
+        self, native: Native, path: Path, folder: Path, quantise: Quantise = "int8", limit: int = ROOM
+    ) -> None:
+        kernels = table(native, quantise)
+        self.cache = PackedCache.open(native, Folder(folder, limit), f"{kernels.name} {identity(path)}")
+        decoder = load(
+            path, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels, store=self.cache
+        )
+        self.packed_anew = self.cache.fresh
+        self.bytes, self.parameters = decoder.weight_bytes, decoder.parameters
+        self.logits = Driver(decoder).read(PROMPT, 16)
+        self.cache.save()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    make("llama", tmp_path / "model", num_hidden_layers=2)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_starts_from_it(native: Native, tmp_path: Path, family: str) -> None:
+    make(family, tmp_path / "model", dtype=torch.bfloat16)
+    first = Start(native, tmp_path / "model", tmp_path / "kept", "int4")
+    second = Start(native, tmp_path / "model", tmp_path / "kept", "int4")
+    assert first.packed_anew and not second.packed_anew
+    assert torch.equal(first.logits, second.logits)
+    assert (first.bytes, first.parameters) == (second.bytes, second.parameters)
+
+
+def test_formats_and_checkpoints_have_files_of_their_own(native: Native, model: Path, tmp_path: Path) -> None:
+    Start(native, model, tmp_path / "kept", "int8")
+    assert Start(native, model, tmp_path / "kept", "int4").packed_anew
+    file = model / "model.safetensors"
+    times, tensors = os.stat(file), load_file(file)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert os.stat(file).st_size == times.st_size
+    assert Start(native, model, tmp_path / "kept", "int8").packed_anew
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.999])
+def test_a_flipped_bit_costs_one_tensor(
+    native: Native, model: Path, tmp_path: Path, place: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Start(native, model, tmp_path / "kept")
+    file = first.cache.file
+    content = bytearray(file.read_bytes())
+    data = len(content) - module.PAGE
+    content[module.PAGE + int(place * data)] ^= 0x10
+    file.write_bytes(content)
+    second = Start(native, model, tmp_path / "kept")
+    assert "damaged" in caplog.text and "packed again" in caplog.text
+    assert second.packed_anew and torch.equal(first.logits, second.logits)
+    third = Start(native, model, tmp_path / "kept")
+    assert not third.packed_anew and torch.equal(first.logits, third.logits)
+
+
+def _cut(content: bytes) -> bytes:
+    return content[: len(content) * 2 // 3]
+
+
+def _header(content: bytes) -> bytes:
+    return content.replace(b'"n":64', b'"n":32').replace(b"int8", b"int4")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _cut,
+        _header,
+        lambda content: b"",
+        lambda content: content[:10],
+        lambda content: b"PK\x03\x04" + content[4:],
+        lambda content: content[:8] + b"\xff" * 8 + content[16:],
+    ],
+)
+def test_a_broken_file_is_made_again(
+    native: Native, model: Path, tmp_path: Path, change: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Start(native, model, tmp_path / "kept")
+    first.cache.file.write_bytes(change(first.cache.file.read_bytes()))
+    second = Start(native, model, tmp_path / "kept")
+    assert "damaged" in caplog.text
+    assert second.packed_anew and torch.equal(first.logits, second.logits)
+    assert not Start(native, model, tmp_path / "kept").packed_anew
+
+
+@pytest.mark.parametrize("form", [["int8", 64, 64, 0], ["int8", 2**40, 64, 64], ["int4", 64, 64, 32]])
+def test_a_header_that_lies_about_shapes_reads_nothing_else(
+    native: Native, model: Path, tmp_path: Path, form: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever can write the folder can write the right checksums too."""
+    first = Start(native, model, tmp_path / "kept")
+    lied = module.Form(*form)
+    monkeypatch.setattr(module, "Form", lambda *_: lied)
+    first.cache.fresh = True
+    first.cache.save()
+    monkeypatch.undo()
+    monkeypatch.setattr("stretto.kernels.cpu.table.SMALLEST_QUANTISED", 32)
+    second = Start(native, model, tmp_path / "kept")
+    assert second.packed_anew and torch.equal(first.logits, second.logits)
+
+
+def test_starts_at_the_same_time(native: Native, model: Path, tmp_path: Path) -> None:
+    first, second = Start(native, model, tmp_path / "a"), Start(native, model, tmp_path / "b")
+    both = Folder(tmp_path / "both", ROOM)
+    for start in (first, second):
+        start.cache.folder, start.cache.fresh = both, True
+        start.cache.save()
+    third = Start(native, model, both.path)
+    assert not third.packed_anew and torch.equal(first.logits, third.logits)
+    assert len(list(both.path.iterdir())) == 1
+
+
+def test_a_folder_that_takes_nothing_is_no_error(
+    native: Native, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert Start(native, model, tmp_path / "file").packed_anew
+    assert "not kept" in caplog.text
+
+
+def test_a_full_disk_is_no_error(
+    native: Native,
+    model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert Start(native, model, tmp_path / "kept").packed_anew
+    assert "No space left" in caplog.text
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_the_oldest_go(native: Native, model: Path, tmp_path: Path) -> None:
+    files: list[Path] = []
+    for layers in (1, 2, 3):
+        make("llama", tmp_path / f"{layers}", num_hidden_layers=layers)
+        start = Start(native, tmp_path / f"{layers}", tmp_path / "kept")
+        files.append(start.cache.file)
+        os.utime(start.cache.file, (layers, layers))
+    Start(native, tmp_path / "1", tmp_path / "kept")  # used again: now the newest
+    sizes = [file.stat().st_size for file in files]
+    make("llama", tmp_path / "4", num_hidden_layers=1, seed=4)
+    (tmp_path / "kept" / ".left.packed.behind").touch()
+    os.utime(tmp_path / "kept" / ".left.packed.behind", (1, 1))
+    Start(native, tmp_path / "4", tmp_path / "kept", limit=2 * sizes[0] + sizes[2])
+    assert [file.exists() for file in files] == [True, False, True]
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+
+
+def test_what_is_larger_than_the_limit_is_not_kept(
+    native: Native, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = Start(native, model, tmp_path / "kept", limit=100)
+    assert "cache_size" in caplog.text and not start.cache.file.exists()
+
+
+def test_the_checksum_sees_every_change(native: Native) -> None:
+    for size in (1, 31, 32, 33, 1000):
+        data = torch.randint(
+            0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)
+        )
+        seen = {native.checksum(data.data_ptr(), size)}
+        for place in range(size):
+            data[place] ^= 1 << place % 8
+            seen.add(native.checksum(data.data_ptr(), size))
+            data[place] ^= 1 << place % 8
+        assert len(seen) == size + 1
+        assert native.checksum(data.data_ptr(), size - 1) not in seen
+    words = torch.arange(64, dtype=torch.int32)
+    swapped = words.clone()
+    swapped[[3, 40]] = swapped[[40, 3]]
+    assert native.checksum(words.data_ptr(), 256) != native.checksum(swapped.data_ptr(), 256)
