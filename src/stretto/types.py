@@ -135,8 +135,7 @@ class Reason(StrEnum):
 
 class Finish(Struct, frozen=True, array_like=True):
     """The end of a sequence. `queue_ms` runs from arrival to its first step; `stop_token` is what ended it;
-    `late`: a token was not out when it was due. A refusal may say after how many seconds to try again.
-    `forecast_ms`: what `queue_ms` was expected to be when it was sent."""
+    `late`: a token was not out when it was due. A refusal may say after how many seconds to try again."""
 
     reason: Reason
     prompt_tokens: int
@@ -148,7 +147,6 @@ class Finish(Struct, frozen=True, array_like=True):
     preemptions: int = 0
     late: bool = False
     retry_after: float | None = None
-    forecast_ms: float | None = None
 
 
 class Logprobs(Struct, frozen=True, array_like=True):
@@ -159,11 +157,12 @@ class Logprobs(Struct, frozen=True, array_like=True):
 
 
 class Began(Struct, frozen=True, array_like=True, gc=False):
-    """How a sequence started: `queue_ms` from arrival to its first step, and the tokens of its prompt that
-    were in the cache."""
+    """How a sequence started: `queue_ms` from arrival to its first step, the tokens of its prompt that were
+    in the cache, and `forecast_ms`: what `queue_ms` was expected to be when the request was sent."""
 
     queue_ms: float
     cached_tokens: int
+    forecast_ms: float | None = None
 
 
 class TokenEvent(Struct, frozen=True, array_like=True, gc=False):

@@ -128,7 +128,7 @@ def test_promtool_finds_no_fault() -> None:
     if promtool is None:
         pytest.skip("promtool is not installed (Debian package prometheus)")
     metrics = Metrics(lambda: Gauges(1, True, False, 2))
-    ended = Ended("chat", "ok", 1.0, "late", "flex", "m", 5, 6, 2, 0.01, 0.5, -0.2, [0.01])
+    ended = Ended("chat", "ok", 1.0, "late", "flex", "m", 5, 6, 2, 0.01, 0.02, 0.5, -0.2, [0.01])
     metrics.ended(ended)
     metrics.ended(replace(ended, slack=0.2, verdict="refused"))
     metrics.step(step())

@@ -173,9 +173,10 @@ async def test_what_cannot_be_on_time_is_refused_before_the_running_step_has_end
         assert event.finish is not None and event.finish.reason is Reason.REFUSED
         assert event.finish.retry_after is not None and event.finish.output_tokens == 0
         late = msgspec.structs.replace(asked, id=client.next_id(), objective=Objective(ttft_ms=100))
-        answered = (await read(client.submit(late)))[-1].finish
+        events = await read(client.submit(late))
+        began, answered = events[0].began, events[-1].finish
         assert answered is not None and answered.reason is Reason.LENGTH and answered.late
-        assert answered.forecast_ms is not None and answered.forecast_ms >= 0
+        assert began is not None and began.forecast_ms is not None and began.forecast_ms >= 0
         await read(running)
     finally:
         await client.shutdown(1.0)

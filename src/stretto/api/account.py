@@ -30,6 +30,9 @@ def account(run: Run, endpoint: str, error: StrettoError | None, seconds: float)
         output_tokens=sum(choice.tokens for choice in choices),
         cached_tokens=sum(start.cached_tokens for start in began),
         queued=max((start.queue_ms / 1e3 for start in began), default=None),
+        forecast=max(
+            (start.forecast_ms / 1e3 for start in began if start.forecast_ms is not None), default=None
+        ),
         first=min((choice.times.ttft for choice in choices if choice.times.ttft is not None), default=None),
         slack=None if slack == inf else slack,
         gaps=_gaps(choices),

@@ -58,12 +58,14 @@ class Times:
 
     def judge(self, now: float, spoken: int) -> None:
         """Something is here after `spoken` tokens: token k is due k gaps after the first one was."""
-        objective = self.objective
-        start = self.arrival + _seconds(objective.ttft_ms)
-        if start == inf and self.first is not None:
-            start = self.first
-        due = start + spoken * _seconds(objective.itl_ms) if spoken else start
-        self.slack = min(self.slack, due - now, self.arrival + _seconds(objective.total_ms) - now)
+        ttft, itl, total = self.objective.ttft_ms, self.objective.itl_ms, self.objective.total_ms
+        slack = inf if total is None else self.arrival + total / 1e3 - now
+        start = self.first if ttft is None else self.arrival + ttft / 1e3
+        if spoken and itl is not None and start is not None:
+            slack = min(slack, start + spoken * itl / 1e3 - now)
+        elif not spoken and ttft is not None:
+            slack = min(slack, self.arrival + ttft / 1e3 - now)
+        self.slack = min(self.slack, slack)
 
     def end(self, now: float, *, cut: bool) -> None:
         """The answer is over."""

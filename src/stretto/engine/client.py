@@ -70,8 +70,9 @@ class Stream:
         """The client's side: one more event."""
         if event.finish is not None:
             self._finished = True
-            finish = msgspec.structs.replace(event.finish, forecast_ms=self.forecast_ms)
-            event = msgspec.structs.replace(event, finish=finish)
+        if event.began is not None:
+            began = msgspec.structs.replace(event.began, forecast_ms=self.forecast_ms)
+            event = msgspec.structs.replace(event, began=began)
         self._events.append(event)
         self._wake()
 
@@ -98,6 +99,7 @@ class EngineClient:
         self._socket: zmq.Socket[bytes] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._streams: dict[int, Stream] = {}
+        self._outbox: list[bytes] = []
         self._ids = count(1)
         self._started = time.monotonic()
         self._settled = asyncio.Event()
@@ -178,6 +180,7 @@ class EngineClient:
         self._closing = True
         if self.ready:
             self._send(messages.Stop())
+            self._flush()
         if self._process is not None and self._process.returncode is None:
             try:
                 await asyncio.wait_for(self._process.wait(), grace_s if self.ready else 0.0)
@@ -191,6 +194,7 @@ class EngineClient:
 
     async def _spawn(self) -> None:
         """A fresh socket and a fresh process, so that nothing of a dead engine can be read by mistake."""
+        self._outbox.clear()
         self._outlooks = {model.name: Outlook(tiers_of(self._config.tiers)) for model in self._config.models}
         address = f"ipc://{self._folder}/engine-{self.restarts}"
         self._socket = self._context.socket(zmq.PAIR)
@@ -245,18 +249,28 @@ class EngineClient:
             )
 
     def _send(self, message: messages.ToEngine) -> None:
-        assert self._socket is not None
+        """Requests that arrive together leave together, so that one step reads them all: not the first alone
+        while the others wait for it."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(messages.encode(message))
+
+    def _flush(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        if self._socket is None:
+            return
         try:
-            self._socket.send(messages.encode(message), zmq.NOBLOCK)
+            for message in outbox:
+                self._socket.send(message, zmq.NOBLOCK)
         except zmq.Again:
             return  # The engine has just died: `_keep` is about to fail every stream.
         # The socket's descriptor is edge-triggered: sending may swallow the edge of something that has
         # arrived.
-        asyncio.get_running_loop().call_soon(self._drain)
+        self._drain()
 
     def _drain(self) -> None:
         """Hand out everything that has arrived."""
-        while self._socket is not None and self._socket.poll(0):
+        while self._socket is not None and self._socket.get(zmq.EVENTS) & zmq.POLLIN:
             self._handle(messages.decode_from_engine(self._socket.recv(zmq.NOBLOCK)))
 
     def _handle(self, message: messages.FromEngine) -> None:

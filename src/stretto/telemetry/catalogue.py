@@ -80,6 +80,10 @@ def _rate(by: str, selector: str = '{model=~"$model"}') -> dict[str, str]:
     return {f"{{{{{by}}}}}": f"sum by ({by}) (rate({SELF}{selector}[{WINDOW}]))"}
 
 
+def _total(name: str) -> dict[str, str]:
+    return {name: f'sum(rate({SELF}{{model=~"$model"}}[{WINDOW}]))'}
+
+
 def _mean(name: str) -> dict[str, str]:
     of = f'{{model=~"$model"}}[{WINDOW}]'
     return {name: f"sum(rate({SELF}_sum{of})) / sum(rate(stretto_step_seconds_count{of}))"}
@@ -208,6 +212,29 @@ QUEUE = Metric(
         ),
     ),
 )
+FORECAST = Metric(
+    name="stretto_queue_forecast_seconds",
+    kind="histogram",
+    help="What stretto_queue_seconds was expected to be when the request was sent to the engine.",
+    labels=REQUEST,
+    buckets=LATENCY_S,
+    panels=(
+        Panel(
+            row=LATENCY,
+            title="Queue wait, actual and predicted",
+            unit="s",
+            queries={f"predicted {legend}": query for legend, query in _quantiles("tier").items()},
+        ),
+    ),
+)
+FORECAST_ERROR = Metric(
+    name="stretto_queue_forecast_error_seconds",
+    kind="histogram",
+    help="How far the forecast of the queue wait was off, either way.",
+    labels=REQUEST,
+    buckets=LATENCY_S,
+    panels=(Panel(row=LATENCY, title="Error of the queue's forecast", unit="s", queries=_quantiles("tier")),),
+)
 REQUESTS = Metric(
     name="stretto_requests",
     kind="counter",
@@ -290,6 +317,20 @@ PREEMPTIONS = Metric(
     help="Sequences put back to be computed again.",
     labels=("model",),
     panels=(Panel(row=STEPS, title="Preemptions", unit="ops", queries=_rate("model")),),
+)
+PROPOSED = Metric(
+    name="stretto_guesses_proposed",
+    kind="counter",
+    help="Guesses at coming tokens that a step checked (speculative decoding).",
+    labels=("model",),
+    panels=(Panel(row=STEPS, title="Speculation", unit="ops", queries=_total("proposed")),),
+)
+ACCEPTED = Metric(
+    name="stretto_guesses_accepted",
+    kind="counter",
+    help="Guesses that were the token the model drew.",
+    labels=("model",),
+    panels=(Panel(row=STEPS, title="Speculation", unit="ops", queries=_total("accepted")),),
 )
 RUNNING = Metric(
     name="stretto_running_sequences",

@@ -62,8 +62,9 @@ class Histogram:
 class Ended:
     """What one request was, once it ended. Times in seconds; None for what never happened.
 
-    `verdict`: what became of its objective, None for a request that was never valid. `slack`: how long before
-    its due the token with the least time to spare came; below 0 when it was late.
+    `verdict`: what became of its objective, None for a request that was never valid. `forecast`: what
+    `queued` was expected to be. `slack`: how long before its due the token with the least time to spare came; below 0
+    when it was late.
     """
 
     endpoint: str
@@ -76,6 +77,7 @@ class Ended:
     output_tokens: int = 0
     cached_tokens: int = 0
     queued: float | None = None
+    forecast: float | None = None
     first: float | None = None
     slack: float | None = None
     gaps: Sequence[float] = ()
@@ -118,6 +120,33 @@ class Series:
         return family
 
 
+@dataclass(slots=True)
+class Steps:
+    """The steps of one model, of which there may be thousands a second."""
+
+    last: StepStats
+    seconds: Histogram
+    decode: Histogram
+    prefill: Histogram
+    error: Histogram
+    preempted: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    def add(self, stats: StepStats) -> None:
+        self.last = stats
+        self.seconds.add(stats.ms / 1e3)
+        if stats.decode_tokens:
+            self.decode.add(stats.decode_tokens)
+        if stats.prefill_tokens:
+            self.prefill.add(stats.prefill_tokens)
+        if stats.predicted_ms is not None and stats.ms > 0:
+            self.error.add(abs(stats.predicted_ms - stats.ms) / stats.ms)
+        self.preempted += stats.preempted
+        self.proposed += stats.proposed
+        self.accepted += stats.accepted
+
+
 class Metrics(Collector):
     """One worker's numbers. `now` gives the gauges when a scrape comes."""
 
@@ -126,6 +155,7 @@ class Metrics(Collector):
     def __init__(self, now: Callable[[], Gauges]) -> None:
         self._now = now
         self._series = {metric.name: Series(metric) for metric in METRICS}
+        self._steps: dict[str, Steps] = {}
         self._set(catalogue.BUILD, (_version(), platform.python_version()), 1)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -144,6 +174,9 @@ class Metrics(Collector):
             self._observe(catalogue.LATENESS if late else catalogue.SLACK, labels, abs(request.slack))
         if request.queued is not None:
             self._observe(catalogue.QUEUE, labels, request.queued)
+            if request.forecast is not None:
+                self._observe(catalogue.FORECAST, labels, request.forecast)
+                self._observe(catalogue.FORECAST_ERROR, labels, abs(request.forecast - request.queued))
         if request.first is not None:
             self._observe(catalogue.TTFT, labels, request.first)
             self._observe(catalogue.E2E, labels, request.seconds)
@@ -151,25 +184,27 @@ class Metrics(Collector):
             self._series[catalogue.ITL.name].histogram(labels).add_all(request.gaps)
 
     def step(self, stats: StepStats) -> None:
-        labels = (stats.model,)
-        self._observe(catalogue.STEP, labels, stats.ms / 1e3)
-        if stats.decode_tokens:
-            self._observe(catalogue.STEP_DECODE, labels, stats.decode_tokens)
-        if stats.prefill_tokens:
-            self._observe(catalogue.STEP_PREFILL, labels, stats.prefill_tokens)
-        if stats.predicted_ms is not None and stats.ms > 0:
-            self._observe(catalogue.STEP_ERROR, labels, abs(stats.predicted_ms - stats.ms) / stats.ms)
-        self._count(catalogue.PREEMPTIONS, labels, stats.preempted)
-        self._set(catalogue.RUNNING, labels, stats.running)
-        self._set(catalogue.WAITING, labels, stats.waiting)
-        self._set(catalogue.BLOCKS_FREE, labels, stats.blocks_free)
-        self._set(catalogue.BLOCKS, labels, stats.blocks_total)
+        steps = self._steps.get(stats.model)
+        if steps is None:
+            of = (catalogue.STEP, catalogue.STEP_DECODE, catalogue.STEP_PREFILL, catalogue.STEP_ERROR)
+            took, decode, prefill, error = (self._series[one.name].histogram((stats.model,)) for one in of)
+            steps = self._steps[stats.model] = Steps(stats, took, decode, prefill, error)
+        steps.add(stats)
 
     def text(self) -> bytes:
         """The exposition that Prometheus reads."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Family]:
+        for model, steps in self._steps.items():
+            last = steps.last
+            self._set(catalogue.RUNNING, (model,), last.running)
+            self._set(catalogue.WAITING, (model,), last.waiting)
+            self._set(catalogue.BLOCKS_FREE, (model,), last.blocks_free)
+            self._set(catalogue.BLOCKS, (model,), last.blocks_total)
+            self._set(catalogue.PREEMPTIONS, (model,), steps.preempted)
+            self._set(catalogue.PROPOSED, (model,), steps.proposed)
+            self._set(catalogue.ACCEPTED, (model,), steps.accepted)
         now = self._now()
         self._set(catalogue.OPEN, (), now.open_requests)
         self._set(catalogue.READY, (), now.ready)
