@@ -177,3 +177,21 @@ def test_memory_is_aligned_and_writable(size: int):
     assert found.shape == (size,) and found.data_ptr() % 64 == 0
     found.fill_(7)
     assert int(found[-1]) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_tokens_of_a_rough_head_are_exact(native: Native, dtype: torch.dtype):
+    table = Table(native, "int4")
+    embedding, x = drawn(30_000, 64).to(dtype), drawn(3, 64, seed=4)
+    head = table.pack_tied(embedding)
+    assert head.format == "int4"
+    rough, exact = table.linear(x, head), x @ embedding.float().T
+    sharp = rough.clone()
+    table.sharpen(sharp, x, head, embedding)
+    torch.testing.assert_close(sharp.topk(8).values, exact.topk(8).values, rtol=1e-4, atol=1e-4)
+    assert torch.equal(sharp.argmax(-1), exact.argmax(-1))
+    assert int((sharp != rough).sum(-1).max()) <= 64
+    with pytest.raises(ValueError, match=r"\(3, 30000\)"):
+        table.sharpen(sharp, x[:2], head, embedding)
+    smooth = table.linear(x, table.pack_tied(embedding[:300]))
+    assert smooth.shape == (3, 300)

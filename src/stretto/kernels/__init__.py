@@ -155,6 +155,11 @@ class Kernels:
     their weights made to sum to 1 if `normalise`, the weighted sum of those experts -> [T, H]."""
     takes: frozenset[torch.dtype] = frozenset()
     """Dtypes in which weights to pack may come, and an embedding stay, whatever the model computes in."""
+    pack_tied: Callable[[Tensor], Linear] | None = None
+    """(embedding [N, K], which stays) -> the head that shares it; None: as `pack`."""
+    sharpen: Callable[[Tensor, Tensor, Linear, Tensor], None] | None = None
+    """(logits [R, N] float32, x [R, K], a tied head, its embedding): the likeliest logits computed anew from
+    the embedding, in place, where the head is too rough for them. None: no head is."""
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

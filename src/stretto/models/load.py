@@ -218,7 +218,8 @@ def _head(reader: _Reader, spec: ModelSpec, name: str, embedding: Tensor) -> Lin
     if not spec.tied:
         return reader.linear([(name, spec.vocab)], spec.hidden)
     reader.unread.discard(f"{name}.weight")
-    head = reader.packed(name, [], lambda: reader.kernels.pack(embedding, None))
+    pack_tied = reader.kernels.pack_tied or (lambda embedding: reader.kernels.pack(embedding, None))
+    head = reader.packed(name, [], lambda: pack_tied(embedding))
     if head.shares(embedding):
         reader.nbytes -= head.nbytes
     return head

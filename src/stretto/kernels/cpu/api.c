@@ -124,6 +124,12 @@ EXPORTED int stretto_check(const Step *step)
     return OK;
 }
 
+EXPORTED int stretto_sharpen(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k,
+                             int64_t count, int64_t type, int64_t rows_type)
+{
+    LOCKED(sharpen(logits, x, rows, m, n, k, count, type, rows_type));
+}
+
 EXPORTED int stretto_top(const float *logits, int64_t m, int64_t n, int64_t k, float *values, int64_t *indices)
 {
     LOCKED(top(logits, m, n, k, values, indices));

@@ -48,6 +48,8 @@ typedef struct {
     int (*place)(const Step *step, const Kind *kind, void *qkv, const void *norms, const float *turns, int64_t dims,
                  void *cache);
     int (*attend)(const Step *step, const Kind *kind, const void *q, int64_t ldq, const void *cache, void *out);
+    int (*sharpen)(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k, int64_t count,
+                   int64_t type, int64_t rows_type);
     int (*top)(const float *logits, int64_t m, int64_t n, int64_t k, float *values, int64_t *indices);
 } Level;
 

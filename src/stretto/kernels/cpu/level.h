@@ -30,5 +30,6 @@ const Level EXPORT(LEVEL) = {
     .rotate = rotate,
     .place = place,
     .attend = attend,
+    .sharpen = sharpen,
     .top = top,
 };

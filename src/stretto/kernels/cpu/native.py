@@ -58,6 +58,7 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {
     "place": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
     "attend": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER),
     "check": (_POINTER,),
+    "sharpen": (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT),
     "top": (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER),
 }
 _NO_MEMORY = -1
@@ -86,7 +87,7 @@ class Native:
         self.pack, self.unpack, self.linear = (self._function(name) for name in ("pack", "unpack", "linear"))
         self.norm, self.gate, self.rotate = (self._function(name) for name in ("norm", "gate", "rotate"))
         self.place, self.attend, self.top = (self._function(name) for name in ("place", "attend", "top"))
-        self.check = self._function("check")
+        self.check, self.sharpen = self._function("check"), self._function("sharpen")
         self.packed_bytes: Callable[[int], int] = library.stretto_packed_bytes
         library.stretto_checksum.restype = ctypes.c_uint64
         library.stretto_checksum.argtypes = (_POINTER, _INT)

@@ -297,3 +297,42 @@ static int top(const float *logits, int64_t m, int64_t n, int64_t k, float *valu
     pool_run(top_item, &job, m);
     return OK;
 }
+
+typedef struct {
+    float *logits;
+    const void *x, *rows;
+    int64_t n, k, count, type, rows_type;
+} Sharpen;
+
+static void sharpen_item(const void *job, int64_t item, int thread)
+{
+    const Sharpen *a = job;
+    float *x = pool_private(thread), *row = x + a->k, *values = row + a->k, *logits = a->logits + item * a->n;
+    int64_t *indices = (int64_t *)(values + round_up(a->count, 2));
+    Top best = {logits, values, indices, a->n, a->count};
+    top_item(&best, 0, thread);
+    widen(x, at(a->x, item * a->k, a->type), a->k, a->type);
+    for (int64_t i = 0; i < a->count && indices[i] < a->n; i++) {
+        const void *of = at(a->rows, indices[i] * a->k, a->rows_type);
+        float sum = 0;
+        widen(row, of, a->k, a->rows_type);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < a->k; j++)
+            sum += x[j] * row[j];
+        logits[indices[i]] = sum;
+    }
+}
+
+/* The `count` largest logits of each row [m, n] computed anew, from x [m, k] and the weights as they were before they
+ * were quantised, rows [n, k]. */
+static int sharpen(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k, int64_t count,
+                   int64_t type, int64_t rows_type)
+{
+    Sharpen job = {logits, x, rows, n, k, count, type, rows_type};
+    if (count < 1 || count > n || k < 1)
+        return BAD_SHAPE;
+    if (pool_reserve(0, (size_t)(2 * k + round_up(count, 2)) * sizeof(float) + (size_t)count * sizeof(int64_t)))
+        return NO_MEMORY;
+    pool_run(sharpen_item, &job, m);
+    return OK;
+}

@@ -21,8 +21,10 @@ Quantise = Literal["int8", "int4"]
 GROUP = {"int8": 128, "int4": 32}
 # A router or another small matrix costs nothing to keep and much to get wrong.
 SMALLEST_QUANTISED = 256
-# A matrix of so many outputs is the vocabulary's, whose rows int4 would blur more than speed is worth.
+# A matrix of so many outputs is the vocabulary's, whose rows int4 would blur more than speed is worth,
+# were it not for an embedding at hand to compute the likeliest of them anew.
 VOCABULARY = 30_000
+LIKELIEST = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,27 @@ class Table:
             return pack(self.native, weight, bias, "bfloat16" if exact else "float32")
         quantise = "int8" if n >= VOCABULARY else self.quantise
         return pack(self.native, weight, bias, *fitting(quantise, k))
+
+    def pack_tied(self, embedding: Tensor) -> PackedLinear:
+        """The head that shares `embedding`, which stays for `sharpen`."""
+        n, k = embedding.shape
+        if self.quantise is None or n < VOCABULARY:
+            return self.pack(embedding, None)
+        return pack(self.native, embedding, None, *fitting(self.quantise, k))
+
+    def sharpen(self, logits: Tensor, x: Tensor, packed: Linear, embedding: Tensor) -> None:
+        packed = cast(PackedLinear, packed)
+        if packed.format != "int4":
+            return
+        (m, n), (rows, k) = logits.shape, x.shape
+        if rows != m or embedding.shape != (n, k) or logits.dtype != torch.float32:
+            raise ValueError(f"logits {(m, n)} are not of x {(rows, k)} and {tuple(embedding.shape)}")
+        x, types = x.contiguous(), (TYPES[x.dtype], TYPES[embedding.dtype])
+        result = self.native.sharpen(
+            logits.data_ptr(), x.data_ptr(), embedding.data_ptr(), m, n, k, min(LIKELIEST, n), *types
+        )
+        if result:
+            complain(result, f"sharpen {(m, n)}")
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
         packed = cast(PackedLinear, packed)
@@ -261,4 +284,6 @@ def table(native: Native, quantise: Quantise | None = None) -> Kernels:
         pack_experts=own.pack_experts,
         experts=own.experts,
         takes=frozenset(TYPES),
+        pack_tied=own.pack_tied,
+        sharpen=own.sharpen,
     )
