@@ -122,6 +122,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_running: Annotated[int, Meta(ge=1, description="sequences in a step at most")] = 256
     max_step_tokens: Annotated[int, Meta(ge=1, description="tokens in a step at most")] = 512
     schedule: Schedule = SCHEDULE
+    speculate: Annotated[
+        str,
+        Meta(
+            description="guess ahead where it pays: off; ngram: from an answer's own text; NAME: also with"
+            " that model, one of those held"
+        ),
+    ] = "ngram"
     prefix_cache: Annotated[bool, Meta(description="share the KV blocks of equal beginnings")] = True
     cache_dir: Annotated[
         str,

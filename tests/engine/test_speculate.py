@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import time
 from itertools import cycle
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import stretto
+from stretto.engine.blocks import BlockPool
 from stretto.engine.deadline import SCHEDULES
+from stretto.engine.draft import Draft
 from stretto.engine.grammar import Grammars
 from stretto.engine.loop import Engine
 from stretto.engine.null import Cost, NullRunner, VirtualClock, null_info
 from stretto.engine.runner import TorchRunner
-from stretto.engine.schedule import Limits, Row
+from stretto.engine.schedule import Limits, Moment, Plan, Queues
 from stretto.engine.sequence import Sequence
-from stretto.engine.speculate import HORIZON, Odds, Speculation, Trail
+from stretto.engine.speculate import Speculation
 from stretto.engine.steptime import StepTime
+from stretto.engine.trail import HORIZON, Odds, Trail
 from stretto.kernels.choice import choose_kernels
+from stretto.models.decoder import Decoder
 from stretto.models.load import load
 from stretto.types import (
     Finish,
@@ -40,6 +47,33 @@ BLOCK, SEED = 4, 5
 COST = Cost(c0=10.0, c1=0.1, c2=0.1)
 
 
+def as_many_as_fit(
+    plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, most: int
+) -> dict[Sequence, int]:
+    """Up to `most` guesses for every decode, whatever they are worth."""
+    room = limits.max_step_tokens - sum(row.count for row in plan.rows)
+    blocks = pool.available - len(queues.running)
+    chosen: dict[Sequence, int] = {}
+    for row in plan.rows:
+        count = min(most, room, blocks * BLOCK, row.seq.limit - len(row.seq.tokens) - 1)
+        if row.decodes and row.seq.request.task == "generate" and count > 0:
+            chosen[row.seq] = count
+            room, blocks = room - count, blocks - pool.blocks_for(count)
+    return chosen
+
+
+class Asking(Speculation):
+    """Has a smaller model guess three tokens in every step, whatever they are worth."""
+
+    def choose(
+        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, moment: Moment
+    ) -> dict[Sequence, int]:
+        self._asked = as_many_as_fit(plan, queues, pool, limits, 3)
+        for seq in self._asked:
+            self._trail(seq)
+        return self._asked
+
+
 class Told(Speculation):
     """Guesses what the answers are known to be, and now and then something else; always as many as it may."""
 
@@ -48,24 +82,21 @@ class Told(Speculation):
         self.answers = answers
         self.wrong = cycle((9, 2, 9, 0, 1, 9))
 
-    def choose(self, plan, queues, pool, limits, moment) -> dict[Sequence, int]:
-        room = limits.max_step_tokens - sum(row.count for row in plan.rows)
-        blocks = pool.available - len(queues.running)
-        chosen: dict[Sequence, int] = {}
-        for row in plan.rows:
-            count = min(5, room, blocks * BLOCK, row.seq.limit - len(row.seq.tokens) - 1)
-            if row.decodes and row.seq.request.task == "generate" and count > 0:
-                chosen[row.seq] = count
-                room, blocks = room - count, blocks - pool.blocks_for(count)
-        return chosen
+    def choose(
+        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, moment: Moment
+    ) -> dict[Sequence, int]:
+        return as_many_as_fit(plan, queues, pool, limits, 5)
 
-    def guess(self, row: Row, count: int) -> Row:
-        known = self.answers[row.seq.request.id][row.seq.output_len :][:count]
+    def guess(self, chosen: dict[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
+        return {seq: self._one(seq, count) for seq, count in chosen.items()}
+
+    def _one(self, seq: Sequence, count: int) -> tuple[int, ...]:
+        known = self.answers[seq.request.id][seq.output_len :][:count]
         draft = [*known, *[3] * (count - len(known))]
         place = next(self.wrong)
         if place < count:
             draft[place] = (draft[place] + 1) % 2048
-        return Row(row.seq, row.start, row.count + count, row.draw, tuple(draft))
+        return tuple(draft)
 
 
 class Desk:
@@ -81,7 +112,7 @@ class Desk:
         self.steps: list[StepStats] = []
         self.events: list[TokenEvent] = []
 
-    def engine(self, speculation: Speculation | None, *, blocks: int = 256, step_tokens: int = 512) -> Engine:
+    def runner(self, decoder: Decoder, blocks: int) -> TorchRunner:
         info = ModelInfo(
             name="desk",
             path="",
@@ -89,7 +120,7 @@ class Desk:
             dtype="float32",
             device="cpu",
             context=min(2048, blocks * BLOCK),
-            vocab=self.decoder.spec.vocab,
+            vocab=decoder.spec.vocab,
             parameters=0,
             weight_bytes=0,
             kv_bytes=0,
@@ -97,8 +128,20 @@ class Desk:
             blocks=blocks,
             load_s=0.0,
         )
-        runner = TorchRunner(self.decoder, info, eos=self.eos, max_running=8)
+        return TorchRunner(decoder, info, eos=self.eos, max_running=8)
+
+    def engine(
+        self,
+        speculation: Speculation | None,
+        *,
+        blocks: int = 256,
+        step_tokens: int = 512,
+        small: Decoder | None = None,
+    ) -> Engine:
+        runner = self.runner(self.decoder, blocks)
         runner.speculation = speculation
+        if small is not None and speculation is not None:
+            speculation.drafter = Draft(self.runner(small, 1), runner)
         self.steps, self.events = [], []
         limits = Limits(8, step_tokens)
         return Engine(
@@ -118,12 +161,16 @@ class Desk:
             seq.grammar = self.grammars.compile(sampling.grammar)
         engine.submit(seq)
 
-    def answers(self, engine: Engine, asks: list[tuple[str, Sampling]]) -> dict[int, list[TokenEvent]]:
-        for ident, (question, sampling) in enumerate(asks):
+    def answers(
+        self, engine: Engine, asks: list[tuple[str, Sampling]], first: int = 0
+    ) -> dict[int, list[TokenEvent]]:
+        """The events of each ask, by its place from `first` on: an id is used once in an engine."""
+        for ident, (question, sampling) in enumerate(asks, first):
             self.submit(engine, ident, question, sampling)
         while engine.step() or not engine.idle:
             engine.check()
-        return {ident: [event for event in self.events if event.id == ident] for ident in range(len(asks))}
+        idents = range(first, first + len(asks))
+        return {ident: [event for event in self.events if event.id == ident] for ident in idents}
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +227,10 @@ def same(left: dict[int, list[TokenEvent]], right: dict[int, list[TokenEvent]]) 
                 assert one.logprobs is other.logprobs
         ends = [_end(events), _end(right[ident])]
         assert len({(end.reason, end.output_tokens, end.stop_token, end.error) for end in ends}) == 1
+
+
+def _as(events: list[TokenEvent], ident: int) -> list[TokenEvent]:
+    return [msgspec.structs.replace(event, id=ident) for event in events]
 
 
 def _end(events: list[TokenEvent]) -> Finish:
@@ -268,6 +319,43 @@ def test_a_cancel_between_steps_leaves_nothing_behind(desk: Desk):
     assert lane.pool.available == lane.pool.total
 
 
+@pytest.fixture(scope="module")
+def worse(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    """desk without its last layer: it says something like it, and often not the same."""
+    folder = tmp_path_factory.mktemp("worse")
+    config = json.loads((DESK / "config.json").read_text())
+    last = config["num_hidden_layers"] - 1
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": last}))
+    weights = load_file(DESK / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if f"layers.{last}." not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    kernels = desk.decoder.kernels
+    return load(folder, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels)
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled", "shaped", "penalties", "logprobs", "grammar"])
+def test_a_smaller_model_guesses_and_every_answer_is_its_own(desk: Desk, worse: Decoder, name: str):
+    asks = [(question, ASKS[name]) for question in QUESTIONS]
+    plain = desk.answers(desk.engine(None), asks)
+    same(plain, desk.answers(desk.engine(Asking(), small=worse), asks))
+    assert 0 < sum(step.accepted for step in desk.steps) < sum(step.proposed for step in desk.steps)
+
+
+@pytest.mark.parametrize("name", ["greedy", "shaped", "penalties"])
+def test_a_model_that_thinks_alike_guesses_right_even_when_hot(desk: Desk, name: str):
+    """Both draw with the same numbers, and what it keeps of rejected and shared tokens is sound."""
+    asks = [(question, ASKS[name]) for question in QUESTIONS]
+    plain = desk.answers(desk.engine(None), asks)
+    engine = desk.engine(Asking(), small=desk.decoder)
+    same(plain, desk.answers(engine, asks))
+    twice = plain | {ident + 4: _as(events, ident + 4) for ident, events in plain.items()}
+    same(desk.answers(engine, asks, first=4), twice)
+    assert sum(step.accepted for step in desk.steps) > 0.9 * sum(step.proposed for step in desk.steps) > 0
+    same(twice, desk.answers(desk.engine(Asking(), small=desk.decoder, blocks=40), asks * 2))
+    assert sum(step.preempted for step in desk.steps) > 0
+    assert sum(step.accepted for step in desk.steps) > 0.9 * sum(step.proposed for step in desk.steps) > 0
+
+
 class World:
     """Null models in virtual time, whose answers repeat every `span` tokens."""
 
@@ -354,6 +442,43 @@ def test_guesses_keep_to_the_slack_of_others():
     assert gaps[True] < 14.001 < gaps[False]
 
 
+class Knowing:
+    """A smaller model in virtual time: it knows the null model's answers, and takes its time to say them."""
+
+    model = "small"
+
+    def __init__(self, ms: float, right: bool = True) -> None:
+        self.times = StepTime(Cost(c0=ms))
+        self.clock: VirtualClock | None = None
+        self.right = right
+
+    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
+        assert self.clock is not None
+        self.clock.sleep(max(wanted.values()) * self.times.cost.c0 / 1e3)
+        wrong = 0 if self.right else 1
+        return {
+            seq: tuple((seq.seed * 31 + (seq.length + n) * 7 + wrong) % 4093 for n in range(count))
+            for seq, count in wanted.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("ms", "right", "worth"), [(1.0, True, True), (9.0, True, False), (1.0, False, False)]
+)
+def test_a_smaller_model_is_asked_where_it_pays(ms: float, right: bool, worth: bool):
+    """Texts that never repeat: it saves steps of 10 ms, unless it is as slow or mostly wrong."""
+    plain, drafter = World(None, span=4093), Knowing(ms, right)
+    quick = World(Speculation(drafter), span=4093)
+    drafter.clock = quick.clock
+    for world in (plain, quick):
+        for ident in (1, 2, 3):
+            world.submit(ident, 20, 200)
+    assert plain.finish() == quick.finish()
+    late = quick.steps[len(quick.steps) // 2 :]
+    assert any(step.proposed for step in late) is worth
+    assert quick.clock() < plain.clock() * (0.6 if worth else 1.05)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_no_block_is_lost_and_no_token_changed_whatever_happens(data: st.DataObject):
@@ -377,7 +502,7 @@ def test_no_block_is_lost_and_no_token_changed_whatever_happens(data: st.DataObj
 
 
 def read(tokens: list[int], prompt_len: int | None = None) -> Trail:
-    trail = Trail(Odds(), len(tokens) if prompt_len is None else prompt_len)
+    trail = Trail(Odds(), Odds(), len(tokens) if prompt_len is None else prompt_len)
     trail.read(tokens, len(tokens) if prompt_len is None else prompt_len)
     return trail
 
@@ -402,7 +527,7 @@ TEXTS = {
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_an_index_grown_token_by_token_is_that_of_the_whole(text: list[int]):
     """And what it guesses is what a search of the whole text finds."""
-    whole, grown = read(text), Trail(Odds(), len(text))
+    whole, grown = read(text), Trail(Odds(), Odds(), len(text))
     for until in range(1, len(text) + 1):
         grown.read(text[:until], len(text))
     assert (whole.at, whole.length) == (grown.at, grown.length)

@@ -14,11 +14,13 @@ import msgspec
 import torch
 
 from stretto.config import EngineConfig, ModelConfig
+from stretto.engine.draft import Draft
 from stretto.engine.grammar import Grammars
 from stretto.engine.loop import Runner
 from stretto.engine.null import Cost, NullRunner, null_info
 from stretto.engine.runner import TorchRunner
-from stretto.errors import InvalidGrammar
+from stretto.engine.speculate import Speculation
+from stretto.errors import InvalidGrammar, StartError
 from stretto.kernels.choice import choose_kernels, use_threads
 from stretto.kernels.cpu import native
 from stretto.kernels.cpu.cache import Folder, PackedCache
@@ -59,6 +61,7 @@ class Runners:
         use_threads(threads)
         self._device = torch.device(choose_device(config.device, torch.cuda.is_available()).value)
         self.all = [self._runner(model, len(config.models) - i) for i, model in enumerate(config.models)]
+        self._speculate()
 
     def grammars(self, model: str) -> Grammars:
         """The grammar compiler of a model. Raises InvalidGrammar for one without a tokenizer."""
@@ -102,6 +105,24 @@ class Runners:
         folder = Folder(packed_folder(self._config.cache_dir), self._config.cache_bytes)
         return PackedCache.open(library, folder, f"{kernels} {identity(path)}")
 
+    def _speculate(self) -> None:
+        """Let the runners that can be guessed for have guesses, from the model that is to make them too."""
+        asked = self._config.speculate
+        if asked == "off":
+            return
+        runners = [runner for runner in self.all if isinstance(runner, TorchRunner)]
+        for runner in runners:
+            runner.speculation = Speculation()
+        if asked == "ngram":
+            return
+        small = next((runner for runner in runners if runner.info.name == asked), None)
+        if small is None:
+            held = ", ".join(runner.info.name for runner in runners) or "none that can guess"
+            raise StartError(f"speculate: {asked!r} is neither off, ngram nor a model held here ({held})")
+        for runner in runners:
+            if runner is not small:
+                _let_guess(small, runner)
+
     def _info(self, model: ModelConfig, decoder: Decoder, left: int, load_s: float) -> ModelInfo:
         """What the loaded model is, with the share of KV memory that is its own."""
         config, spec = self._config, decoder.spec
@@ -139,6 +160,18 @@ class Runners:
         if self._device.type == "cuda":
             return torch.cuda.mem_get_info(self._device)[0]
         return snapshot().available
+
+
+def _let_guess(small: TorchRunner, runner: TorchRunner) -> None:
+    """Give a runner a smaller model to guess for it. Raises StartError when their tokens are not the same."""
+    if small.info.vocab != runner.info.vocab:
+        raise StartError(
+            f"speculate: {small.info.name} has {small.info.vocab} tokens and {runner.info.name}"
+            f" {runner.info.vocab}; a model can guess only for one with the same tokenizer"
+        )
+    draft = Draft(small, runner)
+    runner.speculation = Speculation(draft)
+    runner.info = msgspec.structs.replace(runner.info, kv_bytes=runner.info.kv_bytes + draft.nbytes)
 
 
 def _weight_bytes(path: Path, stored: str, held: str) -> int:

@@ -226,11 +226,13 @@ class Engine:
         if speculation is None:
             return
         chosen = speculation.choose(plan, lane.queues, lane.pool, self._limits, moment)
-        for index, row in enumerate(plan.rows):
-            if count := chosen.get(row.seq, 0):
-                lane.pool.extend(row.seq, row.start + row.count + count)
-                plan.rows[index] = speculation.guess(row, count)
-        if chosen and plan.predicted is not None:
+        if not chosen:
+            return
+        for row in plan.rows:
+            lane.pool.extend(row.seq, row.start + row.count + chosen.get(row.seq, 0))
+        drafts = speculation.guess(chosen)
+        plan.rows = [_with(row, drafts.get(row.seq, ())) for row in plan.rows]
+        if plan.predicted is not None:
             plan.predicted = lane.times.cost(plan.load)
 
     def _launch(self, lane: Lane, plan: Plan) -> None:
@@ -288,8 +290,11 @@ class Engine:
             if not seq.ended:
                 self._take(lane, row, each)
         accepted = seq.output_len - before
+        if row.draft and lane.runner.speculation is not None:
+            lane.runner.speculation.learn(seq, len(row.draft), len(drawn))
         if row.draft and not seq.ended:
             seq.computed = len(seq.tokens) - 1
+            seq.drafted = min(seq.drafted, seq.computed)
             lane.pool.trim(seq)
         return accepted
 
@@ -410,6 +415,10 @@ def _began(seq: Sequence) -> Began | None:
     if seq.started is None:
         return None
     return Began((seq.started - seq.request.arrival) * 1e3, min(seq.cached, seq.prompt_len))
+
+
+def _with(row: Row, draft: tuple[int, ...]) -> Row:
+    return Row(row.seq, row.start, row.count + len(draft), row.draw, draft) if draft else row
 
 
 def _rank(seq: Sequence) -> Rank:

@@ -63,6 +63,10 @@ class Worker:
                 machine=self._runners.machine,
                 folder=cache_folder(config.cache_dir) / "step-times",
             )
+        for lane in self._engine.lanes.values():
+            speculation = lane.runner.speculation
+            if speculation is not None and (drafter := speculation.drafter) is not None:
+                drafter.times = self._engine.lanes[drafter.model].times
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}
         self._foresees = config.schedule == "deadline"

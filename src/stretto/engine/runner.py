@@ -50,7 +50,7 @@ class TorchRunner:
     def launch(self, plan: Plan) -> Done:
         """Run the plan. One result for each row that draws, in the plan's order."""
         drawing = [row for row in plan.rows if row.draw]
-        hidden = self.decoder.forward(self._batch(plan.rows), self._cache)
+        hidden = self.decoder.forward(self.batch(plan.rows), self._cache)
         spoken = [row for row in drawing if row.seq.request.task == "generate"]
         if len(spoken) == len(drawing):
             return Done(self._draw(hidden, spoken))
@@ -74,7 +74,7 @@ class TorchRunner:
         drafts = [row.draft for row in rows]
         return self._sampler(self.decoder.logits(hidden), [row.seq for row in rows], drafts)
 
-    def _batch(self, rows: list[Row]) -> Batch:
+    def batch(self, rows: list[Row]) -> Batch:
         """The plan as the flat arrays that kernels read."""
         size, sequences = self.info.block_size, len(rows)
         counts = [row.count for row in rows]
@@ -91,7 +91,7 @@ class TorchRunner:
             self._enter(row)
             places[index] = seq.slot
             tokens += seq.tokens[row.start : end]
-            tokens += row.draft
+            tokens += row.draft[max(row.start - len(seq.tokens), 0) :]
             span = np.arange(row.start, end)
             first = starts[index]
             positions[first : first + row.count] = span

@@ -75,6 +75,21 @@ class Sampler:
                     result[place] = self._follow(rows[own], best[own], sequences[place], drafts[place])
         return result
 
+    @torch.inference_mode()
+    def guess(self, logits: Tensor, places: list[tuple[Sequence, tuple[int, ...]]]) -> list[int]:
+        """One token for each row of `logits`: what each sequence would draw after its guesses, but for
+        grammars; 0 where there is nothing to draw."""
+        tokens, peaks = self._pick(logits)
+        best: list[int] = np.where(np.isfinite(peaks), tokens, 0).tolist()
+        special = [row for row, (seq, _) in enumerate(places) if _is_special(seq)]
+        self._remember([places[row][0] for row in special])
+        if special:
+            rows = logits.cpu().numpy()
+            with np.errstate(over="ignore", divide="ignore"):
+                for row in special:
+                    best[row] = max(self._row(rows[row], best[row], _Place(*places[row])).token, 0)
+        return best
+
     def _follow(self, logits: Row, best: list[int], seq: Sequence, draft: tuple[int, ...]) -> Drawn:
         """What follows `seq` and its guesses: `logits` [1 + guesses, vocab], the greatest of each at `best`,
         -1 where they are not sound."""

@@ -15,7 +15,7 @@ from stretto.types import Logprobs, Request
 
 if TYPE_CHECKING:
     from stretto.engine.grammar import Matcher
-    from stretto.engine.speculate import Trail
+    from stretto.engine.trail import Trail
 
 
 @dataclass(frozen=True, slots=True)
