@@ -48,6 +48,7 @@ class Alone:
 
     def __post_init__(self) -> None:
         config = self.config
+        self.runner.speculation = None  # a decode is a token a step: random weights repeat themselves
         self.engine = Engine(
             [self.runner],
             limits=Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers)),
