@@ -21,6 +21,7 @@ from stretto.errors import StartError
 from stretto.types import Objective
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Quantise = Literal["int8", "int4"]
 Count = Annotated[int, Meta(ge=1)]
 Limit = Annotated[float, Meta(gt=0, le=86_400_000)]
@@ -115,6 +116,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     kv_bytes: Annotated[
         int, Meta(ge=0, description="memory for the KV cache, as 2GiB (a bare number is GiB); 0: a quarter")
     ] = field(default=0, name="kv_memory")
+    kv_dtype: Annotated[
+        KvDtype, Meta(description="what the KV cache holds; auto: int8 beside quantised weights on a CPU")
+    ] = "auto"
     context: Annotated[
         int, Meta(ge=0, description="longest prompt and answer together, tokens; 0: what the model allows")
     ] = 0

@@ -21,7 +21,7 @@ from stretto.config import EngineConfig, ModelConfig
 from stretto.errors import CheckpointError, StartError
 from stretto.machine import Choice, Gpu, KvPlan, KvShape, Machine, Probed, Stored, gib
 
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 PACKAGES = ("stretto", "torch", "tokenizers", "llguidance", "msgspec", "pyzmq", "uvicorn")
 PROBE_S = 120
 Row = tuple[str, str, str]
@@ -35,6 +35,7 @@ class Fit(Struct, frozen=True, kw_only=True):
     path: str
     stored: Stored
     dtype: Choice[str]
+    kv_dtype: Choice[str]
     weight_bytes: int
     kv: Choice[KvPlan] | None
     problem: str | None
@@ -75,7 +76,8 @@ def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
     fit = None
     if model is not None and probed.stored is not None:
         dtype = machine.choose_dtype(seen, probed.stored.dtype, device=device.value, asked=model.dtype)
-        fit = _fit(engine, model, probed.stored, dtype, available)
+        own = device.value == "cpu" and probed.kernels.startswith("cpu-")
+        fit = _fit(engine, model, probed.stored, (dtype, _kv_dtype(engine, model, dtype, own)), available)
     compiler = shutil.which("gcc")
     return Diagnosis(
         machine=seen,
@@ -126,11 +128,29 @@ def _packed(engine: EngineConfig) -> Kept:
     return Kept(str(folder), len(sizes), sum(sizes), engine.cache_bytes)
 
 
-def _fit(engine: EngineConfig, model: ModelConfig, stored: Stored, dtype: Choice[str], available: int) -> Fit:
-    width = WIDTHS[dtype.value]
-    weights = stored.bytes * width // WIDTHS[stored.dtype]
+def _kv_dtype(engine: EngineConfig, model: ModelConfig, dtype: Choice[str], own: bool) -> Choice[str]:
+    """`own`: the C kernels run the model."""
+    cached = machine.CACHES if own and dtype.value in machine.CACHES else frozenset[str]()
+    quantised = model.quantise is not None
+    return machine.choose_kv_dtype(dtype.value, quantised=quantised, asked=engine.kv_dtype, cached=cached)
+
+
+def _token_bytes(stored: Stored, kv_dtype: str) -> int:
+    """Keys and values of one token. In int8 each row has a scale."""
+    return stored.token_elements * WIDTHS[kv_dtype] + (4 * stored.token_rows if kv_dtype == "int8" else 0)
+
+
+def _fit(
+    engine: EngineConfig,
+    model: ModelConfig,
+    stored: Stored,
+    dtypes: tuple[Choice[str], Choice[str]],
+    available: int,
+) -> Fit:
+    dtype, kv_dtype = dtypes
+    weights = stored.bytes * WIDTHS[dtype.value] // WIDTHS[stored.dtype]
     shape = KvShape(
-        block_bytes=stored.token_elements * engine.block_size * width,
+        block_bytes=_token_bytes(stored, kv_dtype.value) * engine.block_size,
         block_size=engine.block_size,
         context=stored.context,
         max_running=engine.max_running,
@@ -148,6 +168,7 @@ def _fit(engine: EngineConfig, model: ModelConfig, stored: Stored, dtype: Choice
         path=model.path,
         stored=stored,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         weight_bytes=weights,
         kv=kv,
         problem=problem,
@@ -195,6 +216,7 @@ def _model_rows(fit: Fit) -> list[Row]:
         ("parameters", f"{stored.parameters:,}", f"vocabulary of {stored.vocab:,}"),
         ("context", f"{stored.context:,} tokens", "the model's own"),
         ("dtype", fit.dtype.value, fit.dtype.why),
+        ("KV dtype", fit.kv_dtype.value, fit.kv_dtype.why),
         ("weights", gib(fit.weight_bytes), f"{gib(stored.bytes)} of {stored.dtype} on disk"),
     ]
     if fit.kv is not None:

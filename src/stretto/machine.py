@@ -23,6 +23,7 @@ ISA = (
     *("amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve"),
 )
 BF16_ISA = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+CACHES = frozenset({"float32", "bfloat16", "int8"})  # what the C kernels read
 KV_SHARE = 0.25
 KV_MOST = 0.75
 GIB = 2**30
@@ -56,7 +57,8 @@ class Gpu(Struct, frozen=True):
 
 class Stored(Struct, frozen=True, kw_only=True):
     """A checkpoint as it lies on disk, `bytes` of it. `dtype` is the one it is stored in, `parameters` counts
-    all its tensors' elements, and `token_elements` are the keys and values of one token in all layers."""
+    all its tensors' elements; `token_elements` are the keys and values of one token in all layers, which come
+    in `token_rows` rows."""
 
     family: str
     dtype: str
@@ -64,6 +66,7 @@ class Stored(Struct, frozen=True, kw_only=True):
     vocab: int
     parameters: int
     token_elements: int
+    token_rows: int
     bytes: int
 
 
@@ -164,6 +167,19 @@ def choose_dtype(machine: Machine, checkpoint: str, *, device: str, asked: str =
     if native:
         return Choice("bfloat16", f"the CPU computes in it ({native[0]})")
     return Choice("float32", "the CPU has no bfloat16 instructions: emulating them is slower than float32")
+
+
+def choose_kv_dtype(dtype: str, *, quantised: bool, asked: str, cached: frozenset[str]) -> Choice[str]:
+    """The dtype to keep keys and values in, for a model computed in `dtype`; the kernels can read `cached`
+    beside it. Raises StartError when another is asked for."""
+    if asked not in ("auto", dtype) and asked not in cached:
+        able = ", ".join(sorted(cached | {dtype}))
+        raise StartError(f"kv_dtype {asked}: the kernels that run this model read a cache of {able}")
+    if asked != "auto":
+        return Choice(asked, "asked for")
+    if quantised and "int8" in cached:
+        return Choice("int8", "the weights are quantised, which costs more of what the model says than this")
+    return Choice(dtype, "as the model computes")
 
 
 def choose_threads(machine: Machine, asked: int = 0) -> Choice[int]:

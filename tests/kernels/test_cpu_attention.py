@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from stretto.kernels import Attention, Batch, Cache, Geometry, Rotation
 from stretto.kernels.cpu.native import Native
@@ -171,7 +172,45 @@ def test_shapes_that_do_not_fit_are_named(native: Native):
         table.place(torch.zeros(1, 256), None, Attention(4, 2, 32, 0.2, rotation=1), layer, plan)
     with pytest.raises(ValueError, match=r"\(2, 4, 32\)"):
         table.attend(torch.zeros(2, 4, 32), kind, layer, plan)
+    with pytest.raises(ValueError, match="float64"):
+        table.attend(torch.zeros(1, 4, 32).double(), kind, layer, plan)
     with pytest.raises(ValueError, match="bfloat16"):
-        table.attend(torch.zeros(1, 4, 32).bfloat16(), kind, layer, plan)
+        table.attend(torch.zeros(1, 4, 32), kind, layer.bfloat16(), plan)
     with pytest.raises(ValueError, match="float16"):
         table.prepare(batch, Cache([layer.half()]), Geometry((), ()))
+
+
+def levels_of(cache: Tensor) -> Tensor:
+    """What an int8 cache holds, float32: without the scale that follows each row."""
+    scales = cache[..., -4:].contiguous().view(torch.float32)
+    return cache[..., :-4].float() * scales
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [24, 64, 128])
+def test_a_cache_in_fewer_bits(native: Native, kept: torch.dtype, dtype: torch.dtype, head_dim: int):
+    """Attention over what the cache keeps is that over the same numbers in float32, and it keeps what it is
+    given to within half a level."""
+    kind, table = Attention(6, 2, head_dim, head_dim**-0.5), Table(native, None)
+    work = [*DECODES, *PREFILLS, *LONG]
+    batch, blocks = batch_of(work, 16)
+    tokens = len(batch.tokens)
+    geometry = Geometry((Rotation(torch.rand(head_dim // 2)),), (0,))
+    cache = Cache.zeros(1, (blocks, 2, 16, head_dim), kept, torch.device("cpu"))
+    exact = Cache.zeros(1, (blocks, 2, 16, head_dim), torch.float32, torch.device("cpu"))
+    qkv = torch.randn(tokens, 10 * head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    plan = table.prepare(batch, cache, geometry)
+    q = table.place(qkv.clone(), None, kind, cache.layers[0], plan)
+    out = table.attend(q, kind, cache.layers[0], plan)
+    plain = table.prepare(batch, exact, geometry)
+    table.place(qkv.clone(), None, kind, exact.layers[0], plain)
+    layer = cache.layers[0]
+    read = levels_of(layer) if kept == torch.int8 else layer.float()
+    peaks = exact.layers[0].abs().amax(-1, keepdim=True)
+    steps = peaks / 127 if kept == torch.int8 else peaks / 128
+    assert bool(((read - exact.layers[0]).abs() <= steps * 0.51 + 1e-6).all())
+    same = Cache([read.contiguous()])
+    wanted = table.attend(q, kind, same.layers[0], table.prepare(batch, same, geometry))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (out - wanted).float().norm() / wanted.float().norm() < tolerance

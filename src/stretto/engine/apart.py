@@ -42,8 +42,8 @@ class Apart:
             decoder.weights, layers=[_with_kernels(layer, kernels) for layer in decoder.weights.layers]
         )
         self.decoder = Decoder(decoder.spec, kernels, weights)
-        token = 2 * len(decoder.spec.layers) * decoder.spec.kv_heads * decoder.spec.head_dim
-        self._token_bytes = token * decoder.dtype.itemsize
+        self.decoder.kv_dtype = decoder.kv_dtype
+        self._token_bytes = decoder.cache_bytes_per_block(1)
 
     def parts(self, steps: int, context: int) -> list[Part]:
         """What a step took on average of `steps`, whose sequences read `context` keys together."""

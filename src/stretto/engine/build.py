@@ -30,6 +30,7 @@ from stretto.machine import (
     choose_device,
     choose_dtype,
     choose_kv,
+    choose_kv_dtype,
     choose_threads,
     packed_folder,
     snapshot,
@@ -89,6 +90,7 @@ class Runners:
         )
         if store is not None:
             store.save()
+        decoder.kv_dtype = self._kv_dtype(decoder, model.quantise is not None)
         info = self._info(model, decoder, left, time.monotonic() - started)
         info = msgspec.structs.replace(info, kernels=why)
         eos = frozenset(spec.eos)
@@ -96,6 +98,12 @@ class Runners:
             self._grammars[model.name] = Grammars(path, eos, spec.vocab)
         kind = import_module(CUDA).CudaRunner if self._device.type == "cuda" else TorchRunner
         return kind(decoder, info, eos=eos, max_running=self._config.max_running)
+
+    def _kv_dtype(self, decoder: Decoder, quantised: bool) -> torch.dtype:
+        cached = frozenset(_named(dtype) for dtype in decoder.kernels.caches)
+        asked = self._config.kv_dtype
+        choice = choose_kv_dtype(_named(decoder.dtype), quantised=quantised, asked=asked, cached=cached)
+        return getattr(torch, choice.value)
 
     def _store(self, path: Path, kernels: str) -> PackedCache | None:
         """What an earlier start kept of this checkpoint's weights for these kernels."""
@@ -142,7 +150,7 @@ class Runners:
             name=model.name,
             path=model.path,
             family=spec.family,
-            dtype=str(decoder.dtype).removeprefix("torch."),
+            dtype=_named(decoder.dtype),
             quantise=model.quantise,
             device=str(self._device),
             context=kv.context,
@@ -172,6 +180,10 @@ def _let_guess(small: TorchRunner, runner: TorchRunner) -> None:
     draft = Draft(small, runner)
     runner.speculation = Speculation(draft)
     runner.info = msgspec.structs.replace(runner.info, kv_bytes=runner.info.kv_bytes + draft.nbytes)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _weight_bytes(path: Path, stored: str, held: str) -> int:

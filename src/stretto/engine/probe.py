@@ -32,6 +32,7 @@ def stored(path: Path) -> Stored:
         vocab=spec.vocab,
         parameters=parameters,
         token_elements=2 * len(spec.layers) * spec.kv_heads * spec.head_dim,
+        token_rows=2 * len(spec.layers) * spec.kv_heads,
         bytes=nbytes,
     )
 

@@ -54,7 +54,8 @@ class Batch:
 
 @dataclass(slots=True)
 class Cache:
-    """Paged keys and values. A layer is [2, blocks, kv_heads, block_size, head_dim]: keys, then values.
+    """Paged keys and values. A layer is [2, blocks, kv_heads, block_size, head_dim]: keys, then values. In
+    int8 the levels of a row are followed by their scale, a float32: see `kv_width`.
 
     Values of tokens not written yet must be finite, because attention may read them with weight zero: hence
     zeros at the start, and `erase` for the blocks of a sequence whose numbers went wrong. `scratch` is the
@@ -70,7 +71,8 @@ class Cache:
     ) -> Cache:
         """`shape` is (blocks, kv_heads, block_size, head_dim). On the CPU the pages are not touched before
         use."""
-        return cls([_zeros((2, *shape), dtype, device) for _ in range(layers)])
+        whole = 2, *shape[:3], kv_width(shape[3], dtype)
+        return cls([_zeros(whole, dtype, device) for _ in range(layers)])
 
     @property
     def block_size(self) -> int:
@@ -153,6 +155,8 @@ class Kernels:
     experts: Callable[[Tensor, Tensor, Experts, int, bool], Tensor]
     """(x [T, H], router logits [T, E], Experts, k, normalise): softmax over all experts, the k likeliest,
     their weights made to sum to 1 if `normalise`, the weighted sum of those experts -> [T, H]."""
+    caches: frozenset[torch.dtype] = frozenset()
+    """Dtypes a cache may have beside the one the model computes in."""
     takes: frozenset[torch.dtype] = frozenset()
     """Dtypes in which weights to pack may come, and an embedding stay, whatever the model computes in."""
     pack_tied: Callable[[Tensor], Linear] | None = None
@@ -162,9 +166,14 @@ class Kernels:
     the embedding, in place, where the head is too rough for them. None: no head is."""
 
 
+def kv_width(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements that a row of keys or values takes in a cache of `dtype`."""
+    return head_dim + 4 if dtype == torch.int8 else head_dim
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy asks the system for zero pages; torch would write every one of them now.
-    words = {2: numpy.int16, 4: numpy.int32}[dtype.itemsize]
+    words = {1: numpy.int8, 2: numpy.int16, 4: numpy.int32}[dtype.itemsize]
     return torch.from_numpy(numpy.zeros(shape, words)).view(dtype)

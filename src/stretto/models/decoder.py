@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stretto.kernels import Batch, Cache, Geometry, Kernels, Linear
+from stretto.kernels import Batch, Cache, Geometry, Kernels, Linear, kv_width
 from stretto.models.blocks import Feed, Join, Mixer
 from stretto.models.spec import ModelSpec
 
@@ -44,11 +44,12 @@ class Weights:
 
 
 class Decoder:
-    """A model ready to run. Not thread-safe: one loop drives it."""
+    """A model ready to run. Not thread-safe: one loop drives it. Its caches are made in `kv_dtype`."""
 
     def __init__(self, spec: ModelSpec, kernels: Kernels, weights: Weights) -> None:
         self.spec = spec
         self.kernels = kernels
+        self.kv_dtype = weights.dtype
         self.weights = weights
         self._embedding = weights.embedding
         self._last = len(weights.layers) - 1
@@ -74,12 +75,13 @@ class Decoder:
     def cache_bytes_per_block(self, block_size: int) -> int:
         """Bytes of keys and values that `block_size` tokens take in all layers."""
         spec = self.spec
-        return 2 * len(spec.layers) * spec.kv_heads * spec.head_dim * block_size * self.dtype.itemsize
+        row = kv_width(spec.head_dim, self.kv_dtype) * self.kv_dtype.itemsize
+        return 2 * len(spec.layers) * spec.kv_heads * block_size * row
 
     def new_cache(self, blocks: int, block_size: int) -> Cache:
         """An empty cache of `blocks * block_size` tokens."""
         shape = (blocks, self.spec.kv_heads, block_size, self.spec.head_dim)
-        return Cache.zeros(len(self.spec.layers), shape, self.dtype, self.device)
+        return Cache.zeros(len(self.spec.layers), shape, self.kv_dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: Cache) -> Tensor:

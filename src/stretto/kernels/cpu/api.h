@@ -9,7 +9,7 @@
 #define PANEL 32 /* outputs that lie side by side in packed weights */
 #define MAX_K 65536 /* beyond it an int32 sum of int8 products could overflow */
 
-enum { F32 = 0, BF16 = 1 };
+enum { F32 = 0, BF16 = 1, I8 = 2 }; /* I8: keys and values alone */
 enum { W_F32 = 0, W_BF16 = 1, W_I8 = 2, W_I4 = 3 };
 enum { NORM_NONE = 0, NORM_HEAD = 1, NORM_ROW = 2 };
 enum { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
@@ -23,7 +23,8 @@ typedef struct {
     int64_t n, k, group, kind;
 } Weights;
 
-/* What the layers of a step share. Cache rows are [block, kv_head, offset, head_dim]: keys, then as many values. */
+/* What the layers of a step share. Cache rows are [block, kv_head, offset, head_dim]: keys, then as many values.
+ * `type` is that of activations, `kv_type` of the cache. */
 typedef struct {
     const int64_t *positions, *slots; /* [tokens] */
     const int32_t *tables, *starts, *contexts; /* [sequences, width], [sequences + 1], [sequences] */
@@ -57,6 +58,9 @@ INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE size_t type_size(int64_t type) { return type == BF16 ? 2 : 4; }
+
+/* Bytes of a row of d keys or values. In int8 a float follows them: their scale. */
+INLINE int64_t kv_bytes(int64_t d, int64_t type) { return type == I8 ? d + 4 : d * (int64_t)type_size(type); }
 
 INLINE int64_t padded_k(int64_t kind, int64_t k)
 {

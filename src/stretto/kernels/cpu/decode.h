@@ -34,7 +34,7 @@ INLINE const void *row_of(const Attention *a, const void *cache, const Item *ite
 {
     int64_t block = a->step->tables[item->sequence * a->step->width + key / a->step->block_size];
     int64_t row = (block * a->kind->kv_heads + item->head) * a->step->block_size + key % a->step->block_size;
-    return at(cache, row * a->kind->head_dim, a->step->kv_type);
+    return (const char *)cache + row * kv_bytes(a->kind->head_dim, a->step->kv_type);
 }
 
 INLINE int64_t query_position(const Attention *a, const Item *item, int64_t query)
@@ -55,6 +55,9 @@ INLINE void load_span(const void *row, int64_t i, int64_t type, vf *low, vf *hig
         vi pairs = vi_load((const uint16_t *)row + i);
         *low = vf_even(pairs);
         *high = vf_odd(pairs);
+    } else if (type == I8) {
+        *low = vf_i8((const int8_t *)row + i);
+        *high = vf_i8((const int8_t *)row + i + VF);
     } else {
         *low = vf_load((const float *)row + i);
         *high = vf_load((const float *)row + i + VF);
@@ -176,7 +179,7 @@ INLINE void soften(const Attention *a, float *restrict s, Running *run, int64_t 
 
 INLINE void find_rows(const Attention *a, const Item *item, int64_t key, const void **keys, const void **values)
 {
-    int64_t size = a->step->block_size, width = a->kind->head_dim * (int64_t)type_size(a->step->kv_type);
+    int64_t size = a->step->block_size, width = kv_bytes(a->kind->head_dim, a->step->kv_type);
     for (int64_t i = 0; i < KEYS;) {
         int64_t of = least(key + i, item->to - 1), left = of == key + i ? size - of % size : 1;
         const char *k = row_of(a, a->keys, item, of), *v = row_of(a, a->values, item, of);
@@ -191,7 +194,7 @@ INLINE void find_rows(const Attention *a, const Item *item, int64_t key, const v
 INLINE void pad_rows(const Attention *a, const void **rows, float *copies, int64_t width)
 {
     for (int64_t i = 0; i < KEYS; i++, copies += width) {
-        widen(copies, rows[i], a->kind->head_dim, a->step->kv_type);
+        widen_kv(copies, rows[i], a->kind->head_dim, a->step->kv_type);
         memset(copies + a->kind->head_dim, 0, (size_t)(width - a->kind->head_dim) * sizeof(float));
         rows[i] = copies;
     }
@@ -247,6 +250,17 @@ INLINE void decode_values(const int64_t type, int64_t lanes, const float *p, flo
     }
 }
 
+/* What stands for each key, [lanes][KEYS], times its row's scale. */
+INLINE void scale_rows(float *restrict x, const void *const *rows, int64_t lanes, int64_t d)
+{
+    float scales[KEYS];
+    for (int64_t i = 0; i < KEYS; i++)
+        scales[i] = kv_scale(rows[i], d);
+    for (int64_t l = 0; l < lanes; l++)
+        for (int64_t i = 0; i < KEYS; i++)
+            x[l * KEYS + i] *= scales[i];
+}
+
 static void decode(const Attention *a, const Item *item, float *scratch)
 {
     int64_t width = a->width, d = a->kind->head_dim, share = a->share, lanes = item->queries * share;
@@ -261,7 +275,7 @@ static void decode(const Attention *a, const Item *item, float *scratch)
         runs[l] = (Running){-INFINITY, 0, most(item->from, first_key(a, position)), least(item->to, position + 1)};
     }
     Next rows;
-    rows.bytes = d * (int64_t)type_size(a->step->kv_type);
+    rows.bytes = kv_bytes(d, a->step->kv_type);
     find_rows(a, item, item->from, rows.keys, rows.values);
     for (int64_t key = item->from; key < item->to; key += KEYS) {
         const void *keys[KEYS], *values[KEYS];
@@ -281,12 +295,18 @@ static void decode(const Attention *a, const Item *item, float *scratch)
         }
         if (type == BF16)
             decode_scores(BF16, lanes, q, scores, keys, count, width, next);
+        else if (type == I8)
+            decode_scores(I8, lanes, q, scores, keys, count, width, next), scale_rows(scores, keys, lanes, d);
         else
             decode_scores(F32, lanes, q, scores, keys, count, width, next);
         for (int64_t l = 0; l < lanes; l++)
             soften(a, scores + l * KEYS, &runs[l], key, out + l * width, width);
+        if (type == I8)
+            scale_rows(scores, values, lanes, d);
         if (type == BF16)
             decode_values(BF16, lanes, scores, out, values, count, width);
+        else if (type == I8)
+            decode_values(I8, lanes, scores, out, values, count, width);
         else
             decode_values(F32, lanes, scores, out, values, count, width);
     }

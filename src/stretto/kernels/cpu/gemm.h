@@ -285,22 +285,6 @@ static void linear_item(const void *job, int64_t item, int thread)
     }
 }
 
-/* x [n] into levels q; returns their scale: NaN when x holds a number that is not finite, and then q is 0. */
-INLINE float quantise(int8_t *restrict q, const float *restrict x, int64_t n)
-{
-    uint32_t top = largest(x, n);
-    int finite = top < 0x7f800000, some = float_of(top) > 1e-30f;
-    float inverse = finite && some ? 127.0f / float_of(top) : 0.0f;
-    if (!finite) {
-        memset(q, 0, (size_t)n);
-        return NAN;
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++)
-        q[i] = (int8_t)(int32_t)((x[i] * inverse + ROUND) - ROUND);
-    return some ? float_of(top) / 127.0f : 0.0f;
-}
-
 INLINE int32_t sum_of(const int8_t *q, int64_t n)
 {
     int32_t sum = 0;

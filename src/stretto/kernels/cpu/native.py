@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 LEVELS = 4
-F32, BF16 = 0, 1
+F32, BF16, I8 = 0, 1, 2
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 NORMS = {"none": 0, "head": 1, "row": 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}

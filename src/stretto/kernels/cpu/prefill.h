@@ -48,8 +48,8 @@ INLINE void read_tile(const Attention *a, const Item *item, int64_t key, int64_t
     for (int64_t i = 0; i < count; i++) {
         const void *k = row_of(a, a->keys, item, key + i), *v = row_of(a, a->values, item, key + i);
         if (!pairs) {
-            widen(t->keys + i * d, k, d, a->step->kv_type);
-            widen(t->values + i * d, v, d, a->step->kv_type);
+            widen_kv(t->keys + i * d, k, d, a->step->kv_type);
+            widen_kv(t->values + i * d, v, d, a->step->kv_type);
             continue;
         }
         memcpy(half(t->keys, i * d), k, (size_t)d * 2);

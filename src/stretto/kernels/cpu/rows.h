@@ -169,7 +169,7 @@ static void place_item(const void *job, int64_t item, int thread)
     const Step *step = a->step;
     const Kind *kind = a->kind;
     int64_t heads = kind->heads, rotated = heads + kind->kv_heads, d = kind->head_dim, size = step->block_size;
-    int64_t width = (rotated + kind->kv_heads) * d;
+    int64_t width = (rotated + kind->kv_heads) * d, row_bytes = kv_bytes(d, step->kv_type);
     float *lanes = pool_private(thread), *weight = lanes + width;
     if (kind->norm != NORM_NONE)
         widen(weight, a->norms, rotated * d, step->type);
@@ -177,10 +177,9 @@ static void place_item(const void *job, int64_t item, int thread)
         void *row = at(a->qkv, t * width, step->type);
         int64_t first = step->slots[t] / size * kind->kv_heads * size + step->slots[t] % size;
         for (int64_t h = 0; h < kind->kv_heads; h++)
-            for (int64_t i = 0; i < d; i += 64 / (int64_t)type_size(step->kv_type)) {
-                int64_t slot = (first + h * size) * d + i;
-                __builtin_prefetch(at(a->keys, slot, step->kv_type), 1);
-                __builtin_prefetch(at(a->values, slot, step->kv_type), 1);
+            for (int64_t i = 0; i < row_bytes; i += 64) {
+                __builtin_prefetch(a->keys + (first + h * size) * row_bytes + i, 1);
+                __builtin_prefetch(a->values + (first + h * size) * row_bytes + i, 1);
             }
         widen(lanes, row, width, step->type);
         if (kind->norm == NORM_ROW) {
@@ -194,16 +193,16 @@ static void place_item(const void *job, int64_t item, int thread)
         }
         narrow(row, lanes, heads * d, step->type);
         for (int64_t h = 0; h < kind->kv_heads; h++) {
-            int64_t slot = (first + h * size) * d;
-            narrow(at(a->keys, slot, step->kv_type), lanes + (heads + h) * d, d, step->kv_type);
-            narrow(at(a->values, slot, step->kv_type), lanes + (rotated + h) * d, d, step->kv_type);
+            int64_t slot = (first + h * size) * row_bytes;
+            narrow_kv(a->keys + slot, lanes + (heads + h) * d, d, step->kv_type);
+            narrow_kv(a->values + slot, lanes + (rotated + h) * d, d, step->kv_type);
         }
     }
 }
 
 INLINE int64_t values_offset(const Step *step, const Kind *kind)
 {
-    return step->blocks * kind->kv_heads * step->block_size * kind->head_dim * (int64_t)type_size(step->kv_type);
+    return step->blocks * kind->kv_heads * step->block_size * kv_bytes(kind->head_dim, step->kv_type);
 }
 
 /* qkv [tokens, (heads + 2 kv_heads) * head_dim]: normalise and rotate queries and keys, the queries in place; write

@@ -123,3 +123,49 @@ INLINE uint32_t largest(const float *x, int64_t n)
     }
     return top;
 }
+
+/* x [n] into levels q; returns their scale: NaN when x holds a number that is not finite, and then q is 0. */
+INLINE float quantise(int8_t *restrict q, const float *restrict x, int64_t n)
+{
+    uint32_t top = largest(x, n);
+    int finite = top < 0x7f800000, some = float_of(top) > 1e-30f;
+    float inverse = finite && some ? 127.0f / float_of(top) : 0.0f;
+    if (!finite) {
+        memset(q, 0, (size_t)n);
+        return NAN;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++)
+        q[i] = (int8_t)(int32_t)((x[i] * inverse + ROUND) - ROUND);
+    return some ? float_of(top) / 127.0f : 0.0f;
+}
+
+INLINE float kv_scale(const void *row, int64_t d)
+{
+    float scale;
+    memcpy(&scale, (const char *)row + d, sizeof scale);
+    return scale;
+}
+
+/* A row of keys or values as floats, and back. */
+INLINE void widen_kv(float *restrict y, const void *row, int64_t d, int64_t type)
+{
+    if (type != I8) {
+        widen(y, row, d, type);
+        return;
+    }
+    const int8_t *levels = row;
+    float scale = kv_scale(row, d);
+    for (int64_t i = 0; i < d; i++)
+        y[i] = scale * (float)levels[i];
+}
+
+INLINE void narrow_kv(void *row, const float *restrict x, int64_t d, int64_t type)
+{
+    if (type != I8) {
+        narrow(row, x, d, type);
+        return;
+    }
+    float scale = quantise(row, x, d);
+    memcpy((char *)row + d, &scale, sizeof scale);
+}

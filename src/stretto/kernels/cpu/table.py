@@ -12,7 +12,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from stretto.kernels import Activation, Attention, Batch, Cache, Experts, Geometry, Kernels, Linear
+from stretto.kernels import Activation, Attention, Batch, Cache, Experts, Geometry, Kernels, Linear, kv_width
 from stretto.kernels.cpu import native as c
 from stretto.kernels.cpu.native import Native, complain
 from stretto.kernels.cpu.weights import TYPES, Format, PackedLinear, exact_in_bfloat16, pack
@@ -25,16 +25,17 @@ SMALLEST_QUANTISED = 256
 # were it not for an embedding at hand to compute the likeliest of them anew.
 VOCABULARY = 30_000
 LIKELIEST = 64
+KV_TYPES = {**TYPES, torch.int8: c.I8}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step as the library reads it. It points into `batch`, `cache` and `turns`, which live as long."""
+    """A step as the library reads it, in the dtype of what is passed with it. It points into `batch`,
+    `cache` and `turns`, which live as long."""
 
     step: c.Step
     address: int
     tokens: int
-    type: int
     kv_dtype: torch.dtype
     blocks: int
     turns: tuple[tuple[Tensor, int, int], ...]
@@ -146,16 +147,16 @@ class Table:
 
     def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
         layer = cache.layers[0]
-        if layer.dtype not in TYPES or not layer.is_contiguous():
+        if layer.dtype not in KV_TYPES or not layer.is_contiguous():
             raise ValueError(
-                f"a cache of {layer.dtype}, strides {layer.stride()}: not float32 or bfloat16 in a row"
+                f"a cache of {layer.dtype}, strides {layer.stride()}: not float32, bfloat16 or int8 in a row"
             )
         _, blocks, _, size, _ = layer.shape
         tokens, (sequences, width) = batch.tokens.shape[0], batch.tables.shape
         pointers = (batch.positions, batch.slots, batch.tables, batch.query_starts, batch.contexts)
         step = c.Step(
             *(array.data_ptr() for array in pointers),
-            *(tokens, sequences, width, blocks, size, TYPES[layer.dtype], TYPES[layer.dtype]),
+            *(tokens, sequences, width, blocks, size, c.F32, KV_TYPES[layer.dtype]),
         )
         address = ctypes.addressof(step)
         if not all(array.is_contiguous() for array in pointers) or self.native.check(address):
@@ -170,7 +171,7 @@ class Table:
             turn = torch.empty(tokens, 2, pairs)
             self.native.rotate(address, frequencies, pairs, rotation.scale, turn.data_ptr())
             turns.append((turn, turn.data_ptr(), 2 * pairs))
-        return Plan(step, address, tokens, step.type, layer.dtype, blocks, tuple(turns), batch)
+        return Plan(step, address, tokens, layer.dtype, blocks, tuple(turns), batch)
 
     def place(
         self, qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: Plan
@@ -201,13 +202,17 @@ class Table:
 
     def _fits(self, x: Tensor, shape: tuple[int, ...], kind: Attention, layer: Tensor, plan: Plan) -> None:
         step = plan.step
-        cache = (2, plan.blocks, kind.kv_heads, step.block_size, kind.head_dim)
+        width = kv_width(kind.head_dim, layer.dtype)
+        cache = (2, plan.blocks, kind.kv_heads, step.block_size, width)
         if x.shape != shape or layer.shape != cache:
             raise ValueError(
                 f"{tuple(x.shape)} over a cache of {tuple(layer.shape)} is not {shape} over {cache}"
             )
-        if x.dtype != plan.kv_dtype or layer.dtype != plan.kv_dtype:
-            raise ValueError(f"{x.dtype} over a cache of {layer.dtype} is not {plan.kv_dtype}")
+        if x.dtype not in TYPES or layer.dtype != plan.kv_dtype:
+            raise ValueError(
+                f"{x.dtype} over a cache of {layer.dtype}: no kernel, in a step over {plan.kv_dtype}"
+            )
+        step.type = TYPES[x.dtype]
 
     def _kind(self, kind: Attention) -> int:
         """The address of a kind's C form."""
@@ -283,6 +288,7 @@ def table(native: Native, quantise: Quantise | None = None) -> Kernels:
         attend=own.attend,
         pack_experts=own.pack_experts,
         experts=own.experts,
+        caches=frozenset(KV_TYPES),
         takes=frozenset(TYPES),
         pack_tied=own.pack_tied,
         sharpen=own.sharpen,

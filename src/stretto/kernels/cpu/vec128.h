@@ -32,6 +32,7 @@ INLINE vf vf_bf16(const uint16_t *p)
 {
     return (vf)((vu){p[0], p[1], p[2], p[3]} << 16);
 }
+INLINE vf vf_i8(const int8_t *p) { return (vf){p[0], p[1], p[2], p[3]}; }
 INLINE vf vf_even(vi pairs) { return (vf)((vu)pairs << 16); }
 INLINE vf vf_odd(vi pairs) { return (vf)((vu)pairs & 0xffff0000u); }
 #define PARTS_I8 1

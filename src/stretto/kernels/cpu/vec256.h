@@ -23,6 +23,10 @@ INLINE vf vf_bf16(const uint16_t *p)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
 }
+INLINE vf vf_i8(const int8_t *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
+}
 INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
 INLINE vi vi_set1(int32_t x) { return _mm256_set1_epi32(x); }
 INLINE vi vi_load(const void *p) { return _mm256_loadu_si256(p); }
