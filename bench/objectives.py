@@ -18,7 +18,7 @@ from stretto.engine.replay import SMALL_CPU, Report, Setting, capacity, replay, 
 from stretto.engine.steptime import Cost
 from stretto.types import Arrival
 
-COLUMNS = "load schedule goodput ratio of_bound priority default flex/s lost steps gap_ms"
+COLUMNS = "load schedule goodput ratio of_best of_all weighted priority default flex/s lost steps gap_ms"
 
 
 def main() -> None:
@@ -48,14 +48,17 @@ def _both(arrivals: list[Arrival], setting: Setting, full: float) -> list[Report
 
 
 def _line(report: Report, fcfs: Report) -> str:
-    """Goodput is of what has an objective; the bound of `timed` leaves flex out, that of all counts it."""
+    """Goodput is of what has an objective, and `of_best` its share of that bound, which leaves flex out.
+    `of_all` counts flex as on time when it is over; `weighted` counts each as much as its tier weighs."""
     timed, whole, best = report.tiers["timed"], report.tiers["all"], report.best_goodput
     values = (
         f"{report.load:g}",
         report.schedule,
         f"{timed.goodput:.4f}",
         f"{timed.goodput / max(fcfs.tiers['timed'].goodput, 1e-9):.2f}",
-        f"{timed.goodput / best['timed']:.3f}/{whole.goodput / best['all']:.3f}",
+        f"{timed.goodput / best['timed']:.3f}",
+        f"{whole.goodput / best['all']:.3f}",
+        f"{report.weighted_goodput / best['weighted']:.3f}",
         f"{report.tiers['priority'].attainment:.4f}",
         f"{report.tiers['default'].attainment:.4f}",
         f"{report.tiers['flex'].completed:.4f}",

@@ -70,7 +70,7 @@ Schedule = Annotated[
     Literal["fcfs", "deadline"],
     Meta(description="what runs first; fcfs: first come, first served; deadline: so that most are on time"),
 ]
-SCHEDULE: Schedule = "fcfs"
+SCHEDULE: Schedule = "deadline"
 
 
 def tiers_of(terms: Mapping[TierName, Terms]) -> dict[str, Tier]:
@@ -133,6 +133,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
             " that model, one of those held"
         ),
     ] = "ngram"
+    priority_share: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="of the machine's time, what one tenant may ask for at priority in a minute; beyond, "
+            "its requests are served as default",
+        ),
+    ] = 0.5
     prefix_cache: Annotated[bool, Meta(description="share the KV blocks of equal beginnings")] = True
     cache_dir: Annotated[
         str,

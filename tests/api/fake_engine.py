@@ -102,7 +102,8 @@ class FakeStream:
 
 @dataclass
 class FakeEngine:
-    """`script(request)` is what each request gets. `open` are the streams that nobody has closed."""
+    """`script(request)` is what each request gets. `open` are the streams that nobody has closed; `spent` the
+    tenants that have had their share of priority."""
 
     script: Script
     models: dict[str, ModelInfo]
@@ -115,6 +116,7 @@ class FakeEngine:
     pause: Callable[[float], object] = asyncio.sleep
     failure: str | None = None
     ended: bool = False
+    spent: set[str] = field(default_factory=set)
     _ids: count = field(default_factory=lambda: count(1))
 
     async def wait_ready(self) -> None:
@@ -129,6 +131,9 @@ class FakeEngine:
 
     def next_id(self) -> int:
         return next(self._ids)
+
+    def within_share(self, tenant: str, tier: str) -> bool:
+        return tier != "priority" or tenant not in self.spent
 
     def submit(self, request: Request) -> FakeStream:
         if not self.ready:

@@ -150,7 +150,7 @@ def test_a_file_says_the_tiers(tmp_path: Path) -> None:
     assert tiers["priority"].objective == Objective(ttft_ms=800)
     assert (tiers["priority"].weight, tiers["default"]) == (TIERS["priority"].weight, TIERS["default"])
     for wrong in (
-        '[tiers.flex]\non_miss = "reject"\n',
+        'schedule = "fcfs"\n[tiers.flex]\non_miss = "reject"\n',
         "[tiers.gold]\nttft_ms = 1\n",
         "[tiers.flex]\nttft_ms = 0\n",
         "[tiers.flex]\nspeed = 1\n",
@@ -165,6 +165,27 @@ async def test_the_front_takes_the_tiers_of_its_config(checkpoint: Path, engine:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         await answer(client)
     assert engine.requests[0].objective == Objective(ttft_ms=123)
+
+
+async def test_a_tenant_beyond_its_share_of_priority_is_served_as_default(
+    checkpoint: Path, engine: FakeEngine
+) -> None:
+    keys = {"key-of-one": "one", "key-of-two": "two"}
+    app = build(ServeConfig(api_keys=keys), engine, {"tiny": checkpoint})
+    engine.spent.add("one")
+    body = {"messages": [{"role": "user", "content": "hi"}], "service_tier": "priority"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        served = [
+            await client.post(
+                "/v1/chat/completions",
+                json=body | {"objective": {"ttft_ms": 700}},
+                headers={"Authorization": f"Bearer {key}"},
+            )
+            for key in keys
+        ]
+    assert [answer.json()["service_tier"] for answer in served] == ["default", "priority"]
+    assert [request.tier for request in engine.requests] == ["default", "priority"]
+    assert {request.objective.ttft_ms for request in engine.requests} == {700}, "its own limits stay"
 
 
 async def test_a_real_engine_keeps_objectives() -> None:

@@ -182,6 +182,21 @@ async def test_what_cannot_be_on_time_is_refused_before_the_running_step_has_end
         await client.shutdown(1.0)
 
 
+async def test_a_client_that_makes_every_request_priority_has_its_share_and_no_more():
+    model = ModelConfig(name="null", path="null:5")
+    client = EngineClient(EngineConfig(models=(model,), schedule="deadline", priority_share=0.0001))
+    await client.start()
+    await client.wait_ready()
+    try:
+        assert client.within_share("local", "priority") and client.within_share("local", "flex")
+        while client.within_share("local", "priority"):
+            asked = msgspec.structs.replace(request(client), tier="priority")
+            await read(client.submit(asked))
+        assert client.within_share("local", "default") and client.within_share("other", "priority")
+    finally:
+        await client.shutdown(1.0)
+
+
 async def test_a_burst_sent_since_the_last_word_of_the_engine_counts():
     """Each promise of a first token takes from what is left for the next, before the engine has seen any."""
     outlook = Outlook(TIERS)

@@ -28,11 +28,11 @@ def tier_of(request: Generation) -> str:
     return DEFAULT if request.service_tier in (None, "auto") else request.service_tier
 
 
-def aim(request: Generation, tiers: Mapping[str, Tier], schedule: Schedule) -> Aim:
-    """The request's own limits, and its tier's where it has none. Without a stream no gap between tokens is
-    seen, so the tier's does not count. Raises InvalidRequest for limits that contradict each other, and for a
-    refusal that `schedule` never gives."""
-    tier = tier_of(request)
+def aim(request: Generation, tiers: Mapping[str, Tier], schedule: Schedule, tier: str | None = None) -> Aim:
+    """The request's own limits, and its tier's (or those of `tier`) where it has none. Without a stream no
+    gap between tokens is seen, so the tier's does not count. Raises InvalidRequest for limits that contradict
+    each other, and for a refusal that `schedule` never gives."""
+    tier = tier_of(request) if tier is None else tier
     usual, asked = tiers[tier].objective, request.objective
     if asked is not None and asked.on_miss == "reject" and schedule == "fcfs":
         where = "$.objective.on_miss"

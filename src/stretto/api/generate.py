@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import count
 from secrets import token_hex
 
@@ -26,6 +27,9 @@ Heard = tuple[Choice, list[TokenEvent]]
 async def generate(front: Front, run: Run, job: Job, tenant: str, arrival: float, send: Send) -> None:
     """One job from start to end. Raises what goes wrong; `run.streaming` says whether a stream had begun."""
     front.ensure_open(len(job.prompts) * job.sampling.n)
+    if not front.engine.within_share(tenant, job.aim.tier):
+        job = replace(job, aim=job.modest)
+        run.tier = job.aim.tier
     run.open(_submit(front, job, tenant, arrival))
     header = write.Header(
         id=("chatcmpl-" if job.style is write.CHAT else "cmpl-") + token_hex(12),

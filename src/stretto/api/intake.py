@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from stretto.api import conversation, reasoning, write
-from stretto.api.aims import Aim, aim
+from stretto.api.aims import DEFAULT, Aim, aim
 from stretto.api.answer import Shape
 from stretto.api.front import Front
 from stretto.api.text import TextModel
@@ -30,7 +30,8 @@ Prompts = str | Sequence[str | int | list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request, checked. There are `sampling.n` choices of each prompt; `echo` has one text per prompt."""
+    """One request, checked; `modest` is its aim when the tenant has had its share of priority. There are
+    `sampling.n` choices of each prompt; `echo` has one text per prompt."""
 
     style: write.Style
     model: str
@@ -39,6 +40,7 @@ class Job:
     sampling: Sampling
     salt: str
     aim: Aim
+    modest: Aim
     metadata: dict[str, str] | None
     stream: bool
     options: StreamOptions
@@ -92,6 +94,7 @@ async def chat(front: Front, request: ChatRequest, size: int) -> Job:
         sampling=sampling,
         salt=_salt(request),
         aim=aim(request, front.tiers, front.config.schedule),
+        modest=aim(request, front.tiers, front.config.schedule, DEFAULT),
         metadata=request.metadata,
         stream=bool(request.stream),
         options=_options(request),
@@ -134,6 +137,7 @@ async def completion(front: Front, request: CompletionRequest, size: int) -> Job
         sampling=sampling,
         salt=_salt(request),
         aim=aim(request, front.tiers, front.config.schedule),
+        modest=aim(request, front.tiers, front.config.schedule, DEFAULT),
         metadata=request.metadata,
         stream=bool(request.stream),
         options=_options(request),

@@ -158,7 +158,7 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     rest = _tokens(request, seen) - 1
     excess = max(excess, start + own + rest * _pace(request, seen) / 1e3 - last_due)
     hopeless = now + cost.prefill(0, len(request.prompt)) / 1e3 > due
-    if not _bearable(request, seen):
+    if not _bearable(request, seen, heavier):
         excess = max(excess, SOONEST_S)
     after = 0.0 if excess <= 0 else inf if hopeless else max(excess, SOONEST_S)
     queued = (start - request.arrival) * 1e3
@@ -182,12 +182,12 @@ def _pace(request: Request, seen: Snapshot) -> float:
     return seen.cost.decodes(seen.streams + 1, seen.context + len(request.prompt))
 
 
-def _bearable(request: Request, seen: Snapshot) -> bool:
+def _bearable(request: Request, seen: Snapshot, heavier: float) -> bool:
     itl = request.objective.itl_ms
     if itl is None:
         return True
     base = seen.cost.c0 / min(itl, seen.gap_ms)
-    return base + seen.load + seen.cost.row(len(request.prompt)) / itl < CROWDED / seen.margin
+    return base + seen.load + seen.cost.row(len(request.prompt)) / itl < CROWDED / seen.margin - heavier
 
 
 def _by_weight(job: Ahead) -> tuple[float, float]:

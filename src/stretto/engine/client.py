@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -22,10 +23,12 @@ import zmq
 from stretto.config import EngineConfig, tiers_of
 from stretto.engine import messages
 from stretto.engine.admit import Forecast, Outlook
+from stretto.engine.quota import Shares
 from stretto.errors import EngineDied, StartError
 from stretto.types import Finish, ModelInfo, Reason, Request, StepStats, TokenEvent, WorkerState
 
 log = logging.getLogger(__name__)
+PRIORITY = "priority"
 RESTART_S = (0.0, 0.5, 2.0, 5.0)
 
 
@@ -107,6 +110,7 @@ class EngineClient:
         self._closing = False
         self._keeper: asyncio.Task[None] | None = None
         self._outlooks: dict[str, Outlook] = {}
+        self._shares = Shares(config.priority_share)
         self._steps = 0
         self._last: dict[str, StepStats] = {}
         self.ready = False
@@ -147,9 +151,16 @@ class EngineClient:
                 return stream
             stream.forecast_ms = forecast.queue_ms
             self._outlooks[request.model].sent(request)
+            if request.tier == PRIORITY:
+                work = self._outlooks[request.model].work_ms(request)
+                self._shares.charge(request.tenant, work, time.monotonic())
         self._streams[request.id] = stream
         self._send(messages.Submit(request))
         return stream
+
+    def within_share(self, tenant: str, tier: str) -> bool:
+        """Whether the tenant may have this tier now: beyond its share of the time, `priority` it may not."""
+        return tier != PRIORITY or self._shares.allows(tenant, time.monotonic())
 
     def cancel(self, ident: int) -> None:
         """Drop a request in the engine; its stream hears no more."""
@@ -185,7 +196,8 @@ class EngineClient:
             try:
                 await asyncio.wait_for(self._process.wait(), grace_s if self.ready else 0.0)
             except TimeoutError:
-                self._process.kill()
+                with suppress(ProcessLookupError):  # it may end just now
+                    self._process.kill()
                 await self._process.wait()
         if self._keeper is not None:
             await self._keeper

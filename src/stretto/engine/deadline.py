@@ -272,9 +272,10 @@ def _read(
     refused, for what time may be left."""
     aside: list[Sequence] = []
     crowded = False
-    for index, (_, seq) in enumerate(prompts):
+    for index, (rank, seq) in enumerate(prompts):
         if index not in out:
-            crowded = crowded or (seq.slot < 0 and not _bearable(budget, seq, running))
+            heavier = moment.ledger.inflow_above(-rank[1])
+            crowded = crowded or (seq.slot < 0 and not _bearable(budget, seq, running, heavier))
             if budget.left() > 0 and budget.tokens > 0 and (seq.slot >= 0 or not crowded):
                 run(budget, seq, budget.left())
         elif seq.request.objective.on_miss == "reject" and seq.started is None:
@@ -318,14 +319,13 @@ def _hopeless(budget: Budget, seq: Sequence) -> bool:
     return budget.now + alone / 1e3 > seq.due
 
 
-def _bearable(budget: Budget, seq: Sequence, running: Running) -> bool:
-    """Whether the streams would still have their pace if this prompt became one of them."""
+def _bearable(budget: Budget, seq: Sequence, running: Running, heavier: float) -> bool:
+    """Whether the streams would still have their pace if this prompt became one of them, and `heavier`
+    prompts to come the share of the time that they take."""
     gap = seq.gap * 1e3
     base = budget.cost.c0 / min(gap, running.gap)
-    return (
-        not running.streams
-        or base + running.load + budget.cost.row(seq.length) / gap < CROWDED / budget.margin
-    )
+    load = base + running.load + budget.cost.row(seq.length) / gap
+    return not running.streams or load < CROWDED / budget.margin - heavier
 
 
 def _fill(budget: Budget, sequences: list[Sequence], ms: float) -> float:

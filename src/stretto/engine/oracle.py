@@ -14,12 +14,14 @@ GRID = 512
 
 
 class Work(NamedTuple):
-    """Seconds of machine time to be done between `arrival` and `due`, in `steps` steps or more."""
+    """Seconds of machine time to be done between `arrival` and `due`, in `steps` steps or more, and what it
+    is worth to be on time."""
 
     arrival: float
     due: float
     seconds: float
     steps: int = 0
+    worth: float = 1.0
 
 
 def with_base(works: Sequence[Work], base: float, grid: int = 4 * GRID) -> list[Work]:
@@ -50,13 +52,15 @@ def with_base(works: Sequence[Work], base: float, grid: int = 4 * GRID) -> list[
 
 
 def most_on_time(works: Sequence[Work], grid: int = GRID) -> float:
-    """The largest number of requests, fractions counted, that one machine can finish between arrival and due.
+    """The most worth of requests, fractions counted, that one machine can finish between arrival and due:
+    with a worth of 1 each, their number.
 
     All lengths are known, work may be interrupted at will and done in any order, a part of a request counts
     as that part of one, and arrivals and dues are moved apart to the next of `grid` instants: each makes it
     easier, so no schedule has more. The amounts of work that can be done form a polymatroid (those of a
     preemptive machine with release times and dues: Horn, Naval Research Logistics Quarterly 21, 1974), so
-    taking the shortest first, each as far as what is taken leaves room, is optimal (Edmonds 1970).
+    taking first what is worth most a second, each as far as what is taken leaves room, is optimal (Edmonds
+    1970).
     """
     if not works:
         return 0.0
@@ -69,10 +73,10 @@ def most_on_time(works: Sequence[Work], grid: int = GRID) -> float:
         instants[None, :] - instants[:, None]
     )  # [from, to]: what can still be done of work that lies within
     count = 0.0
-    for index in sorted(range(len(works)), key=lambda index: works[index].seconds):
+    for index in sorted(range(len(works)), key=lambda index: works[index].seconds / works[index].worth):
         within = room[: first[index] + 1, last[index] :]
         seconds = works[index].seconds
         done = min(seconds, max(float(within.min()), 0.0))
         within -= done
-        count += done / seconds if seconds > 0 else 1.0
+        count += works[index].worth * (done / seconds if seconds > 0 else 1.0)
     return count

@@ -99,8 +99,9 @@ class TierReport(Struct, frozen=True, kw_only=True):
 class Report(Struct, frozen=True, kw_only=True):
     """A replay. `rate`: arrivals per second; `capacity`: what load 1.0 is; `duration_s` to the last arrival,
     `drained_s` to the last end. `wasted`: share of all tokens computed for requests that had an objective and
-    were late or never answered. `best_goodput`: no schedule could have more (see `engine.oracle`); prefixes
-    that requests share are not in that reckoning. `timed` are all tiers with an objective."""
+    were late or never answered. `weighted_goodput`: each on-time answer counts as much as its tier weighs.
+    `best_goodput`: no schedule could have more (see `engine.oracle`); prefixes that requests share are not in
+    that reckoning. `timed` are all tiers with an objective."""
 
     schedule: str
     load: float
@@ -113,6 +114,7 @@ class Report(Struct, frozen=True, kw_only=True):
     wasted: float
     preemptions: int
     model_error: float
+    weighted_goodput: float
     best_goodput: dict[str, float]
     tiers: dict[str, TierReport]
 
@@ -186,11 +188,18 @@ def replay(arrivals: Sequence[Arrival], setting: Setting, *, rate: float | None 
     ]
     outputs = [arrival.output_tokens for arrival in usable]
     report = World(setting, share=any(arrival.prefix for arrival in usable)).run(requests, outputs, full)
+    return msgspec.structs.replace(report, best_goodput=_bounds(requests, outputs, setting))
+
+
+def _bounds(requests: Sequence[Request], outputs: Sequence[int], setting: Setting) -> dict[str, float]:
+    best = {
+        "all": bound(requests, outputs, setting),
+        "weighted": bound(requests, outputs, setting, weighted=True),
+    }
     timed = [pair for pair in zip(requests, outputs, strict=True) if _timed(pair[0])]
-    best = {"all": bound(requests, outputs, setting)}
     if timed:
         best["timed"] = bound([one for one, _ in timed], [tokens for _, tokens in timed], setting)
-    return msgspec.structs.replace(report, best_goodput=best)
+    return best
 
 
 def capacity(arrivals: Sequence[Arrival], setting: Setting, most: int = 2000) -> float:
@@ -271,6 +280,8 @@ class World:
         groups = {name: [one for one in told if one.request.tier == name] for name in self._setting.tiers}
         groups["timed"] = [one for one in told if _timed(one.request)]
         groups["all"] = told
+        tiers = {name: _tier_report(group, end) for name, group in groups.items()}
+        weights = {name: tier.weight for name, tier in self._setting.tiers.items()}
         return Report(
             schedule=self._setting.schedule,
             load=self._setting.load,
@@ -283,14 +294,18 @@ class World:
             wasted=lost / total if total else 0.0,
             preemptions=self._preemptions,
             model_error=self._lane.times.error,
+            weighted_goodput=sum(weight * tiers[name].goodput for name, weight in weights.items()),
             best_goodput={},
-            tiers={name: _tier_report(group, end) for name, group in groups.items()},
+            tiers=tiers,
         )
 
 
-def bound(requests: Sequence[Request], outputs: Sequence[int], setting: Setting) -> float:
+def bound(
+    requests: Sequence[Request], outputs: Sequence[int], setting: Setting, *, weighted: bool = False
+) -> float:
     """Goodput that no schedule exceeds, by `engine.oracle`: each request's own work and its part of the steps
-    it needs, due with its last token or with the last arrival, whichever is first."""
+    it needs, due with its last token or with the last arrival, whichever is first. `weighted`: each counts as
+    much as its tier weighs."""
     cost, end = setting.cost, requests[-1].arrival
     works: list[Work] = []
     for request, tokens in zip(requests, outputs, strict=True):
@@ -302,7 +317,8 @@ def bound(requests: Sequence[Request], outputs: Sequence[int], setting: Setting)
         spoken = (tokens - 1) * cost.row(prompt + tokens // 2)
         seconds = (cost.prefill(0, prompt) + spoken) / 1e3
         if due - request.arrival >= seconds:
-            works.append(Work(request.arrival, due, seconds, tokens))
+            worth = setting.tiers[request.tier].weight if weighted else 1.0
+            works.append(Work(request.arrival, due, seconds, tokens, worth))
     return most_on_time(with_base(works, cost.c0 / 1e3)) / end
 
 
