@@ -4,15 +4,17 @@ quantised."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from stretto.errors import StartError
-from stretto.kernels import Kernels
+from stretto.kernels import Kernels, Op
 from stretto.kernels.choice import choose_kernels
 from stretto.kernels.cpu.native import Native
+from stretto.kernels.cpu.program import Program
 from stretto.kernels.cpu.table import Quantise, fitting, table
 from stretto.kernels.reference import REFERENCE
 from stretto.models.decoder import Decoder
@@ -85,3 +87,22 @@ def test_the_table_chosen(native: Native, monkeypatch: pytest.MonkeyPatch):
     assert choose_kernels(cpu, torch.float32)[0] is REFERENCE
     with pytest.raises(StartError, match="gcc"):
         choose_kernels(cpu, torch.float32, "int4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantise", [None, "int8"])
+def test_all_layers_at_once_give_the_same_numbers(
+    native: Native, checkpoint: Path, quantise: Quantise | None, dtype: torch.dtype
+):
+    kernels = table(native, quantise)
+    whole = decoder(checkpoint, kernels, dtype)
+    plain = decoder(checkpoint, replace(kernels, compile=None), dtype)
+    assert torch.equal(Driver(whole).read(PROMPT, 1), Driver(plain).read(PROMPT, 1))
+
+
+def test_calls_that_do_not_fit_are_named(native: Native):
+    own = table(native)
+    first = own.pack(torch.zeros(8, 16), None)
+    ops = [Op("linear", "x", "qkv", 8, first), Op("linear", "qkv", "x", 8, first)]
+    with pytest.raises(ValueError, match="linear writes 8 to x, rows of 16"):
+        Program(native, ops, lambda _: 0)

@@ -54,6 +54,7 @@ class Apart:
         ]
 
     def _watched(self, kernels: Kernels) -> Kernels:
+        kernels = replace(kernels, compile=None)
         names = [entry.name for entry in fields(kernels) if callable(getattr(kernels, entry.name))]
         timed = {name: self._timed(name, getattr(kernels, name)) for name in names if "pack" not in name}
         return replace(kernels, **timed)

@@ -122,6 +122,29 @@ class Geometry:
     windows: tuple[int, ...]
 
 
+Buffer = Literal["x", "residual", "qkv", "mixed", "both", "gated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """A call of a table's function, as data: `source` and `target` are what it reads and writes, T rows of
+    `width` elements. `of`: its weights. `layer`: whose keys and values."""
+
+    call: Literal["linear", "norm", "add_norm", "gate", "place", "attend"]
+    source: Buffer
+    target: Buffer
+    width: int
+    of: Linear | Tensor | None = None
+    kind: Attention | None = None
+    layer: int = 0
+    activation: Activation = "silu"
+    eps: float = 0.0
+
+
+Run = Callable[[Tensor, Tensor, "Cache", Any], Tensor]
+"""(x consumed, residual consumed, both [T, H], cache, plan) -> what a list of calls leaves in x."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """A table. Activations are [T, ...] in the model's dtype; every function returns a tensor of that dtype.
@@ -155,6 +178,8 @@ class Kernels:
     experts: Callable[[Tensor, Tensor, Experts, int, bool], Tensor]
     """(x [T, H], router logits [T, E], Experts, k, normalise): softmax over all experts, the k likeliest,
     their weights made to sum to 1 if `normalise`, the weighted sum of those experts -> [T, H]."""
+    compile: Callable[[list[Op]], Run] | None = None
+    """(calls) -> all of them at once, from "x" and "residual" on. None: each is to be called."""
     caches: frozenset[torch.dtype] = frozenset()
     """Dtypes a cache may have beside the one the model computes in."""
     takes: frozenset[torch.dtype] = frozenset()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from stretto.kernels import Activation, Attention, Experts, Kernels, Linear
+from stretto.kernels import Activation, Attention, Experts, Kernels, Linear, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +30,46 @@ class Mixer:
         mixed = kernels.attend(q, kind, layer, plan)
         return kernels.linear(mixed if rows is None else mixed[rows], self.out)
 
+    def ops(self, layer: int, hidden: int) -> list[Op]:
+        """The same as data, over "x"."""
+        kind, queries = self.kind, self.kind.heads * self.kind.head_dim
+        lanes = queries + 2 * kind.kv_heads * kind.head_dim
+        return [
+            Op("linear", "x", "qkv", lanes, self.qkv),
+            Op("place", "qkv", "qkv", lanes, self.norms, kind, layer),
+            Op("attend", "qkv", "mixed", queries, None, kind, layer),
+            Op("linear", "mixed", "x", hidden, self.out),
+        ]
+
 
 class Feed(Protocol):
     """What follows attention: [T, hidden] -> [T, hidden], each row by itself."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    def ops(self, hidden: int) -> list[Op] | None:
+        """The same as data, over "x"; None where what is called depends on the numbers."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
     kernels: Kernels
     activation: Activation
+    inner: int
     gate_up: Linear
     down: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
         kernels = self.kernels
         return kernels.linear(kernels.gated(x, self.gate_up, self.activation), self.down)
+
+    def ops(self, hidden: int) -> list[Op]:
+        return [
+            Op("linear", "x", "both", 2 * self.inner, self.gate_up),
+            Op("gate", "both", "gated", self.inner, activation=self.activation),
+            Op("linear", "gated", "x", hidden, self.down),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +85,9 @@ class Mixture:
     def __call__(self, x: Tensor) -> Tensor:
         scores = self.kernels.linear(x, self.router)
         return self.kernels.experts(x, scores, self.experts, self.chosen, self.normalise)
+
+    def ops(self, hidden: int) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +107,10 @@ class Join:
             return self.kernels.add_norm(x, residual, self.before, self.eps)
         residual = residual + x
         return residual, residual
+
+    def ops(self, hidden: int) -> list[Op] | None:
+        """The same as data; None where the sum is read as it is."""
+        if self.before is None:
+            return None
+        after = [] if self.after is None else [Op("norm", "x", "x", hidden, self.after, eps=self.eps)]
+        return [*after, Op("add_norm", "x", "x", hidden, self.before, eps=self.eps)]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stretto.kernels import Batch, Cache, Geometry, Kernels, Linear, kv_width
+from stretto.kernels import Batch, Cache, Geometry, Kernels, Linear, Op, Run, kv_width
 from stretto.models.blocks import Feed, Join, Mixer
 from stretto.models.spec import ModelSpec
 
@@ -53,6 +53,7 @@ class Decoder:
         self.weights = weights
         self._embedding = weights.embedding
         self._last = len(weights.layers) - 1
+        self._run = _compiled(weights.layers, spec.hidden, kernels)
         # The scale is rounded as the checkpoint's own framework rounds it.
         self._scale = torch.tensor(spec.embed_scale, dtype=self.dtype).item()
 
@@ -95,6 +96,8 @@ class Decoder:
         x = residual
         if weights.first is not None:
             x = self.kernels.norm(residual, weights.first, self.spec.eps)
+        if self._run is not None and weights.first is not None and _all_rows(batch):
+            return self._run(x, residual, cache, plan)
         for number, layer in enumerate(weights.layers):
             # Of the last layer only the keys, the values and the rows asked for are of use to anybody.
             rows = batch.outputs if number == self._last else None
@@ -111,3 +114,23 @@ class Decoder:
             self.kernels.sharpen(logits, hidden, self.weights.head, self._embedding)
         cap = self.spec.final_cap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+
+def _all_rows(batch: Batch) -> bool:
+    """Whether the hidden state of every row is wanted, as in a step that only decodes."""
+    return batch.outputs is None or batch.outputs.shape[0] == batch.tokens.shape[0]
+
+
+def _compiled(layers: Sequence[DecoderLayer], hidden: int, kernels: Kernels) -> Run | None:
+    """All layers in one call, where the table offers it and each layer can be said as data."""
+    if kernels.compile is None:
+        return None
+    ops: list[Op] = []
+    for number, layer in enumerate(layers):
+        halves = layer.to_feed.ops(hidden), layer.feed.ops(hidden), layer.onward.ops(hidden)
+        ops += layer.mixer.ops(number, hidden)
+        for half in halves:
+            if half is None:
+                return None
+            ops += half
+    return kernels.compile(ops)

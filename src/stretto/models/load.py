@@ -282,6 +282,7 @@ def _mlp(reader: _Reader, spec: ModelSpec, names: Names, at: str) -> Mlp:
     return Mlp(
         kernels=reader.kernels,
         activation=spec.activation,
+        inner=inner,
         gate_up=reader.linear(_parts(at, names.gate_up, (inner, inner)), spec.hidden, spec.mlp_bias),
         down=reader.linear([(at + names.down, spec.hidden)], inner, spec.mlp_bias),
     )

@@ -134,3 +134,37 @@ EXPORTED int stretto_top(const float *logits, int64_t m, int64_t n, int64_t k, f
 {
     LOCKED(top(logits, m, n, k, values, indices));
 }
+
+static int run_call(const Call *a, const Room *room)
+{
+    const Step *step = room->step;
+    void *from = room->buffers[a->source], *to = room->buffers[a->target];
+    switch (a->call) {
+    case CALL_LINEAR:
+        return level->linear(a->of, from, to, step->tokens, step->type);
+    case CALL_NORM:
+        return level->norm(from, NULL, a->of, to, step->tokens, a->width, a->eps, step->type);
+    case CALL_ADD_NORM:
+        return level->norm(from, room->buffers[1], a->of, to, step->tokens, a->width, a->eps, step->type);
+    case CALL_GATE:
+        return level->gate(from, to, step->tokens, a->width, a->activation, step->type);
+    case CALL_PLACE:
+        return level->place(step, a->kind, from, a->of, room->turns[a->rotation], room->dims[a->rotation],
+                            room->layers[a->layer]);
+    case CALL_ATTEND:
+        return level->attend(step, a->kind, from, (a->kind->heads + 2 * a->kind->kv_heads) * a->kind->head_dim,
+                             room->layers[a->layer], to);
+    }
+    return BAD_SHAPE;
+}
+
+/* The calls in order, until one fails. */
+EXPORTED int stretto_run(const Call *calls, int64_t count, const Room *room)
+{
+    int result = OK;
+    pool_enter();
+    for (int64_t i = 0; i < count && result == OK; i++)
+        result = run_call(&calls[i], room);
+    pool_leave();
+    return result;
+}

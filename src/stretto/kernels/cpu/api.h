@@ -37,6 +37,25 @@ typedef struct {
     float scale, softcap, eps;
 } Kind;
 
+enum { CALL_LINEAR = 0, CALL_NORM = 1, CALL_ADD_NORM = 2, CALL_GATE = 3, CALL_PLACE = 4, CALL_ATTEND = 5 };
+
+/* One call of a program: buffers by number, `of` its weights, `width` that of what it writes. */
+typedef struct {
+    const void *of;
+    const Kind *kind;
+    int64_t call, source, target, width, layer, rotation, activation;
+    float eps;
+} Call;
+
+/* What the calls of one run share. Buffer 1 is the residual. */
+typedef struct {
+    const Step *step;
+    void *const *buffers;
+    void *const *layers; /* of the cache */
+    const float *const *turns;
+    const int64_t *dims; /* rotated, of each rotation */
+} Room;
+
 typedef struct {
     const char *name;
     int (*pack)(const Weights *w, const void *source, int64_t type, uint8_t *data);

@@ -48,6 +48,18 @@ class Kind(ctypes.Structure):
     )
 
 
+class Call(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("of", "kind")),
+        *((name, _INT) for name in ("call", "source", "target", "width", "layer", "rotation", "activation")),
+        ("eps", _FLOAT),
+    )
+
+
+class Room(ctypes.Structure):
+    _fields_ = tuple((name, _POINTER) for name in ("step", "buffers", "layers", "turns", "dims"))
+
+
 _FUNCTIONS: dict[str, tuple[type, ...]] = {
     "pack": (_POINTER, _POINTER, _INT, _POINTER),
     "unpack": (_POINTER, _POINTER),
@@ -58,6 +70,7 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {
     "place": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
     "attend": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER),
     "check": (_POINTER,),
+    "run": (_POINTER, _INT, _POINTER),
     "sharpen": (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT),
     "top": (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER),
 }
@@ -88,6 +101,7 @@ class Native:
         self.norm, self.gate, self.rotate = (self._function(name) for name in ("norm", "gate", "rotate"))
         self.place, self.attend, self.top = (self._function(name) for name in ("place", "attend", "top"))
         self.check, self.sharpen = self._function("check"), self._function("sharpen")
+        self.run = self._function("run")
         self.packed_bytes: Callable[[int], int] = library.stretto_packed_bytes
         library.stretto_checksum.restype = ctypes.c_uint64
         library.stretto_checksum.argtypes = (_POINTER, _INT)

@@ -12,9 +12,21 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from stretto.kernels import Activation, Attention, Batch, Cache, Experts, Geometry, Kernels, Linear, kv_width
+from stretto.kernels import (
+    Activation,
+    Attention,
+    Batch,
+    Cache,
+    Experts,
+    Geometry,
+    Kernels,
+    Linear,
+    Op,
+    kv_width,
+)
 from stretto.kernels.cpu import native as c
 from stretto.kernels.cpu.native import Native, complain
+from stretto.kernels.cpu.program import Plan, Program
 from stretto.kernels.cpu.weights import TYPES, Format, PackedLinear, exact_in_bfloat16, pack
 
 Quantise = Literal["int8", "int4"]
@@ -26,20 +38,6 @@ SMALLEST_QUANTISED = 256
 VOCABULARY = 30_000
 LIKELIEST = 64
 KV_TYPES = {**TYPES, torch.int8: c.I8}
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A step as the library reads it, in the dtype of what is passed with it. It points into `batch`,
-    `cache` and `turns`, which live as long."""
-
-    step: c.Step
-    address: int
-    tokens: int
-    kv_dtype: torch.dtype
-    blocks: int
-    turns: tuple[tuple[Tensor, int, int], ...]
-    batch: Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +223,9 @@ class Table:
             known = self.kinds[id(kind)] = kind, struct, ctypes.addressof(struct)
         return known[2]
 
+    def compile(self, ops: list[Op]) -> Program:
+        return Program(self.native, ops, self._kind)
+
     def pack_experts(self, gate_up: Tensor, down: Tensor, activation: Activation) -> PackedExperts:
         first = [self.pack(weight, None) for weight in gate_up]
         return PackedExperts(first, [self.pack(weight, None) for weight in down], activation)
@@ -288,6 +289,7 @@ def table(native: Native, quantise: Quantise | None = None) -> Kernels:
         attend=own.attend,
         pack_experts=own.pack_experts,
         experts=own.experts,
+        compile=own.compile,
         caches=frozenset(KV_TYPES),
         takes=frozenset(TYPES),
         pack_tied=own.pack_tied,
