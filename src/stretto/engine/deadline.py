@@ -274,9 +274,11 @@ def _read(
     crowded = False
     for index, (rank, seq) in enumerate(prompts):
         if index not in out:
-            heavier = moment.ledger.inflow_above(-rank[1])
-            crowded = crowded or (seq.slot < 0 and not _bearable(budget, seq, running, heavier))
-            if budget.left() > 0 and budget.tokens > 0 and (seq.slot >= 0 or not crowded):
+            if budget.left() <= 0 or budget.tokens <= 0 or (crowded and seq.slot < 0):
+                continue
+            if seq.slot < 0 and not _bearable(budget, seq, running, moment.ledger.inflow_above(-rank[1])):
+                crowded = True
+            else:
                 run(budget, seq, budget.left())
         elif seq.request.objective.on_miss == "reject" and seq.started is None:
             budget.plan.refuse.append((seq, out[index]))
