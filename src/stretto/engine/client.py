@@ -282,7 +282,7 @@ class EngineClient:
 
     def _drain(self) -> None:
         """Hand out everything that has arrived."""
-        while self._socket is not None and self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while self._socket is not None and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self._handle(messages.decode_from_engine(self._socket.recv(zmq.NOBLOCK)))
 
     def _handle(self, message: messages.FromEngine) -> None:

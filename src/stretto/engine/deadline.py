@@ -170,7 +170,7 @@ def _sort_running(budget: Budget, moment: Moment, gone: set[Sequence]) -> Runnin
     running = Running()
     streams, starts, tightest, gap, needs = running.streams, running.starts, inf, inf, 0
     c1, c3, load = budget.cost.c1, budget.cost.c3, 0.0
-    now, size = budget.now, budget.pool.size
+    now, size, add, begin = budget.now, budget.pool.size, streams.append, starts.append
     for seq in budget.queues.running:
         left = seq.remaining if seq.in_flight else len(seq.tokens) - seq.computed
         if left == 0 or (gone and seq in gone):
@@ -178,14 +178,14 @@ def _sort_running(budget: Budget, moment: Moment, gone: set[Sequence]) -> Runnin
         if seq.rank[0] != TIMED or seq.late or seq.due < now:
             _sort_spare(budget, moment, running, seq)
         elif left == 1:
-            streams.append(seq)
-            at = seq.computed
-            starts.append(at)
-            if seq.latest < tightest:
-                tightest = seq.latest
-            if seq.gap < gap:
-                gap = seq.gap
-            load += (c1 + c3 * at) / seq.gap
+            add(seq)
+            at, latest, pause = seq.computed, seq.latest, seq.gap
+            begin(at)
+            if latest < tightest:
+                tightest = latest
+            if pause < gap:
+                gap = pause
+            load += (c1 + c3 * at) / pause
             if at % size == 0:
                 needs += 1
         else:
@@ -271,15 +271,16 @@ def _read(
     """Give prompts the rest of the step, without those that must give way. Returns the latter, less those
     refused, for what time may be left."""
     aside: list[Sequence] = []
-    crowded = False
+    crowded, room = False, budget.left() > 0 and budget.tokens > 0
     for index, (rank, seq) in enumerate(prompts):
         if index not in out:
-            if budget.left() <= 0 or budget.tokens <= 0 or (crowded and seq.slot < 0):
+            if not room or (crowded and seq.slot < 0):
                 continue
             if seq.slot < 0 and not _bearable(budget, seq, running, moment.ledger.inflow_above(-rank[1])):
                 crowded = True
             else:
                 run(budget, seq, budget.left())
+                room = budget.left() > 0 and budget.tokens > 0
         elif seq.request.objective.on_miss == "reject" and seq.started is None:
             budget.plan.refuse.append((seq, out[index]))
         else:
@@ -293,6 +294,7 @@ def _giving_way(budget: Budget, prompts: list[Placed], rate: float, moment: Mome
     """Which prompts cannot be on time without making more, or weightier ones, late. `prompts` are by weight,
     then by due: a lighter one has the time that the heavier leave, and that heavier ones to come will."""
     c2, c4, debts = budget.cost.c2, budget.cost.c4, moment.ledger.debts
+    worth = {tenant: -(ms // DEBT_STEP_MS) for tenant, ms in debts.items()} if len(debts) > 1 else {}
     out: dict[int, float] = {}
     start, first = budget.now, 0
     for weight, group in groupby(prompts, key=_minus_weight):
@@ -302,8 +304,7 @@ def _giving_way(budget: Budget, prompts: list[Placed], rate: float, moment: Mome
         for rank, seq in group:
             count = len(seq.tokens) - seq.computed
             seconds = count * (c2 + c4 * (seq.computed + count / 2)) / pace
-            debt = debts.get(seq.request.tenant, 0.0) // DEBT_STEP_MS if len(debts) > 1 else 0.0
-            jobs.append((rank[2], seconds, -debt))
+            jobs.append((rank[2], seconds, worth.get(seq.request.tenant, 0.0)))
         lost = left_out(jobs, start)
         start += sum(job[1] for place, job in enumerate(jobs) if place not in lost)
         out.update((first + place, excess) for place, excess in lost.items())
