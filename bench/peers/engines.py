@@ -88,10 +88,9 @@ class Home:
         if peer == "openvino":
             self._run(pip, "install", "-q", TORCH, "openvino-genai", "optimum-intel", "nncf")
             self._run(pip, "uninstall", "-qy", "torchvision")
-        else:  # built here, for this very CPU
-            self._run(
-                pip, "install", "-q", "llama-cpp-python", "gguf", "numpy", CMAKE_ARGS="-DGGML_NATIVE=ON"
-            )
+        else:
+            built_here = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
+            self._run(pip, "install", "-q", "llama-cpp-python", "gguf", "numpy", **built_here)
 
     def _export(self, shape: str, format: Format) -> None:
         checkpoint, model = self.checkpoint(shape), self.model(shape, format)

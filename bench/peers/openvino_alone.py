@@ -1,7 +1,7 @@
-"""OpenVINO GenAI as an engine alone: tasks in, timings out, in lines of JSON as `stretto.engine.task` has them.
+"""OpenVINO GenAI as an engine alone: tasks in, timings out, in the JSON lines of `stretto.engine.task`.
 
-Run by its own environment: `python openvino_alone.py DIRECTORY THREADS`. Its continuous batching is driven step by
-step, as its own server would; a prompt is read whole and kept prompts are found again, as its LLMPipeline does.
+Run by its own environment: `python openvino_alone.py DIRECTORY THREADS`. Its continuous batching is driven
+step by step, as a server would; a prompt is read whole and a kept one is found again, as in its LLMPipeline.
 """
 
 import json

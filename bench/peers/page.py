@@ -25,9 +25,10 @@ TITLES = {
 }
 PAGE = """# Beside its peers
 
-One machine, one checkpoint with random weights, {threads} threads, each engine by itself without a server. All are
-measured in turn in every round, the others stopped; figures are medians over the rounds. Prompts are token ids drawn
-at random, answers greedy and of fixed length. `python bench/peers/run.py --home DIR --docs docs` makes this page.
+One machine, one checkpoint with random weights, {threads} threads, each engine by itself without a server.
+All are measured in turn in every round, the others stopped; figures are medians over the rounds. Prompts are
+token ids drawn at random, answers greedy and of fixed length. `python bench/peers/run.py --home DIR --docs
+docs` makes this page.
 
 A ratio is Stretto against the best peer with as many bits or fewer; above 1 Stretto is better.
 """

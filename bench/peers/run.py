@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -47,8 +48,9 @@ class Engine:
         self._began = time.perf_counter()
         # Some builds of OpenBLAS are told a CPU by the environment: that is not what a user's peer has.
         environ = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
+        self._said = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=environ
         )
         ready = msgspec.json.decode(self._exchange(first), type=dict)
         self.ready_s = time.perf_counter() - self._began
@@ -69,6 +71,7 @@ class Engine:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
+        self._said.close()
 
     def _exchange(self, line: bytes) -> bytes:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -76,10 +79,8 @@ class Engine:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            assert self._process.stderr is not None
-            sys.exit(
-                f"{self.format.name} ended: {self._process.stderr.read().decode(errors='replace')[-2000:]}"
-            )
+            self._said.seek(0)
+            sys.exit(f"{self.format.name} ended: {self._said.read().decode(errors='replace')[-2000:]}")
         return answer
 
 
