@@ -22,14 +22,12 @@ from stretto import config, doctor, terminal
 from stretto.api import app as api
 from stretto.api import serve as server
 from stretto.bench import engine as alone
-from stretto.bench import load, traces
+from stretto.bench import load, trace, traces
 from stretto.bench.client import Client, RequestFailed
 from stretto.bench.metrics import Limits
-from stretto.config import TIERS, EngineConfig, ServeConfig
-from stretto.engine import replay
+from stretto.config import EngineConfig, ServeConfig
 from stretto.engine.check import Checker
 from stretto.engine.client import EngineClient
-from stretto.engine.deadline import SCHEDULES
 from stretto.errors import StartError, StrettoError, Unavailable
 from stretto.llm import LLM, Message, locate
 from stretto.types import Sampling
@@ -243,44 +241,46 @@ def bench_trace(
     file: Annotated[
         Path, typer.Argument(help="a recorded load: Azure, Mooncake, LMCache or ServeGen, .gz too")
     ],
-    load: Annotated[float, option("arrivals, as a share of what fcfs can serve at most")] = 1.0,
-    schedule: Annotated[str, setting("schedule")] = "deadline",
+    load: Annotated[
+        str, option("arrivals, as a share of the most that fcfs can serve; several: 0.7,1,2")
+    ] = "1",
+    schedule: Annotated[
+        str | None,
+        option("fcfs or deadline, or both: deadline,fcfs \\[deadline]. A server's own must be the one named"),
+    ] = None,
     tiers: Annotated[str, option("the share of each tier")] = "priority=0.2,default=0.6,flex=0.2",
     virtual: Annotated[bool, option("in virtual time, on the modelled 0.6B on two CPU cores")] = False,
+    url: Annotated[str | None, option("in real time, against this server")] = None,
+    rate: Annotated[float | None, option("requests per second of load 1; else measured", min=1e-6)] = None,
+    settings: Annotated[
+        Path | None, typer.Option("--config", help="a TOML file whose \\[tiers] are the objectives to keep")
+    ] = None,
     requests: Annotated[int | None, option("the first ones alone", min=1)] = None,
-    seed: Annotated[int, option("of the tiers, and of what a trace gives as distributions")] = 0,
+    seed: Annotated[int, option("of tiers and prompts, and of what a trace gives as distributions")] = 0,
+    report: Annotated[Path | None, option("write a page with plots to this file")] = None,
     as_json: Json = False,
 ) -> None:
     """Replay a recorded load and report attainment and goodput by tier."""
     with _usage():
-        if not virtual:
-            raise StartError("give --virtual: a trace is replayed in virtual time")
-        if schedule not in SCHEDULES:
-            raise StartError(f"--schedule is one of {', '.join(SCHEDULES)}, not {schedule}")
-        if not 0.01 <= load <= 100:
-            raise StartError(f"--load must be from 0.01 to 100, not {load}")
-        setting = replay.Setting(schedule=schedule, load=load, mix=_mix(tiers), seed=seed)
-    report = replay.replay(traces.read(file, requests=requests, seed=seed), setting)
-    if as_json:
-        terminal.say_json(report)
+        if virtual == (url is not None):
+            raise StartError("give either --virtual or --url: a trace is replayed in virtual or in real time")
+        held = None if settings is None else config.load({}, {}, settings)[0].tiers
+        asked = trace.Asked.of(load=load, schedule=schedule, tiers=tiers, objectives=held)
+    arrivals = traces.read(file, requests=requests, seed=seed)
+    if url is None:
+        runs = trace.virtual(arrivals, asked, seed=seed, rate=rate)
     else:
-        terminal.show_replay(report)
-
-
-def _mix(text: str) -> dict[str, float]:
-    """`priority=0.2,default=0.8` as shares that sum to 1. Raises StartError."""
-    shares: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, share = part.partition("=")
-        try:
-            shares[name] = float(share)
-        except ValueError:
-            raise StartError(f"--tiers: {part!r} is no share: write TIER=0.2") from None
-        if name not in TIERS or not 0 <= shares[name] <= 1:
-            raise StartError(f"--tiers: {part!r}; tiers are {', '.join(TIERS)}, shares from 0 to 1")
-    if abs(sum(shares.values()) - 1) > 1e-6:
-        raise StartError(f"--tiers: the shares sum to {sum(shares.values()):g}, not to 1")
-    return shares
+        with terminal.Counting("requests", None) as count:
+            server = trace.Target(url=url, key=_key(), on_done=count)
+            runs = uvloop.run(trace.live(server, arrivals, asked, seed=seed, rate=rate))
+    if report is not None:
+        trace.write(report, file.name, runs)
+    reports = [each for each, _ in runs]
+    if as_json:
+        terminal.say_json(reports[0] if len(reports) == 1 else reports)
+    else:
+        for each in reports:
+            terminal.show_replay(each)
 
 
 @app.command("doctor")

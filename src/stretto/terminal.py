@@ -78,9 +78,9 @@ class Loading:
 
 
 class Counting:
-    """A bar over a known number of requests."""
+    """A bar over a number of requests, if that is known."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int | None) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = _progress(*columns)
         self._task = self._progress.add_task(what, total=total)
@@ -149,7 +149,8 @@ def show_outcome(outcome: Outcome) -> None:
 def show_replay(report: Report) -> None:
     """A replayed trace by tier; those that nobody was in are left out."""
     columns = ("sent", "on time", "good/s", "TTFT p50", "p99", "ITL p99", "refused", "overdue")
-    table = _table("tier", *columns, title=f"{report.schedule} at load {report.load:g}")
+    ran = " on ".join(part for part in (report.schedule, report.server) if part)
+    table = _table("tier", *columns, title=f"{ran} at load {report.load:g}")
     for name, tier in report.tiers.items():
         if tier.sent:
             ttft, itl = tier.ttft_ms, tier.itl_ms
@@ -160,10 +161,14 @@ def show_replay(report: Report) -> None:
                 name, str(tier.sent), f"{tier.attainment:.1%}", f"{tier.goodput:.3f}", *shown, *counts
             )
     out.print(table)
+    inside = "" if report.steps is None else f", {report.steps:,} steps, {report.preemptions} preemptions"
     out.print(
-        f"{report.rate:.3f} requests/s over {report.duration_s:,.0f} s, {report.steps:,} steps,"
-        f" {report.wasted:.1%} of the tokens wasted, {report.preemptions} preemptions"
+        f"{report.rate:.3f} requests/s over {report.duration_s:,.0f} s,"
+        f" {report.wasted:.1%} of the tokens wasted{inside}"
     )
+    for kind, count in report.errors.items():
+        out.print(f"[red]{count} failed:[/] ", end="")
+        out.print(kind, markup=False)
 
 
 def show_engine(report: engine.Report) -> None:

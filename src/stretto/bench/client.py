@@ -21,6 +21,7 @@ from stretto.errors import StartError
 
 DATA = b"data:"
 DONE = b"[DONE]"
+OVERDUE = "deadline"
 OnEvent = Callable[[bytes, float], None]
 
 
@@ -33,6 +34,7 @@ class Delta(Struct):
 class ChunkChoice(Struct):
     text: str | None = None
     delta: Delta | None = None
+    finish_reason: str | None = None
 
 
 class ChunkUsage(Struct):
@@ -191,7 +193,16 @@ class Connection(asyncio.Protocol):
 class Reading:
     """What one streamed answer has shown so far."""
 
-    __slots__ = ("ended", "error", "finished", "on_text", "output_tokens", "prompt_tokens", "stamps")
+    __slots__ = (
+        "ended",
+        "error",
+        "finished",
+        "on_text",
+        "output_tokens",
+        "prompt_tokens",
+        "reason",
+        "stamps",
+    )
 
     def __init__(self, on_text: Callable[[str], None] | None) -> None:
         self.stamps: list[float] = []
@@ -200,6 +211,7 @@ class Reading:
         self.output_tokens = 0
         self.finished = False
         self.error: RequestFailed | None = None
+        self.reason: str | None = None
         self.on_text = on_text
 
     def __call__(self, data: bytes, now: float) -> None:
@@ -217,6 +229,7 @@ class Reading:
             self.error = RequestFailed(f"stream error {kind}", chunk.error.message)
         if chunk.choices:
             self.ended = now
+            self.reason = chunk.choices[0].finish_reason or self.reason
             text = chunk.text
             if text or chunk.calls:
                 self.stamps.append(now)
@@ -253,6 +266,7 @@ class Client:
             started=started,
             stamps=tuple(reading.stamps),
             ended=reading.ended,
+            reason=reading.reason,
             prompt_tokens=reading.prompt_tokens,
             output_tokens=reading.output_tokens or len(reading.stamps),
         )
@@ -296,6 +310,8 @@ class Client:
         await self._exchange(head.encode() + body, reading)
         if reading.error is not None:
             raise reading.error
+        if not reading.stamps and reading.reason == OVERDUE:
+            raise RequestFailed(OVERDUE, "the answer's time was over before its first token")
         if not reading.stamps:
             raise RequestFailed("no token", "the answer ended without any text")
         if not reading.finished:

@@ -19,7 +19,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     """One request as the client saw it. Times are seconds of one clock.
 
     `stamps`: when each event that carried text arrived. `ended`: when the last event with a choice did.
-    `error`: the kind of failure, None for a request that was answered; `detail`: its message.
+    `reason`: the answer's finish_reason. `error`: the kind of failure, None for a request that was answered;
+    `detail`: its message.
     """
 
     started: float
@@ -27,6 +28,7 @@ class Sample(Struct, frozen=True, kw_only=True):
     ended: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    reason: str | None = None
     error: str | None = None
     detail: str = ""
 

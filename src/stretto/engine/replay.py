@@ -7,7 +7,7 @@ model is not exactly right). Answers end where the trace's did, and the schedule
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat
 from math import inf
@@ -25,7 +25,7 @@ from stretto.engine.oracle import Work, most_on_time, with_base
 from stretto.engine.schedule import Limits, Plan
 from stretto.engine.sequence import Sequence as Running
 from stretto.engine.steptime import Cost, Load, StepTime
-from stretto.errors import InvalidRequest
+from stretto.errors import InvalidRequest, StartError
 from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason, Request, Sampling, StepStats, TokenEvent
 
 # A Qwen3-0.6B shape on two cores of a server CPU, int8: to be replaced by a calibrated one.
@@ -46,6 +46,7 @@ def tiers_for(cost: Cost) -> dict[str, Tier]:
 
 
 CPU_TIERS = tiers_for(SMALL_CPU)
+ANSWERED = (Reason.STOP, Reason.LENGTH)
 MIX = {"priority": 0.2, "default": 0.6, "flex": 0.2}
 
 
@@ -65,6 +66,12 @@ class Setting(Struct, frozen=True, kw_only=True):
     blocks: int = 16384
     max_running: int = 256
     max_step_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise StartError(f"--schedule is one of {', '.join(SCHEDULES)}, not {self.schedule}")
+        if not 0.01 <= self.load <= 100:
+            raise StartError(f"--load must be from 0.01 to 100, not {self.load}")
 
 
 class Spread(Struct, frozen=True):
@@ -101,7 +108,8 @@ class Report(Struct, frozen=True, kw_only=True):
     `drained_s` to the last end. `wasted`: share of all tokens computed for requests that had an objective and
     were late or never answered. `weighted_goodput`: each on-time answer counts as much as its tier weighs.
     `best_goodput`: no schedule could have more (see `engine.oracle`); prefixes that requests share are not in
-    that reckoning. `timed` are all tiers with an objective."""
+    that reckoning. `timed` are all tiers with an objective. Of a real server `server` is the address, `errors`
+    counts failures by kind, and what it does not tell is None."""
 
     schedule: str
     load: float
@@ -109,14 +117,16 @@ class Report(Struct, frozen=True, kw_only=True):
     capacity: float
     duration_s: float
     drained_s: float
-    steps: int
     tokens: int
     wasted: float
-    preemptions: int
-    model_error: float
     weighted_goodput: float
-    best_goodput: dict[str, float]
     tiers: dict[str, TierReport]
+    steps: int | None = None
+    preemptions: int | None = None
+    model_error: float | None = None
+    best_goodput: dict[str, float] = {}
+    server: str | None = None
+    errors: dict[str, int] = {}
 
 
 @dataclass(slots=True)
@@ -131,6 +141,11 @@ class Told:
     reason: Reason | None = None
     gaps: array[float] = field(default_factory=lambda: array("f"))
     computed: int = 0
+
+    @property
+    def good(self) -> bool:
+        """Answered, and no token of it late."""
+        return self.on_time and self.reason in ANSWERED
 
     def hear(self, now: float) -> None:
         objective = self.request.objective
@@ -169,26 +184,42 @@ class TraceRunner(NullRunner):
 
 
 def replay(arrivals: Sequence[Arrival], setting: Setting, *, rate: float | None = None) -> Report:
-    """Run a trace. `rate`: requests per second at load 1.0; None: `capacity` is measured first.
+    """Run a trace: what `replayed` reports."""
+    return replayed(arrivals, setting, rate=rate)[0]
+
+
+def replayed(
+    arrivals: Sequence[Arrival], setting: Setting, *, rate: float | None = None
+) -> tuple[Report, list[Told]]:
+    """Run a trace, and say of each request what its client would have seen.
+
+    `rate`: requests per second at load 1.0; None: `capacity` is measured first.
 
     The trace's own time is stretched so that its mean rate is `rate * load`; its bursts stay. Prompts longer
     than the context allows are cut to it. Deterministic by `setting.seed`.
     """
-    usable = [_within(arrival, setting) for arrival in arrivals]
+    usable = [within(arrival, setting) for arrival in arrivals]
     full = capacity(usable, setting) if rate is None else rate
-    span = max(usable[-1].at - usable[0].at, 1e-9)
-    stretch = (len(usable) / (full * setting.load)) / span
+    requests = planned(usable, setting, full)
+    outputs = [arrival.output_tokens for arrival in usable]
+    world = World(setting, share=any(arrival.prefix for arrival in usable))
+    report = world.run(requests, outputs, full)
+    best = _bounds(requests, outputs, setting)
+    return msgspec.structs.replace(report, best_goodput=best), list(world.told.values())
+
+
+def planned(arrivals: Sequence[Arrival], setting: Setting, rate: float) -> list[Request]:
+    """The trace's requests at the setting's load, where load 1.0 is `rate`, each of a tier that is drawn."""
+    span = max(arrivals[-1].at - arrivals[0].at, 1e-9)
+    stretch = (len(arrivals) / (rate * setting.load)) / span
     rng = Random(f"tiers {setting.seed}")
-    names = rng.choices(list(setting.mix), list(setting.mix.values()), k=len(usable))
-    requests = [
+    names = rng.choices(list(setting.mix), list(setting.mix.values()), k=len(arrivals))
+    return [
         _request(
             ident, msgspec.structs.replace(arrival, at=arrival.at * stretch), (name, setting.tiers[name])
         )
-        for ident, (arrival, name) in enumerate(zip(usable, names, strict=True), 1)
+        for ident, (arrival, name) in enumerate(zip(arrivals, names, strict=True), 1)
     ]
-    outputs = [arrival.output_tokens for arrival in usable]
-    report = World(setting, share=any(arrival.prefix for arrival in usable)).run(requests, outputs, full)
-    return msgspec.structs.replace(report, best_goodput=_bounds(requests, outputs, setting))
 
 
 def _bounds(requests: Sequence[Request], outputs: Sequence[int], setting: Setting) -> dict[str, float]:
@@ -206,7 +237,7 @@ def capacity(arrivals: Sequence[Arrival], setting: Setting, most: int = 2000) ->
     """Requests per second that `fcfs` completes when all of them (the first `most`) wait from the start: it
     then never idles and batches best, so load 1.0 is where it saturates."""
     nobody = ("flex", Tier(objective=Objective(), weight=1.0))
-    waiting = [msgspec.structs.replace(_within(arrival, setting), at=0.0) for arrival in arrivals[:most]]
+    waiting = [msgspec.structs.replace(within(arrival, setting), at=0.0) for arrival in arrivals[:most]]
     backlog = [_request(ident, arrival, nobody) for ident, arrival in enumerate(waiting, 1)]
     quiet = msgspec.structs.replace(setting, schedule="fcfs", noise=0.0)
     world = World(quiet, share=any(arrival.prefix for arrival in arrivals[:most]))
@@ -220,9 +251,9 @@ class World:
     def __init__(self, setting: Setting, *, share: bool) -> None:
         self._setting = setting
         self._clock = VirtualClock()
-        self._told: dict[int, Told] = {}
+        self.told: dict[int, Told] = {}
         self._steps = self._tokens = self._preemptions = 0
-        self._runner = TraceRunner(setting, self._clock, self._told)
+        self._runner = TraceRunner(setting, self._clock, self.told)
         self.engine = Engine(
             [self._runner],
             limits=Limits(setting.max_running, setting.max_step_tokens, setting.tiers),
@@ -256,13 +287,13 @@ class World:
         for no limit, which is all that a schedule looks at."""
         seq = Running.of(request, self._setting.context)
         seq.limit = min(seq.prompt_len + output_tokens, self._setting.context)
-        self._told[request.id] = Told(request)
+        self.told[request.id] = Told(request)
         self.engine.submit(seq)
 
     def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         now = self._clock()
         for event in events:
-            told = self._told[event.id]
+            told = self.told[event.id]
             if event.token is not None:
                 told.hear(now)
             if event.finish is not None:
@@ -273,15 +304,8 @@ class World:
             self._preemptions += stats.preempted
 
     def _report(self, requests: Sequence[Request], full: float) -> Report:
-        told = list(self._told.values())
-        end = requests[-1].arrival
-        total = sum(one.computed for one in told)
-        lost = sum(one.computed for one in told if _timed(one.request) and not _good(one))
-        groups = {name: [one for one in told if one.request.tier == name] for name in self._setting.tiers}
-        groups["timed"] = [one for one in told if _timed(one.request)]
-        groups["all"] = told
-        tiers = {name: _tier_report(group, end) for name, group in groups.items()}
-        weights = {name: tier.weight for name, tier in self._setting.tiers.items()}
+        told, end = list(self.told.values()), requests[-1].arrival
+        tiers = by_tier(told, self._setting.tiers, end)
         return Report(
             schedule=self._setting.schedule,
             load=self._setting.load,
@@ -290,12 +314,11 @@ class World:
             duration_s=end,
             drained_s=self._clock(),
             steps=self._steps,
-            tokens=total,
-            wasted=lost / total if total else 0.0,
+            tokens=sum(one.computed for one in told),
+            wasted=wasted(told),
             preemptions=self._preemptions,
             model_error=self._lane.times.error,
-            weighted_goodput=sum(weight * tiers[name].goodput for name, weight in weights.items()),
-            best_goodput={},
+            weighted_goodput=weighted(tiers, self._setting.tiers),
             tiers=tiers,
         )
 
@@ -341,7 +364,8 @@ def _request(ident: int, arrival: Arrival, tier: tuple[str, Tier]) -> Request:
     )
 
 
-def _within(arrival: Arrival, setting: Setting) -> Arrival:
+def within(arrival: Arrival, setting: Setting) -> Arrival:
+    """Its prompt cut to what the context leaves. Raises InvalidRequest when the answer alone exceeds it."""
     room = setting.context - arrival.output_tokens
     if room < 1:
         raise InvalidRequest(
@@ -350,8 +374,27 @@ def _within(arrival: Arrival, setting: Setting) -> Arrival:
     return msgspec.structs.replace(arrival, prompt_tokens=min(arrival.prompt_tokens, room))
 
 
+def by_tier(told: Sequence[Told], tiers: Iterable[str], end: float) -> dict[str, TierReport]:
+    """Each tier's report, that of all with an objective, and that of all; arrivals ended at `end`."""
+    groups = {name: [one for one in told if one.request.tier == name] for name in tiers}
+    groups |= {"timed": [one for one in told if _timed(one.request)], "all": list(told)}
+    return {name: _tier_report(group, end) for name, group in groups.items()}
+
+
+def weighted(reports: Mapping[str, TierReport], tiers: Mapping[str, Tier]) -> float:
+    """Goodput in which each answer counts as much as its tier weighs."""
+    return sum(tier.weight * reports[name].goodput for name, tier in tiers.items())
+
+
+def wasted(told: Sequence[Told]) -> float:
+    """The share of all tokens computed that went to those with an objective who were late or got nothing."""
+    total = sum(one.computed for one in told)
+    lost = sum(one.computed for one in told if _timed(one.request) and not one.good)
+    return lost / total if total else 0.0
+
+
 def _tier_report(group: Sequence[Told], end: float) -> TierReport:
-    good = [one for one in group if _good(one)]
+    good = [one for one in group if one.good]
     spoke = [one for one in group if one.count]
     in_time = [one for one in group if one.last <= end and one.reason in ANSWERED]
     span = end or 1.0
@@ -377,10 +420,6 @@ def _spread(values: list[float]) -> Spread | None:
     return Spread(*(float(value) for value in np.quantile(values, (0.5, 0.9, 0.99, 1.0))))
 
 
-def _good(one: Told) -> bool:
-    return one.on_time and one.reason in ANSWERED
-
-
 def _timed(request: Request) -> bool:
     objective = request.objective
     return (objective.ttft_ms, objective.itl_ms, objective.total_ms) != (None, None, None)
@@ -388,6 +427,3 @@ def _timed(request: Request) -> bool:
 
 def _seconds(milliseconds: float | None) -> float:
     return inf if milliseconds is None else milliseconds / 1e3
-
-
-ANSWERED = (Reason.STOP, Reason.LENGTH)
