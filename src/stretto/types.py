@@ -233,4 +233,5 @@ class WorkerState(Struct, frozen=True, kw_only=True):
     blocks_free: int
     blocks_total: int
     steps: int
+    schedule: str = ""
     last_step: StepStats | None = None

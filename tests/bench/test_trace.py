@@ -63,7 +63,10 @@ def test_a_table_without_json(trace: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ([], "--virtual"),
+        ([], "either --virtual or --url"),
+        (["--virtual", "--url", "http://x"], "either --virtual or --url"),
+        (["--virtual", "--load", "1;2"], "several like 0.7,1,2"),
+        (["--virtual", "--config", "/nowhere.toml"], "cannot read the configuration"),
         (["--virtual", "--tiers", "gold=1"], "tiers are priority, default, flex"),
         (["--virtual", "--tiers", "flex=0.5"], "sum to 0.5"),
         (["--virtual", "--tiers", "flex=x"], "no share"),

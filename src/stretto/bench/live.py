@@ -40,13 +40,13 @@ class Model(Struct, frozen=True):
 
 class _State(Struct):
     models: list[Model]
-    schedule: str | None = None
+    schedule: str = ""
 
 
 class Server:
     """One server and the model on it that is asked. `schedule`: what it says it runs, if it does."""
 
-    def __init__(self, client: Client, model: Model, schedule: str | None) -> None:
+    def __init__(self, client: Client, model: Model, schedule: str) -> None:
         self._client = client
         self.model = model
         self.schedule = schedule
@@ -81,7 +81,7 @@ class Server:
         end = requests[-1].arrival
         tiers = by_tier(told, setting.tiers, end)
         report = Report(
-            schedule=self.schedule or "",
+            schedule=setting.schedule,
             load=setting.load,
             rate=len(told) / end if end else 0.0,
             capacity=rate,

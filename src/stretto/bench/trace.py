@@ -78,7 +78,7 @@ async def live(
     server = await Server.of(target.url, api_key=target.key)
     try:
         named = asked.schedules or [server.schedule or DEFAULT_SCHEDULE]
-        if len(named) > 1 or server.schedule not in (None, *named):
+        if len(named) > 1 or server.schedule not in ("", *named):
             runs = server.schedule or "one schedule"
             raise StartError(f"--schedule {','.join(named)}: {target.url} runs {runs}, set at its start")
         settings = [

@@ -183,6 +183,7 @@ class EngineClient:
             blocks_free=sum(step.blocks_free for step in self._last.values()),
             blocks_total=sum(info.blocks for info in self.models.values()),
             steps=self._steps,
+            schedule=self._config.schedule,
             last_step=last,
         )
 

@@ -162,7 +162,9 @@ def main() -> None:
     """Serve tasks until the input ends. Exit code 1: it could not, and said why on standard error."""
     end_with_parent()
     lines = sys.stdin.buffer
-    config = msgspec.json.decode(lines.readline(), type=EngineConfig)
+    asked = msgspec.json.decode(lines.readline(), type=EngineConfig)
+    # Nothing here has a due, and guesses at random text would measure how a random model repeats itself.
+    config = msgspec.structs.replace(asked, schedule="fcfs", speculate="off")
     try:
         runners = Runners(config, _ignore)
         (runner,) = runners.all
