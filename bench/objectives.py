@@ -2,7 +2,8 @@
 `fcfs`, and how near it comes to the bound that no schedule exceeds.
 
 `python bench/objectives.py TRACE.csv.gz --times COST.json --loads 0.7,1,1.5,2`
-COST.json is what `bench/steptime.py --save` measured on a machine; without it, the package's own.
+COST.json is what `bench/steptime.py --save` measured on a machine (one is in `bench/times`); without it, the
+package's own round figures.
 """
 
 from __future__ import annotations
