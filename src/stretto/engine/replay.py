@@ -28,8 +28,8 @@ from stretto.engine.steptime import Cost, Load, StepTime
 from stretto.errors import InvalidRequest, StartError
 from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason, Request, Sampling, StepStats, TokenEvent
 
-# A Qwen3-0.6B shape on two cores of a server CPU, int8, in round figures. What was measured on one machine is in
-# `bench/times`, for `bench/objectives.py --times`.
+# A Qwen3-0.6B shape on two cores of a server CPU, int8, in round figures. What was measured on one machine
+# is in `bench/times`, for `bench/objectives.py --times`.
 SMALL_CPU = Cost(c0=38.0, c1=1.5, c2=2.9, c3=0.0022, c4=2e-6)
 LONGEST_USUAL = 4100  # tokens of a prompt; nearly all of the Azure conversations are shorter
 
