@@ -109,8 +109,8 @@ class Report(Struct, frozen=True, kw_only=True):
     `drained_s` to the last end. `wasted`: share of all tokens computed for requests that had an objective and
     were late or never answered. `weighted_goodput`: each on-time answer counts as much as its tier weighs.
     `best_goodput`: no schedule could have more (see `engine.oracle`); prefixes that requests share are not in
-    that reckoning. `timed` are all tiers with an objective. Of a real server `server` is the address, `errors`
-    counts failures by kind, and what it does not tell is None."""
+    that reckoning. `timed` are all tiers with an objective. Of a real server `server` is the address,
+    `errors` counts failures by kind, and what it does not tell is None."""
 
     schedule: str
     load: float

@@ -63,8 +63,8 @@ class Ended:
     """What one request was, once it ended. Times in seconds; None for what never happened.
 
     `verdict`: what became of its objective, None for a request that was never valid. `forecast`: what
-    `queued` was expected to be. `slack`: how long before its due the token with the least time to spare came; below 0
-    when it was late.
+    `queued` was expected to be. `slack`: how long before its due the token with the least time to spare
+    came; below 0 when it was late.
     """
 
     endpoint: str
