@@ -83,16 +83,18 @@ INLINE void fetch(const void *row, int64_t bytes)
         __builtin_prefetch((const char *)row + i, 0, 2);
 }
 
+/* As in gemm.h, each sum has a name of its own; two to a lane, so that they wait less for each other. */
+#define EACH_LANE(CASE) CASE(0) CASE(1) CASE(2) CASE(3)
+
 INLINE void score_lanes(const int lanes, const int64_t type, const float *q, const void *const *rows, int64_t count,
                         int64_t width, float *scores, const Next *next)
 {
     for (int64_t first = 0; first < count; first += VF) {
         vf sums[LANES][VF];
         for (int i = 0; i < VF; i++) {
-            vf sum[LANES];
-            UNROLL
-            for (int l = 0; l < lanes; l++)
-                sum[l] = vf_zero();
+            vf low0, low1, low2, low3, high0, high1, high2, high3;
+#define NO_SCORE(l) low##l = high##l = vf_zero();
+            EACH_LANE(NO_SCORE)
             if (next) {
                 fetch(next->keys[first + i], next->bytes);
                 fetch(next->values[first + i], next->bytes);
@@ -100,15 +102,17 @@ INLINE void score_lanes(const int lanes, const int64_t type, const float *q, con
             for (int64_t d = 0; d < width; d += SPAN) {
                 vf low, high;
                 load_span(rows[first + i], d, type, &low, &high);
-                UNROLL
-                for (int l = 0; l < lanes; l++) {
-                    sum[l] = vf_fma(low, vf_load(q + l * width + d), sum[l]);
-                    sum[l] = vf_fma(high, vf_load(q + l * width + d + VF), sum[l]);
-                }
+#define SCORE(l) \
+    if (l < lanes) { \
+        low##l = vf_sum(low, vf_load(q + l * width + d), low##l); \
+        high##l = vf_sum(high, vf_load(q + l * width + d + VF), high##l); \
+    }
+                EACH_LANE(SCORE)
             }
-            UNROLL
-            for (int l = 0; l < lanes; l++)
-                sums[l][i] = sum[l];
+#define KEEP_SCORE(l) \
+    if (l < lanes) \
+        sums[l < LANES ? l : 0][i] = vf_add(low##l, high##l);
+            EACH_LANE(KEEP_SCORE)
         }
         UNROLL
         for (int l = 0; l < lanes; l++)
@@ -116,32 +120,54 @@ INLINE void score_lanes(const int lanes, const int64_t type, const float *q, con
     }
 }
 
+/* Elements [d, d + spans * SPAN) of what the lanes add up. */
+INLINE void value_span(const int lanes, const int spans, const int64_t type, const float *p, const void *const *rows,
+                       int64_t count, int64_t width, float *out, int64_t d)
+{
+    vf a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3;
+#define LOAD_VALUE(l) \
+    a##l = l < lanes ? vf_load(out + l * width + d) : vf_zero(); \
+    b##l = l < lanes ? vf_load(out + l * width + d + VF) : vf_zero(); \
+    c##l = l < lanes && spans > 1 ? vf_load(out + l * width + d + SPAN) : vf_zero(); \
+    d##l = l < lanes && spans > 1 ? vf_load(out + l * width + d + SPAN + VF) : vf_zero();
+    EACH_LANE(LOAD_VALUE)
+    for (int64_t i = 0; i < count; i++) {
+        vf first, second, third, fourth;
+        load_span(rows[i], d, type, &first, &second);
+        if (spans > 1)
+            load_span(rows[i], d + SPAN, type, &third, &fourth);
+#define ADD_VALUE(l) \
+    if (l < lanes) { \
+        vf weight = vf_set1(p[l * KEYS + i]); \
+        a##l = vf_sum(first, weight, a##l); \
+        b##l = vf_sum(second, weight, b##l); \
+        if (spans > 1) { \
+            c##l = vf_sum(third, weight, c##l); \
+            d##l = vf_sum(fourth, weight, d##l); \
+        } \
+    }
+        EACH_LANE(ADD_VALUE)
+    }
+#define KEEP_VALUE(l) \
+    if (l < lanes) { \
+        vf_store(out + l * width + d, a##l); \
+        vf_store(out + l * width + d + VF, b##l); \
+        if (spans > 1) { \
+            vf_store(out + l * width + d + SPAN, c##l); \
+            vf_store(out + l * width + d + SPAN + VF, d##l); \
+        } \
+    }
+    EACH_LANE(KEEP_VALUE)
+}
+
 INLINE void value_lanes(const int lanes, const int64_t type, const float *p, const void *const *rows, int64_t count,
                         int64_t width, float *out)
 {
-    for (int64_t d = 0; d < width; d += SPAN) {
-        vf low[LANES], high[LANES];
-        UNROLL
-        for (int l = 0; l < lanes; l++) {
-            low[l] = vf_load(out + l * width + d);
-            high[l] = vf_load(out + l * width + d + VF);
-        }
-        for (int64_t i = 0; i < count; i++) {
-            vf first, second;
-            load_span(rows[i], d, type, &first, &second);
-            UNROLL
-            for (int l = 0; l < lanes; l++) {
-                vf weight = vf_set1(p[l * KEYS + i]);
-                low[l] = vf_fma(first, weight, low[l]);
-                high[l] = vf_fma(second, weight, high[l]);
-            }
-        }
-        UNROLL
-        for (int l = 0; l < lanes; l++) {
-            vf_store(out + l * width + d, low[l]);
-            vf_store(out + l * width + d + VF, high[l]);
-        }
-    }
+    int64_t d = 0;
+    for (; d + 2 * SPAN <= width; d += 2 * SPAN)
+        value_span(lanes, 2, type, p, rows, count, width, out, d);
+    if (d < width)
+        value_span(lanes, 1, type, p, rows, count, width, out, d);
 }
 
 /* Scores of one query into weights, its sums so far rescaled. */
