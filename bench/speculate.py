@@ -1,0 +1,306 @@
+"""What guessing ahead is worth: how often guesses are right, and how much sooner answers come.
+
+`python -m bench.speculate replay PROMPTS.jsonl.gz [--cost C0,C1,C2,C3,C4] [--json]`: no model; reference
+answers by category, said token by token through the real loop in virtual time.
+`python -m bench.speculate desk [--small DIR] [--json]`: the bundled model, with and without, in turns.
+`python -m bench.speculate verify MODEL_DIR [--quantise int8] [--json]`: what checking guesses adds to a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from rich.console import Console
+from rich.table import Table as Grid
+from tokenizers import Tokenizer
+
+import stretto
+from recipes.desk.tasks import LEVELS, TASKS, held_out
+from stretto import terminal
+from stretto.api.text import TextModel
+from stretto.config import EngineConfig, ModelConfig, Quantise
+from stretto.engine.build import Runners
+from stretto.engine.calibrate import known_times
+from stretto.engine.deadline import SCHEDULES
+from stretto.engine.draft import Draft
+from stretto.engine.loop import Engine
+from stretto.engine.null import NullRunner, VirtualClock, null_info
+from stretto.engine.runner import TorchRunner
+from stretto.engine.schedule import Limits, Plan, Row
+from stretto.engine.sequence import Drawn, Sequence
+from stretto.engine.speculate import Speculation
+from stretto.engine.steptime import Cost, StepTime
+from stretto.machine import cache_folder
+from stretto.types import Request, Sampling, StepStats, TokenEvent
+
+DESK = Path(stretto.__file__).parent / "desk"
+LIMITS = Limits(64, 512)
+WORDS = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
+ROWS = (1, 2, 3, 4, 5, 8)
+
+
+class Gain(Struct, frozen=True):
+    """One setting. `accepted`: the share of the guesses that were right; `tokens_a_step`: of an answer;
+    `gain`: tokens per second over those without guesses, in the same run."""
+
+    what: str
+    answers: int
+    tokens: int
+    proposed: int
+    accepted: float
+    tokens_a_step: float
+    gain: float
+
+
+class Verified(Struct, frozen=True):
+    """A step of one sequence that checks `rows` - 1 guesses, median ms, and over that of one row."""
+
+    context: int
+    rows: int
+    ms: float
+    ratio: float
+
+
+class Heard:
+    """What an engine said: tokens, guesses, and steps that said something for an answer."""
+
+    def __init__(self) -> None:
+        self.tokens = self.proposed = self.accepted = self.decodes = self.said = 0
+
+    def __call__(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        self.tokens += sum(event.token is not None for event in events)
+        if stats is not None:
+            self.proposed += stats.proposed
+            self.accepted += stats.accepted
+            self.said += stats.decode_tokens
+            self.decodes += stats.decode_tokens - stats.accepted
+
+    def gain(self, what: str, answers: int, gain: float) -> Gain:
+        accepted = self.accepted / self.proposed if self.proposed else 0.0
+        return Gain(what, answers, self.tokens, self.proposed, accepted, self.said / self.decodes, gain)
+
+
+class Reciter(NullRunner):
+    """A null model that says what it is given: `answers` by request."""
+
+    def __init__(self, answers: dict[int, list[int]], cost: Cost, clock: VirtualClock) -> None:
+        super().__init__(null_info(context=65536, vocab=1 << 20), cost=cost, sleep=clock.sleep)
+        self.answers = answers
+
+    def _draw(self, seq: Sequence, ahead: int) -> Drawn:
+        answer, place = self.answers[seq.request.id], seq.output_len + ahead
+        return Drawn(answer[place] if place < len(answer) else 0)
+
+
+def questions(path: Path) -> dict[str, list[tuple[str, str]]]:
+    """First turns and their references by category, where there are any."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    with gzip.open(path, "rt") as lines:
+        for line in lines:
+            row: dict[str, Any] = msgspec.json.decode(line)
+            reference = row.get("reference") or []
+            first = reference[0] if isinstance(reference, list) and reference else reference
+            if isinstance(first, str) and first:
+                found.setdefault(row["category"], []).append((row["turns"][0], first))
+    return found
+
+
+def words(known: dict[str, int], text: str) -> list[int]:
+    """A word, or a run of signs, a token: about what a vocabulary of 150,000 does to English."""
+    return [known.setdefault(word, len(known) + 1) for word in WORDS.findall(text)]
+
+
+def recite(asked: list[tuple[list[int], list[int]]], cost: Cost, guess: bool) -> tuple[Heard, float]:
+    """Each prompt and answer by itself, in order; what was said and the seconds it took."""
+    clock, heard = VirtualClock(), Heard()
+    runner = Reciter({ident: answer for ident, (_, answer) in enumerate(asked)}, cost, clock)
+    runner.speculation = Speculation() if guess else None
+    engine = Engine([runner], limits=LIMITS, schedule=SCHEDULES["fcfs"], clock=clock, emit=heard, share=False)
+    engine.lanes["null"].times = StepTime(cost)
+    seconds = 0.0
+    for ident, (prompt, answer) in enumerate(asked):
+        sampling = Sampling(temperature=0.0, max_tokens=len(answer), ignore_eos=True)
+        request = Request(id=ident, model="null", prompt=tuple(prompt), arrival=clock(), sampling=sampling)
+        engine.submit(Sequence.of(request, runner.info.context))
+        before = heard.tokens
+        while heard.tokens == before:
+            engine.step()
+        started = clock()
+        while engine.step() or not engine.idle:
+            pass
+        seconds += clock() - started
+    return heard, seconds
+
+
+def replay(path: Path, cost: Cost) -> dict[str, list[Gain]]:
+    """By tokenizer, then category; gains are of decoding, prompts apart."""
+    tokenizer = Tokenizer.from_file(str(DESK / "tokenizer.json"))
+    known: dict[str, int] = {}
+    ways = {
+        "words": lambda text: words(known, text),
+        "desk's tokens": lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+    }
+    result: dict[str, list[Gain]] = {}
+    for name, encode in ways.items():
+        for category, texts in sorted(questions(path).items()):
+            asked = [(encode(question), encode(answer)) for question, answer in texts]
+            asked = [(prompt, answer) for prompt, answer in asked if prompt and len(answer) > 1]
+            _, plain = recite(asked, cost, False)
+            heard, quick = recite(asked, cost, True)
+            result.setdefault(name, []).append(heard.gain(category, len(asked), plain / quick))
+    return result
+
+
+class Desk:
+    """The bundled model and perhaps a smaller one, in one engine."""
+
+    def __init__(self, small: Path | None) -> None:
+        models = [ModelConfig(name="desk", path=str(DESK))]
+        if small is not None:
+            models.append(ModelConfig(name="small", path=str(small)))
+        config = EngineConfig(models=tuple(models), kv_bytes=2**28, context=2048, speculate="off")
+        self.runners = Runners(config, lambda *_: None)
+        self.engine = Engine(
+            self.runners.all,
+            limits=LIMITS,
+            schedule=SCHEDULES["fcfs"],
+            clock=time.monotonic,
+            emit=self._emit,
+            share=False,
+        )
+        folder = cache_folder() / "step-times"
+        for lane in self.engine.lanes.values():
+            lane.times = known_times(lane.runner, LIMITS, machine=self.runners.machine, folder=folder)
+        self.heard, self.next = Heard(), 0
+
+    def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        self.heard(events, stats)
+
+    def ways(self) -> dict[str, Speculation | None]:
+        """How it may guess."""
+        ways: dict[str, Speculation | None] = {"without": None, "own text": Speculation()}
+        runner, *small = self.runners.all
+        if small and isinstance(runner, TorchRunner) and isinstance(small[0], TorchRunner):
+            drafter = Draft(small[0], runner)
+            drafter.times = self.engine.lanes["small"].times
+            ways["smaller model"] = Speculation(drafter)
+        return ways
+
+    def run(self, prompts: list[list[int]], sampling: Sampling, batch: int) -> float:
+        """Answer all, `batch` at a time; the seconds it took."""
+        started = time.monotonic()
+        for first in range(0, len(prompts), batch):
+            for prompt in prompts[first : first + batch]:
+                self.next += 1
+                own = msgspec.structs.replace(sampling, seed=len(prompt))
+                request = Request(
+                    id=self.next, model="desk", prompt=tuple(prompt), arrival=started, sampling=own
+                )
+                self.engine.submit(Sequence.of(request, 2048))
+            while self.engine.step() or not self.engine.idle:
+                pass
+        return time.monotonic() - started
+
+
+def desk(small: Path | None, rounds: int, count: int) -> dict[str, list[Gain]]:
+    """Held-out questions of every task; ways in turns, medians over the rounds."""
+    text = TextModel(DESK)
+    asked = [example for task in TASKS for level in LEVELS for example in held_out(task, level, count)]
+    prompts = [text.encode_chat([dict(message) for message in example.messages]) for example in asked]
+    model = Desk(small)
+    settings = {
+        "greedy, one at a time": (Sampling(temperature=0.0, max_tokens=200), 1),
+        "temperature 1, one at a time": (Sampling(max_tokens=200), 1),
+        "greedy, four at a time": (Sampling(temperature=0.0, max_tokens=200), 4),
+    }
+    result: dict[str, list[Gain]] = {}
+    for name, (sampling, batch) in settings.items():
+        ways = model.ways()
+        rates: dict[str, list[float]] = {way: [] for way in ways}
+        heard: dict[str, Heard] = {}
+        for _ in range(rounds + 1):
+            for way, speculation in ways.items():
+                model.runners.all[0].speculation = speculation
+                model.heard = heard[way] = Heard()
+                seconds = model.run(prompts, sampling, batch)
+                rates[way].append(model.heard.tokens / seconds)
+        rate = {way: median(each[1:]) for way, each in rates.items()}
+        result[f"{name}, {rate['without']:.0f} tokens/s without"] = [
+            heard[way].gain(way, len(prompts), rate[way] / rate["without"]) for way in ways
+        ]
+    return result
+
+
+def verify(path: Path, quantise: Quantise | None, rounds: int) -> list[Verified]:
+    """Steps of one sequence with 1 to 8 rows, in turns."""
+    model = ModelConfig(name="m", path=str(path), quantise=quantise)
+    config = EngineConfig(models=(model,), kv_bytes=2**29, context=2048, speculate="off")
+    (runner,) = Runners(config, lambda *_: None).all
+    found: list[Verified] = []
+    for context in (64, 1024):
+        sampling = Sampling(temperature=0.0, max_tokens=64)
+        request = Request(id=1, model="m", prompt=(5,) * context, arrival=0.0, sampling=sampling)
+        seq = Sequence.of(request, 2048)
+        seq.slot, seq.blocks, seq.tabled = 0, list(range(2048 // 16)), 0
+        runner.launch(Plan("m", [Row(seq, 0, context, True)])).wait()
+        took: dict[int, list[float]] = {rows: [] for rows in ROWS}
+        for _ in range(rounds):
+            for rows in ROWS:
+                plan = Plan("m", [Row(seq, context - 1, rows, True, (7,) * (rows - 1))])
+                started = time.perf_counter()
+                runner.launch(plan).wait()
+                took[rows].append((time.perf_counter() - started) * 1e3)
+        one = median(took[1])
+        found += [Verified(context, rows, median(ms), median(ms) / one) for rows, ms in took.items()]
+    return found
+
+
+def show(result: dict[str, list[Gain]] | list[Verified]) -> Iterator[Grid]:
+    """The result as tables."""
+    parts: dict[str, Any] = result if isinstance(result, dict) else {"": result}
+    for title, rows in parts.items():
+        grid = Grid(*rows[0].__struct_fields__, title=title)
+        for row in rows:
+            cells = msgspec.structs.astuple(row)
+            grid.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
+        yield grid
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("replay", "desk", "verify"))
+    parser.add_argument("path", type=Path, nargs="?")
+    parser.add_argument("--cost", default="20,2.5,2,0.0005,0.00001", help="ms, as the step-time model's")
+    parser.add_argument("--small", type=Path, help="a smaller model with desk's tokenizer")
+    parser.add_argument("--quantise", choices=("int8", "int4"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=1, help="desk's questions of each task and level")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    result: dict[str, list[Gain]] | list[Verified]
+    if options.what == "desk":
+        result = desk(options.small, options.rounds, options.count)
+    elif options.path is None:
+        parser.error(f"{options.what} needs a path")
+    elif options.what == "replay":
+        result = replay(options.path, Cost(*map(float, options.cost.split(","))))
+    else:
+        result = verify(options.path, options.quantise, options.rounds)
+    if options.json:
+        terminal.say_json(result)
+    else:
+        for grid in show(result):
+            Console().print(grid)
+
+
+if __name__ == "__main__":
+    main()
