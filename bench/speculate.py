@@ -1,7 +1,7 @@
 """What guessing ahead is worth: how often guesses are right, and how much sooner answers come.
 
-`python -m bench.speculate replay PROMPTS.jsonl.gz [--cost C0,C1,C2,C3,C4] [--json]`: no model; reference
-answers by category, said token by token through the real loop in virtual time.
+`python -m bench.speculate replay PROMPTS.jsonl.gz [--times FILE] [--json]`: no model; reference answers by
+category, said token by token through the real loop in virtual time, by a measured step-time model.
 `python -m bench.speculate desk [--small DIR] [--json]`: the bundled model, with and without, in turns.
 `python -m bench.speculate verify MODEL_DIR [--quantise int8] [--json]`: what checking guesses adds to a step.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.table import Table as Grid
 from tokenizers import Tokenizer
 
 import stretto
-from recipes.desk.tasks import LEVELS, TASKS, held_out
+from recipes.desk.tasks import TASKS, held_out
 from stretto import terminal
 from stretto.api.text import TextModel
 from stretto.config import EngineConfig, ModelConfig, Quantise
@@ -42,10 +43,12 @@ from stretto.engine.steptime import Cost, StepTime
 from stretto.machine import cache_folder
 from stretto.types import Request, Sampling, StepStats, TokenEvent
 
+TIMES = Path(__file__).parent / "times" / "qwen3-0.6b-int8-zen3.json"
 DESK = Path(stretto.__file__).parent / "desk"
 LIMITS = Limits(64, 512)
 WORDS = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
 ROWS = (1, 2, 3, 4, 5, 8)
+LONGEST = 64
 
 
 class Gain(Struct, frozen=True):
@@ -102,15 +105,17 @@ class Reciter(NullRunner):
 
 
 def questions(path: Path) -> dict[str, list[tuple[str, str]]]:
-    """First turns and their references by category, where there are any."""
+    """Questions and reference answers by category, where there are any: first turns of MT-bench and of
+    Spec-Bench, HumanEval's prompts and solutions, GSM8K's questions and answers."""
     found: dict[str, list[tuple[str, str]]] = {}
     with gzip.open(path, "rt") as lines:
         for line in lines:
             row: dict[str, Any] = msgspec.json.decode(line)
-            reference = row.get("reference") or []
-            first = reference[0] if isinstance(reference, list) and reference else reference
-            if isinstance(first, str) and first:
-                found.setdefault(row["category"], []).append((row["turns"][0], first))
+            question = row["turns"][0] if "turns" in row else row.get("prompt") or row["question"]
+            answer = row.get("reference") or row.get("canonical_solution") or row.get("answer")
+            answer = answer[0] if isinstance(answer, list) else answer
+            if isinstance(answer, str) and answer:
+                found.setdefault(row.get("category", path.name.split(".")[0]), []).append((question, answer))
     return found
 
 
@@ -212,15 +217,15 @@ class Desk:
 
 
 def desk(small: Path | None, rounds: int, count: int) -> dict[str, list[Gain]]:
-    """Held-out questions of every task; ways in turns, medians over the rounds."""
+    """Held-out questions of every task, level 1; ways in turns, medians over the rounds."""
     text = TextModel(DESK)
-    asked = [example for task in TASKS for level in LEVELS for example in held_out(task, level, count)]
+    asked = [example for task in TASKS for example in held_out(task, 1, count)]
     prompts = [text.encode_chat([dict(message) for message in example.messages]) for example in asked]
     model = Desk(small)
     settings = {
-        "greedy, one at a time": (Sampling(temperature=0.0, max_tokens=200), 1),
-        "temperature 1, one at a time": (Sampling(max_tokens=200), 1),
-        "greedy, four at a time": (Sampling(temperature=0.0, max_tokens=200), 4),
+        "greedy, one at a time": (Sampling(temperature=0.0, max_tokens=LONGEST), 1),
+        "temperature 1, one at a time": (Sampling(max_tokens=LONGEST), 1),
+        "greedy, four at a time": (Sampling(temperature=0.0, max_tokens=LONGEST), 4),
     }
     result: dict[str, list[Gain]] = {}
     for name, (sampling, batch) in settings.items():
@@ -233,6 +238,7 @@ def desk(small: Path | None, rounds: int, count: int) -> dict[str, list[Gain]]:
                 model.heard = heard[way] = Heard()
                 seconds = model.run(prompts, sampling, batch)
                 rates[way].append(model.heard.tokens / seconds)
+                print(f"{name}, {way}: {rates[way][-1]:.0f} tokens/s", file=sys.stderr)
         rate = {way: median(each[1:]) for way, each in rates.items()}
         result[f"{name}, {rate['without']:.0f} tokens/s without"] = [
             heard[way].gain(way, len(prompts), rate[way] / rate["without"]) for way in ways
@@ -279,11 +285,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=("replay", "desk", "verify"))
     parser.add_argument("path", type=Path, nargs="?")
-    parser.add_argument("--cost", default="20,2.5,2,0.0005,0.00001", help="ms, as the step-time model's")
+    parser.add_argument("--times", type=Path, default=TIMES, help="a step-time model, as JSON")
     parser.add_argument("--small", type=Path, help="a smaller model with desk's tokenizer")
     parser.add_argument("--quantise", choices=("int8", "int4"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=1, help="desk's questions of each task and level")
+    parser.add_argument("--count", type=int, default=2, help="desk's questions of each task")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     result: dict[str, list[Gain]] | list[Verified]
@@ -292,7 +298,7 @@ def main() -> None:
     elif options.path is None:
         parser.error(f"{options.what} needs a path")
     elif options.what == "replay":
-        result = replay(options.path, Cost(*map(float, options.cost.split(","))))
+        result = replay(options.path, msgspec.json.decode(options.times.read_bytes(), type=Cost))
     else:
         result = verify(options.path, options.quantise, options.rounds)
     if options.json:

@@ -46,6 +46,10 @@ class Draft:
             self._learn(rows, (time.monotonic() - started) * 1e3)
         return guesses
 
+    def erase(self, blocks: list[int]) -> None:
+        """Zero its KV memory of these blocks."""
+        self._cache.erase(blocks)
+
     @torch.inference_mode()
     def _pass(self, rows: list[Row]) -> list[int]:
         """Read the rows and draw what follows each."""

@@ -64,8 +64,10 @@ class TorchRunner:
         )
 
     def erase(self, blocks: list[int]) -> None:
-        """Zero the KV memory of these blocks."""
+        """Zero the KV memory of these blocks, a drafter's of them too."""
         self._cache.erase(blocks)
+        if self.speculation is not None and self.speculation.drafter is not None:
+            self.speculation.drafter.erase(blocks)
 
     def _draw(self, hidden: Tensor, rows: list[Row]) -> list[Drawn]:
         """What the rows draw from their hidden states, one and one more for each guess."""

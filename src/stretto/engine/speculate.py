@@ -34,6 +34,10 @@ class Drafter(Protocol):
         """So many guesses for each sequence, whose blocks have room for them."""
         ...
 
+    def erase(self, blocks: list[int]) -> None:
+        """Zero its KV memory of these blocks."""
+        ...
+
 
 class Speculation:
     """Guesses for the sequences of one model, and what was learnt of their worth. Without a `drafter` all are
