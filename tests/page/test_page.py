@@ -6,8 +6,14 @@ import shutil
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
+from msgspec import structs
 
+from stretto.api import serve
+from stretto.api.app import App
+from stretto.config import ServeConfig
+from stretto.types import Finish, Reason, StepStats, TokenEvent
 from tests.api.conftest import Served, app, checkpoint, config, engine, served, text
 from tests.api.fake_engine import FakeEngine
 
@@ -19,9 +25,14 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 
 
 @pytest.fixture
-async def page(served: Served) -> AsyncIterator[Any]:
+def complaints() -> list[str]:
+    """What the browser's console said that is not as it should be."""
+    return []
+
+
+@pytest.fixture
+async def page(served: Served, complaints: list[str]) -> AsyncIterator[Any]:
     """The page in a browser. Anything in the console, a refusal of the CSP among them, fails the test."""
-    complaints: list[str] = []
     async with api.async_playwright() as play:
         browser = await play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = await browser.new_page()
@@ -35,43 +46,139 @@ async def page(served: Served) -> AsyncIterator[Any]:
     assert complaints == []
 
 
+async def ask(page: Any, text: str = "Hi") -> None:
+    await page.fill("#input", text)
+    await page.press("#input", "Enter")
+
+
 async def test_a_chat_streams_and_is_timed_by_keyboard_alone(page: Any) -> None:
     await page.keyboard.type("Hi")
     await page.keyboard.press("Enter")
-    await page.wait_for_selector(".timing")
+    await page.wait_for_selector(".facts")
     assert await page.inner_text(".turn.assistant .text") == "Hello, world!"
-    assert await page.locator(".strip .mark").count() > 1
-    assert "tokens" in await page.get_attribute(".strip", "aria-label")
-    await page.wait_for_selector("#live-note:has-text('ten seconds')")
+    assert await page.locator(".timing-graph .mark").count() > 1
+    assert "tokens" in await page.get_attribute(".timing-graph", "aria-label")
+    assert await page.inner_text(".facts .good dd") == "On time"
+    assert await page.inner_text("#said") == "The answer is complete."
+    assert await page.evaluate("document.activeElement.id") == "input"
 
 
 async def test_objective_and_tier_are_in_the_request(page: Any) -> None:
+    await page.select_option("#tier", "priority")
+    assert await page.get_attribute("#itl", "placeholder") == "150 ms", "the tier's own, from the live stream"
     await page.fill("#ttft", "900")
     await page.fill("#itl", "80")
-    await page.select_option("#tier", "priority")
+    await page.select_option("#miss", "late")
     await page.fill("#input", "Hi")
     async with page.expect_request("**/v1/chat/completions") as sent:
         await page.click("#send")
     body = json.loads((await sent.value).post_data)
-    assert body["objective"] == {"ttft_ms": 900, "itl_ms": 80}
+    assert body["objective"] == {"ttft_ms": 900, "itl_ms": 80, "on_miss": "late"}
     assert body["service_tier"] == "priority"
-    await page.wait_for_selector(".timing")
+    await page.wait_for_selector(".facts")
 
 
-async def test_stop_cancels(page: Any, engine: FakeEngine) -> None:
+async def test_late_tokens_are_drawn_late(page: Any, engine: FakeEngine) -> None:
+    engine.script = lambda request: [65, 0.6, 66]
+    await page.fill("#ttft", "500")
+    await page.fill("#itl", "20")
+    await ask(page)
+    await page.wait_for_selector(".facts .bad")
+    assert await page.locator(".timing-graph .mark.late").count() >= 1
+    assert await page.inner_text("#said") == "The answer is complete, and late."
+
+
+@pytest.mark.parametrize("how", ["click", "escape"])
+async def test_stop_cancels(page: Any, engine: FakeEngine, how: str) -> None:
     engine.script = lambda request: [65, 30.0, 65]
-    await page.fill("#input", "Hi")
-    await page.click("#send")
-    await page.wait_for_selector(".strip .mark", state="attached")
-    await page.click("#send")
+    await ask(page)
+    await page.wait_for_selector(".timing-graph .mark", state="attached")
+    await (page.click("#send") if how == "click" else page.keyboard.press("Escape"))
     await page.wait_for_selector("#send:has-text('Send')")
-    await asyncio.sleep(0)
     assert (await page.inner_text(".turn.assistant .text")).endswith("…")
+    for _ in range(100):
+        if not engine.open:
+            break
+        await asyncio.sleep(0.02)
+    assert not engine.open, "the work ended in the engine too"
 
 
-async def test_dark_and_phone(page: Any) -> None:
-    light = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+async def test_a_refusal_says_when_to_try_again(page: Any, engine: FakeEngine, complaints: list[str]) -> None:
+    say = engine.script
+    refused = Finish(Reason.REFUSED, 3, 0, 0, 0.0, retry_after=1.0)
+    engine.script = lambda request: [TokenEvent(0, finish=refused)]
+    await ask(page)
+    await page.wait_for_selector(".failed button:has-text('Try again in 1 s')")
+    assert "cannot be met now" in await page.inner_text(".problem")
+    engine.script = say
+    await page.click(".failed button:enabled")
+    await page.wait_for_selector(".facts")
+    assert await page.locator(".turn").count() == 2, "the answer took the refusal's place"
+    assert len(complaints) == 1 and "503" in complaints.pop()
+
+
+async def test_the_live_view_draws_what_the_server_does(page: Any, engine: FakeEngine) -> None:
+    loaded = await page.evaluate("performance.getEntriesByType('resource').map((each) => each.name).join()")
+    assert "plotly.min.js" not in loaded, "the first paint does not wait for it"
+    await page.focus("#tab-play")
+    await page.keyboard.press("ArrowRight")
+    await page.wait_for_selector("#idle:has-text('No requests yet')")
+    await page.focus("#tab-live")
+    await page.keyboard.press("ArrowLeft")
+    await ask(page)
+    await page.wait_for_selector(".facts")
+    stats = StepStats("tiny", 0.0, 12.0, 3, 40, 9, 4, 2, 60, 64, predicted_ms=9.0, proposed=4, accepted=3)
+    for observe in engine.steps:
+        observe(stats)
+    await page.click("#tab-live")
+    await page.wait_for_selector("#tier-default .share:has-text('100 %')")
+    await page.wait_for_selector("#graph-model .plot svg")
+    assert await page.inner_text("#graph-error .words") == "25 %, median"
+    assert await page.locator("#graphs .plot svg.main-svg").count() >= 9
+    await page.set_viewport_size({"width": 390, "height": 844})
+    assert await page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+async def test_the_page_comes_back_with_the_server(
+    page: Any, served: Served, config: ServeConfig, app: App, engine: FakeEngine, complaints: list[str]
+) -> None:
+    app.front.draining = True
+    served.task.cancel()
+    await asyncio.gather(served.task, return_exceptions=True)
+    await page.wait_for_selector(".status.down:has-text('not reachable')")
+    app.front.draining = False
+    again = asyncio.create_task(serve.run(structs.replace(config, port=served.port), app, engine))
+    await page.wait_for_selector(".status.ready")
+    await ask(page)
+    await page.wait_for_selector(".facts")
+    again.cancel()
+    await asyncio.gather(again, return_exceptions=True)
+    assert all("Failed to load resource" in said or "net::" in said for said in complaints)
+    complaints.clear()
+
+
+async def test_colours_and_phone(page: Any) -> None:
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = await page.evaluate(paper)
     await page.emulate_media(color_scheme="dark")
-    assert await page.evaluate("getComputedStyle(document.body).backgroundColor") != light
-    await page.set_viewport_size({"width": 375, "height": 740})
-    assert await page.evaluate("document.documentElement.scrollWidth") <= 375
+    dark = await page.evaluate(paper)
+    assert dark != light
+    await page.click("#theme")
+    assert await page.evaluate(paper) == light, "the choice wins over the system's"
+    await page.reload()
+    assert await page.evaluate(paper) == light, "and is kept"
+    await page.click("#theme")
+    assert await page.evaluate(paper) == dark
+    await page.set_viewport_size({"width": 390, "height": 844})
+    assert await page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+async def test_plotly_is_packed_and_cached(served: Served) -> None:
+    async with httpx.AsyncClient(base_url=served.url) as client:
+        got = await client.get("/page/plotly.min.js")
+        again = await client.get("/page/plotly.min.js", headers={"if-none-match": got.headers["etag"]})
+        assert got.headers["content-encoding"] == "gzip" and "max-age" in got.headers["cache-control"]
+        assert int(got.headers["content-length"]) < len(got.content) / 2
+        assert (again.status_code, again.content) == (304, b"")
+        for missing in ("..%2Fassets.py", "nothing.js", "index.html.gz"):
+            assert (await client.get(f"/page/{missing}")).status_code == 404

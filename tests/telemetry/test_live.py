@@ -9,7 +9,7 @@ from stretto.types import StepStats
 
 def test_a_snapshot_of_the_last_seconds() -> None:
     now = 0.0
-    recent = Recent(lambda: now)
+    recent = Recent({}, lambda: now)
 
     def step(ms: float, predicted_ms: float | None) -> None:
         recent.step(StepStats("m", now, ms, 4, 60, 100, 4, 2, 10, 64, predicted_ms=predicted_ms))

@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +28,7 @@ from stretto.api.front import Check, Engine, Front, Run
 from stretto.api.text import TextModel
 from stretto.config import ServeConfig
 from stretto.errors import NotFound, StrettoError, Unauthorised, WrongMethod
+from stretto.gateway import assets
 from stretto.openai import ChatRequest, CompletionRequest, EmbeddingRequest, ModelCard, ModelList, Status
 
 T = TypeVar("T")
@@ -36,20 +36,6 @@ CHAT = json.Decoder(ChatRequest)
 COMPLETION = json.Decoder(CompletionRequest)
 EMBEDDING = json.Decoder(EmbeddingRequest)
 LIVE_S = 0.5
-PAGE = files("stretto.gateway") / "page"
-PAGE_TYPES = {
-    "index.html": "text/html",
-    "page.css": "text/css",
-    "page.js": "text/javascript",
-    "timing.js": "text/javascript",
-    "live.js": "text/javascript",
-}
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +167,17 @@ class Pages:
         return self._json(openapi.document())
 
     def page(self, request: Request) -> Response:
-        """The page at `/`, and what it is made of below `/page/`."""
-        name = request.path_params.get("name", "index.html")
-        kind = PAGE_TYPES.get(name)
-        if kind is None:
+        """The page at `/`, and what it is made of below `/page/`. In a thread: the first call packs."""
+        found = assets.asset(request.path_params.get("name", "index.html"))
+        if found is None:
             raise NotFound(f"there is nothing at {request.url.path}")
-        return Response((PAGE / name).read_bytes(), media_type=kind, headers=PAGE_HEADERS)
+        headers = assets.HEADERS | {"Cache-Control": found.caching, "ETag": found.tag}
+        if request.headers.get("if-none-match") == found.tag:
+            return Response(status_code=304, headers=headers)
+        if "gzip" not in request.headers.get("accept-encoding", ""):
+            return Response(found.plain, media_type=found.kind, headers=headers)
+        headers["Content-Encoding"] = "gzip"
+        return Response(found.packed, media_type=found.kind, headers=headers)
 
     async def models(self, request: Request) -> Response:
         http.tenant(request.scope, self.front.config.api_keys)

@@ -89,7 +89,7 @@ class Front:
         self.draining = False
         self.created = int(time.time())
         self._threads = ThreadPoolExecutor(2, "text")
-        self.recent = Recent()
+        self.recent = Recent({name: tier.objective for name, tier in self.tiers.items()})
         engine.steps += [self.metrics.step, self.recent.step]
 
     def model(self, name: str | None) -> tuple[str, TextModel]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from msgspec import Struct
 
 from stretto.telemetry.metrics import Ended
-from stretto.types import StepStats
+from stretto.types import Objective, StepStats
 
 WINDOW_S = 10.0
 KEPT_STEPS = 4096
@@ -37,7 +37,7 @@ class Kept(Struct, frozen=True):
 class Live(Struct, frozen=True, kw_only=True):
     """The last WINDOW_S seconds. Times in milliseconds, pairs are median and 99th percentile; None for what
     was not seen. `step_tokens`: decode and prompt tokens of a step, mean; `steps`: what the last ones took
-    and what was predicted; `refused`: by reason, since the start."""
+    and what was predicted; `refused`: by reason, since the start; `objectives`: what each tier asks."""
 
     tokens_s: float
     prefill_s: float
@@ -57,12 +57,14 @@ class Live(Struct, frozen=True, kw_only=True):
     ended: int
     restarts: int
     ready: bool
+    objectives: dict[str, Objective]
 
 
 class Recent:
-    """What happened lately. `clock` is monotonic, in seconds."""
+    """What happened lately, and what each tier asks. `clock` is monotonic, in seconds."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, objectives: dict[str, Objective], clock: Callable[[], float] = time.monotonic) -> None:
+        self._objectives = objectives
         self._clock = clock
         self._steps: deque[tuple[float, StepStats]] = deque(maxlen=KEPT_STEPS)
         self._ends: deque[tuple[float, Ended]] = deque(maxlen=KEPT_ENDS)
@@ -110,6 +112,7 @@ class Recent:
             ended=self._ended,
             restarts=restarts,
             ready=ready,
+            objectives=self._objectives,
         )
 
     def _tiers(self, ends: Sequence[Ended]) -> dict[str, Kept]:

@@ -1,0 +1,48 @@
+/** Reading what the server streams. */
+
+/** The JSON of each server-sent event of a response, until [DONE]. */
+export async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+/** A refusal as an Error: `seconds` says when to try again, where the server says so. */
+export async function refusal(response) {
+  const body = await response.json().catch(() => null);
+  const error = new Error(body?.error?.message ?? `The server answered ${response.status}.`);
+  error.status = response.status;
+  error.seconds = parseFloat(response.headers.get("retry-after")) || null;
+  return error;
+}
+
+export const $ = (id) => document.getElementById(id);
+
+export function element(name, className = "", text = "") {
+  const made = document.createElement(name);
+  if (className) made.className = className;
+  made.textContent = text;
+  return made;
+}
+
+export function headers() {
+  const key = $("key").value.trim();
+  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+}
+
+/** Milliseconds as one would say them. */
+export function spoken(ms) {
+  if (ms == null) return "–";
+  return ms >= 10_000 ? `${(ms / 1000).toFixed(0)} s` : ms >= 1000 ? `${(ms / 1000).toFixed(1)} s`
+    : ms >= 10 ? `${ms.toFixed(0)} ms` : `${ms.toFixed(1)} ms`;
+}
