@@ -134,6 +134,14 @@ def test_it_is_measured_once_for_a_machine_and_a_checkpoint(tmp_path: Path, monk
     assert len(measured) == 3
 
 
+def test_a_disturbed_measurement_is_used_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flat = Cost(c0=80.0, c2=20.0)  # decodes that cost nothing: no machine is like that
+    monkeypatch.setattr(Bench, "run", lambda self, probe: flat(probe.load))
+    times = known_times(metered(tmp_path), LIMITS, machine="one", folder=tmp_path)
+    assert times.cost(Load(0, 96, 0, 96 * 48.0)) == pytest.approx(2000.0, rel=0.05)
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_a_folder_that_takes_nothing_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     model, blocked = StepTime(SMALL_CPU), tmp_path / "file"
     blocked.write_text("in the way")

@@ -63,7 +63,7 @@ BUDGET_MS = 1500.0
 ROUNDS = 5
 STRIDE = 32  # blocks from one made-up sequence's first to the next one's
 HELD = 64  # blocks that they use: two of the longest contexts then read memory of their own
-EXPLAINED = 0.2  # a fit whose usual error is above this is not kept: something disturbed it
+EXPLAINED = 0.2  # a fit whose usual error is above this is not kept
 
 
 class Kept(Struct, frozen=True):
@@ -95,7 +95,7 @@ def known_times(runner: Runner, limits: Limits, *, machine: str, folder: Path) -
     except Exception:
         log.exception("a step to measure %s failed; its step times are guessed", runner.info.name)
         return StepTime()
-    if model.error <= EXPLAINED:
+    if model.error <= EXPLAINED and min(model.cost.c1, model.cost.c2) > 0:  # else something disturbed it
         save(model, path, machine=machine, checkpoint=checkpoint)
     return model
 
