@@ -79,7 +79,7 @@ class Alone:
     """An engine process. Raises StartError, with what it said, when it ends before it is told to."""
 
     def __init__(self, config: EngineConfig) -> None:
-        command = [sys.executable, "-m", "stretto.engine.measure"]
+        command = [sys.executable, "-m", "stretto.engine", "measure"]
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -216,7 +216,7 @@ class EngineClient:
         self._socket.bind(address)
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._drain)
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "stretto.engine.process", address, stdin=asyncio.subprocess.PIPE
+            sys.executable, "-m", "stretto.engine", "process", address, stdin=asyncio.subprocess.PIPE
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(self._config))

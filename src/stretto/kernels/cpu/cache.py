@@ -24,7 +24,7 @@ from torch import Tensor
 from stretto.kernels import Activation, Packed
 from stretto.kernels.cpu import native as library
 from stretto.kernels.cpu.native import Native
-from stretto.kernels.cpu.table import PackedExperts
+from stretto.kernels.cpu.table import GROUP, SMALLEST_QUANTISED, VOCABULARY, PackedExperts
 from stretto.kernels.cpu.weights import Form, PackedLinear, adopt
 from stretto.machine import gib
 
@@ -99,11 +99,12 @@ class Folder:
 
 
 def layout(native: Native) -> str:
-    """What packed bytes depend on beside the weights and the format: the library that packed them, and its
-    level."""
+    """What packed bytes depend on beside the weights and the format: the library that packed them, its level,
+    and what is packed how."""
     found = library.path()
     code = b"" if found is None else found.read_bytes()
-    return f"{native.level} {blake2b(code, digest_size=16).hexdigest()}"
+    rules = f"{GROUP} {SMALLEST_QUANTISED} {VOCABULARY}"
+    return f"{native.level} {blake2b(code, digest_size=16).hexdigest()} {rules}"
 
 
 @dataclass(slots=True)

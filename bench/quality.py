@@ -1,0 +1,220 @@
+"""What a format costs: bytes, and how far its next-token distributions are from those of float32.
+
+`python bench/quality.py MODEL_DIR [--text NAME=FILE ...] [--json]` reads held-out text of the bundled model's
+tasks, and each file: plain text, or JSON lines whose strings are joined (both may be gzipped).
+KL is KL(float32 || format) in nats at every token of the text; `top1` is how often both put the same token
+first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from recipes.desk.tasks import LEVELS, TASKS, held_out
+from stretto.kernels import Batch, Kernels, Packed
+from stretto.kernels.cpu import native
+from stretto.kernels.cpu.table import PackedExperts, table
+from stretto.kernels.cpu.weights import PackedLinear
+from stretto.kernels.reference import REFERENCE
+from stretto.models.decoder import Decoder
+from stretto.models.load import load
+
+CPU = torch.device("cpu")
+BLOCK = 16
+LONGEST = 512  # tokens of a text read together
+
+
+@dataclass
+class Count:
+    """A `Store` that keeps nothing and counts what was packed."""
+
+    nbytes: int = 0
+    weights: int = 0
+    kinds: dict[str, int] = field(default_factory=dict[str, int])
+
+    def take(self, name: str) -> None:
+        return None
+
+    def keep(self, name: str, packed: Packed) -> None:
+        if isinstance(packed, PackedExperts):
+            for each in (*packed.gate_up, *packed.down):
+                self.keep(name, each)
+        elif isinstance(packed, PackedLinear):
+            self.nbytes += packed.nbytes
+            self.weights += packed.n * packed.k
+            self.kinds[packed.format] = self.kinds.get(packed.format, 0) + packed.n * packed.k
+
+    def report(self) -> dict[str, Any]:
+        shares = {kind: round(count / self.weights, 4) for kind, count in sorted(self.kinds.items())}
+        return {
+            "bytes": self.nbytes,
+            "bits_per_weight": round(8 * self.nbytes / self.weights, 3),
+            "share_of_weights": shares,
+        }
+
+
+def logits(decoder: Decoder, tokens: list[int]) -> Tensor:
+    """Float32 [len(tokens), vocab], all read in one step."""
+    count = len(tokens)
+    blocks = -(-count // BLOCK)
+    span = torch.arange(count)
+    batch = Batch(
+        tokens=torch.tensor(tokens),
+        positions=span,
+        slots=span,
+        query_starts=torch.tensor([0, count], dtype=torch.int32),
+        contexts=torch.tensor([count], dtype=torch.int32),
+        tables=torch.arange(blocks, dtype=torch.int32)[None],
+        outputs=None,
+        query_lens=[count],
+        context_lens=[count],
+    )
+    return decoder.logits(decoder.forward(batch, decoder.new_cache(blocks, BLOCK)))
+
+
+def compare(wanted: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(wanted || found) of each row in nats, and whether both have the same largest."""
+    sure, seen = wanted.log_softmax(-1).double(), found.log_softmax(-1).double()
+    return (sure.exp() * (sure - seen)).sum(-1), wanted.argmax(-1) == found.argmax(-1)
+
+
+def desk_texts(model: Path) -> Iterator[str]:
+    """Held-out prompts of every task and level with their ideal replies, as the model's template writes
+    them."""
+    source = json.loads((model / "tokenizer_config.json").read_text()).get("chat_template")
+    template = None if source is None else ImmutableSandboxedEnvironment().from_string(source)
+    for index in range(1000):
+        for task in TASKS:
+            example = held_out(task, LEVELS[index % len(LEVELS)], index + 1)[index]
+            turns = [*example.messages, {"role": "assistant", "content": example.reply}]
+            if template is None:
+                yield "\n".join(turn["content"] for turn in turns)
+            else:
+                yield template.render(messages=turns, add_generation_prompt=False)
+
+
+def file_texts(file: Path) -> Iterator[str]:
+    """A file's records, or its paragraphs some at a time."""
+    raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    text = raw.decode()
+    if ".jsonl" in file.name:
+        for line in text.splitlines():
+            yield "\n".join(_strings(json.loads(line)))
+        return
+    for start in range(0, len(text), 2000):
+        yield text[start : start + 2000]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _strings(each)
+
+
+def sequences(tokenizer: Tokenizer, texts: Iterator[str], budget: int) -> Iterator[list[int]]:
+    """Texts as tokens, until `budget` of them."""
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[: min(LONGEST, budget)]
+        if len(ids) > 1:
+            budget -= len(ids)
+            yield ids
+        if budget <= 1:
+            return
+
+
+def loaded(model: Path, kernels: Kernels, kv_dtype: torch.dtype) -> tuple[Decoder, Count]:
+    count = Count()
+    decoder = load(model, dtype=torch.float32, device=CPU, kernels=kernels, store=count)
+    decoder.kv_dtype = kv_dtype
+    return decoder, count
+
+
+@torch.inference_mode()
+def measure(
+    model: Path, formats: dict[str, tuple[Kernels, torch.dtype]], texts: dict[str, Iterator[str]], tokens: int
+) -> dict[str, Any]:
+    """The report: per format what it takes, and per text how far it is."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    plain, _ = loaded(model, REFERENCE, torch.float32)
+    held = {name: loaded(model, *how) for name, how in formats.items()}
+    report: dict[str, Any] = {name: count.report() | {"texts": {}} for name, (_, count) in held.items()}
+    for text, source in texts.items():
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in formats}
+        for ids in sequences(tokenizer, source, tokens):
+            wanted = logits(plain, ids)
+            for name, (decoder, _) in held.items():
+                seen[name].append(compare(wanted, logits(decoder, ids)))
+        for name, pairs in seen.items():
+            divergence, same = (torch.cat(each) for each in zip(*pairs, strict=True))
+            report[name]["texts"][text] = {
+                "tokens": len(divergence),
+                "kl_mean": round(float(divergence.mean()), 6),
+                "kl_p99": round(float(divergence.quantile(0.99)), 6),
+                "top1": round(float(same.float().mean()), 4),
+            }
+    return report
+
+
+def table_of(report: dict[str, Any]) -> str:
+    rows = [
+        f"{'format':<10}{'MB':>9}{'bits':>7}  {'text':<10}{'tokens':>7}{'KL':>10}{'KL p99':>10}{'top-1':>8}"
+    ]
+    for name, found in report.items():
+        for text, figures in found["texts"].items():
+            rows.append(
+                f"{name:<10}{found['bytes'] / 1e6:>9.2f}{found['bits_per_weight']:>7.2f}  {text:<10}"
+                f"{figures['tokens']:>7}{figures['kl_mean']:>10.5f}{figures['kl_p99']:>10.5f}"
+                f"{100 * figures['top1']:>7.2f}%"
+            )
+    return "\n".join(rows)
+
+
+def asked_for() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, help="a directory in the Hugging Face layout")
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="another text")
+    parser.add_argument("--tokens", type=int, default=4096, help="of each text")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = asked_for()
+    library = native.load()
+    if library is None:
+        sys.exit("the C kernels were not built: install gcc, then install Stretto again")
+    library.threads(asked.threads)
+    texts = {"desk": desk_texts(asked.model)}
+    for text in asked.text:
+        name, _, file = text.partition("=")
+        if Path(file).exists():
+            texts[name] = file_texts(Path(file))
+        else:
+            print(f"{name} is skipped: there is no {file}", file=sys.stderr)
+    # As they are served: beside quantised weights the KV cache is int8 too.
+    formats = {
+        "none": (table(library), torch.float32),
+        "int8": (table(library, "int8"), torch.int8),
+        "int4": (table(library, "int4"), torch.int8),
+    }
+    report = measure(asked.model, formats, texts, asked.tokens)
+    print(json.dumps(report, indent=1) if asked.json else table_of(report))
+
+
+if __name__ == "__main__":
+    main()
