@@ -1,6 +1,7 @@
 r"""What the tests of the C kernels share: every level this CPU has, each in turn.
 
-To run them under AddressSanitizer (it finds reads and writes outside of what a kernel was given):
+To run them under AddressSanitizer (it finds reads and writes outside of what a kernel was given; compiling so
+takes some minutes):
 
     CFLAGS="-fsanitize=address -g -O1" python setup.py build_ext --inplace --force
     LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
