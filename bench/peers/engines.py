@@ -15,9 +15,11 @@ from pathlib import Path
 
 import msgspec
 
+import stretto
 from stretto import config
 
 HERE = Path(__file__).parent
+DESK = Path(stretto.__file__).parent / "desk"
 CHECKPOINT = HERE.parent / "checkpoint.py"
 # An open range of torch would bring gigabytes of CUDA; torchvision does not fit it and is not needed.
 TORCH = "torch==2.13.0"
@@ -52,6 +54,7 @@ class Home:
 
     def prepare(self, shape: str, formats: Sequence[Format]) -> None:
         """Make what is missing."""
+        (self._path / shape).mkdir(parents=True, exist_ok=True)
         checkpoint = self.checkpoint(shape)
         if not (checkpoint / "config.json").exists():
             self._run(sys.executable, CHECKPOINT, shape, checkpoint)
@@ -62,15 +65,23 @@ class Home:
                 self._export(shape, format)
 
     def checkpoint(self, shape: str) -> Path:
-        return self._path / shape / "checkpoint"
+        """Random weights of the shape, but for desk, which comes with the package."""
+        return DESK if shape == "desk" else self._path / shape / "checkpoint"
+
+    def context(self, shape: str) -> int:
+        """The longest prompt and answer together that the checkpoint allows."""
+        config = msgspec.json.decode((self.checkpoint(shape) / "config.json").read_bytes())
+        return config["max_position_embeddings"]
 
     def python(self, peer: str) -> Path:
         return self._path / peer / "bin" / "python"
 
     def model(self, shape: str, format: Format) -> Path:
         """What the engine loads."""
-        names = {"": "checkpoint", "openvino": f"openvino-{format.kind}", "llamacpp": f"{format.kind}.gguf"}
-        return self._path / shape / names[format.peer]
+        if not format.peer:
+            return self.checkpoint(shape)
+        name = f"openvino-{format.kind}" if format.peer == "openvino" else f"{format.kind}.gguf"
+        return self._path / shape / name
 
     def command(self, shape: str, format: Format) -> tuple[list[str], bytes]:
         """The process to start, and what it is to read first."""

@@ -35,7 +35,8 @@ A ratio is Stretto against the best peer with as many bits or fewer; above 1 Str
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """One engine. Rates are tokens per second; `decode_8` that of eight streams together."""
+    """One engine. Rates are tokens per second; `decode_8` that of eight streams together. None: the model's
+    context is too short for it."""
 
     name: str
     bits: int
@@ -43,10 +44,10 @@ class Measured(Struct, frozen=True, kw_only=True):
     ready_s: float
     first_token_s: float
     ttft_512_s: float
-    ttft_2048_s: float
+    ttft_2048_s: float | None
     decode_1: float
     decode_8: float
-    decode_4000: float
+    decode_4000: float | None
     memory_gib: float
 
     @property
@@ -70,7 +71,7 @@ class Result(Struct, frozen=True, kw_only=True):
 def best_peer(ours: Measured, engines: Sequence[Measured], figure: str) -> Measured | None:
     """The best at a figure among the peers with as many bits as ours or fewer; None for a peer."""
     peers = [each for each in engines if not each.ours and each.bits <= ours.bits]
-    if not ours.ours or not peers:
+    if not ours.ours or not peers or getattr(ours, figure) is None:
         return None
     return (min if figure in LESS else max)(peers, key=lambda each: getattr(each, figure))
 
@@ -102,7 +103,7 @@ def section(result: Result) -> str:
     names = [each.name for each in result.engines]
     lines += [f"| | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
     for figure, title in TITLES.items():
-        values = [f"{getattr(each, figure):.{_digits(getattr(each, figure))}f}" for each in result.engines]
+        values = [_shown(getattr(each, figure)) for each in result.engines]
         lines.append(f"| {title} | {' | '.join(values)} |")
     ours = [each for each in result.engines if each.ours]
     lines += ["", f"| ratio | {' | '.join(each.name for each in ours)} |", f"| --- |{' --- |' * len(ours)}"]
@@ -116,8 +117,10 @@ def section(result: Result) -> str:
     return "\n".join([*lines, "", f"Versions: {', '.join(versions)}.", ""])
 
 
-def _digits(value: float) -> int:
-    return 0 if value >= 100 else 1 if value >= 10 else 2
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 STYLE = """
@@ -131,7 +134,11 @@ WIDTH, ROW, LABEL, VALUE = 760, 20, 110, 48
 
 def plot(result: Result) -> str:
     """Bars, two figures beside each other; SVG that follows light and dark."""
-    figures = list(TITLES.items())
+    figures = [
+        (figure, title)
+        for figure, title in TITLES.items()
+        if all(getattr(each, figure) is not None for each in result.engines)
+    ]
     tall = ROW * (len(result.engines) + 2)
     height = tall * ((len(figures) + 1) // 2)
     body = "\n".join(
@@ -157,4 +164,4 @@ def _panel(result: Result, figure: str, title: str, at: tuple[int, int]) -> Iter
         kind = "ours" if each.ours else "peer"
         yield f'<text x="{left}" y="{y + 13}">{escape(each.name)}</text>'
         yield f'<rect class="{kind}" x="{left + LABEL}" y="{y + 2}" width="{long:.1f}" height="14" rx="2"/>'
-        yield f'<text x="{left + LABEL + long + 6:.1f}" y="{y + 13}">{value:.{_digits(value)}f}</text>'
+        yield f'<text x="{left + LABEL + long + 6:.1f}" y="{y + 13}">{_shown(value)}</text>'

@@ -28,15 +28,14 @@ from stretto.engine.task import Task, Took
 from stretto.machine import snapshot
 
 FIRST = Task(prompt_tokens=16, output_tokens=2)
-# A new seed each round is a prompt that nobody has read; the others are read once and then only spoken to.
-FRESH = {
+TASKS = {
     "short": Task(prompt_tokens=512, output_tokens=32),
-    "long": Task(prompt_tokens=2048, output_tokens=2),
-}
-KEPT = {
-    "far": Task(prompt_tokens=4000, output_tokens=16),
     "eight": Task(batch=8, prompt_tokens=128, output_tokens=24),
+    "long": Task(prompt_tokens=2048, output_tokens=2),
+    "far": Task(prompt_tokens=4000, output_tokens=16),
 }
+# A prompt that nobody has read in each round; the others' are read once, and then only spoken to.
+FRESH = ("short", "long")
 
 
 class Engine:
@@ -89,11 +88,12 @@ def measure(home: Home, shape: str, formats: Sequence[Format], rounds: int) -> R
     started = _starts(home, shape, formats, rounds)
     engines = [Engine(home, shape, format) for format in formats]
     say = _progress(rounds)
+    tasks = {name: task for name, task in TASKS.items() if _length(task) <= home.context(shape)}
     seen: dict[tuple[str, str], list[Took]] = {}
     memory: dict[str, int] = {}
     try:
         for number in range(rounds):
-            for name, task in (FRESH | KEPT).items():
+            for name, task in tasks.items():
                 asked = msgspec.structs.replace(task, seed=number + 1 if name in FRESH else 0)
                 for engine in engines:
                     took = engine.run(asked)
@@ -118,6 +118,10 @@ def measure(home: Home, shape: str, formats: Sequence[Format], rounds: int) -> R
     )
 
 
+def _length(task: Task) -> int:
+    return task.prompt_tokens + task.output_tokens
+
+
 def _starts(
     home: Home, shape: str, formats: Sequence[Format], rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
@@ -137,10 +141,15 @@ def _measured(
     memory: int,
     seen: dict[tuple[str, str], list[Took]],
 ) -> Measured:
-    took = {name: seen[engine.format.name, name] for name in FRESH | KEPT}
+    took = {name: each for (owner, name), each in seen.items() if owner == engine.format.name}
 
-    def speed(name: str) -> float:
-        return median(each.decode_tokens / each.decode_ms * 1e3 for each in took[name])
+    def speed(name: str) -> float | None:
+        rates = [each.decode_tokens / each.decode_ms * 1e3 for each in took.get(name, [])]
+        return median(rates) if rates else None
+
+    def first(name: str) -> float | None:
+        waits = [each.ttft_ms / 1e3 for each in took.get(name, [])]
+        return median(waits) if waits else None
 
     return Measured(
         name=engine.format.name,
@@ -148,8 +157,8 @@ def _measured(
         version=engine.version,
         ready_s=median(ready for ready, _ in started),
         first_token_s=median(first for _, first in started),
-        ttft_512_s=median(each.ttft_ms for each in took["short"]) / 1e3,
-        ttft_2048_s=median(each.ttft_ms for each in took["long"]) / 1e3,
+        ttft_512_s=first("short"),
+        ttft_2048_s=first("long"),
         decode_1=speed("short"),
         decode_8=speed("eight"),
         decode_4000=speed("far"),
@@ -173,7 +182,8 @@ def show(result: Result) -> None:
     for figure in Measured.__struct_fields__[3:]:
         print(f"\n{figure}")
         for each in result.engines:
-            print(f"  {each.name:15} {getattr(each, figure):8.2f}")
+            value = getattr(each, figure)
+            print(f"  {each.name:15} {'-' if value is None else f'{value:.2f}':>8}")
         for ours in result.engines:
             peer = best_peer(ours, result.engines, figure)
             if peer is not None:
