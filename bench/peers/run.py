@@ -30,7 +30,7 @@ from stretto.machine import snapshot
 FIRST = Task(prompt_tokens=16, output_tokens=2)
 TASKS = {
     "short": Task(prompt_tokens=512, output_tokens=32),
-    "eight": Task(batch=8, prompt_tokens=128, output_tokens=24),
+    "eight": Task(batch=8, prompt_tokens=128, output_tokens=16),
     "long": Task(prompt_tokens=2048, output_tokens=2),
     "far": Task(prompt_tokens=4000, output_tokens=16),
 }
