@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import pytest
 import torch
 
-from stretto.kernels.cpu.native import Native
+from stretto.kernels.cpu.native import Native, load
 from stretto.kernels.cpu.table import Table
 from stretto.kernels.cpu.weights import pack
 from tests.kernels.levels import native
@@ -33,6 +35,13 @@ if child == 0:
     os._exit(0 if same else 1)
 sys.exit(0 if same and os.waitpid(child, 0)[1] == 0 else 1)
 """
+
+
+def test_a_library_of_other_sources_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    other = tmp_path / "_native.so"
+    subprocess.run(["gcc", "-shared", "-x", "c", "-o", other, "-"], input=b"int other;", check=True)
+    monkeypatch.setattr("stretto.kernels.cpu.native.path", lambda: other)
+    assert load.__wrapped__() is None
 
 
 def test_idle_threads_sleep(native: Native):

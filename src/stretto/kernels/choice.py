@@ -33,7 +33,10 @@ def choose_kernels(
     elif dtype not in TYPES:
         kernels, why = REFERENCE, f"the C kernels compute in float32 and bfloat16, not in {dtype}"
     elif library is None:
-        kernels, why = REFERENCE, "the C kernels were not built: install gcc, then install Stretto again"
+        kernels, why = (
+            REFERENCE,
+            "the C kernels are not there, or of other sources: install gcc, then install Stretto again",
+        )
     else:
         return table(library, quantise), f"the C kernels, for {library.level}"
     if quantise is not None:

@@ -126,13 +126,13 @@ class Native:
 
 @cache
 def load() -> Native | None:
-    """The library, or None when it was not built or cannot run here."""
+    """The library, or None when it was not built, was built from other sources or cannot run here."""
     found = path()
     if found is None:
         return None
     try:
         return Native(ctypes.CDLL(str(found)))
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 
