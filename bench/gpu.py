@@ -8,6 +8,7 @@ floor: the weights and keys a step must read, over the copy bandwidth.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -15,7 +16,7 @@ import time
 from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,8 +26,7 @@ from stretto.engine.loop import Engine
 from stretto.engine.schedule import Limits, fcfs
 from stretto.engine.sequence import Sequence
 from stretto.kernels import Batch, Kernels
-from stretto.kernels.cuda.linear import Fp8, to_fp8
-from stretto.kernels.cuda.table import SMALLEST_QUANTISED, table
+from stretto.kernels.cuda.table import Quantise, table
 from stretto.kernels.reference import REFERENCE, Dense
 from stretto.models import families
 from stretto.models import load as loading
@@ -62,11 +62,12 @@ QWEN_8B = {
     "max_position_embeddings": 40960,
     "rope_theta": 1000000.0,
 }
-MODELS: dict[str, tuple[dict[str, Any], bool]] = {
-    "llama-3.2-1b": (LLAMA_1B, False),
-    "llama-3.1-8b": (LLAMA_8B, False),
-    "llama-3.1-8b-fp8": (LLAMA_8B, True),
-    "qwen3-8b": (QWEN_8B, False),
+MODELS: dict[str, tuple[dict[str, Any], Quantise | None]] = {
+    "llama-3.2-1b": (LLAMA_1B, None),
+    "llama-3.1-8b": (LLAMA_8B, None),
+    "llama-3.1-8b-fp8": (LLAMA_8B, "fp8"),
+    "qwen3-8b": (QWEN_8B, None),
+    "llama-3.1-8b-int4": (LLAMA_8B, "int4"),
 }
 BLOCK, BLOCKS, CONTEXT, RUNNING, STEP_TOKENS = 16, 11264, 9216, 256, 4096
 PROMPT = 512
@@ -80,10 +81,14 @@ class Made:
 
     path = Path("random")
     nbytes = 0
+    dtype = "BF16"
     entries = ("model.embed_tokens.weight",)
 
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        self.shape = shape
+
     def find(self, name: str, shape: tuple[int, ...]) -> Made:
-        return self
+        return Made(shape)
 
     def read(self, entry: Made, into: Tensor) -> None:
         if into.dim() > 1:
@@ -103,15 +108,15 @@ def build(config: dict[str, Any], kernels: Kernels) -> Decoder:
     return Decoder(spec, kernels, loading._weights(reader, spec))
 
 
-def plain(fp8: bool) -> Kernels:
-    """The torch table; with `fp8` over the weights that FP8 can hold."""
+def plain(quantise: Quantise | None) -> Kernels:
+    """The torch table, over the weights that the format can hold."""
+    held = table(DEVICE, quantise)
 
     def rounded(weight: Tensor, bias: Tensor | None) -> Dense:
-        if weight.shape[0] < SMALLEST_QUANTISED:
-            return Dense(weight, bias)
-        return Dense(Fp8(*to_fp8(weight), None).widened(weight.dtype), bias)
+        packed = held.pack(weight, None)
+        return Dense(weight if isinstance(packed, Dense) else cast(Any, packed).widened(weight.dtype), bias)
 
-    return replace(REFERENCE, pack=rounded) if fp8 else REFERENCE
+    return replace(REFERENCE, pack=rounded)
 
 
 class Driver:
@@ -197,13 +202,15 @@ def one_text(tokens: list[int]) -> Batch:
     )
 
 
-def check(driver: Driver, decoder: Decoder, config: dict[str, Any], fp8: bool) -> dict[str, float]:
+def check(
+    driver: Driver, decoder: Decoder, config: dict[str, Any], quantise: Quantise | None
+) -> dict[str, float]:
     """How far the CUDA path is from plain torch: of logits, and of greedy tokens (by how much plain torch
     likes its own choice better, in standard deviations of its logits)."""
     ident, _ = driver.answer(64, 24)
     prompt = torch.randint(0, driver.runner.info.vocab, (64,), generator=torch.Generator().manual_seed(ident))
     text = [*prompt.tolist(), *driver.tokens[ident]]
-    reference = build(config, plain(fp8))
+    reference = build(config, plain(quantise))
     batch = one_text(text)
     wanted = reference.logits(reference.forward(batch, reference.new_cache(8, BLOCK)))
     found = decoder.logits(decoder.forward(batch, decoder.new_cache(8, BLOCK)))
@@ -218,9 +225,9 @@ def check(driver: Driver, decoder: Decoder, config: dict[str, Any], fp8: bool) -
 
 
 def measure(name: str, bandwidth: float, deadline: float) -> dict[str, Any]:
-    config, fp8 = MODELS[name]
+    config, quantise = MODELS[name]
     started = time.perf_counter()
-    decoder = build(config, table(DEVICE, "fp8" if fp8 else None))
+    decoder = build(config, table(DEVICE, quantise))
     torch.cuda.synchronize()
     made = time.perf_counter()
     spec = decoder.spec
@@ -235,7 +242,7 @@ def measure(name: str, bandwidth: float, deadline: float) -> dict[str, Any]:
     result: dict[str, Any] = {
         "weights_s": made - started,
         "first_tokens_s": first,
-        "check": check(driver, decoder, config, fp8),
+        "check": check(driver, decoder, config, quantise),
         "itl_ms": {},
         "ttft_ms": {},
     }
@@ -307,7 +314,8 @@ def show(name: str, result: dict[str, Any]) -> None:
             f" {row['mbu']:4.0%} of the floor, {row['tokens_per_s']:8.0f} tokens/s"
         )
     print("  TTFT " + ", ".join(f"{tokens} tokens: {ms:.2f} ms" for tokens, ms in result["ttft_ms"].items()))
-    print(f"  ten steps: {result['profile']}", flush=True)
+    waits = {call: count for call, count in result["profile"].items() if "Synchronize" in call}
+    print(f"  in ten steps the host waits for: {waits}, of {result['profile']}", flush=True)
 
 
 def main() -> None:
@@ -327,6 +335,7 @@ def main() -> None:
         if time.monotonic() < deadline:
             results["models"][name] = measure(name, bandwidth, deadline)
             show(name, results["models"][name])
+            gc.collect()  # the engine and its runner hold each other
             torch.cuda.empty_cache()
             if asked.json:
                 asked.json.write_text(json.dumps(results, indent=1))

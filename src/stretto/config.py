@@ -22,7 +22,7 @@ from stretto.types import Objective
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-Quantise = Literal["int8", "int4"]
+Quantise = Literal["int8", "int4", "fp8"]
 Count = Annotated[int, Meta(ge=1)]
 Limit = Annotated[float, Meta(gt=0, le=86_400_000)]
 TierName = Literal["priority", "default", "flex"]
@@ -199,7 +199,8 @@ class Models(Struct, frozen=True, kw_only=True):
         "auto"
     )
     quantise: Annotated[
-        Quantise | None, Meta(description="hold weights in 8 or 4 bits: faster, a little less exact")
+        Quantise | None,
+        Meta(description="hold weights in 8 or 4 bits: int8 or int4 on a CPU, fp8 or int4 on a GPU"),
     ] = None
 
 

@@ -167,6 +167,24 @@ def test_answers_do_not_depend_on_company(bench: Bench) -> None:
         assert bench.run(bench.engine(blocks=20, step_tokens=7), PROMPTS, *asked) == alone
 
 
+PENALISED: list[dict[str, object]] = [
+    {"repetition_penalty": 1.8, "ignore_eos": True},
+    {"frequency_penalty": 0.9, "presence_penalty": 0.4, "ignore_eos": True},
+    {"repetition_penalty": 0.6, "temperature": 0.9, "seed": 4, "ignore_eos": True},
+]
+
+
+def test_penalties_on_the_device_are_the_hosts(bench: Bench) -> None:
+    """Reporting makes the host draw; blocks that run out make histories start again."""
+    wanted = [
+        bench.run(bench.engine(), [p], a | {"logprobs": 0})[0]
+        for p, a in zip(PROMPTS, PENALISED, strict=False)
+    ]
+    assert bench.run(bench.engine(), PROMPTS[: len(PENALISED)], *PENALISED) == wanted
+    if GPU:
+        assert bench.run(bench.engine(blocks=20, step_tokens=7), PROMPTS[:3], *PENALISED) == wanted
+
+
 def test_a_step_is_launched_before_the_last_one_is_read(bench: Bench) -> None:
     engine = bench.engine()
     runner = engine.lanes["m"].runner
@@ -179,7 +197,10 @@ def test_a_step_is_launched_before_the_last_one_is_read(bench: Bench) -> None:
         assert calls == ["launch", *["launch", "wait"] * (OUTPUT - 1), "wait"]
         calls.clear()
         bench.run(engine, PROMPTS[:1], {"frequency_penalty": 0.5})
-        assert calls == ["launch", "wait"] * OUTPUT, "its history is known only once the token is read"
+        assert calls == ["launch", *["launch", "wait"] * (OUTPUT - 1), "wait"], "its history is on the device"
+        calls.clear()
+        bench.run(engine, PROMPTS[:1], {"logprobs": 0})
+        assert calls == ["launch", "wait"] * OUTPUT, "the host draws"
 
 
 def test_a_token_that_ends_an_answer_is_the_last(bench: Bench) -> None:

@@ -9,16 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kernels, Rotation
+from stretto.errors import StartError
+from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kernels, PlainLayer, Rotation
+from stretto.kernels.reference import REFERENCE
 from tests.kernels.cuda import DEVICE, GPU, TOLERANCES
 from tests.kernels.steps import Step, attention, rms, rotated, step
 
-from stretto.kernels.cuda import linear  # isort: skip
+from stretto.kernels.cuda import attend as attend_, int4, linear  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
 KIND = Attention(heads=6, kv_heads=2, head_dim=16, scale=0.3)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one after the other, those with nothing to do as well."""
+    if not GPU:
+        monkeypatch.setattr(attend_, "MOST_SPLITS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +235,78 @@ def test_a_tile_may_be_shared_out_by_columns(kernels: Kernels, splits: int) -> N
     assert not arrived.any()
 
 
+def block_by_block(x: Tensor, layer: PlainLayer, made: Step, rotation: Rotation) -> Tensor:
+    """What a layer is, by the reference's functions."""
+    torch_ = REFERENCE
+    plan = torch_.prepare(made.batch, made.cache, Geometry((rotation,), (layer.kind.window,)))
+    qkv = torch_.linear(torch_.norm(x, layer.first, layer.eps), layer.qkv)
+    q = torch_.place(qkv, layer.norms, layer.kind, made.cache.layers[0], plan)
+    x = x + torch_.linear(torch_.attend(q, layer.kind, made.cache.layers[0], plan), layer.out)
+    hidden = torch_.gated(torch_.norm(x, layer.second, layer.eps), layer.gate_up, layer.activation)
+    return x + torch_.linear(hidden, layer.down)
+
+
+LAYERS = [
+    {"norm": "head", "dims": 16},
+    {"norm": "row", "dims": 16},
+    {"biased": True, "window": 7, "dims": 12},
+    {"softcap": 2.0, "window": 70, "dims": 16},
+]
+
+
+@dtypes
+@pytest.mark.parametrize("context", [30, 1, 400, 64, 65] if GPU else [70])
+@pytest.mark.parametrize("asked", LAYERS if GPU else LAYERS[1:3])
+def test_layers_at_once(kernels: Kernels, dtype: torch.dtype, context: int, asked: dict[str, object]) -> None:
+    """The same sums, keys and values as block by block."""
+    changes = {"eps": 1e-5} | {name: value for name, value in asked.items() if name not in ("biased", "dims")}
+    kind = replace(KIND, **changes)  # type: ignore[arg-type]
+    made = step([(1, context)], kind, dtype=torch.float32)
+    made.cache.layers[0] = made.cache.layers[0].to(dtype)
+    batch, cache = there(made)
+    made.cache.layers[0] = made.cache.layers[0].float()
+    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])[: int(asked["dims"]) // 2]  # type: ignore[call-overload]
+
+    def layer(own: Kernels, device: torch.device, held: torch.dtype) -> PlainLayer:
+        """The same numbers, whatever they are held in."""
+        torch.manual_seed(0)
+
+        def pack(rows: int, columns: int) -> object:
+            weight, bias = torch.randn(rows, columns) * columns**-0.5, torch.randn(rows)
+            weight, bias = (each.to(dtype).to(held).to(device) for each in (weight, bias))
+            return own.pack(weight, bias if "biased" in asked else None)
+
+        def vector(count: int) -> Tensor:
+            return (1 + torch.randn(count) / 9).to(dtype).to(held).to(device)
+
+        return PlainLayer(
+            kind=kind,
+            eps=1e-5,
+            first=vector(48),
+            qkv=pack(160, 48),  # type: ignore[arg-type]
+            norms=None if kind.norm == "none" else vector(8 * 16),
+            out=pack(48, 96),  # type: ignore[arg-type]
+            second=vector(48),
+            gate_up=pack(144, 48),  # type: ignore[arg-type]
+            activation="silu",
+            down=pack(48, 72),  # type: ignore[arg-type]
+        )
+
+    x = torch.randn(1, 48).to(dtype)
+    assert kernels.layers is not None
+    wanted = block_by_block(
+        x.float(), layer(REFERENCE, torch.device("cpu"), torch.float32), made, Rotation(frequencies, 1.2)
+    )
+    for _ in range(2):  # what programs share must be left as it was
+        plan = kernels.prepare(
+            batch, cache, Geometry((Rotation(frequencies.to(DEVICE), 1.2),), (kind.window,))
+        )
+        found = kernels.layers(x.clone().to(DEVICE), [layer(kernels, DEVICE, dtype)], cache, plan)
+        assert found is not None
+        near(found, wanted, TOLERANCES[dtype])
+    near(cache.layers[0], made.cache.layers[0], TOLERANCES[dtype])
+
+
 @dtypes
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("rows", [1, 9, 90])
@@ -258,3 +339,39 @@ def test_fp8(rows: int, shape: tuple[int, int]) -> None:
     near(narrow.linear(x, packed), wanted, 4e-3 if rows <= linear.FEW else 4e-2)
     gated = narrow.gated(x[:, : shape[1]], packed, "silu")
     near(gated[-1:], gate(wanted[-1:].cpu(), "silu"), 8e-3 if rows <= linear.FEW else 8e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 33, 64, 65, 300] if GPU else [2, 5])
+@pytest.mark.parametrize("shape", [(320, 512), (1024, 4096), (273, 5000)] if GPU else [(21, 200)])
+def test_int4(rows: int, shape: tuple[int, int]) -> None:
+    torch.manual_seed(rows)
+    dtype = torch.bfloat16 if GPU else torch.float32
+    narrow = table(DEVICE, "int4")
+    x = (torch.randn(rows, shape[1]) * torch.logspace(-2, 0, rows)[:, None]).to(dtype).to(DEVICE)
+    bias = torch.randn(shape[0]).to(dtype).to(DEVICE)
+    packed = int4.to_int4(torch.randn(shape).to(dtype).to(DEVICE), bias)
+    assert packed.nbytes - bias.nbytes == -(-shape[0] // 2) * -(-shape[1] // 128) * (128 + 4)
+    wanted = x.double() @ packed.widened(torch.float32).double().t() + bias.double()
+    near(narrow.linear(x, packed), wanted, 8e-3 if GPU else 1e-5)
+    if shape[0] % 2 == 0:
+        near(narrow.gated(x, packed, "silu"), gate(wanted.cpu(), "silu"), 1.5e-2 if GPU else 1e-5)
+
+
+def test_int4_keeps_what_four_bits_can_hold_and_is_near_the_rest() -> None:
+    torch.manual_seed(0)
+    levels = torch.randint(-8, 8, (256, 200)).float()
+    levels[:, ::128] = -8.0
+    scales = torch.randint(1, 9, (256, 2)).float().repeat_interleave(128, 1)[:, :200]
+    exact = int4.to_int4((levels * scales).to(DEVICE)).widened(torch.float32)
+    assert torch.equal(exact.cpu(), levels * scales)
+    for weight in (torch.randn(256, 200), torch.zeros(256, 200), torch.full((256, 200), 3e-4)):
+        found = int4.to_int4(weight.to(DEVICE)).widened(torch.float32).cpu()
+        assert (found - weight).norm() <= 0.1 * weight.norm()
+
+
+def test_what_int4_holds() -> None:
+    narrow = table(DEVICE, "int4")
+    assert isinstance(narrow.pack(torch.randn(8, 128, device=DEVICE), None), linear.Dense)
+    assert isinstance(narrow.pack(torch.randn(256, 128, device=DEVICE), None), int4.Int4)
+    with pytest.raises(StartError, match="mixtures of experts"):
+        narrow.pack_experts(torch.randn(2, 8, 4), torch.randn(2, 4, 4), "silu")

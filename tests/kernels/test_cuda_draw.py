@@ -23,7 +23,7 @@ def orders(*rows: dict[int, float]) -> Tensor:
     made = np.zeros((len(rows), draw.ORDER), dtype=np.int32)
     for index, row in enumerate(rows):
         made[index, draw.SLOT] = index
-        for place, value in ({draw.TOP_P: 1.0} | row).items():
+        for place, value in ({draw.TOP_P: 1.0, draw.REPETITION: 1.0} | row).items():
             if place >= draw.TEMPERATURE:
                 made[index, place : place + 1].view(np.float32)[:] = value
             else:
@@ -31,10 +31,15 @@ def orders(*rows: dict[int, float]) -> Tensor:
     return torch.from_numpy(made).to(DEVICE)
 
 
+def unseen(rows: int) -> Tensor:
+    return torch.zeros(rows, VOCAB, dtype=torch.int16, device=DEVICE)
+
+
 def drawn(logits: Tensor, *rows: dict[int, float]) -> list[int]:
     """One row of logits, drawn from by each order."""
     known = torch.full((len(rows),), -7, device=DEVICE)
-    found = draw.draw(logits.expand(len(rows), -1).contiguous().to(DEVICE), orders(*rows), known)
+    rows_of_it = logits.repeat(len(rows), 1).to(DEVICE)
+    found = draw.draw(rows_of_it, orders(*rows), known, unseen(len(rows)))
     assert torch.equal(found, known)
     return found.tolist()
 
@@ -102,12 +107,55 @@ def test_top_p_counts_what_the_others_leave(logits: Tensor) -> None:
     assert drawn(logits, *spread(top_k=30, min_p=0.01, top_p=0.8)) == wanted(kept)
 
 
+PENALTIES = [(1.7, 0.0, 0.0), (1.0, 0.6, 0.0), (1.0, 0.0, 0.9), (0.8, -0.4, 0.3)]
+
+
+def test_penalties_are_the_hosts(logits: Tensor) -> None:
+    """Greedy and drawn, each step with what the one before it drew in its history."""
+    rows = [
+        {draw.REPETITION: rep, draw.FREQUENCY: often, draw.PRESENCE: ever, **heat}
+        for rep, often, ever in PENALTIES
+        for heat in ({}, {draw.TEMPERATURE: 0.7, draw.FRACTION: 0.4, draw.TOP_K: 5})
+    ]
+    likely = logits.argsort(descending=True).tolist()
+    prompt, output = [*likely[:3], likely[50], likely[-1]], [likely[0], likely[0], likely[4]]
+    seen, known = unseen(len(rows)), torch.zeros(len(rows), dtype=torch.int64, device=DEVICE)
+    seen[:, prompt] = draw.IN_PROMPT
+    seen[:, likely[0]] += 2 * draw.IN_OUTPUT
+    seen[:, likely[4]] += draw.IN_OUTPUT
+    texts = [list(output) for _ in rows]
+    for _ in range(6):
+        found = draw.draw(logits.repeat(len(rows), 1).to(DEVICE), orders(*rows), known, seen).tolist()
+        for row, text, token in zip(rows, texts, found, strict=True):
+            final = logits.clone()
+            met = prompt if row[draw.REPETITION] != 1.0 else []
+            for other in {*met, *text}:
+                value, times = float(final[other]), text.count(other)
+                value = value / row[draw.REPETITION] if value > 0 else value * row[draw.REPETITION]
+                final[other] = value - row[draw.FREQUENCY] * times - row[draw.PRESENCE] * (times > 0)
+            if row.get(draw.TEMPERATURE, 0.0) == 0:
+                assert token == int(final.argmax())
+            else:
+                kept = torch.where(final >= final.topk(5).values[-1], (final / 0.7).softmax(0), 0.0)
+                cumulative = kept.double().cumsum(0)
+                assert token == int((cumulative <= cumulative[-1] * 0.4).sum())
+            text.append(token)
+
+
+def test_a_history_that_is_full_stays_so(logits: Tensor) -> None:
+    seen, known = unseen(1), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    best = int(logits.argmax())
+    seen[0, best] = 2**15 - 2
+    draw.draw(logits[None].to(DEVICE), orders({draw.FREQUENCY: -0.1}), known, seen)
+    assert int(known[0]) == best and int(seen[0, best]) == 2**15 - 2
+
+
 def test_rows_do_not_matter_to_each_other_and_wrong_numbers_are_told(logits: Tensor) -> None:
     rows = torch.stack((logits, logits, logits, logits, logits.flip(0)))
     rows[1, 50], rows[2, 0], rows[3] = torch.nan, torch.inf, -torch.inf
     hot = {draw.TEMPERATURE: 1.0, draw.FRACTION: 0.3, draw.TOP_P: 0.9}
     known = torch.zeros(5, dtype=torch.int64, device=DEVICE)
-    found = draw.draw(rows.to(DEVICE), orders(hot, hot, {}, {}, hot), known).tolist()
+    found = draw.draw(rows.to(DEVICE), orders(hot, hot, {}, {}, hot), known, unseen(5)).tolist()
     assert found[1:4] == [-1, -1, -1]
     assert found[0] == drawn(logits, hot)[0] and found[4] == drawn(logits.flip(0), hot)[0]
 

@@ -79,7 +79,8 @@ class Runners:
         dtype = choose_dtype(snapshot(), spec.dtype, device=self._device.type, asked=model.dtype).value
         check_fit(model.name, _weight_bytes(path, spec.dtype, dtype), self._available())
         kernels, why = choose_kernels(self._device, getattr(torch, dtype), model.quantise)
-        store = self._store(path, kernels.name) if model.quantise else None
+        packs = model.quantise is not None and self._device.type == "cpu"
+        store = self._store(path, kernels.name) if packs else None
         decoder = load(
             path,
             dtype=getattr(torch, dtype),

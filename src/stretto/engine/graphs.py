@@ -7,6 +7,7 @@ time and text it knows nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -27,29 +28,26 @@ from stretto.types import ModelInfo
 # Beyond 32 sequences a graph runs a few rows more than there are rather than being one of hundreds.
 SIZES = (*range(1, 33), *range(40, 129, 8), *range(144, 257, 16), *range(288, 1025, 32))
 RING = 4
+NO_PENALTIES = (1.0, 0.0, 0.0)
+MOST_SEEN = draw.MOST_SEEN.value
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step under way. `tokens`: where they arrive on the host. `by_hand`: rows the host draws itself, and
+    """A step under way. `tokens`: where they arrive on the host. `by_hand`: what the host drew itself, and
     `vectors` the rows that ask for one, by their place among the rows that draw."""
 
     tokens: Tensor
     arrived: torch.cuda.Event
     count: int
-    sampler: Sampler
-    logits: Tensor | None
-    by_hand: dict[int, Sequence]
+    by_hand: dict[int, Drawn]
     vectors: dict[int, Tensor]
 
     def wait(self) -> list[Drawn]:
         self.arrived.synchronize()
         drawn = [Drawn(token) for token in self.tokens[: self.count].tolist()]
-        if self.by_hand and self.logits is not None:
-            rows = list(self.by_hand)
-            results = self.sampler(self.logits[rows], list(self.by_hand.values()))
-            for row, result in zip(rows, results, strict=True):
-                drawn[row] = result
+        for row, result in self.by_hand.items():
+            drawn[row] = result
         for row, vector in self.vectors.items():
             drawn[row] = Drawn(-1, embedding=tuple(vector.tolist()))
         return drawn
@@ -87,8 +85,12 @@ class CudaRunner:
         columns = -(-info.context // info.block_size)
         self._tables = torch.zeros((max_running + 1, columns), dtype=torch.int32, device=self._device)
         self._drawn = torch.zeros(max_running + 1, dtype=torch.int64, device=self._device)
+        self._seen = torch.zeros((max_running + 1, info.vocab), dtype=torch.int16, device=self._device)
+        # By slot, whose history that is, and after how many preemptions.
+        self._histories: dict[int, tuple[Sequence, int]] = {}
         self._filler = np.zeros(draw.ORDER, dtype=np.int32)
         self._filler[[draw.SLOT, draw.BLOCK]] = max_running, info.blocks
+        self._filler[draw.REPETITION : draw.REPETITION + 1].view(np.float32)[:] = 1.0
         self._captured: dict[int, Captured] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._sizes = [size for size in SIZES if size < max_running] + [max_running]
@@ -111,7 +113,11 @@ class CudaRunner:
             tokens, logits, vectors = self._run(rows, pinned)
         pinned.tokens[: len(drawing)].copy_(tokens[: len(drawing)], non_blocking=True)
         pinned.arrived.record()
-        return Launched(pinned.tokens, pinned.arrived, len(drawing), self._sampler, logits, by_hand, vectors)
+        own: dict[int, Drawn] = {}
+        if by_hand and logits is not None:
+            results = self._sampler(logits[list(by_hand)], list(by_hand.values()))
+            own = dict(zip(by_hand, results, strict=True))
+        return Launched(pinned.tokens, pinned.arrived, len(drawing), own, vectors)
 
     def erase(self, blocks: list[int]) -> None:
         """Zero the KV memory of these blocks."""
@@ -154,7 +160,7 @@ class CudaRunner:
     def _step(self, captured: Captured) -> Tensor:
         draw.read(captured.orders, self._drawn, self._tables, captured.batch, self.info.block_size)
         hidden = self._decoder.forward(captured.batch, self._cache)
-        return draw.draw(self._decoder.logits(hidden), captured.orders, self._drawn)
+        return draw.draw(self._decoder.logits(hidden), captured.orders, self._drawn, self._seen)
 
     def _room(self, size: int) -> Captured:
         """Where a step of `size` sequences is laid out."""
@@ -186,13 +192,35 @@ class CudaRunner:
             seq.blocks[start // self.info.block_size],
             sampling.top_k,
         )
-        order[draw.TEMPERATURE : draw.FRACTION + 1].view(np.float32)[:] = (
+        order[draw.TEMPERATURE :].view(np.float32)[:] = (
             0.0 if greedy else sampling.temperature,
             sampling.top_p,
             sampling.min_p,
             0.0 if greedy else uniform(seq.seed, seq.length),
+            *self._penalties(seq),
         )
         seq.tabled = len(seq.blocks)
+
+    def _penalties(self, seq: Sequence) -> tuple[float, float, float]:
+        """For repetition, frequency and presence, with the history they need on the device."""
+        sampling = seq.request.sampling
+        asked = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
+        if asked == NO_PENALTIES or _by_hand(seq):
+            self._histories.pop(seq.slot, None)
+            return NO_PENALTIES
+        if self._histories.get(seq.slot) != (seq, seq.preemptions):
+            # From here on the device counts what it draws.
+            self._histories[seq.slot] = seq, seq.preemptions
+            history: dict[int, int] = {}
+            if sampling.repetition_penalty != 1.0:
+                history = dict.fromkeys(seq.tokens[: seq.prompt_len], draw.IN_PROMPT)
+            for token, times in Counter(seq.tokens[seq.prompt_len :]).items():
+                history[token] = history.get(token, 0) + min(draw.IN_OUTPUT * times, MOST_SEEN)
+            row = self._seen[seq.slot].zero_()
+            if history:
+                tokens, counts = _sent(np.array(list(history.items())).T.copy(), self._device)
+                row[tokens] = counts.to(torch.int16)
+        return asked
 
     def _run(self, rows: list[Row], pinned: _Pinned) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """A step that is not captured: prompts, and what decodes beside them. Its tokens, logits and
@@ -205,7 +233,7 @@ class CudaRunner:
         for row, order in zip(drawing, orders, strict=True):
             self._order(row.seq, row.start + row.count - 1, order)
         logits = self._decoder.logits(hidden)
-        tokens = draw.draw(logits, _sent(orders, self._device), self._drawn)
+        tokens = draw.draw(logits, _sent(orders, self._device), self._drawn, self._seen)
         vectors = {
             place: torch.nn.functional.normalize(hidden[place].float(), dim=0)
             for place, row in enumerate(drawing)
@@ -271,14 +299,11 @@ def _sent(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _by_hand(seq: Sequence) -> bool:
-    """Whether the host must draw for it: it knows grammars, histories and how to report."""
+    """Whether the host must draw for it: it knows grammars and how to report."""
     sampling = seq.request.sampling
     return seq.request.task == "generate" and (
         seq.grammar is not None
         or sampling.logprobs is not None
         or bool(sampling.logit_bias)
         or seq.output_len < sampling.min_tokens
-        or sampling.repetition_penalty != 1.0
-        or sampling.frequency_penalty != 0.0
-        or sampling.presence_penalty != 0.0
     )

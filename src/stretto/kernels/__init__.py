@@ -6,7 +6,7 @@ table may be C, Triton or a captured graph. Knows no family of models, no schedu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -146,6 +146,23 @@ Run = Callable[[Tensor, Tensor, "Cache", Any], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class PlainLayer:
+    """A decoder layer of the commonest kind. Attention, then an MLP, each reads the sum so far through an RMS
+    norm (`first`, `second`) and adds to it. `norms`: as `Kernels.place` takes them."""
+
+    kind: Attention
+    eps: float
+    first: Tensor
+    qkv: Linear
+    norms: Tensor | None
+    out: Linear
+    second: Tensor
+    gate_up: Linear
+    activation: Activation
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
 class Kernels:
     """A table. Activations are [T, ...] in the model's dtype; every function returns a tensor of that dtype.
 
@@ -189,6 +206,9 @@ class Kernels:
     sharpen: Callable[[Tensor, Tensor, Linear, Tensor], None] | None = None
     """(logits [R, N] float32, x [R, K], a tied head, its embedding): the likeliest logits computed anew from
     the embedding, in place, where the head is too rough for them. None: no head is."""
+    layers: Callable[[Tensor, Sequence[PlainLayer], Cache, Any], Tensor | None] | None = None
+    """(sums [T, H] consumed, all layers of a model that has only plain ones, cache, plan) -> the sums after
+    them, or None (nothing consumed) where the table has no way shorter than its other functions."""
 
 
 def kv_width(head_dim: int, dtype: torch.dtype) -> int:

@@ -7,15 +7,17 @@ from importlib import import_module
 
 import torch
 
+from stretto.config import Quantise
 from stretto.errors import StartError
 from stretto.kernels import Kernels
 from stretto.kernels.cpu import native
-from stretto.kernels.cpu.table import Quantise, table
+from stretto.kernels.cpu.table import table
 from stretto.kernels.cpu.weights import TYPES
 from stretto.kernels.reference import REFERENCE
 
 # Triton comes with torch for CUDA alone, so its table is imported only where there is a device for it.
 CUDA = "stretto.kernels.cuda.table"
+FP8_FROM = (8, 9)
 
 
 def choose_kernels(
@@ -23,10 +25,13 @@ def choose_kernels(
 ) -> tuple[Kernels, str]:
     """The table for a model computed in `dtype` on `device`, and the sentence that says why.
 
-    Raises StartError when weights are to be quantised and only torch's table can be had.
+    Raises StartError when weights are to be quantised in a way that the device has no kernels for.
     """
-    if device.type == "cuda" and quantise is None:
-        return import_module(CUDA).table(device), "Triton's kernels, for CUDA devices"
+    if device.type == "cuda":
+        _check_cuda(device, quantise)
+        return import_module(CUDA).table(device, quantise), "Triton's kernels, for CUDA devices"
+    if quantise == "fp8":
+        raise StartError("--quantise fp8: only CUDA devices compute with fp8; on a CPU use int8 or int4")
     library = native.load()
     if device.type != "cpu":
         kernels, why = REFERENCE, f"torch's own kernels run on {device.type}"
@@ -44,6 +49,17 @@ def choose_kernels(
             f"--quantise {quantise}: only the C kernels on a CPU read quantised weights, and {why}"
         )
     return kernels, why
+
+
+def _check_cuda(device: torch.device, quantise: Quantise | None) -> None:
+    if quantise == "int8":
+        raise StartError("--quantise int8: a CUDA device holds weights in fp8 or int4; use one of these")
+    capability = torch.cuda.get_device_capability(device)
+    if quantise == "fp8" and capability < FP8_FROM:
+        raise StartError(
+            f"--quantise fp8: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, and fp8 needs {FP8_FROM[0]}.{FP8_FROM[1]}; use int4"
+        )
 
 
 def use_threads(count: int) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stretto.kernels import Batch, Cache, Geometry, Kernels, Linear, Op, Run, kv_width
-from stretto.models.blocks import Feed, Join, Mixer
+from stretto.kernels import Batch, Cache, Geometry, Kernels, Linear, Op, PlainLayer, Run, kv_width
+from stretto.models.blocks import Feed, Join, Mixer, Mlp
 from stretto.models.spec import ModelSpec
 
 
@@ -54,6 +55,7 @@ class Decoder:
         self._embedding = weights.embedding
         self._last = len(weights.layers) - 1
         self._run = _compiled(weights.layers, spec.hidden, kernels)
+        self._plain = _plain(weights)
         # The scale is rounded as the checkpoint's own framework rounds it.
         self._scale = torch.tensor(spec.embed_scale, dtype=self.dtype).item()
 
@@ -93,6 +95,9 @@ class Decoder:
         residual = F.embedding(batch.tokens, self._embedding).to(self.dtype)
         if self._scale != 1.0:
             residual = residual * self._scale
+        ended = self._at_once(residual, batch, cache, plan)
+        if ended is not None:
+            return ended
         x = residual
         if weights.first is not None:
             x = self.kernels.norm(residual, weights.first, self.spec.eps)
@@ -105,6 +110,17 @@ class Decoder:
             x, residual = layer.to_feed(x, residual if rows is None else residual[rows])
             x, residual = layer.onward(layer.feed(x), residual)
         return x
+
+    def _at_once(self, residual: Tensor, batch: Batch, cache: Cache, plan: Any) -> Tensor | None:
+        """What `forward` returns, where the table runs all layers in a way of its own."""
+        final = self.weights.layers[-1].onward.before
+        if self.kernels.layers is None or self._plain is None or final is None:
+            return None
+        sums = self.kernels.layers(residual, self._plain, cache, plan)
+        if sums is None:
+            return None
+        chosen = sums if batch.outputs is None else sums[batch.outputs]
+        return self.kernels.norm(chosen, final, self.spec.eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -134,3 +150,30 @@ def _compiled(layers: Sequence[DecoderLayer], hidden: int, kernels: Kernels) -> 
                 return None
             ops += half
     return kernels.compile(ops)
+
+
+def _plain(weights: Weights) -> list[PlainLayer] | None:
+    """The layers as a table may run them at once: None if any of them is not plain."""
+    layers: list[PlainLayer] = []
+    first = weights.first
+    for layer in weights.layers:
+        mixer, second, feed, onward = layer.mixer, layer.to_feed.before, layer.feed, layer.onward
+        joined = layer.to_feed.after is None and onward.after is None
+        if first is None or second is None or not joined or not isinstance(feed, Mlp):
+            return None
+        layers.append(
+            PlainLayer(
+                kind=mixer.kind,
+                eps=onward.eps,
+                first=first,
+                qkv=mixer.qkv,
+                norms=mixer.norms,
+                out=mixer.out,
+                second=second,
+                gate_up=feed.gate_up,
+                activation=feed.activation,
+                down=feed.down,
+            )
+        )
+        first = onward.before
+    return layers

@@ -24,6 +24,7 @@ KEYS = 64
 MOST_SPLITS = 32
 PROGRAMS = 264  # two for each multiprocessor of a Hopper card
 CHUNK_ROWS = 128
+AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -52,25 +53,29 @@ def _weigh(scores, values, high, total, mixed, EXACT: tl.constexpr):
 
 @triton.jit
 def _combine(
-    parts, stats, out, active, SPLITS: tl.constexpr, SHARE: tl.constexpr, DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
+    parts, stats, out, active, SHARE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Add up the parts of one sequence's heads that share keys: parts [SPLITS, SHARE, DIM], stats [SPLITS,
-    SHARE, 2] (maximum, sum)."""
-    split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
-    for head in tl.static_range(SHARE):
-        at = split * SHARE + head
-        high = tl.load(stats + at * 2, split < active, -float("inf"), cache_modifier=".cg")
-        total = tl.load(stats + at * 2 + 1, split < active, 0.0, cache_modifier=".cg")
-        fade = tl.exp(high - tl.max(high, 0))
-        part = tl.load(
-            parts + at[:, None] * DIM + dim[None],
-            (split < active)[:, None] & (dim < DIM)[None],
-            0.0,
-            cache_modifier=".cg",
-        )
-        mixed = tl.sum(part * fade[:, None], 0) / tl.sum(total * fade, 0)
-        tl.store(out + head * DIM + dim, mixed.to(out.dtype.element_ty), dim < DIM)
+    """Add up the parts of one sequence's heads that share keys: parts [splits, SHARE, DIM], stats [splits, 2,
+    SHARE] (maximum, sum). A thread has the same place of several parts, so that it waits for nobody."""
+    column = tl.arange(0, WIDTH)
+    inside, head = column < SHARE * DIM, column // DIM
+    high = tl.full((WIDTH,), -float("inf"), tl.float32)
+    total = tl.where(inside, 0.0, 1.0)
+    mixed = tl.zeros((WIDTH,), tl.float32)
+    for start in range(0, active, AT_ONCE):
+        split = start + tl.arange(0, AT_ONCE)[:, None]
+        there = (split < active) & inside[None]
+        spot = stats + split * 2 * SHARE + head[None]
+        highs = tl.load(spot, there, -float("inf"), cache_modifier=".cg")
+        totals = tl.load(spot + SHARE, there, 0.0, cache_modifier=".cg")
+        values = tl.load(parts + split * SHARE * DIM + column[None], there, 0.0, cache_modifier=".cg")
+        top = tl.maximum(high, tl.max(highs, 0))
+        floor = tl.where(inside, top, 0.0)
+        fade, fades = tl.exp(high - floor), tl.exp(highs - floor[None])
+        total = tl.where(inside, total * fade, total) + tl.sum(totals * fades, 0)
+        mixed = mixed * fade + tl.sum(values * fades, 0)
+        high = top
+    tl.store(out + column, (mixed / total).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -78,7 +83,7 @@ def _decode(
     q, layer, tables, starts, contexts, out, parts, stats, arrived, q_stride, table_stride, blocks, scale,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    SPLITS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+    SPLITS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A share of the keys of one sequence that has one query, for the heads that share them."""
     release()
@@ -118,11 +123,11 @@ def _decode(
     stats += pair * SPLITS * SHARE * 2
     at = split * SHARE + head
     tl.store(parts + at[:, None] * DIM + dim[None], mixed, own)
-    tl.store(stats + at * 2, high, head < SHARE)
-    tl.store(stats + at * 2 + 1, total, head < SHARE)
+    tl.store(stats + split * 2 * SHARE + head, high, head < SHARE)
+    tl.store(stats + split * 2 * SHARE + SHARE + head, total, head < SHARE)
     tl.debug_barrier()
     if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == active - 1:
-        _combine(parts, stats, there, active, SPLITS, SHARE, DIM, DIM_BLOCK)
+        _combine(parts, stats, there, active, SHARE, DIM, WIDTH)
         tl.store(arrived + pair, 0)
 
 
@@ -205,21 +210,27 @@ class Room:
         )
 
 
-def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, room: Room, out: Tensor) -> None:
-    """Attention of the sequences that have one query; the rows of others in `out` are left alone."""
+def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, room: Room) -> Tensor:
+    """Attention of the sequences that have one query, [T, heads * head_dim]; the rows of others are left
+    unwritten."""
     share = kind.heads // kind.kv_heads
+    out = q.new_empty(q.shape[0], kind.heads * kind.head_dim)
     _decode[(batch.contexts.shape[0], kind.kv_heads, room.splits)](
         q, layer, batch.tables, batch.query_starts, batch.contexts, out, room.parts, room.stats, room.arrived,
         q.stride(0), batch.tables.stride(0), layer.shape[1], kind.scale,
         KV_HEADS=kind.kv_heads, SHARE=share, SHARE_BLOCK=pow2(share, 16), DIM=kind.head_dim,
         DIM_BLOCK=pow2(kind.head_dim, 16), SIZE=layer.shape[3], WINDOW=kind.window, CAP=kind.softcap,
-        SPLITS=room.splits, KEYS=KEYS, EXACT=q.dtype == torch.float32,
+        SPLITS=room.splits, WIDTH=pow2(share * kind.head_dim), KEYS=KEYS if kind.head_dim > 64 else 2 * KEYS,
+        EXACT=q.dtype == torch.float32,
         num_warps=4, num_stages=3 if kind.head_dim <= 128 and q.itemsize == 2 else 1, **OPTIONS,
     )  # fmt: skip
+    return out
 
 
-def chunk(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, out: Tensor) -> None:
+def chunk(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, out: Tensor | None = None) -> Tensor:
     """Attention of the sequences that have several queries; the rows of others in `out` are left alone."""
+    if out is None:
+        out = q.new_empty(q.shape[0], kind.heads * kind.head_dim)
     share = pow2(kind.heads // kind.kv_heads)
     wide = kind.head_dim > 128 or q.itemsize > 2
     tokens = max((64 if wide else CHUNK_ROWS) // share, 1)
@@ -233,3 +244,4 @@ def chunk(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, out: Tensor) 
         TOKENS=tokens, SEQS=pow2(len(batch.query_lens)), KEYS=32 if wide else KEYS,
         EXACT=q.dtype == torch.float32, num_warps=4 if wide else 8, num_stages=1 if wide else 3, **OPTIONS,
     )  # fmt: skip
+    return out

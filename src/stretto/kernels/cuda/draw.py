@@ -20,9 +20,12 @@ from stretto.kernels import Batch
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 
 SLOT, POSITION, TOKEN, BLOCK, TOP_K = range(5)
-TEMPERATURE, TOP_P, MIN_P, FRACTION = range(5, 9)
+TEMPERATURE, TOP_P, MIN_P, FRACTION, REPETITION, FREQUENCY, PRESENCE = range(5, 12)
 ORDER = 12
 """Numbers of 32 bits in an order; those from TEMPERATURE on are float32."""
+IN_PROMPT, IN_OUTPUT = 1, 2
+"""What a history counts for a token: 1 if the prompt has it, and 2 each time it was drawn."""
+MOST_SEEN = tl.constexpr(2**15 - 4)
 
 PART = 2048
 LOT = 32768
@@ -66,13 +69,34 @@ def read(orders: Tensor, drawn: Tensor, tables: Tensor, batch: Batch, block_size
 
 
 @triton.jit
-def _survey(logits, peaks, places, vocab, PARTS: tl.constexpr, PART: tl.constexpr):
-    """The greatest of a part of a row, and the first place that has it; NaN counts as infinite."""
+def _penalties(asked):
+    """Repetition, frequency and presence penalty of an order, and whether any changes anything."""
+    repetition, frequency, presence = tl.load(asked + 4), tl.load(asked + 5), tl.load(asked + 6)
+    return repetition, frequency, presence, (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0)
+
+
+@triton.jit
+def _survey(
+    logits, peaks, places, orders, asked, seen, vocab, ORDER: tl.constexpr, PARTS: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """The greatest of a part of a row, and the first place that has it; NaN counts as infinite. Logits of
+    tokens in the row's history are changed first, as its penalties ask."""
     release()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * PART + tl.arange(0, PART)
     wait()
-    value = tl.load(logits + row * vocab + column, column < vocab, -float("inf"))
+    spot = logits + row * vocab + column
+    value = tl.load(spot, column < vocab, -float("inf"))
+    repetition, frequency, presence, penalised = _penalties(asked + row * ORDER + 5)
+    if penalised:
+        slot = tl.load(orders + row * ORDER).to(tl.int64)
+        times = tl.load(seen + slot * vocab + column, column < vocab, 0).to(tl.int32)
+        changed = tl.where(value > 0, value / repetition, value * repetition)
+        drawn = times // 2
+        changed -= frequency * drawn.to(tl.float32) + tl.where(drawn > 0, presence, 0.0)
+        value = tl.where(times > 0, changed, value)
+        tl.store(spot, value, column < vocab)
     value = tl.where(value == value, value, float("inf"))
     peak = tl.max(value, 0)
     tl.store(peaks + row * PARTS + part, peak)
@@ -109,7 +133,7 @@ def _floor(logits, vocab, low, peak, heat, least, share, HALVINGS: tl.constexpr,
 
 @triton.jit
 def _draw(
-    logits, peaks, places, orders, asked, drawn, out, vocab,
+    logits, peaks, places, orders, asked, drawn, seen, out, vocab,
     ORDER: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, LOT: tl.constexpr,
     HALVINGS: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
@@ -150,22 +174,32 @@ def _draw(
             passed += tl.sum(weights, 0)
         # Rounding may leave nothing after the goal: then the likeliest is it.
         token = tl.where(before < vocab, before, token)
+    slot = tl.load(order).to(tl.int64)
     tl.store(out + row, token.to(tl.int64))
-    tl.store(drawn + tl.load(order).to(tl.int64), token.to(tl.int64))
+    tl.store(drawn + slot, token.to(tl.int64))
+    _, _, _, penalised = _penalties(asked)
+    if penalised & (token >= 0):
+        times = tl.load(seen + slot * vocab + token)
+        tl.store(seen + slot * vocab + token, tl.where(times <= MOST_SEEN, times + 2, times))
 
 
-def draw(logits: Tensor, orders: Tensor, drawn: Tensor) -> Tensor:
-    """The next token of each row of `logits` (float32 [B, vocab]) by its order, int64 [B]; -1 where they are
-    not numbers. Each is also noted in `drawn`, by slot. At temperature 0 it is the first of the greatest."""
+def draw(logits: Tensor, orders: Tensor, drawn: Tensor, seen: Tensor) -> Tensor:
+    """The next token of each row of `logits` (float32 [B, vocab], consumed) by its order, int64 [B]; -1 where
+    they are not numbers. Each is also noted in `drawn`, by slot, and with penalties in the histories `seen`
+    (int16 [slots, vocab]). At temperature 0 it is the first of the greatest."""
     count, vocab = logits.shape
     parts = triton.cdiv(vocab, PART)
     peaks = logits.new_empty(count, parts)
     places = torch.empty((count, parts), dtype=torch.int32, device=logits.device)
     out = torch.empty(count, dtype=torch.int64, device=logits.device)
-    _survey[(count, parts)](logits, peaks, places, vocab, PARTS=parts, PART=PART, num_warps=4, **OPTIONS)
+    asked = orders.view(torch.float32)
+    _survey[(count, parts)](
+        logits, peaks, places, orders, asked, seen, vocab,
+        ORDER=ORDER, PARTS=parts, PART=PART, num_warps=4, **OPTIONS,
+    )  # fmt: skip
     lot = min(LOT, pow2(vocab))
     _draw[(count,)](
-        logits, peaks, places, orders, orders.view(torch.float32), drawn, out, vocab,
+        logits, peaks, places, orders, asked, drawn, seen, out, vocab,
         ORDER=ORDER, PARTS=parts, PARTS_BLOCK=pow2(parts), LOT=lot, HALVINGS=HALVINGS, FAR=FAR,
         num_warps=min(max(lot // 1024, 1), 32), **OPTIONS,
     )  # fmt: skip

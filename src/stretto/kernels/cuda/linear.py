@@ -26,10 +26,9 @@ from stretto.kernels.reference import Dense
 
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0
-FEW = 4
+FEW = 1
 SOME = 64
 MANY = 1024  # up to here the vendor's FP8 product costs the host more than it saves the device
-HELD = 16384  # weights that a program of the stream has on their way at once
 WIDE = 8192  # from so many outputs on the vendor's product of 16-bit weights is the better one
 
 
@@ -60,17 +59,6 @@ def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _add(sums, weights, x, columns, left, M: tl.constexpr, k):
-    """sums [rows, M or more] plus the products of `weights` [rows, columns] with each row of x."""
-    places = tl.arange(0, sums.shape[1])[None]
-    wide = weights.to(tl.float32)
-    for m in tl.static_range(M):
-        values = tl.load(x + m * k + columns, columns < left, 0.0).to(tl.float32)
-        sums += tl.where(places == m, tl.sum(wide * values[None], 1)[:, None], 0.0)
-    return sums
-
-
-@triton.jit
 def _finish(sums, scales, bias, row, there):
     if scales is not None:
         sums *= tl.load(scales + row, there, 0.0)[:, None]
@@ -81,42 +69,64 @@ def _finish(sums, scales, bias, row, there):
 
 @triton.jit
 def _stream(
-    x, weight, scales, bias, out, n, k,
+    x, weight, scales, bias, gains, residual, out, n, k, eps,
     M: tl.constexpr, M_BLOCK: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of each of the M rows of x; if GATED also those n further on, which they gate. The first
-    weights are on their way before x is known, and each later lot before the one in front is summed."""
+    """ROWS outputs of each of the M rows of x; if GATED also those n further on, which they gate. With gains
+    x is read through its RMS norm, whose scale is known when the sums are; with a residual they are added to
+    it. The first weights are on their way before x is known, and each later lot before the one in front is
+    summed."""
     release()
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SPAN)
+    place = tl.arange(0, M_BLOCK)
     there = row < n
     at = weight + row.to(tl.int64)[:, None] * k + column[None]
     above = at + n.to(tl.int64) * k
     inside = there[:, None] & (column < k)[None]
     held = tl.load(at, inside, 0.0, eviction_policy="evict_first")
     sums = tl.zeros((ROWS, M_BLOCK), tl.float32)
+    squares = tl.zeros((M_BLOCK,), tl.float32)
+    if gains is not None:
+        gain = tl.load(gains + column, column < k, 0.0)
     if GATED is not None:
         held_up = tl.load(above, inside, 0.0, eviction_policy="evict_first")
         ups = tl.zeros((ROWS, M_BLOCK), tl.float32)
     wait()
     for loop in tl.static_range(LOOPS):
-        now = held
-        inside = there[:, None] & (column + (loop + 1) * SPAN < k)[None]
+        now, left = held.to(tl.float32), k - loop * SPAN
+        if gains is not None:
+            now_gain = gain.to(tl.float32)
         if GATED is not None:
-            now_up = held_up
+            now_up = held_up.to(tl.float32)
         if loop + 1 < LOOPS:
+            inside = there[:, None] & (column < left - SPAN)[None]
             held = tl.load(at + (loop + 1) * SPAN, inside, 0.0, eviction_policy="evict_first")
+            if gains is not None:
+                gain = tl.load(gains + (loop + 1) * SPAN + column, column < left - SPAN, 0.0)
             if GATED is not None:
                 held_up = tl.load(above + (loop + 1) * SPAN, inside, 0.0, eviction_policy="evict_first")
-        sums = _add(sums, now, x + loop * SPAN, column, k - loop * SPAN, M, k)
-        if GATED is not None:
-            ups = _add(ups, now_up, x + loop * SPAN, column, k - loop * SPAN, M, k)
+        for m in tl.static_range(M):
+            values = tl.load(x + m * k + loop * SPAN + column, column < left, 0.0).to(tl.float32)
+            if gains is not None:
+                squares += tl.where(place == m, tl.sum(values * values, 0), 0.0)
+                values *= now_gain
+            own = (place == m)[None]
+            sums += tl.where(own, tl.sum(now * values[None], 1)[:, None], 0.0)
+            if GATED is not None:
+                ups += tl.where(own, tl.sum(now_up * values[None], 1)[:, None], 0.0)
+    if gains is not None:
+        unit = tl.rsqrt(squares / k + eps)[None]
+        sums *= unit
     sums = _finish(sums, scales, bias, row, there)
     if GATED is not None:
+        if gains is not None:
+            ups *= unit
         sums = activate(sums, GATED) * _finish(ups, scales, bias, n + row, there)
-    place = tl.arange(0, M_BLOCK)
-    spot = out + place[None] * n + row[:, None]
-    tl.store(spot, sums.to(out.dtype.element_ty), there[:, None] & (place < M)[None])
+    spot, own = place[None] * n + row[:, None], there[:, None] & (place < M)[None]
+    if residual is not None:
+        sums += tl.load(residual + spot, own, 0.0).to(tl.float32)
+    tl.store(out + spot, sums.to(out.dtype.element_ty), own)
 
 
 @triton.jit
@@ -195,18 +205,48 @@ def _scales(packed: Held) -> Tensor | None:
     return packed.scales if isinstance(packed, Fp8) else None
 
 
-def stream(x: Tensor, packed: Held, activation: Activation | None = None) -> Tensor:
-    """For at most FEW rows. With an activation the weights are gates and ups: [M, N / 2]."""
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMS norm: gains [K] and epsilon."""
+
+    gains: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """How a stream of weights is cut: columns at a time, weights that a program has on their way at once, and
+    its warps."""
+
+    longest: int
+    held: int
+    warps: int
+
+
+FLOWS = {2: Flow(2048, 16384, 8), 1: Flow(2048, 16384, 4), 4: Flow(2048, 16384, 8)}
+"""By the bytes of a weight."""
+
+
+def stream(
+    x: Tensor,
+    packed: Held,
+    activation: Activation | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """For at most FEW rows [M, K]: [M, N], or [M, N / 2] with an activation, when the weights are gates and
+    ups. `norm`: of x, first; `residual` [M, N] is added last."""
     m, k = x.shape
     n = packed.weight.shape[0] // (1 if activation is None else 2)
-    longest, warps = (2048, 8) if packed.weight.itemsize > 1 else (4096, 4)
-    span = min(pow2(k, 32), longest)
-    rows = max(HELD // span // (1 if activation is None else 2), 1)
+    flow = FLOWS[packed.weight.itemsize]
+    span = min(pow2(k, 32), flow.longest)
+    rows = max(flow.held // span // (1 if activation is None else 2), 1)
     out = x.new_empty(m, n)
     _stream[(triton.cdiv(n, rows),)](
-        x, packed.weight, _scales(packed), packed.bias, out, n, k,
+        x, packed.weight, _scales(packed), packed.bias,
+        None if norm is None else norm.gains, residual, out, n, k, 0.0 if norm is None else norm.eps,
         M=m, M_BLOCK=pow2(m), ROWS=rows, SPAN=span, LOOPS=triton.cdiv(k, span), GATED=activation,
-        num_warps=warps, **OPTIONS,
+        num_warps=flow.warps, **OPTIONS,
     )  # fmt: skip
     return out
 

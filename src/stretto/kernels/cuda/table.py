@@ -5,22 +5,28 @@ Nothing here reads a value back or asks the device anything, so that a step of d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kernels, Linear
+from stretto.errors import StartError
+from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kernels, Linear, PlainLayer
 from stretto.kernels.cuda import attend, rows
 from stretto.kernels.cuda.experts import experts
-from stretto.kernels.cuda.linear import FEW, MANY, SOME, WIDE, Fp8, Held, product, stream, tiled, to_fp8
+from stretto.kernels.cuda.int4 import Int4, tiled_int4, to_int4
+from stretto.kernels.cuda.linear import FEW, MANY, SOME, WIDE, Fp8, Held, Norm, product, stream, tiled, to_fp8
 from stretto.kernels.reference import Dense, DenseExperts
 
-Quantise = Literal["fp8"]
+Quantise = Literal["fp8", "int4"]
+Weights = Held | Int4
 MOST_TILES = 2**16
 # A router or another small matrix costs nothing to keep and much to get wrong.
 SMALLEST_QUANTISED = 256
+# A vocabulary says which of its many rows is greatest: it keeps eight bits beside layers of four.
+VOCABULARY = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +37,44 @@ class Plan:
     turns: list[Tensor]
     rooms: dict[int, attend.Room]
 
+    def room(self, kind: Attention, layer: Tensor) -> attend.Room:
+        """Where the programs of its decodes meet in layers of this kind."""
+        room = self.rooms.get(kind.heads)
+        if room is None:
+            room = self.rooms[kind.heads] = attend.Room.of(len(self.batch.query_lens), kind.heads, layer)
+        return room
+
 
 class Table:
     """The functions of a table and what they share: the tiles' counts of arrivals, zero between kernels."""
 
     def __init__(self, device: torch.device, quantise: Quantise | None) -> None:
         self._quantise = quantise
+        self._fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
         self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
 
-    def pack(self, weight: Tensor, bias: Tensor | None) -> Held:
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Weights:
         if self._quantise is None or weight.shape[0] < SMALLEST_QUANTISED:
             return Dense(weight, bias)
+        if self._quantise == "int4" and (weight.shape[0] < VOCABULARY or not self._fp8):
+            return to_int4(weight, bias)
         return Fp8(*to_fp8(weight), bias)
 
+    def pack_experts(self, gate_up: Tensor, down: Tensor, activation: Activation) -> DenseExperts:
+        """Raises StartError where they are to be quantised."""
+        if self._quantise is not None:
+            raise StartError(
+                f"--quantise {self._quantise}: mixtures of experts are held as they are on a CUDA device; "
+                "leave --quantise out"
+            )
+        return DenseExperts(gate_up, down, activation)
+
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
-        held, count = cast(Held, packed), x.shape[0]
+        held, count = cast(Weights, packed), x.shape[0]
+        if isinstance(held, Int4):
+            if 0 < count <= SOME:
+                return tiled_int4(x.contiguous(), held, self._arrived)
+            return product(x, Dense(held.widened(x.dtype), held.bias))
         if 0 < count <= FEW:
             return stream(x.contiguous(), held)
         if isinstance(held, Fp8):
@@ -57,8 +86,9 @@ class Table:
         return product(x, held)
 
     def gated(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
-        if 0 < x.shape[0] <= FEW:
-            return stream(x.contiguous(), cast(Held, packed), activation)
+        held = cast(Weights, packed)
+        if 0 < x.shape[0] <= FEW and not isinstance(held, Int4):
+            return stream(x.contiguous(), held, activation)
         return rows.gate(self.linear(x, packed), activation)
 
     def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
@@ -70,16 +100,35 @@ class Table:
         return rows.place(qkv, weights, kind, layer, plan.turns[kind.rotation], plan.batch.slots)
 
     def attend(self, q: Tensor, kind: Attention, layer: Tensor, plan: Plan) -> Tensor:
-        out = q.new_empty(q.shape[0], kind.heads * kind.head_dim)
         counts = plan.batch.query_lens
-        if min(counts) == 1:
-            room = plan.rooms.get(kind.heads)
-            if room is None:
-                room = plan.rooms[kind.heads] = attend.Room.of(len(counts), kind.heads, layer)
-            attend.decode(q, kind, layer, plan.batch, room, out)
-        if max(counts) > 1:
-            attend.chunk(q, kind, layer, plan.batch, out)
-        return out
+        if max(counts) == 1:
+            return attend.decode(q, kind, layer, plan.batch, plan.room(kind, layer))
+        if min(counts) > 1:
+            return attend.chunk(q, kind, layer, plan.batch)
+        out = attend.decode(q, kind, layer, plan.batch, plan.room(kind, layer))
+        return attend.chunk(q, kind, layer, plan.batch, out)
+
+    def layers(self, sums: Tensor, layers: Sequence[PlainLayer], cache: Cache, plan: Plan) -> Tensor | None:
+        """Six kernels a layer for so few rows that weights are streamed."""
+        held = [cast(Weights, each) for layer in layers for each in (layer.out, layer.gate_up)]
+        if (
+            sums.shape[0] > FEW
+            or plan.batch.query_lens[0] > 1
+            or any(isinstance(each, Int4) for each in held)
+        ):
+            return None
+        for layer, keys in zip(layers, cache.layers, strict=True):
+            kind, eps = layer.kind, layer.eps
+            qkv, out, gate_up, down = (
+                cast(Held, each) for each in (layer.qkv, layer.out, layer.gate_up, layer.down)
+            )
+            placed = stream(sums, qkv, norm=Norm(layer.first, eps))
+            q = self.place(placed, layer.norms, kind, keys, plan)
+            mixed = attend.decode(q, kind, keys, plan.batch, plan.room(kind, keys))
+            sums = stream(mixed, out, residual=sums)
+            hidden = stream(sums, gate_up, layer.activation, Norm(layer.second, eps))
+            sums = stream(hidden, down, residual=sums)
+        return sums
 
 
 def table(device: torch.device, quantise: Quantise | None = None) -> Kernels:
@@ -96,6 +145,7 @@ def table(device: torch.device, quantise: Quantise | None = None) -> Kernels:
         prepare=own.prepare,
         place=own.place,
         attend=own.attend,
-        pack_experts=DenseExperts,
+        pack_experts=own.pack_experts,
         experts=experts,
+        layers=own.layers,
     )
