@@ -64,5 +64,5 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_every_command_it_names_exists() -> None:
-    named = set(re.findall(r"^\| `stretto (\w+(?: (?:serve|trace))?)", README, re.MULTILINE))
-    assert named == {"serve", "chat", "run", "bench serve", "bench trace", "doctor"}
+    named = set(re.findall(r"^\| `stretto (\w+(?: (?:serve|trace|engine))?)", README, re.MULTILINE))
+    assert named == {"serve", "chat", "run", "bench serve", "bench trace", "bench engine", "doctor"}
