@@ -106,8 +106,9 @@ def _widen(weight, scales, out, n, k, half, padded, GROUP: tl.constexpr, BLOCK: 
     wait()
     kind = out.dtype.element_ty
     tl.store(out + row * k + column, (((held & 15).to(tl.float32) - 8.0) * low).to(kind), column < k)
-    inside = (column < k) & (row + half < n)
-    tl.store(out + (row + half) * k + column, (((held >> 4).to(tl.float32) - 8.0) * high).to(kind), inside)
+    if row + half < n:
+        further = out + (row + half) * k + column
+        tl.store(further, (((held >> 4).to(tl.float32) - 8.0) * high).to(kind), column < k)
 
 
 @triton.jit
@@ -140,7 +141,7 @@ def _tile(
     for start in range(begin, tl.minimum(begin + reach, padded), GROUP):
         held = tl.load(at + start, inside[:, None], 0, eviction_policy="evict_first")
         values = tl.load(across + start, (place < m)[None] & (start + column < k)[:, None], 0.0)
-        spot = scales + (start // GROUP).to(tl.int64) * 2 * half + row
+        spot = scales + start // GROUP * 2 * half + row
         low = tl.load(spot, inside, 0.0).to(tl.float32)
         high = tl.load(spot + half, inside, 0.0).to(tl.float32)
         below = tl.dot(_levels(held & 15, x), values, input_precision="ieee" if EXACT else "tf32")
