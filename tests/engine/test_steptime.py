@@ -110,3 +110,17 @@ def test_a_window_knows_the_quantiles_of_its_last_values(values: list[float]):
     last = sorted(values[-8:])
     assert len(window) == len(last) and window.quantile(0.5, 0.0) == last[len(last) // 2]
     assert window.quantile(1.0, 0.0) == last[-1]
+
+
+def test_streams_whose_contexts_only_grow_do_not_make_it_run_away():
+    """Each step differs a little from the last, always the same way: what is learnt of one is of no use a
+    hundred steps later, and must not have been thrown away either."""
+    rng = Random(6)
+    model = StepTime(Cost(c0=9.0, c1=9.0, c2=5.0, c3=0.005, c4=0.002), [0.05] * 16)
+    truth = Cost(c0=12.0, c1=4.5, c2=4.4, c3=0.006, c4=0.003)
+    errors: list[float] = []
+    for step in range(600):
+        load = Load(2, 0, 130 + 2 * step, 0.0) if step % 3 else Load(0, 2, 0, 2 * (8.0 + step))
+        errors.append(abs(model.cost(load) / truth(load) - 1.0))
+        model.observe(load, truth(load) * rng.lognormvariate(0.0, 0.1))
+    assert max(errors[50:]) < 0.3 and median(errors) < 0.1

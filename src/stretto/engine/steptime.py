@@ -1,8 +1,9 @@
 """The step-time model: how many milliseconds a step takes, from what is in it. One model answers for all:
 schedule, admission, and whoever chooses between models or machines.
 
-It knows loads (numbers), not sequences, and learns from each step: recursive least squares with forgetting
-(Ljung, System Identification, 11.2) whose step is bounded by Huber's psi, so that one outlier moves nothing.
+It knows loads (numbers), not sequences, and learns from each step: recursive least squares whose forgetting
+leads back to a belief that moves slowly (stabilised forgetting: Kulhavy and Zarrop, Int. J. Control 58, 1993), with
+errors bounded by Huber's psi, so that one outlier moves nothing and steps that are all alike unlearn nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import numpy as np
 from msgspec import Struct
 
 SCALES = (1.0, 8.0, 128.0, 8192.0, 131072.0)  # a load of each kind that costs about as much as a step's base
-FORGETTING = 0.9  # remembers about 10 steps of a kind
-NOISE = 0.05  # the relative spread of steps that are alike
+REMEMBERED = 0.9  # of what steps have taught, from one to the next: about the last 10 count
+DISTURBED = 0.3  # the same when the machine has changed
+NOISE = 0.08  # the relative spread of steps that are alike
+FOLLOWED = 0.03  # of the way from the slow belief to the present one, each step
+ALL_WRONG = 0.5  # the slow belief's likely relative error that is the same for all coefficients
+EACH_WRONG = 0.3  # and that of each by itself
+LEAST_SHARE = 0.02  # of the largest part: a smaller coefficient is believed to be wrong by at least that
 HUBER = 2.5  # an error beyond this many usual ones counts as one of that size
-MOST_SPREAD = 1e12
 SHORTEST_MS = 0.01  # below this a step is as good as free, and a relative error says nothing
 SMALLEST_NOISE = 0.01
 REWEIGHTED = 10  # rounds of a robust fit
@@ -118,10 +123,14 @@ class StepTime:
     def __init__(self, cost: Cost = UNKNOWN, errors: Sequence[float] = ()) -> None:
         self.cost = cost
         self.errors = Window(64, errors)
-        self._theta = np.array(msgspec.structs.astuple(cost)) * SCALES
         self._run = 0
         self._usual = Window(16, errors[-16:])
-        self._spread = self._ignorance()
+        parts = np.array(msgspec.structs.astuple(cost)) * SCALES
+        self._unit = np.maximum(parts, LEAST_SHARE * parts.max()) / SCALES  # coefficients are in these
+        doubt = np.full((len(SCALES), len(SCALES)), ALL_WRONG**2) + np.eye(len(SCALES)) * EACH_WRONG**2
+        self._trust = np.linalg.inv(doubt)
+        self._slow = parts / SCALES / self._unit
+        self._known, self._seen = self._trust, self._trust @ self._slow
 
     @property
     def error(self) -> float:
@@ -140,30 +149,22 @@ class StepTime:
         usual = max(self._usual.quantile(0.5, 0.0), SMALLEST_NOISE)
         bound = HUBER * usual if len(self._usual) >= WARM else 1.0
         self._run = max(self._run, 0) + 1 if error > bound else min(self._run, 0) - 1 if error < -bound else 0
+        remembered = REMEMBERED
         if abs(self._run) > PERSISTENT:
-            bound, self._run = inf, 0
-            self._spread = self._ignorance()
+            remembered, bound, self._run = DISTURBED, inf, 0
         self.errors.add(abs(error))
         self._usual.add(abs(error))
-        self._learn(np.array((1.0, *load)) / SCALES / predicted, min(max(error, -bound), bound))
-        self.cost = Cost(*(self._theta / SCALES).tolist())
+        believed = 1.0 + min(max(error, -bound), bound)
+        self._learn(np.array((1.0, *load)) * self._unit / predicted, believed, remembered)
 
-    def _ignorance(self) -> np.ndarray:
-        """A spread that holds each coefficient for right within a factor of two or so, and no more."""
-        return np.diag(np.maximum(self._theta, 0.02 * self._theta.max()) ** 2)
-
-    def _learn(self, row: np.ndarray, error: float) -> None:
-        """Forget only in the direction that this step speaks of (Kulhavy, Automatica 23, 1987): steps that
-        are all alike teach nothing of what they lack, and must not unlearn it."""
-        lever = self._spread @ row
-        known = float(row @ lever) / NOISE**2
-        if known <= 0:
-            return
-        self._theta = np.maximum(self._theta + lever * (error / (1.0 + known) / NOISE**2), 0.0)
-        told = FORGETTING - (1.0 - FORGETTING) / known
-        self._spread -= np.outer(lever, lever) * (told / (1.0 + told * known) / NOISE**2)
-        if not float(self._spread.max()) < MOST_SPREAD:  # rounding has run away with it
-            self._spread = self._ignorance()
+    def _learn(self, row: np.ndarray, ms: float, remembered: float) -> None:
+        """One more equation `row @ coefficients = ms`, in units of the prediction."""
+        forgotten = 1.0 - remembered
+        self._known = remembered * self._known + forgotten * self._trust + np.outer(row, row) / NOISE**2
+        self._seen = remembered * self._seen + forgotten * self._trust @ self._slow + row * (ms / NOISE**2)
+        coefficients = np.maximum(np.linalg.solve(self._known, self._seen), 0.0)
+        self._slow += FOLLOWED * (coefficients - self._slow)
+        self.cost = Cost(*(coefficients * self._unit).tolist())
 
 
 def fit(seen: Sequence[tuple[Load, float]]) -> Cost:
