@@ -17,7 +17,10 @@ from stretto.engine.steptime import Cost
 @dataclass(slots=True)
 class Budget:
     """A plan in the making. `ms`: predicted so far; `tokens`, `free`, `room`: tokens, blocks and places that
-    are left; `end`: when the step must be over; `full`: one without a due was not let in."""
+    are left; `end`: when the step must be over; `streams`: rows of streams with a due, which
+    stand first; `full`: one without a due was not let in;
+    `held`: all places are, by sequences that do not give way. Predictions times `margin` hold for most steps,
+    times `worst` for nearly all."""
 
     plan: Plan
     queues: Queues
@@ -26,17 +29,20 @@ class Budget:
     now: float
     cost: Cost
     margin: float
+    worst: float
     ms: float
     tokens: int
     free: int
     room: int
     end: float = inf
+    streams: int = 0
     full: bool = False
+    held: bool = False
     claimed: set[bytes] = field(default_factory=set[bytes])
 
     def left(self) -> float:
-        """Milliseconds that can still be filled."""
-        return (self.end - self.now) * 1e3 / self.margin - self.ms
+        """Milliseconds that can still be filled without the step being late for what it ends for."""
+        return (self.end - self.now) * 1e3 / self.worst - self.ms
 
 
 def run(budget: Budget, seq: Sequence, ms: float) -> None:
@@ -129,7 +135,10 @@ def _make_room(budget: Budget, seq: Sequence, need: int, among: int = TIMED) -> 
 def _make_place(budget: Budget, seq: Sequence) -> bool:
     """Whether one without a due could make place for this one, which has one."""
     budget.full = True
-    looser = _looser(budget, seq, SPARE) if seq.rank[0] == TIMED else []
+    if budget.held or seq.rank[0] != TIMED:
+        return False
+    looser = _looser(budget, seq, SPARE)
+    budget.held = not looser and not seq.late
     if looser:
         budget.free += budget.pool.freed_by(looser[-1])
         _preempt(budget, looser[-1:])

@@ -65,6 +65,7 @@ def deadline(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment
         now=now,
         cost=cost,
         margin=moment.times.margin,
+        worst=moment.times.worst,
         ms=cost.c0,
         tokens=limits.max_step_tokens,
         free=pool.available,
@@ -76,6 +77,7 @@ def deadline(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment
     prompts = sorted([(seq.rank, seq) for seq in running.prompts] + prompts)[:DEPTH]
     out = _giving_way(budget, prompts, _rate(budget, running), moment)
     _run_streams(budget, running, moment.until, pressed=bool(out))
+    budget.streams = len(budget.plan.rows)
     budget.end = min(budget.end, now + reach(cost) / 1e3)
     spare = running.spare + [seq for _, seq in sorted(running.begun + others)]
     owed = _promised(budget, moment, spare)
@@ -172,15 +174,16 @@ def _sort_running(budget: Budget, moment: Moment, gone: set[Sequence]) -> Runnin
     c1, c3, load = budget.cost.c1, budget.cost.c3, 0.0
     now, size, add, begin = budget.now, budget.pool.size, streams.append, starts.append
     for seq in budget.queues.running:
-        left = seq.remaining if seq.in_flight else len(seq.tokens) - seq.computed
+        at, latest = seq.computed, seq.latest
+        left = seq.remaining if seq.in_flight else len(seq.tokens) - at
         if left == 0 or (gone and seq in gone):
             continue
-        if seq.rank[0] != TIMED or seq.late or seq.due < now:
+        if seq.rank[0] != TIMED or seq.late or (latest < now and seq.due < now):
             _sort_spare(budget, moment, running, seq)
         elif left == 1:
             add(seq)
-            at, latest, pause = seq.computed, seq.latest, seq.gap
             begin(at)
+            pause = seq.gap
             if latest < tightest:
                 tightest = latest
             if pause < gap:
@@ -274,7 +277,7 @@ def _read(
     crowded, room = False, budget.left() > 0 and budget.tokens > 0
     for index, (rank, seq) in enumerate(prompts):
         if index not in out:
-            if not room or (crowded and seq.slot < 0):
+            if not room or (seq.slot < 0 and (crowded or budget.held)):
                 continue
             if seq.slot < 0 and not _bearable(budget, seq, running, moment.ledger.inflow_above(-rank[1])):
                 crowded = True
@@ -304,7 +307,7 @@ def _giving_way(budget: Budget, prompts: list[Placed], rate: float, moment: Mome
         for rank, seq in group:
             count = len(seq.tokens) - seq.computed
             seconds = count * (c2 + c4 * (seq.computed + count / 2)) / pace
-            jobs.append((rank[2], seconds, worth.get(seq.request.tenant, 0.0)))
+            jobs.append((rank[2], seconds, worth.get(seq.request.tenant, 0.0) if worth else 0.0))
         lost = left_out(jobs, start)
         start += sum(job[1] for place, job in enumerate(jobs) if place not in lost)
         out.update((first + place, excess) for place, excess in lost.items())
@@ -334,12 +337,18 @@ def _bearable(budget: Budget, seq: Sequence, running: Running, heavier: float) -
 def _fill(budget: Budget, sequences: list[Sequence], ms: float) -> float:
     """Run sequences, in order, for at most `ms` of the step; returns the milliseconds they take."""
     before, token = budget.ms, budget.cost.c2
-    if not sequences or min(budget.left(), ms) < min(token, budget.cost.c1):
+    least = min(token, budget.cost.c1)
+    if not sequences or min(budget.left(), ms) < least:
         return 0.0
-    ran = {id(row.seq) for row in budget.plan.rows}
+    ran = {id(row.seq) for row in budget.plan.rows[budget.streams :]}
     for seq in sequences:
         left = min(budget.left(), ms - (budget.ms - before))
-        if left <= 0 or budget.tokens <= 0 or (seq.slot < 0 and (budget.full or left < token)):
+        if (
+            left <= 0
+            or left < least
+            or budget.tokens <= 0
+            or (seq.slot < 0 and (budget.full or left < token))
+        ):
             break
         if id(seq) not in ran:
             run(budget, seq, left)

@@ -2,8 +2,8 @@
 schedule, admission, and whoever chooses between models or machines.
 
 It knows loads (numbers), not sequences, and learns from each step: recursive least squares whose forgetting
-leads back to a belief that moves slowly (stabilised forgetting: Kulhavy and Zarrop, Int. J. Control 58, 1993), with
-errors bounded by Huber's psi, so that one outlier moves nothing and steps that are all alike unlearn nothing.
+leads back to a belief that moves slowly (stabilised forgetting: Kulhavy, Zarrop, Int. J. Control 58, 1993),
+with errors bounded by Huber's psi, so that one outlier moves nothing and steps all alike unlearn nothing.
 """
 
 from __future__ import annotations
@@ -123,8 +123,9 @@ class StepTime:
     def __init__(self, cost: Cost = UNKNOWN, errors: Sequence[float] = ()) -> None:
         self.cost = cost
         self.errors = Window(64, errors)
-        self._run = 0
+        self._over = Window(64, errors)
         self._usual = Window(16, errors[-16:])
+        self._run = 0
         parts = np.array(msgspec.structs.astuple(cost)) * SCALES
         self._unit = np.maximum(parts, LEAST_SHARE * parts.max()) / SCALES  # coefficients are in these
         doubt = np.full((len(SCALES), len(SCALES)), ALL_WRONG**2) + np.eye(len(SCALES)) * EACH_WRONG**2
@@ -142,6 +143,11 @@ class StepTime:
         """What to multiply a prediction by so that most steps take no longer."""
         return 1.0 + min(self.errors.quantile(0.8, 0.1), 0.5)
 
+    @property
+    def worst(self) -> float:
+        """What to multiply it by so that hardly any step takes longer: none of the last ones did."""
+        return 1.0 + min(self._over.quantile(1.0, 0.1), 0.5)
+
     def observe(self, load: Load, ms: float) -> None:
         """Learn from a step that took `ms`. Errors are relative, so long and short steps weigh the same."""
         predicted, ms = max(self.cost(load), SHORTEST_MS), max(ms, SHORTEST_MS)
@@ -154,6 +160,7 @@ class StepTime:
             remembered, bound, self._run = DISTURBED, inf, 0
         self.errors.add(abs(error))
         self._usual.add(abs(error))
+        self._over.add(max(error, 0.0))
         believed = 1.0 + min(max(error, -bound), bound)
         self._learn(np.array((1.0, *load)) * self._unit / predicted, believed, remembered)
 
