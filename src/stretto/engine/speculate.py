@@ -132,9 +132,9 @@ class _Step:
 def _step(plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, moment: Moment) -> _Step:
     """What is left when the plan has its own: a block for every running sequence, so that no guess makes one
     give way, and the time until the first stream that can be on time must be."""
-    cost, margin = moment.times.cost, moment.times.margin
+    cost, worst = moment.times.cost, moment.times.worst
     decodes = [row for row in plan.rows if row.decodes]
-    ms = cost(plan.load) * margin
+    ms = cost(plan.load) * worst
     over = moment.now + ms / 1e3
     soonest = min((seq.latest for seq in queues.running if not seq.late and seq.latest > over), default=inf)
     return _Step(
@@ -144,7 +144,7 @@ def _step(plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, moment: M
         rows=limits.max_step_tokens - sum(row.count for row in plan.rows),
         blocks=pool.available - len(queues.running),
         size=pool.size,
-        spare=((min(soonest, moment.until) - moment.now) * 1e3 - ms) / margin,
+        spare=((min(soonest, moment.until) - moment.now) * 1e3 - ms) / worst,
     )
 
 
