@@ -123,7 +123,7 @@ class StepTime:
     def __init__(self, cost: Cost = UNKNOWN, errors: Sequence[float] = ()) -> None:
         self.cost = cost
         self.errors = Window(64, errors)
-        self._over = Window(64, errors)
+        self._over = Window(256, errors)
         self._usual = Window(16, errors[-16:])
         self._run = 0
         parts = np.array(msgspec.structs.astuple(cost)) * SCALES
