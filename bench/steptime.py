@@ -1,5 +1,6 @@
 """How well the step-time model knows a machine: it calibrates on a checkpoint, then serves a mixed load in
-process and compares every step with what was predicted for it, by the calibration alone and as refined since.
+process and compares every step with what was predicted for it: by the calibration alone, as refined since,
+and by one fit to all of them afterwards.
 
 `python bench/steptime.py MODEL_DIR --quantise int8 --seconds 40 --save FILE`
 """
@@ -23,7 +24,7 @@ from stretto.engine.deadline import SCHEDULES
 from stretto.engine.loop import Engine
 from stretto.engine.schedule import Limits
 from stretto.engine.sequence import Sequence
-from stretto.engine.steptime import Cost, Load
+from stretto.engine.steptime import Cost, Load, fit
 from stretto.types import Objective, Request, Sampling, StepStats, TokenEvent
 
 CLIENTS = 8  # at most so many at once, each asking again after a pause
@@ -66,20 +67,23 @@ def main() -> None:
 
     model.observe = watch  # type: ignore[method-assign]
     _serve(engine, runner.info.vocab, asked.seconds)
+    whole = fit([(one.load, one.ms) for one in steps])
     report = {
         "machine": runners.machine,
         "kernels": runner.info.kernels,
         "calibration_s": round(took, 2),
         "calibrated": msgspec.to_builtins(calibrated),
         "refined": msgspec.to_builtins(lane.times.cost),
+        "fitted": msgspec.to_builtins(whole),
         "steps": len(steps),
         "error_calibrated": _errors(steps, calibrated),
+        "error_fitted": _errors(steps, whole),
         "error_refined": _spread([abs(one.ms / one.predicted - 1) for one in steps]),
         "by_kind_refined": _by_kind(steps),
     }
     print(json.dumps(report, indent=2))
     if asked.save:
-        asked.save.write_bytes(msgspec.json.format(msgspec.json.encode(lane.times.cost)))
+        asked.save.write_bytes(msgspec.json.format(msgspec.json.encode(whole)))
 
 
 def _serve(engine: Engine, vocab: int, seconds: float) -> None:
@@ -135,7 +139,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--quantise", choices=["int8", "int4"])
     parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--save", type=Path, help="where to keep the refined cost, as JSON")
+    parser.add_argument("--save", type=Path, help="where to keep the fitted cost, as JSON")
     return parser.parse_args()
 
 
