@@ -91,7 +91,7 @@ class Home:
             return [str(self.python(format.peer)), str(script), str(model), str(THREADS)], b""
         flags = {"models": [f"model={model}"], "quantise": format.kind, "threads": THREADS}
         settings = config.load(flags, os.environ, None)[1]
-        return [sys.executable, "-m", "stretto.engine.measure"], msgspec.json.encode(settings) + b"\n"
+        return [sys.executable, "-m", "stretto.engine", "measure"], msgspec.json.encode(settings) + b"\n"
 
     def _install(self, peer: str) -> None:
         home, pip = self._path / peer, self._path / peer / "bin" / "pip"

@@ -85,7 +85,7 @@ def ratio(ours: Measured, peer: Measured, figure: str) -> float:
 def write(result: Result, docs: Path) -> None:
     """Add a result to the page in `docs`."""
     folder = docs / "peers"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     data = msgspec.json.format(msgspec.json.encode(result), indent=1)
     (folder / f"{result.shape}.json").write_bytes(data + b"\n")
     (folder / f"{result.shape}.svg").write_text(plot(result))
