@@ -2,6 +2,8 @@
 
 `python -m bench.speculate replay PROMPTS.jsonl.gz [--times FILE] [--json]`: no model; reference answers by
 category, said token by token through the real loop in virtual time, by a measured step-time model.
+`python -m bench.speculate answer MODEL_DIR --prompts PROMPTS.jsonl.gz [--quantise int8] [--json]`: a chat
+model answers the prompts by category, each in turn without guesses and with those of its own text.
 `python -m bench.speculate desk [--small DIR] [--json]`: the bundled model, with and without, in turns.
 `python -m bench.speculate verify MODEL_DIR [--quantise int8] [--json]`: what checking guesses adds to a step.
 """
@@ -49,6 +51,7 @@ LIMITS = Limits(64, 512)
 WORDS = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
 ROWS = (1, 2, 3, 4, 5, 8)
 LONGEST = 64
+SPOKEN = 128  # tokens of an answer to a prompt
 
 
 class Gain(Struct, frozen=True):
@@ -119,6 +122,17 @@ def questions(path: Path) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+def first_turns(path: Path) -> dict[str, list[str]]:
+    """What is asked first, by category."""
+    found: dict[str, list[str]] = {}
+    with gzip.open(path, "rt") as lines:
+        for line in lines:
+            row: dict[str, Any] = msgspec.json.decode(line)
+            asked = row["turns"][0] if "turns" in row else row.get("prompt") or row["question"]
+            found.setdefault(row.get("category", path.name.split(".")[0]), []).append(asked)
+    return found
+
+
 def words(known: dict[str, int], text: str) -> list[int]:
     """A word, or a run of signs, a token: about what a vocabulary of 150,000 does to English."""
     return [known.setdefault(word, len(known) + 1) for word in WORDS.findall(text)]
@@ -163,6 +177,58 @@ def replay(path: Path, cost: Cost) -> dict[str, list[Gain]]:
             heard, quick = recite(asked, cost, True)
             result.setdefault(name, []).append(heard.gain(category, len(asked), plain / quick))
     return result
+
+
+def answer(
+    path: Path, prompts: Path, quantise: Quantise | None, count: int, rounds: int
+) -> dict[str, list[Gain]]:
+    """The first `count` prompts of each category, answered greedily, one at a time; gains are of decoding,
+    each answer's shortest time of `rounds`."""
+    model = ModelConfig(name="m", path=str(path), quantise=quantise)
+    config = EngineConfig(models=(model,), kv_bytes=2**28, context=2048, speculate="off")
+    runners, text = Runners(config, lambda *_: None), TextModel(path)
+    (runner,) = runners.all
+    heard = Heard()
+    engine = Engine(
+        [runner],
+        limits=LIMITS,
+        schedule=SCHEDULES["fcfs"],
+        clock=time.monotonic,
+        emit=lambda events, stats: heard(events, stats),
+    )
+    folder = cache_folder() / "step-times"
+    times = known_times(runner, LIMITS, machine=runners.machine, folder=folder)
+    engine.lanes["m"].times = times
+    ident, result = 0, list[Gain]()
+    for category, asked in sorted(first_turns(prompts).items()):
+        encoded = [text.encode_chat([{"role": "user", "content": each}]) for each in asked[:count]]
+        encoded = [each for each in encoded if len(each) < 2048 - SPOKEN]
+        took: dict[bool, dict[int, float]] = {False: {}, True: {}}
+        guessed = Heard()
+        for number, prompt in list(enumerate(encoded)) * rounds:
+            for guess in (False, True):
+                runner.speculation = Speculation() if guess else None
+                heard, ident = guessed if guess else Heard(), ident + 1
+                seconds = _decode(engine, ident, prompt, heard)
+                took[guess][number] = min(seconds, took[guess].get(number, seconds))
+        gain = sum(took[False].values()) / sum(took[True].values())
+        result.append(guessed.gain(category, len(encoded), gain))
+        print(result[-1], file=sys.stderr)
+    return {f"{path.name}, {quantise or 'as it is'}": result}
+
+
+def _decode(engine: Engine, ident: int, prompt: list[int], heard: Heard) -> float:
+    """The seconds from the first token of an answer to its last."""
+    sampling = Sampling(temperature=0.0, max_tokens=SPOKEN)
+    request = Request(id=ident, model="m", prompt=tuple(prompt), arrival=time.monotonic(), sampling=sampling)
+    engine.submit(Sequence.of(request, 2048))
+    before = heard.tokens
+    while heard.tokens == before:
+        engine.step()
+    started = time.monotonic()
+    while engine.step() or not engine.idle:
+        pass
+    return time.monotonic() - started
 
 
 class Desk:
@@ -283,13 +349,14 @@ def show(result: dict[str, list[Gain]] | list[Verified]) -> Iterator[Grid]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("replay", "desk", "verify"))
+    parser.add_argument("what", choices=("replay", "answer", "desk", "verify"))
     parser.add_argument("path", type=Path, nargs="?")
+    parser.add_argument("--prompts", type=Path, help="what a model is to answer")
     parser.add_argument("--times", type=Path, default=TIMES, help="a step-time model, as JSON")
     parser.add_argument("--small", type=Path, help="a smaller model with desk's tokenizer")
     parser.add_argument("--quantise", choices=("int8", "int4"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=2, help="desk's questions of each task")
+    parser.add_argument("--count", type=int, default=2, help="prompts of each category or task")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     result: dict[str, list[Gain]] | list[Verified]
@@ -297,6 +364,10 @@ def main() -> None:
         result = desk(options.small, options.rounds, options.count)
     elif options.path is None:
         parser.error(f"{options.what} needs a path")
+    elif options.what == "answer":
+        if options.prompts is None:
+            parser.error("answer needs --prompts")
+        result = answer(options.path, options.prompts, options.quantise, options.count, options.rounds)
     elif options.what == "replay":
         result = replay(options.path, msgspec.json.decode(options.times.read_bytes(), type=Cost))
     else:
