@@ -190,8 +190,8 @@ def levels_of(cache: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [24, 64, 128])
 def test_a_cache_in_fewer_bits(native: Native, kept: torch.dtype, dtype: torch.dtype, head_dim: int):
-    """Attention over what the cache keeps is that over the same numbers in float32, and it keeps what it is
-    given to within half a level."""
+    """Attention over what the cache keeps is that over the same numbers in float32 (beside int8, queries and
+    weights are levels of 16 bits), and it keeps what it is given to within half a level."""
     kind, table = Attention(6, 2, head_dim, head_dim**-0.5), Table(native, None)
     work = [*DECODES, *PREFILLS, *LONG]
     batch, blocks = batch_of(work, 16)
@@ -212,5 +212,5 @@ def test_a_cache_in_fewer_bits(native: Native, kept: torch.dtype, dtype: torch.d
     assert bool(((read - exact.layers[0]).abs() <= steps * 0.51 + 1e-6).all())
     same = Cache([read.contiguous()])
     wanted = table.attend(q, kind, same.layers[0], table.prepare(batch, same, geometry))
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4 if kept == torch.int8 else 1e-5
     assert (out - wanted).float().norm() / wanted.float().norm() < tolerance

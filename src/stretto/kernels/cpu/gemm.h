@@ -126,9 +126,17 @@ INLINE void tile_pairs(const int rows, const int wide, const Linear *a, const ui
     EACH_SLOT(KEEP)
 }
 
-/* sums[r][PANEL] += sum over k of a[r * by_row + k * by_k] * b[k * ldb + 0..PANEL), all in words: floats, or with
- * `pairs` bf16 pairs, whose products count double. Vectors as in tile_integers. */
-INLINE void tile_words(const int rows, const int wide, const int pairs, const float *a, int64_t by_row, int64_t by_k,
+/* What a word holds: a float, or two numbers whose products are added. */
+enum { SINGLE, PAIR_BF16, PAIR_I16 };
+
+INLINE vf word_sum(const int kind, vf sum, vf a, vf b)
+{
+    return kind == PAIR_BF16 ? vf_dot_pairs(sum, a, b) : kind == PAIR_I16 ? vf_dot_i16(sum, a, b) : vf_sum(a, b, sum);
+}
+
+/* sums[r][PANEL] += sum over k of a[r * by_row + k * by_k] * b[k * ldb + 0..PANEL), all in words of a kind; sums of
+ * PAIR_I16 are 32-bit integers. Vectors as in tile_integers. */
+INLINE void tile_words(const int rows, const int wide, const int kind, const float *a, int64_t by_row, int64_t by_k,
                        const float *b, int64_t ldb, int64_t k, const int from, vf *sums)
 {
     const int slots = wide ? 2 * rows : rows, vectors = wide ? 4 : 2;
@@ -145,8 +153,8 @@ INLINE void tile_words(const int rows, const int wide, const int pairs, const fl
 #define SUM_WORD(n) \
     if (n < slots) { \
         vf word = vf_set1(a[n % rows * by_row]), first = weights[n < rows ? 0 : 2], second = weights[n < rows ? 1 : 3]; \
-        low##n = pairs ? vf_dot_pairs(low##n, first, word) : vf_sum(first, word, low##n); \
-        high##n = pairs ? vf_dot_pairs(high##n, second, word) : vf_sum(second, word, high##n); \
+        low##n = word_sum(kind, low##n, first, word); \
+        high##n = word_sum(kind, high##n, second, word); \
     }
         EACH_SLOT(SUM_WORD)
     }
@@ -163,13 +171,13 @@ INLINE void pairs_panel(const int rows, const Linear *a, const uint8_t *panel, i
         tile_pairs(rows, wide, a, panel, row, from, out);
 }
 
-INLINE void words_panel(const int rows, const int pairs, const float *a, int64_t by_row, int64_t by_k, const float *b,
+INLINE void words_panel(const int rows, const int kind, const float *a, int64_t by_row, int64_t by_k, const float *b,
                         int64_t ldb, int64_t k, vf *sums)
 {
     const int wide = rows <= ROWS_WIDE;
     UNROLL
     for (int from = 0; from < NV; from += wide ? 4 : 2)
-        tile_words(rows, wide, pairs, a, by_row, by_k, b, ldb, k, from, sums);
+        tile_words(rows, wide, kind, a, by_row, by_k, b, ldb, k, from, sums);
 }
 
 /* Only the row counts a level has registers for are compiled. */
@@ -182,19 +190,27 @@ INLINE void words_panel(const int rows, const int pairs, const float *a, int64_t
 #define INTS(n) (n <= ROWS_INT ? n : 1)
 #define FLOATS(n) (n <= ROWS_FLOAT ? n : 1)
 
-static void words(int rows, int pairs, const float *a, int64_t by_row, int64_t by_k, const float *b, int64_t ldb,
+static void words(int rows, int kind, const float *a, int64_t by_row, int64_t by_k, const float *b, int64_t ldb,
                   int64_t k, vf *sums)
 {
-#define SINGLE(n) ROWS_CASE(ROWS_FLOAT, n, words_panel(FLOATS(n), 0, a, by_row, by_k, b, ldb, k, sums))
-#define PAIRED(n) ROWS_CASE(ROWS_FLOAT, n, words_panel(FLOATS(n), 1, a, by_row, by_k, b, ldb, k, sums))
+#define WORDS_OF(kind, n) ROWS_CASE(ROWS_FLOAT, n, words_panel(FLOATS(n), kind, a, by_row, by_k, b, ldb, k, sums))
+#define SINGLES(n) WORDS_OF(SINGLE, n)
+#define PAIRS_BF16(n) WORDS_OF(PAIR_BF16, n)
+#define PAIRS_I16(n) WORDS_OF(PAIR_I16, n)
 #ifdef NATIVE_BF16
-    if (pairs) {
-        switch (rows) { EACH_UP_TO_8(PAIRED) }
+    if (kind == PAIR_BF16) {
+        switch (rows) { EACH_UP_TO_8(PAIRS_BF16) }
         return;
     }
 #endif
-    (void)pairs;
-    switch (rows) { EACH_UP_TO_8(SINGLE) }
+#ifdef NATIVE_I16
+    if (kind == PAIR_I16) {
+        switch (rows) { EACH_UP_TO_8(PAIRS_I16) }
+        return;
+    }
+#endif
+    (void)kind;
+    switch (rows) { EACH_UP_TO_8(SINGLES) }
 }
 
 static void tile(const Linear *a, const uint8_t *panel, int apart, int rows, int64_t row, vf *out)
@@ -218,7 +234,7 @@ static void tile(const Linear *a, const uint8_t *panel, int apart, int rows, int
         int64_t k = a->kp / (a->to_pairs ? 2 : 1);
         for (int i = 0; i < rows * NV; i++)
             out[i] = vf_zero();
-        words(rows, a->to_pairs, (const float *)a->x + row * k, k, 1, (const float *)panel, PANEL, k, out);
+        words(rows, a->to_pairs ? PAIR_BF16 : SINGLE, (const float *)a->x + row * k, k, 1, (const float *)panel, PANEL, k, out);
     }
 }
 

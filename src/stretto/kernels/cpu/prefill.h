@@ -1,16 +1,22 @@
 /* Attention of many queries: FlashAttention's tiling (Dao et al., 2022) with a query in each lane.
  *
  * Scores stand as [key][query], so the softmax runs down the lanes and nothing is transposed but the queries, once.
- * Keys and values are widened to floats; with native bf16 they stay pairs. */
+ * Keys and values are widened to floats; with native bf16 they stay pairs. Over a cache of int8, queries and softmax
+ * weights become 16-bit levels and all products are those of integers, twice as many a cycle: of queries a scale each,
+ * of weights one a tile, whose own peak is then 1. Sums stay within 32 bits: 32767 * 127 * 512 < 2^31. */
 
 #define QUERIES 64 /* lanes of an item: queries times the heads that share a key */
 #define BANKS (QUERIES / PANEL)
+#define LEVELS 32767.0f /* the largest level of 16 bits */
+#define LONGEST_SUM 512 /* products of a level of 16 bits and one of 8 that are added as integers */
 
 typedef struct {
     float *q, *out; /* [BANKS][head_dim][PANEL]; q in words */
     float *keys, *values; /* a tile, in words: [KEYS][head_dim], or pairs */
     float *scores, *weights; /* [KEYS][PANEL]; weights in words */
     float *raw; /* [head_dim] */
+    int kind; /* of words */
+    float by_query[QUERIES], by_key[KEYS], by_value[KEYS]; /* scales of levels */
     float peak[QUERIES], total[QUERIES];
     int32_t position[QUERIES];
 } Tile;
@@ -19,48 +25,82 @@ INLINE int64_t prefill_scratch(int64_t d) { return 2 * BANKS * d * PANEL + 2 * K
 
 INLINE uint16_t *half(float *words, int64_t i) { return (uint16_t *)words + i; }
 
-INLINE void read_lanes(const Attention *a, const Item *item, Tile *t, int pairs)
+/* One query into its lane, as words. */
+INLINE void read_lane(const Attention *a, Tile *t, float *q, int64_t l)
+{
+    int64_t d = a->kind->head_dim, lane = l % PANEL;
+    float inverse = 1.0f;
+    if (t->kind == PAIR_I16) {
+        uint32_t top = largest(t->raw, d);
+        int some = float_of(top) > 1e-30f, finite = top < 0x7f800000;
+        inverse = finite && some ? LEVELS / float_of(top) : 0.0f;
+        t->by_query[l] = finite ? (some ? float_of(top) / LEVELS * a->kind->scale : 0.0f) : NAN;
+    }
+    for (int64_t i = 0; i < d; i++) {
+        uint16_t *pair = half(q, i / 2 * (2 * PANEL) + lane * 2 + i % 2);
+        if (t->kind == SINGLE)
+            q[i * PANEL + lane] = t->raw[i];
+        else if (t->kind == PAIR_BF16)
+            *pair = to_bf16(t->raw[i]);
+        else
+            *pair = inverse > 0 ? (uint16_t)(int32_t)((t->raw[i] * inverse + ROUND) - ROUND) : 0;
+    }
+}
+
+INLINE void read_lanes(const Attention *a, const Item *item, Tile *t)
 {
     int64_t share = a->share, d = a->kind->head_dim;
     memset(t->q, 0, (size_t)(BANKS * d * PANEL) * sizeof(float));
     for (int64_t l = 0; l < QUERIES; l++) {
-        int64_t query = least(l / share, item->queries - 1), lane = l % PANEL;
+        int64_t query = least(l / share, item->queries - 1);
         int64_t row = a->step->starts[item->sequence] + item->query + query;
         float *q = t->q + l / PANEL * d * PANEL;
         t->peak[l] = -INFINITY;
-        t->total[l] = 0;
+        t->total[l] = t->by_query[l] = 0;
         t->position[l] = (int32_t)query_position(a, item, item->query + query);
         if (l >= item->queries * share)
             continue;
         widen(t->raw, at(a->q, row * a->ldq + (item->head * share + l % share) * d, a->step->type), d, a->step->type);
-        for (int64_t i = 0; i < d; i++) {
-            if (pairs)
-                *half(q, i / 2 * (2 * PANEL) + lane * 2 + i % 2) = to_bf16(t->raw[i]);
-            else
-                q[i * PANEL + lane] = t->raw[i];
-        }
+        read_lane(a, t, q, l);
     }
 }
 
-INLINE void read_tile(const Attention *a, const Item *item, int64_t key, int64_t count, Tile *t, int pairs)
+/* A row of values of 16 bits into the words of its pair: the first of the two clears them. */
+INLINE void pair_values(float *values, const uint16_t *row, int64_t i, int64_t d)
+{
+    uint32_t *restrict words = (uint32_t *)values + i / 2 * d;
+    if (i % 2)
+        for (int64_t j = 0; j < d; j++)
+            words[j] |= (uint32_t)row[j] << 16;
+    else
+        for (int64_t j = 0; j < d; j++)
+            words[j] = row[j];
+}
+
+INLINE void widen_levels(int16_t *restrict y, const int8_t *restrict x, int64_t d)
+{
+    for (int64_t i = 0; i < d; i++)
+        y[i] = x[i];
+}
+
+INLINE void read_tile(const Attention *a, const Item *item, int64_t key, int64_t count, Tile *t)
 {
     int64_t d = a->kind->head_dim;
     for (int64_t i = 0; i < count; i++) {
         const void *k = row_of(a, a->keys, item, key + i), *v = row_of(a, a->values, item, key + i);
-        if (!pairs) {
+        if (t->kind == SINGLE) {
             widen_kv(t->keys + i * d, k, d, a->step->kv_type);
             widen_kv(t->values + i * d, v, d, a->step->kv_type);
-            continue;
+        } else if (t->kind == PAIR_BF16) {
+            memcpy(half(t->keys, i * d), k, (size_t)d * 2);
+            pair_values(t->values, v, i, d);
+        } else {
+            t->by_key[i] = kv_scale(k, d);
+            t->by_value[i] = kv_scale(v, d);
+            widen_levels((int16_t *)half(t->keys, i * d), k, d);
+            widen_levels((int16_t *)t->raw, v, d);
+            pair_values(t->values, (const uint16_t *)t->raw, i, d);
         }
-        memcpy(half(t->keys, i * d), k, (size_t)d * 2);
-        uint32_t *restrict words = (uint32_t *)t->values + i / 2 * d;
-        const uint16_t *row = v;
-        if (i % 2)
-            for (int64_t j = 0; j < d; j++)
-                words[j] |= (uint32_t)row[j] << 16;
-        else
-            for (int64_t j = 0; j < d; j++)
-                words[j] = row[j];
     }
 }
 
@@ -114,37 +154,98 @@ INLINE void pair_weights(Tile *t, int64_t count)
     }
 }
 
-/* One tile of keys for one bank of lanes. */
-INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, int64_t count, int pairs)
+/* Weights whose peak in the tile is 1, times their values' scales, into pairs of levels; returns a level's size. A
+ * value that is not finite makes all that sees it NaN. */
+INLINE float level_weights(Tile *t, int64_t count, float *total)
 {
-    int64_t d = a->kind->head_dim, step = ROWS_FLOAT, word = pairs ? 2 : 1;
-    float fade[PANEL], *out = t->out + bank * d * PANEL, *weights = pairs ? t->weights : t->scores;
+    float top = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (t->by_value[i] < INFINITY)
+            top = t->by_value[i] > top ? t->by_value[i] : top;
+        else
+            for (int64_t l = 0; l < PANEL; l++)
+                total[l] = t->scores[i * PANEL + l] > 0 ? NAN : total[l];
+    }
+    if (count % 2)
+        memset(t->scores + count * PANEL, 0, PANEL * sizeof(float));
+    float inverse = top > 1e-30f ? LEVELS / top : 0.0f;
+    for (int64_t i = 0; i < (count + 1) / 2; i++) {
+        uint32_t *restrict to = (uint32_t *)t->weights + i * PANEL;
+        const float *even = t->scores + 2 * i * PANEL, *odd = even + PANEL;
+        float first = t->by_value[2 * i] < INFINITY ? t->by_value[2 * i] * inverse : 0.0f;
+        float second = 2 * i + 1 < count && t->by_value[2 * i + 1] < INFINITY ? t->by_value[2 * i + 1] * inverse : 0.0f;
+        for (int64_t l = 0; l < PANEL; l++) {
+            float low = even[l] > 0 ? even[l] * first + 0.5f : 0.0f, high = odd[l] > 0 ? odd[l] * second + 0.5f : 0.0f;
+            to[l] = (uint32_t)(int32_t)low | (uint32_t)(int32_t)high << 16;
+        }
+    }
+    return top / LEVELS;
+}
+
+/* The softmax of a tile by itself, then of it and all before: `fade` is for the sums so far, `gain` for the tile's. */
+INLINE void soften_levels(Tile *t, int64_t count, int64_t bank, float *fade, float *gain)
+{
+    float peak[PANEL], total[PANEL], *before = t->peak + bank * PANEL, *sum = t->total + bank * PANEL;
+    for (int64_t l = 0; l < PANEL; l++) {
+        peak[l] = -INFINITY;
+        total[l] = 0;
+    }
+    soften_lanes(t->scores, count, peak, total, fade);
+    float level = level_weights(t, count, total);
+    for (int64_t l = 0; l < PANEL; l++) {
+        float highest = peak[l] > before[l] ? peak[l] : before[l], shift = highest == -INFINITY ? 0.0f : highest;
+        float of_tile = exp_below(peak[l] - shift);
+        fade[l] = exp_below(before[l] - shift);
+        gain[l] = of_tile * level;
+        sum[l] = sum[l] * fade[l] + total[l] * of_tile;
+        before[l] = highest;
+    }
+}
+
+/* One tile of keys for one bank of lanes. */
+INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, int64_t count)
+{
+    int64_t d = a->kind->head_dim, step = ROWS_FLOAT, word = t->kind == SINGLE ? 1 : 2;
+    int levels = t->kind == PAIR_I16;
+    float fade[PANEL], gain[PANEL], *out = t->out + bank * d * PANEL;
+    float *weights = t->kind == SINGLE ? t->scores : t->weights;
+    const float *by_query = t->by_query + bank * PANEL;
     const int32_t *position = t->position + bank * PANEL;
     vf sums[ROWS_FLOAT * NV];
     for (int64_t i = 0; i < count; i += step) {
         int rows = (int)least(step, count - i);
         for (int j = 0; j < rows * NV; j++)
             sums[j] = vf_zero();
-        words(rows, pairs, t->keys + i * d / word, d / word, 1, t->q + bank * d * PANEL, PANEL, d / word, sums);
-        for (int j = 0; j < rows * NV; j++)
-            vf_store(t->scores + i * PANEL + j * VF, vf_mul(sums[j], vf_set1(a->kind->scale)));
+        words(rows, t->kind, t->keys + i * d / word, d / word, 1, t->q + bank * d * PANEL, PANEL, d / word, sums);
+        for (int j = 0; j < rows * NV; j++) {
+            vf scale = levels ? vf_mul(vf_load(by_query + j % NV * VF), vf_set1(t->by_key[i + j / NV]))
+                              : vf_set1(a->kind->scale);
+            vf_store(t->scores + i * PANEL + j * VF, vf_mul(levels ? vf_from(vi_bits(sums[j])) : sums[j], scale));
+        }
     }
     if (a->kind->softcap > 0)
         for (int64_t i = 0; i < count * PANEL; i++)
             t->scores[i] = a->kind->softcap * tanh_of(t->scores[i] / a->kind->softcap);
     if (a->kind->window > 0 || key + count - 1 > position[0])
         hide(a, t->scores, key, count, position);
-    soften_lanes(t->scores, count, t->peak + bank * PANEL, t->total + bank * PANEL, fade);
-    if (pairs)
+    if (levels)
+        soften_levels(t, count, bank, fade, gain);
+    else
+        soften_lanes(t->scores, count, t->peak + bank * PANEL, t->total + bank * PANEL, fade);
+    if (t->kind == PAIR_BF16)
         pair_weights(t, count);
     for (int64_t i = 0; i < d; i += step) {
         int rows = (int)least(step, d - i);
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < NV; v++)
-                sums[r * NV + v] = vf_mul(vf_load(out + (i + r) * PANEL + v * VF), vf_load(fade + v * VF));
-        words(rows, pairs, t->values + i, 1, d, weights, PANEL, (count + word - 1) / word, sums);
         for (int j = 0; j < rows * NV; j++)
-            vf_store(out + i * PANEL + j * VF, sums[j]);
+            sums[j] = levels ? vf_zero() : vf_mul(vf_load(out + i * PANEL + j * VF), vf_load(fade + j % NV * VF));
+        words(rows, t->kind, t->values + i, 1, d, weights, PANEL, (count + word - 1) / word, sums);
+        for (int j = 0; j < rows * NV; j++) {
+            float *sum = out + i * PANEL + j * VF;
+            if (levels)
+                sums[j] = vf_fma(vf_from(vi_bits(sums[j])), vf_load(gain + j % NV * VF),
+                                 vf_mul(vf_load(sum), vf_load(fade + j % NV * VF)));
+            vf_store(sum, sums[j]);
+        }
     }
 }
 
@@ -152,11 +253,16 @@ static void prefill(const Attention *a, const Item *item, float *scratch)
 {
     int64_t d = a->kind->head_dim, lanes = item->queries * a->share;
     int64_t banks = (lanes + PANEL - 1) / PANEL, bank_size = d * PANEL;
-    int pairs = 0;
-#ifdef NATIVE_BF16
-    pairs = a->step->kv_type == BF16 && a->step->type == BF16 && d % 2 == 0;
-#endif
     Tile t;
+    t.kind = SINGLE;
+#ifdef NATIVE_BF16
+    if (a->step->kv_type == BF16 && a->step->type == BF16 && d % 2 == 0)
+        t.kind = PAIR_BF16;
+#endif
+#ifdef NATIVE_I16
+    if (a->step->kv_type == I8 && d % 2 == 0 && d <= LONGEST_SUM)
+        t.kind = PAIR_I16;
+#endif
     t.q = scratch;
     t.out = t.q + BANKS * bank_size;
     t.keys = t.out + BANKS * bank_size;
@@ -165,12 +271,12 @@ static void prefill(const Attention *a, const Item *item, float *scratch)
     t.weights = t.scores + KEYS * PANEL;
     t.raw = t.weights + KEYS * PANEL;
     memset(t.out, 0, (size_t)(BANKS * bank_size) * sizeof(float));
-    read_lanes(a, item, &t, pairs);
+    read_lanes(a, item, &t);
     for (int64_t key = item->from; key < item->to; key += KEYS) {
         int64_t count = least(KEYS, item->to - key);
-        read_tile(a, item, key, count, &t, pairs);
+        read_tile(a, item, key, count, &t);
         for (int64_t bank = 0; bank < banks; bank++)
-            attend_bank(a, &t, bank, key, count, pairs);
+            attend_bank(a, &t, bank, key, count);
     }
     for (int64_t l = 0; l < lanes; l++) {
         const float *out = t.out + l / PANEL * bank_size + l % PANEL;

@@ -8,6 +8,10 @@
 #ifndef NATIVE_BF16
 #define vf_dot_pairs(sum, a, b) (sum) /* never asked for */
 #endif
+#ifndef NATIVE_I16
+#define vf_dot_i16(sum, a, b) (sum)
+#define vi_bits(a) vi_zero()
+#endif
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to the nearest integer */
 
 INLINE float float_of(uint32_t bits)

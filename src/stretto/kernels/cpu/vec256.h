@@ -56,6 +56,14 @@ INLINE vi vi_dot(int kind, vi sum, vi weights, vi x)
     __asm__ volatile("" : "+x"(sum));
     return sum;
 }
+#define NATIVE_I16
+INLINE vi vi_bits(vf a) { return _mm256_castps_si256(a); }
+INLINE vf vf_dot_i16(vf sum, vf a, vf b)
+{
+    vi next = _mm256_add_epi32(vi_bits(sum), _mm256_madd_epi16(vi_bits(a), vi_bits(b)));
+    __asm__ volatile("" : "+x"(next));
+    return _mm256_castsi256_ps(next);
+}
 INLINE vi vi_total(int kind, vi sum) { return kind == W_I4 ? _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) : sum; }
 INLINE int32_t start_of_4(int32_t sum) { return (int32_t)((uint32_t)(uint16_t)(-4 * sum) * 0x10001u); }
 

@@ -42,6 +42,12 @@ INLINE vi vi_dot(int kind, vi sum, vi weights, vi x)
     (void)kind;
     return _mm512_dpbusd_epi32(sum, weights, x);
 }
+#define NATIVE_I16
+INLINE vi vi_bits(vf a) { return _mm512_castps_si512(a); }
+INLINE vf vf_dot_i16(vf sum, vf a, vf b)
+{
+    return _mm512_castsi512_ps(_mm512_dpwssd_epi32(vi_bits(sum), vi_bits(a), vi_bits(b)));
+}
 INLINE vi vi_total(int kind, vi sum)
 {
     (void)kind;
