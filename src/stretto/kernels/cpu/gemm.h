@@ -10,6 +10,7 @@
 
 #define CACHE_BYTES 262144 /* of x that is kept at hand while all panels pass by */
 #define ITEM_BYTES 16384 /* of weights: a turn that is worth taking */
+#define AHEAD 2048 /* bytes of weights asked for before their use: the hardware foresees nothing beyond a page */
 
 typedef struct {
     const Weights *w;
@@ -50,7 +51,11 @@ INLINE void tile_integers(const int rows, const int wide, const int kind, const 
             vi low0, low1, low2, low3, low4, low5, low6, low7, high0, high1, high2, high3, high4, high5, high6, high7;
 #define START(n) low##n = high##n = vi_set1(n < slots ? starts[n % rows] : 0);
             EACH_SLOT(START)
-            for (int64_t k = 0; k < steps; k++, data += stride)
+            for (int64_t k = 0; k < steps; k++, data += stride) {
+                if (rows <= ROWS_WIDE && !apart && from == 0)
+                    UNROLL
+                    for (int line = 0; line < PANEL * 4; line += 64)
+                        __builtin_prefetch(data + AHEAD + line);
                 UNROLL
                 for (int part = 0; part < parts; part++, x += rows) {
                     vi weights[4];
@@ -66,6 +71,7 @@ INLINE void tile_integers(const int rows, const int wide, const int kind, const 
     }
                     EACH_SLOT(SUM)
                 }
+            }
             const uint16_t *by_weight = (const uint16_t *)panel + from * VF;
 #define SCALE(n) \
     if (n < slots) { \
