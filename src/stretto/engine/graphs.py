@@ -111,7 +111,8 @@ class CudaRunner:
             tokens = self._replay(rows, pinned)
         else:
             tokens, logits, vectors = self._run(rows, pinned)
-        pinned.tokens[: len(drawing)].copy_(tokens[: len(drawing)], non_blocking=True)
+        if drawing:
+            draw.move(tokens[: len(drawing)], pinned.tokens)
         pinned.arrived.record()
         own: dict[int, Drawn] = {}
         if by_hand and logits is not None:
@@ -142,7 +143,7 @@ class CudaRunner:
         captured = self._captured.get(size)
         if captured is None:
             captured = self._captured[size] = self._room(size)
-        captured.orders.copy_(torch.from_numpy(orders), non_blocking=True)
+        draw.move(torch.from_numpy(orders), captured.orders)
         if captured.graph is not None:
             captured.graph.replay()
             return captured.tokens

@@ -206,6 +206,9 @@ class Kernels:
     sharpen: Callable[[Tensor, Tensor, Linear, Tensor], None] | None = None
     """(logits [R, N] float32, x [R, K], a tied head, its embedding): the likeliest logits computed anew from
     the embedding, in place, where the head is too rough for them. None: no head is."""
+    logits: Callable[[Tensor, Linear], Tensor] | None = None
+    """(x [R, K], head [N, K]) -> float32 [R, N], never rounded to x's dtype where a table can help it. None:
+    as `linear`."""
     layers: Callable[[Tensor, Sequence[PlainLayer], Cache, Any], Tensor | None] | None = None
     """(sums [T, H] consumed, all layers of a model that has only plain ones, cache, plan) -> the sums after
     them, or None (nothing consumed) where the table has no way shorter than its other functions."""

@@ -125,7 +125,7 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, hidden] -> logits over the vocabulary, float32 [R, vocab]."""
-        logits = self.kernels.linear(hidden, self.weights.head).float()
+        logits = (self.kernels.logits or self.kernels.linear)(hidden, self.weights.head).float()
         if self.spec.tied and self.kernels.sharpen is not None:
             self.kernels.sharpen(logits, hidden, self.weights.head, self._embedding)
         cap = self.spec.final_cap

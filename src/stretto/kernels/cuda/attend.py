@@ -28,13 +28,17 @@ AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
-def _scores(queries, keys, scale, CAP: tl.constexpr, EXACT: tl.constexpr):
-    """float32 [rows, keys]; `keys` come transposed."""
-    scores = tl.dot(queries, keys, input_precision="ieee" if EXACT else "tf32") * scale
+def _cap(scores, CAP: tl.constexpr):
     if CAP > 0:
         # tanh(y) = 2 sigmoid(2 y) - 1
         scores = CAP * (2.0 * tl.sigmoid(scores * (2.0 / CAP)) - 1.0)
     return scores
+
+
+@triton.jit
+def _scores(queries, keys, scale, CAP: tl.constexpr, EXACT: tl.constexpr):
+    """float32 [rows, keys]; `keys` come transposed."""
+    return _cap(tl.dot(queries, keys, input_precision="ieee" if EXACT else "tf32") * scale, CAP)
 
 
 @triton.jit
@@ -49,6 +53,13 @@ def _weigh(scores, values, high, total, mixed, EXACT: tl.constexpr):
     mixed = mixed * fade[:, None]
     mixed = tl.dot(weights.to(values.dtype), values, acc=mixed, input_precision="ieee" if EXACT else "tf32")
     return top, total, mixed
+
+
+@triton.jit
+def _take(queries, keys, values, seen, scale, high, total, mixed, CAP: tl.constexpr, EXACT: tl.constexpr):
+    """As `_weigh`, of keys that all queries see or none does."""
+    scores = tl.where(seen[None], _scores(queries, tl.trans(keys), scale, CAP, EXACT), -float("inf"))
+    return _weigh(scores, values, high, total, mixed, EXACT)
 
 
 @triton.jit
@@ -79,17 +90,32 @@ def _combine(
 
 
 @triton.jit
+def _pages(
+    pool, further, table, start, oldest, end, dim,
+    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of one head from position `start` on, as far as they are in [oldest, end)."""
+    key = start + tl.arange(0, KEYS)
+    seen = (key >= oldest) & (key < end)
+    block = tl.load(table + key // SIZE, seen, 0).to(tl.int64)
+    at = pool + (block * KV_HEADS * SIZE + key % SIZE)[:, None] * DIM + dim[None]
+    readable = seen[:, None] & (dim < DIM)[None]
+    return tl.load(at, readable, 0.0), tl.load(at + further, readable, 0.0), seen
+
+
+@triton.jit
 def _decode(
     q, layer, tables, starts, contexts, out, parts, stats, arrived, q_stride, table_stride, blocks, scale,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     SPLITS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A share of the keys of one sequence that has one query, for the heads that share them."""
+    """A share of the keys of one sequence that has one query, for the heads that share them. Of the step only
+    the query and the newest key and value are awaited: older ones are on their way before."""
     release()
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    wait()
     row, context = tl.load(starts + seq).to(tl.int64), tl.load(contexts + seq)
+    newest = context - 1
     oldest = tl.maximum(context - WINDOW, 0) if WINDOW else 0
     base = oldest // KEYS * KEYS
     reach = tl.cdiv(tl.cdiv(context - base, KEYS), SPLITS) * KEYS
@@ -97,22 +123,30 @@ def _decode(
     if tl.load(starts + seq + 1) - row != 1 or split >= active:
         return
     head, dim = tl.arange(0, SHARE_BLOCK), tl.arange(0, DIM_BLOCK)
-    own = (head < SHARE)[:, None] & (dim < DIM)[None]
+    own, inside = (head < SHARE)[:, None] & (dim < DIM)[None], dim < DIM
+    table, pool = tables + seq * table_stride, layer + kv_head.to(tl.int64) * SIZE * DIM
+    further = blocks.to(tl.int64) * KV_HEADS * SIZE * DIM
+    begin, end = base + split * reach, tl.minimum(base + (split + 1) * reach, newest)
+    keys, values, seen = _pages(
+        pool, further, table, begin, oldest, end, dim, KV_HEADS, SIZE, DIM, KEYS
+    )  # fmt: skip
+    last = pool + (tl.load(table + newest // SIZE).to(tl.int64) * KV_HEADS * SIZE + newest % SIZE) * DIM + dim
+    mine = split == active - 1
+    wait()
     queries = tl.load(q + row * q_stride + (kv_head * SHARE + head[:, None]) * DIM + dim[None], own, 0.0)
-    high = tl.full((SHARE_BLOCK,), -float("inf"), tl.float32)
-    total = tl.zeros((SHARE_BLOCK,), tl.float32)
-    mixed = tl.zeros((SHARE_BLOCK, DIM_BLOCK), tl.float32)
-    begin = base + split * reach
-    for start in range(begin, tl.minimum(begin + reach, context), KEYS):
-        key = start + tl.arange(0, KEYS)
-        seen = (key >= oldest) & (key < context)
-        block = tl.load(tables + seq * table_stride + key // SIZE, seen, 0).to(tl.int64)
-        at = layer + ((block * KV_HEADS + kv_head) * SIZE + key % SIZE)[:, None] * DIM + dim[None]
-        readable = seen[:, None] & (dim < DIM)[None]
-        keys = tl.load(at, readable, 0.0)
-        values = tl.load(at + blocks * KV_HEADS * SIZE * DIM, readable, 0.0)
-        scores = tl.where(seen[None], _scores(queries, tl.trans(keys), scale, CAP, EXACT), -float("inf"))
-        high, total, mixed = _weigh(scores, values, high, total, mixed, EXACT)
+    new_key, new_value = tl.load(last, inside, 0.0), tl.load(last + further, inside, 0.0)
+    score = tl.sum(queries.to(tl.float32) * new_key.to(tl.float32)[None], 1) * scale
+    high = tl.where(mine, _cap(score, CAP), -float("inf"))
+    total = tl.zeros((SHARE_BLOCK,), tl.float32) + tl.where(mine, 1.0, 0.0)
+    mixed = (
+        tl.zeros((SHARE_BLOCK, DIM_BLOCK), tl.float32) + tl.where(mine, new_value.to(tl.float32), 0.0)[None]
+    )
+    high, total, mixed = _take(queries, keys, values, seen, scale, high, total, mixed, CAP, EXACT)
+    for start in range(begin + KEYS, end, KEYS):
+        keys, values, seen = _pages(
+            pool, further, table, start, oldest, end, dim, KV_HEADS, SIZE, DIM, KEYS
+        )  # fmt: skip
+        high, total, mixed = _take(queries, keys, values, seen, scale, high, total, mixed, CAP, EXACT)
     there = out + (row * KV_HEADS + kv_head) * SHARE * DIM
     if active == 1:
         spot = there + head[:, None] * DIM + dim[None]
@@ -188,7 +222,8 @@ def _chunk(
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Where the programs of a step's decodes meet: parts of the sums, and how many have arrived."""
+    """Where the programs of a step's decodes meet: parts of the sums, and how many have arrived (int32 zeros,
+    left as they were)."""
 
     splits: int
     parts: Tensor
@@ -196,7 +231,7 @@ class Room:
     arrived: Tensor
 
     @classmethod
-    def of(cls, sequences: int, heads: int, layer: Tensor) -> Room:
+    def of(cls, sequences: int, heads: int, layer: Tensor, arrived: Tensor) -> Room:
         kv_heads, dim = layer.shape[2], layer.shape[4]
         splits = 1
         while splits < MOST_SPLITS and sequences * kv_heads * splits * 2 <= PROGRAMS:
@@ -206,7 +241,7 @@ class Room:
             splits,
             torch.empty((sequences, heads, splits, dim), **numbers),
             torch.empty((sequences, heads, splits, 2), **numbers),
-            torch.zeros(sequences * kv_heads, dtype=torch.int32, device=layer.device),
+            arrived,
         )
 
 

@@ -33,6 +33,21 @@ HALVINGS = 26
 FAR = 100.0  # a weight of exp(-FAR) is none
 
 
+@triton.jit(do_not_specialize=["count"])
+def _move(source, target, count, BLOCK: tl.constexpr):
+    release()
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wait()
+    tl.store(target + place, tl.load(source + place, place < count), place < count)
+
+
+def move(source: Tensor, target: Tensor) -> None:
+    """Copy between the device and pinned memory, in the stream's order. It is a kernel, because those before
+    and after it would wait longer for an engine that copies."""
+    count = source.numel()
+    _move[(triton.cdiv(count, 256),)](source, target, count, BLOCK=256, num_warps=2, **OPTIONS)
+
+
 @triton.jit
 def _read(
     orders, drawn, tables, tokens, positions, slots, contexts, own_tables, table_stride, own_stride,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stretto.kernels import Activation
+from stretto.kernels import Activation, Attention
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 from stretto.kernels.cuda.rows import activate
 from stretto.kernels.reference import Dense
@@ -60,73 +60,106 @@ def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _finish(sums, scales, bias, row, there):
+    """Row by row."""
     if scales is not None:
-        sums *= tl.load(scales + row, there, 0.0)[:, None]
+        sums *= tl.load(scales + row, there, 0.0)
     if bias is not None:
-        sums += tl.load(bias + row, there, 0.0).to(tl.float32)[:, None]
+        sums += tl.load(bias + row, there, 0.0).to(tl.float32)
     return sums
 
 
 @triton.jit
-def _stream(
-    x, weight, scales, bias, gains, residual, out, n, k, eps,
-    M: tl.constexpr, M_BLOCK: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr,
-    GATED: tl.constexpr,
+def _sweep(
+    x, weight, gains, row, other, there, k, eps,
+    SPAN: tl.constexpr, LOOPS: tl.constexpr, LANE: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of each of the M rows of x; if GATED also those n further on, which they gate. With gains
-    x is read through its RMS norm, whose scale is known when the sums are; with a residual they are added to
-    it. The first weights are on their way before x is known, and each later lot before the one in front is
-    summed."""
-    release()
-    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SPAN)
-    place = tl.arange(0, M_BLOCK)
-    there = row < n
+    """What the rows `row` of the weights, and if BOTH `other`, make of x, read through its RMS norm if there
+    are gains; its scale is known when the sums are. The first weights are on their way before x is known, and
+    each later lot before the one in front is summed: LANE neighbours at once, all at the end."""
+    column = tl.arange(0, SPAN)
     at = weight + row.to(tl.int64)[:, None] * k + column[None]
-    above = at + n.to(tl.int64) * k
+    above = weight + other.to(tl.int64)[:, None] * k + column[None]
     inside = there[:, None] & (column < k)[None]
     held = tl.load(at, inside, 0.0, eviction_policy="evict_first")
-    sums = tl.zeros((ROWS, M_BLOCK), tl.float32)
-    squares = tl.zeros((M_BLOCK,), tl.float32)
+    sums = tl.zeros((row.shape[0], SPAN // LANE), tl.float32)
+    ups = tl.zeros((row.shape[0], SPAN // LANE), tl.float32)
+    squares = tl.zeros((SPAN // LANE,), tl.float32)
     if gains is not None:
         gain = tl.load(gains + column, column < k, 0.0)
-    if GATED is not None:
+    if BOTH:
         held_up = tl.load(above, inside, 0.0, eviction_policy="evict_first")
-        ups = tl.zeros((ROWS, M_BLOCK), tl.float32)
     wait()
     for loop in tl.static_range(LOOPS):
         now, left = held.to(tl.float32), k - loop * SPAN
         if gains is not None:
             now_gain = gain.to(tl.float32)
-        if GATED is not None:
+        if BOTH:
             now_up = held_up.to(tl.float32)
         if loop + 1 < LOOPS:
             inside = there[:, None] & (column < left - SPAN)[None]
             held = tl.load(at + (loop + 1) * SPAN, inside, 0.0, eviction_policy="evict_first")
             if gains is not None:
                 gain = tl.load(gains + (loop + 1) * SPAN + column, column < left - SPAN, 0.0)
-            if GATED is not None:
+            if BOTH:
                 held_up = tl.load(above + (loop + 1) * SPAN, inside, 0.0, eviction_policy="evict_first")
-        for m in tl.static_range(M):
-            values = tl.load(x + m * k + loop * SPAN + column, column < left, 0.0).to(tl.float32)
-            if gains is not None:
-                squares += tl.where(place == m, tl.sum(values * values, 0), 0.0)
-                values *= now_gain
-            own = (place == m)[None]
-            sums += tl.where(own, tl.sum(now * values[None], 1)[:, None], 0.0)
-            if GATED is not None:
-                ups += tl.where(own, tl.sum(now_up * values[None], 1)[:, None], 0.0)
+        values = tl.load(x + loop * SPAN + column, column < left, 0.0).to(tl.float32)
+        if gains is not None:
+            squares += tl.sum(tl.reshape(values * values, (SPAN // LANE, LANE)), 1)
+            values *= now_gain
+        sums += tl.sum(tl.reshape(now * values[None], (row.shape[0], SPAN // LANE, LANE)), 2)
+        if BOTH:
+            ups += tl.sum(tl.reshape(now_up * values[None], (row.shape[0], SPAN // LANE, LANE)), 2)
+    unit = 1.0
     if gains is not None:
-        unit = tl.rsqrt(squares / k + eps)[None]
-        sums *= unit
+        unit = tl.rsqrt(tl.sum(squares, 0) / k + eps)
+    return tl.sum(sums, 1) * unit, tl.sum(ups, 1) * unit
+
+
+@triton.jit
+def _stream(
+    x, weight, scales, bias, gains, residual, out, n, k, eps,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr, LANE: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """ROWS outputs; if GATED those n further on, too, which they gate. A residual is added."""
+    release()
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < n
+    sums, ups = _sweep(x, weight, gains, row, n + row, there, k, eps, SPAN, LOOPS, LANE, GATED is not None)
     sums = _finish(sums, scales, bias, row, there)
     if GATED is not None:
-        if gains is not None:
-            ups *= unit
         sums = activate(sums, GATED) * _finish(ups, scales, bias, n + row, there)
-    spot, own = place[None] * n + row[:, None], there[:, None] & (place < M)[None]
     if residual is not None:
-        sums += tl.load(residual + spot, own, 0.0).to(tl.float32)
-    tl.store(out + spot, sums.to(out.dtype.element_ty), own)
+        sums += tl.load(residual + row, there, 0.0).to(tl.float32)
+    tl.store(out + row, sums.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _placed(
+    x, weight, scales, bias, gains, turns, slots, out, layer, blocks, k, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    """ROWS pairs of dimensions of queries, keys or values. The first PAIRS of a head are turned; then queries
+    are put into `out`, keys and values into their slot of the cache."""
+    release()
+    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, pair = number // (DIM // 2), number % (DIM // 2)
+    there = head < HEADS + 2 * KV_HEADS
+    first = tl.where(pair < PAIRS, pair, 2 * pair)
+    second = tl.where(pair < PAIRS, pair + PAIRS, 2 * pair + 1)
+    turning = (pair < PAIRS) & (head < HEADS + KV_HEADS)
+    cosine = tl.load(turns + pair, turning, 1.0)
+    sine = tl.load(turns + PAIRS + pair, turning, 0.0)
+    slot, pool = tl.load(slots), (head - HEADS) // KV_HEADS
+    page = (pool * blocks + slot // SIZE) * KV_HEADS + (head - HEADS) % KV_HEADS
+    row = head * DIM + first
+    a, b = _sweep(x, weight, gains, row, row + second - first, there, k, eps, SPAN, LOOPS, LANE, True)
+    a = _finish(a, scales, bias, row, there)
+    b = _finish(b, scales, bias, row + second - first, there)
+    spot = tl.where(head < HEADS, out + head * DIM, layer + (page * SIZE + slot % SIZE) * DIM)
+    kind = out.dtype.element_ty
+    tl.store(spot + first, (a * cosine - b * sine).to(kind), there)
+    tl.store(spot + second, (b * cosine + a * sine).to(kind), there)
 
 
 @triton.jit
@@ -166,7 +199,10 @@ def _tile(
         tl.store(arrived + tile, 0)
     if x_scales is not None:
         sums *= tl.load(x_scales + place, place < m, 0.0)[None]
-    sums = _finish(sums, scales, bias, row, row < n)
+    if scales is not None:
+        sums *= tl.load(scales + row, row < n, 0.0)[:, None]
+    if bias is not None:
+        sums += tl.load(bias + row, row < n, 0.0).to(tl.float32)[:, None]
     tl.store(out + place[None] * n + row[:, None], sums.to(out.dtype.element_ty), there)
 
 
@@ -223,8 +259,30 @@ class Flow:
     warps: int
 
 
-FLOWS = {2: Flow(2048, 16384, 8), 1: Flow(2048, 16384, 4), 4: Flow(2048, 16384, 8)}
-"""By the bytes of a weight."""
+FLOWS = {
+    (2, True): Flow(2048, 4096, 4),
+    (2, False): Flow(2048, 8192, 8),
+    (1, True): Flow(2048, 8192, 4),
+    (1, False): Flow(1024, 8192, 4),
+    (4, True): Flow(2048, 16384, 8),
+    (4, False): Flow(2048, 16384, 8),
+}
+"""By the bytes of a weight, and whether x is read through a norm."""
+
+
+def _cut(packed: Held, normed: bool, both: bool) -> dict[str, int]:
+    """How a kernel that streams these weights is compiled; a program has twice ROWS of them if `both`."""
+    k, size = packed.weight.shape[1], packed.weight.itemsize
+    flow = FLOWS[size, normed]
+    span = min(pow2(k, 32), flow.longest)
+    rows = max(flow.held // span // (2 if both else 1), 1)
+    return {
+        "ROWS": rows,
+        "SPAN": span,
+        "LOOPS": triton.cdiv(k, span),
+        "LANE": 16 // size,
+        "num_warps": flow.warps,
+    }
 
 
 def stream(
@@ -233,20 +291,35 @@ def stream(
     activation: Activation | None = None,
     norm: Norm | None = None,
     residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """For at most FEW rows [M, K]: [M, N], or [M, N / 2] with an activation, when the weights are gates and
-    ups. `norm`: of x, first; `residual` [M, N] is added last."""
-    m, k = x.shape
-    n = packed.weight.shape[0] // (1 if activation is None else 2)
-    flow = FLOWS[packed.weight.itemsize]
-    span = min(pow2(k, 32), flow.longest)
-    rows = max(flow.held // span // (1 if activation is None else 2), 1)
-    out = x.new_empty(m, n)
-    _stream[(triton.cdiv(n, rows),)](
+    """For one row [1, K]: [1, N], or [1, N / 2] with an activation, when the weights are gates and ups; in
+    `dtype`, or x's. `norm`: of x, first; `residual` [1, N] is added last."""
+    n, k = packed.weight.shape
+    if activation is not None:
+        n //= 2
+    cut = _cut(packed, norm is not None, activation is not None)
+    out = x.new_empty(1, n, dtype=dtype or x.dtype)
+    _stream[(triton.cdiv(n, cut["ROWS"]),)](
         x, packed.weight, _scales(packed), packed.bias,
         None if norm is None else norm.gains, residual, out, n, k, 0.0 if norm is None else norm.eps,
-        M=m, M_BLOCK=pow2(m), ROWS=rows, SPAN=span, LOOPS=triton.cdiv(k, span), GATED=activation,
-        num_warps=flow.warps, **OPTIONS,
+        GATED=activation, **cut, **OPTIONS,
+    )  # fmt: skip
+    return out
+
+
+def placed(
+    x: Tensor, packed: Held, norm: Norm, kind: Attention, layer: Tensor, turns: Tensor, slots: Tensor
+) -> Tensor:
+    """For one row [1, K]: its queries [1, heads, head_dim], turned, with its keys and values put into their
+    slot of the cache's `layer`. `turns` as `rows.turn` gives them; the kind has no norm."""
+    cut = _cut(packed, True, True)
+    out = x.new_empty(1, kind.heads, kind.head_dim)
+    pairs = (kind.heads + 2 * kind.kv_heads) * kind.head_dim // 2
+    _placed[(triton.cdiv(pairs, cut["ROWS"]),)](
+        x, packed.weight, _scales(packed), packed.bias, norm.gains, turns, slots, out, layer, layer.shape[1],
+        x.shape[1], norm.eps, HEADS=kind.heads, KV_HEADS=kind.kv_heads, DIM=kind.head_dim,
+        PAIRS=turns.shape[2], SIZE=layer.shape[3], **cut, **OPTIONS,
     )  # fmt: skip
     return out
 

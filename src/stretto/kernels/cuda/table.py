@@ -17,12 +17,25 @@ from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kerne
 from stretto.kernels.cuda import attend, rows
 from stretto.kernels.cuda.experts import experts
 from stretto.kernels.cuda.int4 import Int4, tiled_int4, to_int4
-from stretto.kernels.cuda.linear import FEW, MANY, SOME, WIDE, Fp8, Held, Norm, product, stream, tiled, to_fp8
+from stretto.kernels.cuda.linear import (
+    FEW,
+    MANY,
+    SOME,
+    WIDE,
+    Fp8,
+    Held,
+    Norm,
+    placed,
+    product,
+    stream,
+    tiled,
+    to_fp8,
+)
 from stretto.kernels.reference import Dense, DenseExperts
 
 Quantise = Literal["fp8", "int4"]
 Weights = Held | Int4
-MOST_TILES = 2**16
+MOST_MEETINGS = 2**18
 # A router or another small matrix costs nothing to keep and much to get wrong.
 SMALLEST_QUANTISED = 256
 # A vocabulary says which of its many rows is greatest: it keeps eight bits beside layers of four.
@@ -31,27 +44,31 @@ VOCABULARY = 32768
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the layers of a step share: the step, its turns by rotation, and room for its decodes to meet."""
+    """What the layers of a step share: the step, its turns by rotation, and room for its decodes to meet.
+    `arrived`: the table's."""
 
     batch: Batch
     turns: list[Tensor]
+    arrived: Tensor
     rooms: dict[int, attend.Room]
 
     def room(self, kind: Attention, layer: Tensor) -> attend.Room:
         """Where the programs of its decodes meet in layers of this kind."""
         room = self.rooms.get(kind.heads)
         if room is None:
-            room = self.rooms[kind.heads] = attend.Room.of(len(self.batch.query_lens), kind.heads, layer)
+            sequences = len(self.batch.query_lens)
+            room = self.rooms[kind.heads] = attend.Room.of(sequences, kind.heads, layer, self.arrived)
         return room
 
 
 class Table:
-    """The functions of a table and what they share: the tiles' counts of arrivals, zero between kernels."""
+    """The functions of a table and what they share: counts of arrivals, at tiles or at heads, which are zero
+    between kernels."""
 
     def __init__(self, device: torch.device, quantise: Quantise | None) -> None:
         self._quantise = quantise
         self._fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-        self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(MOST_MEETINGS, dtype=torch.int32, device=device)
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Weights:
         if self._quantise is None or weight.shape[0] < SMALLEST_QUANTISED:
@@ -85,6 +102,12 @@ class Table:
             return tiled(x.contiguous(), held, self._arrived)
         return product(x, held)
 
+    def logits(self, x: Tensor, packed: Linear) -> Tensor:
+        held = cast(Weights, packed)
+        if 0 < x.shape[0] <= FEW and not isinstance(held, Int4):
+            return stream(x.contiguous(), held, dtype=torch.float32)
+        return self.linear(x, packed).float()
+
     def gated(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
         held = cast(Weights, packed)
         if 0 < x.shape[0] <= FEW and not isinstance(held, Int4):
@@ -92,7 +115,8 @@ class Table:
         return rows.gate(self.linear(x, packed), activation)
 
     def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
-        return Plan(batch, [rows.turn(batch, rotation) for rotation in geometry.rotations], {})
+        turns = [rows.turn(batch, rotation) for rotation in geometry.rotations]
+        return Plan(batch, turns, self._arrived, {})
 
     def place(
         self, qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: Plan
@@ -109,7 +133,7 @@ class Table:
         return attend.chunk(q, kind, layer, plan.batch, out)
 
     def layers(self, sums: Tensor, layers: Sequence[PlainLayer], cache: Cache, plan: Plan) -> Tensor | None:
-        """Six kernels a layer for so few rows that weights are streamed."""
+        """Five or six kernels a layer for a row whose weights are streamed."""
         held = [cast(Weights, each) for layer in layers for each in (layer.out, layer.gate_up)]
         if (
             sums.shape[0] > FEW
@@ -122,8 +146,11 @@ class Table:
             qkv, out, gate_up, down = (
                 cast(Held, each) for each in (layer.qkv, layer.out, layer.gate_up, layer.down)
             )
-            placed = stream(sums, qkv, norm=Norm(layer.first, eps))
-            q = self.place(placed, layer.norms, kind, keys, plan)
+            first, turns = Norm(layer.first, eps), plan.turns[kind.rotation]
+            if layer.norms is None:
+                q = placed(sums, qkv, first, kind, keys, turns, plan.batch.slots)
+            else:
+                q = self.place(stream(sums, qkv, norm=first), layer.norms, kind, keys, plan)
             mixed = attend.decode(q, kind, keys, plan.batch, plan.room(kind, keys))
             sums = stream(mixed, out, residual=sums)
             hidden = stream(sums, gate_up, layer.activation, Norm(layer.second, eps))
@@ -148,4 +175,5 @@ def table(device: torch.device, quantise: Quantise | None = None) -> Kernels:
         pack_experts=own.pack_experts,
         experts=experts,
         layers=own.layers,
+        logits=own.logits,
     )
