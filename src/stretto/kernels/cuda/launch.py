@@ -1,9 +1,9 @@
 """How a kernel starts here: before the one in front of it has ended, where the device can.
 
 Programmatic dependent launch (CUDA C++ Programming Guide): `release` lets the next kernel's programs take
-free places at once, `wait` holds until all before is done and visible. Every kernel of this
-package calls both, and touches before `wait` only weights, or what is there before a step's embedding is read:
-its plan, and the keys and values of older steps.
+free places at once, `wait` holds until all before is done and visible. Every kernel of this package calls
+both, and touches before `wait` only weights, or what is there before a step's embedding is read: its plan,
+and the keys and values of older steps.
 """
 # Triton's kernels are no Python a type checker knows.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
