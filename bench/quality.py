@@ -1,6 +1,6 @@
 """What a format costs: bytes, and how far its next-token distributions are from those of float32.
 
-`python bench/quality.py MODEL_DIR [--text NAME=FILE ...] [--json]` reads held-out text of the bundled model's
+`python -m bench.quality MODEL_DIR [--text NAME=FILE ...] [--json]` reads held-out text of the bundled model's
 tasks, and each file: plain text, or JSON lines whose strings are joined (both may be gzipped).
 KL is KL(float32 || format) in nats at every token of the text; `top1` is how often both put the same token
 first.
