@@ -10,6 +10,7 @@
 
 #define CACHE_BYTES 262144 /* of x that is kept at hand while all panels pass by */
 #define ITEM_BYTES 16384 /* of weights: a turn that is worth taking */
+#define TILES_SPLIT 4 /* more tiles of x than this share a panel's splitting; fewer each split as they go */
 #define AHEAD 2048 /* bytes of weights asked for before their use: the hardware foresees nothing beyond a page */
 
 typedef struct {
@@ -30,6 +31,14 @@ INLINE int64_t parts_of(int64_t kind) { return kind == W_I4 ? 2 : PARTS_I8; }
 
 /* Each sum has a name of its own: the compiler would keep an array of them in memory. */
 #define EACH_SLOT(CASE) CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+
+/* For a step of k of a panel. */
+INLINE void ask_ahead(const uint8_t *data)
+{
+    UNROLL
+    for (int line = 0; line < PANEL * 4; line += 64)
+        __builtin_prefetch(data + AHEAD + line);
+}
 
 /* Integer weights, packed (apart = 0) or already split (apart = 1): two vectors of the panel from `from` on, or four
  * when `wide`, which stand in the slots of further rows. */
@@ -52,10 +61,8 @@ INLINE void tile_integers(const int rows, const int wide, const int kind, const 
 #define START(n) low##n = high##n = vi_set1(n < slots ? starts[n % rows] : 0);
             EACH_SLOT(START)
             for (int64_t k = 0; k < steps; k++, data += stride) {
-                if (rows <= ROWS_WIDE && !apart && from == 0)
-                    UNROLL
-                    for (int line = 0; line < PANEL * 4; line += 64)
-                        __builtin_prefetch(data + AHEAD + line);
+                if (!apart && from == 0)
+                    ask_ahead(data);
                 UNROLL
                 for (int part = 0; part < parts; part++, x += rows) {
                     vi weights[4];
@@ -272,7 +279,8 @@ INLINE void take_apart(const int kind, const Linear *a, const uint8_t *panel, ui
         memcpy(out, panel, PANEL * 2);
         panel += PANEL * 2;
         out += PANEL * 2;
-        for (int64_t k = 0; k < steps; k++, panel += PANEL * 4, out += PANEL * 4 * parts)
+        for (int64_t k = 0; k < steps; k++, panel += PANEL * 4, out += PANEL * 4 * parts) {
+            ask_ahead(panel);
             UNROLL
             for (int v = 0; v < NV; v++) {
                 vi packed = vi_load(panel + v * VF * 4);
@@ -280,6 +288,7 @@ INLINE void take_apart(const int kind, const Linear *a, const uint8_t *panel, ui
                 for (int part = 0; part < parts; part++)
                     vi_store(out + part * PANEL * 4 + v * VF * 4, vi_split(kind, packed, part));
             }
+        }
     }
 }
 
@@ -288,7 +297,7 @@ static void linear_item(const void *job, int64_t item, int thread)
     const Linear *a = job;
     int64_t kind = a->w->kind, first = item / a->chunks * a->block, last = least(a->tiles, first + a->block);
     int64_t panel = item % a->chunks * a->chunk, end = least(a->panels, panel + a->chunk);
-    int apart = kind >= W_I8 && parts_of(kind) > 1 && last - first > 1;
+    int apart = kind >= W_I8 && parts_of(kind) > 1 && last - first > TILES_SPLIT;
     vf sums[ROWS_MOST * NV];
     for (; panel < end; panel++) {
         const uint8_t *data = a->w->data + panel * a->panel;
