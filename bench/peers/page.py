@@ -30,7 +30,8 @@ All are measured in turn in every round, the others stopped; figures are medians
 token ids drawn at random, answers greedy and of fixed length. `python bench/peers/run.py --home DIR --docs
 docs` makes this page.
 
-A ratio is Stretto against the best peer with as many bits or fewer; above 1 Stretto is better.
+A ratio is Stretto against the best peer with as many bits or fewer and, where that has fewer, against the
+best with as many; above 1 Stretto is better.
 """
 
 
@@ -108,13 +109,21 @@ def section(result: Result) -> str:
     ours = [each for each in result.engines if each.ours]
     lines += ["", f"| ratio | {' | '.join(each.name for each in ours)} |", f"| --- |{' --- |' * len(ours)}"]
     for figure, title in TITLES.items():
-        told: list[str] = []
-        for each in ours:
-            peer = best_peer(each, result.engines, figure)
-            told.append("-" if peer is None else f"**{ratio(each, peer, figure):.2f}x** ({peer.name})")
+        told = [_ratios(each, result.engines, figure) for each in ours]
         lines.append(f"| {title.rpartition(',')[0]} | {' | '.join(told)} |")
     versions = sorted({each.version for each in result.engines})
     return "\n".join([*lines, "", f"Versions: {', '.join(versions)}.", ""])
+
+
+def _ratios(ours: Measured, engines: Sequence[Measured], figure: str) -> str:
+    peer = best_peer(ours, engines, figure)
+    if peer is None:
+        return "-"
+    text = f"**{ratio(ours, peer, figure):.2f}x** ({peer.name})"
+    alike = best_peer(ours, [each for each in engines if each.bits == ours.bits], figure)
+    if alike is None or alike is peer:
+        return text
+    return f"{text}, {ratio(ours, alike, figure):.2f}x ({alike.name})"
 
 
 def _shown(value: float | None) -> str:
