@@ -96,12 +96,14 @@ class Outlook:
         return predict(request, seen, self._weight(request), now)
 
     def work_ms(self, request: Request) -> float:
-        """What the whole request takes of the machine, as far as one can tell; 0 when nothing is known."""
+        """What the whole request takes of the machine, its part of what its steps cost whatever they hold
+        included, as far as one can tell; 0 when nothing is known."""
         seen = self._seen
         if seen is None:
             return 0.0
         length, tokens = len(request.prompt), _tokens(request, seen)
-        return seen.cost.prefill(0, length) + tokens * seen.cost.row(length + tokens // 2)
+        base = seen.cost.c0 / (seen.streams + 1)
+        return seen.cost.prefill(0, length) + tokens * (base + seen.cost.row(length + tokens // 2))
 
     def _weight(self, request: Request) -> float:
         tier = self._tiers.get(request.tier)
