@@ -3,7 +3,7 @@
  * Scores stand as [key][query], so the softmax runs down the lanes and nothing is transposed but the queries, once.
  * Keys and values are widened to floats; with native bf16 they stay pairs. Over a cache of int8, queries and softmax
  * weights become 16-bit levels and all products are those of integers, twice as many a cycle: of queries a scale each,
- * of weights one a tile, whose own peak is then 1. Sums stay within 32 bits: 32767 * 127 * 512 < 2^31. */
+ * of weights one a lane and tile. Sums stay within 32 bits: 32767 * 127 * 512 < 2^31. */
 
 #define QUERIES 64 /* lanes of an item: queries times the heads that share a key */
 #define BANKS (QUERIES / PANEL)
@@ -154,32 +154,36 @@ INLINE void pair_weights(Tile *t, int64_t count)
     }
 }
 
-/* Weights whose peak in the tile is 1, times their values' scales, into pairs of levels; returns a level's size. A
- * value that is not finite makes all that sees it NaN. */
-INLINE float level_weights(Tile *t, int64_t count, float *total)
+/* Weights of a tile times their values' scales into pairs of levels, the largest of each lane the highest level;
+ * `level` is a level's size. A value that is not finite makes all that sees it NaN. */
+INLINE void level_weights(Tile *t, int64_t count, float *restrict total, float *restrict level)
 {
-    float top = 0;
+    float top[PANEL] = {0}, inverse[PANEL];
     for (int64_t i = 0; i < count; i++) {
-        if (t->by_value[i] < INFINITY)
-            top = t->by_value[i] > top ? t->by_value[i] : top;
-        else
+        float *restrict weights = t->scores + i * PANEL, scale = t->by_value[i];
+        if (!(scale < INFINITY)) {
             for (int64_t l = 0; l < PANEL; l++)
-                total[l] = t->scores[i * PANEL + l] > 0 ? NAN : total[l];
+                total[l] = weights[l] > 0 ? NAN : total[l];
+            scale = 0;
+        }
+        for (int64_t l = 0; l < PANEL; l++) {
+            weights[l] = weights[l] > 0 ? weights[l] * scale : 0.0f;
+            top[l] = weights[l] > top[l] ? weights[l] : top[l];
+        }
     }
     if (count % 2)
         memset(t->scores + count * PANEL, 0, PANEL * sizeof(float));
-    float inverse = top > 1e-30f ? LEVELS / top : 0.0f;
+    for (int64_t l = 0; l < PANEL; l++) {
+        inverse[l] = top[l] > 1e-30f ? LEVELS / top[l] : 0.0f;
+        level[l] = top[l] / LEVELS;
+    }
     for (int64_t i = 0; i < (count + 1) / 2; i++) {
         uint32_t *restrict to = (uint32_t *)t->weights + i * PANEL;
         const float *even = t->scores + 2 * i * PANEL, *odd = even + PANEL;
-        float first = t->by_value[2 * i] < INFINITY ? t->by_value[2 * i] * inverse : 0.0f;
-        float second = 2 * i + 1 < count && t->by_value[2 * i + 1] < INFINITY ? t->by_value[2 * i + 1] * inverse : 0.0f;
-        for (int64_t l = 0; l < PANEL; l++) {
-            float low = even[l] > 0 ? even[l] * first + 0.5f : 0.0f, high = odd[l] > 0 ? odd[l] * second + 0.5f : 0.0f;
-            to[l] = (uint32_t)(int32_t)low | (uint32_t)(int32_t)high << 16;
-        }
+        for (int64_t l = 0; l < PANEL; l++)
+            to[l] = (uint32_t)(int32_t)(even[l] * inverse[l] + 0.5f)
+                    | (uint32_t)(int32_t)(odd[l] * inverse[l] + 0.5f) << 16;
     }
-    return top / LEVELS;
 }
 
 /* The softmax of a tile by itself, then of it and all before: `fade` is for the sums so far, `gain` for the tile's. */
@@ -191,12 +195,12 @@ INLINE void soften_levels(Tile *t, int64_t count, int64_t bank, float *fade, flo
         total[l] = 0;
     }
     soften_lanes(t->scores, count, peak, total, fade);
-    float level = level_weights(t, count, total);
+    level_weights(t, count, total, gain);
     for (int64_t l = 0; l < PANEL; l++) {
         float highest = peak[l] > before[l] ? peak[l] : before[l], shift = highest == -INFINITY ? 0.0f : highest;
         float of_tile = exp_below(peak[l] - shift);
         fade[l] = exp_below(before[l] - shift);
-        gain[l] = of_tile * level;
+        gain[l] *= of_tile;
         sum[l] = sum[l] * fade[l] + total[l] * of_tile;
         before[l] = highest;
     }
