@@ -45,7 +45,10 @@ def converse(answerer: Answerer, who: str) -> None:
             case _ if line.startswith("/"):
                 terminal.err.print(f"[dim]no such command: {HELP}[/]")
             case _:
-                _turn(answerer, history, line)
+                try:
+                    _turn(answerer, history, line)
+                except KeyboardInterrupt:  # beside the answer itself
+                    terminal.err.print(" [dim](stopped)[/]")
 
 
 def _turn(answerer: Answerer, history: list[Message], line: str) -> None:
