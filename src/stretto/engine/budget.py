@@ -50,7 +50,7 @@ def run(budget: Budget, seq: Sequence, ms: float) -> None:
     if seq.slot < 0:
         _admit(budget, seq, ms)
     elif seq.remaining == 1:
-        if budget.cost.row(seq.computed + 1) <= ms:
+        if budget.cost.row(seq.computed + 1) <= ms or not budget.plan.rows:
             go_on(budget, seq, 1)
     else:
         go_on(budget, seq, _chunk(budget, seq.computed, seq.remaining, ms))

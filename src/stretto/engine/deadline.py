@@ -336,7 +336,8 @@ def _bearable(budget: Budget, seq: Sequence, running: Running, heavier: float) -
 
 def _fill(budget: Budget, sequences: list[Sequence], ms: float) -> float:
     """Run sequences, in order, for at most `ms` of the step; returns the milliseconds they take."""
-    before, token = budget.ms, budget.cost.c2
+    before = budget.ms
+    token = budget.cost.c2 if budget.plan.rows else 0.0  # a step that has nothing else takes what it costs
     least = min(token, budget.cost.c1)
     if not sequences or min(budget.left(), ms) < least:
         return 0.0
