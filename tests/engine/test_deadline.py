@@ -444,6 +444,28 @@ def test_a_priority_request_that_was_promised_is_not_late_for_looser_ones(
     assert not promised or world.on_time(999)
 
 
+def test_a_stream_that_could_wait_goes_on_with_the_last_block():
+    """It leaves its time to prompts that are pressed; what it leaves of the pool is its own again."""
+    world = World(blocks=8, running=1)
+    world.send(1, 90, tokens=24, tier="priority", objective=Objective(ttft_ms=6), first=0)
+    for ident in range(2, 8):
+        world.send(ident, 2, tokens=1, tier="priority", objective=Objective(), first=0)
+        if ident < 5:
+            world.engine.step()
+    world.send(8, 2, tokens=1, tier="priority", objective=Objective(total_ms=23), first=0)
+    world.run()
+    assert len(world.ends) == 8
+
+
+def test_tokens_that_take_longer_than_a_step_may_are_run_one_at_a_time():
+    """What a step is wrongly believed to take must not keep it from being run."""
+    world = World(cost=Cost(c0=0.5, c1=40.0, c2=30.0))
+    for ident, tier in enumerate(("default", "flex", "priority"), 1):
+        world.send(ident, 4, tokens=3, tier=tier)
+    world.run()
+    assert len(world.ends) == 3
+
+
 class Crashing(NullRunner):
     """Fails the steps it is told to."""
 

@@ -214,7 +214,7 @@ def _sort_spare(budget: Budget, moment: Moment, running: Running, seq: Sequence)
 def _run_streams(budget: Budget, running: Running, until: float, *, pressed: bool) -> None:
     """All streams, when that is in time for the tightest of them; else those that cannot wait. When prompts
     are `pressed`, streams that can have their token as well with the next step leave their time to them."""
-    streams, starts, cost = running.streams, running.starts, budget.cost
+    streams, starts, needs, cost = running.streams, running.starts, running.needs, budget.cost
     ms = cost.c1 * len(streams) + cost.c3 * running.context
     budget.end = min(running.tightest, until)
     step = (budget.ms + ms) * budget.margin / 1e3
@@ -223,15 +223,16 @@ def _run_streams(budget: Budget, running: Running, until: float, *, pressed: boo
         running.spare += [seq for seq in streams if seq.latest >= budget.end + step]
         streams = [seq for seq in streams if seq.latest < budget.end + step]
         starts = [seq.computed for seq in streams]
+        needs = sum(start % budget.pool.size == 0 for start in starts)
         ms = cost.c1 * len(streams) + cost.c3 * (sum(starts) + len(starts))
-    if streams and (late or running.needs > budget.free or len(streams) > budget.tokens):
+    if streams and (late or needs > budget.free or len(streams) > budget.tokens):
         budget.end = until
         _run_crowded(budget, running)
         return
     budget.plan.rows += map(Row, streams, starts, repeat(1), repeat(True))
     budget.ms += ms
     budget.tokens -= len(streams)
-    budget.free -= running.needs
+    budget.free -= needs
 
 
 def _run_crowded(budget: Budget, running: Running) -> None:
