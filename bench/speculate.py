@@ -15,10 +15,10 @@ import gzip
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -51,7 +51,7 @@ LIMITS = Limits(64, 512)
 WORDS = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
 ROWS = (1, 2, 3, 4, 5, 8)
 LONGEST = 64
-SPOKEN = 128  # tokens of an answer to a prompt
+CONTEXT, SPOKEN = 2048, 128  # at most so many tokens in all, and of an answer to a prompt
 
 
 class Gain(Struct, frozen=True):
@@ -107,30 +107,25 @@ class Reciter(NullRunner):
         return Drawn(answer[place] if place < len(answer) else 0)
 
 
-def questions(path: Path) -> dict[str, list[tuple[str, str]]]:
-    """Questions and reference answers by category, where there are any: first turns of MT-bench and of
-    Spec-Bench, HumanEval's prompts and solutions, GSM8K's questions and answers."""
-    found: dict[str, list[tuple[str, str]]] = {}
+class Asked(NamedTuple):
+    """A first turn of MT-bench or Spec-Bench, a prompt of HumanEval, a question of GSM8K; `reference` is its
+    answer, where there is one."""
+
+    category: str
+    question: str
+    reference: str | None
+
+
+def questions(path: Path) -> Iterator[Asked]:
+    """What is asked first in each line."""
     with gzip.open(path, "rt") as lines:
         for line in lines:
             row: dict[str, Any] = msgspec.json.decode(line)
             question = row["turns"][0] if "turns" in row else row.get("prompt") or row["question"]
             answer = row.get("reference") or row.get("canonical_solution") or row.get("answer")
             answer = answer[0] if isinstance(answer, list) else answer
-            if isinstance(answer, str) and answer:
-                found.setdefault(row.get("category", path.name.split(".")[0]), []).append((question, answer))
-    return found
-
-
-def first_turns(path: Path) -> dict[str, list[str]]:
-    """What is asked first, by category."""
-    found: dict[str, list[str]] = {}
-    with gzip.open(path, "rt") as lines:
-        for line in lines:
-            row: dict[str, Any] = msgspec.json.decode(line)
-            asked = row["turns"][0] if "turns" in row else row.get("prompt") or row["question"]
-            found.setdefault(row.get("category", path.name.split(".")[0]), []).append(asked)
-    return found
+            reference = answer if isinstance(answer, str) and answer else None
+            yield Asked(row.get("category", path.name.split(".")[0]), question, reference)
 
 
 def words(known: dict[str, int], text: str) -> list[int]:
@@ -149,15 +144,20 @@ def recite(asked: list[tuple[list[int], list[int]]], cost: Cost, guess: bool) ->
     for ident, (prompt, answer) in enumerate(asked):
         sampling = Sampling(temperature=0.0, max_tokens=len(answer), ignore_eos=True)
         request = Request(id=ident, model="null", prompt=tuple(prompt), arrival=clock(), sampling=sampling)
-        engine.submit(Sequence.of(request, runner.info.context))
-        before = heard.tokens
-        while heard.tokens == before:
-            engine.step()
-        started = clock()
-        while engine.step() or not engine.idle:
-            pass
-        seconds += clock() - started
+        seconds += decode(engine, request, heard, clock)
     return heard, seconds
+
+
+def decode(engine: Engine, request: Request, heard: Heard, clock: Callable[[], float]) -> float:
+    """The seconds from the first token of an answer to its last."""
+    engine.submit(Sequence.of(request, engine.lanes[request.model].runner.info.context))
+    before = heard.tokens
+    while heard.tokens == before:
+        engine.step()
+    started = clock()
+    while engine.step() or not engine.idle:
+        pass
+    return clock() - started
 
 
 def replay(path: Path, cost: Cost) -> dict[str, list[Gain]]:
@@ -170,9 +170,12 @@ def replay(path: Path, cost: Cost) -> dict[str, list[Gain]]:
     }
     result: dict[str, list[Gain]] = {}
     for name, encode in ways.items():
-        for category, texts in sorted(questions(path).items()):
-            asked = [(encode(question), encode(answer)) for question, answer in texts]
-            asked = [(prompt, answer) for prompt, answer in asked if prompt and len(answer) > 1]
+        by_category: dict[str, list[tuple[list[int], list[int]]]] = {}
+        for category, question, reference in questions(path):
+            prompt, answer = encode(question), encode(reference or "")
+            if prompt and len(answer) > 1:
+                by_category.setdefault(category, []).append((prompt, answer))
+        for category, asked in sorted(by_category.items()):
             _, plain = recite(asked, cost, False)
             heard, quick = recite(asked, cost, True)
             result.setdefault(name, []).append(heard.gain(category, len(asked), plain / quick))
@@ -185,7 +188,7 @@ def answer(
     """The first `count` prompts of each category, answered greedily, one at a time; gains are of decoding,
     each answer's shortest time of `rounds`."""
     model = ModelConfig(name="m", path=str(path), quantise=quantise)
-    config = EngineConfig(models=(model,), kv_bytes=2**28, context=2048, speculate="off")
+    config = EngineConfig(models=(model,), kv_bytes=2**28, context=CONTEXT, speculate="off")
     runners, text = Runners(config, lambda *_: None), TextModel(path)
     (runner,) = runners.all
     heard = Heard()
@@ -199,36 +202,32 @@ def answer(
     folder = cache_folder() / "step-times"
     times = known_times(runner, LIMITS, machine=runners.machine, folder=folder)
     engine.lanes["m"].times = times
+    by_category: dict[str, list[list[int]]] = {}
+    for category, question, _ in questions(prompts):
+        encoded = text.encode_chat([{"role": "user", "content": question}])
+        if len(encoded) < CONTEXT - SPOKEN:
+            by_category.setdefault(category, []).append(encoded)
     ident, result = 0, list[Gain]()
-    for category, asked in sorted(first_turns(prompts).items()):
-        encoded = [text.encode_chat([{"role": "user", "content": each}]) for each in asked[:count]]
-        encoded = [each for each in encoded if len(each) < 2048 - SPOKEN]
+    for category, asked in sorted(by_category.items()):
         took: dict[bool, dict[int, float]] = {False: {}, True: {}}
         guessed = Heard()
-        for number, prompt in list(enumerate(encoded)) * rounds:
+        for number, prompt in list(enumerate(asked[:count])) * rounds:
             for guess in (False, True):
                 runner.speculation = Speculation() if guess else None
                 heard, ident = guessed if guess else Heard(), ident + 1
-                seconds = _decode(engine, ident, prompt, heard)
+                request = Request(
+                    id=ident,
+                    model="m",
+                    prompt=tuple(prompt),
+                    arrival=time.monotonic(),
+                    sampling=Sampling(temperature=0.0, max_tokens=SPOKEN),
+                )
+                seconds = decode(engine, request, heard, time.monotonic)
                 took[guess][number] = min(seconds, took[guess].get(number, seconds))
         gain = sum(took[False].values()) / sum(took[True].values())
-        result.append(guessed.gain(category, len(encoded), gain))
+        result.append(guessed.gain(category, len(took[True]), gain))
         print(result[-1], file=sys.stderr)
     return {f"{path.name}, {quantise or 'as it is'}": result}
-
-
-def _decode(engine: Engine, ident: int, prompt: list[int], heard: Heard) -> float:
-    """The seconds from the first token of an answer to its last."""
-    sampling = Sampling(temperature=0.0, max_tokens=SPOKEN)
-    request = Request(id=ident, model="m", prompt=tuple(prompt), arrival=time.monotonic(), sampling=sampling)
-    engine.submit(Sequence.of(request, 2048))
-    before = heard.tokens
-    while heard.tokens == before:
-        engine.step()
-    started = time.monotonic()
-    while engine.step() or not engine.idle:
-        pass
-    return time.monotonic() - started
 
 
 class Desk:

@@ -49,6 +49,8 @@ def converse(answerer: Answerer, who: str) -> None:
                     _turn(answerer, history, line)
                 except KeyboardInterrupt:  # beside the answer itself
                     terminal.err.print(" [dim](stopped)[/]")
+                    if history and history[-1]["role"] == "user":
+                        history.pop()
 
 
 def _turn(answerer: Answerer, history: list[Message], line: str) -> None:

@@ -214,3 +214,22 @@ def test_a_cache_in_fewer_bits(native: Native, kept: torch.dtype, dtype: torch.d
     wanted = table.attend(q, kind, same.layers[0], table.prepare(batch, same, geometry))
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4 if kept == torch.int8 else 1e-5
     assert (out - wanted).float().norm() / wanted.float().norm() < tolerance
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_large_value_that_comes_later_changes_nothing_for_those_before(native: Native, kept: torch.dtype):
+    """Not by a bit: levels are of what a query sees."""
+    kind, table = Attention(4, 2, 64, 0.125), Table(native, None)
+    batch, blocks = batch_of([(64, 64)], 16)
+    geometry = Geometry((Rotation(torch.rand(32)),), (0,))
+    qkv = torch.randn(64, 8 * 64, generator=torch.Generator().manual_seed(1))
+    outs: list[Tensor] = []
+    for last in (1.0, 1e6):
+        cache = Cache.zeros(1, (blocks, 2, 16, 64), kept, torch.device("cpu"))
+        own = qkv.clone()
+        own[-1, 6 * 64 :] *= last
+        plan = table.prepare(batch, cache, geometry)
+        q = table.place(own, None, kind, cache.layers[0], plan)
+        outs.append(table.attend(q, kind, cache.layers[0], plan))
+    assert torch.equal(outs[0][:-1], outs[1][:-1])
+    assert not torch.equal(outs[0][-1], outs[1][-1])

@@ -17,10 +17,9 @@ from stretto.engine.steptime import Cost
 @dataclass(slots=True)
 class Budget:
     """A plan in the making. `ms`: predicted so far; `tokens`, `free`, `room`: tokens, blocks and places that
-    are left; `end`: when the step must be over; `streams`: rows of streams with a due, which
-    stand first; `full`: one without a due was not let in;
-    `held`: all places are, by sequences that do not give way. Predictions times `margin` hold for most steps,
-    times `worst` for nearly all."""
+    are left; `end`: when the step must be over; `streams`: rows of streams with a due, which stand first;
+    `full`: one without a due was not let in; `held`: all places are, by sequences that do not give way.
+    Predictions times `margin` hold for most steps, times `worst` for nearly all."""
 
     plan: Plan
     queues: Queues

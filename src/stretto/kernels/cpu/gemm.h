@@ -247,7 +247,8 @@ static void tile(const Linear *a, const uint8_t *panel, int apart, int rows, int
         int64_t k = a->kp / (a->to_pairs ? 2 : 1);
         for (int i = 0; i < rows * NV; i++)
             out[i] = vf_zero();
-        words(rows, a->to_pairs ? PAIR_BF16 : SINGLE, (const float *)a->x + row * k, k, 1, (const float *)panel, PANEL, k, out);
+        words(rows, a->to_pairs ? PAIR_BF16 : SINGLE, (const float *)a->x + row * k, k, 1, (const float *)panel, PANEL,
+              k, out);
     }
 }
 
