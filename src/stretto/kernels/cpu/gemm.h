@@ -2,7 +2,7 @@
  *
  * One row of x streams the weights once, so memory sets the pace; more rows share each panel while it is in cache.
  * Integer kinds take weights unsigned (offset by 128 or 8) and activations signed, quantised here per row and group
- * of k; the offset is taken back by what each sum starts at. A row holding NaN or infinity in a group gives NaN in
+ * of k, to 16 bits where a level multiplies those anyway; the offset is taken back by what each sum starts at. A row holding NaN or infinity in a group gives NaN in
  * that row of y and touches no other.
  *
  * Quantised x stands in words, those of the rows of a tile side by side: a word meets the word of each output's
@@ -317,6 +317,11 @@ static void linear_item(const void *job, int64_t item, int thread)
     }
 }
 
+#define WIDE(kind) ((kind) == W_I8 && PARTS_I8 == 2)
+
+/* The largest level of 16 bits whose products with weights add up to 31 bits over a group. */
+INLINE float widest_level(int64_t group) { return (float)least(INT16_MAX, INT32_MAX / (127 * group)); }
+
 INLINE int32_t sum_of(const int8_t *q, int64_t n)
 {
     int32_t sum = 0;
@@ -326,41 +331,60 @@ INLINE int32_t sum_of(const int8_t *q, int64_t n)
     return sum;
 }
 
-/* Levels q [kp] of a row into its place among the words of its tile. */
-INLINE void spread(const Linear *a, int64_t row, const int8_t *q)
+INLINE int32_t sum_of_wide(const int16_t *q, int64_t n)
 {
-    int64_t rows = a->rows;
-    int32_t *x = (int32_t *)a->x + row / rows * a->words * rows + row % rows;
-    if (a->w->kind == W_I8 && PARTS_I8 == 2) {
-        for (int64_t k = 0; k < a->kp; k += 4, x += 2 * rows) {
-            x[0] = (int32_t)((uint16_t)q[k] | (uint32_t)q[k + 2] << 16);
-            x[rows] = (int32_t)((uint16_t)q[k + 1] | (uint32_t)q[k + 3] << 16);
-        }
-        return;
-    }
-    for (int64_t k = 0; k < a->kp; k += 4, x += rows)
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++)
+        sum += q[i];
+    return sum;
+}
+
+/* Levels q [kp] of a row into its place among the words of its tile: bytes as they are, of 16 bits the even and the odd
+ * ones of four, as vi_split has their weights. */
+INLINE void spread(int32_t *x, const int8_t *q, int64_t kp, int64_t rows)
+{
+    for (int64_t k = 0; k < kp; k += 4, x += rows)
         memcpy(x, q + k, 4);
+}
+
+INLINE void spread_wide(int32_t *x, const int16_t *q, int64_t kp, int64_t rows)
+{
+    for (int64_t k = 0; k < kp; k += 4, x += 2 * rows) {
+        x[0] = (int32_t)((uint16_t)q[k] | (uint32_t)(uint16_t)q[k + 2] << 16);
+        x[rows] = (int32_t)((uint16_t)q[k + 1] | (uint32_t)(uint16_t)q[k + 3] << 16);
+    }
 }
 
 static void prepare_quantised(const Linear *a, int64_t row, int thread)
 {
     int64_t k = a->w->k, kp = a->kp, group = a->w->group, rows = a->rows, kind = a->w->kind;
-    float *x = pool_private(thread);
+    float *x = pool_private(thread), most_level = widest_level(group);
     int8_t *q = (int8_t *)(x + kp);
+    int16_t *wide = (int16_t *)(x + kp);
     int64_t of_tile = row / rows * a->groups * rows + row % rows;
     float *scales = (float *)a->scales + of_tile;
     int32_t *starts = (int32_t *)a->starts + row / rows * (kp / a->span) * rows + row % rows;
+    int32_t *words = (int32_t *)a->x + row / rows * a->words * rows + row % rows;
     if (row < a->m)
         widen(x, at(a->source, row * k, a->type), k, a->type);
     memset(x + (row < a->m ? k : 0), 0, (size_t)(row < a->m ? kp - k : kp) * 4);
     for (int64_t g = 0; g < a->groups; g++) {
+        if (WIDE(kind)) {
+            scales[g * rows] = quantise_wide(wide + g * group, x + g * group, group, most_level);
+            starts[g * rows] = (int32_t)(-128u * (uint32_t)sum_of_wide(wide + g * group, group));
+            continue;
+        }
         scales[g * rows] = quantise(q + g * group, x + g * group, group);
         for (int64_t from = g * group; from < (g + 1) * group; from += a->span) {
             int32_t sum = sum_of(q + from, a->span);
             starts[from / a->span * rows] = kind == W_I4 ? start_of_4(sum) : -128 * sum;
         }
     }
-    spread(a, row, q);
+    if (WIDE(kind))
+        spread_wide(words, wide, kp, rows);
+    else
+        spread(words, q, kp, rows);
 }
 
 static void prepare_item(const void *job, int64_t row, int thread)
@@ -396,7 +420,7 @@ static int prepare(Linear *a)
         bytes = (size_t)round_up(rows * a->words * 4, 64);
         scales = (size_t)(rows * a->groups) * 4;
         starts = (size_t)(rows * (kp / a->span)) * 4;
-        own = (size_t)most(kp * 5, kp * PANEL * (kind == W_I8 ? PARTS_I8 : 1) + a->groups * PANEL * 2);
+        own = (size_t)most(kp * 6, kp * PANEL * (kind == W_I8 ? PARTS_I8 : 1) + a->groups * PANEL * 2);
     } else if (!in_place) {
         bytes = (size_t)round_up(rows * kp * (a->to_pairs ? 2 : 4), 64);
     }

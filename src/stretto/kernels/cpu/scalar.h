@@ -128,20 +128,42 @@ INLINE uint32_t largest(const float *x, int64_t n)
     return top;
 }
 
-/* x [n] into levels q; returns their scale: NaN when x holds a number that is not finite, and then q is 0. */
-INLINE float quantise(int8_t *restrict q, const float *restrict x, int64_t n)
+/* What x [n] is multiplied with to become levels of at most `most`, and through `scale` what a level is worth: NaN when x
+ * holds a number that is not finite, and then all levels are 0. */
+INLINE float levels_per_unit(const float *x, int64_t n, float most, float *scale)
 {
     uint32_t top = largest(x, n);
     int finite = top < 0x7f800000, some = float_of(top) > 1e-30f;
-    float inverse = finite && some ? 127.0f / float_of(top) : 0.0f;
-    if (!finite) {
+    *scale = !finite ? NAN : some ? float_of(top) / most : 0.0f;
+    return finite && some ? most / float_of(top) : 0.0f;
+}
+
+/* x [n] into levels q of 8 bits; returns their scale. */
+INLINE float quantise(int8_t *restrict q, const float *restrict x, int64_t n)
+{
+    float scale, inverse = levels_per_unit(x, n, 127.0f, &scale);
+    if (inverse == 0.0f) {
         memset(q, 0, (size_t)n);
-        return NAN;
+        return scale;
     }
 #pragma omp simd
     for (int64_t i = 0; i < n; i++)
         q[i] = (int8_t)(int32_t)((x[i] * inverse + ROUND) - ROUND);
-    return some ? float_of(top) / 127.0f : 0.0f;
+    return scale;
+}
+
+/* The same with levels of 16 bits, of at most `most`. */
+INLINE float quantise_wide(int16_t *restrict q, const float *restrict x, int64_t n, float most)
+{
+    float scale, inverse = levels_per_unit(x, n, most, &scale);
+    if (inverse == 0.0f) {
+        memset(q, 0, (size_t)n * sizeof *q);
+        return scale;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++)
+        q[i] = (int16_t)(int32_t)((x[i] * inverse + ROUND) - ROUND);
+    return scale;
 }
 
 INLINE float kv_scale(const void *row, int64_t d)
