@@ -5,7 +5,7 @@
  * weights become 16-bit levels and all products are those of integers, twice as many a cycle: of queries a scale each,
  * of weights one a lane and tile. Sums stay within 32 bits: 32767 * 127 * 512 < 2^31. */
 
-#define QUERIES 64 /* lanes of an item: queries times the heads that share a key */
+#define QUERIES 128 /* lanes of an item: queries times the heads that share a key */
 #define BANKS (QUERIES / PANEL)
 #define LEVELS 32767.0f /* the largest level of 16 bits */
 #define LONGEST_SUM 512 /* products of a level of 16 bits and one of 8 that are added as integers */
@@ -28,53 +28,51 @@ INLINE uint16_t *half(float *words, int64_t i) { return (uint16_t *)words + i; }
 /* One query into its lane, as words. */
 INLINE void read_lane(const Attention *a, Tile *t, float *q, int64_t l)
 {
-    int64_t d = a->kind->head_dim, lane = l % PANEL;
-    float inverse = 1.0f;
-    if (t->kind == PAIR_I16) {
-        uint32_t top = largest(t->raw, d);
-        int some = float_of(top) > 1e-30f, finite = top < 0x7f800000;
-        inverse = finite && some ? LEVELS / float_of(top) : 0.0f;
-        t->by_query[l] = finite ? (some ? float_of(top) / LEVELS * a->kind->scale : 0.0f) : NAN;
+    int64_t d = a->kind->head_dim;
+    if (t->kind == SINGLE) {
+        for (int64_t i = 0; i < d; i++)
+            q[i * PANEL] = t->raw[i];
+        return;
     }
-    for (int64_t i = 0; i < d; i++) {
-        uint16_t *pair = half(q, i / 2 * (2 * PANEL) + lane * 2 + i % 2);
-        if (t->kind == SINGLE)
-            q[i * PANEL + lane] = t->raw[i];
-        else if (t->kind == PAIR_BF16)
-            *pair = to_bf16(t->raw[i]);
-        else
-            *pair = inverse > 0 ? (uint16_t)(int32_t)((t->raw[i] * inverse + ROUND) - ROUND) : 0;
-    }
+    uint16_t pairs[LONGEST_SUM];
+    uint32_t *words = (uint32_t *)q;
+    if (t->kind == PAIR_BF16)
+        narrow(pairs, t->raw, d, BF16);
+    else
+        t->by_query[l] = quantise_wide((int16_t *)pairs, t->raw, d, LEVELS) * a->kind->scale;
+    for (int64_t i = 0; i < d / 2; i++)
+        memcpy(words + i * PANEL, pairs + 2 * i, sizeof *words);
 }
 
 INLINE void read_lanes(const Attention *a, const Item *item, Tile *t)
 {
-    int64_t share = a->share, d = a->kind->head_dim;
-    memset(t->q, 0, (size_t)(BANKS * d * PANEL) * sizeof(float));
+    int64_t share = a->share, d = a->kind->head_dim, lanes = item->queries * share;
+    if (lanes % PANEL)
+        memset(t->q + lanes / PANEL * d * PANEL, 0, (size_t)(d * PANEL) * sizeof(float));
     for (int64_t l = 0; l < QUERIES; l++) {
         int64_t query = least(l / share, item->queries - 1);
-        int64_t row = a->step->starts[item->sequence] + item->query + query;
-        float *q = t->q + l / PANEL * d * PANEL;
         t->peak[l] = -INFINITY;
         t->total[l] = t->by_query[l] = 0;
         t->position[l] = (int32_t)query_position(a, item, item->query + query);
-        if (l >= item->queries * share)
-            continue;
+    }
+    for (int64_t l = 0; l < lanes; l++) {
+        int64_t row = a->step->starts[item->sequence] + item->query + l / share;
         widen(t->raw, at(a->q, row * a->ldq + (item->head * share + l % share) * d, a->step->type), d, a->step->type);
-        read_lane(a, t, q, l);
+        read_lane(a, t, t->q + l / PANEL * d * PANEL + l % PANEL, l);
     }
 }
 
-/* A row of values of 16 bits into the words of its pair: the first of the two clears them. */
-INLINE void pair_values(float *values, const uint16_t *row, int64_t i, int64_t d)
+/* Two rows of values side by side, so that their products with two weights are added; the last may be without another. */
+INLINE void pair_halves(uint32_t *restrict words, const uint16_t *even, const uint16_t *odd, int64_t d)
 {
-    uint32_t *restrict words = (uint32_t *)values + i / 2 * d;
-    if (i % 2)
-        for (int64_t j = 0; j < d; j++)
-            words[j] |= (uint32_t)row[j] << 16;
-    else
-        for (int64_t j = 0; j < d; j++)
-            words[j] = row[j];
+    for (int64_t i = 0; i < d; i++)
+        words[i] = even[i] | (odd ? (uint32_t)odd[i] << 16 : 0);
+}
+
+INLINE void pair_levels(uint32_t *restrict words, const int8_t *even, const int8_t *odd, int64_t d)
+{
+    for (int64_t i = 0; i < d; i++)
+        words[i] = (uint16_t)even[i] | (odd ? (uint32_t)odd[i] << 16 : 0);
 }
 
 INLINE void widen_levels(int16_t *restrict y, const int8_t *restrict x, int64_t d)
@@ -86,20 +84,24 @@ INLINE void widen_levels(int16_t *restrict y, const int8_t *restrict x, int64_t 
 INLINE void read_tile(const Attention *a, const Item *item, int64_t key, int64_t count, Tile *t)
 {
     int64_t d = a->kind->head_dim;
+    const void *keys[KEYS], *values[KEYS];
+    find_rows(a, item, key, keys, values);
     for (int64_t i = 0; i < count; i++) {
-        const void *k = row_of(a, a->keys, item, key + i), *v = row_of(a, a->values, item, key + i);
+        uint32_t *words = (uint32_t *)t->values + i / 2 * d;
+        const void *next = i + 1 < count ? values[i + 1] : NULL;
         if (t->kind == SINGLE) {
-            widen_kv(t->keys + i * d, k, d, a->step->kv_type);
-            widen_kv(t->values + i * d, v, d, a->step->kv_type);
+            widen_kv(t->keys + i * d, keys[i], d, a->step->kv_type);
+            widen_kv(t->values + i * d, values[i], d, a->step->kv_type);
         } else if (t->kind == PAIR_BF16) {
-            memcpy(half(t->keys, i * d), k, (size_t)d * 2);
-            pair_values(t->values, v, i, d);
+            memcpy(half(t->keys, i * d), keys[i], (size_t)d * 2);
+            if (i % 2 == 0)
+                pair_halves(words, values[i], next, d);
         } else {
-            t->by_key[i] = kv_scale(k, d);
-            t->by_value[i] = kv_scale(v, d);
-            widen_levels((int16_t *)half(t->keys, i * d), k, d);
-            widen_levels((int16_t *)t->raw, v, d);
-            pair_values(t->values, (const uint16_t *)t->raw, i, d);
+            t->by_key[i] = kv_scale(keys[i], d);
+            t->by_value[i] = kv_scale(values[i], d);
+            widen_levels((int16_t *)half(t->keys, i * d), keys[i], d);
+            if (i % 2 == 0)
+                pair_levels(words, values[i], next, d);
         }
     }
 }
@@ -206,8 +208,8 @@ INLINE void soften_levels(Tile *t, int64_t count, int64_t bank, float *fade, flo
     }
 }
 
-/* One tile of keys for one bank of lanes. */
-INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, int64_t count)
+/* One tile of keys for one bank of lanes, as far as they see it; `fresh`: it is their first. */
+INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, int64_t count, int fresh)
 {
     int64_t d = a->kind->head_dim, step = ROWS_FLOAT, word = t->kind == SINGLE ? 1 : 2;
     int levels = t->kind == PAIR_I16;
@@ -216,6 +218,7 @@ INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, 
     const float *by_query = t->by_query + bank * PANEL;
     const int32_t *position = t->position + bank * PANEL;
     vf sums[ROWS_FLOAT * NV];
+    count = least(count, position[PANEL - 1] + 1 - key);
     for (int64_t i = 0; i < count; i += step) {
         int rows = (int)least(step, count - i);
         for (int j = 0; j < rows * NV; j++)
@@ -227,6 +230,8 @@ INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, 
             vf_store(t->scores + i * PANEL + j * VF, vf_mul(levels ? vf_from(vi_bits(sums[j])) : sums[j], scale));
         }
     }
+    if (count <= 0)
+        return;
     if (a->kind->softcap > 0)
         for (int64_t i = 0; i < count * PANEL; i++)
             t->scores[i] = a->kind->softcap * tanh_of(t->scores[i] / a->kind->softcap);
@@ -241,13 +246,14 @@ INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, 
     for (int64_t i = 0; i < d; i += step) {
         int rows = (int)least(step, d - i);
         for (int j = 0; j < rows * NV; j++)
-            sums[j] = levels ? vf_zero() : vf_mul(vf_load(out + i * PANEL + j * VF), vf_load(fade + j % NV * VF));
+            sums[j] = levels || fresh ? vf_zero() : vf_mul(vf_load(out + i * PANEL + j * VF), vf_load(fade + j % NV * VF));
         words(rows, t->kind, t->values + i, 1, d, weights, PANEL, (count + word - 1) / word, sums);
         for (int j = 0; j < rows * NV; j++) {
             float *sum = out + i * PANEL + j * VF;
-            if (levels)
-                sums[j] = vf_fma(vf_from(vi_bits(sums[j])), vf_load(gain + j % NV * VF),
-                                 vf_mul(vf_load(sum), vf_load(fade + j % NV * VF)));
+            if (levels) {
+                vf before = fresh ? vf_zero() : vf_mul(vf_load(sum), vf_load(fade + j % NV * VF));
+                sums[j] = vf_fma(vf_from(vi_bits(sums[j])), vf_load(gain + j % NV * VF), before);
+            }
             vf_store(sum, sums[j]);
         }
     }
@@ -260,7 +266,7 @@ static void prefill(const Attention *a, const Item *item, float *scratch)
     Tile t;
     t.kind = SINGLE;
 #ifdef NATIVE_BF16
-    if (a->step->kv_type == BF16 && a->step->type == BF16 && d % 2 == 0)
+    if (a->step->kv_type == BF16 && a->step->type == BF16 && d % 2 == 0 && d <= LONGEST_SUM)
         t.kind = PAIR_BF16;
 #endif
 #ifdef NATIVE_I16
@@ -274,13 +280,12 @@ static void prefill(const Attention *a, const Item *item, float *scratch)
     t.scores = t.values + KEYS * d;
     t.weights = t.scores + KEYS * PANEL;
     t.raw = t.weights + KEYS * PANEL;
-    memset(t.out, 0, (size_t)(BANKS * bank_size) * sizeof(float));
     read_lanes(a, item, &t);
     for (int64_t key = item->from; key < item->to; key += KEYS) {
         int64_t count = least(KEYS, item->to - key);
         read_tile(a, item, key, count, &t);
         for (int64_t bank = 0; bank < banks; bank++)
-            attend_bank(a, &t, bank, key, count);
+            attend_bank(a, &t, bank, key, count, key == item->from);
     }
     for (int64_t l = 0; l < lanes; l++) {
         const float *out = t.out + l / PANEL * bank_size + l % PANEL;

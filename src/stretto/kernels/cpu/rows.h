@@ -154,12 +154,12 @@ INLINE void norm_heads(float *restrict lanes, const float *restrict weight, int6
         lanes[i] *= scale * weight[i];
 }
 
-INLINE void rotate_head(float *restrict head, const float *restrict turn, int64_t pairs)
+INLINE void rotate_halves(float *restrict low, float *restrict high, const float *restrict turn, int64_t pairs)
 {
     for (int64_t i = 0; i < pairs; i++) {
-        float first = head[i], second = head[i + pairs];
-        head[i] = first * turn[i] - second * turn[pairs + i];
-        head[i + pairs] = second * turn[i] + first * turn[pairs + i];
+        float first = low[i], second = high[i];
+        low[i] = first * turn[i] - second * turn[pairs + i];
+        high[i] = second * turn[i] + first * turn[pairs + i];
     }
 }
 
@@ -189,7 +189,7 @@ static void place_item(const void *job, int64_t item, int thread)
         for (int64_t h = 0; h < rotated; h++) {
             if (kind->norm == NORM_HEAD)
                 norm_heads(lanes + h * d, weight + h * d, d, kind->eps);
-            rotate_head(lanes + h * d, a->turns + 2 * t * a->pairs, a->pairs);
+            rotate_halves(lanes + h * d, lanes + h * d + a->pairs, a->turns + 2 * t * a->pairs, a->pairs);
         }
         narrow(row, lanes, heads * d, step->type);
         for (int64_t h = 0; h < kind->kv_heads; h++) {
