@@ -147,16 +147,16 @@ INLINE vf word_sum(const int kind, vf sum, vf a, vf b)
     return kind == PAIR_BF16 ? vf_dot_pairs(sum, a, b) : kind == PAIR_I16 ? vf_dot_i16(sum, a, b) : vf_sum(a, b, sum);
 }
 
-/* sums[r][PANEL] += sum over k of a[r * by_row + k * by_k] * b[k * ldb + 0..PANEL), all in words of a kind; sums of
+/* sums[r][PANEL] += (when `fresh`: =) sum over k of a[r * by_row + k * by_k] * b[k * ldb + 0..PANEL), all in words of a kind; sums of
  * PAIR_I16 are 32-bit integers. Vectors as in tile_integers. */
 INLINE void tile_words(const int rows, const int wide, const int kind, const float *a, int64_t by_row, int64_t by_k,
-                       const float *b, int64_t ldb, int64_t k, const int from, vf *sums)
+                       const float *b, int64_t ldb, int64_t k, int fresh, const int from, vf *sums)
 {
     const int slots = wide ? 2 * rows : rows, vectors = wide ? 4 : 2;
     vf low0, low1, low2, low3, low4, low5, low6, low7, high0, high1, high2, high3, high4, high5, high6, high7;
 #define LOAD(n) \
-    low##n = n < slots ? sums[n % rows * NV + from + n / rows * 2] : vf_zero(); \
-    high##n = n < slots ? sums[n % rows * NV + from + n / rows * 2 + 1] : vf_zero();
+    low##n = n < slots && !fresh ? sums[n % rows * NV + from + n / rows * 2] : vf_zero(); \
+    high##n = n < slots && !fresh ? sums[n % rows * NV + from + n / rows * 2 + 1] : vf_zero();
     EACH_SLOT(LOAD)
     for (b += from * VF; k > 0; k--, a += by_k, b += ldb) {
         vf weights[4];
@@ -185,12 +185,12 @@ INLINE void pairs_panel(const int rows, const Linear *a, const uint8_t *panel, i
 }
 
 INLINE void words_panel(const int rows, const int kind, const float *a, int64_t by_row, int64_t by_k, const float *b,
-                        int64_t ldb, int64_t k, vf *sums)
+                        int64_t ldb, int64_t k, int fresh, vf *sums)
 {
     const int wide = rows <= ROWS_WIDE;
     UNROLL
     for (int from = 0; from < NV; from += wide ? 4 : 2)
-        tile_words(rows, wide, kind, a, by_row, by_k, b, ldb, k, from, sums);
+        tile_words(rows, wide, kind, a, by_row, by_k, b, ldb, k, fresh, from, sums);
 }
 
 /* Only the row counts a level has registers for are compiled. */
@@ -204,9 +204,9 @@ INLINE void words_panel(const int rows, const int kind, const float *a, int64_t 
 #define FLOATS(n) (n <= ROWS_FLOAT ? n : 1)
 
 static void words(int rows, int kind, const float *a, int64_t by_row, int64_t by_k, const float *b, int64_t ldb,
-                  int64_t k, vf *sums)
+                  int64_t k, int fresh, vf *sums)
 {
-#define WORDS_OF(kind, n) ROWS_CASE(ROWS_FLOAT, n, words_panel(FLOATS(n), kind, a, by_row, by_k, b, ldb, k, sums))
+#define WORDS_OF(kind, n) ROWS_CASE(ROWS_FLOAT, n, words_panel(FLOATS(n), kind, a, by_row, by_k, b, ldb, k, fresh, sums))
 #define SINGLES(n) WORDS_OF(SINGLE, n)
 #define PAIRS_BF16(n) WORDS_OF(PAIR_BF16, n)
 #define PAIRS_I16(n) WORDS_OF(PAIR_I16, n)
@@ -245,10 +245,8 @@ static void tile(const Linear *a, const uint8_t *panel, int apart, int rows, int
         switch (rows) { EACH_UP_TO_8(PAIRS) }
     } else {
         int64_t k = a->kp / (a->to_pairs ? 2 : 1);
-        for (int i = 0; i < rows * NV; i++)
-            out[i] = vf_zero();
         words(rows, a->to_pairs ? PAIR_BF16 : SINGLE, (const float *)a->x + row * k, k, 1, (const float *)panel, PANEL,
-              k, out);
+              k, 1, out);
     }
 }
 

@@ -221,9 +221,7 @@ INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, 
     count = least(count, position[PANEL - 1] + 1 - key);
     for (int64_t i = 0; i < count; i += step) {
         int rows = (int)least(step, count - i);
-        for (int j = 0; j < rows * NV; j++)
-            sums[j] = vf_zero();
-        words(rows, t->kind, t->keys + i * d / word, d / word, 1, t->q + bank * d * PANEL, PANEL, d / word, sums);
+        words(rows, t->kind, t->keys + i * d / word, d / word, 1, t->q + bank * d * PANEL, PANEL, d / word, 1, sums);
         for (int j = 0; j < rows * NV; j++) {
             vf scale = levels ? vf_mul(vf_load(by_query + j % NV * VF), vf_set1(t->by_key[i + j / NV]))
                               : vf_set1(a->kind->scale);
@@ -245,9 +243,10 @@ INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, 
         pair_weights(t, count);
     for (int64_t i = 0; i < d; i += step) {
         int rows = (int)least(step, d - i);
-        for (int j = 0; j < rows * NV; j++)
-            sums[j] = levels || fresh ? vf_zero() : vf_mul(vf_load(out + i * PANEL + j * VF), vf_load(fade + j % NV * VF));
-        words(rows, t->kind, t->values + i, 1, d, weights, PANEL, (count + word - 1) / word, sums);
+        if (!levels && !fresh)
+            for (int j = 0; j < rows * NV; j++)
+                sums[j] = vf_mul(vf_load(out + i * PANEL + j * VF), vf_load(fade + j % NV * VF));
+        words(rows, t->kind, t->values + i, 1, d, weights, PANEL, (count + word - 1) / word, levels || fresh, sums);
         for (int j = 0; j < rows * NV; j++) {
             float *sum = out + i * PANEL + j * VF;
             if (levels) {
