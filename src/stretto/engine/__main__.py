@@ -1,7 +1,7 @@
 """Where an engine process starts: `python -m stretto.engine process ADDRESS`, or `measure`, to be measured.
 
-It settles how torch is imported, which is most of the time that a start takes: its library is mapped by a thread
-while the interpreter reads modules that do not need it.
+It settles how torch is imported, which is most of the time that a start takes: its library is mapped by a
+thread while the interpreter reads modules that do not need it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from threading import Thread
 from types import ModuleType
 
 BESIDE = ("numpy", "stretto.machine", "stretto.config", "zmq")
-# What torch's compilers know of shapes, its export and its distributions: a third of what is imported with it,
-# and never asked here.
+# What torch's compilers know of shapes, its export and its distributions: a third of what is imported with
+# it, and never asked here.
 UNUSED = ("torch._meta_registrations", "torch.export", "torch.distributions")
 
 

@@ -81,39 +81,28 @@ class TorchRunner:
         size, sequences = self.info.block_size, len(rows)
         counts = [row.count for row in rows]
         contexts = [row.start + row.count for row in rows]
-        widest = max(-(-context // size) for context in contexts)
         starts = np.zeros(sequences + 1, dtype=np.int32)
         np.cumsum(counts, out=starts[1:])
         tokens: list[int] = []
-        positions = np.empty(int(starts[-1]), dtype=np.int64)
-        slots = np.empty_like(positions)
-        places = np.empty(sequences, dtype=np.int64)
-        for index, row in enumerate(rows):
-            seq, end = row.seq, row.start + row.count
+        outputs: list[int] = []
+        for row, start in zip(rows, starts[1:].tolist(), strict=True):
             self._enter(row)
-            places[index] = seq.slot
-            tokens += seq.tokens[row.start : end]
-            tokens += row.draft[max(row.start - len(seq.tokens), 0) :]
-            span = np.arange(row.start, end)
-            first = starts[index]
-            positions[first : first + row.count] = span
-            slots[first : first + row.count] = self._tables[seq.slot, span // size] * size + span % size
+            tokens += row.seq.tokens[row.start : row.start + row.count]
+            tokens += row.draft[max(row.start - len(row.seq.tokens), 0) :]
+            if row.draw:
+                outputs += range(start - 1 - len(row.draft), start)
+        places = np.array([row.seq.slot for row in rows])
+        firsts = np.array([row.start for row in rows]) - starts[:-1]  # position less index among all tokens
+        positions = np.repeat(firsts, counts) + np.arange(len(tokens))
+        slots = self._tables[np.repeat(places, counts), positions // size] * np.int64(size) + positions % size
         return Batch(
-            tokens=torch.tensor(tokens),
+            tokens=torch.from_numpy(np.array(tokens)),
             positions=torch.from_numpy(positions),
             slots=torch.from_numpy(slots),
             query_starts=torch.from_numpy(starts),
-            contexts=torch.tensor(contexts, dtype=torch.int32),
-            tables=torch.from_numpy(self._tables[places, :widest]),
-            outputs=torch.tensor(
-                [
-                    int(starts[i + 1]) - back
-                    for i, row in enumerate(rows)
-                    if row.draw
-                    for back in range(1 + len(row.draft), 0, -1)
-                ],
-                dtype=torch.int64,
-            ),
+            contexts=torch.from_numpy(np.array(contexts, dtype=np.int32)),
+            tables=torch.from_numpy(self._tables[places, : -(-max(contexts) // size)]),
+            outputs=torch.from_numpy(np.array(outputs, dtype=np.int64)),
             query_lens=counts,
             context_lens=contexts,
         )

@@ -29,6 +29,7 @@ LEAST_SHARE = 0.02  # of the largest part: a smaller coefficient is believed to 
 HUBER = 2.5  # an error beyond this many usual ones counts as one of that size
 SHORTEST_MS = 0.01  # below this a step is as good as free, and a relative error says nothing
 SMALLEST_NOISE = 0.01
+SOLVED_MS = 3.0  # of steps go by before the belief changes, unless one was a surprise
 REWEIGHTED = 10  # rounds of a robust fit
 WARM = 8  # steps before the usual error means anything
 PERSISTENT = 6  # so many outliers in a row, on one side, are a change and not a disturbance
@@ -131,7 +132,8 @@ class StepTime:
         doubt = np.full((len(SCALES), len(SCALES)), ALL_WRONG**2) + np.eye(len(SCALES)) * EACH_WRONG**2
         self._trust = np.linalg.inv(doubt)
         self._slow = parts / SCALES / self._unit
-        self._known, self._seen = self._trust, self._trust @ self._slow
+        self._toward = self._trust @ self._slow
+        self._known, self._seen, self._unsolved = self._trust, self._toward, 0.0
 
     @property
     def error(self) -> float:
@@ -163,14 +165,20 @@ class StepTime:
         self._over.add(max(error, 0.0))
         believed = 1.0 + min(max(error, -bound), bound)
         self._learn(np.array((1.0, *load)) * self._unit / predicted, believed, remembered)
+        self._unsolved += ms
+        if self._unsolved >= SOLVED_MS or self._run:
+            self._solve()
 
     def _learn(self, row: np.ndarray, ms: float, remembered: float) -> None:
         """One more equation `row @ coefficients = ms`, in units of the prediction."""
-        forgotten = 1.0 - remembered
-        self._known = remembered * self._known + forgotten * self._trust + np.outer(row, row) / NOISE**2
-        self._seen = remembered * self._seen + forgotten * self._trust @ self._slow + row * (ms / NOISE**2)
+        weighted, forgotten = row / NOISE**2, 1.0 - remembered
+        self._known = remembered * self._known + forgotten * self._trust + weighted[:, None] * row
+        self._seen = remembered * self._seen + forgotten * self._toward + ms * weighted
+
+    def _solve(self) -> None:
         coefficients = np.maximum(np.linalg.solve(self._known, self._seen), 0.0)
         self._slow += FOLLOWED * (coefficients - self._slow)
+        self._toward, self._unsolved = self._trust @ self._slow, 0.0
         self.cost = Cost(*(coefficients * self._unit).tolist())
 
 

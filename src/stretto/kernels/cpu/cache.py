@@ -267,7 +267,8 @@ def _sound(native: Native, header: Header, mapping: Tensor) -> frozenset[int]:
         return native.checksum(mapping.data_ptr() + span.start, span.nbytes) == span.checksum
 
     with ThreadPoolExecutor(thread_name_prefix="checksum") as pool:
-        return frozenset(span.start for span, right in zip(spans, pool.map(check, spans), strict=True) if right)
+        right = pool.map(check, spans)
+        return frozenset(span.start for span, sound in zip(spans, right, strict=True) if sound)
 
 
 def _spans(held: HeldLinear | HeldExperts) -> Iterator[Span]:
