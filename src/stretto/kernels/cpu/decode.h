@@ -1,11 +1,16 @@
 /* Attention of few queries over many keys: each key and value is read once for all queries of its head.
  *
+ * Over a cache of int8, queries and softmax weights become 16-bit levels and all products are those of integers: of
+ * queries a scale each, of weights one a lane and tile. Sums stay within 32 bits: 32767 * 127 * 512 < 2^31.
+ *
  * Online softmax (Milakov and Gimelshein, 2018) over tiles of keys; long contexts are split into parts whose results
  * are merged as in Flash-Decoding (Dao et al., 2023). */
 
 #define KEYS 64 /* keys in a tile */
 #define MANY 16 /* queries times heads that share a key, up to which this way is the quicker one */
 #define SPAN (2 * VF)
+#define LEVELS 32767.0f /* the largest level of 16 bits */
+#define LONGEST_SUM 512 /* products of a level of 16 bits and one of 8 that are added as integers */
 
 /* A piece of work: queries [query, query + queries) of a sequence, one KV head, keys [from, to). `part` numbers its
  * place among partial results, -1: it writes the output itself. A list ends in an item of sequence -1. */
@@ -70,8 +75,8 @@ INLINE int64_t kept(int64_t i, int64_t type)
     return type == BF16 ? i / SPAN * SPAN + i % 2 * VF + i % SPAN / 2 : i;
 }
 
-/* What the next tile will read, asked for while this one is computed: blocks are scattered, and the hardware foresees
- * nothing beyond a page. */
+/* What the next tile will read, asked for while this one is computed, keys with the scores and values bit by bit with
+ * the sums: blocks are scattered, the hardware foresees nothing beyond a page, and few requests fit in its queue. */
 typedef struct {
     const void *keys[KEYS], *values[KEYS];
     int64_t bytes;
@@ -95,10 +100,8 @@ INLINE void score_lanes(const int lanes, const int64_t type, const float *q, con
             vf low0, low1, low2, low3, high0, high1, high2, high3;
 #define NO_SCORE(l) low##l = high##l = vf_zero();
             EACH_LANE(NO_SCORE)
-            if (next) {
+            if (next)
                 fetch(next->keys[first + i], next->bytes);
-                fetch(next->values[first + i], next->bytes);
-            }
             for (int64_t d = 0; d < width; d += SPAN) {
                 vf low, high;
                 load_span(rows[first + i], d, type, &low, &high);
@@ -122,7 +125,7 @@ INLINE void score_lanes(const int lanes, const int64_t type, const float *q, con
 
 /* Elements [d, d + spans * SPAN) of what the lanes add up. */
 INLINE void value_span(const int lanes, const int spans, const int64_t type, const float *p, const void *const *rows,
-                       int64_t count, int64_t width, float *out, int64_t d)
+                       int64_t count, int64_t width, float *out, int64_t d, const Next *next)
 {
     vf a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3;
 #define LOAD_VALUE(l) \
@@ -133,6 +136,8 @@ INLINE void value_span(const int lanes, const int spans, const int64_t type, con
     EACH_LANE(LOAD_VALUE)
     for (int64_t i = 0; i < count; i++) {
         vf first, second, third, fourth;
+        if (next && i % ((width + 2 * SPAN - 1) / (2 * SPAN)) == d / (2 * SPAN))
+            fetch(next->values[i], next->bytes);
         load_span(rows[i], d, type, &first, &second);
         if (spans > 1)
             load_span(rows[i], d + SPAN, type, &third, &fourth);
@@ -161,14 +166,86 @@ INLINE void value_span(const int lanes, const int spans, const int64_t type, con
 }
 
 INLINE void value_lanes(const int lanes, const int64_t type, const float *p, const void *const *rows, int64_t count,
-                        int64_t width, float *out)
+                        int64_t width, float *out, const Next *next)
 {
     int64_t d = 0;
     for (; d + 2 * SPAN <= width; d += 2 * SPAN)
-        value_span(lanes, 2, type, p, rows, count, width, out, d);
+        value_span(lanes, 2, type, p, rows, count, width, out, d, next);
     if (d < width)
-        value_span(lanes, 1, type, p, rows, count, width, out, d);
+        value_span(lanes, 1, type, p, rows, count, width, out, d, next);
 }
+
+#ifdef NATIVE_I16
+#define HAS_I16 1
+/* The same two in integers: `scales` are of the levels. */
+INLINE void score_levels(const int lanes, const int16_t *q, const float *scales, const void *const *rows,
+                         int64_t count, int64_t width, float *scores, const Next *next)
+{
+    for (int64_t first = 0; first < count; first += VF) {
+        vf sums[LANES][VF];
+        for (int i = 0; i < VF; i++) {
+            const int8_t *row = rows[first + i];
+            vi sum0, sum1, sum2, sum3;
+#define NO_SUM(l) sum##l = vi_zero();
+            EACH_LANE(NO_SUM)
+            if (next)
+                fetch(next->keys[first + i], next->bytes);
+            for (int64_t d = 0; d < width; d += SPAN) {
+                vi levels = vi_wide(row + d);
+#define SCORE_LEVELS(l) \
+    if (l < lanes) \
+        sum##l = vi_dot_i16(sum##l, levels, vi_load(q + l * width + d));
+                EACH_LANE(SCORE_LEVELS)
+            }
+#define KEEP_SUM(l) \
+    if (l < lanes) \
+        sums[l < LANES ? l : 0][i] = vf_from(sum##l);
+            EACH_LANE(KEEP_SUM)
+        }
+        UNROLL
+        for (int l = 0; l < lanes; l++)
+            vf_store(scores + l * KEYS + first, vf_mul(vf_sums(sums[l]), vf_set1(scales[l])));
+    }
+}
+
+INLINE void value_levels(const int lanes, const int16_t *p, const float *scales, const void *const *rows,
+                         int64_t count, int64_t width, float *out, const Next *next)
+{
+    for (int64_t d = 0; d < width; d += SPAN) {
+        vi a0, a1, a2, a3, b0, b1, b2, b3;
+#define NO_VALUE(l) a##l = b##l = vi_zero();
+        EACH_LANE(NO_VALUE)
+        for (int64_t i = 0; i < count; i += 2) {
+            const int8_t *even = (const int8_t *)rows[i] + d, *odd = (const int8_t *)rows[i + 1] + d;
+            if (next && i / 2 % (width / SPAN) == d / SPAN) {
+                fetch(next->values[i], next->bytes);
+                fetch(next->values[i + 1], next->bytes);
+            }
+            vi low = vi_side_by_side(even, odd), high = vi_side_by_side(even + VF, odd + VF);
+#define ADD_LEVELS(l) \
+    if (l < lanes) { \
+        int32_t pair; \
+        memcpy(&pair, p + l * KEYS + i, sizeof pair); \
+        a##l = vi_dot_i16(a##l, low, vi_set1(pair)); \
+        b##l = vi_dot_i16(b##l, high, vi_set1(pair)); \
+    }
+            EACH_LANE(ADD_LEVELS)
+        }
+#define KEEP_LEVELS(l) \
+    if (l < lanes) { \
+        float *sum = out + l * width + d; \
+        vf scale = vf_set1(scales[l]); \
+        vf_store(sum, vf_fma(vf_from(a##l), scale, vf_load(sum))); \
+        vf_store(sum + VF, vf_fma(vf_from(b##l), scale, vf_load(sum + VF))); \
+    }
+        EACH_LANE(KEEP_LEVELS)
+    }
+}
+#else
+#define HAS_I16 0
+#define score_levels(lanes, q, scales, rows, count, width, scores, next) (void)0
+#define value_levels(lanes, p, scales, rows, count, width, out, next) (void)(scales)
+#endif
 
 /* Scores of one query into weights, its sums so far rescaled. */
 INLINE void soften(const Attention *a, float *restrict s, Running *run, int64_t key, float *restrict out, int64_t width)
@@ -250,41 +327,84 @@ INLINE void write_row(const Attention *a, const Item *item, int64_t lane, const 
 
 INLINE int64_t decode_scratch(int64_t width) { return MANY * (2 * width + KEYS) + width + 2 * KEYS * width; }
 
+/* `call` for as many lanes at a time, from l on, as a pass has registers for. */
+#define IN_PASSES(lanes, call) \
+    for (int64_t l = 0, some; l < (lanes); l += some) { \
+        some = LANES >= 4 && (lanes)-l >= 4 ? LANES : (lanes)-l >= 2 ? 2 : 1; \
+        if (LANES >= 4 && some == LANES) \
+            call(LANES); \
+        else if (some == 2) \
+            call(2); \
+        else \
+            call(1); \
+    }
+
 INLINE void decode_scores(const int64_t type, int64_t lanes, const float *q, float *scores, const void *const *keys,
                           int64_t count, int64_t width, const Next *next)
 {
-    for (int64_t l = 0; l < lanes; next = NULL) {
-        if (LANES >= 4 && lanes - l >= 4)
-            score_lanes(LANES, type, q + l * width, keys, count, width, scores + l * KEYS, next), l += LANES;
-        else if (lanes - l >= 2)
-            score_lanes(2, type, q + l * width, keys, count, width, scores + l * KEYS, next), l += 2;
-        else
-            score_lanes(1, type, q + l * width, keys, count, width, scores + l * KEYS, next), l += 1;
-    }
+#define SCORES(some) score_lanes(some, type, q + l * width, keys, count, width, scores + l * KEYS, l ? NULL : next)
+    IN_PASSES(lanes, SCORES)
 }
 
 INLINE void decode_values(const int64_t type, int64_t lanes, const float *p, float *out, const void *const *values,
-                          int64_t count, int64_t width)
+                          int64_t count, int64_t width, const Next *next)
 {
-    for (int64_t l = 0; l < lanes;) {
-        if (LANES >= 4 && lanes - l >= 4)
-            value_lanes(LANES, type, p + l * KEYS, values, count, width, out + l * width), l += LANES;
-        else if (lanes - l >= 2)
-            value_lanes(2, type, p + l * KEYS, values, count, width, out + l * width), l += 2;
-        else
-            value_lanes(1, type, p + l * KEYS, values, count, width, out + l * width), l += 1;
-    }
+#define VALUES(some) value_lanes(some, type, p + l * KEYS, values, count, width, out + l * width, l ? NULL : next)
+    IN_PASSES(lanes, VALUES)
 }
 
-/* What stands for each key, [lanes][KEYS], times its row's scale. */
-INLINE void scale_rows(float *restrict x, const void *const *rows, int64_t lanes, int64_t d)
+INLINE void decode_score_levels(int64_t lanes, const int16_t *q, const float *scales, float *scores,
+                                const void *const *keys, int64_t count, int64_t width, const Next *next)
 {
-    float scales[KEYS];
+#define SCORES_OF_LEVELS(some) \
+    score_levels(some, q + l * width, scales + l, keys, count, width, scores + l * KEYS, l ? NULL : next)
+    IN_PASSES(lanes, SCORES_OF_LEVELS)
+}
+
+INLINE void decode_value_levels(int64_t lanes, const float *p, int16_t *levels, float *out, const void *const *values,
+                                int64_t count, int64_t width, const Next *next)
+{
+    float scales[MANY];
+    for (int64_t l = 0; l < lanes; l++)
+        scales[l] = quantise_wide(levels + l * KEYS, p + l * KEYS, KEYS, LEVELS);
+#define VALUES_OF_LEVELS(some) \
+    value_levels(some, levels + l * KEYS, scales + l, values, count, width, out + l * width, l ? NULL : next)
+    IN_PASSES(lanes, VALUES_OF_LEVELS)
+}
+
+INLINE void scales_of(float *restrict scales, const void *const *rows, int64_t d)
+{
     for (int64_t i = 0; i < KEYS; i++)
         scales[i] = kv_scale(rows[i], d);
+}
+
+/* Scores [lanes][KEYS] of levels times their keys' scales. */
+INLINE void scale_scores(float *restrict x, const void *const *rows, int64_t lanes, int64_t d)
+{
+    float scales[KEYS];
+    scales_of(scales, rows, d);
     for (int64_t l = 0; l < lanes; l++)
         for (int64_t i = 0; i < KEYS; i++)
             x[l * KEYS + i] *= scales[i];
+}
+
+/* Weights [lanes][KEYS] times their values' scales; what is not seen stays so, whatever its scale. */
+INLINE void scale_weights(float *restrict x, const void *const *rows, int64_t lanes, int64_t d)
+{
+    float scales[KEYS];
+    scales_of(scales, rows, d);
+    for (int64_t l = 0; l < lanes; l++)
+        for (int64_t i = 0; i < KEYS; i++)
+            x[l * KEYS + i] = x[l * KEYS + i] == 0.0f ? 0.0f : x[l * KEYS + i] * scales[i];
+}
+
+/* The item that this thread will probably take next, NULL: there is none. */
+INLINE const Item *later(const Item *item, int count)
+{
+    for (; count > 0; count--, item++)
+        if (item[1].sequence < 0)
+            return NULL;
+    return item;
 }
 
 static void decode(const Attention *a, const Item *item, float *scratch)
@@ -292,9 +412,14 @@ static void decode(const Attention *a, const Item *item, float *scratch)
     int64_t width = a->width, d = a->kind->head_dim, share = a->share, lanes = item->queries * share;
     int64_t type = d == width ? a->step->kv_type : F32;
     float *q = scratch, *out = q + MANY * width, *scores = out + MANY * width, *raw = scores + MANY * KEYS;
-    float *copies = raw + width;
+    float *copies = raw + width, by_query[MANY];
+    int16_t *query_levels = (int16_t *)copies, *weight_levels = query_levels + MANY * width;
+    int levels = HAS_I16 && type == I8 && d <= LONGEST_SUM;
     Running runs[MANY];
+    const Item *after = later(item, pool_threads());
     read_queries(a, item, q, raw, width, type);
+    for (int64_t l = 0; levels && l < lanes; l++)
+        by_query[l] = quantise_wide(query_levels + l * width, q + l * width, d, LEVELS);
     memset(out, 0, (size_t)(lanes * width) * sizeof(float));
     for (int64_t l = 0; l < lanes; l++) {
         int64_t position = query_position(a, item, item->query + l / share);
@@ -311,8 +436,8 @@ static void decode(const Attention *a, const Item *item, float *scratch)
         memcpy(values, rows.values, sizeof values);
         if (key + KEYS < item->to)
             find_rows(a, item, key + KEYS, rows.keys, rows.values);
-        else if (item[1].sequence >= 0)
-            find_rows(a, item + 1, item[1].from, rows.keys, rows.values);
+        else if (after)
+            find_rows(a, after, after->from, rows.keys, rows.values);
         else
             next = NULL;
         if (d != width) {
@@ -321,20 +446,26 @@ static void decode(const Attention *a, const Item *item, float *scratch)
         }
         if (type == BF16)
             decode_scores(BF16, lanes, q, scores, keys, count, width, next);
+        else if (levels)
+            decode_score_levels(lanes, query_levels, by_query, scores, keys, count, width, next);
         else if (type == I8)
-            decode_scores(I8, lanes, q, scores, keys, count, width, next), scale_rows(scores, keys, lanes, d);
+            decode_scores(I8, lanes, q, scores, keys, count, width, next);
         else
             decode_scores(F32, lanes, q, scores, keys, count, width, next);
+        if (type == I8)
+            scale_scores(scores, keys, lanes, d);
         for (int64_t l = 0; l < lanes; l++)
             soften(a, scores + l * KEYS, &runs[l], key, out + l * width, width);
         if (type == I8)
-            scale_rows(scores, values, lanes, d);
+            scale_weights(scores, values, lanes, d);
         if (type == BF16)
-            decode_values(BF16, lanes, scores, out, values, count, width);
+            decode_values(BF16, lanes, scores, out, values, count, width, next);
+        else if (levels)
+            decode_value_levels(lanes, scores, weight_levels, out, values, count, width, next);
         else if (type == I8)
-            decode_values(I8, lanes, scores, out, values, count, width);
+            decode_values(I8, lanes, scores, out, values, count, width, next);
         else
-            decode_values(F32, lanes, scores, out, values, count, width);
+            decode_values(F32, lanes, scores, out, values, count, width, next);
     }
     for (int64_t l = 0; l < lanes; l++) {
         for (int64_t i = 0; i < d; i++)

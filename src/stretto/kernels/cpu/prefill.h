@@ -7,8 +7,6 @@
 
 #define QUERIES 128 /* lanes of an item: queries times the heads that share a key */
 #define BANKS (QUERIES / PANEL)
-#define LEVELS 32767.0f /* the largest level of 16 bits */
-#define LONGEST_SUM 512 /* products of a level of 16 bits and one of 8 that are added as integers */
 
 typedef struct {
     float *q, *out; /* [BANKS][head_dim][PANEL]; q in words */

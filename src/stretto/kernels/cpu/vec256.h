@@ -58,11 +58,18 @@ INLINE vi vi_dot(int kind, vi sum, vi weights, vi x)
 }
 #define NATIVE_I16
 INLINE vi vi_bits(vf a) { return _mm256_castps_si256(a); }
-INLINE vf vf_dot_i16(vf sum, vf a, vf b)
+INLINE vi vi_dot_i16(vi sum, vi a, vi b)
 {
-    vi next = _mm256_add_epi32(vi_bits(sum), _mm256_madd_epi16(vi_bits(a), vi_bits(b)));
-    __asm__ volatile("" : "+x"(next));
-    return _mm256_castsi256_ps(next);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    __asm__ volatile("" : "+x"(sum));
+    return sum;
+}
+INLINE vf vf_dot_i16(vf sum, vf a, vf b) { return _mm256_castsi256_ps(vi_dot_i16(vi_bits(sum), vi_bits(a), vi_bits(b))); }
+/* Bytes as numbers of 16 bits: 2 * VF of a row; VF each of two rows, side by side. */
+INLINE vi vi_wide(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)); }
+INLINE vi vi_side_by_side(const int8_t *p, const int8_t *q)
+{
+    return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(_mm_loadl_epi64((const void *)p), _mm_loadl_epi64((const void *)q)));
 }
 INLINE vi vi_total(int kind, vi sum) { return kind == W_I4 ? _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) : sum; }
 INLINE int32_t start_of_4(int32_t sum) { return (int32_t)((uint32_t)(uint16_t)(-4 * sum) * 0x10001u); }
