@@ -216,18 +216,26 @@ def test_a_cache_in_fewer_bits(native: Native, kept: torch.dtype, dtype: torch.d
     assert (out - wanted).float().norm() / wanted.float().norm() < tolerance
 
 
-@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_large_value_that_comes_later_changes_nothing_for_those_before(native: Native, kept: torch.dtype):
-    """Not by a bit: levels are of what a query sees."""
+@pytest.mark.parametrize("queries", [64, 4])
+@pytest.mark.parametrize(
+    "kept,last",
+    [(torch.float32, 1e6), (torch.bfloat16, 1e6), (torch.int8, 1e6), (torch.int8, float("nan"))],
+)
+def test_a_value_that_comes_later_changes_nothing_for_those_before(
+    native: Native, kept: torch.dtype, last: float, queries: int
+):
+    """Not by a bit, however large it is: levels are of what a query sees."""
+    if native.level == "portable" and last != last and queries == 64:
+        pytest.skip("prompts are read in floats, where nothing times what is no number is none")
     kind, table = Attention(4, 2, 64, 0.125), Table(native, None)
-    batch, blocks = batch_of([(64, 64)], 16)
+    batch, blocks = batch_of([(queries, 64)], 16)
     geometry = Geometry((Rotation(torch.rand(32)),), (0,))
-    qkv = torch.randn(64, 8 * 64, generator=torch.Generator().manual_seed(1))
+    qkv = torch.randn(queries, 8 * 64, generator=torch.Generator().manual_seed(1))
     outs: list[Tensor] = []
-    for last in (1.0, 1e6):
+    for factor in (1.0, last):
         cache = Cache.zeros(1, (blocks, 2, 16, 64), kept, torch.device("cpu"))
         own = qkv.clone()
-        own[-1, 6 * 64 :] *= last
+        own[-1, 6 * 64 :] *= factor
         plan = table.prepare(batch, cache, geometry)
         q = table.place(own, None, kind, cache.layers[0], plan)
         outs.append(table.attend(q, kind, cache.layers[0], plan))
