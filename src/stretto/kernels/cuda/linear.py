@@ -251,37 +251,37 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """How a stream of weights is cut: columns at a time, weights that a program has on their way at once, and
-    its warps."""
+    """How a stream of weights is cut: columns at a time, rows that a program has on their way at once, and its
+    warps, fewer where a row is shorter."""
 
     longest: int
-    held: int
+    rows: int
     warps: int
 
 
 FLOWS = {
-    (2, True): Flow(2048, 4096, 4),
-    (2, False): Flow(2048, 8192, 8),
-    (1, True): Flow(2048, 8192, 4),
-    (1, False): Flow(1024, 8192, 4),
-    (4, True): Flow(2048, 16384, 8),
-    (4, False): Flow(2048, 16384, 8),
+    (2, True): Flow(4096, 2, 4),
+    (2, False): Flow(2048, 4, 8),
+    (1, True): Flow(2048, 8, 4),
+    (1, False): Flow(1024, 4, 2),
+    (4, True): Flow(2048, 8, 8),
+    (4, False): Flow(2048, 8, 8),
 }
 """By the bytes of a weight, and whether x is read through a norm."""
+FEW_OUTPUTS, FINER = 2048, Flow(2048, 2, 2)  # so that 16-bit weights of few outputs are shared by all programs
 
 
 def _cut(packed: Held, normed: bool, both: bool) -> dict[str, int]:
     """How a kernel that streams these weights is compiled; a program has twice ROWS of them if `both`."""
-    k, size = packed.weight.shape[1], packed.weight.itemsize
-    flow = FLOWS[size, normed]
+    (n, k), size = packed.weight.shape, packed.weight.itemsize
+    flow = FINER if (size, normed) == (2, False) and n <= FEW_OUTPUTS else FLOWS[size, normed]
     span = min(pow2(k, 32), flow.longest)
-    rows = max(flow.held // span // (2 if both else 1), 1)
     return {
-        "ROWS": rows,
+        "ROWS": max(flow.rows // (2 if both else 1), 1),
         "SPAN": span,
         "LOOPS": triton.cdiv(k, span),
         "LANE": 16 // size,
-        "num_warps": flow.warps,
+        "num_warps": max(flow.warps * span // flow.longest, 1),
     }
 
 
