@@ -268,7 +268,7 @@ FLOWS = {
     (4, False): Flow(2048, 8, 8),
 }
 """By the bytes of a weight, and whether x is read through a norm."""
-FEW_OUTPUTS, FINER = 2048, Flow(2048, 2, 2)  # so that 16-bit weights of few outputs are shared by all programs
+FEW_OUTPUTS, FINER = 2048, Flow(2048, 2, 2)  # 16-bit weights of few outputs are shared out further
 
 
 def _cut(packed: Held, normed: bool, both: bool) -> dict[str, int]:
