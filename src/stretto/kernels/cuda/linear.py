@@ -251,8 +251,8 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """How a stream of weights is cut: columns at a time, rows that a program has on their way at once, and its
-    warps, fewer where a row is shorter."""
+    """How a stream of weights is cut: columns at a time, rows that a program has on their way at once, and
+    its warps, fewer where a row is shorter."""
 
     longest: int
     rows: int
