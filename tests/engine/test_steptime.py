@@ -53,6 +53,14 @@ def test_a_lasting_change_of_speed_is_learnt_within_fifty_steps():
     assert before[0] > 0.4 and median(before[-10:]) < 0.1
 
 
+def test_short_steps_are_learnt_as_long_ones_are():
+    """The belief changes with some milliseconds of them, and at once when they surprise it."""
+    model = StepTime(UNKNOWN)
+    assert median(steps(model, 400, Random(6), speed=0.005)[-100:]) < 0.04
+    before = steps(model, 60, Random(7), speed=0.01)
+    assert before[0] > 0.4 and median(before[-10:]) < 0.1
+
+
 def test_steps_that_are_all_alike_do_not_unlearn_the_rest():
     model, rng = StepTime(SMALL_CPU, [0.03] * 32), Random(5)
     alike = Load(4, 0, 4000, 0.0)

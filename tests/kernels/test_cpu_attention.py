@@ -103,6 +103,14 @@ def test_windows_and_soft_caps(native: Native, window: int, softcap: float):
     agree(both(native, kind, DECODES + PREFILLS, torch.float32), torch.float32)
 
 
+@pytest.mark.parametrize("window", [0, 5, 20])
+@pytest.mark.parametrize("heads,kv_heads", [(2, 2), (4, 2), (80, 1)])
+def test_prompts_that_fill_every_lane(native: Native, heads: int, kv_heads: int, window: int):
+    """A window that is shorter than the lanes leaves some of them nothing of a tile."""
+    kind = Attention(heads, kv_heads, 32, 0.2, window=window)
+    agree(both(native, kind, [(150, 150), (130, 400), (1, 9)], torch.float32), torch.float32)
+
+
 @pytest.mark.parametrize("norm", ["none", "head", "row"])
 def test_norms_and_partial_rotation(native: Native, norm: Literal["none", "head", "row"]):
     kind = Attention(4, 2, 32, 0.3, norm=norm)
@@ -188,15 +196,21 @@ def levels_of(cache: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [24, 64, 128])
-def test_a_cache_in_fewer_bits(native: Native, kept: torch.dtype, dtype: torch.dtype, head_dim: int):
+@pytest.mark.parametrize(
+    "head_dim,window,softcap",
+    [(24, 0, 0), (64, 0, 0), (64, 20, 2), (128, 0, 0), (256, 7, 0), (512, 0, 0), (520, 0, 0)],
+)
+def test_a_cache_in_fewer_bits(
+    native: Native, kept: torch.dtype, dtype: torch.dtype, head_dim: int, window: int, softcap: float
+):
     """Attention over what the cache keeps is that over the same numbers in float32 (beside int8, queries and
     weights are levels of 16 bits), and it keeps what it is given to within half a level."""
-    kind, table = Attention(6, 2, head_dim, head_dim**-0.5), Table(native, None)
+    kind = Attention(6, 2, head_dim, head_dim**-0.5, window=window, softcap=softcap)
+    table = Table(native, None)
     work = [*DECODES, *PREFILLS, *LONG]
     batch, blocks = batch_of(work, 16)
     tokens = len(batch.tokens)
-    geometry = Geometry((Rotation(torch.rand(head_dim // 2)),), (0,))
+    geometry = Geometry((Rotation(torch.rand(head_dim // 2)),), (window,))
     cache = Cache.zeros(1, (blocks, 2, 16, head_dim), kept, torch.device("cpu"))
     exact = Cache.zeros(1, (blocks, 2, 16, head_dim), torch.float32, torch.device("cpu"))
     qkv = torch.randn(tokens, 10 * head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -146,6 +147,20 @@ def test_a_header_that_lies_about_shapes_reads_nothing_else(
     monkeypatch.setattr("stretto.kernels.cpu.table.SMALLEST_QUANTISED", 32)
     second = Start(native, model, tmp_path / "kept")
     assert second.packed_anew and torch.equal(first.logits, second.logits)
+
+
+@pytest.mark.parametrize("change", [(0, 64), (0, -64), (2**40, 0), (-(2**40), 0)])
+def test_a_span_that_was_not_checked_is_not_read(
+    native: Native, model: Path, tmp_path: Path, change: tuple[int, int]
+) -> None:
+    """Longer, shorter or elsewhere than one whose checksum is right."""
+    cache = Start(native, model, tmp_path / "kept").cache
+    again = PackedCache.open(native, cache.folder, cache.key.removesuffix(f" {module.layout(native)}"))
+    name, held = next(iter(again.header.packed.items())) if again.header else pytest.fail("nothing was kept")
+    assert isinstance(held, module.HeldLinear) and again.take(name) is not None
+    wrong = module.Span(held.data.start + change[0], held.data.nbytes + change[1], held.data.checksum)
+    again.header.packed[name] = msgspec.structs.replace(held, data=wrong)
+    assert again.take(name) is None
 
 
 def test_starts_at_the_same_time(native: Native, model: Path, tmp_path: Path) -> None:

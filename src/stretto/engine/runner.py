@@ -94,11 +94,11 @@ class TorchRunner:
         places = np.array([row.seq.slot for row in rows])
         firsts = np.array([row.start for row in rows]) - starts[:-1]  # position less index among all tokens
         positions = np.repeat(firsts, counts) + np.arange(len(tokens))
-        slots = self._tables[np.repeat(places, counts), positions // size] * np.int64(size) + positions % size
+        blocks = self._tables[np.repeat(places, counts), positions // size].astype(np.int64)
         return Batch(
             tokens=torch.from_numpy(np.array(tokens)),
             positions=torch.from_numpy(positions),
-            slots=torch.from_numpy(slots),
+            slots=torch.from_numpy(blocks * size + positions % size),
             query_starts=torch.from_numpy(starts),
             contexts=torch.from_numpy(np.array(contexts, dtype=np.int32)),
             tables=torch.from_numpy(self._tables[places, : -(-max(contexts) // size)]),

@@ -22,7 +22,7 @@ SCALES = (1.0, 8.0, 128.0, 8192.0, 131072.0)  # a load of each kind that costs a
 REMEMBERED = 0.9  # of what steps have taught, from one to the next: about the last 10 count
 DISTURBED = 0.3  # the same when the machine has changed
 NOISE = 0.08  # the relative spread of steps that are alike
-FOLLOWED = 0.03  # of the way from the slow belief to the present one, each step
+FOLLOWED = 0.03  # of the way from the slow belief to the present one goes by with a step
 ALL_WRONG = 0.5  # the slow belief's likely relative error that is the same for all coefficients
 EACH_WRONG = 0.3  # and that of each by itself
 LEAST_SHARE = 0.02  # of the largest part: a smaller coefficient is believed to be wrong by at least that
@@ -133,7 +133,8 @@ class StepTime:
         self._trust = np.linalg.inv(doubt)
         self._slow = parts / SCALES / self._unit
         self._toward = self._trust @ self._slow
-        self._known, self._seen, self._unsolved = self._trust, self._toward, 0.0
+        self._known, self._seen = self._trust, self._toward
+        self._unsolved, self._steps = 0.0, 0
 
     @property
     def error(self) -> float:
@@ -157,7 +158,7 @@ class StepTime:
         usual = max(self._usual.quantile(0.5, 0.0), SMALLEST_NOISE)
         bound = HUBER * usual if len(self._usual) >= WARM else 1.0
         self._run = max(self._run, 0) + 1 if error > bound else min(self._run, 0) - 1 if error < -bound else 0
-        remembered = REMEMBERED
+        remembered, surprised = REMEMBERED, self._run != 0
         if abs(self._run) > PERSISTENT:
             remembered, bound, self._run = DISTURBED, inf, 0
         self.errors.add(abs(error))
@@ -166,7 +167,8 @@ class StepTime:
         believed = 1.0 + min(max(error, -bound), bound)
         self._learn(np.array((1.0, *load)) * self._unit / predicted, believed, remembered)
         self._unsolved += ms
-        if self._unsolved >= SOLVED_MS or self._run:
+        self._steps += 1
+        if surprised or self._unsolved >= SOLVED_MS:
             self._solve()
 
     def _learn(self, row: np.ndarray, ms: float, remembered: float) -> None:
@@ -177,8 +179,9 @@ class StepTime:
 
     def _solve(self) -> None:
         coefficients = np.maximum(np.linalg.solve(self._known, self._seen), 0.0)
-        self._slow += FOLLOWED * (coefficients - self._slow)
-        self._toward, self._unsolved = self._trust @ self._slow, 0.0
+        self._slow += (1.0 - (1.0 - FOLLOWED) ** self._steps) * (coefficients - self._slow)
+        self._toward = self._trust @ self._slow
+        self._unsolved, self._steps = 0.0, 0
         self.cost = Cost(*(coefficients * self._unit).tolist())
 
 

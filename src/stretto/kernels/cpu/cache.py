@@ -37,6 +37,7 @@ PREFIX = 24
 PAGE = 4096
 SUFFIX = ".packed"
 MOST_HEADER = 64 * 2**20
+CHECKERS = 4  # threads that read memory as fast as it gives
 ABANDONED_S = 3600  # a draft this old belongs to nobody
 
 
@@ -119,7 +120,7 @@ class PackedCache:
     key: str
     header: Header | None = None
     mapping: Tensor | None = None
-    sound: frozenset[int] = frozenset()
+    sound: frozenset[Span] = frozenset()
     held: dict[str, Packed] = field(default_factory=lambda: dict[str, Packed]())
     fresh: bool = False
 
@@ -205,8 +206,10 @@ class PackedCache:
         return adopt(self.native, kept.form, self._tensor(kept.data), bias)
 
     def _tensor(self, span: Span) -> Tensor:
-        if span.start not in self.sound:
-            raise Damaged(f"a wrong checksum, or none, at byte {span.start}")
+        if span not in self.sound:
+            raise Damaged(
+                f"bytes {span.start} to {span.start + span.nbytes} are not what their checksum says"
+            )
         return cast(Tensor, self.mapping)[span.start : span.start + span.nbytes]
 
 
@@ -257,8 +260,8 @@ def _read(native: Native, path: Path, key: str) -> tuple[Header, Tensor]:
     return header, torch.frombuffer(region, dtype=torch.uint8, offset=start, count=header.data_bytes)
 
 
-def _sound(native: Native, header: Header, mapping: Tensor) -> frozenset[int]:
-    """The starts of those spans that hold what was written: each thread reads at the pace of its own core."""
+def _sound(native: Native, header: Header, mapping: Tensor) -> frozenset[Span]:
+    """The spans that hold what was written: each thread reads at the pace of its own core."""
     spans = [span for each in header.packed.values() for span in _spans(each)]
 
     def check(span: Span) -> bool:
@@ -266,9 +269,9 @@ def _sound(native: Native, header: Header, mapping: Tensor) -> frozenset[int]:
             return False
         return native.checksum(mapping.data_ptr() + span.start, span.nbytes) == span.checksum
 
-    with ThreadPoolExecutor(thread_name_prefix="checksum") as pool:
+    with ThreadPoolExecutor(CHECKERS, thread_name_prefix="checksum") as pool:
         right = pool.map(check, spans)
-        return frozenset(span.start for span, sound in zip(spans, right, strict=True) if sound)
+        return frozenset(span for span, sound in zip(spans, right, strict=True) if sound)
 
 
 def _spans(held: HeldLinear | HeldExperts) -> Iterator[Span]:

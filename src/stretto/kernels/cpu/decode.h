@@ -1,7 +1,8 @@
 /* Attention of few queries over many keys: each key and value is read once for all queries of its head.
  *
- * Over a cache of int8, queries and softmax weights become 16-bit levels and all products are those of integers: of
- * queries a scale each, of weights one a lane and tile. Sums stay within 32 bits: 32767 * 127 * 512 < 2^31.
+ * Over a cache of int8, where a level has such products and for heads of up to LONGEST_SUM, queries and softmax weights
+ * become 16-bit levels and all products are those of integers: of queries a scale each, of weights one a lane and tile.
+ * Sums stay within 32 bits: 32767 * 127 * 512 < 2^31.
  *
  * Online softmax (Milakov and Gimelshein, 2018) over tiles of keys; long contexts are split into parts whose results
  * are merged as in Flash-Decoding (Dao et al., 2023). */
@@ -398,15 +399,6 @@ INLINE void scale_weights(float *restrict x, const void *const *rows, int64_t la
             x[l * KEYS + i] = x[l * KEYS + i] == 0.0f ? 0.0f : x[l * KEYS + i] * scales[i];
 }
 
-/* The item that this thread will probably take next, NULL: there is none. */
-INLINE const Item *later(const Item *item, int count)
-{
-    for (; count > 0; count--, item++)
-        if (item[1].sequence < 0)
-            return NULL;
-    return item;
-}
-
 static void decode(const Attention *a, const Item *item, float *scratch)
 {
     int64_t width = a->width, d = a->kind->head_dim, share = a->share, lanes = item->queries * share;
@@ -416,7 +408,7 @@ static void decode(const Attention *a, const Item *item, float *scratch)
     int16_t *query_levels = (int16_t *)copies, *weight_levels = query_levels + MANY * width;
     int levels = HAS_I16 && type == I8 && d <= LONGEST_SUM;
     Running runs[MANY];
-    const Item *after = later(item, pool_threads());
+    const Item *after = item[1].sequence >= 0 ? item + 1 : NULL; /* probably this thread's next */
     read_queries(a, item, q, raw, width, type);
     for (int64_t l = 0; levels && l < lanes; l++)
         by_query[l] = quantise_wide(query_levels + l * width, q + l * width, d, LEVELS);

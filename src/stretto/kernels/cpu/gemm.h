@@ -2,8 +2,8 @@
  *
  * One row of x streams the weights once, so memory sets the pace; more rows share each panel while it is in cache.
  * Integer kinds take weights unsigned (offset by 128 or 8) and activations signed, quantised here per row and group
- * of k, to 16 bits where a level multiplies those anyway; the offset is taken back by what each sum starts at. A row holding NaN or infinity in a group gives NaN in
- * that row of y and touches no other.
+ * of k, to 16 bits where a level multiplies those anyway; the offset is taken back by what each sum starts at. A row
+ * holding NaN or infinity in a group gives NaN in that row of y and touches no other.
  *
  * Quantised x stands in words, those of the rows of a tile side by side: a word meets the word of each output's
  * weights that a level's `vi_split` makes of a packed one. */
@@ -147,8 +147,8 @@ INLINE vf word_sum(const int kind, vf sum, vf a, vf b)
     return kind == PAIR_BF16 ? vf_dot_pairs(sum, a, b) : kind == PAIR_I16 ? vf_dot_i16(sum, a, b) : vf_sum(a, b, sum);
 }
 
-/* sums[r][PANEL] += (when `fresh`: =) sum over k of a[r * by_row + k * by_k] * b[k * ldb + 0..PANEL), all in words of a kind; sums of
- * PAIR_I16 are 32-bit integers. Vectors as in tile_integers. */
+/* sums[r][PANEL] += (when `fresh`: =) sum over k of a[r * by_row + k * by_k] * b[k * ldb + 0..PANEL), all in words of a
+ * kind; sums of PAIR_I16 are 32-bit integers. Vectors as in tile_integers. */
 INLINE void tile_words(const int rows, const int wide, const int kind, const float *a, int64_t by_row, int64_t by_k,
                        const float *b, int64_t ldb, int64_t k, int fresh, const int from, vf *sums)
 {
@@ -206,7 +206,8 @@ INLINE void words_panel(const int rows, const int kind, const float *a, int64_t 
 static void words(int rows, int kind, const float *a, int64_t by_row, int64_t by_k, const float *b, int64_t ldb,
                   int64_t k, int fresh, vf *sums)
 {
-#define WORDS_OF(kind, n) ROWS_CASE(ROWS_FLOAT, n, words_panel(FLOATS(n), kind, a, by_row, by_k, b, ldb, k, fresh, sums))
+#define WORDS_OF(kind, n) \
+    ROWS_CASE(ROWS_FLOAT, n, words_panel(FLOATS(n), kind, a, by_row, by_k, b, ldb, k, fresh, sums))
 #define SINGLES(n) WORDS_OF(SINGLE, n)
 #define PAIRS_BF16(n) WORDS_OF(PAIR_BF16, n)
 #define PAIRS_I16(n) WORDS_OF(PAIR_I16, n)
@@ -315,7 +316,7 @@ static void linear_item(const void *job, int64_t item, int thread)
     }
 }
 
-#define WIDE(kind) ((kind) == W_I8 && PARTS_I8 == 2)
+#define SIXTEEN(kind) ((kind) == W_I8 && PARTS_I8 == 2) /* bits of a level of x */
 
 /* The largest level of 16 bits whose products with weights add up to 31 bits over a group. */
 INLINE float widest_level(int64_t group) { return (float)least(INT16_MAX, INT32_MAX / (127 * group)); }
@@ -368,7 +369,7 @@ static void prepare_quantised(const Linear *a, int64_t row, int thread)
         widen(x, at(a->source, row * k, a->type), k, a->type);
     memset(x + (row < a->m ? k : 0), 0, (size_t)(row < a->m ? kp - k : kp) * 4);
     for (int64_t g = 0; g < a->groups; g++) {
-        if (WIDE(kind)) {
+        if (SIXTEEN(kind)) {
             scales[g * rows] = quantise_wide(wide + g * group, x + g * group, group, most_level);
             starts[g * rows] = (int32_t)(-128u * (uint32_t)sum_of_wide(wide + g * group, group));
             continue;
@@ -379,7 +380,7 @@ static void prepare_quantised(const Linear *a, int64_t row, int thread)
             starts[from / a->span * rows] = kind == W_I4 ? start_of_4(sum) : -128 * sum;
         }
     }
-    if (WIDE(kind))
+    if (SIXTEEN(kind))
         spread_wide(words, wide, kp, rows);
     else
         spread(words, q, kp, rows);

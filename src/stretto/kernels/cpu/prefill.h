@@ -60,7 +60,7 @@ INLINE void read_lanes(const Attention *a, const Item *item, Tile *t)
     }
 }
 
-/* Two rows of values side by side, so that their products with two weights are added; the last may be without another. */
+/* Two rows of values side by side, so that their products with two weights are added; the last may be alone. */
 INLINE void pair_halves(uint32_t *restrict words, const uint16_t *even, const uint16_t *odd, int64_t d)
 {
     for (int64_t i = 0; i < d; i++)

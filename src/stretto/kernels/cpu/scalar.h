@@ -128,8 +128,8 @@ INLINE uint32_t largest(const float *x, int64_t n)
     return top;
 }
 
-/* What x [n] is multiplied with to become levels of at most `most`, and through `scale` what a level is worth: NaN when x
- * holds a number that is not finite, and then all levels are 0. */
+/* What x [n] is multiplied with to become levels of at most `most`, and through `scale` what a level is worth: NaN
+ * when x holds a number that is not finite, and then all levels are 0. */
 INLINE float levels_per_unit(const float *x, int64_t n, float most, float *scale)
 {
     uint32_t top = largest(x, n);

@@ -64,7 +64,10 @@ INLINE vi vi_dot_i16(vi sum, vi a, vi b)
     __asm__ volatile("" : "+x"(sum));
     return sum;
 }
-INLINE vf vf_dot_i16(vf sum, vf a, vf b) { return _mm256_castsi256_ps(vi_dot_i16(vi_bits(sum), vi_bits(a), vi_bits(b))); }
+INLINE vf vf_dot_i16(vf sum, vf a, vf b)
+{
+    return _mm256_castsi256_ps(vi_dot_i16(vi_bits(sum), vi_bits(a), vi_bits(b)));
+}
 /* Bytes as numbers of 16 bits: 2 * VF of a row; VF each of two rows, side by side. */
 INLINE vi vi_wide(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)); }
 INLINE vi vi_side_by_side(const int8_t *p, const int8_t *q)

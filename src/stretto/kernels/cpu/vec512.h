@@ -45,7 +45,10 @@ INLINE vi vi_dot(int kind, vi sum, vi weights, vi x)
 #define NATIVE_I16
 INLINE vi vi_bits(vf a) { return _mm512_castps_si512(a); }
 INLINE vi vi_dot_i16(vi sum, vi a, vi b) { return _mm512_dpwssd_epi32(sum, a, b); }
-INLINE vf vf_dot_i16(vf sum, vf a, vf b) { return _mm512_castsi512_ps(vi_dot_i16(vi_bits(sum), vi_bits(a), vi_bits(b))); }
+INLINE vf vf_dot_i16(vf sum, vf a, vf b)
+{
+    return _mm512_castsi512_ps(vi_dot_i16(vi_bits(sum), vi_bits(a), vi_bits(b)));
+}
 /* Bytes as numbers of 16 bits: 2 * VF of a row; VF each of two rows, side by side. */
 INLINE vi vi_wide(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p)); }
 INLINE vi vi_side_by_side(const int8_t *p, const int8_t *q)

@@ -276,6 +276,8 @@ def _cut(packed: Held, normed: bool, both: bool) -> dict[str, int]:
     (n, k), size = packed.weight.shape, packed.weight.itemsize
     flow = FINER if (size, normed) == (2, False) and n <= FEW_OUTPUTS else FLOWS[size, normed]
     span = min(pow2(k, 32), flow.longest)
+    if triton.cdiv(k, span) * span > triton.cdiv(k, span // 2) * (span // 2):
+        span //= 2  # fewer columns that are none
     return {
         "ROWS": max(flow.rows // (2 if both else 1), 1),
         "SPAN": span,
