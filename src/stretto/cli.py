@@ -19,17 +19,17 @@ import uvloop
 
 from stretto import chat as conversation
 from stretto import config, doctor, terminal
-from stretto.api import app as api
-from stretto.api import serve as server
 from stretto.bench import engine as alone
 from stretto.bench import load, trace, traces
 from stretto.bench.client import Client, RequestFailed
-from stretto.bench.metrics import Limits
+from stretto.bench.metrics import GoodputLimits
 from stretto.config import EngineConfig, ServeConfig
-from stretto.engine.check import Checker
 from stretto.engine.client import EngineClient
+from stretto.engine.structured.sandbox import Checker
 from stretto.errors import StartError, StrettoError, Unavailable
 from stretto.llm import LLM, Message, locate
+from stretto.server import app as api
+from stretto.server import lifecycle as server
 from stretto.types import Sampling
 
 FAILURE, USAGE = 1, 2
@@ -191,7 +191,7 @@ def bench_serve(
             output_tokens=output_tokens,
             endpoint=endpoint,
             model=model,
-            limits=Limits.of(goodput),
+            limits=GoodputLimits.of(goodput),
             seed=seed,
         )
     with terminal.Counting("requests", requests) as count:

@@ -1,6 +1,6 @@
 """`stretto doctor`: what this machine has, what is chosen because of it and why, and whether a model fits.
 
-The choices are those of `stretto.machine`, which the engine makes too. What only torch knows is asked of a
+The choices are those of `stretto.hardware`, which the engine makes too. What only torch knows is asked of a
 process of its own.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from stretto import machine
+from stretto import hardware
 from stretto.config import EngineConfig, ModelConfig
 from stretto.errors import CheckpointError, StartError
-from stretto.machine import Choice, Gpu, KvPlan, KvShape, Machine, Probed, Stored, gib
+from stretto.hardware import Decision, Gpu, KvPlan, KvShape, Machine, Probed, Stored, gib
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 PACKAGES = ("stretto", "torch", "tokenizers", "llguidance", "msgspec", "pyzmq", "uvicorn")
@@ -34,10 +34,10 @@ class Fit(Struct, frozen=True, kw_only=True):
     name: str
     path: str
     stored: Stored
-    dtype: Choice[str]
-    kv_dtype: Choice[str]
+    dtype: Decision[str]
+    kv_dtype: Decision[str]
     weight_bytes: int
-    kv: Choice[KvPlan] | None
+    kv: Decision[KvPlan] | None
     problem: str | None
 
 
@@ -61,21 +61,21 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     torch_isa: str
     gpus: tuple[Gpu, ...]
-    kernels: Choice[str]
-    device: Choice[str]
-    threads: Choice[int]
+    kernels: Decision[str]
+    device: Decision[str]
+    threads: Decision[int]
     model: Fit | None
 
 
 def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
     """Look at this machine, and at `model` on it. Raises CheckpointError for a directory that holds none."""
-    seen = machine.snapshot()
+    seen = hardware.snapshot()
     probed = _probe(model)
-    device = machine.choose_device(engine.device, probed.cuda)
+    device = hardware.choose_device(engine.device, probed.cuda)
     available = probed.gpus[0].free if device.value == "cuda" else seen.available
     fit = None
     if model is not None and probed.stored is not None:
-        dtype = machine.choose_dtype(seen, probed.stored.dtype, device=device.value, asked=model.dtype)
+        dtype = hardware.choose_dtype(seen, probed.stored.dtype, device=device.value, asked=model.dtype)
         own = device.value == "cpu" and probed.kernels.startswith("cpu-")
         fit = _fit(engine, model, probed.stored, (dtype, _kv_dtype(engine, model, dtype, own)), available)
     compiler = shutil.which("gcc")
@@ -88,9 +88,9 @@ def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
         versions={package: version(package) for package in PACKAGES},
         torch_isa=probed.isa,
         gpus=probed.gpus,
-        kernels=Choice(probed.kernels, probed.kernels_why),
+        kernels=Decision(probed.kernels, probed.kernels_why),
         device=device,
-        threads=machine.choose_threads(seen, engine.threads),
+        threads=hardware.choose_threads(seen, engine.threads),
         model=fit,
     )
 
@@ -106,7 +106,7 @@ def sections(found: Diagnosis) -> list[Section]:
 
 
 def _probe(model: ModelConfig | None) -> Probed:
-    command = [sys.executable, "-m", "stretto.engine.probe", *([] if model is None else [model.path])]
+    command = [sys.executable, "-m", "stretto.profiler.probe", *([] if model is None else [model.path])]
     probed = msgspec.json.decode(_output(command), type=Probed)
     if probed.error is not None:
         raise CheckpointError(probed.error)
@@ -123,16 +123,16 @@ def _output(command: list[str]) -> str:
 
 
 def _packed(engine: EngineConfig) -> Kept:
-    folder = machine.packed_folder(engine.cache_dir)
+    folder = hardware.packed_folder(engine.cache_dir)
     sizes = [file.stat().st_size for file in folder.glob("*.packed")]
     return Kept(str(folder), len(sizes), sum(sizes), engine.cache_bytes)
 
 
-def _kv_dtype(engine: EngineConfig, model: ModelConfig, dtype: Choice[str], own: bool) -> Choice[str]:
+def _kv_dtype(engine: EngineConfig, model: ModelConfig, dtype: Decision[str], own: bool) -> Decision[str]:
     """`own`: the C kernels run the model."""
-    cached = machine.CACHES if own and dtype.value in machine.CACHES else frozenset[str]()
+    cached = hardware.CACHES if own and dtype.value in hardware.CACHES else frozenset[str]()
     quantised = model.quantise is not None
-    return machine.choose_kv_dtype(dtype.value, quantised=quantised, asked=engine.kv_dtype, cached=cached)
+    return hardware.choose_kv_dtype(dtype.value, quantised=quantised, asked=engine.kv_dtype, cached=cached)
 
 
 def _token_bytes(stored: Stored, kv_dtype: str) -> int:
@@ -144,7 +144,7 @@ def _fit(
     engine: EngineConfig,
     model: ModelConfig,
     stored: Stored,
-    dtypes: tuple[Choice[str], Choice[str]],
+    dtypes: tuple[Decision[str], Decision[str]],
     available: int,
 ) -> Fit:
     dtype, kv_dtype = dtypes
@@ -157,8 +157,8 @@ def _fit(
     )
     kv, problem = None, None
     try:
-        machine.check_fit(model.name, weights, available)
-        kv = machine.choose_kv(
+        hardware.check_fit(model.name, weights, available)
+        kv = hardware.choose_kv(
             shape, available - weights, asked_bytes=engine.kv_bytes, asked_context=engine.context
         )
     except StartError as error:

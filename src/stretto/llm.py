@@ -19,13 +19,13 @@ import msgspec
 from msgspec import Struct
 
 from stretto import config
-from stretto.api.answer import Choice, Spoken, Times
-from stretto.api.text import TextModel
 from stretto.config import ModelConfig
-from stretto.engine.check import Checker
 from stretto.engine.client import EngineClient
+from stretto.engine.structured.sandbox import Checker
 from stretto.errors import ContextExceeded, InvalidRequest, Unavailable
 from stretto.models import source
+from stretto.text.output import Output, Spoken, Times
+from stretto.text.tokenizer import TextModel
 from stretto.types import Logprobs, ModelInfo, Reason, Request, Sampling
 
 T = TypeVar("T")
@@ -206,7 +206,7 @@ class LLM:
         """One request to its end, by the server's own rules for text. `said` hears it piece by piece."""
         if request.sampling.grammar is not None:
             await self._checker.check(request.sampling.grammar)
-        choice = Choice(
+        choice = Output(
             index=0,
             model=request.model,
             stream=self._client.submit(request),

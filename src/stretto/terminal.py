@@ -26,9 +26,9 @@ from rich.table import Table
 from stretto.bench import engine
 from stretto.bench.load import Outcome
 from stretto.bench.metrics import Sample, Spread
-from stretto.engine.replay import Report
 from stretto.errors import StrettoError
-from stretto.machine import gib, process_age
+from stretto.hardware import gib, process_age
+from stretto.simulator.replay import ReplayReport
 from stretto.types import ModelInfo
 
 out = Console(soft_wrap=True, highlight=False)
@@ -146,7 +146,7 @@ def show_outcome(outcome: Outcome) -> None:
         out.print(f"{kind}: {outcome.examples[kind]}", markup=False)
 
 
-def show_replay(report: Report) -> None:
+def show_replay(report: ReplayReport) -> None:
     """A replayed trace by tier; those that nobody was in are left out."""
     columns = ("sent", "on time", "good/s", "TTFT p50", "p99", "ITL p99", "refused", "overdue")
     ran = " on ".join(part for part in (report.schedule, report.server) if part)
@@ -171,7 +171,7 @@ def show_replay(report: Report) -> None:
         out.print(kind, markup=False)
 
 
-def show_engine(report: engine.Report) -> None:
+def show_engine(report: engine.EngineReport) -> None:
     """What the engine alone does, and where a step of it goes."""
     model = report.model
     out.print(

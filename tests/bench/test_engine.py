@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stretto.bench.metrics import Limits
+from stretto.bench.metrics import GoodputLimits
 from stretto.errors import StartError
 from tests.models.checkpoints import make
 
@@ -76,9 +76,9 @@ def test_what_does_not_fit_is_said(asked: list[str], said: str) -> None:
 
 
 def test_goodput_limits() -> None:
-    assert Limits.of("ttft:200,e2e:3000") == Limits(ttft_ms=200, e2e_ms=3000)
-    assert Limits.of("tpot:50.5 ttft:1") == Limits(tpot_ms=50.5, ttft_ms=1)
-    assert Limits.of("") == Limits()
+    assert GoodputLimits.of("ttft:200,e2e:3000") == GoodputLimits(ttft_ms=200, e2e_ms=3000)
+    assert GoodputLimits.of("tpot:50.5 ttft:1") == GoodputLimits(tpot_ms=50.5, ttft_ms=1)
+    assert GoodputLimits.of("") == GoodputLimits()
     for wrong in ("ttft", "itl:5", "ttft:-1", "ttft:nan"):
         with pytest.raises(StartError, match="--goodput"):
-            Limits.of(wrong)
+            GoodputLimits.of(wrong)

@@ -16,8 +16,8 @@ from stretto.bench.live import Server, prompt
 from stretto.bench.metrics import Sample
 from stretto.bench.trace import Asked, Target, live
 from stretto.config import Tier
-from stretto.engine.replay import Report, Setting, Told
 from stretto.errors import StartError
+from stretto.simulator.replay import ReplayReport, Setting, Told
 from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason
 from tests.bench.serving import DONE, OK, Piece, chunked, event, plain, serving, usage
 
@@ -50,7 +50,7 @@ def front(work: list[Piece], path: str) -> list[Piece]:
     return work
 
 
-async def replayed(work: list[Piece], tier: str) -> tuple[Report, list[Told], list[dict[str, Any]]]:
+async def replayed(work: list[Piece], tier: str) -> tuple[ReplayReport, list[Told], list[dict[str, Any]]]:
     setting = Setting(schedule="fcfs", tiers=TIERS, mix={tier: 1.0}, context=64)
     async with serving(lambda path, _: front(work, path)) as server:
         asked = await Server.of(server.url, api_key=None)

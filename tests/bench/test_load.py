@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 from stretto.bench.load import Load, addressed, arrivals, random_prompts, read_prompts, run
-from stretto.bench.metrics import Limits, Sample
+from stretto.bench.metrics import GoodputLimits, Sample
 from stretto.errors import StartError
 from tests.bench.serving import DONE, OK, Piece, chat, chunked, plain, serving, usage
 
@@ -97,7 +97,9 @@ def test_random_prompts_keep_clear_of_special_tokens() -> None:
 async def test_sends_random_tokens_within_the_server_s_vocabulary() -> None:
     seen: list[Sample] = []
     async with serving(answer) as server:
-        load = Load(requests=8, concurrency=3, random_input=16, output_tokens=2, limits=Limits(e2e_ms=60_000))
+        load = Load(
+            requests=8, concurrency=3, random_input=16, output_tokens=2, limits=GoodputLimits(e2e_ms=60_000)
+        )
         outcome = await run(server.url, load, api_key=None, on_done=seen.append)
     sent = [msgspec.json.decode(body) for path, body in server.requests if path == "/v1/completions"]
     assert (len(sent), len(seen)) == (8 + load.warm_up, 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stretto.bench.metrics import Limits, Sample, is_good, peak_concurrency, quantile, report, spread
+from stretto.bench.metrics import GoodputLimits, Sample, is_good, peak_concurrency, quantile, report, spread
 
 # Three tokens at 0.1, 0.2 and 0.4 s after sending; the finish event with the last token.
 THREE = Sample(started=10.0, stamps=(10.1, 10.2, 10.4), ended=10.4, prompt_tokens=7, output_tokens=3)
@@ -43,21 +43,21 @@ def test_report() -> None:
 
 
 def test_goodput_is_per_second_and_its_share_is_of_all_sent() -> None:
-    seen = report([THREE, ONE, FAILED, FAILED], duration_s=2.0, limits=Limits(ttft_ms=200))
+    seen = report([THREE, ONE, FAILED, FAILED], duration_s=2.0, limits=GoodputLimits(ttft_ms=200))
     assert (seen.goodput, seen.good_share) == (0.5, 0.25)
 
 
 def test_every_limit_counts_and_a_limit_just_kept_is_kept() -> None:
     sample = Sample(started=0.0, stamps=(0.25, 0.5), ended=0.75, output_tokens=2)
-    assert is_good(sample, Limits(ttft_ms=250, tpot_ms=500, e2e_ms=750))
-    assert not is_good(sample, Limits(ttft_ms=249))
-    assert not is_good(sample, Limits(tpot_ms=499))
-    assert not is_good(sample, Limits(e2e_ms=749))
-    assert is_good(ONE, Limits(tpot_ms=0.001))
+    assert is_good(sample, GoodputLimits(ttft_ms=250, tpot_ms=500, e2e_ms=750))
+    assert not is_good(sample, GoodputLimits(ttft_ms=249))
+    assert not is_good(sample, GoodputLimits(tpot_ms=499))
+    assert not is_good(sample, GoodputLimits(e2e_ms=749))
+    assert is_good(ONE, GoodputLimits(tpot_ms=0.001))
 
 
 def test_nothing_answered_is_reported_not_divided_by() -> None:
-    seen = report([FAILED], duration_s=1.0, limits=Limits(e2e_ms=1))
+    seen = report([FAILED], duration_s=1.0, limits=GoodputLimits(e2e_ms=1))
     assert (seen.completed, seen.goodput, seen.good_share, seen.ttft_ms, seen.itl_ms) == (
         0,
         0.0,

@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
-PEERS = Path(__file__).parent.parent.parent / "bench" / "peers"
+PEERS = Path(__file__).parent.parent.parent / "benchmarks" / "peers"
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
-    """bench/ is no package: its scripts find each other beside them."""
+    """benchmarks/ is no package: its scripts find each other beside them."""
     sys.path.insert(0, str(PEERS))
     try:
         yield __import__("page")

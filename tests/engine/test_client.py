@@ -16,11 +16,11 @@ import msgspec
 import pytest
 
 from stretto.config import TIERS, EngineConfig, ModelConfig
-from stretto.engine.admit import Outlook, snapshot
 from stretto.engine.client import EngineClient, Stream
-from stretto.engine.ledger import Ledger
-from stretto.engine.schedule import Limits, Moment, Queues
-from stretto.engine.steptime import Cost, StepTime
+from stretto.engine.scheduler.admission import Outlook, snapshot
+from stretto.engine.scheduler.fairness import Ledger
+from stretto.engine.scheduler.types import Limits, Queues, SchedulingContext
+from stretto.engine.step_time import StepCost, StepTime
 from stretto.errors import EngineDied, StartError
 from stretto.types import Objective, Reason, Request, Sampling, TokenEvent
 
@@ -129,7 +129,7 @@ async def test_shutting_down_while_loading_leaves_no_process():
 ORPHAN = """
 import asyncio, sys
 from stretto.config import TIERS, EngineConfig, ModelConfig
-from stretto.engine.admit import Outlook, snapshot
+from stretto.engine.scheduler.admission import Outlook, snapshot
 from stretto.engine.client import EngineClient
 
 async def main():
@@ -200,7 +200,10 @@ async def test_a_client_that_makes_every_request_priority_has_its_share_and_no_m
 async def test_a_burst_sent_since_the_last_word_of_the_engine_counts():
     """Each promise of a first token takes from what is left for the next, before the engine has seen any."""
     outlook = Outlook(TIERS)
-    queues, moment = Queues(), Moment(0.0, StepTime(Cost(c0=10.0, c2=1.0)), Ledger())
+    queues, moment = (
+        Queues(),
+        SchedulingContext(0.0, StepTime(StepCost(base=10.0, per_prefill=1.0)), Ledger()),
+    )
     outlook.see(snapshot(queues, Limits(16, 512), moment, 0))
     promised = 0
     for ident in range(1, 20):

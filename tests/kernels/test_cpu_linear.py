@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stretto.kernels.cpu.native import Native
 from stretto.kernels.cpu.table import Table
-from stretto.kernels.cpu.weights import Format, PackedLinear, exact_in_bfloat16, memory, pack, unpack
+from stretto.kernels.cpu.weights import PackedLinear, WeightFormat, exact_in_bfloat16, memory, pack, unpack
 from tests.kernels.levels import native
 
 __all__ = ["native"]
@@ -49,7 +49,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("n,k", SHAPES)
 @pytest.mark.parametrize("format", ["float32", "bfloat16"])
-def test_kept_weights(native: Native, format: Format, n: int, k: int):
+def test_kept_weights(native: Native, format: WeightFormat, n: int, k: int):
     weight, bias = drawn(n, k), drawn(n, seed=1)
     if format == "bfloat16":
         weight = weight.bfloat16().float()
@@ -68,7 +68,7 @@ def test_kept_weights(native: Native, format: Format, n: int, k: int):
 
 @pytest.mark.parametrize("n,k", SHAPES)
 @pytest.mark.parametrize("format,group", [("int8", 0), ("int8", 8), ("int4", 0), ("int4", 8)])
-def test_quantised_weights(native: Native, format: Format, group: int, n: int, k: int):
+def test_quantised_weights(native: Native, format: WeightFormat, group: int, n: int, k: int):
     if group and k % group:
         pytest.skip("the group does not divide the row")
     weight, bias = drawn(n, k), drawn(n, seed=1)
@@ -86,7 +86,7 @@ def test_quantised_weights(native: Native, format: Format, group: int, n: int, k
 
 @pytest.mark.parametrize("k", [128, 512, 520, 4096, 65536])
 @pytest.mark.parametrize("format,sign", [("int8", 1), ("int8", -1), ("int4", 1), ("int4", -1)])
-def test_the_largest_sums_fit(native: Native, format: Format, sign: int, k: int):
+def test_the_largest_sums_fit(native: Native, format: WeightFormat, sign: int, k: int):
     weight, x = torch.ones(32, k), torch.full((3, k), float(sign))
     packed = pack(native, weight, None, format)
     wanted = x.double() @ unpack(native, packed).double().T
@@ -94,7 +94,7 @@ def test_the_largest_sums_fit(native: Native, format: Format, sign: int, k: int)
 
 
 @pytest.mark.parametrize("format,group", [("bfloat16", 0), ("int8", 0), ("int8", 128), ("int4", 32)])
-def test_many_rows(native: Native, format: Format, group: int):
+def test_many_rows(native: Native, format: WeightFormat, group: int):
     weight = drawn(96, 256).bfloat16().float()
     packed = pack(native, weight, None, format, group)
     x = drawn(1024, 256, seed=3)
@@ -105,7 +105,7 @@ def test_many_rows(native: Native, format: Format, group: int):
 
 
 @pytest.mark.parametrize("format,group", [("bfloat16", 0), ("float32", 0), ("int8", 0), ("int4", 32)])
-def test_threads_change_nothing(native: Native, format: Format, group: int):
+def test_threads_change_nothing(native: Native, format: WeightFormat, group: int):
     packed = pack(native, drawn(3000, 128), drawn(3000), format, group)
     for m in (1, 40):
         x, results = drawn(m, 128, seed=5), []
@@ -143,7 +143,7 @@ def test_zeros_stay_zeros(native: Native):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("format,group", [("bfloat16", 0), ("int8", 0), ("int8", 32), ("int4", 32)])
-def test_bad_numbers_spoil_their_own_row_alone(native: Native, format: Format, group: int, bad: float):
+def test_bad_numbers_spoil_their_own_row_alone(native: Native, format: WeightFormat, group: int, bad: float):
     packed = pack(native, drawn(50, 64), None, format, group)
     for m in (1, 20):
         x = drawn(m, 64, seed=9)

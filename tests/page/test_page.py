@@ -10,12 +10,12 @@ import httpx
 import pytest
 from msgspec import structs
 
-from stretto.api import serve
-from stretto.api.app import App
 from stretto.config import ServeConfig
+from stretto.server import lifecycle
+from stretto.server.app import App
 from stretto.types import Finish, Reason, StepStats, TokenEvent
-from tests.api.conftest import Served, app, checkpoint, config, engine, served, text
-from tests.api.fake_engine import FakeEngine
+from tests.server.conftest import Served, app, checkpoint, config, engine, served, text
+from tests.server.fake_engine import FakeEngine
 
 __all__ = ["app", "checkpoint", "config", "engine", "served", "text"]
 api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
@@ -147,7 +147,7 @@ async def test_the_page_comes_back_with_the_server(
     await asyncio.gather(served.task, return_exceptions=True)
     await page.wait_for_selector(".status.down:has-text('not reachable')")
     app.front.draining = False
-    again = asyncio.create_task(serve.run(structs.replace(config, port=served.port), app, engine))
+    again = asyncio.create_task(lifecycle.run(structs.replace(config, port=served.port), app, engine))
     await page.wait_for_selector(".status.ready")
     await ask(page)
     await page.wait_for_selector(".facts")

@@ -25,15 +25,15 @@ OVERDUE = "deadline"
 OnEvent = Callable[[bytes, float], None]
 
 
-class Delta(Struct):
+class StreamedDelta(Struct):
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[msgspec.Raw] | None = None
 
 
-class ChunkChoice(Struct):
+class StreamedChoice(Struct):
     text: str | None = None
-    delta: Delta | None = None
+    delta: StreamedDelta | None = None
     finish_reason: str | None = None
 
 
@@ -51,7 +51,7 @@ class ChunkError(Struct):
 class Chunk(Struct):
     """What is read of one event of either endpoint; all else is skipped without being built."""
 
-    choices: list[ChunkChoice] = []
+    choices: list[StreamedChoice] = []
     usage: ChunkUsage | None = None
     error: ChunkError | None = None
 

@@ -1,6 +1,6 @@
 """What the engine alone does, without a server: starts one, gives it tasks in rounds, makes medians of them.
 
-The engine is a process of its own that is spoken to in lines of JSON (`stretto.engine.task`), so the time it
+The engine is a process of its own that exchanges lines of JSON (`stretto.profiler.protocol`), so the time it
 takes to start is measured too, and nothing here loads torch.
 """
 
@@ -19,9 +19,9 @@ import msgspec
 from msgspec import Struct
 
 from stretto.config import EngineConfig
-from stretto.engine.task import Parts, Ready, Task, Took
 from stretto.errors import StartError
-from stretto.machine import snapshot
+from stretto.hardware import snapshot
+from stretto.profiler.protocol import Parts, Ready, Task, Took
 from stretto.types import ModelInfo
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Share(Struct, frozen=True, kw_only=True):
     floor: float | None
 
 
-class Report(Struct, frozen=True, kw_only=True):
+class EngineReport(Struct, frozen=True, kw_only=True):
     """`start_s`: until the process was ready; `first_token_s`: until it had answered a prompt of 16 tokens.
     `load` is the machine's, over the last minute. Of the parts, `between` is what no kernel accounts for."""
 
@@ -75,11 +75,11 @@ class Report(Struct, frozen=True, kw_only=True):
     parts: list[Share]
 
 
-class Alone:
+class EngineProcess:
     """An engine process. Raises StartError, with what it said, when it ends before it is told to."""
 
     def __init__(self, config: EngineConfig) -> None:
-        command = [sys.executable, "-m", "stretto.engine", "measure"]
+        command = [sys.executable, "-m", "stretto.engine", "stretto.profiler.worker"]
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -109,7 +109,7 @@ class Alone:
             raise StartError(said[-1] if said else f"the engine ended (exit code {self._process.wait()})")
         return msgspec.json.decode(answer, type=kind)
 
-    def __enter__(self) -> Alone:
+    def __enter__(self) -> EngineProcess:
         return self
 
     def __exit__(
@@ -121,9 +121,9 @@ class Alone:
 
 def measure(
     config: EngineConfig, batches: Sequence[int], contexts: Sequence[int], output_tokens: int
-) -> Report:
+) -> EngineReport:
     """Every batch with every context, `ROUNDS` times each. Raises StartError when one does not fit."""
-    with Alone(config) as alone:
+    with EngineProcess(config) as alone:
         alone.run(FIRST)
         first_token_s = time.perf_counter() - alone.started
         cases = [
@@ -137,7 +137,7 @@ def measure(
                 seed = number + 1 if case.batch == 1 else 0
                 seen[case].append(alone.run(msgspec.structs.replace(case, seed=seed)))
         parts = alone.apart() if alone.ready.model.device == "cpu" else None
-        return Report(
+        return EngineReport(
             cpu=snapshot().cpu,
             load=os.getloadavg()[0],
             model=alone.ready.model,

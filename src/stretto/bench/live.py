@@ -20,8 +20,8 @@ from msgspec import Struct
 from stretto.bench.client import OVERDUE, Client, RequestFailed
 from stretto.bench.load import UNKNOWN_VOCAB
 from stretto.bench.metrics import Sample
-from stretto.engine.replay import Report, Setting, Told, by_tier, planned, wasted, weighted, within
 from stretto.errors import StartError
+from stretto.simulator.replay import ReplayReport, Setting, Told, by_tier, planned, wasted, weighted, within
 from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason, Request
 
 PATH = "completions"
@@ -72,7 +72,7 @@ class Server:
 
     async def replay(
         self, arrivals: Sequence[Arrival], setting: Setting, rate: float, on_done: OnDone
-    ) -> tuple[Report, list[Told]]:
+    ) -> tuple[ReplayReport, list[Told]]:
         """Send the trace at the setting's load, where load 1.0 is `rate`, and wait for all answers."""
         usable = [within(arrival, setting) for arrival in arrivals]
         requests = planned(usable, setting, rate)
@@ -80,7 +80,7 @@ class Server:
         told = [_told(request, sample) for request, sample in zip(requests, samples, strict=True)]
         end = requests[-1].arrival
         tiers = by_tier(told, setting.tiers, end)
-        report = Report(
+        report = ReplayReport(
             schedule=setting.schedule,
             load=setting.load,
             rate=len(told) / end if end else 0.0,

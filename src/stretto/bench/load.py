@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from stretto.bench.client import Client, RequestFailed
-from stretto.bench.metrics import NO_LIMITS, Limits, Report, Sample, report
+from stretto.bench.metrics import NO_LIMITS, GoodputLimits, LoadReport, Sample, report
 from stretto.errors import StartError
 
 Message = dict[str, Any]
@@ -43,7 +43,7 @@ class Load(Struct, frozen=True, kw_only=True):
     output_tokens: int = 128
     endpoint: Endpoint | None = None
     model: str | None = None
-    limits: Limits = NO_LIMITS
+    limits: GoodputLimits = NO_LIMITS
     seed: int = 0
     burstiness: float = 1.0
     warm_up: int = 1
@@ -72,7 +72,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
     model: str
     endpoint: Endpoint
     load: Load
-    report: Report
+    report: LoadReport
     examples: dict[str, str]
 
 

@@ -53,7 +53,7 @@ class Sample(Struct, frozen=True, kw_only=True):
         return [late - early for early, late in pairwise(self.stamps)]
 
 
-class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class GoodputLimits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a request must keep to be good, milliseconds. None: no limit of that kind."""
 
     ttft_ms: float | None = None
@@ -61,7 +61,7 @@ class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     e2e_ms: float | None = None
 
     @classmethod
-    def of(cls, text: str) -> Limits:
+    def of(cls, text: str) -> GoodputLimits:
         """Parses `ttft:200,tpot:50,e2e:3000`, in milliseconds. Raises StartError."""
         held: dict[str, float] = {}
         for part in text.replace(",", " ").split():
@@ -75,7 +75,7 @@ class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return cls(**held)
 
 
-NO_LIMITS = Limits()
+NO_LIMITS = GoodputLimits()
 
 
 class Spread(Struct, frozen=True):
@@ -88,7 +88,7 @@ class Spread(Struct, frozen=True):
     max: float
 
 
-class Report(Struct, frozen=True, kw_only=True):
+class LoadReport(Struct, frozen=True, kw_only=True):
     """A whole load test. Throughputs are per second of `duration_s`; input tokens are those the server tells.
 
     `goodput` is good requests per second (vLLM) and `good_share` good requests / all sent, failed ones
@@ -106,7 +106,7 @@ class Report(Struct, frozen=True, kw_only=True):
     output_tokens_per_s: float
     total_tokens_per_s: float
     peak_concurrency: int
-    limits: Limits
+    limits: GoodputLimits
     goodput: float | None
     good_share: float | None
     ttft_ms: Spread | None
@@ -115,13 +115,13 @@ class Report(Struct, frozen=True, kw_only=True):
     e2e_ms: Spread | None
 
 
-def report(samples: Sequence[Sample], duration_s: float, limits: Limits = NO_LIMITS) -> Report:
+def report(samples: Sequence[Sample], duration_s: float, limits: GoodputLimits = NO_LIMITS) -> LoadReport:
     """`duration_s` runs from the first request's sending to the last one's end."""
     done = [sample for sample in samples if sample.error is None]
     output = sum(sample.output_tokens for sample in done)
     total = output + sum(sample.prompt_tokens for sample in done)
     good = sum(is_good(sample, limits) for sample in done) if limits != NO_LIMITS else None
-    return Report(
+    return LoadReport(
         sent=len(samples),
         completed=len(done),
         failed=len(samples) - len(done),
@@ -143,7 +143,7 @@ def report(samples: Sequence[Sample], duration_s: float, limits: Limits = NO_LIM
     )
 
 
-def is_good(sample: Sample, limits: Limits) -> bool:
+def is_good(sample: Sample, limits: GoodputLimits) -> bool:
     """Whether an answered request kept every limit. A single token's TPOT is 0, as vLLM has it."""
     held = (
         (limits.ttft_ms, sample.ttft),

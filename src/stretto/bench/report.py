@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from stretto.engine.replay import Report, Told
+from stretto.simulator.replay import ReplayReport, Told
 
 Trace = dict[str, Any]
 COLOURS = {"priority": "#d9480f", "default": "#2f6fde", "flex": "#2b8a3e", "all": "#868e96"}
@@ -23,7 +23,7 @@ COLUMNS = ("tier", "sent", "on time", "goodput /s", "TTFT p50 ms", "p99", "max",
 MORE = ("ITL max", "refused", "overdue")
 
 
-def page(title: str, runs: Sequence[tuple[Report, Sequence[Told]]]) -> str:
+def page(title: str, runs: Sequence[tuple[ReplayReport, Sequence[Told]]]) -> str:
     """The page of some runs of one trace, HTML."""
     reports = [report for report, _ in runs]
     plots = [_goodput(reports)] if len({report.load for report in reports}) > 1 else []
@@ -45,7 +45,7 @@ def page(title: str, runs: Sequence[tuple[Report, Sequence[Told]]]) -> str:
     return text
 
 
-def _section(report: Report, plots: Iterable[int]) -> str:
+def _section(report: ReplayReport, plots: Iterable[int]) -> str:
     where = f"on {report.server}" if report.server else "in virtual time"
     head = f"{report.schedule or 'a server'} at load {report.load:g}"
     facts = [
@@ -64,7 +64,7 @@ def _places(plots: Iterable[int]) -> str:
     return "".join(f"<div class='plot' data-plot='{number}'></div>" for number in plots)
 
 
-def _table(report: Report) -> str:
+def _table(report: ReplayReport) -> str:
     heads = "".join(f"<th>{escape(name)}</th>" for name in (*COLUMNS, *MORE))
     rows: list[str] = []
     for name, tier in report.tiers.items():
@@ -104,7 +104,7 @@ def _itl(told: Sequence[Told]) -> Trace:
     return _plot("Between tokens", lines, "milliseconds", "share of gaps", {"type": "log"})
 
 
-def _over_time(report: Report, told: Sequence[Told]) -> Trace:
+def _over_time(report: ReplayReport, told: Sequence[Told]) -> Trace:
     """Attainment by when a request arrived."""
     width = max(report.duration_s / SLICES, 1e-9)
     lines: list[Trace] = []
@@ -120,7 +120,7 @@ def _over_time(report: Report, told: Sequence[Told]) -> Trace:
     return _plot("Attainment", lines, "arrival, seconds", "share on time", {})
 
 
-def _goodput(reports: Sequence[Report]) -> Trace:
+def _goodput(reports: Sequence[ReplayReport]) -> Trace:
     lines: list[Trace] = []
     for dash, schedule in zip(DASHES, dict.fromkeys(report.schedule for report in reports), strict=False):
         ran = sorted((each for each in reports if each.schedule == schedule), key=lambda each: each.load)

@@ -14,11 +14,11 @@ from stretto.bench.live import Server
 from stretto.bench.metrics import Sample
 from stretto.bench.report import page
 from stretto.config import TIERS, Terms, Tier, TierName, tiers_of
-from stretto.engine.replay import CPU_TIERS, Report, Setting, Told, capacity, replayed
 from stretto.errors import StartError
+from stretto.simulator.replay import CPU_TIERS, ReplayReport, Setting, Told, capacity, replayed
 from stretto.types import Arrival
 
-Run = tuple[Report, list[Told]]
+Run = tuple[ReplayReport, list[Told]]
 DEFAULT_SCHEDULE = "deadline"
 
 

@@ -1,4 +1,4 @@
-"""Where an engine process starts: `python -m stretto.engine process ADDRESS`, or `measure`, to be measured.
+"""Where an engine process starts: `python -m stretto.engine MODULE`.
 
 It settles what of torch is imported, so it imports nothing that imports torch.
 """
@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from stretto.machine import snapshot
+from stretto.hardware import snapshot
 
 # What torch's compilers know of shapes, its export and its distributions: a third of the time that importing
 # torch takes, and never asked here.
@@ -22,7 +22,7 @@ def main() -> None:
     if not snapshot().gpus:
         sys.modules.update((name, ModuleType(name)) for name in UNUSED)
     gc.disable()  # nothing that is imported becomes garbage
-    module = import_module(f"stretto.engine.{sys.argv.pop(1)}")
+    module = import_module(sys.argv.pop(1))
     gc.freeze()
     gc.enable()
     module.main()

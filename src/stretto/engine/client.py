@@ -21,9 +21,9 @@ import msgspec
 import zmq
 
 from stretto.config import EngineConfig, tiers_of
-from stretto.engine import messages
-from stretto.engine.admit import Forecast, Outlook
-from stretto.engine.quota import Shares
+from stretto.engine import ipc
+from stretto.engine.scheduler.admission import Forecast, Outlook
+from stretto.engine.scheduler.quota import Shares
 from stretto.errors import EngineDied, StartError
 from stretto.types import Finish, ModelInfo, Reason, Request, StepStats, TokenEvent, WorkerState
 
@@ -155,7 +155,7 @@ class EngineClient:
                 work = self._outlooks[request.model].work_ms(request)
                 self._shares.charge(request.tenant, work, time.monotonic())
         self._streams[request.id] = stream
-        self._send(messages.Submit(request))
+        self._send(ipc.Submit(request))
         return stream
 
     def within_share(self, tenant: str, tier: str) -> bool:
@@ -165,7 +165,7 @@ class EngineClient:
     def cancel(self, ident: int) -> None:
         """Drop a request in the engine; its stream hears no more."""
         if self._streams.pop(ident, None) is not None and self.ready:
-            self._send(messages.Cancel([ident]))
+            self._send(ipc.Cancel([ident]))
 
     def worker_state(self) -> WorkerState:
         """A snapshot for `/state`. `draining` is the front's to say."""
@@ -191,7 +191,7 @@ class EngineClient:
         """End the engine: ask, wait `grace_s` seconds, then kill. Open streams end in EngineDied."""
         self._closing = True
         if self.ready:
-            self._send(messages.Stop())
+            self._send(ipc.Stop())
             self._flush()
         if self._process is not None and self._process.returncode is None:
             try:
@@ -216,7 +216,12 @@ class EngineClient:
         self._socket.bind(address)
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._drain)
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "stretto.engine", "process", address, stdin=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            "stretto.engine",
+            "stretto.engine.worker",
+            address,
+            stdin=asyncio.subprocess.PIPE,
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(self._config))
@@ -261,12 +266,12 @@ class EngineClient:
                 EngineDied(f"the engine ended (exit code {code}) before the answer did", retry_after=2.0)
             )
 
-    def _send(self, message: messages.ToEngine) -> None:
+    def _send(self, message: ipc.ToEngine) -> None:
         """Requests that arrive together leave together, so that one step reads them all: not the first alone
         while the others wait for it."""
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._outbox.append(messages.encode(message))
+        self._outbox.append(ipc.encode(message))
 
     def _flush(self) -> None:
         outbox, self._outbox = self._outbox, []
@@ -284,11 +289,11 @@ class EngineClient:
     def _drain(self) -> None:
         """Hand out everything that has arrived."""
         while self._socket is not None and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-            self._handle(messages.decode_from_engine(self._socket.recv(zmq.NOBLOCK)))
+            self._handle(ipc.decode_from_engine(self._socket.recv(zmq.NOBLOCK)))
 
-    def _handle(self, message: messages.FromEngine) -> None:
+    def _handle(self, message: ipc.FromEngine) -> None:
         match message:
-            case messages.Step(events, stats, seen):
+            case ipc.Step(events, stats, seen):
                 self._deliver(events)
                 for model, snapshot in seen.items():
                     self._outlooks[model].see(snapshot)
@@ -297,14 +302,14 @@ class EngineClient:
                     self._last[stats.model] = stats
                     for observe in self.steps:
                         observe(stats)
-            case messages.Progress(stage, done, total):
+            case ipc.Progress(stage, done, total):
                 if self._on_progress is not None:
                     self._on_progress(stage, done, total)
-            case messages.Ready(models):
+            case ipc.Ready(models):
                 self.models = {info.name: info for info in models}
                 self.ready = True
                 self._settled.set()
-            case messages.Failed(text):
+            case ipc.Failed(text):
                 self._failure = text
                 if self._settled.is_set():  # the first time, `wait_ready` says it
                     log.error("the engine cannot start: %s", text)

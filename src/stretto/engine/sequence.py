@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from stretto.types import Logprobs, Request
 
 if TYPE_CHECKING:
-    from stretto.engine.grammar import Matcher
-    from stretto.engine.trail import Trail
+    from stretto.engine.speculative.ngram import NgramIndex
+    from stretto.engine.structured.grammar import Matcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Sequence:
     preemptions: int = 0
     ended: bool = False
     grammar: Matcher | None = None
-    trail: Trail | None = None
+    trail: NgramIndex | None = None
     rank: Rank = (UNPLACED, 0.0, 0.0, 0)
     due: float = inf
     last_due: float = inf

@@ -23,12 +23,12 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from stretto.hardware import gib
 from stretto.kernels import Activation, Packed
 from stretto.kernels.cpu import native as library
 from stretto.kernels.cpu.native import Native
 from stretto.kernels.cpu.table import GROUP, SMALLEST_QUANTISED, VOCABULARY, PackedExperts
 from stretto.kernels.cpu.weights import Form, PackedLinear, adopt
-from stretto.machine import gib
 
 log = logging.getLogger(__name__)
 # A file: MAGIC, the header's length and checksum (8 bytes each, little-endian), the header (JSON), the data.

@@ -27,7 +27,7 @@ from stretto.kernels import (
 from stretto.kernels.cpu import native as c
 from stretto.kernels.cpu.native import Native, complain
 from stretto.kernels.cpu.program import Plan, Program
-from stretto.kernels.cpu.weights import TYPES, Format, PackedLinear, exact_in_bfloat16, pack
+from stretto.kernels.cpu.weights import TYPES, PackedLinear, WeightFormat, exact_in_bfloat16, pack
 
 Quantise = Literal["int8", "int4"]
 GROUP = {"int8": 128, "int4": 32}
@@ -250,7 +250,7 @@ class Table:
         return out
 
 
-def fitting(quantise: Quantise, k: int) -> tuple[Format, int]:
+def fitting(quantise: Quantise, k: int) -> tuple[WeightFormat, int]:
     """The format and group for rows of k: int8 where no int4 group divides them, a scale per row as the
     last."""
     group = next((size for size in (GROUP[quantise], 32, 16, 8) if k % size == 0), 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stretto.kernels.cpu.native import BF16, F32, KINDS, Native, Weights, complain
 
-Format = Literal["float32", "bfloat16", "int8", "int4"]
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 TYPES = {torch.float32: F32, torch.bfloat16: BF16}
 LARGE_PAGE = 2**21
 LONGEST_ROW = 65536
@@ -25,7 +25,7 @@ STEP = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
 class Form(NamedTuple):
     """How weights [n, k] are packed; `group` of a row's weights share a scale."""
 
-    format: Format
+    format: WeightFormat
     n: int
     k: int
     group: int
@@ -36,7 +36,7 @@ class PackedLinear:
     """Weights [n, k] and a bias [n] as the kernels read them. `address` is that of `struct`, which points
     into `data` and `bias`: all three live as long as this does."""
 
-    format: Format
+    format: WeightFormat
     n: int
     k: int
     group: int
@@ -64,7 +64,9 @@ class PackedLinear:
         return replace(self, data=data, struct=struct, address=ctypes.addressof(struct))
 
 
-def pack(native: Native, weight: Tensor, bias: Tensor | None, format: Format, group: int = 0) -> PackedLinear:
+def pack(
+    native: Native, weight: Tensor, bias: Tensor | None, format: WeightFormat, group: int = 0
+) -> PackedLinear:
     """`weight` [N, K] float32 or bfloat16, `bias` [N] or None. `group`: how many of a row's weights share a
     scale (0: the whole row); it must divide K and be a multiple of 4 (int8) or 8 (int4).
 

@@ -1,0 +1,139 @@
+"""What the HTTP front costs: the real server with a model that takes no time, driven over real sockets.
+
+The null model takes a known time for a step, so the TTFT a client sees beyond one step is what everything
+else adds: of 0 ms for one client and for throughput, of 10 ms for 32, who would otherwise only measure how
+fast their own closed loop can ask again.
+`python benchmarks/front.py [--json] [--rounds N]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import msgspec
+import uvloop
+from rich.table import Table
+
+from stretto import terminal
+from stretto.bench.load import Load, run
+from stretto.bench.metrics import LoadReport, Sample
+
+WORDS = "The order left our warehouse on Monday and should reach you within the week. "
+START_S = 60.0
+
+
+class Case(msgspec.Struct, frozen=True):
+    """A load: chat requests of some 500 characters, as many at once as `concurrency`."""
+
+    name: str
+    concurrency: int
+    requests: int
+    output_tokens: int
+    step_ms: int
+    goal: str
+
+
+CASES = (
+    Case("TTFT added, c = 1", 1, 200, 8, 0, "p50 <= 1.5 ms"),
+    Case("TTFT added, c = 32", 32, 256, 64, 10, "p50 <= 10 ms"),
+    Case("the same, steps of 0 ms", 32, 640, 8, 0, "the loop's own limit"),
+    Case("streamed tokens/s, c = 32", 32, 64, 1000, 0, ">= 40,000"),
+)
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
+    """Medians over the rounds."""
+
+    case: str
+    goal: str
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    ttft_max_ms: float
+    tokens_per_s: float
+    failed: int
+
+
+@contextmanager
+def serving(step_ms: int) -> Iterator[str]:
+    """The address of a server of the null model."""
+    with tempfile.TemporaryFile("w+") as said:
+        command = [sys.executable, "-m", "stretto", "serve", f"null=null:{step_ms}", "--port", "0"]
+        process = subprocess.Popen(command, stdout=said)
+        try:
+            deadline = time.monotonic() + START_S
+            while "http://" not in (text := Path(f"/proc/self/fd/{said.fileno()}").read_text()):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    sys.exit("the server did not start")
+                time.sleep(0.05)
+            yield next(word for word in text.split() if word.startswith("http://"))
+        finally:
+            process.terminate()
+            process.wait()
+
+
+async def measure(url: str, prompts: Path, case: Case) -> LoadReport:
+    load = Load(
+        requests=case.requests,
+        concurrency=case.concurrency,
+        prompts=prompts,
+        output_tokens=case.output_tokens,
+        warm_up=case.concurrency,
+    )
+    return (await run(url, load, api_key=None, on_done=_ignore)).report
+
+
+def figure(case: Case, reports: list[LoadReport]) -> Figure:
+    seen = [report.ttft_ms for report in reports if report.ttft_ms is not None]
+    return Figure(
+        case=case.name,
+        goal=case.goal,
+        ttft_p50_ms=median(spread.p50 for spread in seen) - case.step_ms,
+        ttft_p99_ms=median(spread.p99 for spread in seen) - case.step_ms,
+        ttft_max_ms=median(spread.max for spread in seen) - case.step_ms,
+        tokens_per_s=median(report.output_tokens_per_s for report in reports),
+        failed=sum(report.failed for report in reports),
+    )
+
+
+def show(figures: list[Figure]) -> None:
+    table = Table("the front alone", "goal", "TTFT p50 ms", "p99", "max", "tokens/s", "failed", box=None)
+    for each in figures:
+        times = (f"{value:.2f}" for value in (each.ttft_p50_ms, each.ttft_p99_ms, each.ttft_max_ms))
+        table.add_row(each.case, each.goal, *times, f"{each.tokens_per_s:,.0f}", str(each.failed))
+    terminal.out.print(table)
+
+
+def _ignore(sample: Sample) -> None:
+    """Nothing to show while it runs: drawing would cost the client time."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args()
+    reports: dict[str, list[LoadReport]] = {case.name: [] for case in CASES}
+    with tempfile.TemporaryDirectory() as folder, serving(0) as quick, serving(10) as slow:
+        prompts = Path(folder) / "prompts.txt"
+        prompts.write_text("\n".join(f"{number}. {WORDS * 6}" for number in range(64)))
+        for _ in range(asked.rounds):
+            for case in CASES:
+                url = slow if case.step_ms else quick
+                reports[case.name].append(uvloop.run(measure(url, prompts, case)))
+    figures = [figure(case, reports[case.name]) for case in CASES]
+    if asked.json:
+        terminal.say_json(figures)
+    else:
+        show(figures)
+
+
+if __name__ == "__main__":
+    main()

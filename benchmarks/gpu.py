@@ -1,0 +1,348 @@
+"""What the CUDA path does on this GPU, with random weights.
+
+`python benchmarks/gpu.py --json out.json`
+
+Measures the copy bandwidth, then for each model: whether its logits and greedy tokens are plain torch's,
+inter-token latency through the whole engine loop, time to the first token, and the share of the bandwidth
+floor: the weights and keys a step must read, over the copy bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from stretto.engine.core import EngineCore
+from stretto.engine.runners.cuda import CudaRunner
+from stretto.engine.scheduler.fcfs import fcfs
+from stretto.engine.scheduler.types import Limits
+from stretto.engine.sequence import Sequence
+from stretto.kernels import Batch, Kernels
+from stretto.kernels.cuda.table import Quantise, table
+from stretto.kernels.reference import REFERENCE, Dense
+from stretto.models import families
+from stretto.models import load as loading
+from stretto.models.decoder import Decoder
+from stretto.types import ModelInfo, Request, Sampling, StepStats, TokenEvent
+
+LLAMA3 = {
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+}
+LLAMA_8B = {**LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+LLAMA_1B = {
+    **LLAMA3,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+QWEN_8B = {
+    **LLAMA_8B,
+    "model_type": "qwen3",
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+}
+MODELS: dict[str, tuple[dict[str, Any], Quantise | None]] = {
+    "llama-3.2-1b": (LLAMA_1B, None),
+    "llama-3.1-8b": (LLAMA_8B, None),
+    "llama-3.1-8b-fp8": (LLAMA_8B, "fp8"),
+    "qwen3-8b": (QWEN_8B, None),
+    "llama-3.1-8b-int4": (LLAMA_8B, "int4"),
+}
+BLOCK, BLOCKS, CONTEXT, RUNNING, STEP_TOKENS = 16, 11264, 9216, 256, 4096
+PROMPT = 512
+CASES = ((1, PROMPT), (8, PROMPT), (32, PROMPT), (1, 8192), (128, PROMPT), (256, PROMPT))
+DEVICE = torch.device("cuda")
+
+
+class Made:
+    """Stands in for a checkpoint: whatever is asked for is there, and random. Matrices keep the size of what
+    they multiply; vectors scatter around one."""
+
+    path = Path("random")
+    nbytes = 0
+    dtype = "BF16"
+    entries = ("model.embed_tokens.weight",)
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        self.shape = shape
+
+    def find(self, name: str, shape: tuple[int, ...]) -> Made:
+        return Made(shape)
+
+    def read(self, entry: Made, into: Tensor) -> None:
+        if into.dim() > 1:
+            into.normal_(0.0, into.shape[-1] ** -0.5)
+        else:
+            into.normal_(1.0, 0.1)
+
+
+def build(config: dict[str, Any], kernels: Kernels) -> Decoder:
+    """A decoder of that shape; the same weights every time."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        spec = families.read(Path(folder))
+    torch.manual_seed(0)
+    made: Any = Made()
+    reader = loading._Reader(made, kernels, torch.bfloat16, DEVICE, None)
+    return Decoder(spec, kernels, loading._weights(reader, spec))
+
+
+def plain(quantise: Quantise | None) -> Kernels:
+    """The torch table, over the weights that the format can hold."""
+    held = table(DEVICE, quantise)
+
+    def rounded(weight: Tensor, bias: Tensor | None) -> Dense:
+        packed = held.pack(weight, None)
+        return Dense(weight if isinstance(packed, Dense) else cast(Any, packed).widened(weight.dtype), bias)
+
+    return replace(REFERENCE, pack=rounded)
+
+
+class Driver:
+    """An engine over one decoder, told what to run; `steps` are the seconds of each."""
+
+    def __init__(self, decoder: Decoder, runner: CudaRunner) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.runner = runner
+        self.engine = EngineCore(
+            [runner],
+            limits=Limits(RUNNING, STEP_TOKENS),
+            schedule=fcfs,
+            clock=time.monotonic,
+            emit=self._heard,
+            share=False,
+        )
+        self._next = 0
+
+    def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        for event in events:
+            if event.finish is not None and event.finish.error:
+                raise RuntimeError(event.finish.error)
+            if event.token is not None:
+                self.tokens.setdefault(event.id, []).append(event.token)
+
+    def submit(self, length: int, count: int) -> int:
+        self._next += 1
+        vocab = self.runner.info.vocab
+        prompt = torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(self._next))
+        request = Request(
+            id=self._next,
+            model="m",
+            prompt=tuple(prompt.tolist()),
+            arrival=time.monotonic(),
+            sampling=Sampling(max_tokens=count, temperature=0.0, ignore_eos=True),
+        )
+        self.engine.submit(Sequence.of(request, CONTEXT))
+        return self._next
+
+    def answer(self, length: int, count: int) -> tuple[int, float]:
+        """One request alone: its id, and the seconds to its first token."""
+        started = time.perf_counter()
+        ident, first = self.submit(length, count), inf
+        while not self.engine.idle:
+            self.engine.step()
+            if first == inf and ident in self.tokens:
+                first = time.perf_counter() - started
+        return ident, first
+
+    def decode(self, batch: int, length: int, steps: int) -> list[float]:
+        """Seconds of each step of `batch` sequences that decode together after prompts of `length`."""
+        # All must still decode when the last has read its prompt and `steps` more have run.
+        reading = -(-batch * length // (STEP_TOKENS - batch)) + 8
+        idents = [self.submit(length, reading + steps) for _ in range(batch)]
+        while any(len(self.tokens.get(ident, [])) < 4 for ident in idents):
+            self.engine.step()
+        took: list[float] = []
+        for _ in range(steps - 8):
+            started = time.perf_counter()
+            self.engine.step()
+            took.append(time.perf_counter() - started)
+        for ident in idents:
+            self.engine.cancel(ident)
+        while not self.engine.idle:
+            self.engine.step()
+        return took
+
+
+def one_text(tokens: list[int]) -> Batch:
+    """A step that reads a whole text and wants every row."""
+    count = len(tokens)
+    every = torch.arange(count, device=DEVICE)
+    return Batch(
+        tokens=torch.tensor(tokens, device=DEVICE),
+        positions=every,
+        slots=every,
+        query_starts=torch.tensor([0, count], dtype=torch.int32, device=DEVICE),
+        contexts=torch.tensor([count], dtype=torch.int32, device=DEVICE),
+        tables=torch.arange(-(-count // BLOCK), dtype=torch.int32, device=DEVICE)[None],
+        outputs=every,
+        query_lens=[count],
+        context_lens=[count],
+    )
+
+
+def check(
+    driver: Driver, decoder: Decoder, config: dict[str, Any], quantise: Quantise | None
+) -> dict[str, float]:
+    """How far the CUDA path is from plain torch: of logits, and of greedy tokens (by how much plain torch
+    likes its own choice better, in standard deviations of its logits)."""
+    ident, _ = driver.answer(64, 24)
+    prompt = torch.randint(0, driver.runner.info.vocab, (64,), generator=torch.Generator().manual_seed(ident))
+    text = [*prompt.tolist(), *driver.tokens[ident]]
+    reference = build(config, plain(quantise))
+    batch = one_text(text)
+    wanted = reference.logits(reference.forward(batch, reference.new_cache(8, BLOCK)))
+    found = decoder.logits(decoder.forward(batch, decoder.new_cache(8, BLOCK)))
+    told = wanted[63:-1]
+    chosen = told.gather(1, torch.tensor(text[64:], device=DEVICE)[:, None])[:, 0]
+    worse = (told.max(1).values - chosen) / told.std(1)
+    return {
+        "logits_error": float((found - wanted).norm() / wanted.norm()),
+        "greedy_equal": float((worse == 0).float().mean()),
+        "greedy_worst": float(worse.max()),
+    }
+
+
+def measure(name: str, bandwidth: float, deadline: float) -> dict[str, Any]:
+    config, quantise = MODELS[name]
+    started = time.perf_counter()
+    decoder = build(config, table(DEVICE, quantise))
+    torch.cuda.synchronize()
+    made = time.perf_counter()
+    spec = decoder.spec
+    info = ModelInfo(
+        name="m", path="", family=spec.family, dtype="bfloat16", device="cuda", context=CONTEXT,
+        vocab=spec.vocab, parameters=decoder.parameters, weight_bytes=decoder.weight_bytes, kv_bytes=0,
+        block_size=BLOCK, blocks=BLOCKS, load_s=0.0,
+    )  # fmt: skip
+    driver = Driver(decoder, CudaRunner(decoder, info, eos=frozenset(), max_running=RUNNING))
+    driver.answer(PROMPT, 3)
+    first = time.perf_counter() - made
+    result: dict[str, Any] = {
+        "weights_s": made - started,
+        "first_tokens_s": first,
+        "check": check(driver, decoder, config, quantise),
+        "itl_ms": {},
+        "ttft_ms": {},
+    }
+    torch.cuda.empty_cache()
+    read = decoder.weight_bytes - (0 if spec.tied else spec.vocab * spec.hidden * 2)
+    token = decoder.cache_bytes_per_block(1)
+    for length in (512, 2048):
+        driver.answer(length, 1)
+        result["ttft_ms"][str(length)] = (
+            statistics.median(driver.answer(length, 1)[1] for _ in range(7)) * 1e3
+        )
+    result["profile"] = profile(driver)
+    for batch, length in CASES:
+        if time.monotonic() > deadline:
+            break
+        took = driver.decode(batch, length, 72)
+        itl = statistics.median(took) * 1e3
+        floor = (read + batch * length * token) / bandwidth * 1e3
+        result["itl_ms"][f"b{batch} {length}"] = {
+            "p50": itl,
+            "p99": sorted(took)[-2] * 1e3,
+            "mbu": floor / itl,
+            "tokens_per_s": batch / itl * 1e3,
+        }
+    return result
+
+
+def profile(driver: Driver) -> dict[str, int]:
+    """What the host asks of the device in ten steady steps of one sequence, by kind of call."""
+    ident = driver.submit(PROMPT, 40)
+    while len(driver.tokens.get(ident, [])) < 8:
+        driver.engine.step()
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
+        for _ in range(10):
+            driver.engine.step()
+    driver.engine.cancel(ident)
+    while not driver.engine.idle:
+        driver.engine.step()
+    calls = {event.key: event.count for event in profiler.key_averages() if event.key.startswith("cuda")}
+    return dict(sorted(calls.items()))
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second that a large copy reads and writes."""
+    source = torch.empty(2**32, dtype=torch.uint8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    took: list[float] = []
+    for _ in range(7):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        took.append(begin.elapsed_time(end) / 1e3)
+    return 2 * source.nbytes / statistics.median(took)
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    check_ = result["check"]
+    print(
+        f"\n{name}: logits within {check_['logits_error']:.4f} of plain torch, greedy equal"
+        f" {check_['greedy_equal']:.2f}, worst {check_['greedy_worst']:.3f} sd;"
+        f" first three tokens {result['first_tokens_s']:.1f} s after the weights"
+    )
+    for case, row in result["itl_ms"].items():
+        print(
+            f"  {case:>9} context: {row['p50']:7.3f} ms (p99 {row['p99']:7.3f}),"
+            f" {row['mbu']:4.0%} of the floor, {row['tokens_per_s']:8.0f} tokens/s"
+        )
+    print("  TTFT " + ", ".join(f"{tokens} tokens: {ms:.2f} ms" for tokens, ms in result["ttft_ms"].items()))
+    waits = {call: count for call, count in result["profile"].items() if "Synchronize" in call}
+    print(f"  in ten steps the host waits for: {waits}, of {result['profile']}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing new after so long")
+    asked = parser.parse_args()
+    deadline = time.monotonic() + asked.minutes * 60
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "models": {}}
+    bandwidth = copy_bandwidth()
+    results["copy_tb_per_s"] = bandwidth / 1e12
+    print(f"{results['device']}, copy {results['copy_tb_per_s']:.2f} TB/s", flush=True)
+    for name in asked.models:
+        if time.monotonic() < deadline:
+            results["models"][name] = measure(name, bandwidth, deadline)
+            show(name, results["models"][name])
+            gc.collect()  # the engine and its runner hold each other
+            torch.cuda.empty_cache()
+            if asked.json:
+                asked.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What deadlines are worth on a recorded load, in virtual time: goodput and attainment of `deadline` beside
+`fcfs`, and how near it comes to the bound that no schedule exceeds.
+
+`python benchmarks/objectives.py TRACE.csv.gz --times COST.json --loads 0.7,1,1.5,2`
+COST.json is what `benchmarks/steptime.py --save` measured (one is in `benchmarks/times`); without it, the
+package's own round figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import msgspec
+
+from stretto.bench import traces
+from stretto.engine.step_time import StepCost
+from stretto.simulator.replay import SMALL_CPU, ReplayReport, Setting, capacity, replay, tiers_for
+from stretto.types import Arrival
+
+COLUMNS = "load schedule goodput ratio of_best of_all weighted priority default flex/s lost steps gap_ms"
+
+
+def main() -> None:
+    asked = _arguments()
+    cost = msgspec.json.decode(asked.times.read_bytes(), type=StepCost) if asked.times else SMALL_CPU
+    arrivals = traces.read(asked.trace, requests=asked.requests)
+    setting = Setting(cost=cost, tiers=tiers_for(cost), noise=asked.noise, seed=asked.seed)
+    full = capacity(arrivals, setting)
+    tiers = {name: msgspec.to_builtins(tier.objective) for name, tier in setting.tiers.items()}
+    print(f"{msgspec.to_builtins(cost)}\n{tiers}\nfcfs saturates at {full:.4f} requests/s")
+    print(COLUMNS.replace(" ", "\t"))
+    kept: list[dict[str, object]] = []
+    for load in map(float, asked.loads.split(",")):
+        reports = _both(arrivals, msgspec.structs.replace(setting, load=load), full)
+        for report in reports:
+            print(_line(report, reports[0]), flush=True)
+            kept.append(msgspec.to_builtins(report))
+    if asked.json:
+        asked.json.write_text(json.dumps(kept, indent=1))
+
+
+def _both(arrivals: list[Arrival], setting: Setting, full: float) -> list[ReplayReport]:
+    return [
+        replay(arrivals, msgspec.structs.replace(setting, schedule=name), rate=full)
+        for name in ("fcfs", "deadline")
+    ]
+
+
+def _line(report: ReplayReport, fcfs: ReplayReport) -> str:
+    """Goodput is of what has an objective, and `of_best` its share of that bound, which leaves flex out.
+    `of_all` counts flex as on time when it is over; `weighted` counts each as much as its tier weighs."""
+    timed, whole, best = report.tiers["timed"], report.tiers["all"], report.best_goodput
+    values = (
+        f"{report.load:g}",
+        report.schedule,
+        f"{timed.goodput:.4f}",
+        f"{timed.goodput / max(fcfs.tiers['timed'].goodput, 1e-9):.2f}",
+        f"{timed.goodput / best['timed']:.3f}",
+        f"{whole.goodput / best['all']:.3f}",
+        f"{report.weighted_goodput / best['weighted']:.3f}",
+        f"{report.tiers['priority'].attainment:.4f}",
+        f"{report.tiers['default'].attainment:.4f}",
+        f"{report.tiers['flex'].completed:.4f}",
+        f"{report.wasted:.3f}",
+        str(report.steps),
+        f"{timed.longest_gap_ms:.0f}",
+    )
+    return "\t".join(values)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--times", type=Path, help="a step-time model, JSON")
+    parser.add_argument("--loads", default="0.7,1,1.5,2")
+    parser.add_argument("--requests", type=int, help="the first ones alone")
+    parser.add_argument("--noise", type=float, default=0.0, help="spread of a step's time about its cost")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to write the reports")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

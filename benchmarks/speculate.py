@@ -1,0 +1,384 @@
+"""What guessing ahead is worth: how often guesses are right, and how much sooner answers come.
+
+`python -m bench.speculate replay PROMPTS.jsonl.gz [--times FILE] [--json]`: no model; reference answers by
+category, said token by token through the real loop in virtual time, by a measured step-time model.
+`python -m bench.speculate answer MODEL_DIR --prompts PROMPTS.jsonl.gz [--quantise int8] [--json]`: a chat
+model answers the prompts by category, each in turn without guesses and with those of its own text.
+`python -m bench.speculate desk [--small DIR] [--json]`: the bundled model, with and without, in turns.
+`python -m bench.speculate verify MODEL_DIR [--quantise int8] [--json]`: what checking guesses adds to a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
+from rich.console import Console
+from rich.table import Table as Grid
+from tokenizers import Tokenizer
+
+import stretto
+from recipes.desk.tasks import TASKS, held_out
+from stretto import terminal
+from stretto.config import EngineConfig, ModelConfig, Quantise
+from stretto.engine.core import EngineCore
+from stretto.engine.runners.calibrate import known_times
+from stretto.engine.runners.draft_model import Draft
+from stretto.engine.runners.factory import Runners
+from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
+from stretto.engine.runners.torch import TorchRunner
+from stretto.engine.scheduler.deadline import SCHEDULES
+from stretto.engine.scheduler.types import Limits, Plan, Row
+from stretto.engine.sequence import Drawn, Sequence
+from stretto.engine.speculative.policy import Speculation
+from stretto.engine.step_time import StepCost, StepTime
+from stretto.hardware import cache_folder
+from stretto.text.tokenizer import TextModel
+from stretto.types import Request, Sampling, StepStats, TokenEvent
+
+TIMES = Path(__file__).parent / "times" / "qwen3-0.6b-int8-zen3.json"
+DESK = Path(stretto.__file__).parent / "desk"
+LIMITS = Limits(64, 512)
+WORDS = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
+ROWS = (1, 2, 3, 4, 5, 8)
+LONGEST = 64
+CONTEXT, SPOKEN = 2048, 128  # at most so many tokens in all, and of an answer to a prompt
+
+
+class Gain(Struct, frozen=True):
+    """One setting. `accepted`: the share of the guesses that were right; `tokens_a_step`: of an answer;
+    `gain`: tokens per second over those without guesses, in the same run."""
+
+    what: str
+    answers: int
+    tokens: int
+    proposed: int
+    accepted: float
+    tokens_a_step: float
+    gain: float
+
+
+class Verified(Struct, frozen=True):
+    """A step of one sequence that checks `rows` - 1 guesses, median ms, and over that of one row."""
+
+    context: int
+    rows: int
+    ms: float
+    ratio: float
+
+
+class Heard:
+    """What an engine said: tokens, guesses, and steps that said something for an answer."""
+
+    def __init__(self) -> None:
+        self.tokens = self.proposed = self.accepted = self.decodes = self.said = 0
+
+    def __call__(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        self.tokens += sum(event.token is not None for event in events)
+        if stats is not None:
+            self.proposed += stats.proposed
+            self.accepted += stats.accepted
+            self.said += stats.decode_tokens
+            self.decodes += stats.decode_tokens - stats.accepted
+
+    def gain(self, what: str, answers: int, gain: float) -> Gain:
+        accepted = self.accepted / self.proposed if self.proposed else 0.0
+        return Gain(what, answers, self.tokens, self.proposed, accepted, self.said / self.decodes, gain)
+
+
+class Reciter(NullRunner):
+    """A null model that says what it is given: `answers` by request."""
+
+    def __init__(self, answers: dict[int, list[int]], cost: StepCost, clock: VirtualClock) -> None:
+        super().__init__(null_info(context=65536, vocab=1 << 20), cost=cost, sleep=clock.sleep)
+        self.answers = answers
+
+    def _draw(self, seq: Sequence, ahead: int) -> Drawn:
+        answer, place = self.answers[seq.request.id], seq.output_len + ahead
+        return Drawn(answer[place] if place < len(answer) else 0)
+
+
+class Asked(NamedTuple):
+    """A first turn of MT-bench or Spec-Bench, a prompt of HumanEval, a question of GSM8K; `reference` is its
+    answer, where there is one."""
+
+    category: str
+    question: str
+    reference: str | None
+
+
+def questions(path: Path) -> Iterator[Asked]:
+    """What is asked first in each line."""
+    with gzip.open(path, "rt") as lines:
+        for line in lines:
+            row: dict[str, Any] = msgspec.json.decode(line)
+            question = row["turns"][0] if "turns" in row else row.get("prompt") or row["question"]
+            answer = row.get("reference") or row.get("canonical_solution") or row.get("answer")
+            answer = answer[0] if isinstance(answer, list) else answer
+            reference = answer if isinstance(answer, str) and answer else None
+            yield Asked(row.get("category", path.name.split(".")[0]), question, reference)
+
+
+def words(known: dict[str, int], text: str) -> list[int]:
+    """A word, or a run of signs, a token: about what a vocabulary of 150,000 does to English."""
+    return [known.setdefault(word, len(known) + 1) for word in WORDS.findall(text)]
+
+
+def recite(asked: list[tuple[list[int], list[int]]], cost: StepCost, guess: bool) -> tuple[Heard, float]:
+    """Each prompt and answer by itself, in order; what was said and the seconds it took."""
+    clock, heard = VirtualClock(), Heard()
+    runner = Reciter({ident: answer for ident, (_, answer) in enumerate(asked)}, cost, clock)
+    runner.speculation = Speculation() if guess else None
+    engine = EngineCore(
+        [runner], limits=LIMITS, schedule=SCHEDULES["fcfs"], clock=clock, emit=heard, share=False
+    )
+    engine.lanes["null"].times = StepTime(cost)
+    seconds = 0.0
+    for ident, (prompt, answer) in enumerate(asked):
+        sampling = Sampling(temperature=0.0, max_tokens=len(answer), ignore_eos=True)
+        request = Request(id=ident, model="null", prompt=tuple(prompt), arrival=clock(), sampling=sampling)
+        seconds += decode(engine, request, heard, clock)
+    return heard, seconds
+
+
+def decode(engine: EngineCore, request: Request, heard: Heard, clock: Callable[[], float]) -> float:
+    """The seconds from the first token of an answer to its last."""
+    engine.submit(Sequence.of(request, engine.lanes[request.model].runner.info.context))
+    before = heard.tokens
+    while heard.tokens == before:
+        engine.step()
+    started = clock()
+    while engine.step() or not engine.idle:
+        pass
+    return clock() - started
+
+
+def replay(path: Path, cost: StepCost) -> dict[str, list[Gain]]:
+    """By tokenizer, then category; gains are of decoding, prompts apart."""
+    tokenizer = Tokenizer.from_file(str(DESK / "tokenizer.json"))
+    known: dict[str, int] = {}
+    ways = {
+        "words": lambda text: words(known, text),
+        "desk's tokens": lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+    }
+    result: dict[str, list[Gain]] = {}
+    for name, encode in ways.items():
+        by_category: dict[str, list[tuple[list[int], list[int]]]] = {}
+        for category, question, reference in questions(path):
+            prompt, answer = encode(question), encode(reference or "")
+            if prompt and len(answer) > 1:
+                by_category.setdefault(category, []).append((prompt, answer))
+        for category, asked in sorted(by_category.items()):
+            _, plain = recite(asked, cost, False)
+            heard, quick = recite(asked, cost, True)
+            result.setdefault(name, []).append(heard.gain(category, len(asked), plain / quick))
+    return result
+
+
+def answer(
+    path: Path, prompts: Path, quantise: Quantise | None, count: int, rounds: int
+) -> dict[str, list[Gain]]:
+    """The first `count` prompts of each category, answered greedily, one at a time; gains are of decoding,
+    each answer's shortest time of `rounds`."""
+    model = ModelConfig(name="m", path=str(path), quantise=quantise)
+    config = EngineConfig(models=(model,), kv_bytes=2**28, context=CONTEXT, speculate="off")
+    runners, text = Runners(config, lambda *_: None), TextModel(path)
+    (runner,) = runners.all
+    heard = Heard()
+    engine = EngineCore(
+        [runner],
+        limits=LIMITS,
+        schedule=SCHEDULES["fcfs"],
+        clock=time.monotonic,
+        emit=lambda events, stats: heard(events, stats),
+    )
+    folder = cache_folder() / "step-times"
+    times = known_times(runner, LIMITS, machine=runners.machine, folder=folder)
+    engine.lanes["m"].times = times
+    by_category: dict[str, list[list[int]]] = {}
+    for category, question, _ in questions(prompts):
+        encoded = text.encode_chat([{"role": "user", "content": question}])
+        if len(encoded) < CONTEXT - SPOKEN:
+            by_category.setdefault(category, []).append(encoded)
+    ident, result = 0, list[Gain]()
+    for category, asked in sorted(by_category.items()):
+        took: dict[bool, dict[int, float]] = {False: {}, True: {}}
+        guessed = Heard()
+        for number, prompt in list(enumerate(asked[:count])) * rounds:
+            for guess in (False, True):
+                runner.speculation = Speculation() if guess else None
+                heard, ident = guessed if guess else Heard(), ident + 1
+                request = Request(
+                    id=ident,
+                    model="m",
+                    prompt=tuple(prompt),
+                    arrival=time.monotonic(),
+                    sampling=Sampling(temperature=0.0, max_tokens=SPOKEN),
+                )
+                seconds = decode(engine, request, heard, time.monotonic)
+                took[guess][number] = min(seconds, took[guess].get(number, seconds))
+        gain = sum(took[False].values()) / sum(took[True].values())
+        result.append(guessed.gain(category, len(took[True]), gain))
+        print(result[-1], file=sys.stderr)
+    return {f"{path.name}, {quantise or 'as it is'}": result}
+
+
+class Desk:
+    """The bundled model and perhaps a smaller one, in one engine."""
+
+    def __init__(self, small: Path | None) -> None:
+        models = [ModelConfig(name="desk", path=str(DESK))]
+        if small is not None:
+            models.append(ModelConfig(name="small", path=str(small)))
+        config = EngineConfig(models=tuple(models), kv_bytes=2**28, context=2048, speculate="off")
+        self.runners = Runners(config, lambda *_: None)
+        self.engine = EngineCore(
+            self.runners.all,
+            limits=LIMITS,
+            schedule=SCHEDULES["fcfs"],
+            clock=time.monotonic,
+            emit=self._emit,
+            share=False,
+        )
+        folder = cache_folder() / "step-times"
+        for lane in self.engine.lanes.values():
+            lane.times = known_times(lane.runner, LIMITS, machine=self.runners.machine, folder=folder)
+        self.heard, self.next = Heard(), 0
+
+    def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        self.heard(events, stats)
+
+    def ways(self) -> dict[str, Speculation | None]:
+        """How it may guess."""
+        ways: dict[str, Speculation | None] = {"without": None, "own text": Speculation()}
+        runner, *small = self.runners.all
+        if small and isinstance(runner, TorchRunner) and isinstance(small[0], TorchRunner):
+            drafter = Draft(small[0], runner)
+            drafter.times = self.engine.lanes["small"].times
+            ways["smaller model"] = Speculation(drafter)
+        return ways
+
+    def run(self, prompts: list[list[int]], sampling: Sampling, batch: int) -> float:
+        """Answer all, `batch` at a time; the seconds it took."""
+        started = time.monotonic()
+        for first in range(0, len(prompts), batch):
+            for prompt in prompts[first : first + batch]:
+                self.next += 1
+                own = msgspec.structs.replace(sampling, seed=len(prompt))
+                request = Request(
+                    id=self.next, model="desk", prompt=tuple(prompt), arrival=started, sampling=own
+                )
+                self.engine.submit(Sequence.of(request, 2048))
+            while self.engine.step() or not self.engine.idle:
+                pass
+        return time.monotonic() - started
+
+
+def desk(small: Path | None, rounds: int, count: int) -> dict[str, list[Gain]]:
+    """Held-out questions of every task, level 1; ways in turns, medians over the rounds."""
+    text = TextModel(DESK)
+    asked = [example for task in TASKS for example in held_out(task, 1, count)]
+    prompts = [text.encode_chat([dict(message) for message in example.messages]) for example in asked]
+    model = Desk(small)
+    settings = {
+        "greedy, one at a time": (Sampling(temperature=0.0, max_tokens=LONGEST), 1),
+        "temperature 1, one at a time": (Sampling(max_tokens=LONGEST), 1),
+        "greedy, four at a time": (Sampling(temperature=0.0, max_tokens=LONGEST), 4),
+    }
+    result: dict[str, list[Gain]] = {}
+    for name, (sampling, batch) in settings.items():
+        ways = model.ways()
+        rates: dict[str, list[float]] = {way: [] for way in ways}
+        heard: dict[str, Heard] = {}
+        for _ in range(rounds + 1):
+            for way, speculation in ways.items():
+                model.runners.all[0].speculation = speculation
+                model.heard = heard[way] = Heard()
+                seconds = model.run(prompts, sampling, batch)
+                rates[way].append(model.heard.tokens / seconds)
+                print(f"{name}, {way}: {rates[way][-1]:.0f} tokens/s", file=sys.stderr)
+        rate = {way: median(each[1:]) for way, each in rates.items()}
+        result[f"{name}, {rate['without']:.0f} tokens/s without"] = [
+            heard[way].gain(way, len(prompts), rate[way] / rate["without"]) for way in ways
+        ]
+    return result
+
+
+def verify(path: Path, quantise: Quantise | None, rounds: int) -> list[Verified]:
+    """Steps of one sequence with 1 to 8 rows, in turns."""
+    model = ModelConfig(name="m", path=str(path), quantise=quantise)
+    config = EngineConfig(models=(model,), kv_bytes=2**29, context=2048, speculate="off")
+    (runner,) = Runners(config, lambda *_: None).all
+    found: list[Verified] = []
+    for context in (64, 1024):
+        sampling = Sampling(temperature=0.0, max_tokens=64)
+        request = Request(id=1, model="m", prompt=(5,) * context, arrival=0.0, sampling=sampling)
+        seq = Sequence.of(request, 2048)
+        seq.slot, seq.blocks, seq.tabled = 0, list(range(2048 // 16)), 0
+        runner.launch(Plan("m", [Row(seq, 0, context, True)])).wait()
+        took: dict[int, list[float]] = {rows: [] for rows in ROWS}
+        for _ in range(rounds):
+            for rows in ROWS:
+                plan = Plan("m", [Row(seq, context - 1, rows, True, (7,) * (rows - 1))])
+                started = time.perf_counter()
+                runner.launch(plan).wait()
+                took[rows].append((time.perf_counter() - started) * 1e3)
+        one = median(took[1])
+        found += [Verified(context, rows, median(ms), median(ms) / one) for rows, ms in took.items()]
+    return found
+
+
+def show(result: dict[str, list[Gain]] | list[Verified]) -> Iterator[Grid]:
+    """The result as tables."""
+    parts: dict[str, Any] = result if isinstance(result, dict) else {"": result}
+    for title, rows in parts.items():
+        grid = Grid(*rows[0].__struct_fields__, title=title)
+        for row in rows:
+            cells = msgspec.structs.astuple(row)
+            grid.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
+        yield grid
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("replay", "answer", "desk", "verify"))
+    parser.add_argument("path", type=Path, nargs="?")
+    parser.add_argument("--prompts", type=Path, help="what a model is to answer")
+    parser.add_argument("--times", type=Path, default=TIMES, help="a step-time model, as JSON")
+    parser.add_argument("--small", type=Path, help="a smaller model with desk's tokenizer")
+    parser.add_argument("--quantise", choices=("int8", "int4"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=2, help="prompts of each category or task")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    result: dict[str, list[Gain]] | list[Verified]
+    if options.what == "desk":
+        result = desk(options.small, options.rounds, options.count)
+    elif options.path is None:
+        parser.error(f"{options.what} needs a path")
+    elif options.what == "answer":
+        if options.prompts is None:
+            parser.error("answer needs --prompts")
+        result = answer(options.path, options.prompts, options.quantise, options.count, options.rounds)
+    elif options.what == "replay":
+        result = replay(options.path, msgspec.json.decode(options.times.read_bytes(), type=StepCost))
+    else:
+        result = verify(options.path, options.quantise, options.rounds)
+    if options.json:
+        terminal.say_json(result)
+    else:
+        for grid in show(result):
+            Console().print(grid)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""How well the step-time model knows a machine: it calibrates on a checkpoint, then serves a mixed load in
+process and compares every step with what was predicted for it: by the calibration alone, as refined since,
+and by one fit to all of them afterwards.
+
+`python benchmarks/steptime.py MODEL_DIR --quantise int8 --seconds 40 --save FILE`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from random import Random
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import msgspec
+
+from stretto.config import EngineConfig, ModelConfig
+from stretto.engine.core import EngineCore
+from stretto.engine.runners.calibrate import PROBES, Bench, calibrate, fits
+from stretto.engine.runners.factory import Runners
+from stretto.engine.scheduler.deadline import SCHEDULES
+from stretto.engine.scheduler.types import Limits
+from stretto.engine.sequence import Sequence
+from stretto.engine.step_time import StepCost, StepLoad, fit
+from stretto.types import Objective, Request, Sampling, StepStats, TokenEvent
+
+CLIENTS = 8  # at most so many at once, each asking again after a pause
+SLOW = Objective(ttft_ms=20_000, itl_ms=500)
+
+
+class Seen(NamedTuple):
+    """A step of the mixed load: what it was made of, what it took, and what was predicted just before."""
+
+    load: StepLoad
+    ms: float
+    predicted: float
+
+
+def main() -> None:
+    asked = _arguments()
+    config = EngineConfig(
+        models=(ModelConfig(name="model", path=asked.model, quantise=asked.quantise),),
+        context=4096,
+        kv_bytes=2**30,
+    )
+    runners = Runners(config, progress=lambda *_: None)
+    runner, limits = runners.all[0], Limits(64, 512)
+    started = time.perf_counter()
+    probes = [probe for probe in PROBES if fits(probe, runner, limits)]
+    model = calibrate(Bench(runner, limits).run, probes)
+    calibrated, took = model.cost, time.perf_counter() - started
+    steps: list[Seen] = []
+
+    def emit(events: list[TokenEvent], stats: StepStats | None) -> None:
+        pass
+
+    engine = EngineCore(
+        [runner], limits=limits, schedule=SCHEDULES["deadline"], clock=time.monotonic, emit=emit
+    )
+    (lane,) = engine.lanes.values()
+    lane.times, observe = model, model.observe
+
+    def watch(load: StepLoad, ms: float) -> None:
+        steps.append(Seen(load, ms, lane.times.cost(load)))
+        observe(load, ms)
+
+    model.observe = watch  # type: ignore[method-assign]
+    _serve(engine, runner.info.vocab, asked.seconds)
+    whole = fit([(one.load, one.ms) for one in steps])
+    report = {
+        "machine": runners.machine,
+        "kernels": runner.info.kernels,
+        "calibration_s": round(took, 2),
+        "calibrated": msgspec.to_builtins(calibrated),
+        "refined": msgspec.to_builtins(lane.times.cost),
+        "fitted": msgspec.to_builtins(whole),
+        "steps": len(steps),
+        "error_calibrated": _errors(steps, calibrated),
+        "error_fitted": _errors(steps, whole),
+        "error_refined": _spread([abs(one.ms / one.predicted - 1) for one in steps]),
+        "by_kind_refined": _by_kind(steps),
+    }
+    print(json.dumps(report, indent=2))
+    if asked.save:
+        asked.save.write_bytes(msgspec.json.format(msgspec.json.encode(whole)))
+
+
+def _serve(engine: EngineCore, vocab: int, seconds: float) -> None:
+    """A mixed load: prompts from 20 to 1,500 tokens, answers from 8 to 120, some alone and some together."""
+    rng, ident, until = Random(0), 0, time.monotonic() + seconds
+    pause = 0.0
+    while (now := time.monotonic()) < until:
+        if now >= pause and sum(1 for _ in _active(engine)) < CLIENTS:
+            ident += 1
+            count = min(max(int(rng.lognormvariate(5.0, 1.2)), 20), 1500)
+            request = Request(
+                id=ident,
+                model="model",
+                prompt=tuple(rng.randrange(vocab) for _ in range(count)),
+                arrival=now,
+                sampling=Sampling(max_tokens=rng.randrange(8, 120), ignore_eos=True, temperature=0.0),
+                objective=SLOW,
+            )
+            engine.submit(Sequence.of(request, 4096))
+            pause = now + rng.expovariate(0.7)
+        if not engine.step():
+            time.sleep(0.005)
+
+
+def _active(engine: EngineCore) -> list[Sequence]:
+    (lane,) = engine.lanes.values()
+    return [*lane.queues.waiting, *lane.queues.running]
+
+
+def _errors(steps: list[Seen], cost: StepCost) -> dict[str, float]:
+    return _spread([abs(one.ms / cost(one.load) - 1) for one in steps])
+
+
+def _by_kind(steps: list[Seen]) -> dict[str, dict[str, float]]:
+    kinds = {
+        "decode alone": [one for one in steps if not one.load.prefill],
+        "prompt alone": [one for one in steps if not one.load.decode],
+        "mixed": [one for one in steps if one.load.prefill and one.load.decode],
+    }
+    return {
+        name: {"steps": len(group), **_spread([abs(one.ms / one.predicted - 1) for one in group])}
+        for name, group in kinds.items()
+        if len(group) > 1
+    }
+
+
+def _spread(errors: list[float]) -> dict[str, float]:
+    return {"p50": round(median(errors), 4), "p90": round(quantiles(errors, n=10)[8], 4)}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--quantise", choices=["int8", "int4"])
+    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--save", type=Path, help="where to keep the fitted cost, as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

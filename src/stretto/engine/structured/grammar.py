@@ -1,0 +1,196 @@
+"""Structured output: what a text must look like -> which tokens may come next, by llguidance.
+
+It owns the translation of a grammar, the limits of compiling and of a step, and a matcher's state. It knows
+no tensor and no request. `structured.sandbox` compiles untrusted grammars first, in a process that may die.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from numpy.typing import NDArray
+
+from stretto.errors import InvalidGrammar
+from stretto.types import Grammar, GrammarKind
+
+# llguidance's own limits let one mask take tens of milliseconds while every stream waits; these, near ten.
+LIMITS = LLParserLimits(
+    max_items_in_row=5_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
+)
+LONGEST: dict[GrammarKind, int] = {"regex": 2**12, "choice": 2**17, "json_schema": 2**17}
+WHITESPACE = r"[ \n\r\t]{1,40}"  # bounded: a lost model would indent until its last token
+REMEMBERED = 32
+
+
+class Matcher:
+    """How far one text has come. Its state is its own, so it outlives preemption; accepting a sequence's
+    output tokens again, in order, rebuilds it.
+
+    `words` is the length of a mask: int32 [words], bit t % 32 of word t // 32 for token t; its tokenizer
+    knows `known` tokens, and the model may have more.
+    """
+
+    def __init__(self, state: LLMatcher, known: int, vocab: int) -> None:
+        self._state = state
+        self._known = _words(known)
+        self.words = max(self._known, _words(vocab))
+
+    def mask_into(self, bits: NDArray[np.int32]) -> None:
+        """Write which tokens may come next into `bits` [words]. EOS is among them where the text may end;
+        none is, when this step is beyond the limits: then `error` says so.
+        """
+        assert bits.shape == (self.words,) and bits.dtype == np.int32 and bits.flags.c_contiguous
+        bits[self._known :] = 0
+        self._state.unsafe_compute_mask_ptr(bits.ctypes.data, self._known * bits.itemsize)
+        if self._state.is_error():
+            bits[:] = 0
+
+    def fork(self) -> Matcher:
+        """A second one that has come as far, and goes on by itself."""
+        return Matcher(self._state.deep_copy(), self._known * 32, self.words * 32)
+
+    def accept(self, token: int) -> bool:
+        """Take a token as the next one; False when the grammar does not allow it or the limits end it."""
+        return self._state.consume_token(token)
+
+    @property
+    def finished(self) -> bool:
+        """Nothing may follow: the text is complete."""
+        return self._state.is_stopped() and not self._state.is_error()
+
+    @property
+    def error(self) -> str | None:
+        """Why the matcher gave up, None while it has not."""
+        if not self._state.is_error():
+            return None
+        return f"the grammar cannot be followed: {reason(self._state.get_error())}"
+
+
+class Grammars:
+    """Compiles grammars over one model's tokens: `vocab` is the width of its logits, and ids beyond its
+    tokenizer's are never allowed.
+
+    The tokenizer is read with the first grammar, since that takes a second for a large one. For one thread.
+    """
+
+    def __init__(self, tokenizer_dir: Path, eos: frozenset[int], vocab: int) -> None:
+        self._path = tokenizer_dir / "tokenizer.json"
+        self._eos = eos
+        self._vocab = vocab
+        self._compiled: dict[Grammar, LLMatcher] = {}
+
+    def compile(self, grammar: Grammar) -> Matcher:
+        """A matcher at the start of a text. Raises InvalidGrammar."""
+        state = self._compiled.pop(grammar, None) or compiled(self._tokenizer, grammar)
+        self._compiled[grammar] = state
+        if len(self._compiled) > REMEMBERED:
+            del self._compiled[next(iter(self._compiled))]
+        return Matcher(state.deep_copy(), self._tokenizer.vocab_size, self._vocab)
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        try:
+            text, ends = self._path.read_text(), sorted(self._eos)
+            try:
+                return LLTokenizer(text, eos_token=ends or None)
+            except ValueError:  # an end that the model knows and its tokenizer does not
+                size = LLTokenizer(text).vocab_size
+                return LLTokenizer(text, eos_token=[token for token in ends if token < size] or None)
+        except (OSError, ValueError) as error:
+            raise InvalidGrammar(f"this model's tokenizer cannot follow a grammar: {error}") from error
+
+
+def _words(tokens: int) -> int:
+    return -(-tokens // 32)
+
+
+def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+    """The start of a text under `grammar`. Raises InvalidGrammar."""
+    try:
+        text = TRANSLATIONS[grammar.kind](_bounded(grammar))
+        state = LLMatcher(tokenizer, text, log_level=0, limits=LIMITS)
+    except ValueError as error:
+        raise InvalidGrammar(f"the {grammar.spoken} does not compile: {reason(str(error))}") from error
+    if state.is_error():
+        raise InvalidGrammar(f"the {grammar.spoken} does not compile: {reason(state.get_error())}")
+    return state
+
+
+def reason(error: str) -> str:
+    """What an error of llguidance says to the author of the grammar, in one line."""
+    line = error.splitlines()[0]
+    found = re.search(r"Unimplemented keys: \[(.*)\]", error)
+    if found:
+        return f"{found[1]} is not supported here"
+    if line.startswith("oneOf constraints"):
+        return "oneOf is supported where its schemas exclude each other; use anyOf"
+    if "recursion limit" in error:
+        return "it is nested too deeply"
+    if "NoExtension" in error:
+        return "no text satisfies it"
+    if re.search(r"Current row has|too many (items|states|expr)|too large|too big|fuel", error):
+        return f"it takes too much work ({line.split('; consider')[0]}); make it simpler"
+    found = re.search(r"lookarounds not supported yet; (\w+)", error)
+    if found:
+        return rf"look-around such as \b, ^ or $ inside it is not supported ({found[1]})"
+    found = re.search(r"regex parse error:\n    (.*)\n    ( *)\^+\nerror: (.*)", error)
+    if found:
+        return f"{found[3]}, at {found[1][len(found[2]) :][:30]!r}"
+    return line
+
+
+def _bounded(grammar: Grammar) -> str:
+    longest = LONGEST.get(grammar.kind, 0)
+    if len(grammar.source) > longest:
+        raise InvalidGrammar(
+            f"the {grammar.spoken} has {len(grammar.source)} characters; at most {longest} are allowed"
+        )
+    return grammar.source
+
+
+def _json_object(_: str) -> str:
+    return _json_schema('{"type": "object"}')
+
+
+def _json_schema(source: str) -> str:
+    # llguidance pastes the text into a document of its own unparsed, so it must be one whole JSON value.
+    schema = parsed(source)
+    if schema is True:
+        source = "{}"
+    elif not isinstance(schema, dict):
+        raise InvalidGrammar("a JSON schema is an object, or true")
+    return LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": WHITESPACE})
+
+
+def _regex(source: str) -> str:
+    # \d is 0-9 as in JSON Schema: no reader of a form expects a model's Thai digits.
+    return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(source, 'd')}/")
+
+
+def _choice(source: str) -> str:
+    choices = parsed(source)
+    if not isinstance(choices, list) or not choices or not all(isinstance(each, str) for each in choices):
+        raise InvalidGrammar("a choice is a JSON list of one or more strings")
+    return _regex("|".join(re.escape(each) for each in choices))
+
+
+def parsed(source: str) -> object:
+    """The JSON value that `source` holds. Raises InvalidGrammar."""
+    try:
+        return msgspec.json.decode(source)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InvalidGrammar(f"it is not JSON: {error}") from error
+
+
+TRANSLATIONS: dict[GrammarKind, Callable[[str], str]] = {
+    "json_object": _json_object,
+    "json_schema": _json_schema,
+    "regex": _regex,
+    "choice": _choice,
+}

@@ -1,0 +1,183 @@
+"""The engine process: loads the models, then runs the loop between its inbox and its outbox until told to
+stop.
+
+Started by `stretto.engine.client` with a socket's address as argument and an `EngineConfig` (JSON) on
+standard input. It ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import msgspec
+import zmq
+
+from stretto.config import EngineConfig, tiers_of
+from stretto.engine import ipc
+from stretto.engine.core import EngineCore
+from stretto.engine.runners.calibrate import known_times
+from stretto.engine.runners.factory import Runners
+from stretto.engine.scheduler.admission import Snapshot, snapshot
+from stretto.engine.scheduler.deadline import SCHEDULES
+from stretto.engine.scheduler.types import Limits, SchedulingContext
+from stretto.engine.sequence import Sequence
+from stretto.engine.structured.grammar import Matcher
+from stretto.errors import StrettoError
+from stretto.hardware import cache_folder
+from stretto.types import Finish, Reason, Request, StepStats, TokenEvent
+
+IDLE_MS = 1000
+COMPILING_MS = 1
+SHOWN_S = 0.02  # between two snapshots of a busy model
+PR_SET_PDEATHSIG = 1
+
+
+class EngineWorker:
+    """One engine and the socket it listens on. Grammars compile in a thread, so that no step waits for
+    one.
+    """
+
+    def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._runners = Runners(config, progress=lambda *done: self._send(ipc.Progress(*done)))
+        self._limits = Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers))
+        self._engine = EngineCore(
+            self._runners.all,
+            limits=self._limits,
+            schedule=SCHEDULES[config.schedule],
+            clock=time.monotonic,
+            emit=self._emit,
+            share=config.prefix_cache,
+        )
+        for lane in self._engine.lanes.values():
+            lane.times = known_times(
+                lane.runner,
+                self._limits,
+                machine=self._runners.machine,
+                folder=cache_folder(config.cache_dir) / "step-times",
+            )
+        for lane in self._engine.lanes.values():
+            speculation = lane.runner.speculation
+            if speculation is not None and (drafter := speculation.drafter) is not None:
+                drafter.times = self._engine.lanes[drafter.model].times
+        self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}
+        self._foresees = config.schedule == "deadline"
+        self._newest: dict[str, int] = {}
+        self._shown: dict[str, float] = {}
+        self._stopped = False
+        self._checked = True
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        self._emit([], None)
+        self._send(ipc.Ready([runner.info for runner in self._runners.all]))
+        while not self._stopped:
+            for message in self._inbox():
+                self._handle(message)
+            self._collect_compiled()
+            if self._engine.step():
+                self._checked = False
+
+    def _inbox(self) -> Iterator[ipc.ToEngine]:
+        """What has arrived; when there is nothing else to do, wait for something to."""
+        if self._engine.idle:
+            waited = self._socket.poll(COMPILING_MS if self._compiling else IDLE_MS)
+            if not waited and not self._compiling and not self._checked:
+                self._engine.check()
+                self._checked = True
+        while self._socket.poll(0):
+            yield ipc.decode_to_engine(self._socket.recv(zmq.NOBLOCK))
+
+    def _handle(self, message: ipc.ToEngine) -> None:
+        match message:
+            case ipc.Submit(request):
+                self._newest[request.model] = request.id
+                grammar = request.sampling.grammar
+                if grammar is None:
+                    self._engine.submit(self._sequence(request))
+                else:
+                    future = self._compilers.submit(self._runners.grammars(request.model).compile, grammar)
+                    self._compiling[request.id] = request, future
+            case ipc.Cancel(ids):
+                for ident in ids:
+                    self._compiling.pop(ident, None)
+                    self._engine.cancel(ident)
+            case ipc.Stop():
+                self._stopped = True
+
+    def _collect_compiled(self) -> None:
+        """Queue the requests whose grammar is ready; end those whose grammar is not one."""
+        for ident, (request, future) in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[ident]
+            try:
+                seq = self._sequence(request)
+                seq.grammar = future.result()
+                self._engine.submit(seq)
+            except StrettoError as error:
+                finish = Finish(Reason.ERROR, len(request.prompt), 0, 0, 0.0, error=error.message)
+                self._emit([TokenEvent(ident, finish=finish)], None)
+
+    def _sequence(self, request: Request) -> Sequence:
+        return Sequence.of(request, self._engine.lanes[request.model].runner.info.context)
+
+    def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        self._send(ipc.Step(events, stats, self._snapshots() if self._foresees else {}))
+
+    def _snapshots(self) -> dict[str, Snapshot]:
+        """What the engine looks like, for each model of which it was said a while ago."""
+        now = time.monotonic()
+        found: dict[str, Snapshot] = {}
+        for name, lane in self._engine.lanes.items():
+            if now >= self._shown.get(name, 0.0) + SHOWN_S or not lane.busy:
+                self._shown[name] = now
+                moment = SchedulingContext(now, lane.times, lane.ledger)
+                found[name] = snapshot(lane.queues, self._limits, moment, self._newest.get(name, 0))
+        return found
+
+    def _send(self, message: ipc.FromEngine) -> None:
+        self._socket.send(ipc.encode(message))
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends, and leave signals to the parent."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the parent process has ended")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def main() -> None:
+    """Run one engine. Exit code 1: it could not start, and said why over the socket."""
+    end_with_parent()
+    logging.basicConfig(format="%(asctime)s engine %(levelname)s %(message)s")
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(sys.argv[1])
+    try:
+        worker = EngineWorker(config, socket)
+    except StrettoError as error:
+        socket.send(ipc.encode(ipc.Failed(error.message)))
+        socket.close(linger=1000)
+        context.term()
+        sys.exit(1)
+    worker.run()
+    socket.close(linger=100)
+    context.term()
+
+
+if __name__ == "__main__":
+    main()

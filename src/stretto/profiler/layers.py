@@ -1,0 +1,142 @@
+"""A decode step taken apart: which kind of layer takes how long, beside the bytes it cannot do without.
+
+The same weights behind a table whose functions keep the time, so the plain path of the decoder is what is
+measured. For the CPU, where a call has ended when it returns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from stretto.kernels import Kernels
+from stretto.kernels.cpu import native
+from stretto.kernels.cpu.weights import pack
+from stretto.models.blocks import Feed, Mixer, Mixture, Mlp
+from stretto.models.decoder import Decoder, DecoderLayer, Weights
+from stretto.profiler.protocol import Part
+
+HEAD, EXPERTS, ATTENTION, NORM = "head", "experts", "attention", "norm"
+# Every function of the table that is not named here is known by the weights it is called with.
+NAMED = {"place": "place", "attend": ATTENTION, "norm": NORM, "add_norm": NORM, "prepare": "prepare"}
+BEYOND_CACHE = (65536, 1024)
+REPETITIONS = 7
+
+
+class Apart:
+    """`decoder` computes what the given one does; meanwhile the time of each part adds up in `seconds`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._clock = time.perf_counter
+        self._depth = 0
+        self._names = _weights_by_name(decoder.weights)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.bytes = _bytes_by_name(decoder.weights)
+        kernels = self._watched(decoder.kernels)
+        weights = replace(
+            decoder.weights, layers=[_with_kernels(layer, kernels) for layer in decoder.weights.layers]
+        )
+        self.decoder = Decoder(decoder.spec, kernels, weights)
+        self.decoder.kv_dtype = decoder.kv_dtype
+        self._token_bytes = decoder.cache_bytes_per_block(1)
+
+    def parts(self, steps: int, context: int) -> list[Part]:
+        """What a step took on average of `steps`, whose sequences read `context` keys together."""
+        read = self.bytes | {ATTENTION: context * self._token_bytes}
+        return [
+            Part(layer=name, bytes=read.get(name, 0), ms=seconds / steps * 1e3)
+            for name, seconds in self.seconds.items()
+        ]
+
+    def _watched(self, kernels: Kernels) -> Kernels:
+        kernels = replace(kernels, compile=None)
+        names = [entry.name for entry in fields(kernels) if callable(getattr(kernels, entry.name))]
+        timed = {name: self._timed(name, getattr(kernels, name)) for name in names if "pack" not in name}
+        return replace(kernels, **timed)
+
+    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the table may call another: the time is the outer one's."""
+
+        def timed(*arguments: Any) -> Any:
+            self._depth += 1
+            start = self._clock()
+            try:
+                return call(*arguments)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.seconds[self._part(name, arguments)] += self._clock() - start
+
+        return timed
+
+    def _part(self, name: str, arguments: tuple[Any, ...]) -> str:
+        if name in NAMED:
+            return NAMED[name]
+        known = (self._names.get(id(argument)) for argument in arguments)
+        return next((part for part in known if part is not None), name)
+
+
+def bandwidth() -> float:
+    """Bytes per second of reading 256 MB once, with the threads that compute: one row times float32 weights,
+    where only the reading counts; a sum where there are no C kernels."""
+    weights = torch.zeros(BEYOND_CACHE)
+    library = native.load()
+    if library is None:
+        return weights.nbytes / _best(weights.sum)
+    packed, row = pack(library, weights, None, "float32"), torch.ones(1, BEYOND_CACHE[1])
+    out = torch.empty(1, BEYOND_CACHE[0])
+    arguments = (packed.address, row.data_ptr(), out.data_ptr(), 1, native.F32)
+    return packed.nbytes / _best(lambda: library.linear(*arguments))
+
+
+def _best(call: Callable[[], object]) -> float:
+    seconds: list[float] = []
+    for _ in range(REPETITIONS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _named(weights: Weights) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = [(HEAD, weights.head)]
+    for layer in weights.layers:
+        found += [("qkv", layer.mixer.qkv), ("out", layer.mixer.out)]
+        match layer.feed:
+            case Mlp(gate_up=gate_up, down=down):
+                found += [("gate_up", gate_up), ("down", down)]
+            case Mixture(router=router, experts=experts):
+                found += [("router", router), (EXPERTS, experts)]
+            case _:
+                pass
+    return found
+
+
+def _weights_by_name(weights: Weights) -> dict[int, str]:
+    return {id(packed): name for name, packed in _named(weights)}
+
+
+def _bytes_by_name(weights: Weights) -> dict[str, int]:
+    """Of experts all are counted, though a step reads those its tokens chose."""
+    total: dict[str, int] = defaultdict(int)
+    for name, packed in _named(weights):
+        total[name] += packed.nbytes
+    return dict(total)
+
+
+def _with_kernels(layer: DecoderLayer, kernels: Kernels) -> DecoderLayer:
+    mixer: Mixer = replace(layer.mixer, kernels=kernels)
+    feed: Feed = layer.feed
+    if isinstance(feed, Mlp | Mixture):
+        feed = replace(feed, kernels=kernels)
+    return DecoderLayer(
+        mixer=mixer,
+        to_feed=replace(layer.to_feed, kernels=kernels),
+        feed=feed,
+        onward=replace(layer.onward, kernels=kernels),
+    )

@@ -1,0 +1,67 @@
+"""What torch and a checkpoint's headers say: `python -m stretto.profiler.probe [DIRECTORY]`, as JSON.
+
+Run as a process of its own by `stretto doctor`, which never imports torch. It reads no weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from math import prod
+from pathlib import Path
+
+import msgspec
+import torch
+
+from stretto.errors import CheckpointError
+from stretto.hardware import Gpu, Probed, Stored
+from stretto.kernels.choice import choose_kernels
+from stretto.models import families
+from stretto.models.checkpoint import Checkpoint
+
+
+def stored(path: Path) -> Stored:
+    """Raises CheckpointError for a directory that holds no model Stretto runs."""
+    spec = families.read(path)
+    with Checkpoint(path) as checkpoint:
+        parameters = sum(prod(entry.shape) for entry in checkpoint.entries.values())
+        nbytes = checkpoint.nbytes
+    return Stored(
+        family=spec.family,
+        dtype=spec.dtype,
+        context=spec.context,
+        vocab=spec.vocab,
+        parameters=parameters,
+        token_elements=2 * len(spec.layers) * spec.kv_heads * spec.head_dim,
+        token_rows=2 * len(spec.layers) * spec.kv_heads,
+        bytes=nbytes,
+    )
+
+
+def main() -> None:
+    """Print what is found; a checkpoint that cannot be read is a finding too."""
+    cuda = torch.cuda.is_available()
+    gpus: list[Gpu] = []
+    for device in range(torch.cuda.device_count() if cuda else 0):
+        free, total = torch.cuda.mem_get_info(device)
+        gpus.append(Gpu(torch.cuda.get_device_name(device), total, free))
+    found, error = None, None
+    if len(sys.argv) > 1:
+        try:
+            found = stored(Path(sys.argv[1]))
+        except CheckpointError as failure:
+            error = failure.message
+    kernels, why = choose_kernels(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
+    probed = Probed(
+        cuda=cuda,
+        isa=torch.backends.cpu.get_cpu_capability(),
+        kernels=kernels.name,
+        kernels_why=why,
+        gpus=tuple(gpus),
+        stored=found,
+        error=error,
+    )
+    sys.stdout.buffer.write(msgspec.json.encode(probed))
+
+
+if __name__ == "__main__":
+    main()

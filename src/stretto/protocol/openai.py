@@ -1,0 +1,454 @@
+"""OpenAI's wire format, as Stretto speaks it: what a client may send, and what it gets back.
+
+Every field is implemented or refused: an unknown one is an error, and a known one that only makes sense with
+something Stretto does not do is typed `None`, so that null passes and a value does not. It knows no engine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Natural = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+StopString = Annotated[str, Meta(min_length=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
+ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_\-]{1,64}$", min_length=1, max_length=64)]
+Empty = Annotated[list[Any], Meta(max_length=0)]
+MetadataKey = Annotated[str, Meta(max_length=64)]
+MetadataValue = Annotated[str, Meta(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=16)]
+Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
+
+
+class Wire(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a client sends. A field left out and a field that is null mean the same."""
+
+
+# Messages
+
+
+class TextPart(Wire, frozen=True, kw_only=True, tag_field="type", tag="text"):
+    text: str
+
+
+class RefusalPart(Wire, frozen=True, kw_only=True, tag_field="type", tag="refusal"):
+    refusal: str
+
+
+class CalledFunction(Wire, frozen=True, kw_only=True):
+    """`arguments` is a JSON object written as a string, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Wire, frozen=True, kw_only=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
+class SystemMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="system"):
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class DeveloperMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="developer"):
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class UserMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="user"):
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class AssistantMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="assistant"):
+    """An earlier answer. Every field that a response carries may come back in the next request."""
+
+    content: str | list[TextPart | RefusalPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    annotations: Empty | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class ToolMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="tool"):
+    content: str | list[TextPart]
+    tool_call_id: str
+    name: str | None = None
+
+
+Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+# Options
+
+
+class Function(Wire, frozen=True, kw_only=True):
+    """`parameters` is a JSON schema. `strict` needs a `tool_choice` that forces a call."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Wire, frozen=True, kw_only=True):
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(Wire, frozen=True, kw_only=True):
+    name: str
+
+
+class ChosenTool(Wire, frozen=True, kw_only=True):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class StreamOptions(Wire, frozen=True, kw_only=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class TextFormat(Wire, frozen=True, kw_only=True, tag_field="type", tag="text"):
+    pass
+
+
+class JsonObjectFormat(Wire, frozen=True, kw_only=True, tag_field="type", tag="json_object"):
+    pass
+
+
+class NamedSchema(Wire, frozen=True, kw_only=True):
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Wire, frozen=True, kw_only=True, tag_field="type", tag="json_schema"):
+    json_schema: NamedSchema
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
+
+
+class StructuredOutputs(Wire, frozen=True, kw_only=True):
+    """vLLM's spelling of what `response_format` cannot say. Exactly one of the fields."""
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[StopString], Meta(min_length=1)] | None = None
+
+
+class AskedObjective(Wire, frozen=True, kw_only=True):
+    """Latency that the answer should keep; what is left out is the tier's. Milliseconds, a day at most."""
+
+    ttft_ms: Milliseconds | None = None
+    itl_ms: Milliseconds | None = None
+    total_ms: Milliseconds | None = None
+    min_quality: None = None
+    on_miss: Literal["degrade", "reject", "late"] | None = None
+
+
+class AskedTotal(Wire, frozen=True, kw_only=True):
+    """What an embedding may ask: it has no stream of tokens."""
+
+    total_ms: Milliseconds | None = None
+
+
+# Requests
+
+
+class Generation(Wire, frozen=True, kw_only=True):
+    """What chat and plain completions share. `top_k` of 0 or -1 means no limit, as in vLLM.
+
+    `user`, `safety_identifier`, `prompt_cache_key` and `cache_salt` separate the prefix cache: requests share
+    computed prompts only when all four are equal. `metadata` comes back with the answer, and is kept nowhere.
+    """
+
+    model: str | None = None
+    max_tokens: Positive | None = None
+    min_tokens: Natural | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Positive | None = None
+    stop: StopString | list[StopString] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    logit_bias: dict[int, Bias] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    service_tier: Literal["auto", "default", "priority", "flex"] | None = None
+    objective: AskedObjective | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    cache_salt: str | None = None
+    metadata: Metadata | None = None
+    store: bool | None = None
+
+
+class ChatRequest(Generation, frozen=True, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    prediction: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+class CompletionRequest(Generation, frozen=True, kw_only=True):
+    """A prompt is a text, token ids, or a list of either; ids are the model's own, special ones included."""
+
+    prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    echo: bool | None = None
+    logprobs: TopLogprobs | None = None
+    best_of: Positive | None = None
+    suffix: None = None
+
+
+class EmbeddingRequest(Wire, frozen=True, kw_only=True):
+    input: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Positive | None = None
+    user: str | None = None
+    cache_salt: str | None = None
+    objective: AskedTotal | None = None
+
+
+# Responses
+
+
+class CachedTokens(Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class AnswerReport(Struct, frozen=True, kw_only=True):
+    """Stretto's own account of an answer. What is not known, or was not asked for, is null.
+
+    `rung` is the variant of the model that answered; `on_time`: every token was here by its due. Times are
+    milliseconds seen by the HTTP front, but `queue_ms`, which the engine measures from arrival to the
+    sequence's first step.
+    """
+
+    rung: str
+    on_time: bool | None = None
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+    itl_p99_ms: float | None = None
+    cached_tokens: int | None = None
+    energy_j: float | None = None
+    energy_source: str | None = None
+
+
+class TopLogprob(Struct, frozen=True):
+    """`bytes` are those of the token alone, which need not be whole characters."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob, frozen=True):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    content: list[TokenLogprob]
+
+
+class TextLogprobs(Struct, frozen=True):
+    """Parallel lists, one entry per token. `text_offset` counts characters of the choice's text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class FunctionDelta(Struct, frozen=True, omit_defaults=True):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct, frozen=True, kw_only=True):
+    """A piece of a call. The first of each index has the id and the name; the arguments follow in pieces."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
+class Delta(Struct, frozen=True, kw_only=True, gc=False):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "deadline"]
+
+
+class ChunkChoice(Struct, frozen=True, kw_only=True):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(Struct, frozen=True, kw_only=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    service_tier: str | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
+    stretto: AnswerReport | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType = UNSET
+
+
+class MadeCall(Struct, frozen=True, kw_only=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
+class AnswerMessage(Struct, frozen=True, kw_only=True):
+    content: str | None
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[MadeCall] | UnsetType = UNSET
+
+
+class ChatChoice(Struct, frozen=True, kw_only=True):
+    index: int
+    message: AnswerMessage
+    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(Struct, frozen=True, kw_only=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    stretto: AnswerReport
+    metadata: dict[str, str] | UnsetType = UNSET
+    object: Literal["chat.completion"] = "chat.completion"
+    service_tier: str | UnsetType = UNSET
+
+
+class TextChoice(Struct, frozen=True, kw_only=True):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class TextCompletion(Struct, frozen=True, kw_only=True):
+    """Whole, or one chunk of a stream: then `usage` and `stretto` come at the end alone."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    object: Literal["text_completion"] = "text_completion"
+    service_tier: str | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
+    stretto: AnswerReport | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType = UNSET
+
+
+class Embedding(Struct, frozen=True, kw_only=True):
+    """`embedding` is a list of numbers, or the base64 of little-endian 32-bit floats."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingUsage(Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Struct, frozen=True, kw_only=True):
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
+
+
+class ModelCard(Struct, frozen=True, kw_only=True):
+    """`max_model_len` is the context in tokens, spelled as vLLM spells it; null until the engine is ready."""
+
+    id: str
+    created: int
+    object: Literal["model"] = "model"
+    owned_by: Literal["stretto"] = "stretto"
+    max_model_len: int | None = None
+
+
+class ModelList(Struct, frozen=True, kw_only=True):
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
+
+
+class ErrorDetail(Struct, frozen=True, kw_only=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Struct, frozen=True):
+    error: ErrorDetail
+
+
+class Status(Struct, frozen=True):
+    """What `/health` and `/ready` say when all is well."""
+
+    status: Literal["ok", "ready"] = field(default="ok")

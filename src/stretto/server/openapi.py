@@ -1,0 +1,150 @@
+"""The OpenAPI document, made from the types that requests are parsed into and answers are written from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from msgspec import json
+
+from stretto.protocol.openai import (
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingList,
+    EmbeddingRequest,
+    ErrorBody,
+    ModelCard,
+    ModelList,
+    Status,
+    TextCompletion,
+)
+from stretto.telemetry.live import Live
+from stretto.types import WorkerState
+
+ERRORS = {
+    400: "The request is malformed, out of range or not supported; `param` is the path of the field.",
+    401: "No API key, or an unknown one.",
+    404: "No model of that name is held here.",
+    413: "The body is too large.",
+    500: "A bug, or a request that the engine could not finish.",
+    503: "Not now: the objective cannot be met, the queue is full, the engine is starting, or the server is "
+    "shutting down.",
+}
+RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
+PREFIX = "#/components/schemas/"
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    path: str
+    method: str
+    summary: str
+    errors: tuple[int, ...]
+    request: type | None = None
+    response: type | None = None
+    chunk: type | None = None
+    media: tuple[str, ...] = ()
+
+
+WORK = (400, 401, 404, 413, 500, 503)
+ROUTES = (
+    _Route(
+        "/v1/chat/completions", "post", "Answer a conversation.", WORK, ChatRequest, ChatCompletion, ChatChunk
+    ),
+    _Route(
+        "/v1/completions", "post", "Continue a text.", WORK, CompletionRequest, TextCompletion, TextCompletion
+    ),
+    _Route("/v1/embeddings", "post", "Turn texts into vectors.", WORK, EmbeddingRequest, EmbeddingList),
+    _Route("/v1/models", "get", "The models held here.", (401,), response=ModelList),
+    _Route("/v1/models/{name}", "get", "One model.", (401, 404), response=ModelCard),
+    _Route("/health", "get", "Whether the process lives.", (), response=Status),
+    _Route("/ready", "get", "Whether requests are taken.", (503,), response=Status),
+    _Route("/state", "get", "The worker's state.", (401,), response=WorkerState),
+    _Route("/live", "get", "What happens now, twice a second.", (401,), chunk=Live),
+    _Route("/metrics", "get", "Metrics for Prometheus.", (), media=("text/plain",)),
+    _Route("/openapi.json", "get", "This document.", ()),
+    _Route("/", "get", "A page to try the server on.", (), media=("text/html",)),
+)
+
+
+@cache
+def document() -> dict[str, Any]:
+    """OpenAPI 3.1."""
+    types = [part for route in ROUTES for part in (route.request, route.response, route.chunk) if part]
+    _, components = json.schema_components([*types, ErrorBody], ref_template=PREFIX + "{name}")
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Stretto",
+            "version": _version(),
+            "summary": "A real-time LLM server that speaks OpenAI's API.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        # A key is asked for only where the server was started with keys.
+        "security": [{}, {"key": []}],
+    }
+
+
+def _operation(route: _Route) -> dict[str, Any]:
+    content: dict[str, Any] = {media: {"schema": {"type": "string"}} for media in route.media}
+    if route.chunk is not None:
+        content["text/event-stream"] = {"schema": _event(route.chunk)}
+    if route.path == "/openapi.json":
+        content["application/json"] = {"schema": {"type": "object"}}
+    if route.response is not None:
+        content["application/json"] = {"schema": {"$ref": PREFIX + route.response.__name__}}
+    responses: dict[str, Any] = {"200": {"description": "It worked.", "content": content}}
+    for status in route.errors:
+        error: dict[str, Any] = {
+            "description": ERRORS[status],
+            "content": {"application/json": {"schema": {"$ref": PREFIX + ErrorBody.__name__}}},
+        }
+        responses[str(status)] = error | ({"headers": RETRY} if status == 503 else {})
+    operation: dict[str, Any] = {
+        "operationId": route.method + "".join(part.title() for part in _words(route.path)),
+        "summary": route.summary,
+        "responses": responses,
+    }
+    if route.request is not None:
+        schema = {"$ref": PREFIX + route.request.__name__}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if "{name}" in route.path:
+        operation["parameters"] = [
+            {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        ]
+    return operation
+
+
+def _event(chunk: type) -> dict[str, Any]:
+    """One server-sent event. OpenAPI 3.1 cannot say what its text holds, so the description does."""
+    ends = "; at the end [DONE], or the JSON of an ErrorBody" if chunk is not Live else ""
+    says = f"The JSON of a {chunk.__name__}{ends}."
+    return {
+        "type": "object",
+        "properties": {"data": {"type": "string", "description": says}},
+        "required": ["data"],
+    }
+
+
+def _words(path: str) -> list[str]:
+    return [word for word in path.replace("{", "").replace("}", "").replace(".", "/").split("/") if word] or [
+        "page"
+    ]
+
+
+def _version() -> str:
+    try:
+        return version("stretto")
+    except PackageNotFoundError:
+        return "unknown"

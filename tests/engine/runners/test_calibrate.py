@@ -1,0 +1,195 @@
+"""Step times before the first request: measured on the runner, within a budget, kept for the next start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import msgspec
+import pytest
+
+from stretto.engine.runners import calibrate as calibration
+from stretto.engine.runners.calibrate import (
+    BUDGET_MS,
+    PROBES,
+    Bench,
+    Probe,
+    calibrate,
+    fits,
+    known_times,
+    load,
+    save,
+)
+from stretto.engine.runners.null import NullPending, NullRunner, VirtualClock, null_info
+from stretto.engine.scheduler.types import Limits, Plan
+from stretto.engine.sequence import Drawn
+from stretto.engine.step_time import UNKNOWN, StepCost, StepLoad, StepTime
+from stretto.simulator.replay import SMALL_CPU
+from stretto.types import ModelInfo
+
+MACHINE = {"machine": "two cores", "checkpoint": "small"}
+LIMITS = Limits(64, 512)
+
+
+class Metered:
+    """A runner that only counts what it is asked for, and may fail."""
+
+    def __init__(self, info: ModelInfo, *, failing: bool = False) -> None:
+        self.info = info
+        self.eos: frozenset[int] = frozenset()
+        self.depth = 1
+        self.plans: list[Plan] = []
+        self.erased: list[int] = []
+        self._failing = failing
+
+    def launch(self, plan: Plan) -> NullPending:
+        if self._failing:
+            raise RuntimeError("no memory")
+        self.plans.append(plan)
+        return NullPending([Drawn(1)] * len(plan.rows))
+
+    def erase(self, blocks: list[int]) -> None:
+        self.erased += blocks
+
+
+def metered(tmp_path: Path, *, failing: bool = False, context: int = 8192, blocks: int = 4096) -> Metered:
+    info = null_info(context=context, blocks=blocks)
+    return Metered(msgspec.structs.replace(info, path=str(tmp_path)), failing=failing)
+
+
+def test_calibration_finds_the_machine_and_keeps_to_its_budget():
+    rng, ran = Random(6), list[Probe]()
+    spent = 0.0
+
+    def run(probe: Probe) -> float:
+        nonlocal spent
+        ran.append(probe)
+        ms = SMALL_CPU(probe.load) * rng.lognormvariate(0.0, 0.03)
+        spent += ms
+        return ms
+
+    model = calibrate(run)
+    assert spent <= BUDGET_MS * 1.05 and len(set(ran)) >= len(PROBES) - 3
+    for seen in (StepLoad(8, 64, 8000, 64 * 300.0), StepLoad(1, 0, 300, 0.0), StepLoad(0, 90, 0, 4050.0)):
+        assert model.cost(seen) == pytest.approx(SMALL_CPU(seen), rel=0.1)
+    assert 0 < model.error < 0.1
+
+
+def test_a_noisy_neighbour_does_not_spoil_a_calibration():
+    quick, rng = StepCost(base=3.0, per_decode=0.5, per_prefill=0.2, per_key=1e-3, per_pair=1e-6), Random(2)
+
+    def run(probe: Probe) -> float:
+        return quick(probe.load) * (rng.uniform(2.0, 8.0) if rng.random() < 0.3 else 1.0)
+
+    model = calibrate(run)
+    for seen in (StepLoad(8, 64, 8000, 64 * 300.0), StepLoad(1, 0, 300, 0.0), StepLoad(0, 90, 0, 4050.0)):
+        assert model.cost(seen) == pytest.approx(quick(seen), rel=0.15)
+
+
+def test_calibration_of_a_machine_too_slow_for_all_probes():
+    slow = StepCost(base=300.0, per_decode=40.0, per_prefill=60.0)
+    model = calibrate(lambda probe: slow(probe.load))
+    assert model.cost(StepLoad(1, 0, 100, 0.0)) == pytest.approx(340.0, rel=0.1)
+
+
+def test_every_probe_is_a_step_that_a_runner_can_run(tmp_path: Path):
+    runner = metered(tmp_path)
+    bench = Bench(runner, LIMITS)
+    for probe in PROBES:
+        bench.run(probe)
+        plan = runner.plans[-1]
+        assert plan.load == probe.load
+        for row in plan.rows:
+            assert len(row.seq.tokens) == row.start + row.count
+            assert len(row.seq.blocks) * runner.info.block_size >= len(row.seq.tokens)
+            assert {*row.seq.blocks} <= {*runner.erased}
+        assert len({row.seq.slot for row in plan.rows}) == len(plan.rows)
+    again = runner.plans[0].rows[0].seq
+    bench.run(PROBES[0])
+    assert runner.plans[-1].rows[0].seq is again
+
+
+def test_a_small_model_is_asked_only_for_steps_it_can_run(tmp_path: Path):
+    runner, limits = metered(tmp_path, context=200, blocks=8), Limits(4, 64)
+    known_times(runner, limits, machine="small", folder=tmp_path)
+    assert runner.plans and {
+        block for plan in runner.plans for row in plan.rows for block in row.seq.blocks
+    } <= {*range(8)}
+    for plan in runner.plans:
+        assert len(plan.rows) <= 4 and plan.decode_tokens + plan.prefill_tokens <= 64
+        assert all(row.start + row.count <= 128 for row in plan.rows)
+    assert not fits(Probe(8, 16), runner, limits) and fits(Probe(4, 16), runner, limits)
+
+
+def test_it_is_measured_once_for_a_machine_and_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Bench, "run", lambda self, probe: self._plan(probe) and SMALL_CPU(probe.load))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"12")
+    folder, measured = tmp_path / "kept", list[StepCost]()
+    calibrated = calibration.calibrate
+
+    def counting(*args: object) -> StepTime:
+        measured.append(UNKNOWN)
+        return calibrated(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(calibration, "calibrate", counting)
+    first = known_times(metered(tmp_path), LIMITS, machine="one", folder=folder)
+    again = known_times(metered(tmp_path), LIMITS, machine="one", folder=folder)
+    assert len(measured) == 1 and first.cost == again.cost and first.error == again.error
+    known_times(metered(tmp_path), LIMITS, machine="another", folder=folder)
+    assert len(measured) == 2
+    weights.write_bytes(b"123")
+    known_times(metered(tmp_path), LIMITS, machine="one", folder=folder)
+    assert len(measured) == 3
+
+
+def test_a_disturbed_measurement_is_used_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flat = StepCost(base=80.0, per_prefill=20.0)  # decodes that cost nothing: no machine is like that
+    monkeypatch.setattr(Bench, "run", lambda self, probe: flat(probe.load))
+    times = known_times(metered(tmp_path), LIMITS, machine="one", folder=tmp_path)
+    assert times.cost(StepLoad(0, 96, 0, 96 * 48.0)) == pytest.approx(2000.0, rel=0.05)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_folder_that_takes_nothing_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    model, blocked = StepTime(SMALL_CPU), tmp_path / "file"
+    blocked.write_text("in the way")
+    save(model, blocked / "steptime.json", **MACHINE)
+    assert "not kept" in caplog.text
+
+
+def test_a_failing_step_leaves_a_guess(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    times = known_times(metered(tmp_path, failing=True), LIMITS, machine="one", folder=tmp_path)
+    assert times.cost == UNKNOWN and "no memory" in caplog.text
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_null_model_says_what_it_takes(tmp_path: Path):
+    clock = VirtualClock()
+    runner = NullRunner(null_info(), cost=StepCost(base=20.0), sleep=clock.sleep)
+    assert known_times(runner, LIMITS, machine="one", folder=tmp_path).cost == StepCost(base=20.0)
+    assert clock() == 0.0
+    free = known_times(NullRunner(null_info(), sleep=clock.sleep), LIMITS, machine="one", folder=tmp_path)
+    assert 0 < free.cost.base < 0.1
+    for _ in range(50):
+        free.observe(StepLoad(8, 0, 100, 0.0), 0.4)
+    assert free.cost(StepLoad(8, 0, 100, 0.0)) == pytest.approx(0.4, rel=0.1)
+
+
+def test_it_is_kept_for_its_machine_and_checkpoint_alone(tmp_path: Path):
+    path = tmp_path / "steptime.json"
+    assert load(path, **MACHINE) is None
+    model = StepTime(SMALL_CPU, [0.02, 0.04])
+    save(model, path, **MACHINE)
+    again = load(path, **MACHINE)
+    assert again is not None and again.cost == SMALL_CPU and list(again.errors) == [0.02, 0.04]
+    assert load(path, machine="other", checkpoint="small") is None
+    assert load(path, machine="two cores", checkpoint="large") is None
+    broken = json.loads(path.read_text())
+    broken["cost"]["base"] = -1.0
+    path.write_text(json.dumps(broken))
+    assert load(path, **MACHINE) is None
+    path.write_text("{")
+    assert load(path, **MACHINE) is None
+    assert [entry.name for entry in tmp_path.iterdir()] == ["steptime.json"]

@@ -1,0 +1,253 @@
+"""The whole engine one step ahead of the host: every family, on a GPU; in Triton's interpreter where there is
+none, where graphs are run instead of replayed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from stretto.config import EngineConfig, ModelConfig
+from stretto.engine.core import EngineCore
+from stretto.engine.runners.factory import Runners
+from stretto.engine.scheduler.fcfs import fcfs
+from stretto.engine.scheduler.types import Limits
+from stretto.engine.sequence import Sequence
+from stretto.kernels import Batch
+from stretto.models.decoder import Decoder
+from stretto.models.load import load
+from stretto.types import ModelInfo, Reason, Request, Sampling, StepStats, TokenEvent
+from tests.kernels.cuda import DEVICE, GPU
+from tests.models.checkpoints import FAMILIES, VOCAB, expected, make
+from tests.models.stepping import Driver, Text
+
+from stretto.engine.runners import cuda  # isort: skip
+from stretto.kernels.cuda.table import table  # isort: skip
+
+pytestmark = [pytest.mark.cuda] if GPU else []
+BLOCK, OUTPUT = 4, 8 if GPU else 3
+PROMPTS = [
+    [3 + (7 * i * k + k) % (VOCAB - 3) for i in range(length)]
+    for k, length in enumerate((5, 23, 1, 40, 12) if GPU else (5, 9, 1), 1)
+]
+# All of them are asked where rounding would otherwise choose between two that are nearly as good.
+EXPERTS = {"mixtral": 4, "qwen3_moe": 6}
+# The interpreter takes seconds for what a GPU does at once: there, one of each kind of block.
+CHOSEN = FAMILIES if GPU else ["qwen3", "mixtral"]
+LAYERS = {} if GPU else {"num_hidden_layers": 1}
+
+
+class Instant:
+    """An event of a device that has done everything when it is asked."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Interpreted(cuda.CudaRunner):
+    """Without a GPU every step is run, none replayed."""
+
+    def _capture(self, captured: cuda.Captured) -> None: ...
+
+
+class Far(Driver):
+    """Batches go to the device."""
+
+    def batch(self, work: list[tuple[Text, int]], outputs: list[int] | None = None) -> Batch:
+        made = super().batch(work, outputs)
+        values = {field.name: getattr(made, field.name) for field in fields(made)}
+        return Batch(**{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+class Bench:
+    """One decoder behind a fresh engine for each run."""
+
+    def __init__(self, path: Path) -> None:
+        self.decoder: Decoder = load(path, dtype=torch.float32, device=DEVICE, kernels=table(DEVICE))
+        self.events: list[TokenEvent] = []
+        self.steps: list[StepStats] = []
+
+    def engine(self, *, blocks: int = 256, step_tokens: int = 512, eos: int = -1) -> EngineCore:
+        info = ModelInfo(
+            name="m", path="", family="", dtype="", device=str(DEVICE), context=blocks * BLOCK,
+            vocab=VOCAB, parameters=0, weight_bytes=0, kv_bytes=0, load_s=0, block_size=BLOCK, blocks=blocks,
+        )  # fmt: skip
+        kind = cuda.CudaRunner if GPU else Interpreted
+        runner = kind(self.decoder, info, eos=frozenset({eos}), max_running=6)
+        self.events, self.steps = [], []
+        return EngineCore(
+            [runner], limits=Limits(6, step_tokens), schedule=fcfs, clock=time.monotonic, emit=self._heard
+        )
+
+    def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        self.events += events
+        self.steps += [] if stats is None else [stats]
+
+    def run(self, engine: EngineCore, prompts: list[list[int]], *asked: dict[str, object]) -> list[list[int]]:
+        """What each prompt is answered when all are sent at once."""
+        self.events.clear()
+        for ident, prompt in enumerate(prompts):
+            chosen = asked[ident % len(asked)] if asked else {}
+            sampling = Sampling(**{"max_tokens": OUTPUT, "temperature": 0.0, **chosen})  # type: ignore[arg-type]
+            request = Request(id=ident, model="m", prompt=tuple(prompt), arrival=0.0, sampling=sampling)
+            engine.submit(Sequence.of(request, engine.lanes["m"].runner.info.context))
+        while engine.step() or not engine.idle:
+            engine.check()
+        tokens: list[list[int]] = [[] for _ in prompts]
+        for event in self.events:
+            if event.token is not None:
+                tokens[event.id].append(event.token)
+        return tokens
+
+
+@pytest.fixture(autouse=True)
+def events(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU:
+        monkeypatch.setattr(torch.cuda, "Event", Instant)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    path = tmp_path_factory.mktemp("llama")
+    make("llama", path, **LAYERS)
+    return Bench(path)
+
+
+@pytest.mark.parametrize("family", CHOSEN)
+def test_logits(family: str, tmp_path: Path) -> None:
+    """In the dtype that a GPU serves in, against float32 over the same weights: whole, in chunks, decoded.
+    The weights are small enough that plain torch in bfloat16 stays within the tolerance, too."""
+    dtype, tolerance = (torch.bfloat16, 2e-2) if GPU else (torch.float32, 1e-4)
+    every = {"num_experts_per_tok": EXPERTS[family]} if family in EXPERTS else {}
+    model = make(family, tmp_path, dtype=dtype, initializer_range=0.06, **every, **LAYERS)
+    decoder = load(tmp_path, dtype=dtype, device=DEVICE, kernels=table(DEVICE))
+    tokens = [3 + 7919 * i % (VOCAB - 3) for i in range(50 if GPU else 14)]
+    wanted = expected(model, tokens)
+    for chunk in (len(tokens), 9, 1) if GPU else (13,):
+        found = Far(decoder).read(tokens, chunk).cpu()
+        assert torch.isfinite(found).all()
+        assert (found - wanted).norm() / wanted.norm() <= tolerance
+
+
+@pytest.mark.parametrize("family", CHOSEN if GPU else [])
+def test_greedy_tokens_are_the_references_whatever_else_happens(family: str, tmp_path: Path) -> None:
+    model = make(family, tmp_path)
+    made = Bench(tmp_path)
+    alone = [made.run(made.engine(), [prompt])[0] for prompt in PROMPTS]
+    for prompt, answer in zip(PROMPTS, alone, strict=True):
+        logits = expected(model, prompt + answer)
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+    assert made.run(made.engine(), PROMPTS) == alone
+    assert made.run(made.engine(step_tokens=7), PROMPTS) == alone
+    engine = made.engine()
+    assert made.run(engine, PROMPTS) == made.run(engine, PROMPTS) == alone
+    assert made.run(made.engine(blocks=20, step_tokens=16), PROMPTS) == alone
+    assert sum(step.preempted for step in made.steps) > 0
+
+
+def test_answers_do_not_depend_on_company(bench: Bench) -> None:
+    """Greedy, drawn on the device, and drawn by the host, in one batch and alone; blocks that run out."""
+    asked: list[dict[str, object]] = [
+        {"temperature": 1.3, "top_p": 0.9, "seed": 11},
+        {"repetition_penalty": 1.5, "logprobs": 2},
+        {},
+        {"temperature": 0.8, "top_k": 20, "seed": 5},
+        {"min_tokens": 2, "temperature": 1.0, "seed": 3},
+    ]
+    alone = [bench.run(bench.engine(), [p], asked[i])[0] for i, p in enumerate(PROMPTS)]
+    assert all(len(answer) == OUTPUT for answer in alone)
+    assert bench.run(bench.engine(), PROMPTS, *asked[: len(PROMPTS)]) == alone
+    reported = [event for event in bench.events if event.logprobs is not None]
+    assert len(reported) == OUTPUT and all(event.id == 1 for event in reported)
+    if GPU:
+        assert bench.run(bench.engine(blocks=20, step_tokens=7), PROMPTS, *asked) == alone
+
+
+PENALISED: list[dict[str, object]] = [
+    {"repetition_penalty": 1.8, "ignore_eos": True},
+    {"frequency_penalty": 0.9, "presence_penalty": 0.4, "ignore_eos": True},
+    {"repetition_penalty": 0.6, "temperature": 0.9, "seed": 4, "ignore_eos": True},
+]
+
+
+def test_penalties_on_the_device_are_the_hosts(bench: Bench) -> None:
+    """Reporting makes the host draw; blocks that run out make histories start again."""
+    wanted = [
+        bench.run(bench.engine(), [p], a | {"logprobs": 0})[0]
+        for p, a in zip(PROMPTS, PENALISED, strict=False)
+    ]
+    assert bench.run(bench.engine(), PROMPTS[: len(PENALISED)], *PENALISED) == wanted
+    if GPU:
+        assert bench.run(bench.engine(blocks=20, step_tokens=7), PROMPTS[:3], *PENALISED) == wanted
+
+
+def test_a_step_is_launched_before_the_last_one_is_read(bench: Bench) -> None:
+    engine = bench.engine()
+    runner = engine.lanes["m"].runner
+    calls: list[str] = []
+    launch, wait = runner.launch, cuda.Launched.wait
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "launch", lambda plan: (calls.append("launch"), launch(plan))[1])
+        patch.setattr(cuda.Launched, "wait", lambda self: (calls.append("wait"), wait(self))[1])
+        bench.run(engine, PROMPTS[:1])
+        assert calls == ["launch", *["launch", "wait"] * (OUTPUT - 1), "wait"]
+        calls.clear()
+        bench.run(engine, PROMPTS[:1], {"frequency_penalty": 0.5})
+        assert calls == ["launch", *["launch", "wait"] * (OUTPUT - 1), "wait"], "its history is on the device"
+        calls.clear()
+        bench.run(engine, PROMPTS[:1], {"logprobs": 0})
+        assert calls == ["launch", "wait"] * OUTPUT, "the host draws"
+
+
+def test_a_token_that_ends_an_answer_is_the_last(bench: Bench) -> None:
+    """The step after it is under way when it is read."""
+    answer = bench.run(bench.engine(), PROMPTS[:1])[0]
+    assert bench.run(bench.engine(eos=answer[1]), PROMPTS[:1]) == [answer[: answer.index(answer[1])]]
+    ends = [event.finish for event in bench.events if event.finish is not None]
+    assert [end.reason for end in ends] == [Reason.STOP]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what is wrong on purpose
+def test_vectors_and_wrong_numbers(tmp_path: Path) -> None:
+    make("llama", tmp_path, **LAYERS)
+    bench = Bench(tmp_path)
+    engine = bench.engine()
+    sound = bench.run(engine, PROMPTS[:1])[0]
+    poison = next(token for token in range(VOCAB) if token not in [*PROMPTS[0], *sound])
+    bench.decoder._embedding[poison] = torch.inf
+    bench.events.clear()
+    tasks = {0: (PROMPTS[0], "generate"), 1: ([5, poison, 6], "generate"), 2: (PROMPTS[1], "embed")}
+    for ident, (prompt, task) in tasks.items():
+        sampling = Sampling(max_tokens=OUTPUT, temperature=0.0)
+        request = Request(
+            id=ident, model="m", prompt=tuple(prompt), arrival=0.0, sampling=sampling, task=task  # type: ignore[arg-type]
+        )  # fmt: skip
+        engine.submit(Sequence.of(request, 256))
+    while engine.step() or not engine.idle:
+        engine.check()
+    ends = {event.id: event.finish.reason for event in bench.events if event.finish is not None}
+    assert ends == {0: Reason.LENGTH, 1: Reason.ERROR, 2: Reason.STOP}
+    assert [event.token for event in bench.events if event.id == 0 and event.token is not None] == sound
+    (vector,) = [event.embedding for event in bench.events if event.embedding is not None]
+    assert torch.tensor(vector).norm().item() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_an_engine_on_a_device_is_built_of_all_this(tmp_path: Path) -> None:
+    model = make("llama-3", tmp_path)
+    config = EngineConfig(models=(ModelConfig(name="m", path=str(tmp_path)),), device="cuda", kv_bytes=2**24)
+    (runner,) = Runners(config, lambda *done: None).all
+    assert isinstance(runner, cuda.CudaRunner) and runner.info.device == "cuda"
+    assert runner.info.kv_bytes <= 2**24
+    made = Bench.__new__(Bench)
+    made.events, made.steps = [], []
+    limits = Limits(config.max_running, config.max_step_tokens)
+    engine = EngineCore([runner], limits=limits, schedule=fcfs, clock=time.monotonic, emit=made._heard)
+    for prompt, answer in zip(PROMPTS, made.run(engine, PROMPTS, {"ignore_eos": True}), strict=True):
+        logits = expected(model, prompt + answer)
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer

@@ -1,0 +1,194 @@
+"""The whole engine over real decoders: what a request is answered depends on nothing but itself.
+
+Every family's greedy tokens are those of transformers, alone, in a batch of mixed lengths, with prompts read
+in chunks, with a shared beginning, and after preemption.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from stretto.engine.core import EngineCore
+from stretto.engine.runners.torch import TorchRunner
+from stretto.engine.scheduler.fcfs import fcfs
+from stretto.engine.scheduler.types import Limits, Plan
+from stretto.engine.sequence import Sequence
+from stretto.kernels import Kernels
+from stretto.kernels.choice import choose_kernels
+from stretto.kernels.reference import REFERENCE
+from stretto.models.load import load
+from stretto.types import ModelInfo, Reason, Request, Sampling, StepStats, TokenEvent
+from tests.models.checkpoints import FAMILIES, VOCAB, expected, make
+
+BLOCK = 4
+OUTPUT = 10
+# The table this machine would choose, and the one it would fall back to: the same one, where C was not built.
+TABLES = list(
+    {each.name: each for each in (REFERENCE, choose_kernels(torch.device("cpu"), torch.float32)[0])}.values()
+)
+PROMPTS = [
+    [3 + (7 * i * k + k) % (VOCAB - 3) for i in range(length)]
+    for k, length in enumerate((5, 23, 1, 40, 12), 1)
+]
+
+
+class Bench:
+    """One decoder behind a fresh engine of its own for each run."""
+
+    def __init__(self, path: Path, kernels: Kernels = REFERENCE) -> None:
+        self.decoder = load(path, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels)
+        self.steps: list[StepStats] = []
+
+    def engine(self, *, blocks: int = 256, step_tokens: int = 512, share: bool = True) -> EngineCore:
+        info = ModelInfo(
+            name="m",
+            path="",
+            family=self.decoder.spec.family,
+            dtype="float32",
+            device="cpu",
+            context=min(self.decoder.spec.context, blocks * BLOCK),
+            vocab=self.decoder.spec.vocab,
+            parameters=0,
+            weight_bytes=0,
+            kv_bytes=0,
+            block_size=BLOCK,
+            blocks=blocks,
+            load_s=0.0,
+        )
+        self.events: list[TokenEvent] = []
+        self.steps = []
+        return EngineCore(
+            [TorchRunner(self.decoder, info, eos=frozenset(), max_running=8)],
+            limits=Limits(8, step_tokens),
+            schedule=fcfs,
+            clock=time.monotonic,
+            emit=self._heard,
+            share=share,
+        )
+
+    def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        self.events += events
+        if stats is not None:
+            self.steps.append(stats)
+
+    def run(self, engine: EngineCore, prompts: list[list[int]], **sampling: object) -> list[list[int]]:
+        """What each prompt is answered when all are sent at once."""
+        self.events.clear()
+        fields = {"max_tokens": OUTPUT, "temperature": 0.0, **sampling}
+        for ident, prompt in enumerate(prompts):
+            request = Request(
+                id=ident,
+                model="m",
+                prompt=tuple(prompt),
+                arrival=time.monotonic(),
+                sampling=Sampling(**fields),  # type: ignore[arg-type]
+            )
+            engine.submit(Sequence.of(request, engine.lanes["m"].runner.info.context))
+        while engine.step() or not engine.idle:
+            engine.check()
+        ends = [event.finish for event in self.events if event.finish is not None]
+        assert [end.reason for end in ends] == [Reason.LENGTH] * len(prompts)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        for event in self.events:
+            if event.token is not None:
+                tokens[event.id].append(event.token)
+        return tokens
+
+    def alone(self, **sampling: object) -> list[list[int]]:
+        return [self.run(self.engine(), [prompt], **sampling)[0] for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    make("qwen3", path)
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kernels", TABLES, ids=lambda table: table.name)
+def test_greedy_tokens_are_the_references_whatever_else_happens(
+    family: str, kernels: Kernels, tmp_path: Path
+):
+    model = make(family, tmp_path)
+    bench = Bench(tmp_path, kernels)
+    alone = bench.alone()
+    for prompt, answer in zip(PROMPTS, alone, strict=True):
+        logits = expected(model, prompt + answer)
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+    assert bench.run(bench.engine(), PROMPTS) == alone
+    assert bench.run(bench.engine(step_tokens=7), PROMPTS) == alone
+    engine = bench.engine()
+    assert bench.run(engine, PROMPTS) == bench.run(engine, PROMPTS) == alone
+    cached = [event.finish.cached_tokens for event in bench.events if event.finish is not None]
+    assert sum(cached) >= sum(len(prompt) - BLOCK for prompt in PROMPTS)
+    assert bench.run(bench.engine(blocks=20, step_tokens=16), PROMPTS) == alone
+    assert sum(step.preempted for step in bench.steps) > 0
+
+
+def test_seeded_requests_draw_the_same_tokens_whatever_shares_the_batch(checkpoint: Path):
+    bench = Bench(checkpoint)
+    sampling = {"temperature": 1.3, "top_p": 0.95, "top_k": 50, "seed": 11, "repetition_penalty": 1.1}
+    alone = bench.alone(**sampling)
+    assert len({tuple(answer) for answer in alone}) == len(alone)
+    assert bench.run(bench.engine(), PROMPTS, **sampling) == alone
+    assert bench.run(bench.engine(step_tokens=5), PROMPTS, **sampling) == alone
+    assert bench.run(bench.engine(blocks=20, step_tokens=16), PROMPTS, **sampling) == alone
+
+
+def test_an_embedding_is_a_unit_vector_and_does_not_depend_on_chunks(checkpoint: Path):
+    bench = Bench(checkpoint)
+    vectors: list[tuple[float, ...]] = []
+    for step_tokens in (512, 6):
+        engine = bench.engine(step_tokens=step_tokens)
+        request = Request(id=1, model="m", prompt=tuple(PROMPTS[1]), arrival=0.0, task="embed")
+        engine.submit(Sequence.of(request, 256))
+        while not engine.idle:
+            engine.step()
+        (event,) = bench.events
+        assert event.embedding is not None and event.finish is not None
+        assert (event.finish.reason, event.finish.output_tokens) == (Reason.STOP, 0)
+        vectors.append(event.embedding)
+    whole, chunked = torch.tensor(vectors)
+    assert whole.norm().item() == pytest.approx(1.0, abs=1e-5)
+    assert torch.dist(whole, chunked).item() < 1e-4
+
+
+def test_a_sequence_whose_numbers_go_wrong_hurts_nobody(tmp_path: Path):
+    """A token whose embedding is infinite; others share its step, its beginning and, later, its blocks."""
+    make("llama", tmp_path)
+    bench = Bench(tmp_path)
+    sound = [PROMPTS[3], PROMPTS[1]]
+    alone = [bench.run(bench.engine(), [prompt])[0] for prompt in sound]
+    poison = next(token for token in range(VOCAB) if not any(token in text for text in [*sound, *alone]))
+    prompts = [sound[0], [*sound[0][:20], poison, *sound[0][21:]], sound[1]]
+    bench.decoder._embedding[poison] = torch.inf
+    engine = bench.engine(blocks=24)
+    for round_ in range(3):
+        bench.events.clear()
+        for ident, prompt in enumerate(prompts):
+            sampling = Sampling(max_tokens=OUTPUT, temperature=0.0)
+            request = Request(
+                id=ident, model="m", prompt=tuple(prompt), arrival=float(round_), sampling=sampling
+            )
+            engine.submit(Sequence.of(request, 96))
+        while engine.step() or not engine.idle:
+            engine.check()
+        ends = {event.id: event.finish.reason for event in bench.events if event.finish is not None}
+        assert ends == {0: Reason.LENGTH, 1: Reason.ERROR, 2: Reason.LENGTH}
+        for ident, answer in ((0, alone[0]), (2, alone[1])):
+            assert [
+                event.token for event in bench.events if event.id == ident and event.token is not None
+            ] == answer
+
+
+def test_plans_never_exceed_the_limits(checkpoint: Path):
+    bench = Bench(checkpoint)
+    engine = bench.engine(step_tokens=9)
+    bench.run(engine, PROMPTS)
+    assert max(step.decode_tokens + step.prefill_tokens for step in bench.steps) <= 9
+    assert isinstance(fcfs("m", engine.lanes["m"].queues, engine.lanes["m"].pool, Limits(8, 9)), Plan)

@@ -1,0 +1,541 @@
+"""The schedule that knows time, through the real loop over the null model in virtual time."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+from math import inf
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stretto.config import Tier
+from stretto.engine.core import EngineCore
+from stretto.engine.runners.null import NullPending, NullRunner, VirtualClock, null_info
+from stretto.engine.scheduler import deadline as schedule
+from stretto.engine.scheduler.admission import Forecast, predict, snapshot
+from stretto.engine.scheduler.deadline import SCHEDULES, reach
+from stretto.engine.scheduler.moore_hodgson import tardy_jobs
+from stretto.engine.scheduler.types import Limits, Plan, SchedulingContext
+from stretto.engine.sequence import SPARE, TIMED, Sequence
+from stretto.engine.step_time import StepCost, StepTime
+from stretto.simulator.replay import SMALL_CPU
+from stretto.types import Objective, Reason, Request, Sampling, StepStats, TokenEvent
+
+COST = StepCost(base=1.0, per_decode=0.1, per_prefill=0.05, per_key=1e-5, per_pair=1e-6)
+TIERS = {
+    "priority": Tier(objective=Objective(ttft_ms=100, itl_ms=20), weight=4.0),
+    "default": Tier(objective=Objective(ttft_ms=400, itl_ms=40), weight=2.0),
+    "flex": Tier(objective=Objective(), weight=1.0),
+}
+
+
+class World:
+    """An engine of null models under one schedule, its clock, and what a client of each request would see."""
+
+    def __init__(
+        self,
+        *,
+        cost: StepCost = COST,
+        blocks: int = 4096,
+        running: int = 256,
+        name: str = "deadline",
+        depth: int = 0,
+    ) -> None:
+        self.clock = VirtualClock()
+        self.stamps: dict[int, list[float]] = {}
+        self.ends: dict[int, TokenEvent] = {}
+        self.ended_at: dict[int, float] = {}
+        self.plans: list[Plan] = []
+        self.requests: dict[int, Request] = {}
+        self._plan = SCHEDULES[name]
+        runners = [self._runner(model, blocks, cost) for model in ("a", "b")]
+        for runner in runners:
+            runner.depth = depth
+        self.engine = EngineCore(
+            runners,
+            limits=Limits(running, 512, TIERS),
+            schedule=self._schedule,
+            clock=self.clock,
+            emit=self._heard,
+        )
+        for lane in self.engine.lanes.values():
+            lane.times = StepTime(cost, [0.0] * 16)
+
+    def _runner(self, name: str, blocks: int, cost: StepCost) -> NullRunner:
+        info = null_info(name=name, context=blocks * 16, blocks=blocks)
+        return NullRunner(info, cost=cost, sleep=self.clock.sleep)
+
+    def _schedule(self, *args: object) -> Plan:
+        plan = self._plan(*args)  # type: ignore[arg-type]
+        self.plans.append(plan)
+        return plan
+
+    def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        for event in events:
+            if event.token is not None:
+                self.stamps.setdefault(event.id, []).append(self.clock())
+            if event.finish is not None:
+                self.ends[event.id] = event
+                self.ended_at[event.id] = self.clock()
+
+    def send(
+        self,
+        ident: int,
+        prompt: int,
+        *,
+        tier: str = "default",
+        tokens: int = 5,
+        objective: Objective | None = None,
+        tenant: str = "local",
+        first: int | None = None,
+    ) -> Request:
+        """A request for model `b` when its id is above 1,000, else for `a`. Prompts with one `first` token
+        begin alike; those without share nothing."""
+        request = Request(
+            id=ident,
+            model="b" if ident > 1000 else "a",
+            prompt=(-ident if first is None else first, *range(prompt - 1)),
+            arrival=self.clock(),
+            sampling=Sampling(max_tokens=tokens, seed=ident),
+            objective=TIERS[tier].objective if objective is None else objective,
+            tier=tier,
+            tenant=tenant,
+        )
+        self.requests[ident] = request
+        self.engine.submit(Sequence.of(request, self.engine.lanes[request.model].runner.info.context))
+        return request
+
+    def run(self, until: float = inf) -> None:
+        """Step until nothing is left, or the clock says so."""
+        stalled = 0
+        if self.engine.idle:
+            self.engine.step()  # the end of what was cancelled is still to be told
+        while self.clock() < until and not self.engine.idle:
+            stalled = 0 if self.engine.step() else stalled + 1
+            assert stalled < 10, "requests are left and nothing is run"
+            self.engine.check()
+        if until < inf:
+            self.clock.sleep(max(until - self.clock(), 0.0))
+
+    def gaps(self, ident: int) -> list[float]:
+        return [(late - early) * 1e3 for early, late in pairwise(self.stamps[ident])]
+
+    def reason(self, ident: int) -> Reason:
+        finish = self.ends[ident].finish
+        assert finish is not None
+        return finish.reason
+
+    def late_by(self, ident: int) -> float:
+        """Milliseconds by which its latest token was late (negative: early), reckoned from the objective."""
+        request, stamps = self.requests[ident], self.stamps.get(ident, [])
+        ttft, itl = request.objective.ttft_ms, request.objective.itl_ms
+        first = inf if ttft is None else request.arrival * 1e3 + ttft
+        dues = [
+            first + index * (inf if itl is None else itl) if index else first for index in range(len(stamps))
+        ]
+        return max((stamp * 1e3 - due for stamp, due in zip(stamps, dues, strict=True)), default=inf)
+
+    def on_time(self, ident: int) -> bool:
+        finish = self.ends[ident].finish
+        assert finish is not None
+        good = self.late_by(ident) <= 1e-6 and finish.reason is Reason.LENGTH
+        assert finish.late is not good or finish.reason is Reason.CANCELLED, (
+            "the engine's own verdict differs"
+        )
+        return good
+
+
+def four_streams_and_a_long_prompt(name: str) -> World:
+    world = World(cost=SMALL_CPU, name=name)
+    objective = Objective(ttft_ms=3000, itl_ms=150)
+    for ident in range(1, 5):
+        world.send(ident, 40, tokens=150, objective=objective)
+    world.run(until=1.5)
+    world.send(5, 2000, objective=Objective(ttft_ms=30_000, itl_ms=500))
+    world.run()
+    return world
+
+
+def test_a_long_prompt_never_makes_a_stream_pause_longer_than_its_objective():
+    world = four_streams_and_a_long_prompt("deadline")
+    assert max(max(world.gaps(ident)) for ident in range(1, 5)) <= 150.0 + 1e-6
+    assert all(world.on_time(ident) for ident in range(1, 6))
+
+
+def test_first_come_first_served_does():
+    world = four_streams_and_a_long_prompt("fcfs")
+    assert min(max(world.gaps(ident)) for ident in range(1, 5)) > 1000.0
+
+
+def test_a_stream_that_was_early_has_earned_slack_and_dues_do_not_move():
+    world = World()
+    world.send(1, 10, tokens=30)
+    (seq,) = world.engine.lanes["a"].queues.waiting
+    world.engine.step()
+    first, gap = seq.due - 0.04, 0.04
+    while not world.engine.idle:
+        assert seq.due == pytest.approx(first + gap * seq.output_len)
+        world.engine.step()
+    assert world.late_by(1) < -300
+
+
+def test_the_weightier_tier_goes_first_and_flex_takes_what_is_left():
+    world = World()
+    for ident, tier in ((1, "flex"), (2, "default"), (3, "priority")):
+        world.send(ident, 500, tier=tier)
+    world.run()
+    assert world.stamps[3][0] < world.stamps[2][0] < world.stamps[1][0]
+
+
+def test_refused_at_once_with_the_time_after_which_it_would_have_been_taken():
+    def world_with_work() -> World:
+        world = World()
+        for ident in range(1, 9):
+            world.send(ident, 800, objective=Objective(ttft_ms=365, itl_ms=40))
+        return world
+
+    tight = Objective(ttft_ms=370, itl_ms=40, on_miss="reject")
+    world = world_with_work()
+    world.run(until=0.005)
+    world.send(9, 1000, objective=tight)
+    world.run(until=0.05)
+    finish = world.ends[9].finish
+    assert finish is not None and finish.reason is Reason.REFUSED and 9 not in world.stamps
+    assert finish.retry_after is not None and 0 < finish.retry_after < 1.0
+    world.run()
+    world = world_with_work()
+    world.run(until=0.06 + finish.retry_after)
+    world.send(9, 1000, objective=tight)
+    world.run()
+    assert world.on_time(9)
+
+
+def test_a_forecast_is_close_to_what_happens_and_says_when_to_try_again():
+    def seen(world: World):
+        lane = world.engine.lanes["a"]
+        return snapshot(
+            lane.queues, world.engine._limits, SchedulingContext(world.clock(), lane.times, lane.ledger), 0
+        )
+
+    def foretold(request: Request) -> Forecast:
+        return predict(request, seen(world), TIERS[request.tier].weight, world.clock())
+
+    world = World()
+    for ident in range(1, 6):
+        world.send(ident, 1000)
+    world.run(until=0.005)
+    asked = msgspec.structs.replace(world.requests[1], id=6, arrival=world.clock())
+    told = foretold(asked)
+    world.send(6, 1000)
+    long = msgspec.structs.replace(asked, prompt=(0,) * 3000, objective=Objective(ttft_ms=200))
+    refused = foretold(long)
+    never = foretold(msgspec.structs.replace(asked, objective=Objective(ttft_ms=20)))
+    short = foretold(msgspec.structs.replace(asked, objective=Objective(total_ms=55)))
+    crowd = foretold(msgspec.structs.replace(asked, objective=Objective(itl_ms=1.05)))
+    world.run()
+    assert told.feasible and told.ttft_ms == pytest.approx(
+        (world.stamps[6][0] - asked.arrival) * 1e3, rel=0.15
+    )
+    assert not refused.feasible and 0.05 <= refused.retry_after < 0.5
+    assert not never.feasible and never.retry_after == inf
+    assert not short.feasible and not crowd.feasible
+
+
+def test_no_work_for_a_request_whose_time_is_over():
+    world = World()
+    world.send(1, 2000, objective=Objective(ttft_ms=10_000, itl_ms=1000))
+    world.run(until=0.01)
+    world.send(2, 4000, objective=Objective(total_ms=30))
+    world.send(3, 50, tokens=500, objective=Objective(total_ms=60))
+    world.run()
+    assert world.reason(2) is Reason.DEADLINE and world.reason(3) is Reason.DEADLINE
+    assert world.ended_at[2] <= 0.01 + 0.03 + 2 * reach(COST) / 1e3
+    after = [plan for plan in world.plans if any(seq.request.id == 3 for seq in plan.end)]
+    assert len(after) == 1 and not any(row.seq.request.id == 3 for row in after[0].rows)
+    assert world.ends[3].finish is not None and world.ends[3].finish.output_tokens < 500
+
+
+def test_a_total_is_kept_by_a_stream_without_other_dues():
+    world = World()
+    world.engine.lanes["a"].ledger.ended("default", 100)
+    world.send(1, 100, tokens=100, objective=Objective(total_ms=400))
+    for ident in range(2, 6):
+        world.send(ident, 3000, tier="flex")
+    world.run()
+    assert world.ended_at[1] <= 0.4 and world.reason(1) is Reason.LENGTH
+
+
+def test_what_has_no_due_still_progresses_when_the_rest_is_too_much(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(schedule, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(schedule, "BREVITY", 1.0)
+    world = World()
+    world.send(1, 400, tier="flex", tokens=3)
+    for ident in range(2, 400):
+        world.run(until=0.02 * (ident - 1))
+        world.send(ident, 600)
+    assert 1 in world.ends, "a request without a due was starved"
+    late = [ident for ident in range(2, 200) if ident not in world.ends or not world.on_time(ident)]
+    assert late, "this load was meant to be too much"
+
+
+def test_one_tenants_burst_does_not_spend_anothers_slack():
+    def others(burst: int) -> list[bool]:
+        world = World()
+        sent: list[int] = []
+        for turn in range(60):
+            world.run(until=0.1 * turn)
+            for index in range(burst):
+                world.send(100 + 10 * turn + index, 700, tenant="greedy")
+            world.send(turn + 1, 400, tenant="modest")
+            sent.append(turn + 1)
+        world.run()
+        return [world.on_time(ident) for ident in sent]
+
+    alone, beside = others(0), others(8)
+    assert all(alone)
+    assert sum(beside[30:]) >= 0.9 * len(beside[30:])
+
+
+def test_when_streams_crowd_a_step_those_with_slack_wait():
+    cost = StepCost(base=1.0, per_decode=1.0, per_prefill=0.01)
+    world = World(cost=cost)
+    tight, loose = Objective(ttft_ms=1000, itl_ms=8), Objective(ttft_ms=1000, itl_ms=80)
+    for ident in range(1, 4):
+        world.send(ident, 4, tokens=40, objective=tight)
+    for ident in range(4, 24):
+        world.send(ident, 4, tokens=40, objective=loose)
+    world.run()
+    assert all(max(world.gaps(ident)) <= 8.0 + 1e-6 for ident in range(1, 4))
+    assert all(world.on_time(ident) for ident in range(1, 24))
+
+
+def test_blocks_are_taken_from_the_loosest_never_from_a_tighter_one():
+    world = World(blocks=24)
+    preempted: list[tuple[int, int]] = []
+    for ident, tier in ((1, "flex"), (2, "default"), (3, "priority")):
+        world.send(ident, 100, tier=tier, tokens=60)
+    while world.engine.step() or not world.engine.idle:
+        world.engine.check()
+        plan = world.plans[-1]
+        for victim in plan.preempt:
+            order = {"priority": 0, "default": 1, "flex": 2}
+            running = [row.seq for row in plan.rows]
+            preempted.append((victim.request.id, len(running)))
+            assert all(order[seq.request.tier] <= order[victim.request.tier] for seq in running)
+    assert preempted and all(ident != 3 for ident, _ in preempted)
+    assert world.on_time(3) and all(world.reason(ident) is Reason.LENGTH for ident in (1, 2, 3))
+
+
+def test_those_without_a_due_make_place_for_one_that_has_one():
+    world = World(running=4)
+    for ident in range(1, 9):
+        world.send(ident, 50, tier="flex", tokens=400)
+    world.run(until=0.05)
+    world.send(9, 50, tier="priority")
+    world.run()
+    assert world.on_time(9) and {world.reason(ident) for ident in range(1, 9)} == {Reason.LENGTH}
+
+
+def test_another_models_prompt_does_not_hold_up_a_stream():
+    world = World(cost=SMALL_CPU)
+    world.send(1, 20, tokens=60, objective=Objective(ttft_ms=2000, itl_ms=200))
+    world.run(until=0.4)
+    world.send(1001, 1500, objective=Objective(ttft_ms=60_000, itl_ms=2000))
+    world.send(1002, 1500, tier="flex")
+    world.run()
+    assert max(world.gaps(1)) <= 200.0 + 1e-6
+    assert {world.reason(ident) for ident in (1, 1001, 1002)} == {Reason.LENGTH}
+
+
+def test_a_step_that_nobody_waits_for_is_short_enough_for_the_next_one():
+    world = World()
+    world.send(1, 4000, tier="flex")
+    world.run(until=0.03)
+    world.send(2, 10, tier="priority")
+    sent = world.clock()
+    world.run()
+    assert world.stamps[2][0] - sent <= 2 * reach(COST) / 1e3
+
+
+jobs = st.lists(
+    st.tuples(st.integers(1, 30), st.integers(1, 12), st.sampled_from([0.0, 1.0])), min_size=1, max_size=8
+)
+
+
+@given(jobs)
+def test_as_many_jobs_as_can_be_are_on_time(drawn: list[tuple[int, int, float]]):
+    def fits(chosen: tuple[tuple[float, float, float], ...]) -> bool:
+        end = 0.0
+        for due, seconds, _ in chosen:
+            end += seconds
+            if end > due:
+                return False
+        return True
+
+    alike = sorted((float(due), float(seconds), 0.0) for due, seconds, _ in drawn)
+    kept = len(alike) - len(tardy_jobs(alike, 0.0))
+    assert kept == max(n for n in range(len(alike) + 1) if any(map(fits, combinations(alike, n))))
+    mixed = sorted((float(due), float(seconds), worth) for due, seconds, worth in drawn)
+    out = tardy_jobs(mixed, 0.0)
+    rest = tuple(job for index, job in enumerate(mixed) if index not in out)
+    assert fits(rest)
+
+
+prompts = st.integers(2, 600)
+moments = st.integers(0, 400)
+loads = st.lists(st.tuples(moments, prompts, st.integers(1, 12)), min_size=1, max_size=12)
+
+
+def play(load: list[tuple[int, int, int, str, Objective | None]]) -> World:
+    world = World()
+    for ident, (at, prompt, tokens, tier, objective) in enumerate(sorted(load, key=lambda one: one[0]), 1):
+        world.run(until=at / 1e3)
+        world.send(ident, prompt, tokens=tokens, tier=tier, objective=objective)
+    world.run()
+    return world
+
+
+@settings(max_examples=60, deadline=None)
+@given(loads, loads)
+def test_a_hopeless_request_never_makes_another_late(
+    good: list[tuple[int, int, int]], hopeless: list[tuple[int, int, int]]
+):
+    """Whoever was on time alone, with the time of three steps to spare, still is when hopeless ones come."""
+    spare = 3 * reach(COST)
+    sane = [(at, prompt, tokens, "default", None) for at, prompt, tokens in good]
+    alone = play(sane)
+    never = Objective(ttft_ms=0.5, itl_ms=40, on_miss="late")
+    world = World()
+    both = sorted(
+        [(one[0], 0, index, one) for index, one in enumerate(sorted(sane, key=lambda one: one[0]), 1)]
+    )
+    both += [(at, 1, 500 + index, (at, p, n, "default", never)) for index, (at, p, n) in enumerate(hopeless)]
+    for at, _, ident, (_, prompt, tokens, tier, objective) in sorted(both, key=lambda one: one[:3]):
+        world.run(until=at / 1e3)
+        world.send(ident, prompt, tokens=tokens, tier=tier, objective=objective)
+    world.run()
+    for ident in range(1, len(sane) + 1):
+        if alone.on_time(ident) and alone.late_by(ident) < -spare:
+            assert world.on_time(ident)
+    assert len(world.ends) == len(both)
+
+
+@settings(max_examples=60, deadline=None)
+@given(loads, moments, prompts)
+def test_a_priority_request_that_was_promised_is_not_late_for_looser_ones(
+    looser: list[tuple[int, int, int]], at: int, prompt: int
+):
+    """Whatever of less weight is there or comes: admission's promise to the one priority request is kept."""
+    load = sorted(looser)
+    world = World()
+    promised = False
+    for ident, (moment, size, tokens) in enumerate([*load, (10**6, 0, 0)], 1):
+        if 999 not in world.requests and moment >= at:
+            world.run(until=at / 1e3)
+            lane = world.engine.lanes["a"]
+            now = SchedulingContext(world.clock(), lane.times, lane.ledger)
+            seen = snapshot(lane.queues, world.engine._limits, now, 0)
+            request = world.send(999, prompt, tier="priority", tokens=10)
+            promised = predict(request, seen, TIERS["priority"].weight, world.clock()).feasible
+        if size:
+            world.run(until=moment / 1e3)
+            world.send(ident, size, tokens=tokens, tier=("default", "flex")[ident % 2])
+    world.run()
+    assert not promised or world.on_time(999)
+
+
+def test_a_stream_that_could_wait_goes_on_with_the_last_block():
+    """It leaves its time to prompts that are pressed; what it leaves of the pool is its own again."""
+    world = World(blocks=8, running=1)
+    world.send(1, 90, tokens=24, tier="priority", objective=Objective(ttft_ms=6), first=0)
+    for ident in range(2, 8):
+        world.send(ident, 2, tokens=1, tier="priority", objective=Objective(), first=0)
+        if ident < 5:
+            world.engine.step()
+    world.send(8, 2, tokens=1, tier="priority", objective=Objective(total_ms=23), first=0)
+    world.run()
+    assert len(world.ends) == 8
+
+
+def test_tokens_that_take_longer_than_a_step_may_are_run_one_at_a_time():
+    """What a step is wrongly believed to take must not keep it from being run."""
+    world = World(cost=StepCost(base=0.5, per_decode=40.0, per_prefill=30.0))
+    for ident, tier in enumerate(("default", "flex", "priority"), 1):
+        world.send(ident, 4, tokens=3, tier=tier)
+    world.run()
+    assert len(world.ends) == 3
+
+
+class Crashing(NullRunner):
+    """Fails the steps it is told to."""
+
+    failing: frozenset[int] = frozenset()
+    launched = 0
+
+    def launch(self, plan: Plan) -> NullPending:
+        self.launched += 1
+        if self.launched in self.failing:
+            raise RuntimeError("the device is gone")
+        return super().launch(plan)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_request_ends_and_no_block_is_lost(data: st.DataObject):
+    """Random objectives, tenants, pools, cancels and crashes; the invariants are checked after every step."""
+    world = World(
+        blocks=data.draw(st.integers(8, 24)),
+        running=data.draw(st.integers(1, 6)),
+        depth=data.draw(st.integers(0, 1)),
+    )
+    lane = world.engine.lanes["a"]
+    runner = Crashing(lane.runner.info, cost=COST, sleep=world.clock.sleep)
+    runner.failing = frozenset(data.draw(st.lists(st.integers(1, 40), max_size=3)))
+    runner.depth = lane.runner.depth
+    lane.runner = runner
+    limit = st.one_of(st.none(), st.integers(1, 300).map(float))
+    objectives = st.builds(
+        Objective,
+        ttft_ms=limit,
+        itl_ms=limit,
+        total_ms=limit,
+        on_miss=st.sampled_from(["degrade", "reject", "late"]),
+    )
+    sent = data.draw(st.integers(1, 12))
+    for ident in range(1, sent + 1):
+        world.send(
+            ident,
+            data.draw(st.integers(2, 90)),
+            tokens=data.draw(st.integers(1, 30)),
+            objective=data.draw(objectives),
+            tier=data.draw(st.sampled_from(list(TIERS))),
+            tenant=data.draw(st.sampled_from(["x", "y"])),
+            first=data.draw(st.integers(0, 1)),
+        )
+        dues: dict[tuple[int, int], float] = {}
+        for _ in range(data.draw(st.integers(0, 4))):
+            world.engine.step()
+            world.engine.check()
+            for seq in [*lane.queues.running, *lane.queues.waiting]:
+                due = dues.setdefault((seq.request.id, seq.output_len), seq.due)
+                assert seq.due <= due, "a due time moved later"
+                assert seq.rank[0] in (0, TIMED, SPARE)
+        if data.draw(st.booleans()):
+            world.engine.cancel(data.draw(st.integers(1, sent)))
+            world.engine.check()
+    world.run()
+    assert len(world.ends) == sent
+    assert lane.pool.available == lane.pool.total and not lane.queues.running and not lane.queues.waiting
+
+
+def test_a_tight_request_is_seen_behind_any_number_of_lighter_ones():
+    world = World()
+    for ident in range(1, 200):
+        world.send(ident, 50, objective=Objective(ttft_ms=90, itl_ms=1000))
+    world.run(until=0.002)
+    world.send(999, 50, tier="priority")
+    sent = world.clock()
+    world.run()
+    assert world.on_time(999) and world.stamps[999][0] - sent < 0.05

@@ -1,0 +1,293 @@
+"""Texts written under a grammar by a model that knows nothing, over tokenizers made here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from stretto.engine.runners.sampler import Sampler
+from stretto.engine.sequence import Sequence
+from stretto.engine.structured import grammar as module
+from stretto.engine.structured.grammar import Grammars, Matcher
+from stretto.errors import InvalidGrammar
+from stretto.types import Grammar, Request, Sampling
+
+END, PADDED = 0, 77
+CORPUS = [
+    '{"name": "Ada", "age": 36, "tags": ["a", "b"]}',
+    "true false null 12.5e-3",
+    "größe 日本 the quick brown fox",
+]
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "mood": {"enum": ["good", "bad", None]},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 5}, "maxItems": 3},
+    },
+    "required": ["name", "age", "mood", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<end>", "<user>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def vocab(tokenizer: Tokenizer) -> int:
+    """Wider than the tokenizer, as padded models are."""
+    return tokenizer.get_vocab_size() + PADDED
+
+
+@pytest.fixture(scope="module")
+def grammars(directory: Path, vocab: int) -> Grammars:
+    return Grammars(directory, frozenset({END, vocab + 1000}), vocab)
+
+
+def schema(value: object) -> Grammar:
+    return Grammar("json_schema", json.dumps(value))
+
+
+def allowed(matcher: Matcher) -> list[int]:
+    bits = np.full(matcher.words, -1, dtype=np.int32)
+    matcher.mask_into(bits)
+    return np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")).tolist()
+
+
+def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text).ids
+
+
+def follows(matcher: Matcher, tokens: list[int]) -> bool:
+    """Whether the tokens are one whole text under the grammar."""
+    return all(matcher.accept(token) for token in tokens) and END in allowed(matcher)
+
+
+def write(grammars: Grammars, grammar: Grammar, tokenizer: Tokenizer, seed: int) -> str:
+    """A text drawn through the sampler from random logits that grow impatient: what closes comes to be
+    likely.
+    """
+    vocab = tokenizer.get_vocab_size() + PADDED
+    closers = [tokenizer.token_to_id(piece) for piece in '"}]']
+    rng, sampler = np.random.default_rng(seed), Sampler(vocab, frozenset({END}), torch.device("cpu"))
+    ask = Sampling(seed=seed, temperature=0.8, grammar=grammar)
+    seq = Sequence.of(Request(id=seed, model="m", prompt=(1,), arrival=0.0, sampling=ask), 10_000)
+    seq.grammar = grammars.compile(grammar)
+    while not seq.grammar.finished:
+        logits = rng.normal(size=vocab).astype(np.float32)
+        if seq.output_len > 30:
+            logits[END] += 40
+            logits[closers] += 10 + seq.output_len / 10
+        (drawn,) = sampler(torch.tensor(logits)[None], [seq])
+        assert 0 <= drawn.token < vocab - PADDED, seq.grammar.error
+        if drawn.token == END:
+            break
+        seq.tokens.append(drawn.token)
+        assert seq.grammar.accept(drawn.token), seq.grammar.error
+        assert seq.output_len < 3000
+    return tokenizer.decode(seq.tokens[1:], skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_text_under_json_object_is_an_object(grammars: Grammars, tokenizer: Tokenizer, seed: int):
+    text = write(grammars, Grammar("json_object"), tokenizer, seed)
+    assert isinstance(json.loads(text), dict), text
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_text_under_a_schema_satisfies_it(grammars: Grammars, tokenizer: Tokenizer, seed: int):
+    person = json.loads(write(grammars, schema(PERSON), tokenizer, seed))
+    assert list(person) == ["name", "age", "mood", "tags"]
+    assert (
+        1 <= len(person["name"]) <= 12
+        and 0 <= person["age"] <= 150
+        and person["mood"] in ("good", "bad", None)
+    )
+    assert len(person["tags"]) <= 3 and all(len(tag) <= 5 for tag in person["tags"])
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(\d{3}-){2}[a-f]{1,4}", r"^(yes|no)( very)*$", "[^a]é+日?", r"a/b\n\\"]
+)
+def test_any_text_under_a_regex_matches_it(grammars: Grammars, tokenizer: Tokenizer, pattern: str):
+    for seed in range(4):
+        text = write(grammars, Grammar("regex", pattern), tokenizer, seed)
+        assert re.fullmatch(pattern, text), text
+
+
+def test_any_text_under_a_choice_is_one(grammars: Grammars, tokenizer: Tokenizer):
+    choices = ["yes", "yes, please", 'a "b"\n\\c', "größe", "<end>", "a|b", "[x]{2}"]
+    found = {write(grammars, Grammar("choice", json.dumps(choices)), tokenizer, seed) for seed in range(40)}
+    assert found <= set(choices) and len(found) > 3
+
+
+def test_every_choice_can_be_written(grammars: Grammars, tokenizer: Tokenizer):
+    choices = ["yes", "yes, please", 'a "b"\n\\c', "größe 😀", "a|b", "[x]{2}", "", "  ", "#$&~-"]
+    for choice in choices:
+        assert follows(
+            grammars.compile(Grammar("choice", json.dumps(choices))), spelled(tokenizer, choice)
+        ), choice
+
+
+def test_the_end_is_allowed_only_where_the_text_may_end(grammars: Grammars, tokenizer: Tokenizer):
+    matcher = grammars.compile(Grammar("regex", "ab?c?"))
+    assert END not in allowed(matcher) and not matcher.finished
+    for token, whole in zip(spelled(tokenizer, "xaxbxc")[1::2], (False, False, True), strict=True):
+        assert matcher.accept(token)
+        assert END in allowed(matcher) and matcher.finished is whole
+    stopped = grammars.compile(Grammar("regex", "ab?c?"))
+    assert stopped.accept(spelled(tokenizer, "a")[0]) and stopped.accept(END)
+    assert stopped.finished and stopped.error is None
+
+
+def test_ids_beyond_the_tokenizer_and_special_tokens_are_never_allowed(
+    grammars: Grammars, tokenizer: Tokenizer, vocab: int
+):
+    matcher = grammars.compile(Grammar("regex", r"(.|\n)*"))
+    ids = allowed(matcher)
+    assert matcher.words == -(-vocab // 32) and max(ids) < tokenizer.get_vocab_size()
+    assert tokenizer.token_to_id("<user>") not in ids and END in ids and len(ids) > 200
+
+
+def test_a_model_narrower_than_its_tokenizer_still_has_whole_masks(directory: Path, tokenizer: Tokenizer):
+    matcher = Grammars(directory, frozenset({END}), 40).compile(Grammar("json_object"))
+    assert matcher.words == -(-tokenizer.get_vocab_size() // 32)
+    assert allowed(matcher)
+
+
+def test_a_matcher_is_rebuilt_by_its_tokens_and_shares_no_state(grammars: Grammars, tokenizer: Tokenizer):
+    tokens = spelled(tokenizer, write(grammars, schema(PERSON), tokenizer, 3))
+    first, masks = grammars.compile(schema(PERSON)), []
+    for token in tokens:
+        masks.append(allowed(first))
+        assert first.accept(token)
+    for cut in range(0, len(tokens), 7):
+        again = grammars.compile(schema(PERSON))
+        assert all(again.accept(token) for token in tokens[:cut])
+        assert allowed(again) == masks[cut]
+    assert first.finished
+
+
+def test_a_refused_token_ends_the_matcher_with_a_reason(grammars: Grammars, tokenizer: Tokenizer, vocab: int):
+    matcher = grammars.compile(Grammar("regex", "ab"))
+    assert matcher.error is None
+    assert not matcher.accept(spelled(tokenizer, "z")[0])
+    assert matcher.error is not None and not matcher.finished and allowed(matcher) == []
+    assert not grammars.compile(Grammar("regex", "ab")).accept(vocab - 1)
+
+
+def test_a_mask_beyond_the_limits_ends_its_matcher_alone(
+    grammars: Grammars, tokenizer: Tokenizer, vocab: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "LIMITS", module.LLParserLimits(step_lexer_fuel=300, verbose_errors=False))
+    explosive, calm = Grammar("regex", "(.*[a-z].{20}){20}"), Grammar("regex", "yes|no")
+    matcher, neighbour = grammars.compile(explosive), grammars.compile(calm)
+    assert allowed(matcher) == [] and matcher.error is not None and "too much work" in matcher.error
+    assert not matcher.finished and not matcher.accept(5)
+    sequences = [
+        Sequence.of(Request(id=at, model="m", prompt=(1,), arrival=0.0, sampling=Sampling(seed=1)), 100)
+        for at in range(2)
+    ]
+    sequences[0].grammar, sequences[1].grammar = matcher, neighbour
+    failed, fine = Sampler(vocab, frozenset({END}), torch.device("cpu"))(torch.zeros(2, vocab), sequences)
+    assert failed.token == -1 and neighbour.accept(fine.token)
+
+
+def test_whitespace_between_values_is_bounded(grammars: Grammars, tokenizer: Tokenizer):
+    tokens = spelled(tokenizer, " ")
+    matcher = grammars.compile(schema({"type": "array", "items": {"type": "integer"}}))
+    assert matcher.accept(spelled(tokenizer, "[")[0])
+    assert all(matcher.accept(tokens[0]) for _ in range(40))
+    assert tokens[0] not in allowed(matcher)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "said"),
+    [
+        (Grammar("regex", "a(b"), "unclosed group, at '(b'"),
+        (Grammar("regex", r"a(?=b)"), "look-ahead"),
+        (Grammar("regex", r"a\bc"), "look-around such as"),
+        (Grammar("regex", "a" * 5000), "at most 4096"),
+        (Grammar("json_schema", '{"type":'), "not JSON"),
+        (Grammar("json_schema", '{}}, {"lark_grammar": "start: /x/"'), "not JSON"),
+        (Grammar("json_schema", "[1]"), "object"),
+        (schema({"type": "objekt"}), "Invalid type: objekt"),
+        (schema({"type": "array", "uniqueItems": True}), '"uniqueItems" is not supported'),
+        (schema({"if": {}, "then": {}}), '"if", "then" is not supported'),
+        (schema({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "use anyOf"),
+        (schema({"$ref": "#/$defs/gone"}), "'/$defs/gone' does not exist"),
+        (Grammar("json_schema", '{"items":' * 130 + "{}" + "}" * 130), "nested too deeply"),
+        (Grammar("json_schema", '{"items":' * 5000 + "{}" + "}" * 5000), "recursion"),
+        (Grammar("json_schema", '{"a":"\ud800"}'), "JSON"),
+        (Grammar("choice", "[]"), "one or more strings"),
+        (Grammar("choice", '["a", 1]'), "one or more strings"),
+        (Grammar("choice", json.dumps(["x" * 2**17])), "at most 131072"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.kind,
+)
+def test_what_does_not_compile_says_why(grammars: Grammars, grammar: Grammar, said: str):
+    with pytest.raises(InvalidGrammar, match=re.escape(said)):
+        grammars.compile(grammar)
+
+
+def test_true_is_any_value(grammars: Grammars, tokenizer: Tokenizer):
+    for text in ("null", "-12.5e3", '{"a": [1, true]}'):
+        assert follows(grammars.compile(Grammar("json_schema", "true")), spelled(tokenizer, text))
+
+
+def test_a_model_without_a_usable_tokenizer_says_so(tmp_path: Path):
+    with pytest.raises(InvalidGrammar, match="tokenizer cannot follow a grammar"):
+        Grammars(tmp_path, frozenset({END}), 100).compile(Grammar("json_object"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InvalidGrammar, match="tokenizer cannot follow a grammar"):
+        Grammars(tmp_path, frozenset({END}), 100).compile(Grammar("json_object"))
+
+
+def test_byte_fallback_tokenizers_are_understood(tmp_path: Path):
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for piece in [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", *'{}":,[]', "ab", "▁hi", '{"', '":']:
+        vocab[piece] = len(vocab)
+    model = models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    matcher = Grammars(tmp_path, frozenset({2}), len(vocab)).compile(Grammar("json_object"))
+    for piece in ('{"', "▁hi", "<0xC3>", "<0xA9>", '":', "<0x31>", "}"):
+        assert vocab[piece] in allowed(matcher), piece
+        assert matcher.accept(vocab[piece])
+    assert matcher.finished
+
+
+def test_compiled_grammars_are_remembered_up_to_a_bound(directory: Path, vocab: int):
+    grammars = Grammars(directory, frozenset({END}), vocab)
+    for number in range(module.REMEMBERED + 5):
+        grammars.compile(Grammar("regex", f"a{{{number + 1}}}"))
+    assert len(grammars._compiled) == module.REMEMBERED
+    assert Grammar("regex", "a{1}") not in grammars._compiled

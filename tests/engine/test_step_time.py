@@ -1,0 +1,139 @@
+"""The step-time model: what it answers, what it learns, what it refuses to learn."""
+
+from __future__ import annotations
+
+from random import Random
+from statistics import median
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stretto.engine.step_time import UNKNOWN, StepCost, StepLoad, StepTime, Window, fit
+from stretto.simulator.replay import SMALL_CPU
+
+
+def some_load(rng: Random) -> StepLoad:
+    decode, start = rng.randint(0, 16), rng.randint(0, 2000)
+    prefill = rng.choice([0, 0, rng.randint(1, 90)])
+    if decode == prefill == 0:
+        decode = 1
+    return StepLoad(decode, prefill, decode * rng.randint(50, 2000), prefill * (start + prefill / 2))
+
+
+def steps(
+    model: StepTime, count: int, rng: Random, *, speed: float = 1.0, outliers: float = 0.0
+) -> list[float]:
+    """Let a model watch steps of a machine; its errors against the machine without noise."""
+    errors: list[float] = []
+    for _ in range(count):
+        seen = some_load(rng)
+        truth = speed * SMALL_CPU(seen)
+        errors.append(abs(model.cost(seen) / truth - 1.0))
+        factor = 6.0 if rng.random() < outliers else 1.0
+        model.observe(seen, truth * rng.lognormvariate(0.0, 0.05) * factor)
+    return errors
+
+
+def test_it_learns_a_machine_it_knows_nothing_of():
+    model = StepTime(UNKNOWN)
+    assert median(steps(model, 300, Random(1))[-100:]) < 0.03
+    assert model.error < 0.08
+
+
+def test_a_noisy_neighbour_does_not_poison_it():
+    model = StepTime(SMALL_CPU, [0.05] * 32)
+    assert median(steps(model, 400, Random(2), outliers=0.15)[-200:]) < 0.06
+
+
+def test_a_lasting_change_of_speed_is_learnt_within_fifty_steps():
+    model = StepTime(SMALL_CPU, [0.03] * 32)
+    steps(model, 100, Random(3))
+    before = steps(model, 60, Random(4), speed=2.0)
+    assert before[0] > 0.4 and median(before[-10:]) < 0.1
+
+
+def test_short_steps_are_learnt_as_long_ones_are():
+    """The belief changes with some milliseconds of them, and at once when they surprise it."""
+    model = StepTime(UNKNOWN)
+    assert median(steps(model, 400, Random(6), speed=0.005)[-100:]) < 0.04
+    before = steps(model, 60, Random(7), speed=0.01)
+    assert before[0] > 0.4 and median(before[-10:]) < 0.1
+
+
+def test_steps_that_are_all_alike_do_not_unlearn_the_rest():
+    model, rng = StepTime(SMALL_CPU, [0.03] * 32), Random(5)
+    alike = StepLoad(4, 0, 4000, 0.0)
+    for _ in range(2000):
+        model.observe(alike, SMALL_CPU(alike) * rng.lognormvariate(0.0, 0.03))
+    other = StepLoad(16, 64, 20_000, 64 * 500.0)
+    assert model.cost(other) == pytest.approx(SMALL_CPU(other), rel=0.1)
+
+
+@given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=60), st.integers(0, 9))
+def test_coefficients_stay_at_or_above_zero(times: list[float], seed: int):
+    model, rng = StepTime(), Random(seed)
+    for ms in times:
+        model.observe(some_load(rng), ms)
+        assert all(
+            0 <= value < float("inf")
+            for value in (model.cost.base, model.cost.per_decode, model.cost.per_prefill)
+        )
+        assert model.cost.per_key >= 0 and model.cost.per_pair >= 0 and model.margin >= 1.0
+
+
+@given(st.integers(0, 8000), st.floats(0.0, 5000.0))
+def test_the_largest_chunk_is_the_largest(start: int, ms: float):
+    count = SMALL_CPU.chunk(start, ms)
+    assert SMALL_CPU.prefill(start, count) <= ms + 1e-6
+    assert SMALL_CPU.prefill(start, count + 1) > ms
+
+
+def test_a_first_token_takes_longer_beside_streams():
+    cost = StepCost(base=10.0, per_decode=1.0, per_prefill=1.0)
+    assert cost.first_token(0, 100, beside=10.0, step=20.0) == pytest.approx(200.0)
+    assert cost.first_token(0, 100, beside=20.0, step=20.0) == float("inf")
+    assert cost.decodes(5, 0) == 15.0 and cost.row(0) == 1.0
+
+
+def test_a_fit_needs_a_step_and_leaves_out_what_would_be_negative():
+    with pytest.raises(ValueError, match="at least one"):
+        fit([])
+    falling = [(StepLoad(decode), 10.0 - decode / 10) for decode in range(1, 20)]
+    assert fit(falling).per_decode == 0.0
+
+
+def test_a_few_disturbed_steps_do_not_bend_a_fit():
+    rng = Random(8)
+    seen = [(each, SMALL_CPU(each)) for each in (some_load(rng) for _ in range(20))]
+    seen[3], seen[11] = (seen[3][0], seen[3][1] * 5), (seen[11][0], seen[11][1] * 3)
+    cost = fit(seen)
+    for each, ms in seen[12:]:
+        assert cost(each) == pytest.approx(ms, rel=0.02)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=40))
+def test_a_window_knows_the_quantiles_of_its_last_values(values: list[float]):
+    window = Window(8)
+    assert window.quantile(0.5, 7.0) == 7.0
+    for value in values:
+        window.add(value)
+    last = sorted(values[-8:])
+    assert len(window) == len(last) and window.quantile(0.5, 0.0) == last[len(last) // 2]
+    assert window.quantile(1.0, 0.0) == last[-1]
+
+
+def test_streams_whose_contexts_only_grow_do_not_make_it_run_away():
+    """Each step differs a little from the last, always the same way: what is learnt of one is of no use a
+    hundred steps later, and must not have been thrown away either."""
+    rng = Random(6)
+    model = StepTime(
+        StepCost(base=9.0, per_decode=9.0, per_prefill=5.0, per_key=0.005, per_pair=0.002), [0.05] * 16
+    )
+    truth = StepCost(base=12.0, per_decode=4.5, per_prefill=4.4, per_key=0.006, per_pair=0.003)
+    errors: list[float] = []
+    for step in range(600):
+        load = StepLoad(2, 0, 130 + 2 * step, 0.0) if step % 3 else StepLoad(0, 2, 0, 2 * (8.0 + step))
+        errors.append(abs(model.cost(load) / truth(load) - 1.0))
+        model.observe(load, truth(load) * rng.lognormvariate(0.0, 0.1))
+    assert max(errors[50:]) < 0.3 and median(errors) < 0.1

@@ -1,0 +1,544 @@
+"""Answers, streamed and whole: text, usage, report, logprobs, stop strings, tools, reasoning, embeddings."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from stretto.config import ServeConfig
+from stretto.server.app import App, build
+from stretto.text.tokenizer import TextModel
+from stretto.types import Began, Grammar, Reason, Request, Sampling, TokenEvent
+from tests.server.checkpoint import byte_level, write
+from tests.server.conftest import CHAT, HELLO, ids_of
+from tests.server.fake_engine import FakeEngine, info
+from tests.server.sse import events, said
+
+Says = Callable[[str], list[int]]
+TEXT = "/v1/completions"
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"$ref": "#/$defs/c"}},
+                "$defs": {"c": {"type": "string"}},
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+async def whole(client: httpx.AsyncClient, path: str = CHAT, **body: Any) -> Any:
+    response = await client.post(path, json=(HELLO if path == CHAT else {"prompt": "Hi"}) | body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def streamed(client: httpx.AsyncClient, path: str = CHAT, **body: Any) -> list[Any]:
+    body = (HELLO if path == CHAT else {"prompt": "Hi"}) | body | {"stream": True}
+    response = await client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return events(response.text)
+
+
+async def test_a_chat_answer(client: httpx.AsyncClient, engine: FakeEngine, text: TextModel) -> None:
+    answer = await whole(client)
+    prompt = text.encode_chat(HELLO["messages"])
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Hello, world!", "refusal": None}
+    assert (choice["finish_reason"], choice["logprobs"], answer["model"]) == ("stop", None, "tiny")
+    said = len(ids_of(text, "Hello, world!"))
+    assert answer["usage"] == {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": said,
+        "total_tokens": len(prompt) + said,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }
+    (request,) = engine.requests
+    assert request.prompt == tuple(prompt)
+    assert (request.tenant, request.salt, request.sampling) == ("local", "", Sampling())
+    assert not engine.open, "every stream is closed"
+
+
+async def test_the_report_says_what_the_engine_and_the_clock_say(client: httpx.AsyncClient) -> None:
+    answer = await whole(client)
+    report = answer["stretto"]
+    assert set(report) == {
+        "rung", "on_time", "queue_ms", "ttft_ms", "itl_p99_ms", "cached_tokens", "energy_j", "energy_source",
+    }  # fmt: skip
+    assert (report["rung"], report["queue_ms"], report["cached_tokens"]) == ("tiny", 1.5, 3)
+    assert report["energy_j"] is report["energy_source"] is None
+    assert report["on_time"] is True, "the default tier has an objective"
+    assert report["ttft_ms"] > 0
+    assert report["itl_p99_ms"] >= 0
+    chunks = await streamed(client)
+    assert [chunk.get("stretto", {}).get("rung") for chunk in chunks] == [None] * (len(chunks) - 1) + ["tiny"]
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_an_answer_that_a_stop_string_ended_is_reported_whole(
+    client: httpx.AsyncClient, engine: FakeEngine, says: Says, path: str
+) -> None:
+    first, *rest = says("Hello, world!")
+    engine.script = lambda request: [TokenEvent(0, first, began=Began(7.5, 2)), *rest]
+    answer = await whole(client, path, stop=",")
+    assert (answer["stretto"]["queue_ms"], answer["stretto"]["cached_tokens"]) == (7.5, 2)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_metadata_comes_back_with_the_answer(client: httpx.AsyncClient, path: str) -> None:
+    sent = {"order": "17", "run": "nightly"}
+    assert (await whole(client, path, metadata=sent))["metadata"] == sent
+    chunks = await streamed(client, path, metadata=sent, n=2)
+    assert [chunk["metadata"] for chunk in chunks if "metadata" in chunk] == [sent, sent], "once a choice"
+    assert "metadata" not in await whole(client, path)
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_one_event_per_token(client: httpx.AsyncClient, says: Says, path: str) -> None:
+    ids = says("Grüße 世界 😀🎉 x")
+    chunks = await streamed(client, path, max_tokens=100)
+    assert len(chunks) == len(ids) + 1, "and one for the end"
+    assert said(chunks) == "Grüße 世界 😀🎉 x"
+    assert "\ufffd" not in json.dumps(chunks, ensure_ascii=False)
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * len(ids) + ["stop"]
+    if path == CHAT:
+        assert [chunk["choices"][0]["delta"].get("role") for chunk in chunks] == ["assistant"] + [None] * len(
+            ids
+        )
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+async def test_tokens_that_wait_leave_in_one_send_and_stay_one_event_each(
+    app: App, engine: FakeEngine, text: TextModel
+) -> None:
+    ids = ids_of(text, "Hello, world!")
+    engine.script = lambda request: [ids[0], ids[1:4], ids[4:], Reason.STOP]
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            sent.append(message["body"])
+
+    bodies = [{"type": "http.request", "body": json.dumps(HELLO | {"stream": True}).encode()}]
+
+    async def receive() -> Any:
+        return bodies.pop() if bodies else await engine.pause(10.0)
+
+    await app({"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive, send)
+    assert [body.count(b"data: ") for body in sent] == [1, 3, len(ids) - 4, 2]
+
+
+async def test_the_last_token_carries_the_reason_when_the_limit_ends_it(client: httpx.AsyncClient) -> None:
+    chunks = await streamed(client, max_completion_tokens=2, stream_options={"include_usage": True})
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None, "length"]
+    usage = chunks[-1]
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 2
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+async def test_usage_with_every_chunk(client: httpx.AsyncClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await streamed(client, TEXT, max_tokens=3, stream_options=options)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_stop_strings_end_the_answer_and_cancel_the_sequence(
+    client: httpx.AsyncClient, engine: FakeEngine, says: Says, path: str
+) -> None:
+    ids = says("The quick brown fox jumps over the lazy dog.")
+    for body in ({"stop": "wn f"}, {"stop": ["zebra", "wn f"]}):
+        answer = await whole(client, path, **body, max_tokens=100)
+        choice = answer["choices"][0]
+        assert choice.get("text", choice.get("message", {}).get("content")) == "The quick bro"
+        assert choice["finish_reason"] == "stop"
+        chunks = await streamed(client, path, **body, max_tokens=100)
+        assert said(chunks) == "The quick bro"
+    for stream in engine.streams:
+        assert stream.closed_after is not None
+        assert stream.closed_after < len(ids)
+
+
+async def test_several_choices_and_prompts(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
+    engine.script = lambda request: ids_of(text, "Hello" if request.id % 2 else "The fox")
+    answer = await whole(client, n=2, seed=7)
+    assert [c["message"]["content"] for c in answer["choices"]] == ["Hello", "The fox"]
+    assert [request.sampling.seed for request in engine.requests] == [7, 8]
+    assert {request.sampling.n for request in engine.requests} == {1}
+    assert answer["usage"]["prompt_tokens"] == len(engine.requests[0].prompt), "a prompt counts once"
+    chunks = await streamed(client, n=2)
+    assert [said(chunks, 0), said(chunks, 1)] == ["Hello", "The fox"]
+    answer = await whole(client, TEXT, prompt=["a", "b"], n=2)
+    assert [c["index"] for c in answer["choices"]] == [0, 1, 2, 3]
+    assert [request.prompt for request in engine.requests[-4:]] == [tuple(text.encode(p)) for p in "aabb"]
+    await whole(client, TEXT, prompt=[[5, 6], [7]])
+    await whole(client, TEXT, prompt=[8, 9])
+    assert [request.prompt for request in engine.requests[-3:]] == [(5, 6), (7,), (8, 9)]
+
+
+async def test_a_choice_that_stops_early_does_not_end_the_others(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
+    long = ids_of(text, "The quick brown fox jumps over the lazy dog.")
+    engine.script = lambda request: long if request.id % 2 else ids_of(text, "Hello, world!")
+    chunks = await streamed(client, n=2, stop="quick")
+    assert [said(chunks, 0), said(chunks, 1)] == ["The ", "Hello, world!"]
+    assert not engine.open
+
+
+async def test_echo_begins_with_the_prompt(client: httpx.AsyncClient, text: TextModel) -> None:
+    for prompt in ("Say: ", text.encode("Say: ")):
+        answer = await whole(client, TEXT, prompt=prompt, echo=True)
+        assert answer["choices"][0]["text"] == "Say: Hello, world!"
+        assert said(await streamed(client, TEXT, prompt=prompt, echo=True)) == "Say: Hello, world!"
+
+
+async def test_chat_logprobs(
+    client: httpx.AsyncClient, engine: FakeEngine, says: Says, text: TextModel
+) -> None:
+    ids = says("Hi 😀")
+    answer = await whole(client, logprobs=True, top_logprobs=2)
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in content).decode() == "Hi 😀"
+    assert [len(token["top_logprobs"]) for token in content] == [2] * len(ids)
+    assert content[0]["top_logprobs"][0] == {key: content[0][key] for key in ("token", "logprob", "bytes")}
+    chunks = await streamed(client, logprobs=True, top_logprobs=2)
+    streamed_content = [
+        t for c in chunks for t in (c["choices"][0]["logprobs"] or {"content": []})["content"]
+    ]
+    assert streamed_content == content
+    assert engine.requests[-1].sampling.logprobs == 2
+    answer = await whole(client, logprobs=True)
+    assert answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+async def test_completion_logprobs(client: httpx.AsyncClient, says: Says) -> None:
+    ids = says("Hello, world")
+    answer = await whole(client, TEXT, logprobs=1)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert "".join(logprobs["tokens"]) == "Hello, world"
+    assert logprobs["token_logprobs"] == [-0.5] * len(ids)
+    assert [list(top) for top in logprobs["top_logprobs"]] == [[token] for token in logprobs["tokens"]]
+    offsets = [len("".join(logprobs["tokens"][:i])) for i in range(len(ids))]
+    assert logprobs["text_offset"] == offsets
+    chunks = await streamed(client, TEXT, logprobs=1)
+    got = [c["choices"][0]["logprobs"]["text_offset"] for c in chunks if c["choices"][0]["logprobs"]]
+    assert [offset for part in got for offset in part] == offsets
+
+
+async def test_every_sampling_field_reaches_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await whole(
+        client, max_tokens=9, min_tokens=2, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, seed=-3,
+        presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={"5": -100},
+        stop=["zz"], stop_token_ids=[4], ignore_eos=True, logprobs=True, top_logprobs=3,
+        response_format={"type": "json_object"},
+    )  # fmt: skip
+    assert engine.requests[0].sampling == Sampling(
+        max_tokens=9, min_tokens=2, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, seed=-3,
+        presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={5: -100.0},
+        stop=("zz",), stop_token_ids=(4,), ignore_eos=True, logprobs=3, grammar=Grammar("json_object"),
+    )  # fmt: skip
+    nothing = dict.fromkeys(
+        ["max_tokens", "temperature", "top_k", "stop", "tools", "logit_bias", "audio", "functions", "user"]
+    )
+    await whole(client, **nothing, top_p=None, response_format={"type": "text"})
+    assert engine.requests[1].sampling == Sampling()
+    await whole(client, TEXT, top_k=-1)
+    assert engine.requests[2].sampling == Sampling(max_tokens=16), "OpenAI's default for plain completions"
+
+
+NULL = '{"type": "null"}'
+NAMED = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "null"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "grammar"),
+    [
+        ({"response_format": NAMED}, Grammar("json_schema", NULL)),
+        ({"structured_outputs": {"json": NULL}}, Grammar("json_schema", NULL)),
+        ({"structured_outputs": {"json": {"type": "null"}}}, Grammar("json_schema", NULL)),
+        ({"structured_outputs": {"json_object": True}}, Grammar("json_object")),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+")),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, Grammar("choice", '["yes", "no"]')),
+    ],
+)
+async def test_grammars(checkpoint: Path, engine: FakeEngine, body: dict[str, Any], grammar: Grammar) -> None:
+    asked: list[tuple[str, Grammar]] = []
+
+    async def check(model: str, grammar: Grammar) -> None:
+        asked.append((model, grammar))
+
+    app = build(ServeConfig(), engine, {"tiny": checkpoint}, check)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        await whole(client, **body)
+    assert engine.requests[0].sampling.grammar == grammar
+    assert asked == [("tiny", grammar)]
+
+
+async def test_who_asks_keeps_prefixes_apart(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    bodies = [
+        {},
+        {"user": "ann"},
+        {"cache_salt": "ann"},
+        {"user": "ann", "cache_salt": "x"},
+        {"prompt_cache_key": "ann"},
+    ]
+    for body in bodies:
+        await whole(client, **body)
+    assert len({request.salt for request in engine.requests}) == len(bodies)
+
+
+async def test_a_tool_call(
+    client: httpx.AsyncClient, engine: FakeEngine, says: Says, text: TextModel
+) -> None:
+    says('Wait.<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>')
+    answer = await whole(client, tools=TOOLS)
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "Wait."
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "Köln"}'}
+    assert (
+        text.tokenizer.decode(engine.requests[0].prompt, skip_special_tokens=False).count('"name": "now"')
+        == 1
+    )
+    chunks = await streamed(client, tools=TOOLS, tool_choice="auto")
+    deltas = [
+        c["choices"][0]["delta"]["tool_calls"][0] for c in chunks if "tool_calls" in c["choices"][0]["delta"]
+    ]
+    assert deltas[0]["function"]["name"] == "weather"
+    assert "".join(delta["function"]["arguments"] for delta in deltas) == '{"city": "Köln"}'
+    assert len(deltas) > 3
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert said(chunks) == "Wait."
+    follow = [
+        *HELLO["messages"],
+        choice["message"],
+        {"role": "tool", "tool_call_id": call["id"], "content": "rain"},
+    ]
+    await whole(client, messages=follow, tools=TOOLS)
+    prompt = text.tokenizer.decode(engine.requests[-1].prompt, skip_special_tokens=False)
+    assert '<tool_call>{"name": "weather", "arguments": {"city": "Köln"}}</tool_call>' in prompt
+    assert "<|start|>tool\nrain<|stop|>" in prompt
+
+
+async def test_what_is_no_call_is_content(client: httpx.AsyncClient, says: Says) -> None:
+    broken = '<tool_call>{"name": "weather", "arguments": {"city": oops}}</tool_call>'
+    says(broken)
+    answer = await whole(client, tools=TOOLS)
+    assert answer["choices"][0]["message"]["content"] == broken
+    assert "tool_calls" not in answer["choices"][0]["message"]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_one_call_alone_when_asked_for(
+    client: httpx.AsyncClient, engine: FakeEngine, says: Says
+) -> None:
+    call = '<tool_call>{"name": "now"}</tool_call>'
+    ids = says(call + call)
+    answer = await whole(client, tools=TOOLS, parallel_tool_calls=False)
+    assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
+    assert engine.streams[0].closed_after < len(ids)
+    assert len((await whole(client, tools=TOOLS))["choices"][0]["message"]["tool_calls"]) == 2
+
+
+async def test_tool_choice(
+    client: httpx.AsyncClient, engine: FakeEngine, says: Says, text: TextModel
+) -> None:
+    says('{"city": "Rome"}')
+    named = {"type": "function", "function": {"name": "weather"}}
+    answer = await whole(client, tools=TOOLS, tool_choice=named)
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
+    grammar = engine.requests[-1].sampling.grammar
+    assert grammar is not None
+    assert json.loads(grammar.source) == TOOLS[0]["function"]["parameters"]
+    says('[{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "now", "arguments": {}}]')
+    answer = await whole(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert [c["function"]["name"] for c in answer["choices"][0]["message"]["tool_calls"]] == [
+        "weather",
+        "now",
+    ]
+    grammar = engine.requests[-1].sampling.grammar
+    assert grammar is not None
+    schema = json.loads(grammar.source)
+    assert schema["$defs"]["tool0"]["properties"]["city"] == {"$ref": "#/$defs/tool0/$defs/c"}
+    assert (schema["minItems"], schema["maxItems"]) == (1, 1)
+    says('<tool_call>{"name": "now"}</tool_call>')
+    answer = await whole(client, tools=TOOLS, tool_choice="none")
+    assert answer["choices"][0]["message"]["content"] == '<tool_call>{"name": "now"}</tool_call>'
+    prompt = text.tokenizer.decode(engine.requests[-1].prompt, skip_special_tokens=False)
+    assert "now" not in prompt
+
+
+async def test_tool_markers_that_are_special_tokens_are_read(tmp_path: Path) -> None:
+    template = "{% if tools %}{# [TOOL_CALLS] #}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    path = write(tmp_path, byte_level(extra=("[TOOL_CALLS]",)), template, eos="<|stop|>")
+    text = TextModel(path)
+    said_ids = ids_of(text, '[TOOL_CALLS][{"name": "now", "arguments": {}}]')
+    engine = FakeEngine(lambda request: said_ids, {"tiny": info(vocab=text.vocab)})
+    app = build(ServeConfig(), engine, {"tiny": path})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        answer = await whole(client, tools=TOOLS)
+        assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "now"
+        plain = await whole(client)
+        assert plain["choices"][0]["message"]["content"] == '[{"name": "now", "arguments": {}}]'
+
+
+async def test_reasoning_is_its_own_field(client: httpx.AsyncClient, says: Says) -> None:
+    says("<think>\nLet me see.\n</think>\n\nHello.")
+    answer = await whole(client)
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Let me see.", "Hello.")
+    chunks = await streamed(client)
+    thought = "".join(c["choices"][0]["delta"].get("reasoning_content", "") for c in chunks)
+    assert (thought, said(chunks)) == ("Let me see.", "Hello.")
+
+
+async def test_a_grammar_leaves_no_room_to_think(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
+    await whole(client, response_format={"type": "json_object"})
+    await whole(client, chat_template_kwargs={"enable_thinking": False})
+    assert engine.requests[0].prompt == engine.requests[1].prompt
+    assert text.decode(list(engine.requests[0].prompt)).endswith("</think>\n\n")
+
+
+async def test_reasoning_effort_is_told_to_the_template(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    await whole(client, reasoning_effort="none")
+    await whole(client, chat_template_kwargs={"enable_thinking": False})
+    await whole(client, reasoning_effort="high")
+    await whole(client)
+    prompts = [request.prompt for request in engine.requests]
+    assert (prompts[0], prompts[2]) == (prompts[1], prompts[3])
+    assert prompts[0] != prompts[2]
+
+
+BENCHMARKS: list[tuple[str, dict[str, Any]]] = [
+    # As `vllm bench serve` and `sglang.benchmark.serving` send them.
+    (
+        TEXT,
+        {
+            "prompt": "Hi",
+            "repetition_penalty": 1.0,
+            "logprobs": None,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    (TEXT, {"prompt": [5, 6, 7], "temperature": 0.0, "best_of": 1}),
+    (
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+            "max_completion_tokens": 4,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    (CHAT, {"messages": HELLO["messages"], "temperature": 0.0, "max_completion_tokens": 4}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), BENCHMARKS)
+async def test_benchmark_clients_read_their_tokens(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    limit = {} if path == CHAT else {"max_tokens": 4}
+    body = body | limit | {"model": "tiny", "stream": True, "ignore_eos": True}
+    response = await client.post(path, json=body)
+    chunks = events(response.text)
+    tokens = [chunk for chunk in chunks if chunk["choices"]]
+    assert len(tokens) == 4, "the last token's event has the reason: no event that is none"
+    for chunk in tokens:
+        choice = chunk["choices"][0]
+        assert isinstance(choice["text"] if path == TEXT else choice["delta"]["content"], str)
+    if "stream_options" in body:
+        assert chunks[-1]["usage"]["completion_tokens"] == 4
+    else:
+        assert chunks == tokens, "sglang's client reads choices[0] of every line"
+
+
+async def test_messages_reach_the_template(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "user", "content": "c", "name": "ann"},
+        {"role": "assistant", "content": "<think>hm</think>\nd", "refusal": None, "tool_calls": None},
+        {"role": "assistant", "content": None, "refusal": "no"},
+        {"role": "user", "content": "e"},
+    ]
+    await whole(client, messages=messages)
+    expected = [
+        {"role": "system", "content": "a\nb"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "reasoning_content": "hm"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "e"},
+    ]
+    assert engine.requests[0].prompt == tuple(text.encode_chat(expected))
+
+
+async def test_special_tokens_in_a_chat_are_text_and_in_a_prompt_special(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
+    stop = text.tokenizer.token_to_id("<|stop|>")
+    await whole(client, messages=[{"role": "user", "content": "<|stop|>"}])
+    await whole(client, TEXT, prompt="<|stop|>")
+    assert [request.prompt.count(stop) for request in engine.requests] == [1, 1]
+    assert engine.requests[1].prompt == (stop,)
+
+
+async def test_deadline_and_engine_errors(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.script = lambda request: [5, Reason.DEADLINE]
+    assert (await whole(client))["choices"][0]["finish_reason"] == "deadline"
+    engine.script = lambda request: [5, Reason.ERROR]
+    response = await client.post(CHAT, json=HELLO)
+    assert response.status_code == 500
+    assert response.json()["error"] == {
+        "message": "the tensor caught fire", "type": "server_error", "param": None, "code": "engine_error",
+    }  # fmt: skip
+
+
+async def test_embeddings(client: httpx.AsyncClient, engine: FakeEngine, text: TextModel) -> None:
+    def script(request: Request) -> list[TokenEvent | Reason]:
+        assert request.task == "embed"
+        return [TokenEvent(0, embedding=(3.0, 4.0, float(len(request.prompt)))), Reason.STOP]
+
+    engine.script = script
+    response = await client.post("/v1/embeddings", json={"input": ["Hello", "The fox"]})
+    assert response.status_code == 200
+    body = response.json()
+    lengths = [len(text.encode(item)) for item in ("Hello", "The fox")]
+    assert [item["embedding"] for item in body["data"]] == [[3.0, 4.0, float(n)] for n in lengths]
+    assert [item["index"] for item in body["data"]] == [0, 1]
+    assert body["usage"] == {"prompt_tokens": sum(lengths), "total_tokens": sum(lengths)}
+    response = await client.post("/v1/embeddings", json={"input": [5, 6], "encoding_format": "base64"})
+    packed = base64.b64decode(response.json()["data"][0]["embedding"])
+    assert struct.unpack("<3f", packed) == (3.0, 4.0, 2.0)
+    response = await client.post("/v1/embeddings", json={"input": "Hello", "dimensions": 2})
+    assert response.json()["data"][0]["embedding"] == [0.6, 0.8]
+    response = await client.post("/v1/embeddings", json={"input": "Hello", "dimensions": 4})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "$.dimensions")
+    many = await client.post("/v1/embeddings", json={"input": ["a"] * 100})
+    assert len(many.json()["data"]) == 100, "more than may wait at once"
+    assert not engine.open

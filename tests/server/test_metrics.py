@@ -1,0 +1,136 @@
+"""Metrics: what they count, and that Prometheus' own checker finds no fault with them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from stretto.telemetry.metrics import Ended, Gauges, Histogram, Metrics
+from stretto.types import Finish, Reason, StepStats, TokenEvent
+from tests.server.conftest import CHAT, HELLO
+from tests.server.fake_engine import FakeEngine
+
+USUAL = ("default", "tiny")
+ORDER = ("endpoint", "outcome", "kind", "reason", "tier", "model", "verdict", "le", "version", "python")
+
+
+def step(**changes: float) -> StepStats:
+    values = (
+        {"predicted_ms": 9.0}
+        | {"decode_tokens": 3, "prefill_tokens": 40, "running": 4, "waiting": 2, "preempted": 1}
+        | changes
+    )
+    return StepStats("tiny", 0.0, 12.0, context_tokens=9, blocks_free=60, blocks_total=64, **values)  # type: ignore[arg-type]
+
+
+def samples(text: bytes) -> dict[tuple[str, tuple[str, ...]], float]:
+    families = text_string_to_metric_families(text.decode())
+    return {
+        (s.name, tuple(s.labels[name] for name in ORDER if name in s.labels)): s.value
+        for family in families
+        for s in family.samples
+    }
+
+
+async def test_a_request_is_counted_once_it_ended(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post(CHAT, json=HELLO)
+    await client.post(CHAT, json=HELLO | {"max_tokens": 0})
+    for observe in engine.steps:
+        observe(step())
+        observe(step(decode_tokens=5, prefill_tokens=0))
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    found = samples(response.content)
+    assert found["stretto_requests_total", ("chat", "ok")] == 1
+    assert found["stretto_requests_total", ("chat", "invalid_value")] == 1
+    said = engine.streams[0].said
+    assert found["stretto_tokens_total", ("output", "tiny")] == said
+    assert found["stretto_tokens_total", ("prompt", "tiny")] == len(engine.requests[0].prompt)
+    assert found["stretto_tokens_total", ("cached", "tiny")] == 3
+    assert found["stretto_ttft_seconds_count", USUAL] == 1
+    assert found["stretto_itl_seconds_count", USUAL] == said, "one gap less than events, the end among them"
+    assert found["stretto_queue_seconds_sum", USUAL] == 0.0015
+    assert found["stretto_judged_requests_total", (*USUAL, "on_time")] == 1
+    assert found["stretto_slack_seconds_count", USUAL] == 1
+    assert found["stretto_step_seconds_sum", ("tiny",)] == 0.024
+    assert found["stretto_step_decode_tokens_sum", ("tiny",)] == 8
+    assert found["stretto_step_prefill_tokens_count", ("tiny",)] == 1
+    assert found["stretto_step_time_error_ratio_bucket", ("tiny", "0.2")] == 0
+    assert found["stretto_step_time_error_ratio_bucket", ("tiny", "0.3")] == 2
+    assert found["stretto_preemptions_total", ("tiny",)] == 2
+    assert found["stretto_kv_blocks_free", ("tiny",)] == 60
+    assert found["stretto_engine_ready", ()] == 1
+    assert found["stretto_open_requests", ()] == 0
+
+
+async def test_what_became_of_each_objective(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    say = engine.script
+    late = HELLO | {"objective": {"ttft_ms": 5}, "service_tier": "priority"}
+    engine.script = lambda request: [0.03, 65]
+    await client.post(CHAT, json=late)
+    engine.script = lambda request: [Reason.ERROR]
+    await client.post(CHAT, json=HELLO | {"service_tier": "flex"})
+    engine.script = lambda request: [TokenEvent(0, finish=Finish(Reason.REFUSED, 3, 0, 0, 0.0))]
+    await client.post(CHAT, json=HELLO)
+    engine.script, engine.ready = say, False
+    await client.post(CHAT, json=HELLO | {"service_tier": "priority"})
+    found = samples((await client.get("/metrics")).content)
+    verdicts = {labels: n for (name, labels), n in found.items() if name == "stretto_judged_requests_total"}
+    assert verdicts == {
+        ("priority", "tiny", "late"): 1,
+        ("flex", "tiny", "failed"): 1,
+        ("default", "tiny", "refused"): 1,
+        ("priority", "tiny", "refused"): 1,
+    }
+    assert found["stretto_lateness_seconds_bucket", ("priority", "tiny", "0.01")] == 0
+    assert found["stretto_lateness_seconds_count", ("priority", "tiny")] == 1
+    assert found["stretto_refusals_total", ("cannot_be_on_time", "default")] == 1
+    assert found["stretto_refusals_total", ("unavailable", "priority")] == 1
+
+
+async def test_what_a_client_makes_up_is_no_label(client: httpx.AsyncClient) -> None:
+    async def series() -> int:
+        return len(samples((await client.get("/metrics")).content))
+
+    await client.post(CHAT, json=HELLO)
+    await client.post(CHAT, json=HELLO | {"model": "0", "service_tier": "priority"})
+    await client.post(CHAT, json=HELLO | {"service_tier": "gold"})
+    before = await series()
+    for number in range(20):
+        made_up = {"model": f"m{number}", "service_tier": "priority", "user": f"u{number}"}
+        assert (await client.post(CHAT, json=HELLO | made_up)).status_code == 404
+        assert (await client.post(CHAT, json=HELLO | {"service_tier": f"t{number}"})).status_code == 400
+        assert (await client.post(CHAT, json=HELLO | {"user": f"u{number}"})).status_code == 200
+    assert await series() == before
+
+
+def test_histograms_count_by_upper_bound() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5):
+        histogram.add(value)
+    histogram.add_all([2.0, 99.0])
+    metrics = Metrics(lambda: Gauges(0, True, False, 0))
+    metrics.ended(Ended("chat", "ok", 1.0, tier="flex", model="m", first=0.5, gaps=[0.01, 0.02]))
+    found = samples(metrics.text())
+    assert found["stretto_itl_seconds_bucket", ("flex", "m", "0.01")] == 1
+    assert found["stretto_itl_seconds_bucket", ("flex", "m", "0.02")] == 2
+    assert found["stretto_itl_seconds_bucket", ("flex", "m", "+Inf")] == 2
+    assert found["stretto_e2e_seconds_sum", ("flex", "m")] == 1.0
+
+
+def test_promtool_finds_no_fault() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian package prometheus)")
+    metrics = Metrics(lambda: Gauges(1, True, False, 2))
+    ended = Ended("chat", "ok", 1.0, "late", "flex", "m", 5, 6, 2, 0.01, 0.02, 0.5, -0.2, [0.01])
+    metrics.ended(ended)
+    metrics.ended(replace(ended, slack=0.2, verdict="refused"))
+    metrics.step(step())
+    checked = subprocess.run([promtool, "check", "metrics"], input=metrics.text(), capture_output=True)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")

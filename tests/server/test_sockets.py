@@ -1,0 +1,224 @@
+"""A real server on real sockets: clients that leave, read slowly or come all at once, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from stretto.config import ServeConfig
+from stretto.errors import StartError
+from stretto.server import lifecycle
+from stretto.server.app import App, build
+from stretto.types import Reason, Request
+from tests.server.conftest import CHAT, HELLO, Served
+from tests.server.fake_engine import FakeEngine, Item
+
+STREAM = json.dumps(HELLO | {"stream": True}).encode()
+
+
+def post(body: bytes, path: str = CHAT) -> bytes:
+    lines = ("Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    return "\r\n".join((f"POST {path} HTTP/1.1", *lines, "", "")).encode() + body
+
+
+@asynccontextmanager
+async def connected(served: Served) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+
+async def until(condition: Any, seconds: float = 10.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def steady(request: Request) -> list[Item]:
+    """A token every few milliseconds, without end."""
+    return [item for _ in range(20_000) for item in (0.002, 300)]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_cancels_its_request(
+    served: Served, engine: FakeEngine, stream: bool
+) -> None:
+    engine.script = steady
+    async with connected(served) as (reader, writer):
+        writer.write(post(json.dumps(HELLO | {"stream": stream}).encode()))
+        if stream:
+            await reader.readuntil(b"data: ")
+        else:
+            await until(lambda: engine.streams and engine.streams[0].said > 3)
+        assert len(engine.open) == 1
+    await until(lambda: not engine.open)
+    (request,) = engine.streams
+    said = request.said
+    await asyncio.sleep(0.02)
+    assert request.said <= said + 1, "within a step"
+
+
+async def test_a_client_that_leaves_before_it_said_all(served: Served, app: App) -> None:
+    async with connected(served) as (_, writer):
+        writer.write(post(STREAM)[:-5])
+        await writer.drain()
+    await until(lambda: 'outcome="client_gone"} 1.0' in app.front.metrics.text().decode())
+    assert not app.front.runs
+
+
+async def test_a_slow_reader_hurts_nobody(served: Served, engine: FakeEngine) -> None:
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect(("127.0.0.1", served.port))
+    engine.script = lambda request: [[300] * 500 for _ in range(2000)]
+    slow.sendall(post(STREAM))
+    await until(lambda: engine.streams and engine.streams[0].said > 0)
+    before = -1
+    while engine.streams[0].said != before:
+        before = engine.streams[0].said
+        await asyncio.sleep(0.2)
+    assert before < 1_000_000, "the server stops reading from the engine, and its buffers stay bounded"
+    engine.script = lambda request: [300] * 50
+    async with httpx.AsyncClient(base_url=served.url) as client:
+        for _ in range(5):
+            assert (await client.post(CHAT, json=HELLO)).status_code == 200
+    slow.close()
+    await until(lambda: not engine.open)
+
+
+async def test_a_thousand_connections_at_once(served: Served, app: App, engine: FakeEngine) -> None:
+    """All are answered: as many as may wait get tokens, the others are told when to come back."""
+    gate = asyncio.Event()
+    engine.pause = lambda seconds: gate.wait()
+    engine.script = lambda request: [1.0, 300, 301]
+    answers: list[bytes] = []
+
+    async def one() -> None:
+        async with connected(served) as (reader, writer):
+            writer.write(post(STREAM))
+            answers.append(await reader.readuntil(b"\r\n\r\n"))
+
+    tasks = [asyncio.create_task(one()) for _ in range(1000)]
+    await until(lambda: len(answers) == 1000 - app.front.config.max_waiting, 60)
+    assert app.front.gate.waiting == len(engine.open) == app.front.config.max_waiting
+    gate.set()
+    await asyncio.gather(*tasks)
+    refused = [answer for answer in answers if answer.startswith(b"HTTP/1.1 503")]
+    assert len(refused) == 1000 - app.front.config.max_waiting
+    assert all(b"retry-after: " in answer for answer in refused)
+    assert sum(answer.startswith(b"HTTP/1.1 200") for answer in answers) == app.front.config.max_waiting
+    await until(lambda: not engine.open)
+    assert app.front.gate.waiting == 0
+
+
+async def last_event(reader: asyncio.StreamReader) -> Any:
+    body = (await reader.read()).decode()
+    assert "[DONE]" not in body
+    return json.loads(body.rpartition("data: ")[2].partition("\n\n")[0])
+
+
+async def test_a_signal_drains(served: Served, app: App, engine: FakeEngine) -> None:
+    """Running answers finish, new ones and `/ready` are refused at once, and then the server is gone."""
+    finish = asyncio.Event()
+    engine.pause = lambda seconds: finish.wait()
+    engine.script = lambda request: [300, 1.0, 301, Reason.STOP]
+    async with connected(served) as (reader, writer), httpx.AsyncClient(base_url=served.url) as client:
+        writer.write(post(STREAM))
+        await reader.readuntil(b"data: ")
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until(lambda: app.front.draining)
+        for response in (await client.get("/ready"), await client.post(CHAT, json=HELLO)):
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+            assert response.headers["retry-after"]
+        assert (await client.get("/health")).status_code == 200
+        finish.set()
+        assert b"data: [DONE]" in await reader.read()
+    await asyncio.wait_for(served.task, 5)
+    assert engine.ended
+
+
+async def test_what_does_not_finish_in_time_ends_in_a_typed_error(served: Served, engine: FakeEngine) -> None:
+    engine.script = steady
+    async with connected(served) as (reader, writer), httpx.AsyncClient(base_url=served.url) as client:
+        writer.write(post(STREAM))
+        await reader.readuntil(b"data: ")
+        whole = asyncio.create_task(client.post(CHAT, json=HELLO))
+        await until(lambda: len(engine.open) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (await last_event(reader))["error"]["code"] == "draining"
+        response = await whole
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+    await asyncio.wait_for(served.task, 5)
+    assert not engine.open
+
+
+@pytest.mark.parametrize("config", [ServeConfig(port=0, drain_s=3600)])
+async def test_a_second_signal_ends_at_once(served: Served, engine: FakeEngine) -> None:
+    engine.script = steady
+    async with connected(served) as (reader, writer):
+        writer.write(post(STREAM))
+        await reader.readuntil(b"data: ")
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until(lambda: served.task and engine.streams[0].said > 20)
+        assert engine.open, "an hour to drain"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (await last_event(reader))["error"]["code"] == "draining"
+    await asyncio.wait_for(served.task, 5)
+
+
+async def test_a_port_in_use_and_a_bad_host(served: Served, app: App, engine: FakeEngine) -> None:
+    with pytest.raises(StartError, match=f"port {served.port} on 127.0.0.1 is in use"):
+        await lifecycle.run(ServeConfig(port=served.port), app, engine)
+    with pytest.raises(StartError, match=r"--host no\.such\.host\.invalid"):
+        lifecycle.listen("no.such.host.invalid", 0)
+
+
+async def test_an_engine_that_cannot_load_ends_the_server(app: App, engine: FakeEngine) -> None:
+    engine.failure = "no such checkpoint"
+    with pytest.raises(StartError, match="no such checkpoint"):
+        await asyncio.wait_for(lifecycle.run(ServeConfig(port=0), app, engine), 10)
+    assert engine.ended
+
+
+def test_urls() -> None:
+    assert lifecycle.url("0.0.0.0", 80) == "http://127.0.0.1:80"
+    assert lifecycle.url("::1", 80) == "http://[::1]:80"
+
+
+async def test_an_upgrade_and_garbage_are_refused(served: Served) -> None:
+    async with connected(served) as (reader, writer):
+        writer.write(b"\x16\x03\x01\x02\x00 not http\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400")
+
+
+async def test_the_page_needs_nothing_from_elsewhere(served: Served) -> None:
+    async with httpx.AsyncClient(base_url=served.url) as client:
+        page = await client.get("/")
+        assert page.headers["content-type"].startswith("text/html")
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        for asset, kind in (("page/page.css", "text/css"), ("page/page.js", "text/javascript")):
+            assert asset in page.text
+            response = await client.get(f"/{asset}")
+            assert (response.status_code, response.headers["content-type"].startswith(kind)) == (200, True)
+            assert "http:" not in response.text
+            assert "https:" not in response.text
+        assert "http" not in page.text
+
+
+async def test_builds_need_a_tokenizer(engine: FakeEngine, tmp_path: Any) -> None:
+    with pytest.raises(StartError, match=r"tokenizer\.json"):
+        build(ServeConfig(), engine, {"tiny": tmp_path})

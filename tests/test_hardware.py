@@ -1,0 +1,176 @@
+"""The machine is read from files and the choices are functions of it: no test needs to own the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from stretto.errors import StartError
+from stretto.hardware import (
+    GIB,
+    KvShape,
+    Machine,
+    check_fit,
+    choose_device,
+    choose_dtype,
+    choose_kv,
+    choose_threads,
+    gib,
+    snapshot,
+)
+
+
+def machine(*, cores: int = 4, quota: float | None = None, isa: tuple[str, ...] = ()) -> Machine:
+    return Machine(
+        cpu="test",
+        arch="x86_64",
+        logical_cores=8,
+        cores=cores,
+        quota=quota,
+        isa=isa,
+        memory=8 * GIB,
+        available=8 * GIB,
+    )
+
+
+def shape(*, context: int = 1024, max_running: int = 8) -> KvShape:
+    return KvShape(block_bytes=2**20, block_size=16, context=context, max_running=max_running)
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+BASE = {
+    "proc/cpuinfo": "model name\t: Test CPU 9\nflags\t\t: sse fma avx2 avx512_vnni avx512_bf16\n",
+    "proc/meminfo": "MemTotal:       16777216 kB\nMemFree: 1 kB\nMemAvailable:   8388608 kB\n",
+}
+
+
+def test_reads_a_bare_machine(tmp_path: Path) -> None:
+    write(tmp_path, BASE)
+    seen = snapshot(tmp_path)
+    assert (seen.cpu, seen.isa) == ("Test CPU 9", ("avx2", "fma", "avx512_vnni", "avx512_bf16"))
+    assert (seen.memory, seen.available, seen.quota, seen.gpus) == (16 * GIB, 8 * GIB, None, ())
+    assert seen.cores == seen.logical_cores == len(os.sched_getaffinity(0))
+
+
+def test_two_threads_of_one_core_are_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    cpus = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    write(tmp_path, {**BASE, cpus.format(0): "0,2\n", cpus.format(1): "1,3\n", cpus.format(2): "0,2\n"})
+    assert (snapshot(tmp_path).cores, snapshot(tmp_path).logical_cores) == (2, 3)
+
+
+def test_container_limits_version_2_take_the_tightest_of_the_groups_around(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/pod/app\n",
+        "sys/fs/cgroup/pod/app/memory.max": "max\n",
+        "sys/fs/cgroup/pod/app/cpu.max": "max 100000\n",
+        "sys/fs/cgroup/pod/memory.max": f"{4 * GIB}\n",
+        "sys/fs/cgroup/pod/memory.current": f"{3 * GIB}\n",
+        "sys/fs/cgroup/pod/memory.stat": f"anon 5\ninactive_file {GIB}\n",
+        "sys/fs/cgroup/pod/cpu.max": "150000 100000\n",
+    }
+    write(tmp_path, BASE | files)
+    seen = snapshot(tmp_path)
+    assert (seen.memory, seen.available, seen.quota) == (4 * GIB, 2 * GIB, 1.5)
+
+
+def test_container_limits_version_1(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "5:cpu,cpuacct:/box\n4:memory:/box\n",
+        "sys/fs/cgroup/memory/box/memory.limit_in_bytes": f"{2 * GIB}\n",
+        "sys/fs/cgroup/memory/box/memory.usage_in_bytes": f"{GIB}\n",
+        "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "200000\n",
+        "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000\n",
+    }
+    write(tmp_path, BASE | files)
+    seen = snapshot(tmp_path)
+    assert (seen.memory, seen.available, seen.quota) == (2 * GIB, GIB, 2.0)
+
+
+def test_names_the_gpus_the_driver_shows(tmp_path: Path) -> None:
+    write(tmp_path, {**BASE, "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t NVIDIA H200\n"})
+    assert snapshot(tmp_path).gpus == ("NVIDIA H200",)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "isa", "device", "dtype"),
+    [
+        ("bfloat16", ("avx512_bf16",), "cpu", "bfloat16"),
+        ("float16", ("amx_bf16",), "cpu", "bfloat16"),
+        ("bfloat16", ("avx2", "avx512_vnni"), "cpu", "float32"),
+        ("float32", ("avx512_bf16",), "cpu", "float32"),
+        ("float16", (), "cuda", "float16"),
+        ("float32", (), "cuda", "float32"),
+    ],
+)
+def test_dtype(checkpoint: str, isa: tuple[str, ...], device: str, dtype: str) -> None:
+    assert choose_dtype(machine(isa=isa), checkpoint, device=device).value == dtype
+    assert choose_dtype(machine(isa=isa), checkpoint, device=device, asked="float16").value == "float16"
+
+
+def test_threads_are_physical_cores_within_the_quota() -> None:
+    assert choose_threads(machine(cores=4)).value == 4
+    assert choose_threads(machine(cores=4, quota=2.5)).value == 2
+    assert choose_threads(machine(cores=4, quota=0.5)).value == 1
+    assert choose_threads(machine(cores=4, quota=16.0)).value == 4
+    assert choose_threads(machine(cores=4), asked=7).value == 7
+
+
+def test_device() -> None:
+    assert choose_device("auto", True).value == "cuda"
+    assert choose_device("auto", False).value == "cpu"
+    assert choose_device("cpu", True).value == "cpu"
+    with pytest.raises(StartError, match="no usable CUDA"):
+        choose_device("cuda", False)
+
+
+def test_kv_is_a_quarter_of_what_is_available() -> None:
+    plan = choose_kv(shape(), 1024 * 2**20).value
+    assert (plan.blocks, plan.bytes, plan.tokens, plan.context) == (256, 256 * 2**20, 4096, 1024)
+
+
+def test_kv_holds_no_more_than_can_run() -> None:
+    choice = choose_kv(shape(max_running=2), 1024 * 2**20)
+    assert choice.value.blocks == 2 * 64
+    assert choice.why == "2 contexts of 1024 tokens"
+
+
+def test_kv_takes_one_full_context_beyond_the_quarter() -> None:
+    plan = choose_kv(shape(context=8192), 1024 * 2**20).value
+    assert (plan.blocks, plan.context) == (512, 8192)
+
+
+def test_a_context_nobody_asked_for_shrinks_and_says_so() -> None:
+    choice = choose_kv(shape(context=131072), 1024 * 2**20)
+    assert (choice.value.blocks, choice.value.context) == (768, 768 * 16)
+    assert "cut from 131072 to 12288" in choice.why
+    with pytest.raises(StartError, match="lower --context"):
+        choose_kv(shape(context=131072), 1024 * 2**20, asked_context=131072)
+
+
+def test_kv_asked_for_is_what_it_is() -> None:
+    choice = choose_kv(shape(), 1024 * 2**20, asked_bytes=100 * 2**20, asked_context=512)
+    assert (choice.value.blocks, choice.value.context) == (100, 512)
+    with pytest.raises(StartError, match=r"is more than the 1\.00 GiB available"):
+        choose_kv(shape(), GIB, asked_bytes=2 * GIB)
+    with pytest.raises(StartError, match="beyond the model's own 1024"):
+        choose_kv(shape(), GIB, asked_context=2048)
+    with pytest.raises(StartError, match=r"needs 64\.0 MiB"):
+        choose_kv(shape(), GIB, asked_bytes=1000)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    check_fit("m", GIB, GIB)
+    with pytest.raises(StartError, match=r"model m needs 2\.00 GiB .* 1\.00 GiB is available"):
+        check_fit("m", 2 * GIB, GIB)
+
+
+def test_sizes_for_people() -> None:
+    assert [gib(512 * 1024), gib(3 * 2**20), gib(GIB * 3 // 2)] == ["512 KiB", "3.0 MiB", "1.50 GiB"]
