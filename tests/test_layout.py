@@ -1,56 +1,69 @@
-"""The house rules, read from the source: who may import whom, no cycles, no hidden imports, budgets."""
+"""The house rules, read from the source: who may import whom, where names live, who writes what, budgets.
+
+Each test collects every offender and asserts that there is none, so one report names them all.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "stretto"
-FILES = sorted(path for path in ROOT.rglob("*.py"))
-GROUND = {"types", "errors", "config", "openai", "machine"}
-CLIENT = "engine.client"
+FILES = sorted(ROOT.rglob("*.py"))
+GROUND = {"types", "errors", "config", "hardware", "deadlines", "statistics"}
+SCHEDULING = {"engine.scheduler", "engine.sequence", "engine.kv_cache", "engine.step_time"}
+SERVING = GROUND | {"protocol", "text", "telemetry", "privacy", "energy", "ladder"}
+SERVING |= {"engine.client", "engine.scheduler.admission"}
+
+# Module or package (the longest prefix counts) -> what it may import besides itself.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "statistics": set(),
     "types": {"errors"},
-    "machine": {"errors", "types"},
+    "deadlines": {"types"},
+    "hardware": {"errors", "types"},
     "config": {"errors", "types"},
-    "openai": {"errors", "types"},
+    "protocol": GROUND,
     "telemetry": GROUND,
     "energy": GROUND,
     "privacy": GROUND,
+    "ladder": GROUND,
     "kernels": GROUND,
-    "bench": GROUND | {"engine.task", "engine.replay"},
     "models": GROUND | {"kernels"},
-    "engine": GROUND | {"models", "kernels", "telemetry", "energy"},
-    "optimise": GROUND | {"models", "kernels", CLIENT},
-    "api": GROUND | {"telemetry", "privacy", "gateway", CLIENT},
-    "gateway": GROUND | {"telemetry", "privacy", "energy"},
-    "cluster": GROUND | {"telemetry", "gateway.choose"},
+    "text": GROUND | {"protocol"},
+    "engine.scheduler": GROUND | SCHEDULING,
+    "engine.speculative": GROUND | SCHEDULING,
+    "engine.structured": GROUND,
+    "engine": GROUND | {"models", "kernels", "telemetry", "energy", "ladder"},
+    "simulator": GROUND | SCHEDULING | {"engine.core", "engine.runners.null"},
+    "profiler": GROUND | {"engine", "models", "kernels"},
+    "bench": GROUND | {"simulator", "profiler.protocol"},
+    "server": SERVING,
+    "gateway": SERVING,
+    "cluster": GROUND | {"telemetry", "simulator", "gateway.router"},
+    "optimise": GROUND | {"models", "kernels", "engine.client"},
 }
-WIRING = {"cli", "llm", "doctor", "chat", "terminal", "__main__", "__init__"}
-ONLY_WIRING_IMPORTS = {
+# Modules that only wire others together -> who may import them.
+WIRING: dict[str, set[str]] = {
     "cli": {"__main__"},
     "llm": {"cli", "__init__"},
     "doctor": {"cli"},
     "chat": {"cli"},
     "terminal": {"cli", "chat"},
+    "__main__": set(),
+    "__init__": set(),
 }
-TORCH = {"kernels", "models", "engine", "optimise"}
-TORCH_FREE = {
-    "engine.client",
-    "engine.messages",
-    "engine.task",
-    "engine.replay",
-    "engine.schedule",
-    "engine.loop",
-    "engine.blocks",
-    "models.source",
-}
+TORCH = ("kernels", "models", "engine", "optimise", "profiler")
+LIGHT = ("engine.client", "engine.ipc", "engine.scheduler")  # neither torch nor numpy, through others either
 LONGEST_FUNCTION, USUAL_FUNCTION, USUAL_SHARE = 60, 40, 0.95
-LONGEST_FILE, MOST_PARAMETERS = 500, 6
+LONGEST_FILE, MOST_PARAMETERS, MOST_FILES = 500, 6, 12
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def name_of(path: Path) -> str:
@@ -59,11 +72,19 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else ".".join(parts)
 
 
-def package_of(name: str) -> str:
-    return name.split(".")[0]
-
-
 TREES = {name_of(path): ast.parse(path.read_text()) for path in FILES}
+
+
+def below(name: str, prefixes: Iterable[str]) -> bool:
+    """Whether a module is one of these, or in one of these packages."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def package_of(name: str) -> str:
+    """The longest row of the table that a module falls under; its first part when there is none."""
+    parts = name.split(".")
+    rows = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((row for row in rows if row in MAY_IMPORT), parts[0])
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -75,12 +96,20 @@ def imported(tree: ast.AST) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            if name.startswith("stretto."):
-                name = name.removeprefix("stretto.")
-                if name in TREES:
-                    found.add(name)
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("stretto.") in TREES else node.module or "" for name in names]
+        found |= {name.removeprefix("stretto.") for name in names if name.startswith("stretto.")}
+    return found & TREES.keys()
+
+
+def outside(tree: ast.AST) -> set[str]:
+    """The packages of others that a module imports."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
     return found
 
 
@@ -94,86 +123,134 @@ def typing_only(tree: ast.AST) -> set[str]:
 
 
 EDGES = {name: imported(tree) - {name} for name, tree in TREES.items()}
+LOADED = {name: edges - typing_only(TREES[name]) for name, edges in EDGES.items()}
 
 
-@pytest.mark.parametrize("name", sorted(EDGES))
-def test_imports_follow_the_table(name: str):
-    package = package_of(name)
-    if package in WIRING:
-        return
-    assert package in MAY_IMPORT, f"{package} has no row in the table of who may import whom"
-    for other in EDGES[name]:
-        target = package_of(other)
-        assert target not in ONLY_WIRING_IMPORTS, f"{name} imports {other}, which only wires things together"
-        allowed = target == package or target in MAY_IMPORT[package] or other in MAY_IMPORT[package]
-        parents = {
-            allowed_name for allowed_name in MAY_IMPORT[package] if allowed_name.startswith(f"{other}.")
-        }
-        assert allowed or parents, f"{name} may not import {other}"
+def reached(start: Iterable[str]) -> set[str]:
+    """These modules and all that they load, through every module."""
+    seen: set[str] = set()
+    todo = list(start)
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += LOADED[name]
+    return seen
 
 
-@pytest.mark.parametrize("name", sorted(ONLY_WIRING_IMPORTS))
-def test_nothing_imports_the_wiring(name: str):
-    importers = {other for other, edges in EDGES.items() if name in edges}
-    assert importers <= ONLY_WIRING_IMPORTS[name]
+def functions(tree: ast.AST) -> Iterator[Function]:
+    return (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def test_imports_follow_the_table():
+    wrong: list[str] = []
+    for name, edges in EDGES.items():
+        package = package_of(name)
+        if package in WIRING:
+            continue
+        allowed = MAY_IMPORT.get(package, set()) | {package}
+        wrong += [f"{name} imports {other}" for other in edges if not below(other, allowed)]
+        if package not in MAY_IMPORT:
+            wrong.append(f"{name} has no row in the table")
+    assert wrong == []
+
+
+def test_only_wiring_imports_wiring():
+    wrong = [
+        f"{other} imports {name}"
+        for name, may in WIRING.items()
+        for other, edges in EDGES.items()
+        if name in edges and other not in may
+    ]
+    assert wrong == []
 
 
 def test_no_import_cycles():
-    graph = {name: edges - typing_only(TREES[name]) for name, edges in EDGES.items()}
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter(LOADED).prepare()
     except CycleError as error:
         pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("name", sorted(TREES))
-def test_no_import_inside_a_function(name: str):
-    for function in functions(TREES[name]):
-        for node in ast.walk(function):
-            assert not isinstance(node, ast.Import | ast.ImportFrom), f"{name}.{function.name} imports"
-
-
-def test_torch_stays_where_it_is_allowed():
-    for name, tree in TREES.items():
-        for node in ast.walk(tree):
-            heads: set[str] = set()
-            if isinstance(node, ast.Import):
-                heads = {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                heads = {(node.module or "").split(".")[0]}
-            assert "transformers" not in heads or package_of(name) == "optimise", (
-                f"{name} imports transformers"
-            )
-            if "torch" in heads:
-                assert package_of(name) in TORCH and name not in TORCH_FREE, f"{name} imports torch"
-
-
-def test_the_front_never_loads_torch_through_others():
-    """What the front process imports, followed through every module."""
-    seen: set[str] = set()
-    todo = [
-        name for name in TREES if package_of(name) in {"api", "gateway", "cli", "llm", "telemetry", "bench"}
-    ]
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        todo += EDGES[name] - typing_only(TREES[name])
-    loads = {
-        name
-        for name in seen
-        for node in ast.walk(TREES[name])
-        if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "torch" for alias in node.names)
+def test_no_import_inside_a_function():
+    wrong = {
+        f"{name}.{function.name}"
+        for name, tree in TREES.items()
+        for function in functions(tree)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    assert not loads
+    assert wrong == set()
 
 
-def functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+def test_torch_and_transformers_stay_where_they_are_allowed():
+    uses = {name: outside(tree) for name, tree in TREES.items()}
+    assert {name for name in uses if "transformers" in uses[name] and not below(name, {"optimise"})} == set()
+    assert {name for name in uses if "torch" in uses[name] and not below(name, TORCH)} == set()
 
 
-def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+def test_the_server_process_never_loads_torch():
+    front = [name for name in TREES if below(name, ("server", "text", "gateway", "telemetry", "bench"))]
+    loaded = reached([*front, "cli", "llm"])
+    assert {name for name in loaded if "torch" in outside(TREES[name])} == set()
+
+
+@pytest.mark.xfail(reason="not reached yet", strict=False)
+def test_the_scheduler_and_the_client_load_neither_torch_nor_numpy():
+    loaded = reached(name for name in TREES if below(name, LIGHT))
+    assert {name for name in loaded if outside(TREES[name]) & {"torch", "numpy"}} == set()
+
+
+@pytest.mark.xfail(reason="not reached yet", strict=False)
+def test_no_folder_is_crowded():
+    counts = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+def defined(tree: ast.Module) -> Iterator[str]:
+    """The classes and type aliases of a module, but for type variables."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, value = node.targets[0].id, node.value
+            variable = isinstance(value, ast.Call) and isinstance(value.func, ast.Name)
+            if name.lstrip("_")[:1].isupper() and not name.isupper() and not variable:
+                yield name
+
+
+@pytest.mark.xfail(reason="not reached yet", strict=False)
+def test_one_name_has_one_meaning():
+    owners: defaultdict[str, list[str]] = defaultdict(list)
+    for module, tree in TREES.items():
+        for name in defined(tree):
+            owners[name].append(module)
+    assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | Function) and (text := ast.get_docstring(node)):
+            yield getattr(node, "name", "module"), text
+
+
+@pytest.mark.xfail(reason="not reached yet", strict=False)
+def test_no_docstring_ends_in_a_line_of_one_word():
+    wrong = [
+        f"{name}.{place}"
+        for name, tree in TREES.items()
+        for place, text in docstrings(tree)
+        if len(text.splitlines()) > 1 and len(text.splitlines()[-1].split()) == 1
+    ]
+    assert wrong == []
+
+
+def test_modules_say_what_they_own():
+    texts = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items() if tree.body}
+    assert {name for name, text in texts.items() if not 1 <= len(text.splitlines()) <= 8} == set()
+
+
+def length(function: Function) -> int:
     return (function.end_lineno or 0) - function.lineno + 1
 
 
@@ -202,12 +279,3 @@ def test_functions_take_few_parameters():
 def test_files_are_short():
     long = {name_of(path): len(path.read_text().splitlines()) for path in FILES}
     assert {name: lines for name, lines in long.items() if lines > LONGEST_FILE} == {}
-
-
-@pytest.mark.parametrize("name", sorted(TREES))
-def test_modules_say_what_they_own(name: str):
-    docstring = ast.get_docstring(TREES[name])
-    if not TREES[name].body:
-        return
-    assert docstring, f"{name} has no docstring"
-    assert len(docstring.splitlines()) <= 8
