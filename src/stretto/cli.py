@@ -25,7 +25,7 @@ from stretto.bench.client import Client, RequestFailed
 from stretto.bench.metrics import GoodputLimits
 from stretto.config import EngineConfig, ServeConfig
 from stretto.engine.client import EngineClient
-from stretto.engine.structured.sandbox import Checker
+from stretto.engine.structured.sandbox import GrammarSandbox
 from stretto.errors import StartError, StrettoError, Unavailable
 from stretto.llm import LLM, Message, locate
 from stretto.server import app as api
@@ -97,7 +97,7 @@ def serve(
 
 async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.Loading) -> None:
     """The engine starts first and loads while the front is built: importing torch is most of the wait."""
-    client, checker = EngineClient(engine, on_progress=loading), Checker()
+    client, sandbox = EngineClient(engine, on_progress=loading), GrammarSandbox()
 
     def announce(url: str) -> None:
         loading.stop()
@@ -106,10 +106,10 @@ async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.Loa
     try:
         await client.start()
         models = {model.name: Path(model.path) for model in engine.models}
-        application = api.build(front, client, models, lambda _, grammar: checker.check(grammar))
+        application = api.build(front, client, models, lambda _, grammar: sandbox.validate(grammar))
         await server.run(front, application, client, announce)
     finally:
-        await checker.close()
+        await sandbox.close()
         await client.shutdown(0.0)
 
 

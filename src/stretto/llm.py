@@ -21,7 +21,7 @@ from msgspec import Struct
 from stretto import config
 from stretto.config import ModelConfig
 from stretto.engine.client import EngineClient
-from stretto.engine.structured.sandbox import Checker
+from stretto.engine.structured.sandbox import GrammarSandbox
 from stretto.errors import ContextExceeded, InvalidRequest, Unavailable
 from stretto.models import source
 from stretto.text.output import Output, Spoken, Times
@@ -76,8 +76,8 @@ class LLM:
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="stretto-llm", daemon=True)
         self._thread.start()
-        self._client, self._checker = EngineClient(engine, on_progress=on_progress), Checker()
-        self._finalise = weakref.finalize(self, _end, self._loop, self._thread, self._client, self._checker)
+        self._client, self._sandbox = EngineClient(engine, on_progress=on_progress), GrammarSandbox()
+        self._finalise = weakref.finalize(self, _end, self._loop, self._thread, self._client, self._sandbox)
         try:
             self._wait(self._client.start())
             self._text = TextModel(Path(model.path))
@@ -205,7 +205,7 @@ class LLM:
     async def _answer(self, request: Request, said: Callable[[str], None] | None = None) -> Completion:
         """One request to its end, by the server's own rules for text. `said` hears it piece by piece."""
         if request.sampling.grammar is not None:
-            await self._checker.check(request.sampling.grammar)
+            await self._sandbox.validate(request.sampling.grammar)
         choice = Output(
             index=0,
             model=request.model,
@@ -265,9 +265,11 @@ def _text(spoken: Iterable[Spoken]) -> str:
     return "".join(delta.content or "" for delta, _ in spoken)
 
 
-def _end(loop: asyncio.AbstractEventLoop, thread: Thread, client: EngineClient, checker: Checker) -> None:
+def _end(
+    loop: asyncio.AbstractEventLoop, thread: Thread, client: EngineClient, sandbox: GrammarSandbox
+) -> None:
     """End the processes, then the loop; also when an LLM is collected unclosed, or the interpreter ends."""
-    asyncio.run_coroutine_threadsafe(checker.close(), loop).result()
+    asyncio.run_coroutine_threadsafe(sandbox.close(), loop).result()
     asyncio.run_coroutine_threadsafe(client.shutdown(GRACE_S), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

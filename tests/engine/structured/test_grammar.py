@@ -1,4 +1,4 @@
-"""Texts written under a grammar by a model that knows nothing, over tokenizers made here."""
+"""Texts sampled under a grammar from random logits, with tokenizers trained here."""
 
 from __future__ import annotations
 
@@ -88,9 +88,7 @@ def follows(matcher: Matcher, tokens: list[int]) -> bool:
 
 
 def write(grammars: Grammars, grammar: Grammar, tokenizer: Tokenizer, seed: int) -> str:
-    """A text drawn through the sampler from random logits that grow impatient: what closes comes to be
-    likely.
-    """
+    """A text drawn by the sampler from random logits. Closing brackets become likelier as it grows."""
     vocab = tokenizer.get_vocab_size() + PADDED
     closers = [tokenizer.token_to_id(piece) for piece in '"}]']
     rng, sampler = np.random.default_rng(seed), Sampler(vocab, frozenset({END}), torch.device("cpu"))
@@ -226,7 +224,7 @@ def test_whitespace_between_values_is_bounded(grammars: Grammars, tokenizer: Tok
 
 
 @pytest.mark.parametrize(
-    ("grammar", "said"),
+    ("grammar", "message"),
     [
         (Grammar("regex", "a(b"), "unclosed group, at '(b'"),
         (Grammar("regex", r"a(?=b)"), "look-ahead"),
@@ -249,8 +247,8 @@ def test_whitespace_between_values_is_bounded(grammars: Grammars, tokenizer: Tok
     ],
     ids=lambda value: value if isinstance(value, str) else value.kind,
 )
-def test_what_does_not_compile_says_why(grammars: Grammars, grammar: Grammar, said: str):
-    with pytest.raises(InvalidGrammar, match=re.escape(said)):
+def test_what_does_not_compile_says_why(grammars: Grammars, grammar: Grammar, message: str):
+    with pytest.raises(InvalidGrammar, match=re.escape(message)):
         grammars.compile(grammar)
 
 
@@ -287,7 +285,6 @@ def test_byte_fallback_tokenizers_are_understood(tmp_path: Path):
 
 def test_compiled_grammars_are_remembered_up_to_a_bound(directory: Path, vocab: int):
     grammars = Grammars(directory, frozenset({END}), vocab)
-    for number in range(module.REMEMBERED + 5):
+    for number in range(module.COMPILED_GRAMMARS + 5):
         grammars.compile(Grammar("regex", f"a{{{number + 1}}}"))
-    assert len(grammars._compiled) == module.REMEMBERED
-    assert Grammar("regex", "a{1}") not in grammars._compiled
+    assert grammars.kept == module.COMPILED_GRAMMARS

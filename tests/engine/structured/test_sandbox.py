@@ -1,4 +1,4 @@
-"""The checker of strangers' grammars: what it says, what it survives, and that it stays within its caps."""
+"""The grammar sandbox: its error messages, its limits of time and memory, and how it replaces its child."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from contextlib import suppress
 
 import pytest
 
-from stretto.engine.structured import sandbox as module
-from stretto.engine.structured.sandbox import Checker
+from stretto.engine.structured.sandbox import GrammarSandbox
 from stretto.errors import InvalidGrammar
 from stretto.types import Grammar
 
@@ -24,38 +23,38 @@ LARGE = json.dumps([f"choice number {i} of a great many" for i in range(3000)])
 
 
 @pytest.fixture
-async def checker() -> AsyncIterator[Checker]:
-    checker = Checker(seconds=5.0)  # the machine that runs the tests may be busy
-    yield checker
-    await checker.close()
+async def sandbox() -> AsyncIterator[GrammarSandbox]:
+    sandbox = GrammarSandbox(seconds=5.0)  # the machine that runs the tests may be busy
+    yield sandbox
+    await sandbox.close()
 
 
 def schema(value: object) -> Grammar:
     return Grammar("json_schema", json.dumps(value))
 
 
-async def said(checker: Checker, grammar: Grammar) -> str:
+async def refusal(sandbox: GrammarSandbox, grammar: Grammar) -> str:
     with pytest.raises(InvalidGrammar) as caught:
-        await checker.check(grammar)
+        await sandbox.validate(grammar)
     assert caught.value.status == 400
     return caught.value.message
 
 
-async def test_good_grammars_pass_in_one_warm_worker(checker: Checker):
-    assert checker.pid is None
-    await checker.check(Grammar("json_object"))
-    pid = checker.pid
+async def test_good_grammars_pass_in_one_warm_worker(sandbox: GrammarSandbox):
+    assert sandbox.pid is None
+    await sandbox.validate(Grammar("json_object"))
+    pid = sandbox.pid
     for grammar in (
         Grammar("regex", r"\d+(,\d+)*"),
         Grammar("choice", '["yes", "no"]'),
         schema({"$defs": {"n": {"properties": {"next": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"}),
         schema({"enum": [f"value {i}" for i in range(2000)]}),
     ):
-        await checker.check(grammar)
-    assert checker.pid == pid
+        await sandbox.validate(grammar)
+    assert sandbox.pid == pid
 
 
-async def test_an_error_says_where_in_the_schema(checker: Checker):
+async def test_an_error_says_where_in_the_schema(sandbox: GrammarSandbox):
     loop = {"$defs": {"fine": {}, "loop": {"$ref": "#/$defs/loop"}}}
     for part, path, words in (
         ({"type": "array", "uniqueItems": True}, ".properties.part", '"uniqueItems" is not supported'),
@@ -66,7 +65,7 @@ async def test_an_error_says_where_in_the_schema(checker: Checker):
     ):
         properties = {"fine": {"type": "string"}, "part": part}
         whole = {"type": "object", "required": ["part"], "properties": properties, **loop}
-        message = await said(checker, schema(whole))
+        message = await refusal(sandbox, schema(whole))
         assert words in message and message.endswith(f"(at ${path} of the schema)"), message
 
 
@@ -87,14 +86,14 @@ BAD = [
 ]
 
 
-async def test_bad_grammars_are_refused_in_words(checker: Checker):
+async def test_bad_grammars_are_refused_in_words(sandbox: GrammarSandbox):
     for grammar, words in BAD:
-        assert words in await said(checker, grammar)
+        assert words in await refusal(sandbox, grammar)
 
 
-async def test_explosive_patterns_are_answered_within_the_caps(checker: Checker):
-    await checker.check(Grammar("json_object"))
-    first = checker.pid
+async def test_explosive_patterns_are_answered_within_the_caps(sandbox: GrammarSandbox):
+    await sandbox.validate(Grammar("json_object"))
+    first = sandbox.pid
     for pattern in (
         r"(a{1,1000}){1,1000}",
         r"((((a*)*)*)*)*b",
@@ -105,108 +104,121 @@ async def test_explosive_patterns_are_answered_within_the_caps(checker: Checker)
     ):
         for grammar in (Grammar("regex", pattern), schema({"type": "string", "pattern": pattern})):
             with suppress(InvalidGrammar):
-                await checker.check(grammar)
-    assert checker.pid == first, "one of them took all its time or memory"
+                await sandbox.validate(grammar)
+    assert sandbox.pid == first, "one of them took all its time or memory"
 
 
-async def test_a_grammar_that_takes_too_long_is_refused_and_the_worker_replaced(checker: Checker):
-    await checker.check(Grammar("json_object"))
-    first = checker.pid
-    checker._seconds = 0.02
-    message = await said(checker, Grammar("json_schema", SLOW))
-    assert "more than 0.02 s" in message and checker.pid is None
-    checker._seconds = 5.0
-    assert await said(checker, Grammar("json_schema", SLOW)) == message
-    assert checker.pid is None, "the refusal was not remembered"
-    await checker.check(Grammar("regex", "a+"))
-    assert checker.pid not in (None, first)
-
-
-async def test_a_refusal_for_time_is_in_doubt_again(checker: Checker, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "DOUBT_S", 0.0)
-    slow = schema({"type": "object", "properties": {f"p{i}": {} for i in range(400)}})
-    checker._seconds = 0.001
-    await said(checker, slow)
-    checker._seconds = 20.0
-    await checker.check(slow)
-
-
-async def test_a_grammar_that_takes_too_much_memory_is_refused(checker: Checker):
-    await checker.check(Grammar("choice", LARGE))
-    needed = peak(checker)
-    await checker.close()
-    small = Checker(seconds=20.0, memory=needed - 2 * 2**20)
+async def test_a_grammar_that_takes_too_long_is_refused_and_the_child_replaced():
+    sandbox = GrammarSandbox(seconds=0.02)
     try:
-        await small.check(Grammar("regex", "a+"))
-        assert "MiB" in await said(small, Grammar("choice", LARGE))
-        await small.check(Grammar("regex", "b+"))
+        message = await refusal(sandbox, Grammar("json_schema", SLOW))
+        assert "more than 0.02 s" in message and sandbox.pid is None
+        assert await refusal(sandbox, Grammar("json_schema", SLOW)) == message
+        assert sandbox.compilations == 1, "the refusal was not remembered"
+    finally:
+        await sandbox.close()
+
+
+async def test_a_child_that_does_not_answer_is_replaced():
+    sandbox = GrammarSandbox(seconds=2.0)
+    try:
+        first = await stopped(sandbox)
+        message = await refusal(sandbox, Grammar("regex", "a+"))
+        assert "more than 2 s" in message and sandbox.pid is None
+        await sandbox.validate(Grammar("regex", "b+"))
+        assert sandbox.pid not in (None, first)
+    finally:
+        await sandbox.close()
+
+
+async def test_a_refusal_for_time_is_tried_again():
+    sandbox = GrammarSandbox(seconds=2.0, retry_s=0.0)
+    try:
+        await stopped(sandbox)
+        await refusal(sandbox, Grammar("regex", "a+"))
+        await sandbox.validate(Grammar("regex", "a+"))
+    finally:
+        await sandbox.close()
+
+
+async def stopped(sandbox: GrammarSandbox) -> int:
+    """The process id of the sandbox's child, which is started and then stopped."""
+    await sandbox.validate(Grammar("json_object"))
+    assert sandbox.pid is not None
+    os.kill(sandbox.pid, signal.SIGSTOP)
+    return sandbox.pid
+
+
+async def test_a_grammar_that_takes_too_much_memory_is_refused(sandbox: GrammarSandbox):
+    await sandbox.validate(Grammar("choice", LARGE))
+    needed = peak(sandbox)
+    await sandbox.close()
+    small = GrammarSandbox(seconds=20.0, memory=needed - 2 * 2**20)
+    try:
+        await small.validate(Grammar("regex", "a+"))
+        assert "MiB" in await refusal(small, Grammar("choice", LARGE))
+        await small.validate(Grammar("regex", "b+"))
     finally:
         await small.close()
 
 
-def peak(checker: Checker) -> int:
+def peak(sandbox: GrammarSandbox) -> int:
     """The most address space the worker ever had, in bytes."""
-    with open(f"/proc/{checker.pid}/status") as status:
+    with open(f"/proc/{sandbox.pid}/status") as status:
         found = re.search(r"VmPeak:\s+(\d+) kB", status.read())
     assert found
     return int(found[1]) * 1024
 
 
-async def test_a_killed_worker_is_replaced(checker: Checker):
-    await checker.check(Grammar("json_object"))
-    first = checker.pid
+async def test_a_killed_worker_is_replaced(sandbox: GrammarSandbox):
+    await sandbox.validate(Grammar("json_object"))
+    first = sandbox.pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
-    await checker.check(Grammar("regex", "a+"))
-    assert checker.pid not in (None, first)
+    await sandbox.validate(Grammar("regex", "a+"))
+    assert sandbox.pid not in (None, first)
 
 
-async def test_a_worker_killed_while_it_works_costs_one_more_try(checker: Checker):
-    await checker.check(Grammar("json_object"))
-    first = checker.pid
-    assert first is not None
-    os.kill(first, signal.SIGSTOP)
-    waiting = asyncio.create_task(checker.check(Grammar("regex", "a+")))
+async def test_a_worker_killed_while_it_works_costs_one_more_try(sandbox: GrammarSandbox):
+    first = await stopped(sandbox)
+    waiting = asyncio.create_task(sandbox.validate(Grammar("regex", "a+")))
     await asyncio.sleep(0.05)
     os.kill(first, signal.SIGKILL)
     await waiting
-    assert checker.pid not in (None, first)
+    assert sandbox.pid not in (None, first)
 
 
-async def test_leaving_in_the_middle_leaves_no_half_exchange(checker: Checker):
-    await checker.check(Grammar("json_object"))
-    first = checker.pid
-    leaving = asyncio.create_task(checker.check(Grammar("json_schema", SLOW)))
+async def test_leaving_in_the_middle_leaves_no_half_exchange(sandbox: GrammarSandbox):
+    await sandbox.validate(Grammar("json_object"))
+    first = sandbox.pid
+    leaving = asyncio.create_task(sandbox.validate(Grammar("json_schema", SLOW)))
     await asyncio.sleep(0.01)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    assert "unclosed" in await said(checker, Grammar("regex", "("))
-    assert checker.pid != first
+    assert "unclosed" in await refusal(sandbox, Grammar("regex", "("))
+    assert sandbox.pid != first
 
 
-async def test_many_ask_at_once(checker: Checker):
+async def test_many_ask_at_once(sandbox: GrammarSandbox):
     grammars = [
         Grammar("regex", f"a{{{number}}}" if number % 2 else f"(a{{{number}}}") for number in range(40)
     ]
-    results = await asyncio.gather(*(checker.check(grammar) for grammar in grammars), return_exceptions=True)
+    results = await asyncio.gather(
+        *(sandbox.validate(grammar) for grammar in grammars), return_exceptions=True
+    )
     assert [result is None for result in results] == [number % 2 == 1 for number in range(40)]
 
 
-async def test_verdicts_are_remembered_up_to_a_bound(checker: Checker, monkeypatch: pytest.MonkeyPatch):
-    asked: list[bytes] = []
-    ask = Checker._ask
-
-    async def counted(self: Checker, worker: asyncio.subprocess.Process, body: bytes) -> str | None:
-        asked.append(body)
-        return await ask(self, worker, body)
-
-    monkeypatch.setattr(Checker, "_ask", counted)
-    monkeypatch.setattr(module, "REMEMBERED", 3)
-    for pattern in ("a", "b", "(", "a", "(", "c", "a", "b"):
-        with suppress(InvalidGrammar):
-            await checker.check(Grammar("regex", pattern))
-    assert len(asked) == 5 and len(checker._verdicts) == 3
+async def test_results_are_remembered_up_to_a_bound():
+    sandbox = GrammarSandbox(seconds=5.0, remembered=3)
+    try:
+        for pattern in ("a", "b", "(", "a", "(", "c", "a", "b"):
+            with suppress(InvalidGrammar):
+                await sandbox.validate(Grammar("regex", pattern))
+        assert sandbox.compilations == 5
+    finally:
+        await sandbox.close()
 
 
 def test_it_imports_no_torch():
@@ -217,9 +229,7 @@ def test_it_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-async def test_the_worker_ends_with_its_input(checker: Checker):
-    await checker.check(Grammar("json_object"))
-    worker = checker._worker
-    assert worker is not None and worker.stdin is not None
-    worker.stdin.close()
-    assert await asyncio.wait_for(worker.wait(), 10) == 0
+def test_the_child_ends_with_its_input():
+    command = [sys.executable, "-m", "stretto.engine.structured.sandbox_worker", str(2**29)]
+    ended = subprocess.run(command, input=b"", stdout=subprocess.PIPE, timeout=30, check=True)
+    assert ended.stdout == b"null\n"

@@ -1,14 +1,14 @@
-"""Structured output: what a text must look like -> which tokens may come next, by llguidance.
+"""Structured output: compiles a grammar and says which tokens may come next, with llguidance.
 
-It owns the translation of a grammar, the limits of compiling and of a step, and a matcher's state. It knows
-no tensor and no request. `structured.sandbox` compiles untrusted grammars first, in a process that may die.
+Owns the translation of each kind of grammar, the limits of compiling and of one step, and the state of a
+matcher. Knows no tensor and no request. `structured.sandbox` compiles untrusted grammars first.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import msgspec
@@ -19,21 +19,22 @@ from numpy.typing import NDArray
 from stretto.errors import InvalidGrammar
 from stretto.types import Grammar, GrammarKind
 
-# llguidance's own limits let one mask take tens of milliseconds while every stream waits; these, near ten.
+# With llguidance's own limits one mask may take tens of milliseconds while every stream waits. With these it
+# takes about ten.
 LIMITS = LLParserLimits(
     max_items_in_row=5_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
 )
 LONGEST: dict[GrammarKind, int] = {"regex": 2**12, "choice": 2**17, "json_schema": 2**17}
-WHITESPACE = r"[ \n\r\t]{1,40}"  # bounded: a lost model would indent until its last token
-REMEMBERED = 32
+WHITESPACE = r"[ \n\r\t]{1,40}"  # bounded, because a confused model would emit blanks until its limit
+COMPILED_GRAMMARS = 32  # kept for each model
 
 
 class Matcher:
-    """How far one text has come. Its state is its own, so it outlives preemption; accepting a sequence's
-    output tokens again, in order, rebuilds it.
+    """The state of one output text under a grammar.
 
-    `words` is the length of a mask: int32 [words], bit t % 32 of word t // 32 for token t; its tokenizer
-    knows `known` tokens, and the model may have more.
+    A mask is int32 [words]: bit t % 32 of word t // 32 says whether token t may come next. The tokenizer has
+    `known` tokens and the model `vocab`; tokens beyond `known` are never allowed. A preempted sequence keeps
+    its matcher. Accepting its output tokens in order in a new one gives the same state.
     """
 
     def __init__(self, state: LLMatcher, known: int, vocab: int) -> None:
@@ -42,8 +43,10 @@ class Matcher:
         self.words = max(self._known, _words(vocab))
 
     def mask_into(self, bits: NDArray[np.int32]) -> None:
-        """Write which tokens may come next into `bits` [words]. EOS is among them where the text may end;
-        none is, when this step is beyond the limits: then `error` says so.
+        """Write the mask of the next token into `bits` (int32 [words], contiguous).
+
+        EOS is allowed where the text may end. No token is allowed when this step exceeds the limits; then
+        `error` says so.
         """
         assert bits.shape == (self.words,) and bits.dtype == np.int32 and bits.flags.c_contiguous
         bits[self._known :] = 0
@@ -52,46 +55,47 @@ class Matcher:
             bits[:] = 0
 
     def fork(self) -> Matcher:
-        """A second one that has come as far, and goes on by itself."""
+        """An independent copy."""
         return Matcher(self._state.deep_copy(), self._known * 32, self.words * 32)
 
     def accept(self, token: int) -> bool:
-        """Take a token as the next one; False when the grammar does not allow it or the limits end it."""
+        """Advance by one token. False when the grammar does not allow it or a limit is exceeded."""
         return self._state.consume_token(token)
 
     @property
     def finished(self) -> bool:
-        """Nothing may follow: the text is complete."""
+        """Whether the text is complete, so that nothing may follow."""
         return self._state.is_stopped() and not self._state.is_error()
 
     @property
     def error(self) -> str | None:
-        """Why the matcher gave up, None while it has not."""
+        """Why the matcher failed, None while it has not."""
         if not self._state.is_error():
             return None
         return f"the grammar cannot be followed: {reason(self._state.get_error())}"
 
 
 class Grammars:
-    """Compiles grammars over one model's tokens: `vocab` is the width of its logits, and ids beyond its
-    tokenizer's are never allowed.
+    """Compiles grammars for one model and keeps the most recent ones. To be used by one thread.
 
-    The tokenizer is read with the first grammar, since that takes a second for a large one. For one thread.
+    `eos`: the tokens that end an answer. `vocab`: the width of the model's logits. The tokenizer is read with
+    the first grammar, because that takes a second for a large one.
     """
 
     def __init__(self, tokenizer_dir: Path, eos: frozenset[int], vocab: int) -> None:
         self._path = tokenizer_dir / "tokenizer.json"
         self._eos = eos
         self._vocab = vocab
-        self._compiled: dict[Grammar, LLMatcher] = {}
+        self._start = lru_cache(COMPILED_GRAMMARS)(lambda grammar: compiled(self._tokenizer, grammar))
 
     def compile(self, grammar: Grammar) -> Matcher:
         """A matcher at the start of a text. Raises InvalidGrammar."""
-        state = self._compiled.pop(grammar, None) or compiled(self._tokenizer, grammar)
-        self._compiled[grammar] = state
-        if len(self._compiled) > REMEMBERED:
-            del self._compiled[next(iter(self._compiled))]
-        return Matcher(state.deep_copy(), self._tokenizer.vocab_size, self._vocab)
+        return Matcher(self._start(grammar).deep_copy(), self._tokenizer.vocab_size, self._vocab)
+
+    @property
+    def kept(self) -> int:
+        """How many compiled grammars are kept."""
+        return self._start.cache_info().currsize
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -99,7 +103,7 @@ class Grammars:
             text, ends = self._path.read_text(), sorted(self._eos)
             try:
                 return LLTokenizer(text, eos_token=ends or None)
-            except ValueError:  # an end that the model knows and its tokenizer does not
+            except ValueError:  # the model has an EOS token that its tokenizer lacks
                 size = LLTokenizer(text).vocab_size
                 return LLTokenizer(text, eos_token=[token for token in ends if token < size] or None)
         except (OSError, ValueError) as error:
@@ -111,7 +115,7 @@ def _words(tokens: int) -> int:
 
 
 def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
-    """The start of a text under `grammar`. Raises InvalidGrammar."""
+    """llguidance's matcher at the start of a text. Raises InvalidGrammar."""
     try:
         text = TRANSLATIONS[grammar.kind](_bounded(grammar))
         state = LLMatcher(tokenizer, text, log_level=0, limits=LIMITS)
@@ -123,7 +127,7 @@ def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
 
 
 def reason(error: str) -> str:
-    """What an error of llguidance says to the author of the grammar, in one line."""
+    """An error of llguidance in one line for the author of the grammar."""
     line = error.splitlines()[0]
     found = re.search(r"Unimplemented keys: \[(.*)\]", error)
     if found:
@@ -159,7 +163,7 @@ def _json_object(_: str) -> str:
 
 
 def _json_schema(source: str) -> str:
-    # llguidance pastes the text into a document of its own unparsed, so it must be one whole JSON value.
+    # llguidance inserts the text unparsed into its own document, so it must be exactly one JSON value.
     schema = parsed(source)
     if schema is True:
         source = "{}"
@@ -169,13 +173,16 @@ def _json_schema(source: str) -> str:
 
 
 def _regex(source: str) -> str:
-    # \d is 0-9 as in JSON Schema: no reader of a form expects a model's Thai digits.
+    # \d means 0-9, as in JSON Schema, and not every digit of Unicode.
     return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(source, 'd')}/")
 
 
 def _choice(source: str) -> str:
-    choices = parsed(source)
-    if not isinstance(choices, list) or not choices or not all(isinstance(each, str) for each in choices):
+    try:
+        choices = msgspec.convert(parsed(source), list[str])
+    except msgspec.ValidationError:
+        choices = []
+    if not choices:
         raise InvalidGrammar("a choice is a JSON list of one or more strings")
     return _regex("|".join(re.escape(each) for each in choices))
 

@@ -1,13 +1,12 @@
-"""Has grammars of strangers judged before the engine sees them, in a process that may die of one.
+"""Compiles untrusted grammars in a child process with limits on time and memory, before the engine sees them.
 
-This is the front's side, asyncio and light to import; `sandbox_worker` is the process. They exchange
-msgpack behind its length over the process's standard input and output.
+This is the server's side: asyncio, and light to import. `sandbox_worker` is the child. Each exchange is one
+line of JSON in each direction over the child's standard input and output.
 """
 
 from __future__ import annotations
 
 import asyncio
-import struct
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -18,96 +17,102 @@ from stretto.errors import InvalidGrammar, Unavailable
 from stretto.types import Grammar
 
 START_S = 30.0
-DOUBT_S = 30.0
-REMEMBERED = 512
-LENGTH = struct.Struct("<I")
+FOREVER = float("inf")
 
 
-class Checker:
-    """One warm worker and the verdicts it gave. `seconds` and `memory` (bytes of address space) are what one
-    grammar may take; whatever takes more is refused, and the worker replaced.
+class GrammarSandbox:
+    """One warm child process, started with the first grammar, and the results it has given.
+
+    `seconds` and `memory` (bytes of address space) limit one grammar. A grammar that exceeds either is
+    refused and the child is replaced. `remembered` results are kept; a refusal for time or memory is kept for
+    `retry_s` seconds only, because it may be due to a busy machine. Grammars are compiled one at a time.
     """
 
-    def __init__(self, *, seconds: float = 1.0, memory: int = 2**29) -> None:
+    def __init__(
+        self, *, seconds: float = 1.0, memory: int = 2**29, remembered: int = 512, retry_s: float = 30.0
+    ) -> None:
+        self.compilations = 0
         self._seconds = seconds
         self._memory = memory
+        self._remembered = remembered
+        self._retry_s = retry_s
         self._worker: Process | None = None
-        self._turn = asyncio.Lock()
-        self._verdicts: dict[Grammar, tuple[str | None, float]] = {}
+        self._lock = asyncio.Lock()
+        self._results: dict[Grammar, tuple[str | None, float]] = {}
 
     @property
     def pid(self) -> int | None:
-        """The worker's process, None before the first grammar."""
+        """The process id of the child, None while there is none."""
         return None if self._worker is None else self._worker.pid
 
-    async def check(self, grammar: Grammar) -> None:
-        """Return when the grammar compiles within the caps. Raises InvalidGrammar saying what is wrong and
-        where, and Unavailable when no worker can be started.
+    async def validate(self, grammar: Grammar) -> None:
+        """Return when the grammar compiles within the limits.
+
+        Raises InvalidGrammar, which says what is wrong and where, and Unavailable when no child process can
+        be started.
         """
-        async with self._turn:
-            message, until = self._verdicts.pop(grammar, (None, 0.0))
+        async with self._lock:
+            error, until = self._results.pop(grammar, (None, 0.0))
             if time.monotonic() >= until:
-                message, until = await self._judge(grammar)
-            self._verdicts[grammar] = message, until
-            if len(self._verdicts) > REMEMBERED:
-                del self._verdicts[next(iter(self._verdicts))]
-        if message is not None:
-            raise InvalidGrammar(message)
+                error, until = await self._compile(grammar)
+            self._results[grammar] = error, until
+            if len(self._results) > self._remembered:
+                del self._results[next(iter(self._results))]
+        if error is not None:
+            raise InvalidGrammar(error)
 
     async def close(self) -> None:
-        """End the worker; the next check would start another."""
+        """End the child process; another call of `validate` would start a new one."""
         worker, self._worker = self._worker, None
         if worker is not None:
             if worker.returncode is None:
                 worker.kill()
             await worker.communicate()
 
-    async def _judge(self, grammar: Grammar) -> tuple[str | None, float]:
-        """The worker's verdict, and until when it holds: a refusal for time or memory says as much of the
-        machine's load as of the grammar, so it is soon in doubt again.
-        """
-        kind, doubt = grammar.spoken, time.monotonic() + DOUBT_S
+    async def _compile(self, grammar: Grammar) -> tuple[str | None, float]:
+        """The error of a grammar (None: it compiles), and until when this result holds."""
+        label, retry = grammar.spoken, time.monotonic() + self._retry_s
         try:
-            body = msgspec.msgpack.encode(grammar)
+            request = msgspec.json.encode(grammar)
         except UnicodeEncodeError:
-            return f"the {kind} is not Unicode text: it holds half a surrogate pair", float("inf")
-        for _ in range(2):  # it may have died of something else before it saw this grammar
+            return f"the {label} is not Unicode text: it holds half a surrogate pair", FOREVER
+        for _ in range(2):  # the child may have died of something else before it read this grammar
             try:
-                return await self._ask(await self._running(), body), float("inf")
+                return await self._exchange(await self._running(), request), FOREVER
             except TimeoutError:
-                return f"the {kind} takes more than {self._seconds:g} s to compile; make it simpler", doubt
+                return f"the {label} takes more than {self._seconds:g} s to compile; make it simpler", retry
             except (asyncio.IncompleteReadError, ConnectionError):
                 continue
         limit = f"{self._memory >> 20} MiB"
-        return f"the {kind} breaks the compiler, or takes more than {limit}; make it simpler", doubt
+        return f"the {label} breaks the compiler, or takes more than {limit}; make it simpler", retry
 
-    async def _ask(self, worker: Process, body: bytes) -> str | None:
-        assert worker.stdin is not None and worker.stdout is not None
+    async def _exchange(self, worker: Process, request: bytes) -> str | None:
+        assert worker.stdin is not None
+        self.compilations += 1
         done = False
         try:
             async with asyncio.timeout(self._seconds):
-                worker.stdin.write(LENGTH.pack(len(body)) + body)
+                worker.stdin.write(request + b"\n")
                 await worker.stdin.drain()
-                verdict = await _receive(worker.stdout)
+                error = await _receive(worker)
             done = True
-            return verdict
+            return error
         finally:
-            if not done:  # cancelled as well: half an exchange is no state to go on from
+            if not done:  # also when cancelled: the next reply would belong to this request
                 await self.close()
 
     async def _running(self) -> Process:
-        """The worker, started when there is none."""
+        """The child process, started if there is none. Raises Unavailable."""
         if self._worker is None or self._worker.returncode is not None:
             await self.close()
             command = (sys.executable, "-m", "stretto.engine.structured.sandbox_worker", str(self._memory))
             self._worker = await asyncio.create_subprocess_exec(
                 *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
             )
-            assert self._worker.stdout is not None
             ready = False
             try:
                 async with asyncio.timeout(START_S):
-                    await _receive(self._worker.stdout)
+                    await _receive(self._worker)
                 ready = True
             except (TimeoutError, asyncio.IncompleteReadError) as error:
                 raise Unavailable("no process to check grammars could be started; try again later") from error
@@ -117,6 +122,6 @@ class Checker:
         return self._worker
 
 
-async def _receive(stream: asyncio.StreamReader) -> str | None:
-    (length,) = LENGTH.unpack(await stream.readexactly(LENGTH.size))
-    return msgspec.msgpack.decode(await stream.readexactly(length), type=str | None)
+async def _receive(worker: Process) -> str | None:
+    assert worker.stdout is not None
+    return msgspec.json.decode(await worker.stdout.readuntil(), type=str | None)

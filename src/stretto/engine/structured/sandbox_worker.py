@@ -1,17 +1,16 @@
-"""The process that judges grammars of strangers for `stretto.engine.structured.sandbox`.
+"""The child process that compiles untrusted grammars for `stretto.engine.structured.sandbox`.
 
-It compiles one and writes a short text under it. Too much time or memory kills it, and nothing else. It ends
-when its input does.
+It compiles one grammar at a time and generates a short text under it. A grammar that takes too much time or
+memory ends this process and nothing else. The process ends when its standard input does.
 """
 
 from __future__ import annotations
 
 import resource
-import struct
 import sys
 import time
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import msgspec
 import numpy as np
@@ -21,10 +20,9 @@ from stretto.engine.structured.grammar import Matcher, compiled, parsed
 from stretto.errors import InvalidGrammar
 from stretto.types import Grammar
 
-PROBE_S, PROBED_BYTES = 0.2, 200
+SAMPLE_S, SAMPLE_BYTES = 0.2, 200
 LOCATE_S = 0.3
-LONGEST_PATH = 200
-LENGTH = struct.Struct("<I")
+LONGEST_PATH, LONGEST_ERROR = 200, 10_000
 END, QUOTE, BLANK = 256, ord('"'), frozenset(b" \n\r\t")
 DEFINITIONS = ("$defs", "definitions")
 GROUPS = (*DEFINITIONS, "properties", "patternProperties", "dependentSchemas")
@@ -32,8 +30,11 @@ LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 SINGLES = ("items", "additionalItems", "additionalProperties", "contains", "propertyNames", "not")
 
 
-class Bytes:
-    """A vocabulary of the 256 bytes and an end, in the shape llguidance reads: enough to judge a grammar."""
+class ByteVocabulary:
+    """The 256 bytes and an end token, in the shape that llguidance reads.
+
+    A grammar that compiles over bytes compiles over any tokenizer, so no model's tokenizer is needed here.
+    """
 
     eos_token_id = END
     bos_token_id = None
@@ -44,98 +45,114 @@ class Bytes:
         return list(text.encode() if isinstance(text, str) else text)
 
 
-def verdict(tokenizer: LLTokenizer, grammar: Grammar) -> str | None:
-    """What is wrong with the grammar, None when nothing is."""
+def error_of(tokenizer: LLTokenizer, grammar: Grammar) -> str | None:
+    """What is wrong with the grammar and, for a JSON schema, where; None when it is usable."""
     try:
-        probe(compiled(tokenizer, grammar))
+        sample_text(compiled(tokenizer, grammar))
     except InvalidGrammar as error:
         where = locate(tokenizer, grammar.source, error.message) if grammar.kind == "json_schema" else "$"
         return error.message if where == "$" else f"{error.message} (at {where[:LONGEST_PATH]} of the schema)"
     return None
 
 
-def probe(state: LLMatcher) -> None:
-    """Write a short text under the grammar. Raises InvalidGrammar when that fails: some grammars compile and
-    allow no text, or are too wide only where the text begins.
+def sample_text(state: LLMatcher) -> None:
+    """Generate a short text under the grammar. Raises InvalidGrammar when that fails.
+
+    Some grammars compile although no text satisfies them, or exceed the limits of one step only when the
+    text begins.
     """
-    matcher, until = Matcher(state.deep_copy(), END + 1, END + 1), time.monotonic() + PROBE_S
+    matcher, until = Matcher(state.deep_copy(), END + 1, END + 1), time.monotonic() + SAMPLE_S
     bits = np.zeros(matcher.words, dtype=np.int32)
-    for turn in range(PROBED_BYTES):
+    for step in range(SAMPLE_BYTES):
         matcher.mask_into(bits)
         allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), count=END, bitorder="little")).tolist()
         if matcher.error is not None:
             raise InvalidGrammar(matcher.error)
         if not allowed or time.monotonic() > until:
             return
-        # Strings closed at once and no blanks: so few bytes reach more of a schema.
+        # Strings are closed at once and blanks avoided, so that few bytes cover more of a schema.
         choices = [QUOTE] if QUOTE in allowed else [each for each in allowed if each not in BLANK] or allowed
-        matcher.accept(choices[turn * 7919 % len(choices)])
+        matcher.accept(choices[step * 7919 % len(choices)])
 
 
 def locate(tokenizer: LLTokenizer, source: str, message: str) -> str:
-    """The path to the smallest part of a schema that fails with the same message."""
+    """The path to the smallest subschema that fails with the same message, as far as `LOCATE_S` allows."""
     until, path = time.monotonic() + LOCATE_S, "$"
     try:
-        part = parsed(source)
+        schema = parsed(source)
     except InvalidGrammar:
         return path
-    shared = {name: part[name] for name in DEFINITIONS if name in part} if isinstance(part, dict) else {}
+    fields = cast("dict[str, object]", schema) if isinstance(schema, dict) else {}
+    shared = {name: fields[name] for name in DEFINITIONS if name in fields}
     step: str | None = ""
     while step is not None:
         path, step = path + step, None
-        for further, child in parts(part):
+        for further, child in subschemas(schema):
             alone = Grammar("json_schema", msgspec.json.encode({**shared, **child}).decode())
             if time.monotonic() > until:
                 return path
             if fails_alike(tokenizer, alone, message):
-                step, part = further, child
+                step, schema = further, child
                 break
     return path
 
 
 def fails_alike(tokenizer: LLTokenizer, grammar: Grammar, message: str) -> bool:
+    """Whether a grammar is refused with this message."""
     try:
-        probe(compiled(tokenizer, grammar))
+        sample_text(compiled(tokenizer, grammar))
     except InvalidGrammar as error:
         return error.message == message
     return False
 
 
-def parts(schema: object) -> Iterator[tuple[str, dict[str, object]]]:
-    """The schemas directly inside a schema, with the step of the path that leads to each."""
+def subschemas(schema: object) -> Iterator[tuple[str, dict[str, object]]]:
+    """The schemas directly inside a schema, each with the step of the path that leads to it."""
     if not isinstance(schema, dict):
         return
+    fields = cast("dict[str, object]", schema)
     for name in GROUPS:
-        group = schema.get(name)
+        group = fields.get(name)
         if isinstance(group, dict):
-            yield from ((f".{name}.{key}", each) for key, each in group.items() if isinstance(each, dict))
+            members = cast("dict[str, object]", group)
+            yield from _schemas((f".{name}.{key}", each) for key, each in members.items())
     for name in LISTS:
-        several = schema.get(name)
-        if isinstance(several, list):
-            yield from ((f".{name}[{at}]", each) for at, each in enumerate(several) if isinstance(each, dict))
-    for name in SINGLES:
-        single = schema.get(name)
-        if isinstance(single, dict):
-            yield f".{name}", single
+        members = fields.get(name)
+        if isinstance(members, list):
+            yield from _schemas(
+                (f".{name}[{at}]", each) for at, each in enumerate(cast("list[object]", members))
+            )
+    yield from _schemas((f".{name}", fields.get(name)) for name in SINGLES)
+
+
+def _schemas(members: Iterator[tuple[str, object]]) -> Iterator[tuple[str, dict[str, object]]]:
+    for step, member in members:
+        if isinstance(member, dict):
+            yield step, cast("dict[str, object]", member)
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Judge what comes until nothing does. The first reply only says that the worker is there."""
-    tokenizer = LLTokenizer(TokenizerWrapper(Bytes()))
-    decoder = msgspec.msgpack.Decoder(Grammar)
-    answer: str | None = None
-    while True:
-        body = msgspec.msgpack.encode(answer)
-        replies.write(LENGTH.pack(len(body)) + body)
-        replies.flush()
-        header = requests.read(LENGTH.size)
-        if len(header) < LENGTH.size:
-            return
-        answer = verdict(tokenizer, decoder.decode(requests.read(LENGTH.unpack(header)[0])))
+    """Answer each line of `requests` until they end. The first reply only says that the process is ready."""
+    tokenizer = LLTokenizer(TokenizerWrapper(ByteVocabulary()))
+    decoder = msgspec.json.Decoder(Grammar)
+    _reply(replies, None)
+    for line in requests:
+        _reply(replies, error_of(tokenizer, decoder.decode(line)))
 
 
-if __name__ == "__main__":
+def _reply(replies: BinaryIO, error: str | None) -> None:
+    # The reader takes lines of at most 64 KiB, and JSON may need six bytes for a character.
+    replies.write(msgspec.json.encode(error and error[:LONGEST_ERROR]) + b"\n")
+    replies.flush()
+
+
+def main() -> None:
+    """Set the limits (bytes of address space: the first argument) and serve standard input."""
     memory = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     serve(sys.stdin.buffer, sys.stdout.buffer)
+
+
+if __name__ == "__main__":
+    main()
