@@ -25,10 +25,11 @@ from rich.table import Table
 
 from stretto.bench import engine
 from stretto.bench.load import Outcome
-from stretto.bench.metrics import Sample, Spread
+from stretto.bench.metrics import Sample
 from stretto.errors import StrettoError
 from stretto.hardware import gib, process_age
 from stretto.simulator.replay import ReplayReport
+from stretto.statistics import Spread
 from stretto.types import ModelInfo
 
 out = Console(soft_wrap=True, highlight=False)

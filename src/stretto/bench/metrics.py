@@ -13,6 +13,7 @@ from itertools import pairwise
 from msgspec import Struct
 
 from stretto.errors import StartError
+from stretto.statistics import Spread, spread
 
 
 class Sample(Struct, frozen=True, kw_only=True):
@@ -78,16 +79,6 @@ class GoodputLimits(Struct, frozen=True, kw_only=True, omit_defaults=True):
 NO_LIMITS = GoodputLimits()
 
 
-class Spread(Struct, frozen=True):
-    """A distribution, in milliseconds."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-    max: float
-
-
 class LoadReport(Struct, frozen=True, kw_only=True):
     """A whole load test. Throughputs are per second of `duration_s`; input tokens are those the server tells.
 
@@ -136,10 +127,10 @@ def report(samples: Sequence[Sample], duration_s: float, limits: GoodputLimits =
         limits=limits,
         goodput=None if good is None else good / duration_s,
         good_share=None if good is None else good / len(samples),
-        ttft_ms=spread([sample.ttft for sample in done]),
-        tpot_ms=spread([sample.tpot for sample in done if sample.tpot is not None]),
-        itl_ms=spread([gap for sample in done for gap in sample.itls]),
-        e2e_ms=spread([sample.e2e for sample in done]),
+        ttft_ms=spread(sample.ttft * 1e3 for sample in done),
+        tpot_ms=spread(sample.tpot * 1e3 for sample in done if sample.tpot is not None),
+        itl_ms=spread(gap * 1e3 for sample in done for gap in sample.itls),
+        e2e_ms=spread(sample.e2e * 1e3 for sample in done),
     )
 
 
@@ -151,23 +142,6 @@ def is_good(sample: Sample, limits: GoodputLimits) -> bool:
         (limits.e2e_ms, sample.e2e),
     )
     return all(limit is None or seconds * 1e3 <= limit for limit, seconds in held)
-
-
-def spread(seconds: Sequence[float]) -> Spread | None:
-    """The distribution of some durations, in milliseconds. None when there are none."""
-    if not seconds:
-        return None
-    ordered = sorted(value * 1e3 for value in seconds)
-    mean = sum(ordered) / len(ordered)
-    return Spread(mean, quantile(ordered, 0.5), quantile(ordered, 0.9), quantile(ordered, 0.99), ordered[-1])
-
-
-def quantile(ordered: Sequence[float], q: float) -> float:
-    """The q-quantile of values in rising order, between two of them linearly (numpy's default)."""
-    position = q * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def peak_concurrency(samples: Sequence[Sample]) -> int:

@@ -18,6 +18,8 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from stretto.statistics import quantile
+
 SCALES = (1.0, 8.0, 128.0, 8192.0, 131072.0)  # a load of each kind that costs about as much as a step's base
 REMEMBERED = 0.9  # of what steps have taught, from one to the next: about the last 10 count
 DISTURBED = 0.3  # the same when the machine has changed
@@ -110,10 +112,8 @@ class Window:
         insort(self._sorted, value)
 
     def quantile(self, q: float, default: float) -> float:
-        """The value that a share `q` of them does not exceed; `default` when there are none."""
-        return (
-            self._sorted[min(int(q * len(self._sorted)), len(self._sorted) - 1)] if self._sorted else default
-        )
+        """Their q-quantile; `default` when there are none."""
+        return quantile(self._sorted, q) if self._sorted else default
 
 
 UNKNOWN = StepCost(20.0, 1.0, 0.5, 1e-3, 1e-6)

@@ -14,7 +14,6 @@ from math import inf
 from random import Random
 
 import msgspec
-import numpy as np
 from msgspec import Struct
 
 from stretto.config import Tier
@@ -26,6 +25,7 @@ from stretto.engine.sequence import Sequence as Running
 from stretto.engine.step_time import StepCost, StepLoad, StepTime
 from stretto.errors import InvalidRequest, StartError
 from stretto.simulator.upper_bound import Work, most_on_time, with_base
+from stretto.statistics import Spread, spread
 from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason, Request, Sampling, StepStats, TokenEvent
 
 # A Qwen3-0.6B shape on two cores of a server CPU, int8, in round figures. What was measured on one machine
@@ -73,15 +73,6 @@ class Setting(Struct, frozen=True, kw_only=True):
             raise StartError(f"--schedule is one of {', '.join(SCHEDULES)}, not {self.schedule}")
         if not 0.01 <= self.load <= 100:
             raise StartError(f"--load must be from 0.01 to 100, not {self.load}")
-
-
-class Spread(Struct, frozen=True):
-    """A distribution, ms."""
-
-    p50: float
-    p90: float
-    p99: float
-    max: float
 
 
 class TierReport(Struct, frozen=True, kw_only=True):
@@ -408,17 +399,11 @@ def _tier_report(group: Sequence[Told], end: float) -> TierReport:
         tokens=sum(one.count for one in in_time) / span,
         refused=sum(1 for one in group if one.reason is Reason.REFUSED),
         overdue=sum(1 for one in group if one.reason is Reason.DEADLINE),
-        ttft_ms=_spread([(one.first - one.request.arrival) * 1e3 for one in spoke]),
-        tpot_ms=_spread([sum(one.gaps) / len(one.gaps) for one in spoke if one.gaps]),
-        itl_ms=_spread([gap for one in spoke for gap in one.gaps]),
+        ttft_ms=spread((one.first - one.request.arrival) * 1e3 for one in spoke),
+        tpot_ms=spread(sum(one.gaps) / len(one.gaps) for one in spoke if one.gaps),
+        itl_ms=spread(gap for one in spoke for gap in one.gaps),
         longest_gap_ms=max((max(one.gaps, default=0.0) for one in good), default=0.0),
     )
-
-
-def _spread(values: list[float]) -> Spread | None:
-    if not values:
-        return None
-    return Spread(*(float(value) for value in np.quantile(values, (0.5, 0.9, 0.99, 1.0))))
 
 
 def _timed(request: Request) -> bool:

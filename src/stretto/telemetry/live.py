@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from msgspec import Struct
 
+from stretto.statistics import spread
 from stretto.telemetry.metrics import Ended
 from stretto.types import Objective, StepStats
 
@@ -101,11 +102,11 @@ class Recent:
             waiting=sum(stats.waiting for stats in last),
             blocks_used=sum(stats.blocks_total - stats.blocks_free for stats in last),
             blocks_total=sum(stats.blocks_total for stats in last),
-            ttft_ms=_quantiles(request.first * 1e3 for request in ends if request.first is not None),
-            itl_ms=_quantiles(gap * 1e3 for request in ends for gap in request.gaps[:KEPT_GAPS]),
-            step_ms=_quantiles(stats.ms for stats in steps),
+            ttft_ms=_pair(request.first * 1e3 for request in ends if request.first is not None),
+            itl_ms=_pair(gap * 1e3 for request in ends for gap in request.gaps[:KEPT_GAPS]),
+            step_ms=_pair(stats.ms for stats in steps),
             step_tokens=(decode / count, prefill / count),
-            model_error=_at(sorted(abs(predicted - ms) / ms for ms, predicted in timed), 0.5),
+            model_error=_pair(abs(predicted - ms) / ms for ms, predicted in timed)[0],
             steps=tuple(timed[-SHOWN_STEPS:]),
             tiers=self._tiers(ends),
             refused=dict(self._refused),
@@ -129,11 +130,7 @@ def _judged(request: Ended) -> bool:
     return request.verdict not in (None, "cancelled")
 
 
-def _quantiles(values: Iterable[float]) -> Pair:
-    """The median and the 99th percentile."""
-    ordered = sorted(values)
-    return _at(ordered, 0.5), _at(ordered, 0.99)
-
-
-def _at(ordered: list[float], share: float) -> float | None:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
+def _pair(values: Iterable[float]) -> Pair:
+    """The median and the 99th percentile; None twice when there are no values."""
+    seen = spread(values)
+    return (None, None) if seen is None else (seen.p50, seen.p99)

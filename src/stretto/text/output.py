@@ -14,6 +14,7 @@ from typing import Protocol
 
 from stretto.errors import CannotBeOnTime, EngineError
 from stretto.protocol.openai import AnswerReport, Delta, FinishReason
+from stretto.statistics import quantile
 from stretto.text.detokenizer import Detokenizer
 from stretto.text.reasoning_parser import Reasoning
 from stretto.text.tool_parser import Abandoned, NamedCall, Said, ToolParser
@@ -87,10 +88,8 @@ class Times:
         return None if self.first is None else self.first - self.arrival
 
     def itl_p99(self) -> float | None:
-        if not self.gaps:
-            return None
-        ranked = sorted(self.gaps)
-        return ranked[min(len(ranked) - 1, int(0.99 * len(ranked)))]
+        """The 99th percentile of the gaps, in seconds; None before the second token."""
+        return quantile(sorted(self.gaps), 0.99) if self.gaps else None
 
 
 class Shape:
