@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from stretto.telemetry.metrics import Ended, Gauges, Histogram, Metrics
+from stretto.telemetry.metrics import Ended, Gauges, Metrics
 from stretto.types import Finish, Reason, StepStats, TokenEvent
 from tests.server.conftest import CHAT, HELLO
 from tests.server.fake_engine import FakeEngine
@@ -109,11 +109,7 @@ async def test_what_a_client_makes_up_is_no_label(client: httpx.AsyncClient) -> 
     assert await series() == before
 
 
-def test_histograms_count_by_upper_bound() -> None:
-    histogram = Histogram((1.0, 2.0))
-    for value in (0.5, 1.0, 1.5):
-        histogram.add(value)
-    histogram.add_all([2.0, 99.0])
+def test_gaps_are_counted_by_upper_bound() -> None:
     metrics = Metrics(lambda: Gauges(0, True, False, 0))
     metrics.ended(Ended("chat", "ok", 1.0, tier="flex", model="m", first=0.5, gaps=[0.01, 0.02]))
     found = samples(metrics.text())
