@@ -59,7 +59,7 @@ async def test_a_request_goes_there_and_back(client: EngineClient):
 
 async def test_many_requests_share_steps(client: EngineClient):
     seen: list[int] = []
-    client.steps.append(lambda step: seen.append(step.running))
+    client.subscribe(lambda step: seen.append(step.running))
     answers = await asyncio.gather(*(read(client.submit(request(client, max_tokens=50))) for _ in range(100)))
     assert {len(events) for events in answers} == {51}
     assert max(seen) > 10

@@ -128,8 +128,7 @@ async def test_the_live_view_draws_what_the_server_does(page: Any, engine: FakeE
     await ask(page)
     await page.wait_for_selector(".facts")
     stats = StepStats("tiny", 0.0, 12.0, 3, 40, 9, 4, 2, 60, 64, predicted_ms=9.0, proposed=4, accepted=3)
-    for observe in engine.steps:
-        observe(stats)
+    engine.publish(stats)
     await page.click("#tab-live")
     await page.wait_for_selector("#tier-default .share:has-text('100 %')")
     await page.wait_for_selector("#graph-model .plot svg")

@@ -109,7 +109,7 @@ class FakeEngine:
     models: dict[str, ModelInfo]
     ready: bool = True
     restarts: int = 0
-    steps: list[Callable[[StepStats], None]] = field(default_factory=list)
+    observers: list[Callable[[StepStats], None]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
     open: set[FakeStream] = field(default_factory=set)
@@ -128,6 +128,14 @@ class FakeEngine:
     async def shutdown(self, grace_s: float) -> None:
         self.ended = True
         self.ready = False
+
+    def subscribe(self, observer: Callable[[StepStats], None]) -> None:
+        self.observers.append(observer)
+
+    def publish(self, stats: StepStats) -> None:
+        """Call every subscriber, as the client does after a step."""
+        for observe in self.observers:
+            observe(stats)
 
     def next_id(self) -> int:
         return next(self._ids)

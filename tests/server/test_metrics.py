@@ -40,9 +40,8 @@ def samples(text: bytes) -> dict[tuple[str, tuple[str, ...]], float]:
 async def test_a_request_is_counted_once_it_ended(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await client.post(CHAT, json=HELLO)
     await client.post(CHAT, json=HELLO | {"max_tokens": 0})
-    for observe in engine.steps:
-        observe(step())
-        observe(step(decode_tokens=5, prefill_tokens=0))
+    engine.publish(step())
+    engine.publish(step(decode_tokens=5, prefill_tokens=0))
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     found = samples(response.content)

@@ -1,6 +1,6 @@
-"""Where an engine process starts: `python -m stretto.engine MODULE`.
+"""The entry point of a process that runs an engine: `python -m stretto.engine MODULE` calls MODULE's `main`.
 
-It settles what of torch is imported, so it imports nothing that imports torch.
+It decides which parts of torch are imported, so it must not import a module that imports torch.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from types import ModuleType
 
 from stretto.hardware import snapshot
 
-# What torch's compilers know of shapes, its export and its distributions: a third of the time that importing
-# torch takes, and never asked here.
+# Shape rules of torch's compilers, export and distributions take a third of the time of importing torch and
+# are never used on a CPU. An empty module takes the place of each.
 UNUSED = ("torch._meta_registrations", "torch.export", "torch.distributions")
 
 
 def main() -> None:
-    """Run the module that the first argument names. On a GPU torch is left whole: Triton is a compiler."""
+    """Run the module named by the first argument. With a GPU torch is complete, because Triton needs it."""
     if not snapshot().gpus:
         sys.modules.update((name, ModuleType(name)) for name in UNUSED)
-    gc.disable()  # nothing that is imported becomes garbage
+    gc.disable()  # imports create no garbage
     module = import_module(sys.argv.pop(1))
     gc.freeze()
     gc.enable()

@@ -1,7 +1,7 @@
-"""The front's side of the engine: starts its process, sends requests, hands each reader its tokens.
+"""The server's side of the engine: starts the engine process, sends it requests and delivers their events.
 
-When the process dies, every open stream ends in `EngineDied` and a new process is started. Asynchronous, in
-one event loop; never imports torch.
+When the engine process ends unasked, every open stream ends in `EngineDied` and a new process is started. It
+runs in one event loop and never imports torch.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ RESTART_S = (0.0, 0.5, 2.0, 5.0)
 
 
 class Stream:
-    """The events of one request, in lists of all that have arrived since the last. Closing it is
-    cancelling.
+    """The events of one request. Each item is the list of the events that have arrived since the last item.
+
+    Closing a stream cancels its request. `forecast_ms` is the queueing time that admission predicted.
     """
 
     __slots__ = ("_client", "_error", "_events", "_finished", "_id", "_waiter", "forecast_ms")
 
-    def __init__(self, client: EngineClient, ident: int) -> None:
+    def __init__(self, client: EngineClient, ident: int, forecast_ms: float | None = None) -> None:
         self._client = client
         self._id = ident
         self._events: list[TokenEvent] = []
         self._finished = False
         self._error: EngineDied | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self.forecast_ms: float | None = None
+        self.forecast_ms = forecast_ms
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> list[TokenEvent]:
-        """Raises EngineDied once the engine is gone and everything it said has been read."""
+        """Raises EngineDied after the last event when the engine process has ended."""
         while not self._events:
             if self._error is not None:
                 raise self._error
@@ -64,13 +65,13 @@ class Stream:
         return events
 
     def close(self) -> None:
-        """Stop the work for this request, unless it is done. Calling it again does nothing."""
+        """Cancel the request unless it has ended. Calling it again does nothing."""
         if not self._finished and self._error is None:
             self._client.cancel(self._id)
         self._finished = True
 
     def push(self, event: TokenEvent) -> None:
-        """The client's side: one more event."""
+        """Add an event; called by the client."""
         if event.finish is not None:
             self._finished = True
         if event.began is not None:
@@ -80,7 +81,7 @@ class Stream:
         self._wake()
 
     def fail(self, error: EngineDied) -> None:
-        """The client's side: no event will come any more."""
+        """End the stream in an error; called by the client."""
         self._error = error
         self._wake()
 
@@ -90,7 +91,10 @@ class Stream:
 
 
 class EngineClient:
-    """One engine process. `on_progress(stage, done, total)` hears of long work while it loads."""
+    """One engine process, its open streams and what it last reported.
+
+    `on_progress(stage, done, total)` is called while the engine loads. It is called again after a restart.
+    """
 
     def __init__(
         self, config: EngineConfig, *, on_progress: Callable[[str, int, int], None] | None = None
@@ -105,51 +109,57 @@ class EngineClient:
         self._outbox: list[bytes] = []
         self._ids = count(1)
         self._started = time.monotonic()
-        self._settled = asyncio.Event()
+        self._loaded = asyncio.Event()  # or failed to load: then `_failure` is set
         self._failure: str | None = None
         self._closing = False
-        self._keeper: asyncio.Task[None] | None = None
+        self._supervisor: asyncio.Task[None] | None = None
         self._outlooks: dict[str, Outlook] = {}
         self._shares = Shares(config.priority_share)
         self._steps = 0
-        self._last: dict[str, StepStats] = {}
+        self._last_steps: dict[str, StepStats] = {}
+        self._subscribers: list[Callable[[StepStats], None]] = []
         self.ready = False
         self.restarts = 0
         self.models: dict[str, ModelInfo] = {}
-        self.steps: list[Callable[[StepStats], None]] = []
 
     @property
     def pid(self) -> int | None:
-        """The engine's process id while it runs."""
+        """The process id of the engine, None while it does not run."""
         return None if self._process is None or self._process.returncode is not None else self._process.pid
 
     async def start(self) -> None:
-        """Start the engine process and return; it loads its models meanwhile."""
+        """Start the engine process. Returns before its models are loaded."""
         await self._spawn()
-        self._keeper = asyncio.create_task(self._keep())
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    def subscribe(self, observer: Callable[[StepStats], None]) -> None:
+        """Call `observer` with the statistics of every step from now on."""
+        self._subscribers.append(observer)
 
     async def wait_ready(self) -> None:
-        """Wait for the models. Raises StartError with the engine's own message when it cannot load them."""
-        await self._settled.wait()
+        """Wait until the models are loaded. Raises StartError with the engine's message if that fails."""
+        await self._loaded.wait()
         if self._failure is not None:
             raise StartError(self._failure)
 
     def next_id(self) -> int:
-        """An id no other request of this client has."""
+        """A request id that this client has not given before."""
         return next(self._ids)
 
     def submit(self, request: Request) -> Stream:
-        """Send a request, or refuse it at once when it may be refused and would not be on time. Raises
-        EngineDied while no engine is ready."""
+        """Send a request to the engine.
+
+        A request with `on_miss="reject"` that is predicted to be late is not sent: its stream holds only the
+        refusal. Raises EngineDied while no engine is ready.
+        """
         if not self.ready:
             raise EngineDied("the engine is starting; try again in a moment", retry_after=1.0)
-        stream = Stream(self, request.id)
         forecast = self._outlooks[request.model].forecast(request, time.monotonic())
+        stream = Stream(self, request.id, None if forecast is None else forecast.queue_ms)
         if forecast is not None:
             if request.objective.on_miss == "reject" and not forecast.feasible:
                 stream.push(_refusal(request, forecast))
                 return stream
-            stream.forecast_ms = forecast.queue_ms
             self._outlooks[request.model].sent(request)
             if request.tier == PRIORITY:
                 work = self._outlooks[request.model].work_ms(request)
@@ -163,13 +173,13 @@ class EngineClient:
         return tier != PRIORITY or self._shares.allows(tenant, time.monotonic())
 
     def cancel(self, ident: int) -> None:
-        """Drop a request in the engine; its stream hears no more."""
+        """End a request in the engine. Its stream gets no more events."""
         if self._streams.pop(ident, None) is not None and self.ready:
             self._send(ipc.Cancel([ident]))
 
     def worker_state(self) -> WorkerState:
-        """A snapshot for `/state`. `draining` is the front's to say."""
-        last = max(self._last.values(), key=lambda step: step.started, default=None)
+        """A snapshot for `/state`. `draining` is always False: only the server knows it."""
+        last = max(self._last_steps.values(), key=lambda step: step.started, default=None)
         return WorkerState(
             ready=self.ready,
             draining=False,
@@ -178,9 +188,9 @@ class EngineClient:
             engine_restarts=self.restarts,
             models=tuple(self.models.values()),
             active=len(self._streams),
-            running=sum(step.running for step in self._last.values()),
-            waiting=sum(step.waiting for step in self._last.values()),
-            blocks_free=sum(step.blocks_free for step in self._last.values()),
+            running=sum(step.running for step in self._last_steps.values()),
+            waiting=sum(step.waiting for step in self._last_steps.values()),
+            blocks_free=sum(step.blocks_free for step in self._last_steps.values()),
             blocks_total=sum(info.blocks for info in self.models.values()),
             steps=self._steps,
             schedule=self._config.schedule,
@@ -188,7 +198,7 @@ class EngineClient:
         )
 
     async def shutdown(self, grace_s: float) -> None:
-        """End the engine: ask, wait `grace_s` seconds, then kill. Open streams end in EngineDied."""
+        """Ask the engine to stop and kill it after `grace_s` seconds. Open streams end in EngineDied."""
         self._closing = True
         if self.ready:
             self._send(ipc.Stop())
@@ -200,13 +210,13 @@ class EngineClient:
                 with suppress(ProcessLookupError):  # it may end just now
                     self._process.kill()
                 await self._process.wait()
-        if self._keeper is not None:
-            await self._keeper
+        if self._supervisor is not None:
+            await self._supervisor
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _spawn(self) -> None:
-        """A fresh socket and a fresh process, so that nothing of a dead engine can be read by mistake."""
+        """Start a process with a socket of its own, so that no message of a dead engine is read."""
         self._outbox.clear()
         self._outlooks = {model.name: Outlook(tiers_of(self._config.tiers)) for model in self._config.models}
         address = f"ipc://{self._folder}/engine-{self.restarts}"
@@ -227,9 +237,11 @@ class EngineClient:
         self._process.stdin.write(msgspec.json.encode(self._config))
         self._process.stdin.write_eof()
 
-    async def _keep(self) -> None:
-        """Wait for the process to end; unless that was asked for, fail its readers and start another, after
-        ever longer pauses while it ends before it is ready."""
+    async def _supervise(self) -> None:
+        """Start the engine again whenever it ends unasked, and end its streams in EngineDied.
+
+        While it ends before it is ready, the pauses between two starts grow as in `RESTART_S`.
+        """
         failures = 0
         while True:
             assert self._process is not None
@@ -237,11 +249,11 @@ class EngineClient:
             self._drain()
             failures = 0 if self.ready else failures + 1
             self.ready = False
-            self._unplug()
+            self._close_socket()
             self._fail_streams(code)
-            if not self._settled.is_set():
+            if not self._loaded.is_set():
                 self._failure = self._failure or f"the engine process ended while loading (exit code {code})"
-                self._settled.set()
+                self._loaded.set()
                 return
             if self._closing:
                 return
@@ -253,7 +265,7 @@ class EngineClient:
             self.restarts += 1
             await self._spawn()
 
-    def _unplug(self) -> None:
+    def _close_socket(self) -> None:
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close()
@@ -267,8 +279,10 @@ class EngineClient:
             )
 
     def _send(self, message: ipc.ToEngine) -> None:
-        """Requests that arrive together leave together, so that one step reads them all: not the first alone
-        while the others wait for it."""
+        """Queue a message until the event loop's next turn.
+
+        Requests that arrive together are sent together, so that one step of the engine can run all of them.
+        """
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(ipc.encode(message))
@@ -281,37 +295,36 @@ class EngineClient:
             for message in outbox:
                 self._socket.send(message, zmq.NOBLOCK)
         except zmq.Again:
-            return  # The engine has just died: `_keep` is about to fail every stream.
-        # The socket's descriptor is edge-triggered: sending may swallow the edge of something that has
-        # arrived.
+            return  # The engine has just died, and `_supervise` is about to end every stream.
+        # The socket's descriptor is edge-triggered, and sending may consume the edge of an arrived message.
         self._drain()
 
     def _drain(self) -> None:
-        """Hand out everything that has arrived."""
+        """Handle every message that has arrived."""
         while self._socket is not None and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self._handle(ipc.decode_from_engine(self._socket.recv(zmq.NOBLOCK)))
 
     def _handle(self, message: ipc.FromEngine) -> None:
         match message:
-            case ipc.Step(events, stats, seen):
+            case ipc.StepResult(events, stats, snapshots):
                 self._deliver(events)
-                for model, snapshot in seen.items():
+                for model, snapshot in snapshots.items():
                     self._outlooks[model].see(snapshot)
                 if stats is not None:
                     self._steps += 1
-                    self._last[stats.model] = stats
-                    for observe in self.steps:
+                    self._last_steps[stats.model] = stats
+                    for observe in self._subscribers:
                         observe(stats)
-            case ipc.Progress(stage, done, total):
+            case ipc.LoadProgress(stage, done, total):
                 if self._on_progress is not None:
                     self._on_progress(stage, done, total)
             case ipc.Ready(models):
                 self.models = {info.name: info for info in models}
                 self.ready = True
-                self._settled.set()
+                self._loaded.set()
             case ipc.Failed(text):
                 self._failure = text
-                if self._settled.is_set():  # the first time, `wait_ready` says it
+                if self._loaded.is_set():  # the first failure is raised by `wait_ready`
                     log.error("the engine cannot start: %s", text)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
@@ -325,7 +338,7 @@ class EngineClient:
 
 
 def _refusal(request: Request, forecast: Forecast) -> TokenEvent:
-    """The end of a request that was never sent."""
+    """The final event of a request that is not sent to the engine."""
     waited = (time.monotonic() - request.arrival) * 1e3
     finish = Finish(
         Reason.REFUSED, len(request.prompt), 0, 0, waited, late=True, retry_after=forecast.retry_after
@@ -334,7 +347,7 @@ def _refusal(request: Request, forecast: Forecast) -> TokenEvent:
 
 
 def _folder() -> Path:
-    """A folder for the sockets. Raises StartError when none can be made, as on a full disk."""
+    """A folder for the sockets. Raises StartError when it cannot be made, for example on a full disk."""
     try:
         return Path(tempfile.mkdtemp(prefix="stretto-"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the HTTP process and the engine process say to each other: msgpack over one local socket."""
+"""The messages between the server process and the engine process: msgpack over one local socket."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Submit(Struct, frozen=True, tag="submit", array_like=True):
 
 
 class Cancel(Struct, frozen=True, tag="cancel", array_like=True):
-    """Nobody reads these requests any more."""
+    """End these requests: nobody reads their events any more."""
 
     ids: list[int]
 
 
 class Stop(Struct, frozen=True, tag="stop", array_like=True):
-    """End the process now."""
+    """End the engine process now."""
 
 
-class Progress(Struct, frozen=True, tag="progress", array_like=True):
-    """Long work at start: `done` of `total` units of `stage`."""
+class LoadProgress(Struct, frozen=True, tag="progress", array_like=True):
+    """Progress of loading: `done` of `total` units of `stage`."""
 
     stage: str
     done: int
@@ -34,27 +34,31 @@ class Progress(Struct, frozen=True, tag="progress", array_like=True):
 
 
 class Ready(Struct, frozen=True, tag="ready", array_like=True):
-    """The models are loaded; requests may come."""
+    """The models are loaded and requests are accepted."""
 
     models: list[ModelInfo]
 
 
 class Failed(Struct, frozen=True, tag="failed", array_like=True):
-    """The engine cannot start, and a restart would not help."""
+    """The engine cannot start. `message` says why."""
 
     message: str
 
 
-class Step(Struct, frozen=True, tag="step", array_like=True):
-    """All that one step said. `seen`: what a model's engine looks like after it, now and then."""
+class StepResult(Struct, frozen=True, tag="step", array_like=True):
+    """The events of one step and its statistics (None: no model ran).
+
+    `snapshots`: by model name, the state of the queues for admission. They are sent at most every
+    `worker.SNAPSHOT_S` seconds for a model with work.
+    """
 
     events: list[TokenEvent]
     stats: StepStats | None
-    seen: dict[str, Snapshot] = {}
+    snapshots: dict[str, Snapshot] = {}
 
 
 ToEngine = Submit | Cancel | Stop
-FromEngine = Progress | Ready | Failed | Step
+FromEngine = LoadProgress | Ready | Failed | StepResult
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -1,7 +1,6 @@
-"""The engine process: loads the models, then runs the loop between its inbox and its outbox until told to
-stop.
+"""The engine process: loads the models, then runs the engine loop until it is told to stop.
 
-Started by `stretto.engine.client` with a socket's address as argument and an `EngineConfig` (JSON) on
+`stretto.engine.client` starts it with the address of a socket as argument and an `EngineConfig` (JSON) on
 standard input. It ends when its parent does.
 """
 
@@ -33,20 +32,21 @@ from stretto.errors import StrettoError
 from stretto.hardware import cache_folder
 from stretto.types import Finish, Reason, Request, StepStats, TokenEvent
 
-IDLE_MS = 1000
-COMPILING_MS = 1
-SHOWN_S = 0.02  # between two snapshots of a busy model
+IDLE_MS = 1000  # the longest wait for a message
+COMPILING_MS = 1  # the same while a grammar compiles
+SNAPSHOT_S = 0.02  # between two snapshots of a busy model
 PR_SET_PDEATHSIG = 1
 
 
 class EngineWorker:
-    """One engine and the socket it listens on. Grammars compile in a thread, so that no step waits for
-    one.
+    """An engine and its socket. Grammars compile in a thread of their own, so that no step waits for one.
+
+    Loading happens in the constructor. Raises StartError or CheckpointError.
     """
 
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
-        self._runners = Runners(config, progress=lambda *done: self._send(ipc.Progress(*done)))
+        self._runners = Runners(config, progress=lambda *done: self._send(ipc.LoadProgress(*done)))
         self._limits = Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers))
         self._engine = EngineCore(
             self._runners.all,
@@ -69,14 +69,14 @@ class EngineWorker:
                 drafter.times = self._engine.lanes[drafter.model].times
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}
-        self._foresees = config.schedule == "deadline"
+        self._admits = config.schedule == "deadline"
         self._newest: dict[str, int] = {}
-        self._shown: dict[str, float] = {}
+        self._snapshot_times: dict[str, float] = {}
         self._stopped = False
         self._checked = True
 
     def run(self) -> None:
-        """Serve until told to stop."""
+        """Serve until a `Stop` message arrives."""
         self._emit([], None)
         self._send(ipc.Ready([runner.info for runner in self._runners.all]))
         while not self._stopped:
@@ -87,7 +87,7 @@ class EngineWorker:
                 self._checked = False
 
     def _inbox(self) -> Iterator[ipc.ToEngine]:
-        """What has arrived; when there is nothing else to do, wait for something to."""
+        """The messages that have arrived. Waits for one when there is nothing to run."""
         if self._engine.idle:
             waited = self._socket.poll(COMPILING_MS if self._compiling else IDLE_MS)
             if not waited and not self._compiling and not self._checked:
@@ -114,7 +114,7 @@ class EngineWorker:
                 self._stopped = True
 
     def _collect_compiled(self) -> None:
-        """Queue the requests whose grammar is ready; end those whose grammar is not one."""
+        """Queue the requests whose grammar has compiled, and end those whose grammar is invalid."""
         for ident, (request, future) in list(self._compiling.items()):
             if not future.done():
                 continue
@@ -131,15 +131,15 @@ class EngineWorker:
         return Sequence.of(request, self._engine.lanes[request.model].runner.info.context)
 
     def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
-        self._send(ipc.Step(events, stats, self._snapshots() if self._foresees else {}))
+        self._send(ipc.StepResult(events, stats, self._snapshots() if self._admits else {}))
 
     def _snapshots(self) -> dict[str, Snapshot]:
-        """What the engine looks like, for each model of which it was said a while ago."""
+        """The state of each idle model, and of each busy one whose last snapshot is older than SNAPSHOT_S."""
         now = time.monotonic()
         found: dict[str, Snapshot] = {}
         for name, lane in self._engine.lanes.items():
-            if now >= self._shown.get(name, 0.0) + SHOWN_S or not lane.busy:
-                self._shown[name] = now
+            if now >= self._snapshot_times.get(name, 0.0) + SNAPSHOT_S or not lane.busy:
+                self._snapshot_times[name] = now
                 moment = SchedulingContext(now, lane.times, lane.ledger)
                 found[name] = snapshot(lane.queues, self._limits, moment, self._newest.get(name, 0))
         return found
@@ -149,7 +149,7 @@ class EngineWorker:
 
 
 def end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent ends, and leave signals to the parent."""
+    """Have the kernel kill this process when its parent ends; ignore the signals that the parent handles."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -159,7 +159,7 @@ def end_with_parent() -> None:
 
 
 def main() -> None:
-    """Run one engine. Exit code 1: it could not start, and said why over the socket."""
+    """Run one engine. Exit code 1: it could not start, and has sent the reason over the socket."""
     end_with_parent()
     logging.basicConfig(format="%(asctime)s engine %(levelname)s %(message)s")
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)

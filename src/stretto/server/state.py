@@ -31,8 +31,8 @@ class Engine(Protocol):
     ready: bool
     models: dict[str, ModelInfo]
     restarts: int
-    steps: list[Callable[[StepStats], None]]
 
+    def subscribe(self, observer: Callable[[StepStats], None]) -> None: ...
     def next_id(self) -> int: ...
     def submit(self, request: Request) -> Stream: ...
     def within_share(self, tenant: str, tier: str) -> bool: ...
@@ -58,7 +58,8 @@ class Front:
         self.created = int(time.time())
         self._threads = ThreadPoolExecutor(2, "text")
         self.recent = Recent({name: tier.objective for name, tier in self.tiers.items()})
-        engine.steps += [self.metrics.step, self.recent.step]
+        engine.subscribe(self.metrics.step)
+        engine.subscribe(self.recent.step)
 
     def model(self, name: str | None) -> tuple[str, TextModel]:
         """The model of that name, or the first one. Raises UnknownModel."""
