@@ -1,0 +1,53 @@
+"""The pages in docs/ and at the root: links lead somewhere, decisions have their form."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+DECISIONS = sorted((DOCS / "decisions").glob("*.md"))
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
+ENTRY = re.compile(r"^## (.+)\n\n((?:.+\n)+)", re.MULTILINE)
+FIELDS = ["Context", "Decision", "Figure", "Date", "Status"]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs write them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading).strip().lower() for heading in headings)
+    return {re.sub(r"\s+", "-", heading) for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    broken: list[str] = []
+    for link in LINK.findall(CODE.sub("", page.read_text())):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_decision_has_its_fields_in_order() -> None:
+    for page in DECISIONS:
+        if page.name == "index.md":
+            continue
+        text = page.read_text()
+        entries = ENTRY.findall(text)
+        assert len(entries) == text.count("\n## "), page
+        for title, body in entries:
+            assert re.findall(r"^- \*\*(\w+):\*\*", body, re.MULTILINE) == FIELDS, (page.name, title)
+            assert re.search(r"^- \*\*Date:\*\* \d{4}-\d\d-\d\d$", body, re.MULTILINE), title
+            assert re.search(r"^- \*\*Status:\*\* (accepted$|superseded by \[)", body, re.MULTILINE), title
+
+
+def test_the_index_of_decisions_names_every_page() -> None:
+    index = (DOCS / "decisions" / "index.md").read_text()
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == {page.name for page in DECISIONS} - {"index.md"}
