@@ -1,37 +1,92 @@
-"""The live view's snapshot: what it counts, and what it forgets."""
+"""The live page's snapshot: what it counts, over which time, and what it forgets."""
 
 from __future__ import annotations
 
 import pytest
 
-from stretto.telemetry.live import WINDOW_S, Kept, Recent
+from stretto.telemetry.live import WINDOW_S, Live, Recent, TierAttainment
 from stretto.telemetry.metrics import Ended
-from stretto.types import StepStats
+from stretto.types import Objective, StepStats
+
+OBJECTIVES = {"priority": Objective(ttft_ms=100.0)}
 
 
-def test_a_snapshot_of_the_last_seconds() -> None:
-    now = 0.0
-    recent = Recent({}, lambda: now)
+class World:
+    """One step and one late request before the window; three steps and three requests within it."""
 
-    def step(ms: float, predicted_ms: float | None) -> None:
-        recent.step(StepStats("m", now, ms, 4, 60, 100, 4, 2, 10, 64, predicted_ms=predicted_ms))
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.recent = Recent(OBJECTIVES, lambda: self.now)
+        self.step(1.0, 9.0)
+        self.recent.ended(Ended("chat", "ok", 9.0, "late", "default", "m", first=9.0, gaps=[0.5]))
+        self.now = WINDOW_S + 1
+        for predicted in (8.0, 9.0, None):
+            self.step(10.0, predicted)
+        self.recent.ended(Ended("chat", "ok", 1.0, "on_time", "default", "m", first=0.02, gaps=[0.01, 0.03]))
+        self.recent.ended(Ended("chat", "overloaded", 0.0, "refused", "priority", "m"))
+        self.recent.ended(Ended("chat", "client_gone", 0.0, "cancelled", "flex", "m"))
 
-    step(1.0, 9.0)
-    recent.ended(Ended("chat", "ok", 9.0, "late", "default", "m", first=9.0, gaps=[0.5]))
-    now = WINDOW_S + 1
-    for predicted in (8.0, 9.0, None):
-        step(10.0, predicted)
-    recent.ended(Ended("chat", "ok", 1.0, "on_time", "default", "m", first=0.02, gaps=[0.01, 0.03]))
-    recent.ended(Ended("chat", "overloaded", 0.0, "refused", "priority", "m"))
-    recent.ended(Ended("chat", "client_gone", 0.0, "cancelled", "flex", "m"))
-    seen = recent.snapshot(running=1, restarts=2, ready=True)
-    assert (seen.tokens_s, seen.prefill_s, seen.steps_s) == (12 / WINDOW_S, 180 / WINDOW_S, 3 / WINDOW_S)
-    assert (seen.running, seen.waiting, seen.blocks_used, seen.blocks_total) == (4, 2, 54, 64)
-    assert (seen.ttft_ms, seen.step_ms) == ((20.0, 20.0), (10.0, 10.0))
+    def step(self, ms: float, predicted_ms: float | None) -> None:
+        self.recent.step(StepStats("m", self.now, ms, 4, 60, 100, 4, 2, 10, 64, predicted_ms=predicted_ms))
+
+    def snapshot(self, running: int = 1) -> Live:
+        return self.recent.snapshot(running=running, restarts=2, ready=True)
+
+
+@pytest.fixture
+def seen() -> Live:
+    return World().snapshot()
+
+
+def test_rates_count_the_window_alone(seen: Live) -> None:
+    assert seen.tokens_s == 12 / WINDOW_S
+    assert seen.prefill_s == 180 / WINDOW_S
+    assert seen.steps_s == 3 / WINDOW_S
+
+
+def test_sequences_and_blocks_are_those_of_the_last_step(seen: Live) -> None:
+    assert (seen.running, seen.waiting) == (4, 2)
+    assert (seen.blocks_used, seen.blocks_total) == (54, 64)
+
+
+def test_an_idle_worker_shows_no_sequences_though_its_last_step_had_some() -> None:
+    idle = World().snapshot(running=0)
+    assert (idle.running, idle.waiting, idle.blocks_used) == (0, 0, 0)
+
+
+def test_times_are_median_and_p99_in_milliseconds(seen: Live) -> None:
+    assert seen.ttft_ms == (20.0, 20.0)
     assert seen.itl_ms == pytest.approx((20.0, 29.8))
-    assert (seen.step_tokens, seen.steps) == ((4.0, 60.0), ((10.0, 8.0), (10.0, 9.0)))
+    assert seen.step_ms == (10.0, 10.0)
+
+
+def test_tokens_of_a_step_are_a_mean(seen: Live) -> None:
+    assert seen.step_tokens == (4.0, 60.0)
+
+
+def test_the_step_time_model_is_compared_where_it_predicted(seen: Live) -> None:
+    assert seen.steps == ((10.0, 8.0), (10.0, 9.0))
     assert seen.model_error == pytest.approx(0.15)
-    assert seen.tiers == {"default": Kept(1, 2, 1, 1, 1 / WINDOW_S), "priority": Kept(0, 1, 0, 1, 0.0)}
-    assert (seen.refused, seen.ended, seen.restarts) == ({"overloaded": 1}, 4, 2)
-    idle = recent.snapshot(running=0, restarts=2, ready=True)
-    assert (idle.running, idle.waiting, idle.blocks_used) == (0, 0, 0), "the last step does not know it was"
+
+
+def test_attainment_counts_since_the_start_and_lately_but_no_cancelled_request(seen: Live) -> None:
+    assert seen.tiers == {
+        "default": TierAttainment(1, 2, 1, 1, 1 / WINDOW_S),
+        "priority": TierAttainment(0, 1, 0, 1, 0.0),
+    }
+
+
+def test_refusals_and_ends_count_since_the_start(seen: Live) -> None:
+    assert seen.refused == {"overloaded": 1}
+    assert seen.ended == 4
+
+
+def test_the_state_of_the_worker_is_passed_on(seen: Live) -> None:
+    assert (seen.restarts, seen.ready) == (2, True)
+    assert seen.objectives == OBJECTIVES
+
+
+def test_a_worker_that_has_done_nothing_shows_no_times() -> None:
+    empty = Recent({}, lambda: 0.0).snapshot(running=0, restarts=0, ready=False)
+    assert (empty.ttft_ms, empty.itl_ms, empty.step_ms) == ((None, None),) * 3
+    assert (empty.model_error, empty.tiers, empty.steps) == (None, {}, ())

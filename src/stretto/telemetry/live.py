@@ -1,6 +1,6 @@
-"""The live view's numbers: steps and ended requests of the last seconds, as one small snapshot.
+"""The numbers of the live page: steps and finished requests of the last seconds, as one small snapshot.
 
-Bounded memory, and no work per token; the HTTP front sends the snapshot. It must not know HTTP.
+Memory is bounded, and no token costs any work. The server sends the snapshot; nothing here knows HTTP.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ from collections.abc import Callable, Iterable, Sequence
 
 from msgspec import Struct
 
-from stretto.statistics import spread
+from stretto.statistics import quantile
 from stretto.telemetry.metrics import Ended
 from stretto.types import Objective, StepStats
 
 WINDOW_S = 10.0
 KEPT_STEPS = 4096
-KEPT_ENDS = 1024
-KEPT_GAPS = 64
-SHOWN_STEPS = 120
+KEPT_REQUESTS = 1024
+GAPS_PER_REQUEST = 64  # A long answer must not outweigh many short ones, nor cost a long sort.
+LISTED_STEPS = 120
 
-Pair = tuple[float | None, float | None]
+MedianP99 = tuple[float | None, float | None]
 
 
-class Kept(Struct, frozen=True):
-    """Requests that were on time, of all judged: since the start, and of late; `goodput`: on time, per second
-    of the window."""
+class TierAttainment(Struct, frozen=True):
+    """One tier's requests on time, of all judged: since the start, and lately (in the window).
+
+    `goodput`: requests on time per second of the window.
+    """
 
     on_time: int
     judged: int
@@ -36,9 +38,12 @@ class Kept(Struct, frozen=True):
 
 
 class Live(Struct, frozen=True, kw_only=True):
-    """The last WINDOW_S seconds. Times in milliseconds, pairs are median and 99th percentile; None for what
-    was not seen. `step_tokens`: decode and prompt tokens of a step, mean; `steps`: what the last ones took
-    and what was predicted; `refused`: by reason, since the start; `objectives`: what each tier asks."""
+    """The last `WINDOW_S` seconds. A pair is the median and the 99th percentile, None without values.
+
+    `step_tokens`: mean decode and prompt tokens of a step. `model_error`: median error of the step-time
+    model, as a share of the measured time. `steps`: measured and predicted milliseconds of the last steps.
+    `refused`: requests since the start, by error code. `ended`: requests since the start.
+    """
 
     tokens_s: float
     prefill_s: float
@@ -47,13 +52,13 @@ class Live(Struct, frozen=True, kw_only=True):
     waiting: int
     blocks_used: int
     blocks_total: int
-    ttft_ms: Pair
-    itl_ms: Pair
-    step_ms: Pair
+    ttft_ms: MedianP99
+    itl_ms: MedianP99
+    step_ms: MedianP99
     step_tokens: tuple[float, float]
     model_error: float | None
     steps: tuple[tuple[float, float], ...]
-    tiers: dict[str, Kept]
+    tiers: dict[str, TierAttainment]
     refused: dict[str, int]
     ended: int
     restarts: int
@@ -62,23 +67,25 @@ class Live(Struct, frozen=True, kw_only=True):
 
 
 class Recent:
-    """What happened lately, and what each tier asks. `clock` is monotonic, in seconds."""
+    """The steps and requests of the last seconds. `clock` is monotonic, in seconds."""
 
     def __init__(self, objectives: dict[str, Objective], clock: Callable[[], float] = time.monotonic) -> None:
         self._objectives = objectives
         self._clock = clock
         self._steps: deque[tuple[float, StepStats]] = deque(maxlen=KEPT_STEPS)
-        self._ends: deque[tuple[float, Ended]] = deque(maxlen=KEPT_ENDS)
+        self._requests: deque[tuple[float, Ended]] = deque(maxlen=KEPT_REQUESTS)
         self._judged: Counter[str] = Counter()
         self._on_time: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._ended = 0
 
     def step(self, stats: StepStats) -> None:
+        """Keep a step of the engine."""
         self._steps.append((self._clock(), stats))
 
     def ended(self, request: Ended) -> None:
-        self._ends.append((self._clock(), request))
+        """Keep a request that is over."""
+        self._requests.append((self._clock(), request))
         self._ended += 1
         self._judged[request.tier] += _judged(request)
         self._on_time[request.tier] += request.verdict == "on_time"
@@ -86,11 +93,11 @@ class Recent:
             self._refused[request.outcome] += 1
 
     def snapshot(self, *, running: int, restarts: int, ready: bool) -> Live:
-        """`running`: requests open in the front, which an idle engine's last step may not know ended."""
+        """The numbers now. `running`: open requests; at 0 the engine is idle, whatever its last step was."""
         since = self._clock() - WINDOW_S
         steps = [stats for at, stats in self._steps if at >= since]
-        ends = [request for at, request in self._ends if at >= since]
-        last = {stats.model: stats for _, stats in self._steps}.values() if running else []
+        requests = [request for at, request in self._requests if at >= since]
+        last = list({stats.model: stats for _, stats in self._steps}.values()) if running else []
         timed = [(s.ms, s.predicted_ms) for s in steps if s.predicted_ms is not None and s.ms > 0]
         decode, prefill = sum(s.decode_tokens for s in steps), sum(s.prefill_tokens for s in steps)
         count = max(1, len(steps))
@@ -102,13 +109,13 @@ class Recent:
             waiting=sum(stats.waiting for stats in last),
             blocks_used=sum(stats.blocks_total - stats.blocks_free for stats in last),
             blocks_total=sum(stats.blocks_total for stats in last),
-            ttft_ms=_pair(request.first * 1e3 for request in ends if request.first is not None),
-            itl_ms=_pair(gap * 1e3 for request in ends for gap in request.gaps[:KEPT_GAPS]),
-            step_ms=_pair(stats.ms for stats in steps),
+            ttft_ms=_median_p99(request.first * 1e3 for request in requests if request.first is not None),
+            itl_ms=_median_p99(gap * 1e3 for each in requests for gap in each.gaps[:GAPS_PER_REQUEST]),
+            step_ms=_median_p99(stats.ms for stats in steps),
             step_tokens=(decode / count, prefill / count),
-            model_error=_pair(abs(predicted - ms) / ms for ms, predicted in timed)[0],
-            steps=tuple(timed[-SHOWN_STEPS:]),
-            tiers=self._tiers(ends),
+            model_error=_median_p99(abs(predicted - ms) / ms for ms, predicted in timed)[0],
+            steps=tuple(timed[-LISTED_STEPS:]),
+            tiers=self._tiers(requests),
             refused=dict(self._refused),
             ended=self._ended,
             restarts=restarts,
@@ -116,11 +123,13 @@ class Recent:
             objectives=self._objectives,
         )
 
-    def _tiers(self, ends: Sequence[Ended]) -> dict[str, Kept]:
-        judged = Counter(request.tier for request in ends if _judged(request))
-        on_time = Counter(request.tier for request in ends if request.verdict == "on_time")
+    def _tiers(self, requests: Sequence[Ended]) -> dict[str, TierAttainment]:
+        judged = Counter(request.tier for request in requests if _judged(request))
+        on_time = Counter(request.tier for request in requests if request.verdict == "on_time")
         return {
-            tier: Kept(self._on_time[tier], count, on_time[tier], judged[tier], on_time[tier] / WINDOW_S)
+            tier: TierAttainment(
+                self._on_time[tier], count, on_time[tier], judged[tier], on_time[tier] / WINDOW_S
+            )
             for tier, count in self._judged.items()
             if count
         }
@@ -130,7 +139,6 @@ def _judged(request: Ended) -> bool:
     return request.verdict not in (None, "cancelled")
 
 
-def _pair(values: Iterable[float]) -> Pair:
-    """The median and the 99th percentile; None twice when there are no values."""
-    seen = spread(values)
-    return (None, None) if seen is None else (seen.p50, seen.p99)
+def _median_p99(values: Iterable[float]) -> MedianP99:
+    ordered = sorted(values)
+    return (quantile(ordered, 0.5), quantile(ordered, 0.99)) if ordered else (None, None)
