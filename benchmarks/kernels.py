@@ -17,13 +17,13 @@ from statistics import median
 
 import torch
 from msgspec import Struct
-from rich.table import Table as Grid
+from rich.table import CpuTable as Grid
 from torch import Tensor
 
 from stretto import terminal
 from stretto.kernels import Attention, Batch, Cache, Geometry, Rotation
 from stretto.kernels.cpu.native import Native, load
-from stretto.kernels.cpu.table import Table, top
+from stretto.kernels.cpu.table import CpuTable, top
 from stretto.kernels.cpu.weights import PackedLinear, WeightFormat, memory, pack
 
 FORMATS: list[tuple[WeightFormat, int]] = [
@@ -94,7 +94,7 @@ class Bench:
     """One level, thread count and shape."""
 
     def __init__(self, native: Native, shape: Shape) -> None:
-        self.native, self.shape, self.table = native, shape, Table(native, None)
+        self.native, self.shape, self.table = native, shape, CpuTable(native, None)
         self.figures: list[Figure] = []
         self.bandwidth = self._bandwidth()
 
@@ -153,7 +153,7 @@ class Bench:
             q = torch.randn(sequences * queries, shape.heads, shape.head_dim).bfloat16()
             times = timed(
                 lambda q=q, cache=cache, plan=plan: [
-                    self.table.attend(q, kind, layer, plan) for layer in cache.layers
+                    self.table.paged_attention(q, kind, layer, plan) for layer in cache.layers
                 ]
             )
             best, middle = times[0] / layers, times[1] / layers
@@ -172,7 +172,7 @@ class Bench:
             both = torch.randn(rows, 2 * shape.intermediate).bfloat16()
             for name, call, moved in (
                 ("add_norm", lambda x=x: table.add_norm(x, x, weight, 1e-6), 4 * x.nbytes),
-                ("gate silu", lambda both=both: table.gate(both, "silu"), both.nbytes * 3 // 2),
+                ("gate silu", lambda both=both: table.act_and_mul(both, "silu"), both.nbytes * 3 // 2),
             ):
                 best, middle = timed(call)
                 self._add(name, rows, 0, (best, middle), (moved / best / 1e9, "GB/s", None))

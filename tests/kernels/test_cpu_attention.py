@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stretto.kernels import Attention, Batch, Cache, Geometry, Rotation
 from stretto.kernels.cpu.native import Native
-from stretto.kernels.cpu.table import Table
+from stretto.kernels.cpu.table import CpuTable
 from stretto.kernels.reference import REFERENCE
 from tests.kernels.levels import native
 
@@ -55,7 +55,7 @@ def batch_of(work: list[tuple[int, int]], size: int) -> tuple[Batch, int]:
 def both(native: Native, kind: Attention, work: list[tuple[int, int]], dtype: torch.dtype, dims: int = 0):
     """The step on both tables: (queries, attention, cache) of each."""
     draw = torch.Generator().manual_seed(kind.head_dim)
-    size, table = 16, Table(native, None)
+    size, table = 16, CpuTable(native, None)
     batch, blocks = batch_of(work, size)
     tokens, lanes = len(batch.tokens), kind.heads + 2 * kind.kv_heads
     past = torch.randn(2, blocks, kind.kv_heads, size, kind.head_dim, generator=draw).to(dtype)
@@ -68,8 +68,8 @@ def both(native: Native, kind: Attention, work: list[tuple[int, int]], dtype: to
         cache = Cache([past.clone()])
         plan = kernels.prepare(batch, cache, geometry)
         norms = weights if kind.norm != "none" else None
-        q = kernels.place(qkv.clone(), norms, kind, cache.layers[0], plan)
-        out = kernels.attend(q, kind, cache.layers[0], plan)
+        q = kernels.rope_and_cache(qkv.clone(), norms, kind, cache.layers[0], plan)
+        out = kernels.paged_attention(q, kind, cache.layers[0], plan)
         results.append((q.float(), out.float(), cache.layers[0].float()))
     return results
 
@@ -137,19 +137,19 @@ def test_a_bad_query_spoils_no_other(native: Native):
     kind = Attention(4, 2, 32, 0.2)
     batch, blocks = batch_of([(1, 40), (20, 20), (1, 9)], 16)
     cache = Cache([torch.randn(2, blocks, 2, 16, 32)])
-    table = Table(native, None)
+    table = CpuTable(native, None)
     plan = table.prepare(batch, cache, Geometry((Rotation(torch.rand(16)),), (0,)))
     q = torch.randn(22, 4, 32)
-    clean = table.attend(q, kind, cache.layers[0], plan)
+    clean = table.paged_attention(q, kind, cache.layers[0], plan)
     q[5, 1, 3] = float("nan")
-    found = table.attend(q, kind, cache.layers[0], plan).view(22, 4, 32)
+    found = table.paged_attention(q, kind, cache.layers[0], plan).view(22, 4, 32)
     assert found[5, 1].isnan().all()
     found[5, 1] = clean.view(22, 4, 32)[5, 1]
     assert torch.equal(found.view(22, -1), clean)
 
 
 def test_steps_that_point_outside_are_refused(native: Native):
-    table, geometry = Table(native, None), Geometry((Rotation(torch.rand(16)),), (0,))
+    table, geometry = CpuTable(native, None), Geometry((Rotation(torch.rand(16)),), (0,))
     batch, blocks = batch_of([(1, 40), (20, 20)], 16)
     cache = Cache([torch.zeros(2, blocks, 2, 16, 32)])
     table.prepare(batch, cache, geometry)
@@ -169,21 +169,21 @@ def test_steps_that_point_outside_are_refused(native: Native):
 
 
 def test_shapes_that_do_not_fit_are_named(native: Native):
-    table, kind = Table(native, None), Attention(4, 2, 32, 0.2)
+    table, kind = CpuTable(native, None), Attention(4, 2, 32, 0.2)
     batch, blocks = batch_of([(1, 40)], 16)
     cache = Cache([torch.zeros(2, blocks, 2, 16, 32)])
     plan = table.prepare(batch, cache, Geometry((Rotation(torch.rand(16)), Rotation(torch.rand(17))), (0,)))
     layer = cache.layers[0]
     with pytest.raises(ValueError, match=r"\(1, 255\)"):
-        table.place(torch.zeros(1, 255), None, kind, layer, plan)
+        table.rope_and_cache(torch.zeros(1, 255), None, kind, layer, plan)
     with pytest.raises(ValueError, match="34 rotated"):
-        table.place(torch.zeros(1, 256), None, Attention(4, 2, 32, 0.2, rotation=1), layer, plan)
+        table.rope_and_cache(torch.zeros(1, 256), None, Attention(4, 2, 32, 0.2, rotation=1), layer, plan)
     with pytest.raises(ValueError, match=r"\(2, 4, 32\)"):
-        table.attend(torch.zeros(2, 4, 32), kind, layer, plan)
+        table.paged_attention(torch.zeros(2, 4, 32), kind, layer, plan)
     with pytest.raises(ValueError, match="float64"):
-        table.attend(torch.zeros(1, 4, 32).double(), kind, layer, plan)
+        table.paged_attention(torch.zeros(1, 4, 32).double(), kind, layer, plan)
     with pytest.raises(ValueError, match="bfloat16"):
-        table.attend(torch.zeros(1, 4, 32), kind, layer.bfloat16(), plan)
+        table.paged_attention(torch.zeros(1, 4, 32), kind, layer.bfloat16(), plan)
     with pytest.raises(ValueError, match="float16"):
         table.prepare(batch, Cache([layer.half()]), Geometry((), ()))
 
@@ -206,7 +206,7 @@ def test_a_cache_in_fewer_bits(
     """Attention over what the cache keeps is that over the same numbers in float32 (beside int8, queries and
     weights are levels of 16 bits), and it keeps what it is given to within half a level."""
     kind = Attention(6, 2, head_dim, head_dim**-0.5, window=window, softcap=softcap)
-    table = Table(native, None)
+    table = CpuTable(native, None)
     work = [*DECODES, *PREFILLS, *LONG]
     batch, blocks = batch_of(work, 16)
     tokens = len(batch.tokens)
@@ -215,17 +215,17 @@ def test_a_cache_in_fewer_bits(
     exact = Cache.zeros(1, (blocks, 2, 16, head_dim), torch.float32, torch.device("cpu"))
     qkv = torch.randn(tokens, 10 * head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     plan = table.prepare(batch, cache, geometry)
-    q = table.place(qkv.clone(), None, kind, cache.layers[0], plan)
-    out = table.attend(q, kind, cache.layers[0], plan)
+    q = table.rope_and_cache(qkv.clone(), None, kind, cache.layers[0], plan)
+    out = table.paged_attention(q, kind, cache.layers[0], plan)
     plain = table.prepare(batch, exact, geometry)
-    table.place(qkv.clone(), None, kind, exact.layers[0], plain)
+    table.rope_and_cache(qkv.clone(), None, kind, exact.layers[0], plain)
     layer = cache.layers[0]
     read = levels_of(layer) if kept == torch.int8 else layer.float()
     peaks = exact.layers[0].abs().amax(-1, keepdim=True)
     steps = peaks / 127 if kept == torch.int8 else peaks / 128
     assert bool(((read - exact.layers[0]).abs() <= steps * 0.51 + 1e-6).all())
     same = Cache([read.contiguous()])
-    wanted = table.attend(q, kind, same.layers[0], table.prepare(batch, same, geometry))
+    wanted = table.paged_attention(q, kind, same.layers[0], table.prepare(batch, same, geometry))
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4 if kept == torch.int8 else 1e-5
     assert (out - wanted).float().norm() / wanted.float().norm() < tolerance
 
@@ -241,7 +241,7 @@ def test_a_value_that_comes_later_changes_nothing_for_those_before(
     """Not by a bit, however large it is: levels are of what a query sees."""
     if native.level == "portable" and last != last and queries == 64:
         pytest.skip("prompts are read in floats, where nothing times what is no number is none")
-    kind, table = Attention(4, 2, 64, 0.125), Table(native, None)
+    kind, table = Attention(4, 2, 64, 0.125), CpuTable(native, None)
     batch, blocks = batch_of([(queries, 64)], 16)
     geometry = Geometry((Rotation(torch.rand(32)),), (0,))
     qkv = torch.randn(queries, 8 * 64, generator=torch.Generator().manual_seed(1))
@@ -251,7 +251,7 @@ def test_a_value_that_comes_later_changes_nothing_for_those_before(
         own = qkv.clone()
         own[-1, 6 * 64 :] *= factor
         plan = table.prepare(batch, cache, geometry)
-        q = table.place(own, None, kind, cache.layers[0], plan)
-        outs.append(table.attend(q, kind, cache.layers[0], plan))
+        q = table.rope_and_cache(own, None, kind, cache.layers[0], plan)
+        outs.append(table.paged_attention(q, kind, cache.layers[0], plan))
     assert torch.equal(outs[0][:-1], outs[1][:-1])
     assert not torch.equal(outs[0][-1], outs[1][-1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stretto.kernels.cpu.native import Native
-from stretto.kernels.cpu.table import Table
+from stretto.kernels.cpu.table import CpuTable
 from stretto.kernels.cpu.weights import PackedLinear, WeightFormat, exact_in_bfloat16, memory, pack, unpack
 from tests.kernels.levels import native
 
@@ -25,7 +25,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def run(native: Native, x: Tensor, packed: PackedLinear) -> Tensor:
-    return Table(native, None).linear(x, packed)
+    return CpuTable(native, None).linear(x, packed)
 
 
 def largest_level(native: Native, packed: PackedLinear) -> int:
@@ -199,17 +199,17 @@ def test_memory_is_aligned_and_writable(size: int):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_likeliest_tokens_of_a_rough_head_are_exact(native: Native, dtype: torch.dtype):
-    table = Table(native, "int4")
+    table = CpuTable(native, "int4")
     embedding, x = drawn(30_000, 64).to(dtype), drawn(3, 64, seed=4)
     head = table.pack_tied(embedding)
     assert head.format == "int4"
     rough, exact = table.linear(x, head), x @ embedding.float().T
     sharp = rough.clone()
-    table.sharpen(sharp, x, head, embedding)
+    table.rescore_top_k(sharp, x, head, embedding)
     torch.testing.assert_close(sharp.topk(8).values, exact.topk(8).values, rtol=1e-4, atol=1e-4)
     assert torch.equal(sharp.argmax(-1), exact.argmax(-1))
     assert int((sharp != rough).sum(-1).max()) <= 64
     with pytest.raises(ValueError, match=r"\(3, 30000\)"):
-        table.sharpen(sharp, x[:2], head, embedding)
+        table.rescore_top_k(sharp, x[:2], head, embedding)
     smooth = table.linear(x, table.pack_tied(embedding[:300]))
     assert smooth.shape == (3, 300)

@@ -10,7 +10,7 @@ import torch
 from stretto.kernels import Activation
 from stretto.kernels import reference as torch_kernels
 from stretto.kernels.cpu.native import Native
-from stretto.kernels.cpu.table import Table, top
+from stretto.kernels.cpu.table import CpuTable, top
 from tests.kernels.levels import native
 
 __all__ = ["native"]
@@ -29,7 +29,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norms(native: Native, width: int, dtype: torch.dtype):
-    table, draw = Table(native, None), torch.Generator().manual_seed(width)
+    table, draw = CpuTable(native, None), torch.Generator().manual_seed(width)
     for rows in (1, 3, 200):
         x, residual = (torch.randn(rows, width, generator=draw).to(dtype) for _ in range(2))
         weight = torch.rand(width, generator=draw).to(dtype)
@@ -43,11 +43,11 @@ def test_norms(native: Native, width: int, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_gates(native: Native, activation: Activation, dtype: torch.dtype):
-    table, draw = Table(native, None), torch.Generator().manual_seed(1)
+    table, draw = CpuTable(native, None), torch.Generator().manual_seed(1)
     for rows, width in ((1, 1), (3, 50), (300, 64)):
         x = (4 * torch.randn(rows, 2 * width, generator=draw)).to(dtype)
-        wanted = torch_kernels.gate(x.float(), activation).to(dtype)
-        close(table.gate(x.clone(), activation), wanted)
+        wanted = torch_kernels.act_and_mul(x.float(), activation).to(dtype)
+        close(table.act_and_mul(x.clone(), activation), wanted)
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))
@@ -55,26 +55,26 @@ def test_gates_at_the_ends(native: Native, activation: Activation):
     """Neither overflow nor a NaN where torch has none, and one where torch has one."""
     gates = torch.tensor([-1e30, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e18, float("nan")])
     x = torch.cat((gates, torch.ones(len(gates))))[None]
-    wanted = torch_kernels.gate(x.clone(), activation)
-    found = Table(native, None).gate(x.clone(), activation)
+    wanted = torch_kernels.act_and_mul(x.clone(), activation)
+    found = CpuTable(native, None).act_and_mul(x.clone(), activation)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_a_bad_row_spoils_no_other(native: Native):
     x = torch.ones(5, 64)
     x[2, 3] = float("nan")
-    found = Table(native, None).norm(x, torch.ones(64), 1e-6)
+    found = CpuTable(native, None).norm(x, torch.ones(64), 1e-6)
     assert found.isnan().any(-1).tolist() == [False, False, True, False, False]
 
 
 def test_shapes_that_do_not_fit_are_named(native: Native):
-    table = Table(native, None)
+    table = CpuTable(native, None)
     with pytest.raises(ValueError, match=r"\(2, 8\).*\(9,\)"):
         table.norm(torch.ones(2, 8), torch.ones(9), 1e-6)
     with pytest.raises(ValueError, match=r"\(3, 8\)"):
         table.add_norm(torch.ones(2, 8), torch.ones(3, 8), torch.ones(8), 1e-6)
     with pytest.raises(ValueError, match=r"\(2, 7\)"):
-        table.gate(torch.ones(2, 7), "silu")
+        table.act_and_mul(torch.ones(2, 7), "silu")
     with pytest.raises(ValueError, match="top 9 "):
         top(native, torch.ones(2, 8), 9)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stretto.kernels.cpu.native import Native, load
-from stretto.kernels.cpu.table import Table
+from stretto.kernels.cpu.table import CpuTable
 from stretto.kernels.cpu.weights import pack
 from tests.kernels.levels import native
 
@@ -22,12 +22,12 @@ FORKED = """
 import os, sys, torch
 torch.set_num_threads(1)
 from stretto.kernels.cpu.native import load
-from stretto.kernels.cpu.table import Table
+from stretto.kernels.cpu.table import CpuTable
 from stretto.kernels.cpu.weights import pack
 native = load()
 native.threads(2)
 packed, x = pack(native, torch.ones(4096, 256), None, "int8"), torch.ones(4, 256)
-table = Table(native, None)
+table = CpuTable(native, None)
 wanted = table.linear(x, packed)
 child = os.fork()
 same = torch.equal(table.linear(x, packed), wanted)
@@ -45,7 +45,7 @@ def test_a_library_of_other_sources_is_not_used(tmp_path: Path, monkeypatch: pyt
 
 
 def test_idle_threads_sleep(native: Native):
-    table, packed = Table(native, None), pack(native, torch.ones(4096, 256), None, "int8")
+    table, packed = CpuTable(native, None), pack(native, torch.ones(4096, 256), None, "int8")
     for _ in range(10):
         table.linear(torch.ones(1, 256), packed)
     before = time.process_time()
@@ -59,7 +59,7 @@ def test_a_forked_process_computes_too(native: Native):
 
 
 def test_callers_from_many_threads_take_turns(native: Native):
-    table, packed = Table(native, None), pack(native, torch.eye(512), None, "bfloat16")
+    table, packed = CpuTable(native, None), pack(native, torch.eye(512), None, "bfloat16")
     wrong: list[int] = []
 
     def call(number: int) -> None:
@@ -77,7 +77,7 @@ def test_callers_from_many_threads_take_turns(native: Native):
 
 
 def test_the_number_of_threads_changes_between_calls(native: Native):
-    table, packed = Table(native, None), pack(native, torch.eye(512), None, "bfloat16")
+    table, packed = CpuTable(native, None), pack(native, torch.eye(512), None, "bfloat16")
     x = torch.arange(512.0)[None]
     for threads in (1, 4, 2, 3, 1, 2):
         native.threads(threads)

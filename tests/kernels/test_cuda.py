@@ -15,7 +15,7 @@ from stretto.kernels.reference import REFERENCE
 from tests.kernels.cuda import DEVICE, GPU, TOLERANCES
 from tests.kernels.steps import Step, attention, rms, rotated, step
 
-from stretto.kernels.cuda import attend as attend_, int4, linear  # isort: skip
+from stretto.kernels.cuda import attention as paged, int4, linear  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
@@ -27,7 +27,7 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCES)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs one after the other, those with nothing to do as well."""
     if not GPU:
-        monkeypatch.setattr(attend_, "MOST_SPLITS", 4)
+        monkeypatch.setattr(paged, "MOST_SPLITS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,11 @@ def attend(kernels: Kernels, made: Step, kind: Attention, q: Tensor) -> Tensor:
     keys = torch.cat([keys[rows] for keys, rows in zip(made.keys, new, strict=True)])
     values = torch.cat([values[rows] for values, rows in zip(made.values, new, strict=True)])
     qkv = torch.cat((q, keys, values), 1).flatten(1).to(DEVICE)
-    placed = kernels.place(qkv, None, kind, cache.layers[0], plan)
-    kernels.attend(placed, kind, cache.layers[0], plan)  # twice: what programs share must be left as it was
-    return kernels.attend(placed, kind, cache.layers[0], plan).view(q.shape)
+    placed = kernels.rope_and_cache(qkv, None, kind, cache.layers[0], plan)
+    kernels.paged_attention(
+        placed, kind, cache.layers[0], plan
+    )  # twice: what programs share must be left as it was
+    return kernels.paged_attention(placed, kind, cache.layers[0], plan).view(q.shape)
 
 
 def plain(made: Step, kind: Attention, q: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ CHANGES = [{"window": 1}, {"window": 7}, {"softcap": 2.0}, {"window": 70, "softc
 
 @dtypes
 @pytest.mark.parametrize("name", STEPS)
-def test_attend(kernels: Kernels, dtype: torch.dtype, name: str) -> None:
+def test_paged_attention(kernels: Kernels, dtype: torch.dtype, name: str) -> None:
     made = step(STEPS[name], KIND, dtype=dtype)
     q = queries(made, KIND, dtype)
     near(attend(kernels, made, KIND, q), plain(made, KIND, q), TOLERANCES[dtype])
@@ -98,7 +100,7 @@ def test_attend(kernels: Kernels, dtype: torch.dtype, name: str) -> None:
 @pytest.mark.parametrize("name", ["decodes far apart", "everything", "continued prompt"])
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("size", [3, 16] if GPU else [3])
-def test_attend_with_windows_and_caps(
+def test_paged_attention_with_windows_and_caps(
     kernels: Kernels, name: str, changes: dict[str, float], size: int
 ) -> None:
     kind = replace(KIND, **changes)  # type: ignore[arg-type]
@@ -108,7 +110,7 @@ def test_attend_with_windows_and_caps(
 
 
 @pytest.mark.parametrize("heads", [(1, 1, 128), (4, 4, 24), (8, 1, 64), (14, 2, 96)])
-def test_attend_by_heads(kernels: Kernels, heads: tuple[int, int, int]) -> None:
+def test_paged_attention_by_heads(kernels: Kernels, heads: tuple[int, int, int]) -> None:
     kind = replace(KIND, heads=heads[0], kv_heads=heads[1], head_dim=heads[2], scale=0.1)
     made = step(STEPS["everything"], kind)
     q = queries(made, kind, torch.float32)
@@ -149,7 +151,7 @@ def test_place(kernels: Kernels, dtype: torch.dtype, norm: str, dims: int) -> No
         q, k = normed[0] * scales[:6], normed[1] * scales[6:]
     q, k = (rotated(x, made.batch.positions, frequencies[: dims // 2], 1.2) for x in (q, k))
     layer, own = cache.layers[0], None if weights is None else weights.to(DEVICE)
-    found = kernels.place(qkv.to(DEVICE), own, replace(kind, rotation=1), layer, plan)
+    found = kernels.rope_and_cache(qkv.to(DEVICE), own, replace(kind, rotation=1), layer, plan)
     near(found, q, TOLERANCES[dtype])
     layer, before = layer.cpu(), made.cache.layers[0]
     blocks, offsets = made.batch.slots // 4, made.batch.slots % 4
@@ -201,7 +203,7 @@ def gate(both: Tensor, activation: Activation) -> Tensor:
 def test_gate(kernels: Kernels, dtype: torch.dtype, activation: Activation) -> None:
     torch.manual_seed(0)
     both = torch.randn(3, 24).to(dtype)
-    near(kernels.gate(both.to(DEVICE), activation), gate(both, activation), TOLERANCES[dtype])
+    near(kernels.act_and_mul(both.to(DEVICE), activation), gate(both, activation), TOLERANCES[dtype])
 
 
 SHAPES = [(20, 33), (70, 300), (8, 5000)] if GPU else [(70, 33), (4, 2100)]
@@ -221,7 +223,7 @@ def test_linear(
     packed = kernels.pack(weight.to(DEVICE), bias.to(DEVICE) if biased else None)
     for _ in range(2):
         near(kernels.linear(x.to(DEVICE), packed), wanted, TOLERANCES[dtype])
-    near(kernels.gated(x.to(DEVICE), packed, "silu"), gate(wanted, "silu"), TOLERANCES[dtype])
+    near(kernels.linear_act_and_mul(x.to(DEVICE), packed, "silu"), gate(wanted, "silu"), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("splits", [1, 8])
@@ -240,9 +242,11 @@ def block_by_block(x: Tensor, layer: PlainLayer, made: Step, rotation: Rotation)
     torch_ = REFERENCE
     plan = torch_.prepare(made.batch, made.cache, Geometry((rotation,), (layer.kind.window,)))
     qkv = torch_.linear(torch_.norm(x, layer.first, layer.eps), layer.qkv)
-    q = torch_.place(qkv, layer.norms, layer.kind, made.cache.layers[0], plan)
-    x = x + torch_.linear(torch_.attend(q, layer.kind, made.cache.layers[0], plan), layer.out)
-    hidden = torch_.gated(torch_.norm(x, layer.second, layer.eps), layer.gate_up, layer.activation)
+    q = torch_.rope_and_cache(qkv, layer.norms, layer.kind, made.cache.layers[0], plan)
+    x = x + torch_.linear(torch_.paged_attention(q, layer.kind, made.cache.layers[0], plan), layer.out)
+    hidden = torch_.linear_act_and_mul(
+        torch_.norm(x, layer.second, layer.eps), layer.gate_up, layer.activation
+    )
     return x + torch_.linear(hidden, layer.down)
 
 
@@ -337,7 +341,7 @@ def test_fp8(rows: int, shape: tuple[int, int]) -> None:
     assert isinstance(packed, linear.Fp8) and packed.nbytes == shape[0] * (shape[1] + 4)
     wanted = x.double() @ (packed.weight.double() * packed.scales.double()[:, None]).t()
     near(narrow.linear(x, packed), wanted, 4e-3 if rows <= linear.FEW else 4e-2)
-    gated = narrow.gated(x[:, : shape[1]], packed, "silu")
+    gated = narrow.linear_act_and_mul(x[:, : shape[1]], packed, "silu")
     near(gated[-1:], gate(wanted[-1:].cpu(), "silu"), 8e-3 if rows <= linear.FEW else 8e-2)
 
 
@@ -354,7 +358,9 @@ def test_int4(rows: int, shape: tuple[int, int]) -> None:
     wanted = x.double() @ packed.widened(torch.float32).double().t() + bias.double()
     near(narrow.linear(x, packed), wanted, 8e-3 if GPU else 1e-5)
     if shape[0] % 2 == 0:
-        near(narrow.gated(x, packed, "silu"), gate(wanted.cpu(), "silu"), 1.5e-2 if GPU else 1e-5)
+        near(
+            narrow.linear_act_and_mul(x, packed, "silu"), gate(wanted.cpu(), "silu"), 1.5e-2 if GPU else 1e-5
+        )
 
 
 def test_int4_keeps_what_four_bits_can_hold_and_is_near_the_rest() -> None:

@@ -39,8 +39,8 @@ def attend(made: Step, kind: Attention, q: Tensor) -> Tensor:
     keys = torch.cat([keys[rows] for keys, rows in zip(made.keys, new, strict=True)])
     values = torch.cat([values[rows] for values, rows in zip(made.values, new, strict=True)])
     qkv = torch.cat((q, keys, values), 1).flatten(1)
-    placed = REFERENCE.place(qkv, None, kind, made.cache.layers[0], plan)
-    return REFERENCE.attend(placed, kind, made.cache.layers[0], plan).view(q.shape)
+    placed = REFERENCE.rope_and_cache(qkv, None, kind, made.cache.layers[0], plan)
+    return REFERENCE.paged_attention(placed, kind, made.cache.layers[0], plan).view(q.shape)
 
 
 def queries(made: Step, kind: Attention, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,7 +94,7 @@ def test_gate(dtype: torch.dtype, activation: Activation) -> None:
         "gelu_tanh": gates * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gates + 0.044715 * gates**3))) / 2,
         "relu": gates.clamp(min=0),
     }[activation]
-    near(REFERENCE.gate(both.clone(), activation), wanted * ups, DTYPES[dtype])
+    near(REFERENCE.act_and_mul(both.clone(), activation), wanted * ups, DTYPES[dtype])
 
 
 @dtypes
@@ -115,7 +115,7 @@ def test_place(dtype: torch.dtype, norm: str, dims: int) -> None:
     q, k = (rotated(x, made.batch.positions, rotation.frequencies, 1.2) for x in (q, k))
     before = made.cache.layers[0].clone()
     kind = replace(kind, rotation=1)
-    near(REFERENCE.place(qkv.clone(), weights, kind, made.cache.layers[0], plan), q, DTYPES[dtype])
+    near(REFERENCE.rope_and_cache(qkv.clone(), weights, kind, made.cache.layers[0], plan), q, DTYPES[dtype])
     blocks, offsets = made.batch.slots // 4, made.batch.slots % 4
     near(made.cache.layers[0][0, blocks, :, offsets], k, DTYPES[dtype])
     near(made.cache.layers[0][1, blocks, :, offsets], v, DTYPES[dtype])

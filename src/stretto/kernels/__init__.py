@@ -178,17 +178,17 @@ class Kernels:
     """(x [T, H], weight [H], eps) -> RMS norm, times the weight."""
     add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     """(x, residual consumed, weight, eps) -> (norm of the sum, the sum)."""
-    gate: Callable[[Tensor, Activation], Tensor]
+    act_and_mul: Callable[[Tensor, Activation], Tensor]
     """(gate and up [T, 2F], activation) -> activation(gate) * up, [T, F]."""
-    gated: Callable[[Tensor, Linear, Activation], Tensor]
+    linear_act_and_mul: Callable[[Tensor, Linear, Activation], Tensor]
     """(x [T, H], Linear of gates and ups, activation) -> the gate of its linear, [T, F]."""
     prepare: Callable[[Batch, Cache, Geometry], Any]
     """What all layers of a step share (cosines, indices, masks): the plan, opaque to the decoder."""
-    place: Callable[[Tensor, Tensor | None, Attention, Tensor, Any], Tensor]
+    rope_and_cache: Callable[[Tensor, Tensor | None, Attention, Tensor, Any], Tensor]
     """(queries, keys, values [T, (heads + 2 kv_heads) * head_dim] consumed, norm weights of queries and keys
     [(heads + kv_heads) * head_dim] or None, kind, cache layer, plan): normalise and rotate queries and keys,
     write keys and values into their slots -> queries [T, heads, head_dim]."""
-    attend: Callable[[Tensor, Attention, Tensor, Any], Tensor]
+    paged_attention: Callable[[Tensor, Attention, Tensor, Any], Tensor]
     """(queries [T, heads, head_dim], kind, cache layer, plan) -> [T, heads * head_dim]; causal."""
     pack_experts: Callable[[Tensor, Tensor, Activation], Experts]
     """(gate and up [E, 2F, H], down [E, H, F], activation), consumed -> Experts."""
@@ -203,7 +203,7 @@ class Kernels:
     """Dtypes in which weights to pack may come, and an embedding stay, whatever the model computes in."""
     pack_tied: Callable[[Tensor], Linear] | None = None
     """(embedding [N, K], which stays) -> the head that shares it; None: as `pack`."""
-    sharpen: Callable[[Tensor, Tensor, Linear, Tensor], None] | None = None
+    rescore_top_k: Callable[[Tensor, Tensor, Linear, Tensor], None] | None = None
     """(logits [R, N] float32, x [R, K], a tied head, its embedding): the likeliest logits computed anew from
     the embedding, in place, where the head is too rough for them. None: no head is."""
     logits: Callable[[Tensor, Linear], Tensor] | None = None

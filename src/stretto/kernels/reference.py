@@ -80,7 +80,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TorchPlan:
     """A step's shared arrays: cosine and signed sine [T, 1, dims] per rotation, the cache rows each token's
     keys and values go to [T, 2 * kv_heads], and the groups of attention by window."""
 
@@ -146,16 +146,16 @@ def _constants(size: int, eps: float, device: torch.device) -> tuple[Tensor, Ten
     return torch.zeros((), device=device), torch.tensor((size * eps) ** 0.5, device=device)
 
 
-def gate(gate_up: Tensor, activation: Activation) -> Tensor:
+def act_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
     gates, ups = gate_up.chunk(2, -1)
     return ACTIVATIONS[activation](gates).mul_(ups)
 
 
-def gated(x: Tensor, packed: Linear, activation: Activation) -> Tensor:
-    return gate(linear(x, packed), activation)
+def linear_act_and_mul(x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+    return act_and_mul(linear(x, packed), activation)
 
 
-def prepare(batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
+def prepare(batch: Batch, cache: Cache, geometry: Geometry) -> TorchPlan:
     layer = cache.layers[0]
     _, blocks, kv_heads, size, _ = layer.shape
     positions = batch.positions.to(torch.float32)[:, None, None]
@@ -163,7 +163,7 @@ def prepare(batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
     first = batch.slots + batch.slots.div(size, rounding_mode="floor") * (size * (kv_heads - 1))
     heads, lanes = _offsets(blocks, kv_heads, size, layer.device)
     pages = Pages(cache, batch.tables, heads)
-    return Plan(
+    return TorchPlan(
         rotations=[_rotation(rotation, positions, layer.dtype) for rotation in geometry.rotations],
         rows=first[:, None] + lanes,
         groups={window: _groups(batch, pages, window) for window in geometry.windows},
@@ -261,7 +261,9 @@ def _mask(hidden: Tensor, pages: Pages) -> Tensor:
     return mask.masked_fill_(hidden, -torch.inf)
 
 
-def place(qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: Plan) -> Tensor:
+def rope_and_cache(
+    qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: TorchPlan
+) -> Tensor:
     tokens, heads, rotated = qkv.shape[0], kind.heads, kind.heads + kind.kv_heads
     lanes = qkv.view(tokens, -1, kind.head_dim)
     both = lanes[:, :rotated]
@@ -283,7 +285,7 @@ def place(qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, p
     return lanes[:, :heads]
 
 
-def attend(q: Tensor, kind: Attention, layer: Tensor, plan: Plan) -> Tensor:
+def paged_attention(q: Tensor, kind: Attention, layer: Tensor, plan: TorchPlan) -> Tensor:
     groups = plan.groups[kind.window]
     if len(groups) == 1:
         return _attend(q, kind, layer, groups[0]).reshape(q.shape[0], -1)
@@ -337,7 +339,7 @@ def experts(x: Tensor, logits: Tensor, packed: Experts, k: int, normalise: bool)
             continue
         picks = order[start : start + count]
         rows = picks.div(k, rounding_mode="floor")
-        hidden = gate(F.linear(x[rows], packed.gate_up[expert]), packed.activation)
+        hidden = act_and_mul(F.linear(x[rows], packed.gate_up[expert]), packed.activation)
         out.index_add_(0, rows, F.linear(hidden, packed.down[expert]) * weights[picks])
         start += count
     return out
@@ -349,11 +351,11 @@ REFERENCE = Kernels(
     linear=linear,
     norm=norm,
     add_norm=add_norm,
-    gate=gate,
-    gated=gated,
+    act_and_mul=act_and_mul,
+    linear_act_and_mul=linear_act_and_mul,
     prepare=prepare,
-    place=place,
-    attend=attend,
+    rope_and_cache=rope_and_cache,
+    paged_attention=paged_attention,
     pack_experts=DenseExperts,
     experts=experts,
 )

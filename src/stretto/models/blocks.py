@@ -26,8 +26,8 @@ class Mixer:
     def __call__(self, x: Tensor, layer: Tensor, plan: Any, rows: Tensor | None = None) -> Tensor:
         """With `rows` only those token rows are finished and returned: [R, hidden]."""
         kernels, kind = self.kernels, self.kind
-        q = kernels.place(kernels.linear(x, self.qkv), self.norms, kind, layer, plan)
-        mixed = kernels.attend(q, kind, layer, plan)
+        q = kernels.rope_and_cache(kernels.linear(x, self.qkv), self.norms, kind, layer, plan)
+        mixed = kernels.paged_attention(q, kind, layer, plan)
         return kernels.linear(mixed if rows is None else mixed[rows], self.out)
 
     def ops(self, layer: int, hidden: int) -> list[Op]:
@@ -62,7 +62,7 @@ class Mlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         kernels = self.kernels
-        return kernels.linear(kernels.gated(x, self.gate_up, self.activation), self.down)
+        return kernels.linear(kernels.linear_act_and_mul(x, self.gate_up, self.activation), self.down)
 
     def ops(self, hidden: int) -> list[Op]:
         return [

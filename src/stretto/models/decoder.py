@@ -126,8 +126,8 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, hidden] -> logits over the vocabulary, float32 [R, vocab]."""
         logits = (self.kernels.logits or self.kernels.linear)(hidden, self.weights.head).float()
-        if self.spec.tied and self.kernels.sharpen is not None:
-            self.kernels.sharpen(logits, hidden, self.weights.head, self._embedding)
+        if self.spec.tied and self.kernels.rescore_top_k is not None:
+            self.kernels.rescore_top_k(logits, hidden, self.weights.head, self._embedding)
         cap = self.spec.final_cap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 

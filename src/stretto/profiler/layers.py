@@ -23,7 +23,13 @@ from stretto.profiler.protocol import Part
 
 HEAD, EXPERTS, ATTENTION, NORM = "head", "experts", "attention", "norm"
 # Every function of the table that is not named here is known by the weights it is called with.
-NAMED = {"place": "place", "attend": ATTENTION, "norm": NORM, "add_norm": NORM, "prepare": "prepare"}
+NAMED = {
+    "rope_and_cache": "rope_and_cache",
+    "paged_attention": ATTENTION,
+    "norm": NORM,
+    "add_norm": NORM,
+    "prepare": "prepare",
+}
 BEYOND_CACHE = (65536, 1024)
 REPETITIONS = 7
 

@@ -26,7 +26,7 @@ _Pointers = ctypes.Array[ctypes.c_void_p]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CpuPlan:
     """A step as the library reads it, in the dtype of what is passed with it. It points into `batch`,
     `cache` and `turns`, which live as long."""
 
@@ -55,7 +55,7 @@ class Program:
         self._dtypes = {op.of.dtype for op in ops if isinstance(op.of, Tensor)}
         self._known: tuple[Cache, _Pointers] | None = None
 
-    def __call__(self, x: Tensor, residual: Tensor, cache: Cache, plan: Plan) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor, cache: Cache, plan: CpuPlan) -> Tensor:
         shape, hidden = (plan.tokens, self._widths["x"]), self._widths["x"]
         if x.shape != shape or residual.shape != shape or residual.dtype != x.dtype or x.dtype not in TYPES:
             raise ValueError(
@@ -78,7 +78,7 @@ class Program:
             complain(result, f"{len(self._ops)} calls over {plan.tokens} rows of {hidden}")
         return x
 
-    def _layers(self, cache: Cache, plan: Plan) -> _Pointers:
+    def _layers(self, cache: Cache, plan: CpuPlan) -> _Pointers:
         """Where the layers of a cache lie, once it is seen to fit."""
         if self._known is None or self._known[0] is not cache:
             for number, kind in self._kinds.items():

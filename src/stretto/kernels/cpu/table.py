@@ -26,7 +26,7 @@ from stretto.kernels import (
 )
 from stretto.kernels.cpu import native as c
 from stretto.kernels.cpu.native import Native, complain
-from stretto.kernels.cpu.program import Plan, Program
+from stretto.kernels.cpu.program import CpuPlan, Program
 from stretto.kernels.cpu.weights import TYPES, PackedLinear, WeightFormat, exact_in_bfloat16, pack
 
 Quantise = Literal["int8", "int4"]
@@ -56,7 +56,7 @@ class PackedExperts:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class CpuTable:
     """The functions of a table and what they share. `kinds` keeps the C form of each kind of attention, and
     the kind itself, so that its id stays its own."""
 
@@ -73,13 +73,13 @@ class Table:
         return pack(self.native, weight, bias, *fitting(quantise, k))
 
     def pack_tied(self, embedding: Tensor) -> PackedLinear:
-        """The head that shares `embedding`, which stays for `sharpen`."""
+        """The head that shares `embedding`, which stays for `rescore_top_k`."""
         n, k = embedding.shape
         if self.quantise is None or n < VOCABULARY:
             return self.pack(embedding, None)
         return pack(self.native, embedding, None, *fitting(self.quantise, k))
 
-    def sharpen(self, logits: Tensor, x: Tensor, packed: Linear, embedding: Tensor) -> None:
+    def rescore_top_k(self, logits: Tensor, x: Tensor, packed: Linear, embedding: Tensor) -> None:
         packed = cast(PackedLinear, packed)
         if packed.format != "int4":
             return
@@ -91,7 +91,7 @@ class Table:
             logits.data_ptr(), x.data_ptr(), embedding.data_ptr(), m, n, k, min(LIKELIEST, n), *types
         )
         if result:
-            complain(result, f"sharpen {(m, n)}")
+            complain(result, f"rescore_top_k {(m, n)}")
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
         packed = cast(PackedLinear, packed)
@@ -129,7 +129,7 @@ class Table:
             complain(result, f"norm {(m, h)}")
         return y
 
-    def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
+    def act_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         m, both = gate_up.shape
         if both % 2 or gate_up.dtype not in TYPES:
             raise ValueError(f"{(m, both)}, {gate_up.dtype}: not a gate and as many ups")
@@ -137,13 +137,13 @@ class Table:
         y = gate_up.new_empty((m, both // 2))
         code, type = c.ACTIVATIONS[activation], TYPES[gate_up.dtype]
         if result := self.native.gate(gate_up.data_ptr(), y.data_ptr(), m, both // 2, code, type):
-            complain(result, f"gate {(m, both)}")
+            complain(result, f"act_and_mul {(m, both)}")
         return y
 
-    def gated(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
-        return self.gate(self.linear(x, packed), activation)
+    def linear_act_and_mul(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+        return self.act_and_mul(self.linear(x, packed), activation)
 
-    def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
+    def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> CpuPlan:
         layer = cache.layers[0]
         if layer.dtype not in KV_TYPES or not layer.is_contiguous():
             raise ValueError(
@@ -169,10 +169,10 @@ class Table:
             turn = torch.empty(tokens, 2, pairs)
             self.native.rotate(address, frequencies, pairs, rotation.scale, turn.data_ptr())
             turns.append((turn, turn.data_ptr(), 2 * pairs))
-        return Plan(step, address, tokens, layer.dtype, blocks, tuple(turns), batch)
+        return CpuPlan(step, address, tokens, layer.dtype, blocks, tuple(turns), batch)
 
-    def place(
-        self, qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: Plan
+    def rope_and_cache(
+        self, qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: CpuPlan
     ) -> Tensor:
         lanes = kind.heads + 2 * kind.kv_heads
         self._fits(qkv, (plan.tokens, lanes * kind.head_dim), kind, layer, plan)
@@ -184,21 +184,22 @@ class Table:
         )
         if result:
             complain(
-                result, f"place {tuple(qkv.shape)}, {kind.heads} heads of {kind.head_dim}, {dims} rotated"
+                result,
+                f"rope_and_cache {tuple(qkv.shape)}, {kind.heads} heads of {kind.head_dim}, {dims} rotated",
             )
         return qkv.view(plan.tokens, lanes, kind.head_dim)[:, : kind.heads]
 
-    def attend(self, q: Tensor, kind: Attention, layer: Tensor, plan: Plan) -> Tensor:
+    def paged_attention(self, q: Tensor, kind: Attention, layer: Tensor, plan: CpuPlan) -> Tensor:
         self._fits(q, (plan.tokens, kind.heads, kind.head_dim), kind, layer, plan)
         out = q.new_empty((plan.tokens, kind.heads * kind.head_dim))
         result = self.native.attend(
             plan.address, self._kind(kind), q.data_ptr(), q.stride(0), layer.data_ptr(), out.data_ptr()
         )
         if result:
-            complain(result, f"attend {tuple(q.shape)} with {kind.kv_heads} KV heads")
+            complain(result, f"paged_attention {tuple(q.shape)} with {kind.kv_heads} KV heads")
         return out
 
-    def _fits(self, x: Tensor, shape: tuple[int, ...], kind: Attention, layer: Tensor, plan: Plan) -> None:
+    def _fits(self, x: Tensor, shape: tuple[int, ...], kind: Attention, layer: Tensor, plan: CpuPlan) -> None:
         step = plan.step
         width = kv_width(kind.head_dim, layer.dtype)
         cache = (2, plan.blocks, kind.kv_heads, step.block_size, width)
@@ -244,7 +245,7 @@ class Table:
                 continue
             picks = order[start : start + count]
             rows = picks.div(k, rounding_mode="floor")
-            hidden = self.gate(self.linear(x[rows], packed.gate_up[expert]), packed.activation)
+            hidden = self.act_and_mul(self.linear(x[rows], packed.gate_up[expert]), packed.activation)
             out.index_add_(0, rows, self.linear(hidden, packed.down[expert]) * weights[picks])
             start += count
         return out
@@ -275,23 +276,23 @@ def top(native: Native, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def table(native: Native, quantise: Quantise | None = None) -> Kernels:
     """The table. With `quantise`, `pack` quantises weights (round to nearest for int8, least squares for
     int4)."""
-    own = Table(native, quantise)
+    own = CpuTable(native, quantise)
     return Kernels(
         name=f"cpu-{native.level}" + (f"-{quantise}" if quantise else ""),
         pack=own.pack,
         linear=own.linear,
         norm=own.norm,
         add_norm=own.add_norm,
-        gate=own.gate,
-        gated=own.gated,
+        act_and_mul=own.act_and_mul,
+        linear_act_and_mul=own.linear_act_and_mul,
         prepare=own.prepare,
-        place=own.place,
-        attend=own.attend,
+        rope_and_cache=own.rope_and_cache,
+        paged_attention=own.paged_attention,
         pack_experts=own.pack_experts,
         experts=own.experts,
         compile=own.compile,
         caches=frozenset(KV_TYPES),
         takes=frozenset(TYPES),
         pack_tied=own.pack_tied,
-        sharpen=own.sharpen,
+        rescore_top_k=own.rescore_top_k,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stretto.kernels import Experts
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
-from stretto.kernels.cuda.rows import gate
+from stretto.kernels.cuda.rows import act_and_mul
 from stretto.kernels.reference import DenseExperts
 
 N_BLOCK, K_BLOCK = 64, 64
@@ -85,6 +85,6 @@ def experts(x: Tensor, logits: Tensor, packed: Experts, k: int, normalise: bool)
     order = picks.argsort(stable=True)
     counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=x.device)
     counts.scatter_add_(0, picks, torch.ones_like(picks))
-    hidden = gate(_each(x.contiguous(), packed.gate_up, order, counts, k), packed.activation)
+    hidden = act_and_mul(_each(x.contiguous(), packed.gate_up, order, counts, k), packed.activation)
     made = _each(hidden, packed.down, order, counts, 1)
     return (made.view(-1, k, x.shape[1]).float() * shares[:, :, None]).sum(1).to(x.dtype)

@@ -86,7 +86,7 @@ def _gate(both, out, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + row * width + columns, activate(gates, KIND) * ups, inside)
 
 
-def gate(gate_up: Tensor, activation: Activation) -> Tensor:
+def act_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
@@ -162,7 +162,7 @@ def _place(
     tl.store(out + rest, still.to(kind), resting)
 
 
-def place(
+def rope_and_cache(
     qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, turns: Tensor, slots: Tensor
 ) -> Tensor:
     """`turns` as `turn` gives them; everything else as `Kernels.place` says."""

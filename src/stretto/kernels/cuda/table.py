@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stretto.errors import StartError
 from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kernels, Linear, PlainLayer
-from stretto.kernels.cuda import attend, rows
+from stretto.kernels.cuda import attention, rows
 from stretto.kernels.cuda.experts import experts
 from stretto.kernels.cuda.int4 import Int4, tiled_int4, to_int4
 from stretto.kernels.cuda.linear import (
@@ -43,25 +43,25 @@ VOCABULARY = 32768
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CudaPlan:
     """What the layers of a step share: the step, its turns by rotation, and room for its decodes to meet.
     `arrived`: the table's."""
 
     batch: Batch
     turns: list[Tensor]
     arrived: Tensor
-    rooms: dict[int, attend.Room]
+    rooms: dict[int, attention.Room]
 
-    def room(self, kind: Attention, layer: Tensor) -> attend.Room:
+    def room(self, kind: Attention, layer: Tensor) -> attention.Room:
         """Where the programs of its decodes meet in layers of this kind."""
         room = self.rooms.get(kind.heads)
         if room is None:
             sequences = len(self.batch.query_lens)
-            room = self.rooms[kind.heads] = attend.Room.of(sequences, kind.heads, layer, self.arrived)
+            room = self.rooms[kind.heads] = attention.Room.of(sequences, kind.heads, layer, self.arrived)
         return room
 
 
-class Table:
+class CudaTable:
     """The functions of a table and what they share: counts of arrivals, at tiles or at heads, which are zero
     between kernels."""
 
@@ -108,31 +108,33 @@ class Table:
             return stream(x.contiguous(), held, dtype=torch.float32)
         return self.linear(x, packed).float()
 
-    def gated(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+    def linear_act_and_mul(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
         held = cast(Weights, packed)
         if 0 < x.shape[0] <= FEW and not isinstance(held, Int4):
             return stream(x.contiguous(), held, activation)
-        return rows.gate(self.linear(x, packed), activation)
+        return rows.act_and_mul(self.linear(x, packed), activation)
 
-    def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> Plan:
+    def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> CudaPlan:
         turns = [rows.turn(batch, rotation) for rotation in geometry.rotations]
-        return Plan(batch, turns, self._arrived, {})
+        return CudaPlan(batch, turns, self._arrived, {})
 
-    def place(
-        self, qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: Plan
+    def rope_and_cache(
+        self, qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: CudaPlan
     ) -> Tensor:
-        return rows.place(qkv, weights, kind, layer, plan.turns[kind.rotation], plan.batch.slots)
+        return rows.rope_and_cache(qkv, weights, kind, layer, plan.turns[kind.rotation], plan.batch.slots)
 
-    def attend(self, q: Tensor, kind: Attention, layer: Tensor, plan: Plan) -> Tensor:
+    def paged_attention(self, q: Tensor, kind: Attention, layer: Tensor, plan: CudaPlan) -> Tensor:
         counts = plan.batch.query_lens
         if max(counts) == 1:
-            return attend.decode(q, kind, layer, plan.batch, plan.room(kind, layer))
+            return attention.decode(q, kind, layer, plan.batch, plan.room(kind, layer))
         if min(counts) > 1:
-            return attend.chunk(q, kind, layer, plan.batch)
-        out = attend.decode(q, kind, layer, plan.batch, plan.room(kind, layer))
-        return attend.chunk(q, kind, layer, plan.batch, out)
+            return attention.chunk(q, kind, layer, plan.batch)
+        out = attention.decode(q, kind, layer, plan.batch, plan.room(kind, layer))
+        return attention.chunk(q, kind, layer, plan.batch, out)
 
-    def layers(self, sums: Tensor, layers: Sequence[PlainLayer], cache: Cache, plan: Plan) -> Tensor | None:
+    def layers(
+        self, sums: Tensor, layers: Sequence[PlainLayer], cache: Cache, plan: CudaPlan
+    ) -> Tensor | None:
         """Five or six kernels a layer for a row whose weights are streamed."""
         held = [cast(Weights, each) for layer in layers for each in (layer.out, layer.gate_up)]
         if (
@@ -150,8 +152,8 @@ class Table:
             if layer.norms is None:
                 q = placed(sums, qkv, first, kind, keys, turns, plan.batch.slots)
             else:
-                q = self.place(stream(sums, qkv, norm=first), layer.norms, kind, keys, plan)
-            mixed = attend.decode(q, kind, keys, plan.batch, plan.room(kind, keys))
+                q = self.rope_and_cache(stream(sums, qkv, norm=first), layer.norms, kind, keys, plan)
+            mixed = attention.decode(q, kind, keys, plan.batch, plan.room(kind, keys))
             sums = stream(mixed, out, residual=sums)
             hidden = stream(sums, gate_up, layer.activation, Norm(layer.second, eps))
             sums = stream(hidden, down, residual=sums)
@@ -160,18 +162,18 @@ class Table:
 
 def table(device: torch.device, quantise: Quantise | None = None) -> Kernels:
     """The table for `device`. `quantise` says how `pack` holds weights."""
-    own = Table(device, quantise)
+    own = CudaTable(device, quantise)
     return Kernels(
         name="cuda" if quantise is None else f"cuda {quantise}",
         pack=own.pack,
         linear=own.linear,
         norm=rows.norm,
         add_norm=rows.add_norm,
-        gate=rows.gate,
-        gated=own.gated,
+        act_and_mul=rows.act_and_mul,
+        linear_act_and_mul=own.linear_act_and_mul,
         prepare=own.prepare,
-        place=own.place,
-        attend=own.attend,
+        rope_and_cache=own.rope_and_cache,
+        paged_attention=own.paged_attention,
         pack_experts=own.pack_experts,
         experts=experts,
         layers=own.layers,
