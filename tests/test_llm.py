@@ -62,11 +62,11 @@ def null() -> Iterator[LLM]:
 
 
 def test_generates_for_texts_and_ids_alike(llm: LLM) -> None:
-    ids = llm._text.encode("hello")
+    ids = llm.encode("hello")
     from_text, from_ids = llm.generate(["hello"], GREEDY) + llm.generate([ids], GREEDY)
     assert from_text.token_ids == from_ids.token_ids
     assert (len(from_text.token_ids), from_text.finish_reason, from_text.prompt_tokens) == (8, "length", 5)
-    assert from_text.text == llm._text.decode(list(from_text.token_ids))
+    assert from_text.text == llm.decode(from_text.token_ids)
     assert llm.generate("hello", GREEDY)[0].token_ids == from_text.token_ids
 
 
@@ -162,9 +162,9 @@ def test_closing_a_stream_cancels_it(null: LLM) -> None:
     next(pieces)
     pieces.close()
     deadline = time.monotonic() + 5
-    while null._client.worker_state().active and time.monotonic() < deadline:
+    while null.state.active and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert null._client.worker_state().active == 0
+    assert null.state.active == 0
 
 
 def test_interrupting_cancels_what_is_under_way(null: LLM) -> None:
@@ -173,14 +173,14 @@ def test_interrupting_cancels_what_is_under_way(null: LLM) -> None:
     with pytest.raises(KeyboardInterrupt):
         null.generate(["hello"] * 256, Sampling(max_tokens=8000))
     deadline = time.monotonic() + 5
-    while null._client.worker_state().active and time.monotonic() < deadline:
+    while null.state.active and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert null._client.worker_state().active == 0
+    assert null.state.active == 0
     assert null.generate("hello", Sampling(max_tokens=3))[0].finish_reason == "length"
 
 
 def test_an_engine_that_dies_is_told_and_comes_back(null: LLM) -> None:
-    pid = null._client.pid
+    pid = null.state.engine_pid
     assert pid is not None
     threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
     with pytest.raises(EngineDied):
@@ -192,12 +192,12 @@ def test_an_engine_that_dies_is_told_and_comes_back(null: LLM) -> None:
             answer = null.generate("hello", Sampling(max_tokens=3))[0]
         except EngineDied:
             time.sleep(0.1)
-    assert answer is not None and null._client.pid not in (None, pid)
+    assert answer is not None and null.state.engine_pid not in (None, pid)
 
 
 def test_after_closing_everything_says_so() -> None:
     made = LLM("null")
-    pid = made._client.pid
+    pid = made.state.engine_pid
     made.close()
     made.close()
     assert pid is not None and not Path(f"/proc/{pid}").exists()
@@ -211,7 +211,7 @@ def test_needs_no_main_guard_and_leaves_nothing_behind(tmp_path: Path) -> None:
     script.write_text(
         "from stretto import LLM, Sampling\n"
         "llm = LLM('null')\n"
-        "print(llm._client.pid, llm.generate('hi', Sampling(max_tokens=2))[0].finish_reason)\n"
+        "print(llm.state.engine_pid, llm.generate('hi', Sampling(max_tokens=2))[0].finish_reason)\n"
     )
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, env={"TMPDIR": str(tmp_path)}

@@ -27,7 +27,7 @@ from stretto.config import EngineConfig, ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.engine.structured.sandbox import GrammarSandbox
 from stretto.errors import StartError, StrettoError, Unavailable
-from stretto.llm import LLM, Message, locate
+from stretto.llm import LLM, locate
 from stretto.server import app as api
 from stretto.server import lifecycle as server
 from stretto.types import Sampling
@@ -314,7 +314,7 @@ class _Remote:
         except (RequestFailed, IndexError) as failure:
             raise Unavailable(f"{url} does not answer as a model server: {failure}") from failure
 
-    def __call__(self, messages: list[Message]) -> Generator[str]:
+    def __call__(self, messages: list[dict[str, Any]]) -> Generator[str]:
         body = {"model": self.model, "messages": messages, "stream": True}
         for name in ("max_tokens", "temperature", "seed"):
             if (value := getattr(self._sampling, name)) is not None:

@@ -1,6 +1,6 @@
-"""The Python API: `LLM` is the same engine process and the same text code as the server's, without HTTP.
+"""The Python API: `LLM` runs the server's engine process and text code without HTTP.
 
-A blocking face over one event loop in a daemon thread. It wires; it holds no rule of its own about models.
+Its methods block. They hand coroutines to one event loop, which runs in a daemon thread.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from stretto import config
 from stretto.config import ModelConfig
 from stretto.engine.client import EngineClient
 from stretto.engine.structured.sandbox import GrammarSandbox
-from stretto.errors import ContextExceeded, InvalidRequest, Unavailable
+from stretto.errors import InvalidRequest, Unavailable
 from stretto.models import source
-from stretto.text.output import Output, Spoken, Times
+from stretto.text.output import Output, OutputDelta
+from stretto.text.prompts import check_length, check_sampling_ids, check_token_ids
 from stretto.text.tokenizer import TextModel
-from stretto.types import Logprobs, ModelInfo, Reason, Request, Sampling
+from stretto.types import Logprobs, ModelInfo, Reason, Request, Sampling, WorkerState
 
 T = TypeVar("T")
-Message = dict[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
+Messages = Sequence[dict[str, Any]]
 DEFAULT = Sampling()
 GRACE_S = 5.0
 
 
 class Completion(Struct, frozen=True, kw_only=True):
-    """One answer. `token_ids` are all tokens drawn, those of a stop string included, which `text` leaves out.
+    """One answer to one prompt.
 
-    `finish_reason` is `stop` or `length`. `logprobs` has one entry per token when they were asked for. With
-    `Sampling(n=k)`, `alternatives` holds the k - 1 other answers.
+    `token_ids` holds every generated token, also those of a stop string, which `text` leaves out.
+    `finish_reason` is `stop` or `length`. `logprobs` has one entry per token when `Sampling.logprobs` is set.
+    With `Sampling(n=k)`, `alternatives` holds the k - 1 other answers.
     """
 
     text: str
@@ -52,12 +53,12 @@ class Completion(Struct, frozen=True, kw_only=True):
 
 
 class LLM:
-    """A model in an engine process of its own, ready when the constructor returns.
+    """A model in an engine process of its own. It is loaded when the constructor returns.
 
     `path` is a directory in the Hugging Face layout, a hub id, or `desk`, the bundled model. `settings` are
     those of `stretto serve` under the same names: `device`, `threads`, `kv_memory="2GiB"`, `context`, ...
-    Close it, or use it in a `with` block. If the engine process dies, calls under way raise EngineDied and it
-    starts again. Raises StartError or CheckpointError when the model cannot be served as asked.
+    Call `close`, or use a `with` block. If the engine process dies, calls in progress raise EngineDied and it
+    restarts. Raises StartError for a wrong setting, CheckpointError for a model that cannot be loaded.
     """
 
     def __init__(
@@ -92,37 +93,56 @@ class LLM:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         sampling: Sampling | Sequence[Sampling] | None = None,
     ) -> list[Completion]:
-        """Complete every prompt (text, or token ids), all at once; answers come in the prompts' order.
+        """Complete all prompts (text or token ids) at once. The answers are in the order of the prompts.
 
-        `sampling` is one for all or one for each. Raises InvalidRequest and its kin for what cannot be asked,
-        before any work is done; EngineDied when the engine process ends.
+        `sampling` is one for all prompts, or one for each. Raises InvalidRequest for wrong arguments, before
+        any work is done, and EngineDied when the engine process ends.
         """
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if sampling is None or isinstance(sampling, Sampling):
-            sampling = [sampling or DEFAULT] * len(several)
-        if len(sampling) != len(several):
-            raise InvalidRequest(f"{len(several)} prompts and {len(sampling)} samplings: give one for each")
-        asked = [self._requests(prompt, each) for prompt, each in zip(several, sampling, strict=True)]
-        return self._wait(self._all(asked))
+            sampling = [sampling or DEFAULT] * len(texts)
+        if len(sampling) != len(texts):
+            raise InvalidRequest(f"{len(texts)} prompts and {len(sampling)} samplings: give one for each")
+        return self._wait(
+            self._complete([self._requests(*pair) for pair in zip(texts, sampling, strict=True)])
+        )
 
-    def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Completion:
+    def chat(self, messages: Messages, sampling: Sampling | None = None) -> Completion:
         """Answer a conversation of `{"role": ..., "content": ...}` through the model's chat template."""
-        return self._wait(self._all([self._requests(messages, sampling or DEFAULT)]))[0]
+        return self._wait(self._complete([self._requests(messages, sampling or DEFAULT)]))[0]
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[str]:
-        """The text of one answer as it comes; `prompt` may be a conversation. Closing it cancels the rest."""
+    def stream(
+        self, prompt: str | Sequence[int] | Messages, sampling: Sampling | None = None
+    ) -> Generator[str]:
+        """Yield the text of one answer while it is generated. `prompt` may be a conversation.
+
+        Closing the generator cancels the rest of the answer.
+        """
         chosen = sampling or DEFAULT
         if chosen.n != 1:
             raise InvalidRequest("stream gives one answer: leave n at 1", param="n")
-        return self._pieces(self._requests(prompt, chosen)[0])
+        return self._stream(self._requests(prompt, chosen)[0])
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a raw prompt, with the tokenizer's own BOS or EOS."""
+        return self._text.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._text.decode(list(ids))
 
     @property
     def chats(self) -> bool:
         """Whether the model has a chat template."""
         return self._text.template is not None
 
+    @property
+    def state(self) -> WorkerState:
+        """The engine's process id, queue lengths and last step, as `/state` of the server shows them."""
+        return self._client.worker_state()
+
     def close(self) -> None:
-        """End the engine process. Calling it again does nothing; any other call then raises Unavailable."""
+        """End the engine process. A second call does nothing; every other call then raises Unavailable."""
         self._finalise()
 
     def __enter__(self) -> LLM:
@@ -144,99 +164,70 @@ class LLM:
         finally:
             future.cancel()
 
-    def _requests(self, prompt: Prompt, sampling: Sampling) -> list[Request]:
-        """The n requests of one prompt, checked. With a seed, the k-th answer has seed + k."""
+    def _requests(self, prompt: object, sampling: Sampling) -> list[Request]:
+        """The `sampling.n` requests for one prompt, checked."""
         if not self._finalise.alive:
             raise Unavailable("this LLM is closed: make a new one")
-        arrival, ids = time.monotonic(), tuple(self._encode(prompt))
-        self._check(ids, sampling)
-        seeds = [None if sampling.seed is None else sampling.seed + index for index in range(sampling.n)]
+        arrival, ids = time.monotonic(), tuple(self._token_ids(prompt))
+        check_token_ids(ids, self.info, "prompt")
+        check_sampling_ids(sampling, self.info, root="")
+        check_length(len(ids), sampling.max_tokens or 1, self.info, "prompt")
         return [
             Request(
-                id=self._client.next_id(),
-                model=self.info.name,
-                prompt=ids,
-                arrival=arrival,
-                sampling=msgspec.structs.replace(sampling, seed=seed, n=1),
+                id=self._client.next_id(), model=self.info.name, prompt=ids, arrival=arrival, sampling=each
             )
-            for seed in seeds
+            for each in sampling.fan_out()
         ]
 
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
+    def _token_ids(self, prompt: object) -> Sequence[int]:
         if isinstance(prompt, str):
             return self._text.encode(prompt)
-        parts = list(prompt) if isinstance(prompt, Sequence) else [prompt]
-        if ids := [part for part in parts if isinstance(part, int)]:
-            messages = []
-        else:
-            messages = [part for part in parts if isinstance(part, dict) and "role" in part]
-        if len(ids) + len(messages) < len(parts):
-            raise InvalidRequest("a prompt is text, a list of token ids, or a list of messages with a role")
-        return self._text.encode_chat(messages) if messages else ids
+        parts: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+        if all(isinstance(part, int) for part in parts):
+            return parts
+        if all(isinstance(part, dict) and "role" in part for part in parts):
+            return self._text.encode_chat(parts)
+        raise InvalidRequest("a prompt is text, a list of token ids, or a list of messages with a role")
 
-    def _check(self, ids: tuple[int, ...], sampling: Sampling) -> None:
-        if not ids:
-            raise InvalidRequest("the prompt is empty: there is nothing to continue", param="prompt")
-        for name, tokens in (
-            ("prompt", ids),
-            ("logit_bias", sampling.logit_bias),
-            ("stop_token_ids", sampling.stop_token_ids),
-        ):
-            wrong = next((token for token in tokens if not 0 <= token < self.info.vocab), None)
-            if wrong is not None:
-                message = f"{name}: the model has no token {wrong}; its ids end at {self.info.vocab - 1}"
-                raise InvalidRequest(message, param=name)
-        wanted = sampling.max_tokens or 1
-        if len(ids) + wanted > self.info.context:
-            raise ContextExceeded(
-                f"a prompt of {len(ids)} tokens and {wanted} to answer do not fit the context of"
-                f" {self.info.context} tokens: shorten the prompt or lower max_tokens"
-            )
-
-    async def _all(self, asked: list[list[Request]]) -> list[Completion]:
+    async def _complete(self, prompts: list[list[Request]]) -> list[Completion]:
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [[group.create_task(self._answer(each)) for each in requests] for requests in asked]
+                tasks = [[group.create_task(self._answer(each)) for each in requests] for requests in prompts]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        answers = [[task.result() for task in several] for several in tasks]
+        answers = [[task.result() for task in copies] for copies in tasks]
         return [msgspec.structs.replace(first, alternatives=tuple(rest)) for first, *rest in answers]
 
-    async def _answer(self, request: Request, said: Callable[[str], None] | None = None) -> Completion:
-        """One request to its end, by the server's own rules for text. `said` hears it piece by piece."""
-        if request.sampling.grammar is not None:
-            await self._sandbox.validate(request.sampling.grammar)
-        choice = Output(
-            index=0,
-            model=request.model,
-            stream=self._client.submit(request),
-            decoder=self._text.decoder(request.sampling.stop, request.sampling.min_tokens),
-            times=Times(request.arrival),
-            prompt_tokens=len(request.prompt),
-        )
-        spoken: list[Spoken] = []
+    async def _answer(self, request: Request, on_text: Callable[[str], None] | None = None) -> Completion:
+        """Run one request to its end. `on_text` is called with each piece of text as it comes."""
+        sampling = request.sampling
+        if sampling.grammar is not None:
+            await self._sandbox.validate(sampling.grammar)
+        detokenizer = self._text.detokenizer(sampling.stop, sampling.min_tokens)
+        output = Output(request, self._client.submit(request), detokenizer)
+        deltas: list[OutputDelta] = []
         try:
-            async for events in choice.stream:
-                fresh = choice.take(events)
-                spoken += fresh
-                if said is not None:
-                    said(_text(fresh))
-                if choice.finish_reason is not None:
+            async for events in output.stream:
+                new = output.push(events)
+                deltas += new
+                if on_text is not None:
+                    on_text(_text(new))
+                if output.finish_reason is not None:
                     break
         finally:
-            choice.stream.close()
-        heard = [event for _, event in spoken if event is not None]
-        probable = tuple(event.logprobs for event in heard if event.logprobs is not None)
+            output.stream.close()
+        events = [event for _, event in deltas if event is not None]
+        logprobs = tuple(event.logprobs for event in events if event.logprobs is not None)
         return Completion(
-            text=_text(spoken),
-            token_ids=tuple(event.token for event in heard if event.token is not None),
-            finish_reason=choice.finish_reason or Reason.STOP,
-            prompt_tokens=choice.prompt_tokens,
-            cached_tokens=0 if choice.began is None else choice.began.cached_tokens,
-            logprobs=None if request.sampling.logprobs is None else probable,
+            text=_text(deltas),
+            token_ids=tuple(event.token for event in events if event.token is not None),
+            finish_reason=output.finish_reason or Reason.STOP,
+            prompt_tokens=output.prompt_tokens,
+            cached_tokens=0 if output.began is None else output.began.cached_tokens,
+            logprobs=None if sampling.logprobs is None else logprobs,
         )
 
-    def _pieces(self, request: Request) -> Generator[str]:
+    def _stream(self, request: Request) -> Generator[str]:
         pieces: SimpleQueue[str | None] = SimpleQueue()
         future = asyncio.run_coroutine_threadsafe(self._answer(request, pieces.put), self._loop)
         future.add_done_callback(lambda _: pieces.put(None))
@@ -252,7 +243,7 @@ class LLM:
 def locate(
     models: Iterable[ModelConfig], on_progress: Callable[[str, int, int], None] | None
 ) -> tuple[ModelConfig, ...]:
-    """The models with directories in place of what a user wrote; hub ids are downloaded first."""
+    """The models with a directory for each path. Hub ids are downloaded first."""
     return tuple(
         model
         if model.null_ms is not None
@@ -261,14 +252,14 @@ def locate(
     )
 
 
-def _text(spoken: Iterable[Spoken]) -> str:
-    return "".join(delta.content or "" for delta, _ in spoken)
+def _text(deltas: Iterable[OutputDelta]) -> str:
+    return "".join(delta.content or "" for delta, _ in deltas)
 
 
 def _end(
     loop: asyncio.AbstractEventLoop, thread: Thread, client: EngineClient, sandbox: GrammarSandbox
 ) -> None:
-    """End the processes, then the loop; also when an LLM is collected unclosed, or the interpreter ends."""
+    """End the processes, then the loop. Also runs when an LLM is collected, or at exit."""
     asyncio.run_coroutine_threadsafe(sandbox.close(), loop).result()
     asyncio.run_coroutine_threadsafe(client.shutdown(GRACE_S), loop).result()
     loop.call_soon_threadsafe(loop.stop)

@@ -10,7 +10,7 @@ from enum import StrEnum
 from math import isfinite
 from typing import Literal
 
-from msgspec import Struct, field
+from msgspec import Struct, field, structs
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice"]
 MAX_TOP_LOGPROBS = 20
@@ -77,6 +77,13 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
             self._within(f"logit_bias[{token}]", bias, -MAX_BIAS, MAX_BIAS)
         if "" in self.stop:
             raise ValueError("stop must not hold an empty string: it would end every answer at once")
+
+    def fan_out(self) -> tuple[Sampling, ...]:
+        """One sampling for each of the `n` answers. With a seed, answer k (from 0) has `seed + k`."""
+        if self.n == 1:
+            return (self,)
+        seeds = [None if self.seed is None else self.seed + index for index in range(self.n)]
+        return tuple(structs.replace(self, n=1, seed=seed) for seed in seeds)
 
     @staticmethod
     def _within(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:

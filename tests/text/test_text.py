@@ -142,7 +142,7 @@ def test_eos_and_errors_of_checkpoints(chatml: Path, tmp_path: Path) -> None:
 def test_the_null_model_reads_any_text_and_says_any_token() -> None:
     text = TextModel(Path("null"))
     assert text.encode("é\n") == list("é\n".encode())
-    decoder = text.decoder()
+    decoder = text.detokenizer()
     assert "".join(decoder.push(id) for id in range(256, 4096)).split()[0] == "aaa"
 
 
@@ -156,7 +156,7 @@ def test_pieces_add_up_to_the_tokenizers_own_decoding(name: str, request: pytest
         "\U0001d518\U0001d52b 👩‍👩‍👧 end",
     ):
         ids = text.tokenizer.encode(sample, add_special_tokens=False).ids
-        decoder = text.decoder()
+        decoder = text.detokenizer()
         pieces = [decoder.push(id) for id in ids]
         whole = text.decode(prefix + ids).removeprefix(text.decode(prefix))
         assert "".join(pieces) + decoder.flush() == whole
@@ -167,7 +167,7 @@ def test_random_tokens_decode_without_error_and_as_utf8_says(chatml: Path) -> No
     text = TextModel(chatml)
     draw = random.Random(3)
     ids = [draw.randrange(text.vocab + 50) for _ in range(4000)]
-    decoder = text.decoder()
+    decoder = text.detokenizer()
     said = "".join(map(decoder.push, ids)) + decoder.flush()
     known = b"".join(text.pieces[id] for id in ids)
     assert said == known.decode("utf-8", "replace")
@@ -184,7 +184,7 @@ def test_stop_strings_do_not_depend_on_where_tokens_meet(chatml: Path) -> None:
         ends = [(sample.find(s) + len(s), sample.find(s)) for s in stop if s in sample]
         expected = sample[: min(ends)[1]]
         for ids in (text.encode(sample), text.encode(sample[:7]) + text.encode(sample[7:])):
-            decoder = text.decoder(stop)
+            decoder = text.detokenizer(stop)
             said = ""
             for id in ids:
                 said += decoder.push(id)
@@ -196,7 +196,7 @@ def test_stop_strings_do_not_depend_on_where_tokens_meet(chatml: Path) -> None:
 
 def test_text_held_for_a_stop_string_comes_out_at_the_end(chatml: Path) -> None:
     text = TextModel(chatml)
-    decoder = text.decoder(("dog!",))
+    decoder = text.detokenizer(("dog!",))
     said = "".join(map(decoder.push, text.encode("the lazy dog")))
     assert said == "the lazy "
     assert said + decoder.flush() == "the lazy dog"
@@ -206,7 +206,7 @@ def test_text_held_for_a_stop_string_comes_out_at_the_end(chatml: Path) -> None:
 def test_min_tokens_frees_the_first_tokens_from_stop_strings(chatml: Path) -> None:
     text = TextModel(chatml)
     ids = text.encode("the fox") + text.encode(" the fox")
-    decoder = text.decoder((" fox",), min_tokens=len(text.encode("the fox")))
+    decoder = text.detokenizer((" fox",), min_tokens=len(text.encode("the fox")))
     said = "".join(decoder.push(id) for id in ids if not decoder.stopped)
     assert said == "the fox the"
     assert decoder.stopped == " fox"

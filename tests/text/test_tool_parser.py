@@ -8,15 +8,15 @@ import random
 import pytest
 
 from stretto.text.json_stream import JsonReader
-from stretto.text.reasoning_parser import Reasoning, split_whole
+from stretto.text.reasoning_parser import ReasoningParser, split_whole
 from stretto.text.tool_parser import (
     FORCED,
     HERMES,
     LLAMA,
     MISTRAL,
-    Abandoned,
-    NamedCall,
-    Said,
+    AbandonedCall,
+    NamedCallParser,
+    ToolEvent,
     ToolFormat,
     ToolParser,
     choose,
@@ -25,14 +25,14 @@ from stretto.text.tool_parser import (
 NAMES = frozenset({"weather", "add"})
 
 
-def heard(said: list[Said]) -> tuple[str, list[list[str]]]:
+def heard(said: list[ToolEvent]) -> tuple[str, list[list[str]]]:
     """(content, [[name, arguments], ..]) as a client that joins the deltas has it."""
     content, calls = "", {}
     for part in said:
         if isinstance(part, str):
             content += part
-        elif isinstance(part, Abandoned):
-            content += part.rest
+        elif isinstance(part, AbandonedCall):
+            content += part.unsent
         else:
             call = calls.setdefault(part.index, ["", ""])
             if isinstance(part.function.name, str):
@@ -127,9 +127,9 @@ def test_a_call_that_breaks_in_its_arguments_gives_the_rest_back() -> None:
     parser = ToolParser(HERMES, NAMES)
     text = '<tool_call>{"name": "add", "arguments": {"a": oops}}</tool_call>'
     said = parser.push(text[:45]) + parser.push(text[45:]) + parser.flush()
-    (abandoned,) = [part for part in said if isinstance(part, Abandoned)]
+    (abandoned,) = [part for part in said if isinstance(part, AbandonedCall)]
     after = "".join(part for part in said if isinstance(part, str))
-    assert abandoned.raw + after == text
+    assert abandoned.text + after == text
     content, calls = heard(said)
     assert calls[0][0] == "add"
     assert text.endswith(calls[0][1] + content)
@@ -141,7 +141,7 @@ def test_forced_calls_cut_short_keep_what_they_have() -> None:
 
 
 def test_a_named_call_is_all_arguments() -> None:
-    call = NamedCall("add")
+    call = NamedCallParser("add")
     said = call.push('{"a"') + call.push("") + call.push(": 1}") + call.flush()
     assert heard(said) == ("", [["add", '{"a": 1}']])
 
@@ -169,7 +169,7 @@ def test_reasoning_is_split_wherever_the_text_is_cut(
     opened: bool, text: str, thought: str, answer: str
 ) -> None:
     for pieces in ([text], list(text), *([text[:cut], text[cut:]] for cut in range(1, len(text)))):
-        split = Reasoning(opened)
+        split = ReasoningParser(opened)
         parts = [split.push(piece) for piece in pieces] + [split.flush()]
         assert ("".join(p[0] for p in parts), "".join(p[1] for p in parts)) == (thought, answer)
 

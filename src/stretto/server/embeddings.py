@@ -15,8 +15,9 @@ from stretto.protocol.openai import Embedding, EmbeddingList, EmbeddingRequest, 
 from stretto.server import asgi
 from stretto.server.objectives import of_embedding
 from stretto.server.state import Front, Run
-from stretto.server.validation import encode_all, salt_of, split
-from stretto.text.output import Output, Times
+from stretto.server.validation import salt_of, split
+from stretto.text.output import Output
+from stretto.text.prompts import encode_prompts
 from stretto.types import Request, Sampling
 
 WINDOW = 16
@@ -32,7 +33,7 @@ async def embed(
     if info is None:
         raise Unavailable(f"model {name} is not loaded yet", retry_after=2.0)
     inputs = split(request.input, "$.input")
-    prompts = await front.off_loop(size, encode_all, text, inputs, "$.input", info)
+    prompts = await front.off_loop(size, encode_prompts, text, inputs, info, "$.input")
     tenant, arrival = caller
     salt = salt_of(request.user, request.cache_salt)
     vectors: list[tuple[float, ...]] = []
@@ -61,16 +62,7 @@ async def embed(
 
 
 def _choice(front: Front, request: Request) -> Output:
-    decoder = front.texts[request.model].decoder()
-    stream = front.engine.submit(request)
-    return Output(
-        index=0,
-        model=request.model,
-        stream=stream,
-        decoder=decoder,
-        times=Times(request.arrival, request.objective),
-        prompt_tokens=len(request.prompt),
-    )
+    return Output(request, front.engine.submit(request), front.texts[request.model].detokenizer())
 
 
 async def _vector(run: Run, choice: Output) -> tuple[float, ...]:
@@ -80,7 +72,7 @@ async def _vector(run: Run, choice: Output) -> tuple[float, ...]:
             run.heard(choice)
         for event in events:
             vector = event.embedding or vector
-        choice.take([event for event in events if event.finish is not None])
+        choice.push([event for event in events if event.finish is not None])
         if choice.finish_reason is not None:
             break
     if vector is None:

@@ -10,16 +10,15 @@ from dataclasses import replace
 from itertools import count
 from secrets import token_hex
 
-from msgspec import structs
 from starlette.types import Send
 
 from stretto.errors import EngineError
 from stretto.server import asgi, responses
 from stretto.server.state import Front, Run
 from stretto.server.validation import Job
-from stretto.text.output import Output, Times
+from stretto.text.output import Output
 from stretto.text.tool_parser import MARKERS
-from stretto.types import Request, Sampling, TokenEvent
+from stretto.types import Request, TokenEvent
 
 Heard = tuple[Output, list[TokenEvent]]
 
@@ -52,8 +51,7 @@ async def generate(front: Front, run: Run, job: Job, tenant: str, arrival: float
 def _submit(front: Front, job: Job, tenant: str, arrival: float) -> Iterator[Output]:
     index = count()
     for at, prompt in enumerate(job.prompts):
-        for copy in range(job.sampling.n):
-            sampling = _one_of(job.sampling, copy)
+        for copy, sampling in enumerate(job.sampling.fan_out()):
             request = Request(
                 id=front.engine.next_id(),
                 model=job.model,
@@ -67,25 +65,14 @@ def _submit(front: Front, job: Job, tenant: str, arrival: float) -> Iterator[Out
             )
             shown = MARKERS if job.parser else frozenset[str]()
             yield Output(
+                request,
+                front.engine.submit(request),
+                job.text.detokenizer(sampling.stop, sampling.min_tokens, shown),
                 index=next(index),
-                model=job.model,
-                stream=front.engine.submit(request),
-                decoder=job.text.decoder(sampling.stop, sampling.min_tokens, shown),
-                times=Times(arrival, job.aim.objective),
-                prompt_tokens=len(prompt),
                 prompt_counts=copy == 0,
                 echo=job.echo[at],
-                shape=job.shape(),
-                single_call=job.single_call,
+                parser=job.answer_parser(),
             )
-
-
-def _one_of(sampling: Sampling, copy: int) -> Sampling:
-    if sampling.n == 1:
-        return sampling
-    # Copies of a seeded request differ, and each is the same whenever it is asked for again.
-    seed = None if sampling.seed is None else sampling.seed + copy
-    return structs.replace(sampling, n=1, seed=seed)
 
 
 async def _stream(run: Run, writer: responses.Writer, send: Send) -> None:
@@ -95,7 +82,7 @@ async def _stream(run: Run, writer: responses.Writer, send: Send) -> None:
         async for choice, events in heard:
             if choice.times.first is None:
                 run.heard(choice)
-            body = writer.events(choice, choice.take(events))
+            body = writer.events(choice, choice.push(events))
             if choice.finish_reason is not None:
                 open_choices -= 1
             if open_choices == 0:
@@ -112,7 +99,7 @@ async def _whole(run: Run, writer: responses.Writer, send: Send) -> None:
         async for choice, events in heard:
             if choice.times.first is None:
                 run.heard(choice)
-            writer.keep(choice, choice.take(events))
+            writer.keep(choice, choice.push(events))
     await asgi.answer(send, writer.whole(run.choices))
 
 

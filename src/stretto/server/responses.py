@@ -30,7 +30,7 @@ from stretto.protocol.openai import (
     Usage,
 )
 from stretto.text.detokenizer import Pieces
-from stretto.text.output import Output, Spoken
+from stretto.text.output import Output, OutputDelta
 from stretto.types import TokenEvent
 
 encode = json.Encoder().encode
@@ -62,7 +62,7 @@ class Kept:
     calls: list[ToolCallDelta] = field(default_factory=list[ToolCallDelta])
     events: list[TokenEvent] = field(default_factory=list[TokenEvent])
 
-    def add(self, spoken: list[Spoken]) -> None:
+    def add(self, spoken: list[OutputDelta]) -> None:
         for delta, event in spoken:
             if isinstance(delta.content, str):
                 self.content.append(delta.content)
@@ -105,7 +105,7 @@ class Writer:
         self._offsets: dict[int, int] = {}
         self._kept: dict[int, Kept] = {}
 
-    def events(self, choice: Output, spoken: list[Spoken]) -> bytes:
+    def events(self, choice: Output, spoken: list[OutputDelta]) -> bytes:
         """The events of what was just said; the last one of a choice has its finish reason and report."""
         parts: list[bytes] = []
         body = self._style.body
@@ -140,7 +140,7 @@ class Writer:
             return DONE
         return self._common + b'],"usage":' + encode(usage_of(choices)) + b"}\n\n" + DONE
 
-    def keep(self, choice: Output, spoken: list[Spoken]) -> None:
+    def keep(self, choice: Output, spoken: list[OutputDelta]) -> None:
         kept = self._kept.get(choice.index)
         if kept is None:
             kept = self._kept[choice.index] = Kept(choice)
@@ -249,8 +249,8 @@ def _text_body(delta: Delta) -> bytes:
 
 
 def _tool_calls(kept: Kept) -> list[MadeCall]:
-    shape = kept.choice.shape
-    abandoned = shape.abandoned if shape is not None else set[int]()
+    parser = kept.choice.parser
+    abandoned = parser.abandoned if parser is not None else set[int]()
     names: dict[int, tuple[str, str]] = {}
     arguments: dict[int, list[str]] = {}
     for part in kept.calls:

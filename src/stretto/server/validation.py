@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from stretto.errors import ContextExceeded, InvalidGrammar, InvalidRequest, Unavailable, UnsupportedField
+from stretto.errors import InvalidGrammar, InvalidRequest, Unavailable, UnsupportedField
 from stretto.protocol.openai import (
     ChatRequest,
     CompletionRequest,
@@ -20,9 +20,10 @@ from stretto.server import responses
 from stretto.server.objectives import DEFAULT, Aim, aim
 from stretto.server.state import Front
 from stretto.text import messages, reasoning_parser
-from stretto.text.output import Shape
+from stretto.text.output import AnswerParser
+from stretto.text.prompts import check_length, check_sampling_ids, check_token_ids, encode_prompts
 from stretto.text.tokenizer import TextModel
-from stretto.text.tool_parser import NamedCall, ToolParser
+from stretto.text.tool_parser import NamedCallParser, ToolParser
 from stretto.types import Grammar, ModelInfo, Sampling
 
 COMPLETION_TOKENS = 16
@@ -47,15 +48,16 @@ class Job:
     options: StreamOptions
     echo: list[str]
     thinking: bool | None = None
-    parser: Callable[[], ToolParser | NamedCall] | None = None
+    parser: Callable[[], ToolParser | NamedCallParser] | None = None
     single_call: bool = False
 
-    def shape(self) -> Shape | None:
-        """A fresh one for each choice."""
+    def answer_parser(self) -> AnswerParser | None:
+        """A new one for each output; None when all text is content."""
         if self.thinking is None and self.parser is None:
             return None
-        thoughts = None if self.thinking is None else reasoning_parser.Reasoning(self.thinking)
-        return Shape(thoughts, self.parser() if self.parser else None, folded=not self.stream)
+        thoughts = None if self.thinking is None else reasoning_parser.ReasoningParser(self.thinking)
+        tools = self.parser() if self.parser else None
+        return AnswerParser(thoughts, tools, streamed=self.stream, single_call=self.single_call)
 
 
 async def chat(front: Front, request: ChatRequest, size: int) -> Job:
@@ -72,7 +74,7 @@ async def chat(front: Front, request: ChatRequest, size: int) -> Job:
         raise InvalidRequest("$.top_logprobs needs logprobs: true", param="$.top_logprobs")
     limit = _chat_limit(request)
     sampling = _sampling(request, limit, (request.top_logprobs or 0) if request.logprobs else None, grammar)
-    _check_ids(sampling, info)
+    check_sampling_ids(sampling, info)
     await _check_grammar(front, name, grammar, request)
     thinks = text.template is not None and text.template.mentions(reasoning_parser.CLOSE) and grammar is None
     variables = messages.variables(request, text)
@@ -86,7 +88,8 @@ async def chat(front: Front, request: ChatRequest, size: int) -> Job:
         return tuple(text.encode_rendered(rendered)), opened
 
     prompt, opened = await front.off_loop(size, prepare)
-    _check_length(prompt, limit, info, "$.messages")
+    check_token_ids(prompt, info, "$.messages")
+    check_length(len(prompt), limit or 1, info, "$.messages")
     return Job(
         style=responses.CHAT,
         model=name,
@@ -118,18 +121,18 @@ async def completion(front: Front, request: CompletionRequest, size: int) -> Job
     limit = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     grammar = _grammar(request)
     sampling = _sampling(request, limit, request.logprobs, grammar)
-    _check_ids(sampling, info)
+    check_sampling_ids(sampling, info)
     await _check_grammar(front, name, grammar, request)
 
     def prepare() -> tuple[list[tuple[int, ...]], list[str]]:
-        prompts = encode_all(text, inputs, "$.prompt", info)
+        prompts = encode_prompts(text, inputs, info, "$.prompt")
         if not request.echo:
             return prompts, [""] * len(prompts)
         return prompts, [item if isinstance(item, str) else text.decode(item) for item in inputs]
 
     prompts, echo = await front.off_loop(size, prepare)
     for prompt in prompts:
-        _check_length(prompt, limit, info, "$.prompt")
+        check_length(len(prompt), limit, info, "$.prompt")
     return Job(
         style=responses.TEXT,
         model=name,
@@ -156,25 +159,6 @@ def split(prompt: Prompts, path: str) -> list[str | list[int]]:
     if len(kinds) > 1:
         raise InvalidRequest(f"{path} mixes text, ids and lists of ids; send one kind", param=path)
     return cast("list[str | list[int]]", prompt)
-
-
-def encode_all(
-    text: TextModel, inputs: list[str | list[int]], path: str, info: ModelInfo
-) -> list[tuple[int, ...]]:
-    """The ids of each input. Raises InvalidRequest for an empty one, and for ids that are no token."""
-    prompts: list[tuple[int, ...]] = []
-    for at, item in enumerate(inputs):
-        ids = text.encode(item) if isinstance(item, str) else item
-        if not ids:
-            raise InvalidRequest(f"{path} is empty: there is nothing to continue", param=path)
-        if max(ids) >= info.vocab:
-            raise InvalidRequest(
-                f"{path} holds token id {max(ids)}; this model's end at {info.vocab - 1}", param=path
-            )
-        if len(ids) > info.context:
-            raise _too_long(len(ids), info, path if len(inputs) == 1 else f"{path}[{at}]")
-        prompts.append(tuple(ids))
-    return prompts
 
 
 def _open(front: Front, name: str, request: Generation, prompts: int) -> ModelInfo:
@@ -280,41 +264,6 @@ async def _check_grammar(front: Front, model: str, grammar: Grammar | None, requ
         else:
             error.param = "$.tools" if request.response_format is None else "$.response_format"
         raise
-
-
-def _check_ids(sampling: Sampling, info: ModelInfo) -> None:
-    for id in sampling.logit_bias:
-        if not 0 <= id < info.vocab:
-            raise InvalidRequest(
-                f"$.logit_bias has token id {id}; this model's are 0 to {info.vocab - 1}",
-                param="$.logit_bias",
-            )
-    for at, id in enumerate(sampling.stop_token_ids):
-        if id >= info.vocab:
-            where = f"$.stop_token_ids[{at}]"
-            raise InvalidRequest(f"{where} is {id}; this model's ids end at {info.vocab - 1}", param=where)
-
-
-def _check_length(prompt: tuple[int, ...], limit: int | None, info: ModelInfo, path: str) -> None:
-    if not prompt:
-        raise InvalidRequest(f"{path} makes an empty prompt", param=path)
-    if len(prompt) >= info.context:
-        raise _too_long(len(prompt), info, path)
-    if limit is not None and len(prompt) + limit > info.context:
-        room = info.context - len(prompt)
-        raise ContextExceeded(
-            f"the prompt has {len(prompt)} tokens and the answer may have {limit}, but the model's context "
-            f"is {info.context}; ask for {room} at most",
-            param="$.max_tokens",
-        )
-
-
-def _too_long(length: int, info: ModelInfo, path: str) -> ContextExceeded:
-    return ContextExceeded(
-        f"{path} has {length} tokens; the model's context is {info.context}, the answer included. "
-        "It is never cut silently: send less",
-        param=path,
-    )
 
 
 def _options(request: Generation) -> StreamOptions:

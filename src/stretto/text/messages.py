@@ -23,7 +23,7 @@ from stretto.protocol.openai import (
 )
 from stretto.text import reasoning_parser
 from stretto.text.tokenizer import TextModel
-from stretto.text.tool_parser import FORCED, NamedCall, ToolFormat, ToolParser, choose
+from stretto.text.tool_parser import FORCED, NamedCallParser, ToolFormat, ToolParser, choose
 from stretto.types import Grammar
 
 
@@ -117,7 +117,7 @@ class Calls:
 
     shown: list[dict[str, Any]] | None = None
     grammar: Grammar | None = None
-    parser: Callable[[], ToolParser | NamedCall] | None = None
+    parser: Callable[[], ToolParser | NamedCallParser] | None = None
     single: bool = False
 
 
@@ -165,7 +165,7 @@ def _named_call(name: str, tools: list[Tool], shown: list[dict[str, Any]]) -> Ca
     for tool in tools:
         if tool.function.name == name:
             schema = tool.function.parameters or {"type": "object"}
-            return Calls(shown, Grammar("json_schema", json.dumps(schema)), lambda: NamedCall(name))
+            return Calls(shown, Grammar("json_schema", json.dumps(schema)), lambda: NamedCallParser(name))
     where = "$.tool_choice.function.name"
     raise InvalidRequest(f"{where}: there is no tool {name!r} among the tools", param=where)
 

@@ -1,7 +1,7 @@
-"""One answer while it comes: token events in, deltas out, and what is to be said of it at the end.
+"""One answer while it is generated: token events in, deltas out, and the answer's report at the end.
 
-A Choice belongs to one sequence. It decodes, finds stop strings, reasoning and tool calls, and keeps time; it
-closes its stream when the answer ends in the text. It knows neither HTTP nor JSON.
+An Output belongs to one sequence. It detokenizes, finds stop strings, reasoning and tool calls, and records
+times. It closes its stream when the text ends the answer. It knows neither HTTP nor JSON.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from stretto.errors import CannotBeOnTime, EngineError
 from stretto.protocol.openai import AnswerReport, Delta, FinishReason
 from stretto.statistics import quantile
 from stretto.text.detokenizer import Detokenizer
-from stretto.text.reasoning_parser import Reasoning
-from stretto.text.tool_parser import Abandoned, NamedCall, Said, ToolParser
-from stretto.types import Began, Finish, Objective, Reason, TokenEvent
+from stretto.text.reasoning_parser import ReasoningParser
+from stretto.text.tool_parser import AbandonedCall, NamedCallParser, ToolEvent, ToolParser
+from stretto.types import Began, Finish, Objective, Reason, Request, TokenEvent
 
-Spoken = tuple[Delta, TokenEvent | None]
+OutputDelta = tuple[Delta, TokenEvent | None]
 FINISH: dict[Reason, FinishReason] = {
     Reason.STOP: "stop",
     Reason.LENGTH: "length",
@@ -28,8 +28,8 @@ FINISH: dict[Reason, FinishReason] = {
 }
 
 
-class Stream(Protocol):
-    """The events of one sequence, as `engine.client` gives them: lists of all that came since the last."""
+class TokenStream(Protocol):
+    """The events of one sequence, as `engine.client` delivers them: each item lists all that came since."""
 
     def __aiter__(self) -> AsyncIterator[list[TokenEvent]]: ...
     async def __anext__(self) -> list[TokenEvent]: ...
@@ -92,29 +92,47 @@ class Times:
         return quantile(sorted(self.gaps), 0.99) if self.gaps else None
 
 
-class Shape:
-    """Text -> deltas for models that think or call tools."""
+class AnswerParser:
+    """Splits an answer's text into deltas: reasoning, content and tool calls.
+
+    `abandoned` holds the indexes of tool calls that turned out to be none.
+    """
 
     def __init__(
-        self, reasoning: Reasoning | None, tools: ToolParser | NamedCall | None, *, folded: bool = False
+        self,
+        reasoning: ReasoningParser | None,
+        tools: ToolParser | NamedCallParser | None,
+        *,
+        streamed: bool = True,
+        single_call: bool = False,
     ) -> None:
-        """`folded`: nobody has seen a delta when a call turns out to be none: all its text is content."""
+        """`streamed`: the client has seen the deltas of an abandoned call, so only its unsent text is
+        content; otherwise all of it is. `single_call`: the first complete tool call ends the answer."""
         self._reasoning = reasoning
         self._tools = tools
-        self._folded = folded
+        self._streamed = streamed
+        self._single_call = single_call
         self.abandoned: set[int] = set()
 
     @property
     def calls(self) -> int:
+        """The number of complete tool calls."""
         return 0 if self._tools is None else self._tools.calls
 
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has all the tool calls it may have."""
+        return self._single_call and self.calls > 0
+
     def push(self, text: str) -> list[Delta]:
+        """The deltas of `text`; none while it may still become something else."""
         if self._reasoning is None:
             return self._answer(text)
         thought, text = self._reasoning.push(text)
         return ([Delta(reasoning_content=thought)] if thought else []) + self._answer(text)
 
     def flush(self) -> list[Delta]:
+        """The remaining deltas, when the answer ended."""
         thought, text = ("", "") if self._reasoning is None else self._reasoning.flush()
         deltas = ([Delta(reasoning_content=thought)] if thought else []) + self._answer(text)
         return deltas if self._tools is None else deltas + self._deltas(self._tools.flush())
@@ -124,16 +142,16 @@ class Shape:
             return []
         return [Delta(content=text)] if self._tools is None else self._deltas(self._tools.push(text))
 
-    def _deltas(self, said: list[Said]) -> list[Delta]:
+    def _deltas(self, events: list[ToolEvent]) -> list[Delta]:
         deltas: list[Delta] = []
-        for part in said:
-            if isinstance(part, str):
-                deltas.append(Delta(content=part))
-            elif isinstance(part, Abandoned):
-                self.abandoned.add(part.index)
-                deltas.append(Delta(content=part.raw if self._folded else part.rest))
+        for event in events:
+            if isinstance(event, str):
+                deltas.append(Delta(content=event))
+            elif isinstance(event, AbandonedCall):
+                self.abandoned.add(event.index)
+                deltas.append(Delta(content=event.unsent if self._streamed else event.text))
             else:
-                deltas.append(Delta(tool_calls=[part]))
+                deltas.append(Delta(tool_calls=[event]))
         return deltas
 
 
@@ -141,57 +159,63 @@ class Shape:
 class Output:
     """The answer of one sequence. `finish_reason` is set once it ended.
 
-    `shape` None: all text is content. `single_call`: the first whole tool call ends it. `prompt_counts`: this
-    is the first choice of its prompt. `echo` is the text to begin with.
+    `index` counts the outputs of an HTTP request. `prompt_counts`: usage counts the prompt with this output.
+    `echo` is text to send before the answer. Without a `parser` all text is content.
     """
 
-    index: int
-    model: str
-    stream: Stream
-    decoder: Detokenizer
-    times: Times
-    prompt_tokens: int
+    request: Request
+    stream: TokenStream
+    detokenizer: Detokenizer
+    index: int = 0
     prompt_counts: bool = True
     echo: str = ""
-    shape: Shape | None = None
-    single_call: bool = False
+    parser: AnswerParser | None = None
     tokens: int = 0
     finish_reason: FinishReason | None = None
     began: Began | None = None
+    times: Times = field(init=False)
 
-    def take(self, events: list[TokenEvent]) -> list[Spoken]:
-        """What these events say. Raises EngineError when they say that the sequence failed, CannotBeOnTime
-        when it was refused."""
+    def __post_init__(self) -> None:
+        self.times = Times(self.request.arrival, self.request.objective)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    def push(self, events: list[TokenEvent]) -> list[OutputDelta]:
+        """The deltas of these events, each with the token event that completed it.
+
+        Raises EngineError when the sequence failed, CannotBeOnTime when the engine refused it.
+        """
         now = monotonic()
         self.times.mark(now)
         if any(event.token is not None for event in events):
             self.times.judge(now, self.tokens)
         if self.began is None and events:
             self.began = events[0].began
-        spoken: list[Spoken] = []
-        push = self.decoder.push
+        deltas: list[OutputDelta] = []
+        push, parser = self.detokenizer.push, self.parser
         for event in events:
             if event.token is not None:
                 self.tokens += 1
                 text = push(event.token)
-                if self.shape is None:
-                    spoken.append((Delta(content=text), event))
+                if parser is None:
+                    deltas.append((Delta(content=text), event))
                 else:
-                    self._shaped(text, event, spoken)
-                if self.decoder.stopped is not None:
-                    self._end("stop", spoken)
-                elif self.single_call and self.shape is not None and self.shape.calls:
-                    self._end("stop", spoken)
+                    _extend(deltas, parser.push(text), event)
+                if self.detokenizer.stopped is not None or (parser is not None and parser.complete):
+                    self._end("stop", deltas)
             if self.finish_reason is not None:
-                return spoken
+                return deltas
             if event.finish is not None:
-                self._finished(event.finish, spoken)
-        return spoken
+                self._finished(event.finish, deltas)
+        return deltas
 
     def report(self) -> AnswerReport:
+        """What the client is told about the latency of this answer."""
         times, began = self.times, self.began
         return AnswerReport(
-            rung=self.model,
+            rung=self.request.model,
             on_time=self.times.on_time,
             queue_ms=None if began is None else round(began.queue_ms, 3),
             ttft_ms=_ms(times.ttft),
@@ -199,14 +223,7 @@ class Output:
             cached_tokens=None if began is None else began.cached_tokens,
         )
 
-    def _shaped(self, text: str, event: TokenEvent, spoken: list[Spoken]) -> None:
-        assert self.shape is not None
-        deltas = self.shape.push(text)
-        spoken.extend((delta, None) for delta in deltas[:-1])
-        # A token that says nothing yet is told of all the same: clients count tokens by events.
-        spoken.append((deltas[-1] if deltas else Delta(), event))
-
-    def _finished(self, finish: Finish, spoken: list[Spoken]) -> None:
+    def _finished(self, finish: Finish, deltas: list[OutputDelta]) -> None:
         if self.began is None:
             self.began = Began(finish.queue_ms, finish.cached_tokens)
         self.times.end(monotonic(), cut=finish.reason is Reason.DEADLINE)
@@ -215,19 +232,24 @@ class Output:
         reason = FINISH.get(finish.reason)
         if reason is None:
             raise EngineError(finish.error or f"the engine ended the sequence: {finish.reason.value}")
-        self._end(reason, spoken)
+        self._end(reason, deltas)
 
-    def _end(self, reason: FinishReason, spoken: list[Spoken]) -> None:
-        rest = "" if self.decoder.stopped is not None else self.decoder.flush()
-        if self.shape is not None:
-            deltas = self.shape.push(rest) + self.shape.flush()
-            spoken.extend((delta, None) for delta in deltas)
-            if reason == "stop" and self.shape.calls:
+    def _end(self, reason: FinishReason, deltas: list[OutputDelta]) -> None:
+        rest = "" if self.detokenizer.stopped is not None else self.detokenizer.flush()
+        if self.parser is not None:
+            deltas += [(delta, None) for delta in self.parser.push(rest) + self.parser.flush()]
+            if reason == "stop" and self.parser.calls:
                 reason = "tool_calls"
         elif rest:
-            spoken.append((Delta(content=rest), None))
+            deltas.append((Delta(content=rest), None))
         self.finish_reason = reason
         self.stream.close()
+
+
+def _extend(deltas: list[OutputDelta], parsed: list[Delta], event: TokenEvent) -> None:
+    """Clients count tokens by events, so a token without a delta of its own gets an empty one."""
+    deltas += [(delta, None) for delta in parsed[:-1]]
+    deltas.append((parsed[-1] if parsed else Delta(), event))
 
 
 def _refusal(finish: Finish) -> CannotBeOnTime:

@@ -7,7 +7,7 @@ from typing import Literal
 OPEN, CLOSE = "<think>", "</think>"
 
 
-class Reasoning:
+class ReasoningParser:
     """The split of one answer. Line breaks next to the tags belong to neither side."""
 
     __slots__ = ("_held", "_state")
@@ -70,7 +70,7 @@ def _certain(text: str) -> int:
 
 def split_whole(text: str) -> tuple[str, str]:
     """(reasoning, answer) of a finished answer that a client sends back."""
-    reasoning = Reasoning(opened=CLOSE in text and not text.lstrip().startswith(OPEN))
+    reasoning = ReasoningParser(opened=CLOSE in text and not text.lstrip().startswith(OPEN))
     thought, answer = reasoning.push(text)
     more_thought, more_answer = reasoning.flush()
     return thought + more_thought, answer + more_answer

@@ -78,7 +78,7 @@ class TextModel:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def decoder(
+    def detokenizer(
         self, stop: tuple[str, ...] = (), min_tokens: int = 0, show: frozenset[str] = frozenset()
     ) -> Detokenizer:
         """For one answer. `show` are special tokens to keep in the text, those that mark tool calls."""

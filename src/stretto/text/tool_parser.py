@@ -48,15 +48,15 @@ def choose(mentions: Callable[[str], bool]) -> ToolFormat | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Abandoned:
+class AbandonedCall:
     """What was taken for call `index` is none. `raw` is all its text, `rest` what no delta has carried."""
 
     index: int
-    raw: str
-    rest: str
+    text: str
+    unsent: str
 
 
-Said = str | ToolCallDelta | Abandoned
+ToolEvent = str | ToolCallDelta | AbandonedCall
 State = Literal["text", "open", "name", "call", "close"]
 
 
@@ -76,17 +76,17 @@ class ToolParser:
         self._begun = False
         self.calls = 0
 
-    def push(self, text: str) -> list[Said]:
-        said: list[Said] = []
+    def push(self, text: str) -> list[ToolEvent]:
+        said: list[ToolEvent] = []
         while text:
             text = self._text(text, said) if self._state == "text" else self._characters(text, said)
         if self._state == "call":
             self._tell(said)
         return said
 
-    def flush(self) -> list[Said]:
+    def flush(self) -> list[ToolEvent]:
         """The rest, when the answer ended."""
-        said: list[Said] = []
+        said: list[ToolEvent] = []
         if self._state == "text":
             if self._held and not (self.calls and self._held.isspace()):
                 said.append(self._held)
@@ -96,7 +96,7 @@ class ToolParser:
             self._fail(said)
         return said
 
-    def _text(self, text: str, said: list[Said]) -> str:
+    def _text(self, text: str, said: list[ToolEvent]) -> str:
         """Content up to an opener; returns what follows it."""
         text = self._held + text
         self._held = ""
@@ -122,7 +122,7 @@ class ToolParser:
         self._open(opener)
         return text[at + len(opener) :]
 
-    def _content(self, text: str, said: list[Said]) -> None:
+    def _content(self, text: str, said: list[ToolEvent]) -> None:
         if text:
             self._begun = True
             said.append(text)
@@ -131,7 +131,7 @@ class ToolParser:
         self._state, self._raw, self._array = "open", raw, False
         self._call = _Call(self._names)
 
-    def _characters(self, text: str, said: list[Said]) -> str:
+    def _characters(self, text: str, said: list[ToolEvent]) -> str:
         """Reads on while inside calls; returns what is content again."""
         for at, character in enumerate(text):
             if self._state == "close":
@@ -191,7 +191,7 @@ class ToolParser:
             return False
         return True
 
-    def _tell(self, said: list[Said]) -> None:
+    def _tell(self, said: list[ToolEvent]) -> None:
         """The part of the current call that can be told."""
         call = self._call
         if call.name is None or not call.begun:
@@ -206,12 +206,12 @@ class ToolParser:
         elif arguments:
             said.append(ToolCallDelta(index=self._index, function=FunctionDelta(arguments=arguments)))
 
-    def _fail(self, said: list[Said]) -> None:
+    def _fail(self, said: list[ToolEvent]) -> None:
         raw, call = self._raw, self._call
         self._state, self._raw, self._begun = "text", "", True
         if call.told:
             told = call.sent
-            said.append(Abandoned(self._index, raw, raw[raw.find(told) + len(told) :] if told else raw))
+            said.append(AbandonedCall(self._index, raw, raw[raw.find(told) + len(told) :] if told else raw))
             self._index += 1
         elif raw:
             said.append(raw)
@@ -301,21 +301,21 @@ class _Call:
         self.name = name
 
 
-class NamedCall:
+class NamedCallParser:
     """The one call that `tool_choice` names: a grammar makes the whole answer its arguments."""
 
     def __init__(self, name: str) -> None:
         self._name: str | None = name
         self.calls = 0
 
-    def push(self, text: str) -> list[Said]:
+    def push(self, text: str) -> list[ToolEvent]:
         if self._name is None:
             return [ToolCallDelta(index=0, function=FunctionDelta(arguments=text))] if text else []
         function = FunctionDelta(name=self._name, arguments=text)
         self._name = None
         return [ToolCallDelta(index=0, id=token_hex(5)[:9], type="function", function=function)]
 
-    def flush(self) -> list[Said]:
+    def flush(self) -> list[ToolEvent]:
         self.calls = 1
         return self.push("") if self._name is not None else []
 

@@ -1,0 +1,70 @@
+"""Raw prompts -> token ids, and the checks that every prompt passes before it is sent to the engine.
+
+The HTTP server and the Python API share these functions, so both refuse the same input in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stretto.errors import ContextExceeded, InvalidRequest
+from stretto.text.tokenizer import TextModel
+from stretto.types import ModelInfo, Sampling
+
+RawPrompt = str | Sequence[int]
+
+
+def encode_prompts(
+    text: TextModel, prompts: Sequence[RawPrompt], info: ModelInfo, path: str
+) -> list[tuple[int, ...]]:
+    """The token ids of each prompt. `path` names the field they came in.
+
+    Raises InvalidRequest for an empty prompt or an unknown token id, ContextExceeded for a long one.
+    """
+    encoded: list[tuple[int, ...]] = []
+    for index, prompt in enumerate(prompts):
+        ids = tuple(text.encode(prompt) if isinstance(prompt, str) else prompt)
+        check_token_ids(ids, info, path)
+        check_length(len(ids), 0, info, path if len(prompts) == 1 else f"{path}[{index}]")
+        encoded.append(ids)
+    return encoded
+
+
+def check_token_ids(ids: Sequence[int], info: ModelInfo, path: str) -> None:
+    """Raises InvalidRequest unless there is at least one id and each is a token of the model."""
+    if not ids:
+        raise InvalidRequest(f"{path} is empty: there is nothing to continue", param=path)
+    if min(ids) < 0 or max(ids) >= info.vocab:
+        raise _unknown(next(id for id in ids if not 0 <= id < info.vocab), info, path)
+
+
+def check_sampling_ids(sampling: Sampling, info: ModelInfo, root: str = "$.") -> None:
+    """Raises InvalidRequest when `logit_bias` or `stop_token_ids` holds an id that is no token."""
+    for id in sampling.logit_bias:
+        if not 0 <= id < info.vocab:
+            raise _unknown(id, info, f"{root}logit_bias")
+    for index, id in enumerate(sampling.stop_token_ids):
+        if not 0 <= id < info.vocab:
+            raise _unknown(id, info, f"{root}stop_token_ids[{index}]")
+
+
+def check_length(length: int, answer: int, info: ModelInfo, path: str) -> None:
+    """Raises ContextExceeded when `length` tokens of prompt and `answer` of answer exceed the context."""
+    if length + min(answer, 1) > info.context:
+        raise ContextExceeded(
+            f"{path} has {length} tokens, but the model's context is {info.context} for prompt and answer"
+            " together, and prompts are never cut: send a shorter one",
+            param=path,
+        )
+    if length + answer > info.context:
+        raise ContextExceeded(
+            f"the prompt has {length} tokens and the answer may have {answer}, but the model's context is"
+            f" {info.context}: lower max_tokens to {info.context - length}, or send a shorter prompt",
+            param="$.max_tokens",
+        )
+
+
+def _unknown(id: int, info: ModelInfo, path: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{path}: the model has no token {id}; its ids are 0 to {info.vocab - 1}", param=path
+    )
