@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stretto.engine.core import EngineCore
+from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.cuda import CudaRunner
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits
@@ -129,7 +129,7 @@ class Driver:
         self.tokens: dict[int, list[int]] = {}
         self.runner = runner
         self.engine = EngineCore(
-            [runner],
+            [LoadedModel(runner)],
             limits=Limits(RUNNING, STEP_TOKENS),
             schedule=fcfs,
             clock=time.monotonic,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from random import Random
 from statistics import median, quantiles
 
-from stretto.engine.core import EngineCore
+from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler.admission import Outlook, snapshot
 from stretto.engine.scheduler.deadline import SCHEDULES
@@ -92,10 +92,13 @@ def _engine(schedule: Callable[..., Plan], cost: StepCost) -> EngineCore:
     """An engine with its places taken and a long queue, in which the waiting ones are placed."""
     runner = NullRunner(null_info(context=16384, blocks=65536), cost=cost, sleep=CLOCK.sleep)
     engine = EngineCore(
-        [runner], limits=LIMITS, schedule=schedule, clock=CLOCK, emit=lambda events, stats: None
+        [LoadedModel(runner, StepTime(cost, [0.02] * 16))],
+        limits=LIMITS,
+        schedule=schedule,
+        clock=CLOCK,
+        emit=lambda events, stats: None,
     )
     (lane,) = engine.lanes.values()
-    lane.times = StepTime(cost, [0.02] * 16)
     for ident in range(1, RUNNING + 1):
         engine.submit(_sequence(ident, engine, prompt=16))
     while lane.queues.waiting:

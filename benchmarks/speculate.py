@@ -30,10 +30,9 @@ import stretto
 from recipes.desk.tasks import TASKS, held_out
 from stretto import terminal
 from stretto.config import EngineConfig, ModelConfig, Quantise
-from stretto.engine.core import EngineCore
-from stretto.engine.runners.calibrate import known_times
-from stretto.engine.runners.draft_model import Draft
-from stretto.engine.runners.factory import Runners
+from stretto.engine.core import EngineCore, LoadedModel
+from stretto.engine.runners.draft_model import DraftModel
+from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.runners.torch import TorchRunner
 from stretto.engine.scheduler.deadline import SCHEDULES
@@ -41,7 +40,6 @@ from stretto.engine.scheduler.types import Limits, Plan, Row
 from stretto.engine.sequence import Drawn, Sequence
 from stretto.engine.speculative.policy import Speculation
 from stretto.engine.step_time import StepCost, StepTime
-from stretto.hardware import cache_folder
 from stretto.text.tokenizer import TextModel
 from stretto.types import Request, Sampling, StepStats, TokenEvent
 
@@ -102,7 +100,7 @@ class Reciter(NullRunner):
         super().__init__(null_info(context=65536, vocab=1 << 20), cost=cost, sleep=clock.sleep)
         self.answers = answers
 
-    def _draw(self, seq: Sequence, ahead: int) -> Drawn:
+    def draw(self, seq: Sequence, ahead: int) -> Drawn:
         answer, place = self.answers[seq.request.id], seq.output_len + ahead
         return Drawn(answer[place] if place < len(answer) else 0)
 
@@ -137,11 +135,10 @@ def recite(asked: list[tuple[list[int], list[int]]], cost: StepCost, guess: bool
     """Each prompt and answer by itself, in order; what was said and the seconds it took."""
     clock, heard = VirtualClock(), Heard()
     runner = Reciter({ident: answer for ident, (_, answer) in enumerate(asked)}, cost, clock)
-    runner.speculation = Speculation() if guess else None
+    model = LoadedModel(runner, StepTime(cost), Speculation() if guess else None)
     engine = EngineCore(
-        [runner], limits=LIMITS, schedule=SCHEDULES["fcfs"], clock=clock, emit=heard, share=False
+        [model], limits=LIMITS, schedule=SCHEDULES["fcfs"], clock=clock, emit=heard, share=False
     )
-    engine.lanes["null"].times = StepTime(cost)
     seconds = 0.0
     for ident, (prompt, answer) in enumerate(asked):
         sampling = Sampling(temperature=0.0, max_tokens=len(answer), ignore_eos=True)
@@ -191,19 +188,19 @@ def answer(
     each answer's shortest time of `rounds`."""
     model = ModelConfig(name="m", path=str(path), quantise=quantise)
     config = EngineConfig(models=(model,), kv_bytes=2**28, context=CONTEXT, speculate="off")
-    runners, text = Runners(config, lambda *_: None), TextModel(path)
-    (runner,) = runners.all
-    heard = Heard()
-    engine = EngineCore(
-        [runner],
-        limits=LIMITS,
-        schedule=SCHEDULES["fcfs"],
-        clock=time.monotonic,
-        emit=lambda events, stats: heard(events, stats),
-    )
-    folder = cache_folder() / "step-times"
-    times = known_times(runner, LIMITS, machine=runners.machine, folder=folder)
-    engine.lanes["m"].times = times
+    text, heard = TextModel(path), Heard()
+    (model,) = ModelLoader(config).models(LIMITS)
+    engines = {
+        guess: EngineCore(
+            [LoadedModel(model.runner, model.times, Speculation() if guess else None)],
+            limits=LIMITS,
+            schedule=SCHEDULES["fcfs"],
+            clock=time.monotonic,
+            emit=lambda events, stats: heard(events, stats),
+            share=False,
+        )
+        for guess in (False, True)
+    }
     by_category: dict[str, list[list[int]]] = {}
     for category, question, _ in questions(prompts):
         encoded = text.encode_chat([{"role": "user", "content": question}])
@@ -215,7 +212,6 @@ def answer(
         guessed = Heard()
         for number, prompt in list(enumerate(asked[:count])) * rounds:
             for guess in (False, True):
-                runner.speculation = Speculation() if guess else None
                 heard, ident = guessed if guess else Heard(), ident + 1
                 request = Request(
                     id=ident,
@@ -224,7 +220,7 @@ def answer(
                     arrival=time.monotonic(),
                     sampling=Sampling(temperature=0.0, max_tokens=SPOKEN),
                 )
-                seconds = decode(engine, request, heard, time.monotonic)
+                seconds = decode(engines[guess], request, heard, time.monotonic)
                 took[guess][number] = min(seconds, took[guess].get(number, seconds))
         gain = sum(took[False].values()) / sum(took[True].values())
         result.append(guessed.gain(category, len(took[True]), gain))
@@ -233,39 +229,38 @@ def answer(
 
 
 class Desk:
-    """The bundled model and perhaps a smaller one, in one engine."""
+    """The bundled model with each way of speculative decoding, each in an engine of its own."""
 
     def __init__(self, small: Path | None) -> None:
         models = [ModelConfig(name="desk", path=str(DESK))]
         if small is not None:
             models.append(ModelConfig(name="small", path=str(small)))
         config = EngineConfig(models=tuple(models), kv_bytes=2**28, context=2048, speculate="off")
-        self.runners = Runners(config, lambda *_: None)
-        self.engine = EngineCore(
-            self.runners.all,
+        self.desk, *self._small = ModelLoader(config).models(LIMITS)
+        self.heard, self.next = Heard(), 0
+        self.engine = self.engine_with(None)
+
+    def engine_with(self, speculation: Speculation | None) -> EngineCore:
+        return EngineCore(
+            [LoadedModel(self.desk.runner, self.desk.times, speculation)],
             limits=LIMITS,
             schedule=SCHEDULES["fcfs"],
             clock=time.monotonic,
             emit=self._emit,
             share=False,
         )
-        folder = cache_folder() / "step-times"
-        for lane in self.engine.lanes.values():
-            lane.times = known_times(lane.runner, LIMITS, machine=self.runners.machine, folder=folder)
-        self.heard, self.next = Heard(), 0
 
     def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         self.heard(events, stats)
 
-    def ways(self) -> dict[str, Speculation | None]:
-        """How it may guess."""
+    def ways(self) -> dict[str, EngineCore]:
+        """An engine for each way of speculative decoding."""
         ways: dict[str, Speculation | None] = {"without": None, "own text": Speculation()}
-        runner, *small = self.runners.all
-        if small and isinstance(runner, TorchRunner) and isinstance(small[0], TorchRunner):
-            drafter = Draft(small[0], runner)
-            drafter.times = self.engine.lanes["small"].times
-            ways["smaller model"] = Speculation(drafter)
-        return ways
+        runner = self.desk.runner
+        for small in self._small:
+            if isinstance(runner, TorchRunner) and isinstance(small.runner, TorchRunner):
+                ways["smaller model"] = Speculation(DraftModel(small.runner, runner, small.times))
+        return {way: self.engine_with(speculation) for way, speculation in ways.items()}
 
     def run(self, prompts: list[list[int]], sampling: Sampling, batch: int) -> float:
         """Answer all, `batch` at a time; the seconds it took."""
@@ -300,8 +295,8 @@ def desk(small: Path | None, rounds: int, count: int) -> dict[str, list[Gain]]:
         rates: dict[str, list[float]] = {way: [] for way in ways}
         heard: dict[str, Heard] = {}
         for _ in range(rounds + 1):
-            for way, speculation in ways.items():
-                model.runners.all[0].speculation = speculation
+            for way, engine in ways.items():
+                model.engine = engine
                 model.heard = heard[way] = Heard()
                 seconds = model.run(prompts, sampling, batch)
                 rates[way].append(model.heard.tokens / seconds)
@@ -317,7 +312,7 @@ def verify(path: Path, quantise: Quantise | None, rounds: int) -> list[Verified]
     """Steps of one sequence with 1 to 8 rows, in turns."""
     model = ModelConfig(name="m", path=str(path), quantise=quantise)
     config = EngineConfig(models=(model,), kv_bytes=2**29, context=2048, speculate="off")
-    (runner,) = Runners(config, lambda *_: None).all
+    (runner,) = ModelLoader(config).runners
     found: list[Verified] = []
     for context in (64, 1024):
         sampling = Sampling(temperature=0.0, max_tokens=64)

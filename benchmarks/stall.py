@@ -16,9 +16,9 @@ from statistics import quantiles
 import msgspec
 
 from stretto.config import EngineConfig, ModelConfig
-from stretto.engine.core import EngineCore, Runner
+from stretto.engine.core import EngineCore, LoadedModel, Runner
 from stretto.engine.runners.calibrate import known_times
-from stretto.engine.runners.factory import Runners
+from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.scheduler.deadline import SCHEDULES
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
@@ -37,14 +37,16 @@ def main() -> None:
         context=4096,
         kv_bytes=2**30,
     )
-    runners = Runners(config, progress=lambda *_: None)
+    loader = ModelLoader(config)
     folder = cache_folder() / "step-times"
-    times = known_times(runners.all[0], LIMITS, machine=runners.machine, folder=folder)
-    print(json.dumps({"machine": runners.machine, "cost": msgspec.to_builtins(times.cost)}))
+    times = known_times(loader.runners[0], LIMITS, machine=loader.machine, folder=folder)
+    print(json.dumps({"machine": loader.machine, "cost": msgspec.to_builtins(times.cost)}))
     for _ in range(asked.rounds):
         for schedule in ("fcfs", "deadline"):
             fresh = StepTime(times.cost, list(times.errors))
-            print(json.dumps({"schedule": schedule} | _round(runners.all[0], schedule, fresh, asked.itl_ms)))
+            print(
+                json.dumps({"schedule": schedule} | _round(loader.runners[0], schedule, fresh, asked.itl_ms))
+            )
 
 
 def _round(runner: Runner, schedule: str, times: StepTime, itl_ms: float) -> dict[str, object]:
@@ -58,10 +60,12 @@ def _round(runner: Runner, schedule: str, times: StepTime, itl_ms: float) -> dic
                 heard.setdefault(event.id, []).append(now)
 
     engine = EngineCore(
-        [runner], limits=LIMITS, schedule=SCHEDULES[schedule], clock=time.monotonic, emit=emit
+        [LoadedModel(runner, times)],
+        limits=LIMITS,
+        schedule=SCHEDULES[schedule],
+        clock=time.monotonic,
+        emit=emit,
     )
-    (lane,) = engine.lanes.values()
-    lane.times = times
     for ident in range(1, STREAMS + 1):
         engine.submit(_sequence(ident, 60, 400, Objective(ttft_ms=10_000, itl_ms=itl_ms)))
     sent = 0.0

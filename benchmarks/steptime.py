@@ -18,9 +18,9 @@ from typing import NamedTuple
 import msgspec
 
 from stretto.config import EngineConfig, ModelConfig
-from stretto.engine.core import EngineCore
+from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.calibrate import PROBES, Bench, calibrate, fits
-from stretto.engine.runners.factory import Runners
+from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.scheduler.deadline import SCHEDULES
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
@@ -46,8 +46,8 @@ def main() -> None:
         context=4096,
         kv_bytes=2**30,
     )
-    runners = Runners(config, progress=lambda *_: None)
-    runner, limits = runners.all[0], Limits(64, 512)
+    loader = ModelLoader(config)
+    runner, limits = loader.runners[0], Limits(64, 512)
     started = time.perf_counter()
     probes = [probe for probe in PROBES if fits(probe, runner, limits)]
     model = calibrate(Bench(runner, limits).run, probes)
@@ -58,10 +58,14 @@ def main() -> None:
         pass
 
     engine = EngineCore(
-        [runner], limits=limits, schedule=SCHEDULES["deadline"], clock=time.monotonic, emit=emit
+        [LoadedModel(runner, model)],
+        limits=limits,
+        schedule=SCHEDULES["deadline"],
+        clock=time.monotonic,
+        emit=emit,
     )
     (lane,) = engine.lanes.values()
-    lane.times, observe = model, model.observe
+    observe = model.observe
 
     def watch(load: StepLoad, ms: float) -> None:
         steps.append(Seen(load, ms, lane.times.cost(load)))
@@ -71,7 +75,7 @@ def main() -> None:
     _serve(engine, runner.info.vocab, asked.seconds)
     whole = fit([(one.load, one.ms) for one in steps])
     report = {
-        "machine": runners.machine,
+        "machine": loader.machine,
         "kernels": runner.info.kernels,
         "calibration_s": round(took, 2),
         "calibrated": msgspec.to_builtins(calibrated),

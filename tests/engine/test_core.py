@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stretto.engine.core import EngineCore
-from stretto.engine.runners.null import NullPending, NullRunner, VirtualClock, null_info
+from stretto.engine.core import EngineCore, LoadedModel
+from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import Drawn, Sequence
@@ -25,9 +25,8 @@ class World:
         self.events: list[TokenEvent] = []
         self.steps: list[StepStats] = []
         self.plans: list[Plan] = []
-        runners = [self._runner(name, blocks, depth) for name in ("a", "b")]
         self.engine = EngineCore(
-            runners,
+            [LoadedModel(self._runner(name, blocks, depth)) for name in ("a", "b")],
             limits=Limits(running, step_tokens),
             schedule=self._schedule,
             clock=self.clock,
@@ -36,9 +35,7 @@ class World:
 
     def _runner(self, name: str, blocks: int, depth: int) -> NullRunner:
         info = null_info(name=name, context=blocks * 16, blocks=blocks)
-        runner = NullRunner(info, cost=COST, sleep=self.clock.sleep)
-        runner.depth = depth
-        return runner
+        return NullRunner(info, cost=COST, sleep=self.clock.sleep, depth=depth)
 
     def _schedule(self, *args: object) -> Plan:
         plan = fcfs(*args)  # type: ignore[arg-type]
@@ -163,13 +160,13 @@ def test_a_cancel_ends_a_request_within_a_step_and_frees_its_blocks():
 class BrokenRunner(NullRunner):
     """Fails every step that holds request 13; answers NaN for request 14; ends request 15 with its EOS."""
 
-    def launch(self, plan: Plan) -> NullPending:
+    def launch(self, plan: Plan) -> Finished:
         idents = [row.seq.request.id for row in plan.rows if row.draw]
         if 13 in idents:
             raise RuntimeError("no more memory")
         drawn = super().launch(plan).drawn
         special = {14: Drawn(-1), 15: Drawn(3)}
-        return NullPending([special.get(ident, result) for ident, result in zip(idents, drawn, strict=True)])
+        return Finished([special.get(ident, result) for ident, result in zip(idents, drawn, strict=True)])
 
 
 def test_a_failing_step_ends_only_its_requests(caplog: pytest.LogCaptureFixture):

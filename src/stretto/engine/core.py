@@ -15,6 +15,8 @@ from heapq import heappop, heappush
 from math import inf
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.deadline import latest_start
 from stretto.engine.scheduler.fairness import Ledger
@@ -35,19 +37,35 @@ class Pending(Protocol):
 
 
 class Runner(Protocol):
-    """Runs plans for one model. `depth` launched steps may be unfinished when the next is launched.
-    `speculation` guesses at what sequences say next; None: no row of a plan may have a draft."""
+    """Runs plans for one model. `depth` launched steps may be unfinished when the next is launched."""
 
     info: ModelInfo
     eos: frozenset[int]
     depth: int
-    speculation: Speculation | None
 
     def launch(self, plan: Plan) -> Pending: ...
 
     def erase(self, blocks: list[int]) -> None:
         """Zero the KV memory of these blocks."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to serve: its runner and its step-time model.
+
+    `speculation` proposes draft tokens for its sequences; None: its steps verify none.
+    """
+
+    runner: Runner
+    times: StepTime = field(default_factory=StepTime)
+    speculation: Speculation | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        """The description of the model. Its KV memory includes that of its draft model."""
+        info, extra = self.runner.info, 0 if self.speculation is None else self.speculation.kv_bytes
+        return replace(info, kv_bytes=info.kv_bytes + extra) if extra else info
 
 
 @dataclass(slots=True)
@@ -58,8 +76,9 @@ class ModelState:
     runner: Runner
     pool: BlockPool
     slots: list[int]
+    times: StepTime
+    speculation: Speculation | None = None
     queues: Queues = field(default_factory=Queues)
-    times: StepTime = field(default_factory=StepTime)
     ledger: Ledger = field(default_factory=Ledger)
     freed: float = -inf
     flight: deque[InFlightStep] = field(default_factory=lambda: deque[InFlightStep]())
@@ -88,7 +107,7 @@ class EngineCore:
 
     def __init__(
         self,
-        runners: list[Runner],
+        models: list[LoadedModel],
         *,
         limits: Limits,
         schedule: SchedulePolicy,
@@ -103,12 +122,14 @@ class EngineCore:
         self._sequences: dict[int, Sequence] = {}
         self._events: list[TokenEvent] = []
         self.lanes = {
-            runner.info.name: ModelState(
-                runner=runner,
-                pool=BlockPool(runner.info.blocks, runner.info.block_size, share=share),
+            model.runner.info.name: ModelState(
+                runner=model.runner,
+                pool=BlockPool(model.runner.info.blocks, model.runner.info.block_size, share=share),
                 slots=list(range(limits.max_running - 1, -1, -1)),
+                times=model.times,
+                speculation=model.speculation,
             )
-            for runner in runners
+            for model in models
         }
         self._turns = deque(self.lanes)
 
@@ -176,7 +197,7 @@ class EngineCore:
         plan = self._schedule(lane.runner.info.name, lane.queues, lane.pool, self._limits, moment)
         self._apply(lane, plan)
         if plan.rows:
-            self._guess(lane, plan, moment)
+            self._add_drafts(lane, plan, moment)
             self._launch(lane, plan)
         stats = None
         while len(lane.flight) > (lane.runner.depth if plan.rows else 0):
@@ -220,17 +241,18 @@ class EngineCore:
         for row in plan.rows:
             lane.pool.extend(row.seq, row.start + row.count)
 
-    def _guess(self, lane: ModelState, plan: Plan, moment: SchedulingContext) -> None:
-        """Let the plan's decodes check guesses, where that is worth it and there is room."""
-        speculation = lane.runner.speculation
+    def _add_drafts(self, lane: ModelState, plan: Plan, moment: SchedulingContext) -> None:
+        """Let the plan's decodes verify draft tokens where that is predicted to pay off."""
+        speculation = lane.speculation
         if speculation is None:
             return
         chosen = speculation.choose(plan, lane.queues, lane.pool, self._limits, moment)
-        if not chosen:
+        counts = chosen.by_sequence
+        if not counts:
             return
         for row in plan.rows:
-            lane.pool.extend(row.seq, row.start + row.count + chosen.get(row.seq, 0))
-        drafts = speculation.guess(chosen)
+            lane.pool.extend(row.seq, row.start + row.count + counts.get(row.seq, 0))
+        drafts = speculation.propose(chosen)
         plan.rows = [_with(row, drafts.get(row.seq, ())) for row in plan.rows]
         if plan.predicted is not None:
             plan.predicted = lane.times.cost(plan.load)
@@ -290,8 +312,8 @@ class EngineCore:
             if not seq.ended:
                 self._take(lane, row, each)
         accepted = seq.output_len - before
-        if row.draft and lane.runner.speculation is not None:
-            lane.runner.speculation.learn(seq, len(row.draft), len(drawn))
+        if row.draft and lane.speculation is not None:
+            lane.speculation.observe(seq, len(row.draft), len(drawn))
         if row.draft and not seq.ended:
             seq.computed = len(seq.tokens) - 1
             seq.drafted = min(seq.drafted, seq.computed)
@@ -351,7 +373,7 @@ class EngineCore:
         seq.ended = True
         if seq.slot >= 0:
             if reason is Reason.ERROR:
-                lane.runner.erase(lane.pool.forget(seq))
+                self._erase(lane, lane.pool.forget(seq))
             lane.queues.running.remove(seq)
             self._release(lane, seq)
         else:
@@ -370,6 +392,12 @@ class EngineCore:
             retry_after=retry_after,
         )
         self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=embedding))
+
+    def _erase(self, lane: ModelState, blocks: list[int]) -> None:
+        """Zero blocks that may hold NaN, which would spread to their next owner."""
+        lane.runner.erase(blocks)
+        if lane.speculation is not None:
+            lane.speculation.erase(blocks)
 
     def _release(self, lane: ModelState, seq: Sequence) -> None:
         lane.pool.release(seq)

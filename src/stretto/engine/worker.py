@@ -21,15 +21,13 @@ import zmq
 from stretto.config import EngineConfig, tiers_of
 from stretto.engine import ipc
 from stretto.engine.core import EngineCore
-from stretto.engine.runners.calibrate import known_times
-from stretto.engine.runners.factory import Runners
+from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.scheduler.admission import Snapshot, snapshot
 from stretto.engine.scheduler.deadline import SCHEDULES
 from stretto.engine.scheduler.types import Limits, SchedulingContext
 from stretto.engine.sequence import Sequence
 from stretto.engine.structured.grammar import Matcher
 from stretto.errors import StrettoError
-from stretto.hardware import cache_folder
 from stretto.types import Finish, Reason, Request, StepStats, TokenEvent
 
 IDLE_MS = 1000  # the longest wait for a message
@@ -46,27 +44,18 @@ class EngineWorker:
 
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
-        self._runners = Runners(config, progress=lambda *done: self._send(ipc.LoadProgress(*done)))
+        self._loader = ModelLoader(config, lambda *done: self._send(ipc.LoadProgress(*done)))
         self._limits = Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers))
+        models = self._loader.models(self._limits)
+        self._infos = [model.info for model in models]
         self._engine = EngineCore(
-            self._runners.all,
+            models,
             limits=self._limits,
             schedule=SCHEDULES[config.schedule],
             clock=time.monotonic,
             emit=self._emit,
             share=config.prefix_cache,
         )
-        for lane in self._engine.lanes.values():
-            lane.times = known_times(
-                lane.runner,
-                self._limits,
-                machine=self._runners.machine,
-                folder=cache_folder(config.cache_dir) / "step-times",
-            )
-        for lane in self._engine.lanes.values():
-            speculation = lane.runner.speculation
-            if speculation is not None and (drafter := speculation.drafter) is not None:
-                drafter.times = self._engine.lanes[drafter.model].times
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}
         self._admits = config.schedule == "deadline"
@@ -78,7 +67,7 @@ class EngineWorker:
     def run(self) -> None:
         """Serve until a `Stop` message arrives."""
         self._emit([], None)
-        self._send(ipc.Ready([runner.info for runner in self._runners.all]))
+        self._send(ipc.Ready(self._infos))
         while not self._stopped:
             for message in self._inbox():
                 self._handle(message)
@@ -104,7 +93,7 @@ class EngineWorker:
                 if grammar is None:
                     self._engine.submit(self._sequence(request))
                 else:
-                    future = self._compilers.submit(self._runners.grammars(request.model).compile, grammar)
+                    future = self._compilers.submit(self._loader.grammars(request.model).compile, grammar)
                     self._compiling[request.id] = request, future
             case ipc.Cancel(ids):
                 for ident in ids:

@@ -17,8 +17,8 @@ from random import Random
 import msgspec
 
 from stretto.config import EngineConfig, tiers_of
-from stretto.engine.core import EngineCore, Runner
-from stretto.engine.runners.factory import Runners
+from stretto.engine.core import EngineCore, LoadedModel, Runner
+from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.runners.torch import TorchRunner
 from stretto.engine.scheduler.deadline import SCHEDULES
 from stretto.engine.scheduler.types import Limits
@@ -48,9 +48,8 @@ class EngineBench:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.runner.speculation = None  # a decode is a token a step: random weights repeat themselves
         self.engine = EngineCore(
-            [self.runner],
+            [LoadedModel(self.runner)],
             limits=Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers)),
             schedule=SCHEDULES[config.schedule],
             clock=time.monotonic,
@@ -154,10 +153,6 @@ def say(value: msgspec.Struct) -> None:
     sys.stdout.buffer.flush()
 
 
-def _ignore(stage: str, done: int, total: int) -> None:
-    """Whoever measures waits for the line that says ready."""
-
-
 def main() -> None:
     """Serve tasks until the input ends. Exit code 1: it could not, and said why on standard error."""
     end_with_parent()
@@ -166,8 +161,7 @@ def main() -> None:
     # Nothing here has a due, and guesses at random text would measure how a random model repeats itself.
     config = msgspec.structs.replace(asked, schedule="fcfs", speculate="off")
     try:
-        runners = Runners(config, _ignore)
-        (runner,) = runners.all
+        (runner,) = ModelLoader(config).runners
         kernels = runner.decoder.kernels.name if isinstance(runner, TorchRunner) else runner.info.device
         threads = choose_threads(snapshot(), config.threads).value
         say(Ready(model=runner.info, kernels=kernels, threads=threads))

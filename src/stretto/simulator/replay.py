@@ -17,8 +17,8 @@ import msgspec
 from msgspec import Struct
 
 from stretto.config import Tier
-from stretto.engine.core import EngineCore
-from stretto.engine.runners.null import NullPending, NullRunner, VirtualClock, null_info
+from stretto.engine.core import EngineCore, LoadedModel
+from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler.deadline import SCHEDULES
 from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import Sequence as Running
@@ -165,11 +165,11 @@ class TraceRunner(NullRunner):
         self._told = told
         self._rng = Random(f"noise {setting.seed}")
 
-    def _takes(self, load: StepLoad) -> float:
+    def step_ms(self, load: StepLoad) -> float:
         noise = self._setting.noise
         return self.cost(load) * (self._rng.lognormvariate(0.0, noise) if noise else 1.0)
 
-    def launch(self, plan: Plan) -> NullPending:
+    def launch(self, plan: Plan) -> Finished:
         for row in plan.rows:
             self._told[row.seq.request.id].computed += row.count
         return super().launch(plan)
@@ -247,7 +247,7 @@ class World:
         self._steps = self._tokens = self._preemptions = 0
         self._runner = TraceRunner(setting, self._clock, self.told)
         self.engine = EngineCore(
-            [self._runner],
+            [LoadedModel(self._runner, StepTime(setting.known or setting.cost, [setting.noise] * 16))],
             limits=Limits(setting.max_running, setting.max_step_tokens, setting.tiers),
             schedule=SCHEDULES[setting.schedule],
             clock=self._clock,
@@ -256,7 +256,6 @@ class World:
         )
         (lane,) = self.engine.lanes.values()
         self._lane = lane
-        lane.times = StepTime(setting.known or setting.cost, [setting.noise] * 16)
 
     def run(self, requests: Sequence[Request], outputs: Sequence[int], full: float) -> ReplayReport:
         """Send each request when it arrives, and jump over the time when there is nothing to do."""

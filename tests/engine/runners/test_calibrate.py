@@ -21,7 +21,7 @@ from stretto.engine.runners.calibrate import (
     load,
     save,
 )
-from stretto.engine.runners.null import NullPending, NullRunner, VirtualClock, null_info
+from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import Drawn
 from stretto.engine.step_time import UNKNOWN, StepCost, StepLoad, StepTime
@@ -43,11 +43,11 @@ class Metered:
         self.erased: list[int] = []
         self._failing = failing
 
-    def launch(self, plan: Plan) -> NullPending:
+    def launch(self, plan: Plan) -> Finished:
         if self._failing:
             raise RuntimeError("no memory")
         self.plans.append(plan)
-        return NullPending([Drawn(1)] * len(plan.rows))
+        return Finished([Drawn(1)] * len(plan.rows))
 
     def erase(self, blocks: list[int]) -> None:
         self.erased += blocks

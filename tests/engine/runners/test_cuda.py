@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stretto.config import EngineConfig, ModelConfig
-from stretto.engine.core import EngineCore
-from stretto.engine.runners.factory import Runners
+from stretto.engine.core import EngineCore, LoadedModel
+from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
@@ -81,7 +81,11 @@ class Bench:
         runner = kind(self.decoder, info, eos=frozenset({eos}), max_running=6)
         self.events, self.steps = [], []
         return EngineCore(
-            [runner], limits=Limits(6, step_tokens), schedule=fcfs, clock=time.monotonic, emit=self._heard
+            [LoadedModel(runner)],
+            limits=Limits(6, step_tokens),
+            schedule=fcfs,
+            clock=time.monotonic,
+            emit=self._heard,
         )
 
     def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
@@ -241,13 +245,15 @@ def test_vectors_and_wrong_numbers(tmp_path: Path) -> None:
 def test_an_engine_on_a_device_is_built_of_all_this(tmp_path: Path) -> None:
     model = make("llama-3", tmp_path)
     config = EngineConfig(models=(ModelConfig(name="m", path=str(tmp_path)),), device="cuda", kv_bytes=2**24)
-    (runner,) = Runners(config, lambda *done: None).all
+    (runner,) = ModelLoader(config).runners
     assert isinstance(runner, cuda.CudaRunner) and runner.info.device == "cuda"
     assert runner.info.kv_bytes <= 2**24
     made = Bench.__new__(Bench)
     made.events, made.steps = [], []
     limits = Limits(config.max_running, config.max_step_tokens)
-    engine = EngineCore([runner], limits=limits, schedule=fcfs, clock=time.monotonic, emit=made._heard)
+    engine = EngineCore(
+        [LoadedModel(runner)], limits=limits, schedule=fcfs, clock=time.monotonic, emit=made._heard
+    )
     for prompt, answer in zip(PROMPTS, made.run(engine, PROMPTS, {"ignore_eos": True}), strict=True):
         logits = expected(model, prompt + answer)
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer

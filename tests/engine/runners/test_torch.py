@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stretto.engine.core import EngineCore
+from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.torch import TorchRunner
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits, Plan
@@ -62,7 +62,7 @@ class Bench:
         self.events: list[TokenEvent] = []
         self.steps = []
         return EngineCore(
-            [TorchRunner(self.decoder, info, eos=frozenset(), max_running=8)],
+            [LoadedModel(TorchRunner(self.decoder, info, eos=frozenset(), max_running=8))],
             limits=Limits(8, step_tokens),
             schedule=fcfs,
             clock=time.monotonic,

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stretto.config import Tier
-from stretto.engine.core import EngineCore
-from stretto.engine.runners.null import NullPending, NullRunner, VirtualClock, null_info
+from stretto.engine.core import EngineCore, LoadedModel
+from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import deadline as schedule
 from stretto.engine.scheduler.admission import Forecast, predict, snapshot
 from stretto.engine.scheduler.deadline import SCHEDULES, reach
@@ -50,22 +50,18 @@ class World:
         self.plans: list[Plan] = []
         self.requests: dict[int, Request] = {}
         self._plan = SCHEDULES[name]
-        runners = [self._runner(model, blocks, cost) for model in ("a", "b")]
-        for runner in runners:
-            runner.depth = depth
+        runners = [self._runner(model, blocks, cost, depth) for model in ("a", "b")]
         self.engine = EngineCore(
-            runners,
+            [LoadedModel(runner, StepTime(cost, [0.0] * 16)) for runner in runners],
             limits=Limits(running, 512, TIERS),
             schedule=self._schedule,
             clock=self.clock,
             emit=self._heard,
         )
-        for lane in self.engine.lanes.values():
-            lane.times = StepTime(cost, [0.0] * 16)
 
-    def _runner(self, name: str, blocks: int, cost: StepCost) -> NullRunner:
+    def _runner(self, name: str, blocks: int, cost: StepCost, depth: int) -> NullRunner:
         info = null_info(name=name, context=blocks * 16, blocks=blocks)
-        return NullRunner(info, cost=cost, sleep=self.clock.sleep)
+        return NullRunner(info, cost=cost, sleep=self.clock.sleep, depth=depth)
 
     def _schedule(self, *args: object) -> Plan:
         plan = self._plan(*args)  # type: ignore[arg-type]
@@ -474,7 +470,7 @@ class Crashing(NullRunner):
     failing: frozenset[int] = frozenset()
     launched = 0
 
-    def launch(self, plan: Plan) -> NullPending:
+    def launch(self, plan: Plan) -> Finished:
         self.launched += 1
         if self.launched in self.failing:
             raise RuntimeError("the device is gone")

@@ -1,4 +1,4 @@
-"""Guesses change how fast an answer comes and nothing else: not a token, not a probability, not an end."""
+"""Speculative decoding changes the speed of an answer and nothing else: no token, probability or end."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import stretto
-from stretto.engine.core import EngineCore
+from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.kv_cache import BlockPool
-from stretto.engine.runners.draft_model import Draft
+from stretto.engine.runners.draft_model import DraftModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.runners.torch import TorchRunner
 from stretto.engine.scheduler.deadline import SCHEDULES
 from stretto.engine.scheduler.types import Limits, Plan, Queues, SchedulingContext
 from stretto.engine.sequence import Sequence
-from stretto.engine.speculative.ngram import HORIZON, NgramIndex, Odds
-from stretto.engine.speculative.policy import Speculation
+from stretto.engine.speculative.ngram import INDEXED_TOKENS, AcceptanceRate, NgramIndex
+from stretto.engine.speculative.policy import DraftCounts, Speculation
 from stretto.engine.step_time import StepCost, StepTime
 from stretto.engine.structured.grammar import Grammars
 from stretto.kernels.choice import choose_kernels
@@ -50,32 +51,29 @@ COST = StepCost(base=10.0, per_decode=0.1, per_prefill=0.1)
 def as_many_as_fit(
     plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, most: int
 ) -> dict[Sequence, int]:
-    """Up to `most` guesses for every decode, whatever they are worth."""
-    room = limits.max_step_tokens - sum(row.count for row in plan.rows)
+    """Up to `most` draft tokens for every decode, whatever they are worth."""
+    rows = limits.max_step_tokens - sum(row.count for row in plan.rows)
     blocks = pool.available - len(queues.running)
     chosen: dict[Sequence, int] = {}
     for row in plan.rows:
-        count = min(most, room, blocks * BLOCK, row.seq.limit - len(row.seq.tokens) - 1)
+        count = min(most, rows, blocks * BLOCK, row.seq.limit - len(row.seq.tokens) - 1)
         if row.decodes and row.seq.request.task == "generate" and count > 0:
             chosen[row.seq] = count
-            room, blocks = room - count, blocks - pool.blocks_for(count)
+            rows, blocks = rows - count, blocks - pool.blocks_for(count)
     return chosen
 
 
-class Asking(Speculation):
-    """Has a smaller model guess three tokens in every step, whatever they are worth."""
+class AlwaysDrafting(Speculation):
+    """Has a draft model propose three tokens in every step, whatever they are worth."""
 
     def choose(
-        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, moment: SchedulingContext
-    ) -> dict[Sequence, int]:
-        self._asked = as_many_as_fit(plan, queues, pool, limits, 3)
-        for seq in self._asked:
-            self._trail(seq)
-        return self._asked
+        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, context: SchedulingContext
+    ) -> DraftCounts:
+        return DraftCounts(model=as_many_as_fit(plan, queues, pool, limits, 3))
 
 
-class Told(Speculation):
-    """Guesses what the answers are known to be, and now and then something else; always as many as it may."""
+class KnownAnswers(Speculation):
+    """Proposes the known answers with a wrong token now and then; always as many tokens as fit."""
 
     def __init__(self, answers: dict[int, list[int]]) -> None:
         super().__init__()
@@ -83,12 +81,12 @@ class Told(Speculation):
         self.wrong = cycle((9, 2, 9, 0, 1, 9))
 
     def choose(
-        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, moment: SchedulingContext
-    ) -> dict[Sequence, int]:
-        return as_many_as_fit(plan, queues, pool, limits, 5)
+        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, context: SchedulingContext
+    ) -> DraftCounts:
+        return DraftCounts(ngram=as_many_as_fit(plan, queues, pool, limits, 5))
 
-    def guess(self, chosen: dict[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
-        return {seq: self._one(seq, count) for seq, count in chosen.items()}
+    def propose(self, counts: DraftCounts) -> dict[Sequence, tuple[int, ...]]:
+        return {seq: self._one(seq, count) for seq, count in counts.ngram.items()}
 
     def _one(self, seq: Sequence, count: int) -> tuple[int, ...]:
         known = self.answers[seq.request.id][seq.output_len :][:count]
@@ -108,9 +106,12 @@ class Desk:
         self.decoder = load(DESK, dtype=torch.float32, device=device, kernels=kernels)
         self.eos = frozenset(self.decoder.spec.eos)
         self.grammars = Grammars(DESK, self.eos, self.decoder.spec.vocab)
-        self.text = self.grammars._tokenizer
+        self.tokenizer = Tokenizer.from_file(str(DESK / "tokenizer.json"))
         self.steps: list[StepStats] = []
         self.events: list[TokenEvent] = []
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def runner(self, decoder: Decoder, blocks: int) -> TorchRunner:
         info = ModelInfo(
@@ -132,20 +133,25 @@ class Desk:
 
     def engine(
         self,
-        speculation: Speculation | None,
+        speculation: Speculation | type[Speculation] | None,
         *,
         blocks: int = 256,
         step_tokens: int = 512,
         small: Decoder | None = None,
     ) -> EngineCore:
+        """An engine with this speculation, or with one of this class and the draft model `small`."""
         runner = self.runner(self.decoder, blocks)
-        runner.speculation = speculation
-        if small is not None and speculation is not None:
-            speculation.drafter = Draft(self.runner(small, 1), runner)
+        if isinstance(speculation, type):
+            assert small is not None
+            speculation = speculation(DraftModel(self.runner(small, 1), runner, StepTime()))
         self.steps, self.events = [], []
         limits = Limits(8, step_tokens)
         return EngineCore(
-            [runner], limits=limits, schedule=SCHEDULES["fcfs"], clock=time.monotonic, emit=self._heard
+            [LoadedModel(runner, speculation=speculation)],
+            limits=limits,
+            schedule=SCHEDULES["fcfs"],
+            clock=time.monotonic,
+            emit=self._heard,
         )
 
     def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
@@ -154,7 +160,7 @@ class Desk:
 
     def submit(self, engine: EngineCore, ident: int, question: str, sampling: Sampling) -> None:
         text = f"<|user|>{question}<|end|><|assistant|>"
-        prompt = tuple(self.text.tokenize_str(text, parse_special=True))
+        prompt = tuple(self.encode(text))
         request = Request(id=ident, model="desk", prompt=prompt, arrival=0.0, sampling=sampling)
         seq = Sequence.of(request, engine.lanes["desk"].runner.info.context)
         if sampling.grammar is not None:
@@ -243,47 +249,47 @@ def test_every_answer_is_the_unspeculated_one(desk: Desk, name: str):
     asks = [(question, ASKS[name]) for question in QUESTIONS]
     plain = desk.answers(desk.engine(None), asks)
     assert not any(step.proposed for step in desk.steps)
-    told = Told({ident: tokens(events) for ident, events in plain.items()})
-    same(plain, desk.answers(desk.engine(told), asks))
+    known = KnownAnswers({ident: tokens(events) for ident, events in plain.items()})
+    same(plain, desk.answers(desk.engine(known), asks))
     if ASKS[name].max_tokens != 1:
         proposed, accepted = sum(s.proposed for s in desk.steps), sum(s.accepted for s in desk.steps)
         assert 0 < accepted < proposed
     same(plain, desk.answers(desk.engine(Speculation()), asks))
 
 
-def test_requests_of_all_kinds_share_a_step_with_guesses(desk: Desk):
+def test_requests_of_all_kinds_share_a_step_with_draft_tokens(desk: Desk):
     asks = [(QUESTIONS[place % 4], sampling) for place, sampling in enumerate(ASKS.values())]
     plain = desk.answers(desk.engine(None), asks)
-    told = Told({ident: tokens(events) for ident, events in plain.items()})
-    same(plain, desk.answers(desk.engine(told), asks))
+    known = KnownAnswers({ident: tokens(events) for ident, events in plain.items()})
+    same(plain, desk.answers(desk.engine(known), asks))
     spoken = sum(len(tokens(events)) for events in plain.values())
     assert sum(step.decode_tokens for step in desk.steps) in range(spoken - len(asks), spoken + len(asks) + 1)
-    told = Told(told.answers)
-    same(plain, desk.answers(desk.engine(told, step_tokens=11), asks))
+    known = KnownAnswers(known.answers)
+    same(plain, desk.answers(desk.engine(known, step_tokens=11), asks))
     assert max(step.decode_tokens + step.prefill_tokens for step in desk.steps) <= 11
 
 
 def test_preempted_and_resumed_sequences_answer_the_same(desk: Desk):
     asks = [(question, ASKS["sampled"]) for question in QUESTIONS * 2]
     plain = desk.answers(desk.engine(None), asks)
-    told = Told({ident: tokens(events) for ident, events in plain.items()})
-    same(plain, desk.answers(desk.engine(told, blocks=40), asks))
+    known = KnownAnswers({ident: tokens(events) for ident, events in plain.items()})
+    same(plain, desk.answers(desk.engine(known, blocks=40), asks))
     assert sum(step.preempted for step in desk.steps) > 0 and sum(step.accepted for step in desk.steps) > 0
 
 
-def test_a_shared_beginning_never_holds_a_wrong_guess(desk: Desk):
+def test_a_shared_prefix_never_holds_a_wrong_draft_token(desk: Desk):
     """The second round reads the first one's blocks, up to the last whole one of its answers."""
     first = [(QUESTIONS[2], ASKS["greedy"])]
     plain = desk.answers(desk.engine(None), first)
     answer = tokens(plain[0])
-    engine = desk.engine(Told({0: answer, 1: []}))
+    engine = desk.engine(KnownAnswers({0: answer, 1: []}))
     same(plain, desk.answers(engine, first))
     prompt = engine.lanes["desk"]
     request = Request(
         id=1,
         model="desk",
         prompt=(
-            *desk.text.tokenize_str(f"<|user|>{QUESTIONS[2]}<|end|><|assistant|>", parse_special=True),
+            *desk.encode(f"<|user|>{QUESTIONS[2]}<|end|><|assistant|>"),
             *answer,
         ),
         arrival=0.0,
@@ -302,7 +308,7 @@ def test_a_shared_beginning_never_holds_a_wrong_guess(desk: Desk):
 
 def test_a_cancel_between_steps_leaves_nothing_behind(desk: Desk):
     plain = desk.answers(desk.engine(None), [(question, ASKS["greedy"]) for question in QUESTIONS])
-    engine = desk.engine(Told({ident: tokens(events) for ident, events in plain.items()}))
+    engine = desk.engine(KnownAnswers({ident: tokens(events) for ident, events in plain.items()}))
     for ident, question in enumerate(QUESTIONS):
         desk.submit(engine, ident, question, ASKS["greedy"])
     for _ in range(3):
@@ -321,7 +327,7 @@ def test_a_cancel_between_steps_leaves_nothing_behind(desk: Desk):
 
 @pytest.fixture(scope="module")
 def worse(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    """desk without its last layer: it says something like it, and often not the same."""
+    """The desk model without its last layer: it often draws the same token, and often not."""
     folder = tmp_path_factory.mktemp("worse")
     config = json.loads((DESK / "config.json").read_text())
     last = config["num_hidden_layers"] - 1
@@ -334,24 +340,24 @@ def worse(desk: Desk, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 
 @pytest.mark.parametrize("name", ["greedy", "sampled", "shaped", "penalties", "logprobs", "grammar"])
-def test_a_smaller_model_guesses_and_every_answer_is_its_own(desk: Desk, worse: Decoder, name: str):
+def test_answers_with_a_draft_model_are_the_unspeculated_ones(desk: Desk, worse: Decoder, name: str):
     asks = [(question, ASKS[name]) for question in QUESTIONS]
     plain = desk.answers(desk.engine(None), asks)
-    same(plain, desk.answers(desk.engine(Asking(), small=worse), asks))
+    same(plain, desk.answers(desk.engine(AlwaysDrafting, small=worse), asks))
     assert 0 < sum(step.accepted for step in desk.steps) < sum(step.proposed for step in desk.steps)
 
 
 @pytest.mark.parametrize("name", ["greedy", "shaped", "penalties"])
-def test_a_model_that_thinks_alike_guesses_right_even_when_hot(desk: Desk, name: str):
-    """Both draw with the same numbers, and what it keeps of rejected and shared tokens is sound."""
+def test_an_equal_draft_model_is_right_at_any_temperature(desk: Desk, name: str):
+    """Both draw with the same random numbers, and its KV cache survives rejected and shared tokens."""
     asks = [(question, ASKS[name]) for question in QUESTIONS]
     plain = desk.answers(desk.engine(None), asks)
-    engine = desk.engine(Asking(), small=desk.decoder)
+    engine = desk.engine(AlwaysDrafting, small=desk.decoder)
     same(plain, desk.answers(engine, asks))
     twice = plain | {ident + 4: _as(events, ident + 4) for ident, events in plain.items()}
     same(desk.answers(engine, asks, first=4), twice)
     assert sum(step.accepted for step in desk.steps) > 0.9 * sum(step.proposed for step in desk.steps) > 0
-    same(twice, desk.answers(desk.engine(Asking(), small=desk.decoder, blocks=40), asks * 2))
+    same(twice, desk.answers(desk.engine(AlwaysDrafting, small=desk.decoder, blocks=40), asks * 2))
     assert sum(step.preempted for step in desk.steps) > 0
     assert sum(step.accepted for step in desk.steps) > 0.9 * sum(step.proposed for step in desk.steps) > 0
 
@@ -360,22 +366,26 @@ class World:
     """Null models in virtual time, whose answers repeat every `span` tokens."""
 
     def __init__(
-        self, speculation: Speculation | None, *, span: int, cost: StepCost = COST, blocks: int = 64
+        self,
+        speculation: Speculation | None,
+        *,
+        span: int,
+        cost: StepCost = COST,
+        blocks: int = 64,
+        clock: VirtualClock | None = None,
     ):
-        self.clock = VirtualClock()
+        self.clock = clock or VirtualClock()
         self.events: list[TokenEvent] = []
         self.steps: list[StepStats] = []
         info = null_info(name="a", context=blocks * 16, blocks=blocks)
         runner = NullRunner(info, cost=cost, sleep=self.clock.sleep, span=span)
-        runner.speculation = speculation
         self.engine = EngineCore(
-            [runner],
+            [LoadedModel(runner, StepTime(cost), speculation)],
             limits=Limits(8, 64),
             schedule=SCHEDULES["deadline"],
             clock=self.clock,
             emit=self._heard,
         )
-        self.engine.lanes["a"].times = StepTime(cost)
 
     def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         self.events += events
@@ -421,8 +431,8 @@ def test_a_text_that_never_repeats_is_left_alone():
 
 
 @pytest.mark.parametrize(("base", "proposes"), [(10.0, True), (0.2, False)])
-def test_guesses_are_checked_only_where_they_raise_tokens_per_millisecond(base: float, proposes: bool):
-    """Where rows are all that costs, a guess costs what its token brings, and is not always right."""
+def test_draft_tokens_are_verified_only_where_they_raise_tokens_per_millisecond(base: float, proposes: bool):
+    """Where rows are the whole cost, a draft token costs as much as it can gain, and is not always right."""
     world = World(Speculation(), span=5, cost=StepCost(base=base, per_decode=10.0, per_prefill=10.0))
     world.submit(1, 20, 400)
     world.finish()
@@ -430,8 +440,8 @@ def test_guesses_are_checked_only_where_they_raise_tokens_per_millisecond(base: 
     assert any(step.proposed for step in late) is proposes
 
 
-def test_guesses_keep_to_the_slack_of_others():
-    """Both text repeat; the one with an objective leaves 1.5 ms beyond a plain step, room for few guesses."""
+def test_draft_tokens_keep_to_the_slack_of_other_sequences():
+    """Both texts repeat. The objective of one leaves 1.5 ms beyond a plain step, for few draft tokens."""
     gaps: dict[bool, float] = {}
     for bound in (False, True):
         world = World(Speculation(), span=5, cost=StepCost(base=10.0, per_decode=0.5, per_prefill=0.5))
@@ -444,23 +454,23 @@ def test_guesses_keep_to_the_slack_of_others():
     assert gaps[True] < 14.001 < gaps[False]
 
 
-class Knowing:
-    """A smaller model in virtual time: it knows the null model's answers, and takes its time to say them."""
+class NullDrafter:
+    """A draft model in virtual time. It knows the null model's answers, or gets every token wrong."""
 
     model = "small"
+    nbytes = 0
 
-    def __init__(self, ms: float, right: bool = True) -> None:
+    def __init__(self, clock: VirtualClock, ms: float, right: bool = True) -> None:
         self.times = StepTime(StepCost(base=ms))
-        self.clock: VirtualClock | None = None
+        self.clock = clock
         self.right = right
 
-    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
-        assert self.clock is not None
-        self.clock.sleep(max(wanted.values()) * self.times.cost.base / 1e3)
+    def propose(self, counts: dict[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
+        self.clock.sleep(max(counts.values()) * self.times.cost.base / 1e3)
         wrong = 0 if self.right else 1
         return {
             seq: tuple((seq.seed * 31 + (seq.length + n) * 7 + wrong) % 4093 for n in range(count))
-            for seq, count in wanted.items()
+            for seq, count in counts.items()
         }
 
     def erase(self, blocks: list[int]) -> None:
@@ -470,11 +480,11 @@ class Knowing:
 @pytest.mark.parametrize(
     ("ms", "right", "worth"), [(1.0, True, True), (9.0, True, False), (1.0, False, False)]
 )
-def test_a_smaller_model_is_asked_where_it_pays(ms: float, right: bool, worth: bool):
-    """Texts that never repeat: it saves steps of 10 ms, unless it is as slow or mostly wrong."""
-    plain, drafter = World(None, span=4093), Knowing(ms, right)
-    quick = World(Speculation(drafter), span=4093)
-    drafter.clock = quick.clock
+def test_a_draft_model_is_used_where_it_pays_off(ms: float, right: bool, worth: bool):
+    """Texts never repeat. The draft model saves steps of 10 ms unless it is as slow or always wrong."""
+    clock = VirtualClock()
+    plain = World(None, span=4093)
+    quick = World(Speculation(NullDrafter(clock, ms, right)), span=4093, clock=clock)
     for world in (plain, quick):
         for ident in (1, 2, 3):
             world.submit(ident, 20, 200)
@@ -506,19 +516,20 @@ def test_no_block_is_lost_and_no_token_changed_whatever_happens(data: st.DataObj
     assert pool.available == pool.total
 
 
-def read(tokens: list[int], prompt_len: int | None = None) -> NgramIndex:
-    trail = NgramIndex(Odds(), Odds(), len(tokens) if prompt_len is None else prompt_len)
-    trail.read(tokens, len(tokens) if prompt_len is None else prompt_len)
-    return trail
+def index_of(tokens: list[int], prompt_len: int | None = None) -> NgramIndex:
+    prompt_len = len(tokens) if prompt_len is None else prompt_len
+    index = NgramIndex(AcceptanceRate(), AcceptanceRate(), prompt_len)
+    index.update(tokens, prompt_len)
+    return index
 
 
 def test_the_longest_passage_that_agrees_is_copied_and_of_equal_ones_the_latest():
     text = [1, 2, 3, 4, 50, 9, 2, 3, 4, 60, 8, 3, 4, 70, 7, 1, 2, 3, 4]
-    assert read(text).guesses(text, 2) == (50, 9)
+    assert index_of(text).propose(text, 2) == (50, 9)
     text = [5, 3, 4, 60, 6, 3, 4, 70, 7, 3, 4]
-    assert read(text).guesses(text, 3) == (70, 7, 3)
-    assert read([1, 2, 3, 4]).at == -1
-    assert read([1, 1, 1]).guesses([1, 1, 1], 4) == (1, 1, 1, 1)
+    assert index_of(text).propose(text, 3) == (70, 7, 3)
+    assert index_of([1, 2, 3, 4]).match == -1
+    assert index_of([1, 1, 1]).propose([1, 1, 1], 4) == (1, 1, 1, 1)
 
 
 TEXTS = {
@@ -531,11 +542,11 @@ TEXTS = {
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_an_index_grown_token_by_token_is_that_of_the_whole(text: list[int]):
-    """And what it guesses is what a search of the whole text finds."""
-    whole, grown = read(text), NgramIndex(Odds(), Odds(), len(text))
+    """And it proposes what a search of the whole text finds."""
+    whole, grown = index_of(text), NgramIndex(AcceptanceRate(), AcceptanceRate(), len(text))
     for until in range(1, len(text) + 1):
-        grown.read(text[:until], len(text))
-    assert (whole.at, whole.length) == (grown.at, grown.length)
+        grown.update(text[:until], len(text))
+    assert (whole.match, whole.match_length) == (grown.match, grown.match_length)
     best = max(
         (
             (length, place + 1)
@@ -545,16 +556,17 @@ def test_an_index_grown_token_by_token_is_that_of_the_whole(text: list[int]):
         ),
         default=(0, -1),
     )
-    assert whole.at == best[1]
+    assert whole.match == best[1]
 
 
-def test_the_chance_is_learnt_from_what_comes_whether_checked_or_not():
+def test_the_acceptance_rate_is_learnt_from_every_token_whether_verified_or_not():
     same = [1, 2, 3, 4, 5] * 30
-    fair, never = read(same, 10), read([*range(40), *[x for n in range(38) for x in (n, n + 1)]], 40)
-    assert fair.chance(0) > 0.9 > 0.2 > never.chance(0)
+    always, never = (
+        index_of(same, 10),
+        index_of([*range(40), *[x for n in range(38) for x in (n, n + 1)]], 40),
+    )
+    assert always.acceptance(0) > 0.9 > 0.2 > never.acceptance(0)
 
 
 def test_only_the_end_of_a_long_prompt_is_indexed():
-    text = list(range(3 * HORIZON))
-    trail = read(text)
-    assert len(trail._before) == HORIZON
+    assert len(index_of(list(range(3 * INDEXED_TOKENS)))) == INDEXED_TOKENS

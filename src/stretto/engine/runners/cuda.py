@@ -70,9 +70,6 @@ class CudaRunner:
     before they are known.
     """
 
-    # Two steps are under way at once, and a guess is right or wrong only when its step is over.
-    speculation = None
-
     def __init__(self, decoder: Decoder, info: ModelInfo, *, eos: frozenset[int], max_running: int) -> None:
         self.info = info
         self.eos = eos

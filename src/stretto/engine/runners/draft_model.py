@@ -1,13 +1,14 @@
-"""A smaller model that guesses for a larger one: it reads the same tokens into a cache of its own, which has
-a place for every block of the larger one's, so that both go by one table.
+"""A draft model: a smaller model that proposes draft tokens for a larger one, the target.
 
-It draws at the same places with the same numbers (`runners.sampler.uniform`), so two models that think
-alike say the same even at high temperatures. Grammars it does not know: those are the larger one's to check.
+It has its own KV cache with as many blocks as the target's, so both use the same block tables. It draws each
+token with the random number that the target will use (`runners.sampler.uniform`), so models with similar
+distributions agree at high temperatures too. It ignores grammars.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -18,53 +19,58 @@ from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import StepLoad, StepTime
 
 
-class Draft:
-    """The model of `small` guesses for the sequences of `runner`. `times` are those of its steps, and learn
-    from its passes. Sequences keep how far it has read them (`drafted`)."""
+class DraftModel:
+    """The model of the runner `small`, drafting for sequences of the runner `target`.
 
-    def __init__(self, small: TorchRunner, runner: TorchRunner) -> None:
+    `times` is the step-time model of its passes, which keeps learning from them. `seq.drafted` counts the
+    tokens of a sequence that its KV cache holds.
+    """
+
+    def __init__(self, small: TorchRunner, target: TorchRunner, times: StepTime) -> None:
         self.model = small.info.name
-        self.times = StepTime()
+        self.times = times
         self._decoder = small.decoder
-        self._runner = runner
-        self._cache = small.decoder.new_cache(runner.info.blocks, runner.info.block_size)
-        self._sampler = Sampler(runner.info.vocab, runner.eos, small.decoder.device)
+        self._batches = target.batches
+        self._cache = small.decoder.new_cache(target.info.blocks, target.info.block_size)
+        self._sampler = Sampler(target.info.vocab, target.eos, small.decoder.device)
 
     @property
     def nbytes(self) -> int:
+        """The size of its KV cache in bytes."""
         return self._cache.nbytes
 
-    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
-        """So many guesses for each sequence, whose blocks have room for them."""
-        guesses: dict[Sequence, tuple[int, ...]] = dict.fromkeys(wanted, ())
-        while asking := [seq for seq, count in wanted.items() if len(guesses[seq]) < count]:
-            rows = [_next(seq, guesses[seq]) for seq in asking]
+    def propose(self, counts: dict[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
+        """That many draft tokens for each sequence, in as many passes as the largest count."""
+        drafts: dict[Sequence, tuple[int, ...]] = dict.fromkeys(counts, ())
+        while unfinished := [seq for seq, count in counts.items() if len(drafts[seq]) < count]:
+            rows = [_next_row(seq, drafts[seq]) for seq in unfinished]
             started = time.monotonic()
-            for seq, token in zip(asking, self._pass(rows), strict=True):
-                seq.drafted = len(seq.tokens) + len(guesses[seq])
-                guesses[seq] += (token,)
-            self._learn(rows, (time.monotonic() - started) * 1e3)
-        return guesses
+            for seq, token in zip(unfinished, self._forward(rows), strict=True):
+                seq.drafted = len(seq.tokens) + len(drafts[seq])
+                drafts[seq] += (token,)
+            self._observe(rows, (time.monotonic() - started) * 1e3)
+        return drafts
 
     def erase(self, blocks: list[int]) -> None:
         """Zero its KV memory of these blocks."""
         self._cache.erase(blocks)
 
     @torch.inference_mode()
-    def _pass(self, rows: list[Row]) -> list[int]:
-        """Read the rows and draw what follows each."""
-        batch = self._runner.batch(rows)
-        batch.outputs = batch.query_starts[1:].long() - 1
+    def _forward(self, rows: list[Row]) -> list[int]:
+        """Read the rows and draw the token after each."""
+        arrays = self._batches.build(rows)
+        ends = arrays.query_starts[1:].astype("int64") - 1
+        batch = replace(arrays, outputs=ends).to_batch(torch.from_numpy)
         logits = self._decoder.logits(self._decoder.forward(batch, self._cache))
-        return self._sampler.guess(logits, [(row.seq, row.draft) for row in rows])
+        return self._sampler.draft(logits, [(row.seq, row.draft) for row in rows])
 
-    def _learn(self, rows: list[Row], ms: float) -> None:
-        """Passes that also read a backlog teach nothing about those that do not."""
+    def _observe(self, rows: list[Row], ms: float) -> None:
+        """Update the step-time model, unless the pass also read tokens of a prompt."""
         if all(row.count == 1 for row in rows):
             self.times.observe(StepLoad(len(rows), 0, sum(row.start + 1 for row in rows), 0.0), ms)
 
 
-def _next(seq: Sequence, guesses: tuple[int, ...]) -> Row:
-    """What is to be read before the next guess: the tokens it has not seen, or the last guess."""
-    start = len(seq.tokens) + len(guesses) - 1 if guesses else min(seq.drafted, len(seq.tokens) - 1)
-    return Row(seq, start, len(seq.tokens) + len(guesses) - start, False, guesses)
+def _next_row(seq: Sequence, draft: tuple[int, ...]) -> Row:
+    """What the model reads before its next draft token: tokens it has not read, or its last draft token."""
+    start = len(seq.tokens) + len(draft) - 1 if draft else min(seq.drafted, len(seq.tokens) - 1)
+    return Row(seq, start, len(seq.tokens) + len(draft) - start, False, draft)

@@ -1,12 +1,12 @@
-"""Turns an engine's config into runners: what is loaded, in which dtype, with how much KV memory.
+"""Loads the models of an engine: which dtype, kernels, device and how much KV memory each one gets.
 
-The decisions are `stretto.hardware`'s, so that `stretto doctor` tells the same story.
+The choices themselves are made in `stretto.hardware`, so that `stretto doctor` reports the same ones.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -14,16 +14,19 @@ import msgspec
 import torch
 
 from stretto.config import EngineConfig, ModelConfig
-from stretto.engine.core import Runner
-from stretto.engine.runners.draft_model import Draft
+from stretto.engine.core import LoadedModel, Runner
+from stretto.engine.runners.calibrate import known_times
+from stretto.engine.runners.draft_model import DraftModel
 from stretto.engine.runners.null import NullRunner, null_info
 from stretto.engine.runners.torch import TorchRunner
+from stretto.engine.scheduler.types import Limits
 from stretto.engine.speculative.policy import Speculation
-from stretto.engine.step_time import StepCost
+from stretto.engine.step_time import StepCost, StepTime
 from stretto.engine.structured.grammar import Grammars
 from stretto.errors import InvalidGrammar, StartError
 from stretto.hardware import (
     KvShape,
+    cache_folder,
     check_fit,
     choose_device,
     choose_dtype,
@@ -39,40 +42,56 @@ from stretto.kernels.cpu.cache import Folder, PackedCache
 from stretto.models import families
 from stretto.models.checkpoint import identity
 from stretto.models.decoder import Decoder
-from stretto.models.load import load
+from stretto.models.load import Progress, load
 from stretto.types import ModelInfo
 
-Progress = Callable[[str, int, int], None]
-# It needs Triton, which comes with torch for CUDA alone.
-CUDA = "stretto.engine.runners.cuda"
+CUDA = "stretto.engine.runners.cuda"  # imported on demand: it needs Triton, which only comes with CUDA
 
 
-class Runners:
-    """Every model of one engine process, loaded, and `machine`: what computes them, in words.
-    `progress(stage, done, total)` hears of long work.
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Ignore the progress of loading."""
 
-    Raises StartError, and CheckpointError below it, when a model cannot be held.
+
+class ModelLoader:
+    """Loads all models of one engine process. `machine` describes the processors that run them.
+
+    `on_progress(stage, done, total)` is called while weights are read. Raises StartError, or CheckpointError
+    for a checkpoint that cannot be read.
     """
 
-    def __init__(self, config: EngineConfig, progress: Progress) -> None:
+    def __init__(self, config: EngineConfig, on_progress: Progress = no_progress) -> None:
         self._config = config
-        self._progress = progress
+        self._progress = on_progress
         self._grammars: dict[str, Grammars] = {}
         machine, threads = snapshot(), choose_threads(snapshot(), config.threads).value
         self.machine = f"{machine.cpu}, {machine.cores} cores, {threads} threads, {machine.gpus}"
         use_threads(threads)
         self._device = torch.device(choose_device(config.device, torch.cuda.is_available()).value)
-        self.all = [self._runner(model, len(config.models) - i) for i, model in enumerate(config.models)]
-        self._speculate()
+        self.runners = [self._runner(model, len(config.models) - i) for i, model in enumerate(config.models)]
+
+    def models(self, limits: Limits) -> list[LoadedModel]:
+        """The models with their step times, measured now if need be, and their speculative decoding.
+
+        Raises StartError when `speculate` names a model that cannot draft.
+        """
+        small, folder = self._draft_runner(), cache_folder(self._config.cache_dir) / "step-times"
+        times = {
+            runner.info.name: known_times(runner, limits, machine=self.machine, folder=folder)
+            for runner in self.runners
+        }
+        return [
+            LoadedModel(runner, times[runner.info.name], self._speculation(runner, small, times))
+            for runner in self.runners
+        ]
 
     def grammars(self, model: str) -> Grammars:
-        """The grammar compiler of a model. Raises InvalidGrammar for one without a tokenizer."""
+        """The grammar compiler of a model. Raises InvalidGrammar if the model has no tokenizer."""
         if model not in self._grammars:
             raise InvalidGrammar(f"model {model} has no tokenizer, so it cannot follow a grammar")
         return self._grammars[model]
 
     def _runner(self, model: ModelConfig, left: int) -> Runner:
-        """Load one of the `left` models that still share the free memory."""
+        """Load a model. `left` models, this one included, still have to share the free memory."""
         if model.null_ms is not None:
             return NullRunner(null_info(name=model.name), cost=StepCost(base=model.null_ms), sleep=time.sleep)
         started, path = time.monotonic(), Path(model.path)
@@ -93,8 +112,8 @@ class Runners:
         if store is not None:
             store.save()
         decoder.kv_dtype = self._kv_dtype(decoder, model.quantise is not None)
-        info = self._info(model, decoder, left, time.monotonic() - started)
-        info = msgspec.structs.replace(info, kernels=why)
+        info = self._info(model, decoder, left)
+        info = msgspec.structs.replace(info, kernels=why, load_s=time.monotonic() - started)
         eos = frozenset(spec.eos)
         if (path / "tokenizer.json").exists():
             self._grammars[model.name] = Grammars(path, eos, spec.vocab)
@@ -108,33 +127,43 @@ class Runners:
         return getattr(torch, choice.value)
 
     def _store(self, path: Path, kernels: str) -> PackedCache | None:
-        """What an earlier start kept of this checkpoint's weights for these kernels."""
+        """The weights of this checkpoint that an earlier start packed for these kernels."""
         library = native.load()
         if library is None or not self._config.cache_bytes:
             return None
         folder = Folder(packed_folder(self._config.cache_dir), self._config.cache_bytes)
         return PackedCache.open(library, folder, f"{kernels} {identity(path)}")
 
-    def _speculate(self) -> None:
-        """Let the runners that can be guessed for have guesses, from the model that is to make them too."""
-        asked = self._config.speculate
-        if asked == "off":
-            return
-        runners = [runner for runner in self.all if isinstance(runner, TorchRunner)]
-        for runner in runners:
-            runner.speculation = Speculation()
-        if asked == "ngram":
-            return
-        small = next((runner for runner in runners if runner.info.name == asked), None)
-        if small is None:
-            held = ", ".join(runner.info.name for runner in runners) or "none that can guess"
-            raise StartError(f"speculate: {asked!r} is neither off, ngram nor a model held here ({held})")
-        for runner in runners:
-            if runner is not small:
-                _let_guess(small, runner)
+    def _draft_runner(self) -> TorchRunner | None:
+        """The runner of the draft model that `speculate` names; None: it names none. Raises StartError."""
+        name = self._config.speculate
+        if name in ("off", "ngram"):
+            return None
+        able = {each.info.name: each for each in self.runners if isinstance(each, TorchRunner)}
+        if name not in able:
+            names = ", ".join(able) or "none"
+            raise StartError(
+                f"speculate: {name!r} is neither off, ngram nor a loaded model that can draft ({names})"
+            )
+        return able[name]
 
-    def _info(self, model: ModelConfig, decoder: Decoder, left: int, load_s: float) -> ModelInfo:
-        """What the loaded model is, with the share of KV memory that is its own."""
+    def _speculation(
+        self, runner: Runner, small: TorchRunner | None, times: Mapping[str, StepTime]
+    ) -> Speculation | None:
+        """Speculative decoding for a model, with `small` as its draft model. Raises StartError."""
+        if self._config.speculate == "off" or not isinstance(runner, TorchRunner):
+            return None
+        if small is None or small is runner:
+            return Speculation()
+        if small.info.vocab != runner.info.vocab:
+            raise StartError(
+                f"speculate: {small.info.name} has {small.info.vocab} tokens and {runner.info.name}"
+                f" {runner.info.vocab}; a draft model must have the same tokenizer"
+            )
+        return Speculation(DraftModel(small, runner, times[small.info.name]))
+
+    def _info(self, model: ModelConfig, decoder: Decoder, left: int) -> ModelInfo:
+        """The description of a loaded model, with its share of the KV memory."""
         config, spec = self._config, decoder.spec
         shape = KvShape(
             block_bytes=decoder.cache_bytes_per_block(config.block_size),
@@ -162,26 +191,14 @@ class Runners:
             kv_bytes=kv.bytes,
             block_size=config.block_size,
             blocks=kv.blocks,
-            load_s=load_s,
+            load_s=0.0,
         )
 
     def _available(self) -> int:
-        """Bytes the device can still give."""
+        """The free memory of the device in bytes."""
         if self._device.type == "cuda":
             return torch.cuda.mem_get_info(self._device)[0]
         return snapshot().available
-
-
-def _let_guess(small: TorchRunner, runner: TorchRunner) -> None:
-    """Give a runner a smaller model to guess for it. Raises StartError when their tokens are not the same."""
-    if small.info.vocab != runner.info.vocab:
-        raise StartError(
-            f"speculate: {small.info.name} has {small.info.vocab} tokens and {runner.info.name}"
-            f" {runner.info.vocab}; a model can guess only for one with the same tokenizer"
-        )
-    draft = Draft(small, runner)
-    runner.speculation = Speculation(draft)
-    runner.info = msgspec.structs.replace(runner.info, kv_bytes=runner.info.kv_bytes + draft.nbytes)
 
 
 def _named(dtype: torch.dtype) -> str:
@@ -189,6 +206,6 @@ def _named(dtype: torch.dtype) -> str:
 
 
 def _weight_bytes(path: Path, stored: str, held: str) -> int:
-    """What a checkpoint's weights will take, from the size of its files."""
+    """The bytes that a checkpoint's weights will take, computed from the size of its files."""
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return size * getattr(torch, held).itemsize // getattr(torch, stored).itemsize

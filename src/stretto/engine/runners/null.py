@@ -1,7 +1,7 @@
-"""The null model: the same loop without a network. It costs what its cost model says and draws fixed tokens.
+"""The null model: the real loop without a network. Steps take what a cost model says, and tokens are fixed.
 
-In virtual time it makes every scheduler test exact and instant; behind the real server it shows what
-everything but the model costs.
+In virtual time it makes every scheduler test exact and instant. Behind the real server it shows what all but
+the model costs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from functools import partial
 
 from stretto.engine.scheduler.types import Plan
 from stretto.engine.sequence import Drawn, Sequence, follow
-from stretto.engine.speculative.policy import Speculation
 from stretto.engine.step_time import StepCost, StepLoad
 from stretto.types import Logprobs, ModelInfo
 
@@ -20,7 +19,7 @@ FREE = StepCost()
 
 
 class VirtualClock:
-    """Time that moves only when told to. Called, it says the second; `sleep` moves it."""
+    """A clock that moves only when told to. Calling it gives the time in seconds; `sleep` advances it."""
 
     def __init__(self, now: float = 0.0) -> None:
         self._now = now
@@ -33,7 +32,9 @@ class VirtualClock:
 
 
 @dataclass(frozen=True, slots=True)
-class NullPending:
+class Finished:
+    """A launched step that is complete already, as on the CPU, where a launch runs the step."""
+
     drawn: list[Drawn]
 
     def wait(self) -> list[Drawn]:
@@ -41,10 +42,11 @@ class NullPending:
 
 
 class NullRunner:
-    """A runner whose tokens depend on the sequence's seed and index alone, so any batching gives the same
-    text.
+    """A runner without a model. `cost` says what a step takes, and `sleep` spends that time.
 
-    Tokens lie in `first` to `first + span`: keep special tokens out of that range. It never draws an EOS.
+    A token depends only on the sequence's seed and the token's index, so batching does not change the text.
+    Tokens are between `first` and `first + span` (0: the rest of the vocabulary), which should exclude
+    special tokens. EOS is never drawn.
     """
 
     def __init__(
@@ -55,30 +57,31 @@ class NullRunner:
         sleep: Callable[[float], None],
         first: int = 0,
         span: int = 0,
+        depth: int = 0,
     ) -> None:
         self.info = info
         self.eos: frozenset[int] = frozenset()
-        self.depth = 0
-        self.speculation: Speculation | None = None
+        self.depth = depth
         self.cost = cost
         self._sleep = sleep
         self._first = first
         self._span = span or info.vocab - first
 
     def erase(self, blocks: list[int]) -> None:
-        """There is no memory to erase."""
+        """Do nothing: there is no KV memory."""
 
-    def _takes(self, load: StepLoad) -> float:
-        """Milliseconds of a step."""
+    def step_ms(self, load: StepLoad) -> float:
+        """The milliseconds of a step."""
         return self.cost(load)
 
-    def launch(self, plan: Plan) -> NullPending:
-        milliseconds = self._takes(plan.load)
+    def launch(self, plan: Plan) -> Finished:
+        milliseconds = self.step_ms(plan.load)
         if milliseconds > 0:
             self._sleep(milliseconds / 1e3)
-        return NullPending([follow(row.draft, partial(self._draw, row.seq)) for row in plan.rows if row.draw])
+        return Finished([follow(row.draft, partial(self.draw, row.seq)) for row in plan.rows if row.draw])
 
-    def _draw(self, seq: Sequence, ahead: int) -> Drawn:
+    def draw(self, seq: Sequence, ahead: int) -> Drawn:
+        """What comes after the sequence's tokens and `ahead` accepted draft tokens."""
         token = self._first + (seq.seed * 31 + (seq.length + ahead) * 7) % self._span
         logprobs = None if seq.request.sampling.logprobs is None else Logprobs(0.0, ((token, 0.0),))
         return Drawn(token, logprobs, (1.0,) if seq.request.task == "embed" else None)
@@ -87,7 +90,7 @@ class NullRunner:
 def null_info(
     *, name: str = "null", context: int = 8192, vocab: int = 4096, blocks: int = 65536
 ) -> ModelInfo:
-    """What the null model says of itself."""
+    """The description of a null model."""
     return ModelInfo(
         name=name,
         path="null",

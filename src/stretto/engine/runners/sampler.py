@@ -76,9 +76,9 @@ class Sampler:
         return result
 
     @torch.inference_mode()
-    def guess(self, logits: Tensor, places: list[tuple[Sequence, tuple[int, ...]]]) -> list[int]:
-        """One token for each row of `logits`: what each sequence would draw after its guesses, but for
-        grammars; 0 where there is nothing to draw."""
+    def draft(self, logits: Tensor, places: list[tuple[Sequence, tuple[int, ...]]]) -> list[int]:
+        """One draft token for each row of `logits`: what the sequence would draw after its draft tokens,
+        without its grammar; 0 where nothing can be drawn."""
         tokens, peaks = self._pick(logits)
         best: list[int] = np.where(np.isfinite(peaks), tokens, 0).tolist()
         special = [row for row, (seq, _) in enumerate(places) if _is_special(seq)]

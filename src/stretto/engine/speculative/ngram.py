@@ -1,113 +1,125 @@
-"""Where a sequence may be repeating its own text, and how often that has been right.
+"""Prompt lookup: proposes draft tokens by finding where a sequence's latest tokens occurred before.
 
-An index of one text, grown token by token, and a count of what came true (prompt lookup; LLMA, arXiv
-2304.04487). It knows tokens alone: neither what a guess costs nor who checks it.
+It owns the index of one sequence's text and the acceptance rates measured so far (LLMA, arXiv 2304.04487).
+It knows tokens alone: neither what a draft token costs nor who verifies it.
 """
 
 from __future__ import annotations
 
-GRAM = 2  # tokens of the shortest passage that is looked up
-LOOKS = 16  # passages compared, the latest first
-LOOKED_BACK = 32  # tokens of each
-HORIZON = 8192  # tokens of a prompt that are indexed, the last ones: the first step must not wait for more
-LONGEST_CLASS = 5
-FIRST_CHANCE = 0.5
-PRIOR_TRIALS = 4.0  # what others have seen counts as so many trials of one's own
-MEMORY = 32.0  # trials that are remembered, about
-UNTRIED = 1.0 - 1.0 / 512.0
+NGRAM = 2  # tokens of the shortest passage that is looked up
+MATCHES_COMPARED = 16  # earlier occurrences that are compared, the latest first
+LONGEST_MATCH = 32  # tokens compared of each occurrence
+INDEXED_TOKENS = 8192  # only the last ones of a prompt are indexed, so that the first step does not wait
+LONGEST_BUCKET = 5
+FIRST_RATE = 0.5
+PRIOR_TRIALS = 4.0  # the prior counts as this many trials
+MEMORY_TRIALS = 32.0  # a trial loses its weight over about this many later ones
+IDLE_DECAY = 1.0 - 1.0 / 512.0
 
 
-class Odds:
-    """How often a guess is right, by class: a beta estimate that forgets (`MEMORY` trials). Without trials of
-    its own it says what `prior` says."""
+class AcceptanceRate:
+    """The acceptance rate of draft tokens, by bucket: a beta estimate with exponential forgetting.
 
-    __slots__ = ("_hits", "_prior", "_trials")
+    `prior` is the estimate of all sequences together. It gives the rate while there are no trials, and it
+    learns from every trial of this one. Buckets are numbered from 0 to `LONGEST_BUCKET`.
+    """
 
-    def __init__(self, prior: Odds | None = None) -> None:
-        self._hits = [0.0] * (LONGEST_CLASS + 1)
-        self._trials = [0.0] * (LONGEST_CLASS + 1)
+    __slots__ = ("_accepted", "_prior", "_trials")
+
+    def __init__(self, prior: AcceptanceRate | None = None) -> None:
+        self._accepted = [0.0] * (LONGEST_BUCKET + 1)
+        self._trials = [0.0] * (LONGEST_BUCKET + 1)
         self._prior = prior
 
-    def chance(self, kind: int) -> float:
-        prior = FIRST_CHANCE if self._prior is None else self._prior.chance(kind)
-        return (self._hits[kind] + PRIOR_TRIALS * prior) / (self._trials[kind] + PRIOR_TRIALS)
+    def estimate(self, bucket: int) -> float:
+        """The probability that a draft token of this bucket is accepted."""
+        prior = FIRST_RATE if self._prior is None else self._prior.estimate(bucket)
+        return (self._accepted[bucket] + PRIOR_TRIALS * prior) / (self._trials[bucket] + PRIOR_TRIALS)
 
-    def fade(self) -> None:
-        """Nothing was tried: what is known grows a little older."""
-        self._hits = [hits * UNTRIED for hits in self._hits]
-        self._trials = [trials * UNTRIED for trials in self._trials]
+    def decay(self) -> None:
+        """Give all trials a little less weight, so that a rate that is too low to try recovers in time."""
+        self._accepted = [accepted * IDLE_DECAY for accepted in self._accepted]
+        self._trials = [trials * IDLE_DECAY for trials in self._trials]
 
-    def saw(self, kind: int, hit: bool) -> None:
-        fade = 1.0 - 1.0 / MEMORY
-        self._hits[kind] = self._hits[kind] * fade + hit
-        self._trials[kind] = self._trials[kind] * fade + 1.0
+    def observe(self, bucket: int, accepted: bool) -> None:
+        """Record one trial."""
+        decay = 1.0 - 1.0 / MEMORY_TRIALS
+        self._accepted[bucket] = self._accepted[bucket] * decay + accepted
+        self._trials[bucket] = self._trials[bucket] * decay + 1.0
         if self._prior is not None:
-            self._prior.saw(kind, hit)
+            self._prior.observe(bucket, accepted)
 
 
 class NgramIndex:
-    """One sequence's text, and where in it the present passage stood before.
+    """The n-gram index of one sequence, and where its latest tokens occurred before.
 
-    An index of chains, as in Deflate (RFC 1951): the latest place of each `GRAM` tokens, and for every place
-    the one before it with the same tokens. `at` is the token that would come next if the passage repeated,
-    -1: there is none; `length`: tokens that are known to agree before it. `odds` are those of such guesses,
-    `drafter` those of a smaller model's; both begin as others' were.
+    It is an index of chains as in Deflate (RFC 1951): the latest position of each n-gram, and for every
+    position the previous one with the same n-gram. `match` is the position of the token that followed the
+    earlier occurrence (-1: there is none), and `match_length` counts the tokens before it that agree.
+    `copied` is the acceptance rate of tokens that this index proposes, `drafted` that of a draft model for
+    the same sequence. Both start from the rates given to the constructor.
     """
 
-    __slots__ = ("_before", "_head", "_read", "_start", "at", "drafter", "length", "odds")
+    __slots__ = ("_latest", "_previous", "_read", "_start", "copied", "drafted", "match", "match_length")
 
-    def __init__(self, odds: Odds, drafter: Odds, prompt_len: int) -> None:
-        self.odds, self.drafter = Odds(odds), Odds(drafter)
-        self.at = -1
-        self.length = 0
-        self._head: dict[tuple[int, ...], int] = {}
-        self._before: list[int] = []
-        self._start = self._read = max(0, prompt_len - HORIZON)
+    def __init__(self, copied: AcceptanceRate, drafted: AcceptanceRate, prompt_len: int) -> None:
+        self.copied, self.drafted = AcceptanceRate(copied), AcceptanceRate(drafted)
+        self.match = -1
+        self.match_length = 0
+        self._latest: dict[tuple[int, ...], int] = {}
+        self._previous: list[int] = []
+        self._start = self._read = max(0, prompt_len - INDEXED_TOKENS)
 
-    def chance(self, ahead: int) -> float:
-        """That the next guess is right, once `ahead` were; 0 without any."""
-        return self.odds.chance(_class_of(self.length + ahead)) if self.at >= 0 else 0.0
+    def __len__(self) -> int:
+        """How many tokens are indexed."""
+        return len(self._previous)
 
-    def read(self, tokens: list[int], prompt_len: int) -> None:
-        """Take in the tokens that are new: index them, and see for each of an answer whether the guess would
-        have been right, checked or not."""
+    def acceptance(self, ahead: int) -> float:
+        """The probability that draft token `ahead` (from 0) is right if those before it are; 0: no match."""
+        return self.copied.estimate(_bucket(self.match_length + ahead)) if self.match >= 0 else 0.0
+
+    def update(self, tokens: list[int], prompt_len: int) -> None:
+        """Index the new tokens of the sequence.
+
+        Each new output token is a trial of the acceptance rate, whether or not a draft token was verified.
+        """
         for index in range(self._read, len(tokens)):
-            if self.at >= 0 and index >= prompt_len:
-                hit = tokens[self.at] == tokens[index]
-                self.odds.saw(_class_of(self.length), hit)
-                self.at, self.length = (self.at + 1, self.length + 1) if hit else (-1, 0)
-            self._index(tokens, index)
-            if self.at < 0 and index >= prompt_len - 1:
-                self._look(tokens, index)
+            if self.match >= 0 and index >= prompt_len:
+                hit = tokens[self.match] == tokens[index]
+                self.copied.observe(_bucket(self.match_length), hit)
+                self.match, self.match_length = (self.match + 1, self.match_length + 1) if hit else (-1, 0)
+            self._add(tokens, index)
+            if self.match < 0 and index >= prompt_len - 1:
+                self._search(tokens, index)
         self._read = len(tokens)
 
-    def guesses(self, tokens: list[int], count: int) -> tuple[int, ...]:
-        """The next `count` tokens, if the passage repeats; at the end of the text it goes round."""
-        period = len(tokens) - self.at
-        return tuple(tokens[self.at + place % period] for place in range(count))
+    def propose(self, tokens: list[int], count: int) -> tuple[int, ...]:
+        """`count` draft tokens after the match. At the end of the text they repeat from the match on."""
+        period = len(tokens) - self.match
+        return tuple(tokens[self.match + offset % period] for offset in range(count))
 
-    def _index(self, tokens: list[int], index: int) -> None:
-        gram = tuple(tokens[max(index + 1 - GRAM, 0) : index + 1])
-        self._before.append(self._head.get(gram, -1))
-        self._head[gram] = index
+    def _add(self, tokens: list[int], index: int) -> None:
+        ngram = tuple(tokens[max(index + 1 - NGRAM, 0) : index + 1])
+        self._previous.append(self._latest.get(ngram, -1))
+        self._latest[ngram] = index
 
-    def _look(self, tokens: list[int], last: int) -> None:
-        """Find the longest passage that ended before as the text ends now; of equal ones the latest."""
-        place, looks = self._before[last - self._start], LOOKS
-        while place >= 0 and looks:
-            length = _agreement(tokens, place, last)
-            if length > self.length:
-                self.at, self.length = place + 1, length
-            place, looks = self._before[place - self._start], looks - 1
-
-
-def _class_of(length: int) -> int:
-    return min(length.bit_length(), LONGEST_CLASS)
+    def _search(self, tokens: list[int], last: int) -> None:
+        """Find the longest earlier passage that equals the end of the text; of equal ones the latest."""
+        position, left = self._previous[last - self._start], MATCHES_COMPARED
+        while position >= 0 and left:
+            length = _common_suffix(tokens, position, last)
+            if length > self.match_length:
+                self.match, self.match_length = position + 1, length
+            position, left = self._previous[position - self._start], left - 1
 
 
-def _agreement(tokens: list[int], place: int, last: int) -> int:
-    """How many tokens that end at `place` are those that end at `last`; `LOOKED_BACK` at most."""
+def _bucket(match_length: int) -> int:
+    return min(match_length.bit_length(), LONGEST_BUCKET)
+
+
+def _common_suffix(tokens: list[int], end: int, last: int) -> int:
+    """How many tokens up to `end` equal those up to `last`; at most `LONGEST_MATCH`."""
     length = 0
-    while length < min(LOOKED_BACK, place + 1) and tokens[place - length] == tokens[last - length]:
+    while length < min(LONGEST_MATCH, end + 1) and tokens[end - length] == tokens[last - length]:
         length += 1
     return length

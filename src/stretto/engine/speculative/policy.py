@@ -1,13 +1,14 @@
-"""Guesses at what sequences say next: whose, and how many of them a step should check.
+"""Decides for which sequences a step verifies draft tokens, and how many.
 
-A step checks a guess by drawing at its place as it would have anyway, so answers are the same tokens with
-and without: speculative decoding (Leviathan et al., arXiv 2211.17192) without its rule of acceptance. Guesses
-copy a sequence's own text, or are a smaller model's. It knows no tensor, and changes no queue and no block.
+A step verifies a draft token by drawing at its position as it would without it, so answers are the same
+tokens with and without speculation (Leviathan et al., arXiv 2211.17192, with exact matching in place of
+their acceptance rule). Draft tokens come from a sequence's own text or from a draft model. This module knows
+no tensor and changes no queue and no block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Protocol
@@ -15,23 +16,28 @@ from typing import Protocol
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.types import Limits, Plan, Queues, Row, SchedulingContext
 from stretto.engine.sequence import Sequence
-from stretto.engine.speculative.ngram import NgramIndex, Odds
+from stretto.engine.speculative.ngram import AcceptanceRate, NgramIndex
 from stretto.engine.step_time import StepCost, StepTime
 
-MOST = 16  # guesses of one sequence in a step
-MOST_PASSES = 8  # of a smaller model before a step
-WORTH = 1.05  # guesses must gain so much, or the error of the step-time model decides
-REPAID = 32  # tokens over which a smaller model's reading of a prompt should repay itself
+MAX_DRAFT_TOKENS = 16  # of one sequence in a step
+MAX_DRAFT_PASSES = 8  # of the draft model before a step
+MIN_GAIN = 1.05  # a smaller predicted gain is within the error of the step-time model
+REPAYMENT_TOKENS = 32  # output tokens over which the draft model's prefill should pay for itself
 
 
 class Drafter(Protocol):
-    """A smaller model that guesses. `model`: its name; `times`: those of its own steps."""
+    """A draft model. `model`: its name; `times`: the step-time model of its passes."""
 
     model: str
     times: StepTime
 
-    def propose(self, wanted: dict[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
-        """So many guesses for each sequence, whose blocks have room for them."""
+    @property
+    def nbytes(self) -> int:
+        """The size of its KV memory in bytes."""
+        ...
+
+    def propose(self, counts: dict[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
+        """That many draft tokens for each sequence. Its blocks have room for them."""
         ...
 
     def erase(self, blocks: list[int]) -> None:
@@ -39,154 +45,211 @@ class Drafter(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """How many draft tokens a step verifies for each sequence, by their source."""
+
+    ngram: dict[Sequence, int] = field(default_factory=dict["Sequence", int])
+    model: dict[Sequence, int] = field(default_factory=dict["Sequence", int])
+
+    @property
+    def by_sequence(self) -> dict[Sequence, int]:
+        return self.model | self.ngram
+
+
 class Speculation:
-    """Guesses for the sequences of one model, and what was learnt of their worth. Without a `drafter` all are
-    copied from a sequence's own text; with one, those whose own text promises less are the drafter's."""
+    """Speculative decoding for one model, and the acceptance rates of its sequences.
+
+    Without a `drafter` all draft tokens come from n-gram lookup. With one, it drafts for those sequences for
+    which lookup has the lower acceptance rate.
+    """
 
     def __init__(self, drafter: Drafter | None = None) -> None:
-        self.drafter = drafter
-        self._copied, self._drafted = Odds(), Odds()
-        self._asked: dict[Sequence, int] = {}
+        self._drafter = drafter
+        self._copied, self._drafted = AcceptanceRate(), AcceptanceRate()
+        self._model_counts: dict[Sequence, int] = {}
+
+    @property
+    def kv_bytes(self) -> int:
+        """The draft model's KV memory in bytes."""
+        return 0 if self._drafter is None else self._drafter.nbytes
 
     def choose(
-        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, moment: SchedulingContext
-    ) -> dict[Sequence, int]:
-        """How many guesses the rows of a plan (already applied) should check, so that the step says the most
-        tokens per millisecond, within the limits and the time of those with a due."""
-        rows = [row for row in plan.rows if row.decodes and row.seq.request.task == "generate"]
-        hopes = [(row, self._trail(row.seq)) for row in rows]
-        step = _step(plan, queues, pool, limits, moment)
-        self._asked = {} if self.drafter is None else self._ask(self.drafter, hopes, step)
-        return self._asked | _copy([hope for hope in hopes if hope[0].seq not in self._asked], step)
+        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, context: SchedulingContext
+    ) -> DraftCounts:
+        """How many draft tokens the decodes of a plan (already applied) should verify.
 
-    def guess(self, chosen: dict[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
-        """The guesses themselves, as many as `choose` has just said; there are blocks for them."""
-        drafts = {seq: self._trail(seq).guesses(seq.tokens, count) for seq, count in chosen.items()}
-        if self._asked and self.drafter is not None:
-            drafts |= self.drafter.propose(self._asked)
+        It maximises the predicted tokens per millisecond of the step, within the limits and the slack of the
+        running sequences.
+        """
+        rows = [row for row in plan.rows if row.decodes and row.seq.request.task == "generate"]
+        candidates = [(row, self._index(row.seq)) for row in rows]
+        budget = _budget(plan, queues, pool, limits, context)
+        by_model = {} if self._drafter is None else _from_model(candidates, budget, self._drafter.times.cost)
+        rest = [candidate for candidate in candidates if candidate[0].seq not in by_model]
+        return DraftCounts(ngram=_from_ngrams(rest, budget), model=by_model)
+
+    def propose(self, counts: DraftCounts) -> dict[Sequence, tuple[int, ...]]:
+        """The draft tokens for the result of `choose`. Blocks for them must be allocated."""
+        drafts = {seq: self._index(seq).propose(seq.tokens, count) for seq, count in counts.ngram.items()}
+        self._model_counts = counts.model
+        if counts.model and self._drafter is not None:
+            drafts |= self._drafter.propose(counts.model)
         return drafts
 
-    def learn(self, seq: Sequence, proposed: int, right: int) -> None:
-        """Of so many guesses the first `right` were. (What own text promises is learnt as it grows.)"""
-        if seq in self._asked:
-            for place in range(min(right + 1, proposed)):
-                self._trail(seq).drafter.saw(0, place < right)
+    def observe(self, seq: Sequence, proposed: int, accepted: int) -> None:
+        """Learn that the first `accepted` of `proposed` draft tokens were right.
 
-    def _trail(self, seq: Sequence) -> NgramIndex:
+        Only the draft model's rate is updated: an n-gram index measures its own rate as the text grows.
+        """
+        if seq in self._model_counts:
+            for position in range(min(accepted + 1, proposed)):
+                self._index(seq).drafted.observe(0, position < accepted)
+
+    def erase(self, blocks: list[int]) -> None:
+        """Zero the draft model's KV memory of these blocks."""
+        if self._drafter is not None:
+            self._drafter.erase(blocks)
+
+    def _index(self, seq: Sequence) -> NgramIndex:
         if seq.trail is None:
             seq.trail = NgramIndex(self._copied, self._drafted, seq.prompt_len)
-        seq.trail.read(seq.tokens, seq.prompt_len)
+        seq.trail.update(seq.tokens, seq.prompt_len)
         return seq.trail
 
-    def _ask(self, drafter: Drafter, hopes: list[Hope], step: _Step) -> dict[Sequence, int]:
-        """Whom the drafter should guess for, and how often: those whose own text promises less."""
-        asking = [
-            (row, trail)
-            for row, trail in hopes
-            if _limit(row) > 0 and row.seq.grammar is None and trail.chance(0) < trail.drafter.chance(0)
-        ]
-        passes = _passes(asking, step, drafter.times.cost) if asking else 0
-        for row, trail in asking:
-            if not passes:
-                trail.drafter.fade()
-            chance = trail.drafter.chance(0)
-            for ahead in range(min(passes, _limit(row))):
-                step.take(row, ahead, chance ** (ahead + 1))
-        return {row.seq: min(passes, _limit(row)) for row, _ in asking} if passes else {}
 
-
-Hope = tuple[Row, NgramIndex]
+Candidate = tuple[Row, NgramIndex]
 
 
 @dataclass(slots=True)
-class _Step:
-    """A step as guesses are added. `tokens` and `ms`: what its decodes say and take, prompts apart; `rows`,
-    `blocks` (of `size` tokens), `spare` (ms): what guesses may still take."""
+class _StepBudget:
+    """A step while draft tokens are added to it.
+
+    tokens, ms: the expected output tokens of its decodes, and their milliseconds without prefill
+    rows, blocks, slack_ms: what draft tokens may still use
+    block_size: tokens in a block
+    """
 
     cost: StepCost
     tokens: float
     ms: float
     rows: int
     blocks: int
-    size: int
-    spare: float
+    block_size: int
+    slack_ms: float
 
     def price(self, row: Row) -> float:
-        """Milliseconds that a guess adds to the step."""
+        """The milliseconds that one more draft token adds to the step."""
         return self.cost.row(1) + self.cost.per_pair * row.start
 
-    def fits(self, row: Row, ahead: int) -> bool:
-        """Whether there is a block for the guess after `ahead` others."""
-        return (row.start + 1 + ahead) % self.size != 0 or self.blocks > 0
+    def has_block(self, row: Row, ahead: int) -> bool:
+        """Whether there is a block for the draft token after `ahead` others."""
+        return (row.start + 1 + ahead) % self.block_size != 0 or self.blocks > 0
 
-    def take(self, row: Row, ahead: int, hope: float) -> None:
-        """Add the guess after `ahead` others, which is right with probability `hope`."""
+    def add(self, row: Row, ahead: int, probability: float) -> None:
+        """Add the draft token after `ahead` others. `probability`: that it and all before it are right."""
         price = self.price(row)
-        self.tokens += hope
+        self.tokens += probability
         self.ms += price
         self.rows -= 1
-        self.blocks -= (row.start + 1 + ahead) % self.size == 0
-        self.spare -= price
+        self.blocks -= (row.start + 1 + ahead) % self.block_size == 0
+        self.slack_ms -= price
 
 
-def _step(plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, moment: SchedulingContext) -> _Step:
-    """What is left when the plan has its own: a block for every running sequence, so that no guess makes one
-    give way, and the time until the first stream that can be on time must be."""
-    cost, worst = moment.times.cost, moment.times.worst
+def _budget(
+    plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, context: SchedulingContext
+) -> _StepBudget:
+    """What the plan leaves over.
+
+    One block is kept for every running sequence, so that no draft token causes a preemption. The slack is
+    that of the first sequence that can still be on time.
+    """
+    cost, worst = context.times.cost, context.times.worst
     decodes = [row for row in plan.rows if row.decodes]
     ms = cost(plan.load) * worst
-    over = moment.now + ms / 1e3
-    soonest = min((seq.latest for seq in queues.running if not seq.late and seq.latest > over), default=inf)
-    return _Step(
+    end = context.now + ms / 1e3
+    soonest = min((seq.latest for seq in queues.running if not seq.late and seq.latest > end), default=inf)
+    return _StepBudget(
         cost=cost,
         tokens=float(len(decodes)),
         ms=cost.base + sum(cost.row(row.start + 1) for row in decodes),
         rows=limits.max_step_tokens - sum(row.count for row in plan.rows),
         blocks=pool.available - len(queues.running),
-        size=pool.size,
-        spare=((min(soonest, moment.until) - moment.now) * 1e3 - ms) / worst,
+        block_size=pool.size,
+        slack_ms=((min(soonest, context.until) - context.now) * 1e3 - ms) / worst,
     )
 
 
-def _copy(hopes: list[Hope], step: _Step) -> dict[Sequence, int]:
-    """The guesses from own text to check: the likeliest first, as long as one adds more tokens per
-    millisecond than the decodes of the step have without it."""
-    chosen: dict[Sequence, int] = {}
-    left = [(-trail.chance(0), place) for place, (row, trail) in enumerate(hopes) if _limit(row) > 0]
-    heapify(left)
-    while left and step.rows > 0:
-        hope, place = heappop(left)
-        row, trail = hopes[place]
-        count, price = chosen.get(row.seq, 0), step.price(row)
-        if -hope * step.ms <= step.tokens * price * WORTH or price > step.spare:
+def _from_model(candidates: list[Candidate], budget: _StepBudget, cost: StepCost) -> dict[Sequence, int]:
+    """The draft tokens that a draft model of this cost should propose, taken from the budget."""
+    drafting = [
+        (row, index)
+        for row, index in candidates
+        if _longest_draft(row) > 0
+        and row.seq.grammar is None
+        and index.acceptance(0) < index.drafted.estimate(0)
+    ]
+    passes = _passes(drafting, budget, cost) if drafting else 0
+    for row, index in drafting:
+        if not passes:
+            index.drafted.decay()
+        rate = index.drafted.estimate(0)
+        for ahead in range(min(passes, _longest_draft(row))):
+            budget.add(row, ahead, rate ** (ahead + 1))
+    return {row.seq: min(passes, _longest_draft(row)) for row, _ in drafting} if passes else {}
+
+
+def _from_ngrams(candidates: list[Candidate], budget: _StepBudget) -> dict[Sequence, int]:
+    """The draft tokens from n-gram lookup, the likeliest first.
+
+    Tokens are added as long as one raises the step's tokens per millisecond by `MIN_GAIN`.
+    """
+    counts: dict[Sequence, int] = {}
+    heap = [
+        (-index.acceptance(0), place)
+        for place, (row, index) in enumerate(candidates)
+        if _longest_draft(row) > 0
+    ]
+    heapify(heap)
+    while heap and budget.rows > 0:
+        negated, place = heappop(heap)
+        row, index = candidates[place]
+        count, price = counts.get(row.seq, 0), budget.price(row)
+        if -negated * budget.ms <= budget.tokens * price * MIN_GAIN or price > budget.slack_ms:
             break
-        if not step.fits(row, count):
+        if not budget.has_block(row, count):
             continue
-        chosen[row.seq] = count + 1
-        step.take(row, count, -hope)
-        if count + 1 < _limit(row):
-            heappush(left, (hope * trail.chance(count + 1), place))
-    return chosen
+        counts[row.seq] = count + 1
+        budget.add(row, count, -negated)
+        if count + 1 < _longest_draft(row):
+            heappush(heap, (negated * index.acceptance(count + 1), place))
+    return counts
 
 
-def _passes(asking: list[Hope], step: _Step, cost: StepCost) -> int:
-    """How many guesses in a row a drafter of this cost should make for each; 0: none are worth it."""
-    backlog = sum(cost.prefill(row.seq.drafted, row.start - row.seq.drafted) for row, _ in asking)
-    each = cost.decodes(len(asking), sum(row.start for row, _ in asking))
-    price = each + sum(step.price(row) for row, _ in asking)
-    most = min(MOST_PASSES, step.rows // len(asking), (step.blocks // len(asking)) * step.size)
-    tokens, ms = step.tokens, step.ms + backlog / REPAID
-    best, rate = 0, WORTH * step.tokens / step.ms
+def _passes(drafting: list[Candidate], budget: _StepBudget, cost: StepCost) -> int:
+    """How many passes of a draft model of this cost maximise tokens per millisecond; 0: none pays off."""
+    backlog = sum(cost.prefill(row.seq.drafted, row.start - row.seq.drafted) for row, _ in drafting)
+    each = cost.decodes(len(drafting), sum(row.start for row, _ in drafting))
+    price = each + sum(budget.price(row) for row, _ in drafting)
+    most = min(
+        MAX_DRAFT_PASSES,
+        budget.rows // len(drafting),
+        (budget.blocks // len(drafting)) * budget.block_size,
+    )
+    tokens, ms = budget.tokens, budget.ms + backlog / REPAYMENT_TOKENS
+    best, rate = 0, MIN_GAIN * budget.tokens / budget.ms
     for count in range(1, most + 1):
-        tokens += sum(trail.drafter.chance(0) ** count for row, trail in asking if count <= _limit(row))
+        tokens += sum(
+            index.drafted.estimate(0) ** count for row, index in drafting if count <= _longest_draft(row)
+        )
         ms += price
-        if backlog + count * price > step.spare:
+        if backlog + count * price > budget.slack_ms:
             break
         if tokens / ms > rate:
             best, rate = count, tokens / ms
     return best
 
 
-def _limit(row: Row) -> int:
-    """The most guesses that could all be of use: the last token an answer may have needs none."""
-    return min(MOST, row.seq.limit - len(row.seq.tokens) - 1)
+def _longest_draft(row: Row) -> int:
+    """The most draft tokens that can be useful: the last token of an answer needs none after it."""
+    return min(MAX_DRAFT_TOKENS, row.seq.limit - len(row.seq.tokens) - 1)
