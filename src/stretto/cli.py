@@ -180,7 +180,7 @@ def bench_serve(
 
     A key is taken from STRETTO_API_KEY or OPENAI_API_KEY.
     """
-    url, endpoint = load.addressed(url)
+    url, endpoint = load.split_endpoint(url)
     with _usage():
         asked = load.Load(
             requests=requests,
@@ -265,14 +265,15 @@ def bench_trace(
         if virtual == (url is not None):
             raise StartError("give either --virtual or --url: a trace is replayed in virtual or in real time")
         held = None if settings is None else config.load({}, {}, settings)[0].tiers
-        asked = trace.Asked.of(load=load, schedule=schedule, tiers=tiers, objectives=held)
+        asked = trace.TraceOptions.parse(
+            load=load, schedule=schedule, tiers=tiers, objectives=held, seed=seed, rate=rate
+        )
     arrivals = traces.read(file, requests=requests, seed=seed)
     if url is None:
-        runs = trace.virtual(arrivals, asked, seed=seed, rate=rate)
+        runs = trace.virtual(arrivals, asked)
     else:
         with terminal.Counting("requests", None) as count:
-            server = trace.Target(url=url, key=_key(), on_done=count)
-            runs = uvloop.run(trace.live(server, arrivals, asked, seed=seed, rate=rate))
+            runs = uvloop.run(trace.live(url, arrivals, asked, api_key=_key(), on_done=count))
     if report is not None:
         trace.write(report, file.name, runs)
     reports = [each for each, _ in runs]

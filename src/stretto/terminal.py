@@ -26,6 +26,7 @@ from rich.table import Table
 from stretto.bench import engine
 from stretto.bench.load import Outcome
 from stretto.bench.metrics import Sample
+from stretto.bench.report import COUNTS, TIMES, counts, times
 from stretto.errors import StrettoError
 from stretto.hardware import gib, process_age
 from stretto.simulator.replay import ReplayReport
@@ -148,19 +149,15 @@ def show_outcome(outcome: Outcome) -> None:
 
 
 def show_replay(report: ReplayReport) -> None:
-    """A replayed trace by tier; those that nobody was in are left out."""
-    columns = ("sent", "on time", "good/s", "TTFT p50", "p99", "ITL p99", "refused", "overdue")
+    """A replayed trace by tier. Tiers without requests are left out."""
     ran = " on ".join(part for part in (report.schedule, report.server) if part)
-    table = _table("tier", *columns, title=f"{ran} at load {report.load:g}")
-    for name, tier in report.tiers.items():
-        if tier.sent:
-            ttft, itl = tier.ttft_ms, tier.itl_ms
-            times = (ttft and ttft.p50, ttft and ttft.p99, itl and itl.p99)
-            shown = ["-" if value is None else f"{value:,.0f}" for value in times]
-            counts = (str(tier.refused), str(tier.overdue))
-            table.add_row(
-                name, str(tier.sent), f"{tier.attainment:.1%}", f"{tier.goodput:.3f}", *shown, *counts
-            )
+    table = _table(*COUNTS, title=f"{ran} at load {report.load:g}")
+    for row in counts(report):
+        table.add_row(*row)
+    out.print(table)
+    table = _table(*TIMES, title="milliseconds")
+    for row in times(report):
+        table.add_row(*row)
     out.print(table)
     inside = "" if report.steps is None else f", {report.steps:,} steps, {report.preemptions} preemptions"
     out.print(

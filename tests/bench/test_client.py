@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from stretto.bench.client import Client, RequestFailed, Target
+from stretto.bench.client import Client, RequestFailed, ServerAddress
 from stretto.errors import StartError
 from tests.bench.serving import DONE, OK, chat, chunked, event, plain, serving, usage
 
 CHAT = "chat/completions"
 
 
-async def test_stamps_every_event_with_text() -> None:
+async def test_every_event_with_text_gets_a_stamp() -> None:
     role = event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
     end = event({"choices": [{"delta": {}, "finish_reason": "stop"}]})
     answer = [OK, *chunked(role, chat("a"), chat("b"), end, usage(7, 2), DONE)]
@@ -29,7 +29,7 @@ async def test_stamps_every_event_with_text() -> None:
     assert b"Authorization: Bearer secret\r\n" in server.heads[0]
 
 
-async def test_waiting_shows_in_the_stamps() -> None:
+async def test_stamps_show_how_long_the_server_waited() -> None:
     first, second, *rest = chunked(chat("a"), chat("b"), DONE)
     async with serving(lambda *_: [OK, 0.05, first, 0.1, second, *rest]) as server:
         client = Client(server.url)
@@ -50,7 +50,7 @@ async def test_events_cut_anywhere_are_put_together(size: int) -> None:
         client.close()
 
 
-async def test_other_dialects_of_the_stream() -> None:
+async def test_completions_reasoning_and_tool_calls_count_as_text() -> None:
     completion = event({"choices": [{"text": "x"}]}).replace(b"\n\n", b"\r\n\r\n")
     reasoning = event({"choices": [{"delta": {"reasoning_content": "y", "content": None}}]})
     call = event({"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]}}]})
@@ -99,7 +99,9 @@ DIED = {"error": {"message": "the engine ended", "type": "unavailable_error", "c
         ([b"SSH-2.0-nope\r\n\r\n"], "connection lost", "not HTTP"),
     ],
 )
-async def test_failures_have_kinds(answer: list[bytes | float | None], kind: str, detail: str) -> None:
+async def test_each_failure_has_a_kind_and_a_detail(
+    answer: list[bytes | float | None], kind: str, detail: str
+) -> None:
     async with serving(lambda *_: answer) as server:
         client = Client(server.url)
         sample = await client.sample(CHAT, b"{}")
@@ -108,13 +110,13 @@ async def test_failures_have_kinds(answer: list[bytes | float | None], kind: str
     assert detail in sample.detail
 
 
-async def test_nobody_listens() -> None:
+async def test_a_server_that_does_not_listen_is_a_failed_sample() -> None:
     sample = await Client("127.0.0.1:9").sample(CHAT, b"{}")
     assert sample.error == "cannot connect"
     assert "127.0.0.1:9" in sample.detail
 
 
-async def test_silence_times_out() -> None:
+async def test_a_silent_server_times_out() -> None:
     async with serving(lambda *_: [OK, 30.0]) as server:
         sample = await Client(server.url, timeout_s=0.1).sample(CHAT, b"{}")
     assert sample.error == "timeout"
@@ -129,7 +131,7 @@ async def test_closing_the_iterator_cuts_the_request_off() -> None:
         await asyncio.wait_for(server.cut.wait(), 5)
 
 
-async def test_models() -> None:
+async def test_the_models_of_a_server_are_listed() -> None:
     page = plain("200 OK", b'{"object": "list", "data": [{"id": "desk"}, {"id": "big"}]}')
     async with serving(lambda *_: page) as server:
         client = Client(server.url)
@@ -140,17 +142,17 @@ async def test_models() -> None:
             await Client(server.url).models()
 
 
-def test_addresses() -> None:
-    assert Target.of("http://localhost:8000").prefix == "/v1"
-    seen = Target.of("https://api.example.org/base/v1/")
+def test_an_address_may_have_a_scheme_a_port_and_a_prefix() -> None:
+    assert ServerAddress.parse("http://localhost:8000").prefix == "/v1"
+    seen = ServerAddress.parse("https://api.example.org/base/v1/")
     assert (seen.tls, seen.port, seen.prefix, seen.host) == (True, 443, "/base/v1", "api.example.org")
-    assert Target.of("127.0.0.1:81").port == 81
+    assert ServerAddress.parse("127.0.0.1:81").port == 81
     for wrong in ("ftp://x", "http://", "http://x:port"):
         with pytest.raises(StartError, match="not a server's address"):
-            Target.of(wrong)
+            ServerAddress.parse(wrong)
 
 
-async def test_reads_fast_enough() -> None:
+async def test_reading_an_event_costs_less_than_fifty_microseconds() -> None:
     """20,000 events cost well under 50 us each, the scripted server's own work on the same core included."""
     blob = b"".join(chunked(*[chat("tok")] * 20_000, DONE))
     pieces = [OK] + [blob[at : at + 65536] for at in range(0, len(blob), 65536)]

@@ -69,13 +69,13 @@ def test_the_null_model_has_no_parts_and_a_table_is_shown() -> None:
         (["--batch", "300"], "raise kv_memory or max_running"),
     ],
 )
-def test_what_does_not_fit_is_said(asked: list[str], said: str) -> None:
+def test_a_case_that_does_not_fit_is_refused(asked: list[str], said: str) -> None:
     done = bench("null", *asked)
     assert (done.returncode, done.stdout) == (1, "")
     assert said in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
 
 
-def test_goodput_limits() -> None:
+def test_goodput_limits_are_parsed_or_refused() -> None:
     assert GoodputLimits.of("ttft:200,e2e:3000") == GoodputLimits(ttft_ms=200, e2e_ms=3000)
     assert GoodputLimits.of("tpot:50.5 ttft:1") == GoodputLimits(tpot_ms=50.5, ttft_ms=1)
     assert GoodputLimits.of("") == GoodputLimits()

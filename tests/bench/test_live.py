@@ -14,7 +14,7 @@ import pytest
 
 from stretto.bench.live import Server, prompt
 from stretto.bench.metrics import Sample
-from stretto.bench.trace import Asked, Target, live
+from stretto.bench.trace import TraceOptions, live
 from stretto.config import Tier
 from stretto.errors import StartError
 from stretto.simulator.replay import ReplayReport, Setting, Told
@@ -75,7 +75,7 @@ async def test_each_request_is_sent_with_its_lengths_and_objective() -> None:
     assert (report.server, report.schedule, report.steps) == (bodies and report.server, "fcfs", None)
 
 
-async def test_flex_has_no_objective() -> None:
+async def test_a_flex_request_has_no_objective() -> None:
     report, _, bodies = await replayed(GOOD, "flex")
     assert all("objective" not in body for body in bodies)
     assert report.tiers["flex"].attainment == report.tiers["all"].attainment == 1.0
@@ -93,7 +93,7 @@ async def test_flex_has_no_objective() -> None:
         ([OK, None], Reason.ERROR, 0.0, 0.0),
     ],
 )
-async def test_what_comes_back_is_judged_here(
+async def test_each_answer_is_judged_by_its_deadlines(
     work: list[Piece], reason: Reason, attainment: float, wasted: float
 ) -> None:
     report, told, _ = await replayed(work, "priority")
@@ -103,7 +103,7 @@ async def test_what_comes_back_is_judged_here(
     assert tier.refused == 6 * (reason is Reason.REFUSED) and tier.overdue == 6 * (reason is Reason.DEADLINE)
 
 
-def test_prompts_share_what_the_trace_shares() -> None:
+def test_prompts_are_equal_where_the_trace_shares_blocks() -> None:
     one, other = (Arrival(0.0, 2 * PREFIX_BLOCK, 1, prefix=(7, block)) for block in (8, 9))
     first, second = (prompt(number, each, vocab=4000, seed=1) for number, each in enumerate((one, other)))
     assert len(first) == len(second) == 2 * PREFIX_BLOCK
@@ -114,22 +114,21 @@ def test_prompts_share_what_the_trace_shares() -> None:
     )
 
 
-async def test_capacity_is_measured_when_it_is_not_said() -> None:
-    asked = Asked(loads=[1.0], schedules=["fcfs"], mix={"flex": 1.0}, tiers=TIERS)
+async def test_the_capacity_is_measured_when_no_rate_is_given() -> None:
+    options = TraceOptions(loads=[1.0], schedules=["fcfs"], mix={"flex": 1.0}, tiers=TIERS)
     async with serving(lambda path, _: front(SLOW, path)) as server:
-        target = Target(url=server.url, key=None, on_done=quiet)
-        ((report, _),) = await live(target, ARRIVALS, asked, seed=0, rate=None)
+        ((report, _),) = await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
     assert report.capacity < len(ARRIVALS) / 0.3, "six at once, none before 0.3 s"
     async with serving(lambda path, _: front(REFUSED, path)) as server:
-        with pytest.raises(StartError, match=r"did not get through .HTTP 503 cannot_be_on_time.*--rate"):
-            await live(Target(url=server.url, key=None, on_done=quiet), ARRIVALS, asked, seed=0, rate=None)
+        with pytest.raises(StartError, match=r"waiting requests failed .HTTP 503 cannot_be_on_time.*--rate"):
+            await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
 
 
-async def test_a_server_runs_the_schedule_it_runs() -> None:
-    asked = Asked(loads=[1.0], schedules=["deadline"], mix={"flex": 1.0})
+async def test_another_schedule_than_the_server_runs_is_refused() -> None:
+    options = TraceOptions(loads=[1.0], schedules=["deadline"], mix={"flex": 1.0}, rate=9.0)
     async with serving(lambda path, _: front(GOOD, path)) as server:
-        with pytest.raises(StartError, match="runs fcfs, set at its start"):
-            await live(Target(url=server.url, key=None, on_done=quiet), ARRIVALS, asked, seed=0, rate=9.0)
+        with pytest.raises(StartError, match="runs fcfs, which is set at its start"):
+            await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import uvloop
 
-from stretto.bench.load import Load, addressed, arrivals, random_prompts, read_prompts, run
+from stretto.bench.load import Load, arrivals, random_prompts, read_prompts, run, split_endpoint
 from stretto.bench.metrics import GoodputLimits, Sample
 from stretto.errors import StartError
 from tests.bench.serving import DONE, OK, Piece, chat, chunked, plain, serving, usage
@@ -48,7 +48,7 @@ def test_burstiness_spreads_the_gaps() -> None:
     assert variation(100.0) == pytest.approx(0.1, rel=0.15)
 
 
-def test_prompts_of_every_shape(tmp_path: Path) -> None:
+def test_prompts_are_read_from_every_known_shape_of_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl.gz"
     rows = [
         '{"turns": ["first", "second"]}',
@@ -77,7 +77,7 @@ def test_prompts_of_every_shape(tmp_path: Path) -> None:
         (b"\xff\xfe", "cannot read prompts"),
     ],
 )
-def test_prompts_that_are_none(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_without_valid_prompts_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
     with pytest.raises(StartError, match=message):
@@ -94,7 +94,7 @@ def test_random_prompts_keep_clear_of_special_tokens() -> None:
     assert prompts == random_prompts(20, 50, vocab=400, seed=1) != random_prompts(20, 50, vocab=400, seed=2)
 
 
-async def test_sends_random_tokens_within_the_server_s_vocabulary() -> None:
+async def test_random_tokens_are_sent_within_the_server_s_vocabulary() -> None:
     seen: list[Sample] = []
     async with serving(answer) as server:
         load = Load(
@@ -113,7 +113,7 @@ async def test_sends_random_tokens_within_the_server_s_vocabulary() -> None:
     assert server.connections <= 4
 
 
-def test_runs_on_uvloop_too() -> None:
+def test_a_load_test_runs_on_uvloop() -> None:
     async def once() -> int:
         async with serving(answer) as server:
             outcome = await run(server.url, Load(requests=2, rate=99.0), api_key=None, on_done=quiet)
@@ -122,7 +122,7 @@ def test_runs_on_uvloop_too() -> None:
     assert uvloop.run(once()) == 2
 
 
-async def test_sends_a_file_of_prompts_to_chat_round_and_round(tmp_path: Path) -> None:
+async def test_a_file_of_prompts_is_sent_to_chat_again_and_again(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\ntwo\n")
     async with serving(answer) as server:
@@ -188,7 +188,7 @@ async def test_a_server_that_refuses_the_warm_up_is_not_measured() -> None:
         {"rate": 1.0, "output_tokens": 0},
     ],
 )
-def test_loads_that_make_no_sense(wrong: dict[str, object]) -> None:
+def test_contradicting_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(StartError):
         Load(requests=1, **wrong)  # pyright: ignore[reportArgumentType]
 
@@ -203,4 +203,4 @@ def test_loads_that_make_no_sense(wrong: dict[str, object]) -> None:
     ],
 )
 def test_an_endpoint_may_stand_behind_the_address(url: str, means: tuple[str, str | None]) -> None:
-    assert addressed(url) == means
+    assert split_endpoint(url) == means

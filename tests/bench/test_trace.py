@@ -33,7 +33,7 @@ def report(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_a_replay_tells_each_tier_and_all(trace: Path) -> None:
+def test_a_replay_reports_each_tier_and_all(trace: Path) -> None:
     told = report(str(trace), "--load", "0.5", "--schedule", "fcfs", "--tiers", "priority=0.5,flex=0.5")
     tiers = told["tiers"]
     assert {"priority", "default", "flex", "all"} <= set(tiers)
@@ -45,7 +45,7 @@ def test_a_replay_tells_each_tier_and_all(trace: Path) -> None:
     assert (told["schedule"], told["load"]) == ("fcfs", 0.5)
 
 
-def test_load_and_seed_count(trace: Path) -> None:
+def test_load_and_seed_decide_the_figures(trace: Path) -> None:
     asked = [str(trace), "--requests", "40", "--load", "3"]
     first = report(*asked)
     assert first["tiers"]["all"]["sent"] == 40
@@ -53,11 +53,11 @@ def test_load_and_seed_count(trace: Path) -> None:
     assert first["duration_s"] < report(*asked[:-1], "1")["duration_s"] / 2
 
 
-def test_a_table_without_json(trace: Path) -> None:
+def test_tables_are_shown_without_json(trace: Path) -> None:
     done = bench(str(trace), "--virtual", "--requests", "10")
     assert done.returncode == 0, done.stderr
     assert "deadline at load 1" in done.stdout
-    assert all(name in done.stdout for name in ("priority", "default", "all", "good/s"))
+    assert all(name in done.stdout for name in ("priority", "default", "all", "good/s", "TTFT p50", "max"))
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_a_table_without_json(trace: Path) -> None:
         (["--virtual", "--load", "0"], "--load"),
     ],
 )
-def test_what_is_wrong_is_said(trace: Path, wrong: list[str], said: str) -> None:
+def test_a_wrong_option_is_named(trace: Path, wrong: list[str], said: str) -> None:
     done = bench(str(trace), *wrong)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
 
 
-def test_a_trace_with_a_hole_names_the_line(tmp_path: Path) -> None:
+def test_an_incomplete_trace_is_refused_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "hole.csv"
     file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:00:00.0000000,,5\n")
     done = bench(str(file), "--virtual")

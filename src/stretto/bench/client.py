@@ -1,6 +1,7 @@
-"""An HTTP/1.1 client for streamed answers, cheap enough to read 50,000 tokens a second on one core.
+"""An HTTP/1.1 client for streamed answers that reads 50,000 tokens per second on one core.
 
-Knows sockets, SSE and the few fields of OpenAI's events that a measurement needs; knows no statistics.
+It knows sockets, server-sent events, and the few fields of OpenAI's events that a measurement needs. It
+computes no statistics.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from stretto.errors import StartError
 
 DATA = b"data:"
 DONE = b"[DONE]"
-OVERDUE = "deadline"
+DEADLINE = "deadline"  # the finish_reason of an answer whose time ran out
 OnEvent = Callable[[bytes, float], None]
 
 
@@ -49,7 +50,7 @@ class ChunkError(Struct):
 
 
 class Chunk(Struct):
-    """What is read of one event of either endpoint; all else is skipped without being built."""
+    """The fields of an event that are read, from either endpoint. All others are skipped, not decoded."""
 
     choices: list[StreamedChoice] = []
     usage: ChunkUsage | None = None
@@ -65,7 +66,7 @@ class Chunk(Struct):
 
     @property
     def calls(self) -> bool:
-        """Whether the first choice brings a piece of a tool call."""
+        """Whether the first choice holds a piece of a tool call."""
         delta = self.choices[0].delta
         return delta is not None and bool(delta.tool_calls)
 
@@ -74,7 +75,7 @@ decode_chunk = msgspec.json.Decoder(Chunk).decode
 
 
 class RequestFailed(Exception):
-    """A request that got no whole answer. `kind` is short enough to count by."""
+    """A request without a complete answer. `kind` is short, so that failures can be counted by it."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -82,38 +83,54 @@ class RequestFailed(Exception):
         self.detail = detail
 
 
-class Target(Struct, frozen=True, kw_only=True):
-    """Where a server is: `prefix` ends in `/v1`, `host` is as in the Host header."""
+class ServerAddress(Struct, frozen=True, kw_only=True):
+    """Where a server is. `host` is the value of the Host header; `prefix` is a path that ends in `/v1`."""
 
     host: str
-    address: str
+    hostname: str
     port: int
     tls: bool
     prefix: str
 
     @classmethod
-    def of(cls, url: str) -> Target:
-        """Parses `http://host:port`, with or without `/v1`. Raises StartError when it is no such URL."""
+    def parse(cls, url: str) -> ServerAddress:
+        """Parse `http://host:port`, with or without `/v1`. Raises StartError for any other URL."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
             port = parts.port
         except ValueError:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
-            raise StartError(f"{url!r} is not a server's address: give one like http://127.0.0.1:8000")
+            raise StartError(f"{url!r} is not a server's address; write it like http://127.0.0.1:8000")
         tls = parts.scheme == "https"
         path = parts.path.rstrip("/")
         return cls(
             host=parts.netloc.rpartition("@")[2],
-            address=parts.hostname,
+            hostname=parts.hostname,
             port=port or (443 if tls else 80),
             tls=tls,
             prefix=path if path.endswith("/v1") else f"{path}/v1",
         )
 
 
+class ServedModel(Struct, frozen=True):
+    """A model that a server offers, as its `/state` describes it.
+
+    The defaults stand for a server without `/state`, which is any but Stretto's: the smallest common
+    vocabulary. `schedule` is empty when it is unknown.
+    """
+
+    name: str
+    vocab: int = 1000
+    context: int = 16384
+    schedule: str = ""
+
+
 class Connection(asyncio.Protocol):
-    """One socket, one request at a time. Hands each whole SSE event, or a plain body, to the reader."""
+    """One socket that carries one request at a time.
+
+    It passes on each complete SSE event, or keeps the body.
+    """
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -124,38 +141,39 @@ class Connection(asyncio.Protocol):
         self._lost = False
         self.status = 0
         self.body = b""
-        self.heard = False
+        self.received = False
 
     async def exchange(self, message: bytes, on_event: OnEvent | None) -> None:
-        """Send a request and read its answer to the end. Raises ConnectionError when the socket is lost.
+        """Send a request and read its whole answer. Raises ConnectionError when the socket is lost.
 
-        With status 200, each event's data and its time go to `on_event`; any other body is left in `body`.
+        With status 200, `on_event` gets the data of each event and its time in seconds. The body of any other
+        answer is kept in `body`.
         """
         if self._transport is None or self._lost:
             raise ConnectionResetError("the connection is lost")
         self._done = asyncio.get_running_loop().create_future()
         self._on_event = on_event
         self._parser = httptools.HttpResponseParser(self)
-        self._tail, self.body, self.status, self.heard, self._whole = b"", b"", 0, False, False
+        self._tail, self.body, self.status, self.received, self._whole = b"", b"", 0, False, False
         self._transport.write(message)
         await self._done
 
     @property
     def reusable(self) -> bool:
-        """Whether the answer was read whole and another request may follow on this socket."""
+        """Whether the answer is complete and another request may follow on this socket."""
         return self._whole and self._keep and not self._lost
 
     def close(self) -> None:
-        """Cut the socket: the server takes it as a cancellation of what is under way."""
+        """Close the socket at once. The server takes this as a cancellation of the request."""
         self._lost = True
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, not the base class.
 
     def data_received(self, data: bytes) -> None:
-        self._now, self.heard = time.perf_counter(), True
+        self._now, self.received = time.perf_counter(), True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -190,8 +208,8 @@ class Connection(asyncio.Protocol):
             self._done.set_exception(error)
 
 
-class Reading:
-    """What one streamed answer has shown so far."""
+class StreamedAnswer:
+    """One streamed answer as received so far. `stamps`: when each event with text arrived."""
 
     __slots__ = (
         "ended",
@@ -215,7 +233,7 @@ class Reading:
         self.on_text = on_text
 
     def __call__(self, data: bytes, now: float) -> None:
-        """Take in one event."""
+        """Read one event."""
         if data == DONE:
             self.finished = True
             return
@@ -241,40 +259,40 @@ class Reading:
 
 
 class Client:
-    """Requests to one OpenAI-compatible server, over as many kept connections as are under way at once."""
+    """Requests to one OpenAI-compatible server. Connections are kept and reused."""
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
-        self.target = Target.of(url)
-        self._ssl = ssl.create_default_context() if self.target.tls else None
+        self.address = ServerAddress.parse(url)
+        self._ssl = ssl.create_default_context() if self.address.tls else None
         self._timeout_s = timeout_s
         self._idle: list[Connection] = []
-        self._headers = f"Host: {self.target.host}\r\nAccept: */*\r\n"
+        self._headers = f"Host: {self.address.host}\r\nAccept: */*\r\n"
         if api_key:
             self._headers += f"Authorization: Bearer {api_key}\r\n"
 
     async def sample(self, path: str, body: bytes) -> Sample:
-        """Send one streaming request and time its answer. Never raises: a failure is a Sample too."""
-        reading = Reading(None)
+        """Send one streaming request and time its answer. A failure is a Sample too, never an exception."""
+        answer = StreamedAnswer(None)
         started = time.perf_counter()
         try:
-            await self._stream(path, body, reading)
+            await self._stream(path, body, answer)
         except RequestFailed as failure:
             return Sample(
                 started=started, ended=time.perf_counter(), error=failure.kind, detail=failure.detail
             )
         return Sample(
             started=started,
-            stamps=tuple(reading.stamps),
-            ended=reading.ended,
-            reason=reading.reason,
-            prompt_tokens=reading.prompt_tokens,
-            output_tokens=reading.output_tokens or len(reading.stamps),
+            stamps=tuple(answer.stamps),
+            ended=answer.ended,
+            reason=answer.reason,
+            prompt_tokens=answer.prompt_tokens,
+            output_tokens=answer.output_tokens or len(answer.stamps),
         )
 
     async def pieces(self, path: str, body: bytes) -> AsyncGenerator[str]:
-        """The text of one streamed answer as it comes. Closing it cancels it. Raises RequestFailed."""
+        """The text of one streamed answer as it comes. Closing the iterator cancels. Raises RequestFailed."""
         queue: asyncio.Queue[str | None] = asyncio.Queue()
-        task = asyncio.create_task(self._stream(path, body, Reading(queue.put_nowait)))
+        task = asyncio.create_task(self._stream(path, body, StreamedAnswer(queue.put_nowait)))
         task.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (piece := await queue.get()) is not None:
@@ -284,41 +302,66 @@ class Client:
             task.cancel()
 
     async def get(self, path: str) -> bytes:
-        """The body of a page under the prefix, or of `/path` when it starts so. Raises RequestFailed."""
-        route = path if path.startswith("/") else f"{self.target.prefix}/{path}"
+        """The body at a path: below the prefix, or below the root if it starts with `/`.
+
+        Raises RequestFailed.
+        """
+        route = path if path.startswith("/") else f"{self.address.prefix}/{path}"
         connection = await self._exchange(f"GET {route} HTTP/1.1\r\n{self._headers}\r\n".encode(), None)
         return connection.body
 
     async def models(self) -> list[str]:
-        """The names the server answers to. Raises RequestFailed."""
+        """The names of the models that the server offers. Raises RequestFailed."""
         try:
-            page = msgspec.json.decode(await self.get("models"), type=_Models)
+            page = msgspec.json.decode(await self.get("models"), type=_ModelList)
         except msgspec.DecodeError as error:
             raise RequestFailed("not an OpenAI-compatible server", f"/v1/models: {error}") from error
         return [entry.id for entry in page.data]
 
+    async def served_model(self, name: str | None = None) -> ServedModel:
+        """The model of that name, or the server's first. Raises StartError when the server offers none."""
+        if name is None:
+            try:
+                names = await self.models()
+            except RequestFailed as failure:
+                raise StartError(
+                    f"{self.address.host} does not answer as a model server: {failure}"
+                ) from failure
+            if not names:
+                raise StartError(f"{self.address.host} serves no model; load one there first")
+            name = names[0]
+        try:
+            state = msgspec.json.decode(await self.get("/state"), type=_ServerState)
+        except (RequestFailed, msgspec.DecodeError):
+            return ServedModel(name)
+        found = next((model for model in state.models if model.name == name), ServedModel(name))
+        return msgspec.structs.replace(found, schedule=state.schedule)
+
     def close(self) -> None:
-        """Close the connections kept."""
+        """Close all kept connections."""
         while self._idle:
             self._idle.pop().close()
 
-    async def _stream(self, path: str, body: bytes, reading: Reading) -> None:
+    async def _stream(self, path: str, body: bytes, answer: StreamedAnswer) -> None:
         head = (
-            f"POST {self.target.prefix}/{path} HTTP/1.1\r\n{self._headers}"
+            f"POST {self.address.prefix}/{path} HTTP/1.1\r\n{self._headers}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        await self._exchange(head.encode() + body, reading)
-        if reading.error is not None:
-            raise reading.error
-        if not reading.stamps and reading.reason == OVERDUE:
-            raise RequestFailed(OVERDUE, "the answer's time was over before its first token")
-        if not reading.stamps:
+        await self._exchange(head.encode() + body, answer)
+        if answer.error is not None:
+            raise answer.error
+        if not answer.stamps and answer.reason == DEADLINE:
+            raise RequestFailed(DEADLINE, "the deadline passed before the first token")
+        if not answer.stamps:
             raise RequestFailed("no token", "the answer ended without any text")
-        if not reading.finished:
+        if not answer.finished:
             raise RequestFailed("cut off", "the answer ended without [DONE]")
 
     async def _exchange(self, message: bytes, on_event: OnEvent | None) -> Connection:
-        """A kept connection may have been closed by the server meanwhile: only then is it tried anew."""
+        """Send on a kept connection or a new one.
+
+        A kept one that the server has closed meanwhile is replaced.
+        """
         while True:
             reused = bool(self._idle)
             connection = self._idle.pop() if reused else await self._connect()
@@ -328,7 +371,7 @@ class Client:
             except TimeoutError as error:
                 raise RequestFailed("timeout", f"no whole answer within {self._timeout_s:g} s") from error
             except ConnectionError as error:
-                if reused and not connection.heard:
+                if reused and not connection.received:
                     continue
                 raise RequestFailed("connection lost", str(error)) from error
             finally:
@@ -342,20 +385,25 @@ class Client:
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
-        address, port = self.target.address, self.target.port
+        host, port = self.address.hostname, self.address.port
         try:
-            _, connection = await loop.create_connection(Connection, address, port, ssl=self._ssl)
+            _, connection = await loop.create_connection(Connection, host, port, ssl=self._ssl)
         except OSError as error:
-            raise RequestFailed("cannot connect", f"{address}:{port}: {error.strerror or error}") from error
+            raise RequestFailed("cannot connect", f"{host}:{port}: {error.strerror or error}") from error
         return connection
 
 
-class _Model(Struct):
+class _ListedModel(Struct):
     id: str
 
 
-class _Models(Struct):
-    data: list[_Model]
+class _ModelList(Struct):
+    data: list[_ListedModel]
+
+
+class _ServerState(Struct):
+    models: list[ServedModel]
+    schedule: str = ""
 
 
 def _refusal(status: int, body: bytes) -> RequestFailed:

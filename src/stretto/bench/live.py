@@ -1,7 +1,7 @@
-"""A recorded load against a real server in real time: each request at its instant, come what may.
+"""Replays a recorded load against a real server in real time. Each request is sent at its recorded time.
 
-Dues are judged here, by what the client heard and when, and count from the instant a request was to be sent.
-Prompts are random tokens of the recorded lengths, with equal beginnings where the trace says so.
+Deadlines are judged here, by when the client received each token, and count from the time at which a request
+was to be sent. Prompts are random tokens of the recorded lengths. They share beginnings where the trace does.
 """
 
 from __future__ import annotations
@@ -15,65 +15,36 @@ from random import Random
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
-from stretto.bench.client import OVERDUE, Client, RequestFailed
-from stretto.bench.load import UNKNOWN_VOCAB
+from stretto.bench.client import DEADLINE, Client, ServedModel
 from stretto.bench.metrics import Sample
 from stretto.errors import StartError
 from stretto.simulator.replay import ReplayReport, Setting, Told, by_tier, planned, wasted, weighted, within
 from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason, Request
 
 PATH = "completions"
-BACKLOG = 64
-BUSY = ("HTTP 429", "HTTP 503")
+BACKLOG = 64  # requests that wait at once while the capacity is measured
+REFUSALS = ("HTTP 429", "HTTP 503")
 OnDone = Callable[[Sample], None]
 
 
-class Model(Struct, frozen=True):
-    """What a Stretto server says of a model it holds; any other is taken to have the smallest vocabulary."""
-
-    name: str
-    vocab: int = UNKNOWN_VOCAB
-    context: int = 16384
-
-
-class _State(Struct):
-    models: list[Model]
-    schedule: str = ""
-
-
 class Server:
-    """One server and the model on it that is asked. `schedule`: what it says it runs, if it does."""
+    """One server and the model on it that is loaded."""
 
-    def __init__(self, client: Client, model: Model, schedule: str) -> None:
+    def __init__(self, client: Client, model: ServedModel) -> None:
         self._client = client
         self.model = model
-        self.schedule = schedule
 
     @classmethod
     async def of(cls, url: str, *, api_key: str | None) -> Server:
-        """Ask it what it holds. Raises StartError when it does not answer."""
+        """Ask a server for its first model. Raises StartError when it does not answer."""
         client = Client(url, api_key=api_key)
-        try:
-            names = await client.models()
-        except RequestFailed as failure:
-            raise StartError(
-                f"{client.target.host} does not answer as a model server: {failure}"
-            ) from failure
-        if not names:
-            raise StartError(f"{client.target.host} serves no model")
-        try:
-            state = msgspec.json.decode(await client.get("/state"), type=_State)
-        except (RequestFailed, msgspec.DecodeError):
-            state = _State([])
-        held = next((model for model in state.models if model.name == names[0]), Model(names[0]))
-        return cls(client, held, state.schedule)
+        return cls(client, await client.served_model())
 
     async def replay(
         self, arrivals: Sequence[Arrival], setting: Setting, rate: float, on_done: OnDone
     ) -> tuple[ReplayReport, list[Told]]:
-        """Send the trace at the setting's load, where load 1.0 is `rate`, and wait for all answers."""
+        """Send the trace at the setting's load and wait for all answers. `rate`: requests/s at load 1.0."""
         usable = [within(arrival, setting) for arrival in arrivals]
         requests = planned(usable, setting, rate)
         samples, drained = await self._send(requests, usable, setting.seed, on_done)
@@ -91,14 +62,16 @@ class Server:
             wasted=wasted(told),
             tiers=tiers,
             weighted_goodput=weighted(tiers, setting.tiers),
-            server=self._client.target.host,
+            server=self._client.address.host,
             errors=dict(Counter(sample.error for sample in samples if sample.error is not None)),
         )
         return report, told
 
     async def capacity(self, arrivals: Sequence[Arrival], setting: Setting, on_done: OnDone) -> float:
-        """Requests per second that it completes when the first `BACKLOG` of them wait from the start, none
-        with an objective. Raises StartError when it does not complete them all: then it is not known."""
+        """Requests per second that the server completes when `BACKLOG` of them, without objectives, wait.
+
+        Raises StartError when one of them fails, because the capacity is unknown then.
+        """
         waiting = [
             msgspec.structs.replace(within(arrival, setting), at=0.0) for arrival in arrivals[:BACKLOG]
         ]
@@ -111,8 +84,8 @@ class Server:
         failed = next((sample for sample in samples if sample.error is not None), None)
         if failed is not None:
             raise StartError(
-                f"a backlog of {len(samples)} requests did not get through ({failed.error}: {failed.detail}):"
-                " say with --rate what load 1.0 is"
+                f"the capacity is unknown: one of {len(samples)} waiting requests failed ({failed.error}:"
+                f" {failed.detail}); give the requests per second of load 1.0 with --rate"
             )
         return len(samples) / drained
 
@@ -122,7 +95,7 @@ class Server:
     async def _send(
         self, requests: Sequence[Request], arrivals: Sequence[Arrival], seed: int, on_done: OnDone
     ) -> tuple[list[Sample], float]:
-        """Each request at its instant: samples by a clock that starts with the first, and the last end."""
+        """Send each request at its time. Returns the samples, in seconds from the start, and the duration."""
         bodies = [
             self._body(request, arrival, seed) for request, arrival in zip(requests, arrivals, strict=True)
         ]
@@ -160,8 +133,10 @@ class Server:
 
 
 def prompt(ident: int, arrival: Arrival, *, vocab: int, seed: int) -> list[int]:
-    """Token ids from the middle half of the vocabulary, where no special token lies. Equal blocks of the
-    trace's prefix are equal tokens, all else is drawn for this request."""
+    """Token ids from the middle half of the vocabulary: special tokens lie outside.
+
+    Equal blocks of the trace's prefix become equal tokens. All other tokens are drawn for this request.
+    """
     low, high = vocab // 4, max(vocab * 3 // 4, vocab // 4 + 1)
     blocks = chain.from_iterable(
         Random(f"{seed} block {block}").choices(range(low, high), k=PREFIX_BLOCK) for block in arrival.prefix
@@ -172,15 +147,15 @@ def prompt(ident: int, arrival: Arrival, *, vocab: int, seed: int) -> list[int]:
 
 
 def _told(request: Request, sample: Sample) -> Told:
-    """The sample as the replay's judge has it: each piece of text is a token, heard when it came."""
+    """The sample as the simulator judges it. Each event with text counts as one token."""
     told = Told(request)
     for stamp in sample.stamps:
         told.hear(stamp)
     if sample.error is None:
-        told.reason = Reason.DEADLINE if sample.reason == OVERDUE else Reason.LENGTH
+        told.reason = Reason.DEADLINE if sample.reason == DEADLINE else Reason.LENGTH
         told.computed = sample.prompt_tokens + sample.output_tokens
-    elif sample.error == OVERDUE:
+    elif sample.error == DEADLINE:
         told.reason = Reason.DEADLINE
     else:
-        told.reason = Reason.REFUSED if sample.error.startswith(BUSY) else Reason.ERROR
+        told.reason = Reason.REFUSED if sample.error.startswith(REFUSALS) else Reason.ERROR
     return told

@@ -1,6 +1,6 @@
-"""Drives a server: prompts from a file or random tokens, at a rate or with a fixed number under way at once.
+"""Loads a server with prompts from a file or with random tokens, at a rate or at a fixed concurrency.
 
-Everything random is seeded, so that a run can be repeated. Knows no terminal: progress is a callback.
+Everything random has a seed, so that a run can be repeated. Progress goes to a callback.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from stretto.bench.client import Client, RequestFailed
+from stretto.bench.client import Client, ServedModel
 from stretto.bench.metrics import NO_LIMITS, GoodputLimits, LoadReport, Sample, report
 from stretto.errors import StartError
 
-Message = dict[str, Any]
-Prompt = str | list[int] | list[Message]
-Endpoint = Literal["chat", "completions"]
-PATHS: dict[Endpoint, str] = {"chat": "chat/completions", "completions": "completions"}
-UNKNOWN_VOCAB = 1000
+LoadPrompt = str | list[int] | list[dict[str, Any]]  # a text, token ids, or chat messages
+EndpointName = Literal["chat", "completions"]
+PATHS: dict[EndpointName, str] = {"chat": "chat/completions", "completions": "completions"}
 
 
 class Load(Struct, frozen=True, kw_only=True):
-    """One load test. One of `rate` (requests per second) and `concurrency` (under way at once) is set.
+    """What a load test sends. Exactly one of `rate` (requests per second) and `concurrency` is set.
 
-    `prompts`: a file; without one, prompts are `random_input` random token ids each. `burstiness`: 1 is a
-    Poisson process, below it is burstier, above it more even.
+    `prompts`: a file; without it, each prompt is `random_input` random token ids. `burstiness`: 1 is a
+    Poisson process, less is burstier and more is more even. `warm_up`: requests that are sent before the
+    measurement. Raises StartError when the settings contradict each other.
     """
 
     requests: int
@@ -41,7 +40,7 @@ class Load(Struct, frozen=True, kw_only=True):
     prompts: Path | None = None
     random_input: int = 128
     output_tokens: int = 128
-    endpoint: Endpoint | None = None
+    endpoint: EndpointName | None = None
     model: str | None = None
     limits: GoodputLimits = NO_LIMITS
     seed: int = 0
@@ -52,7 +51,9 @@ class Load(Struct, frozen=True, kw_only=True):
         if (self.rate is None) == (self.concurrency is None):
             raise StartError("give either --rate or --concurrency")
         if self.prompts is None and self.endpoint == "chat":
-            raise StartError("random token ids go to the completions endpoint: give --prompts FILE for chat")
+            raise StartError(
+                "random token ids need the completions endpoint; give --prompts FILE to load chat"
+            )
         counts = (
             self.requests,
             self.random_input,
@@ -61,23 +62,23 @@ class Load(Struct, frozen=True, kw_only=True):
         )
         if min(counts) < 1 or (self.rate is not None and not self.rate > 0):
             raise StartError(
-                "--requests, --rate, --concurrency, --random-input, --output-tokens must be above 0"
+                "--requests, --rate, --concurrency, --random-input and --output-tokens must be above 0"
             )
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
-    """A finished load test: what was asked, what was measured, and one message for each kind of failure."""
+    """A finished load test. `examples`: for each kind of failure, the message of the first."""
 
     url: str
     model: str
-    endpoint: Endpoint
+    endpoint: EndpointName
     load: Load
     report: LoadReport
     examples: dict[str, str]
 
 
-def addressed(url: str) -> tuple[str, Endpoint | None]:
-    """A server's address without the endpoint that may stand behind it, and that endpoint."""
+def split_endpoint(url: str) -> tuple[str, EndpointName | None]:
+    """Split a URL into the server's address and the endpoint that its path names, if any."""
     for endpoint, path in PATHS.items():
         base = url.removesuffix("/").removesuffix(f"/{path}")
         if base != url.removesuffix("/"):
@@ -86,16 +87,16 @@ def addressed(url: str) -> tuple[str, Endpoint | None]:
 
 
 async def run(url: str, load: Load, *, api_key: str | None, on_done: Callable[[Sample], None]) -> Outcome:
-    """Warm up, send everything, wait for all answers. `on_done` hears of each.
+    """Warm up, send every request and wait for all answers. `on_done` is called with each.
 
-    Raises StartError when the server cannot be reached or the very first request fails: a load test of a
-    server that refuses everything measures nothing.
+    Raises StartError when the server cannot be reached or a warm-up request fails: a load test of a server
+    that refuses everything measures nothing.
     """
     client = Client(url, api_key=api_key)
     try:
-        model = load.model or await _first_model(client)
+        model = await client.served_model(load.model)
         endpoint = load.endpoint or ("chat" if load.prompts else "completions")
-        bodies = await _bodies(client, load, model, endpoint)
+        bodies = _bodies(load, model, endpoint)
         for body in islice(cycle(bodies), load.warm_up):
             sample = await client.sample(PATHS[endpoint], body)
             if sample.error is not None:
@@ -108,7 +109,7 @@ async def run(url: str, load: Load, *, api_key: str | None, on_done: Callable[[S
     failed = {sample.error: sample.detail for sample in reversed(samples) if sample.error is not None}
     return Outcome(
         url=url,
-        model=model,
+        model=model.name,
         endpoint=endpoint,
         load=load,
         report=report(samples, duration, load.limits),
@@ -117,17 +118,23 @@ async def run(url: str, load: Load, *, api_key: str | None, on_done: Callable[[S
 
 
 def arrivals(count: int, rate: float, *, seed: int = 0, burstiness: float = 1.0) -> list[float]:
-    """When each of `count` requests is sent, seconds from the start: gamma-distributed gaps, scaled so that
-    all are sent within count / rate seconds whatever the seed, as `vllm bench serve` does."""
+    """When each of `count` requests is sent, in seconds from the start.
+
+    Gaps are gamma-distributed, and scaled so that the last request is sent after count / rate seconds
+    whatever the seed. `vllm bench serve` does the same.
+    """
     random = Random(seed)
     times = list(accumulate(random.gammavariate(burstiness, 1.0) for _ in range(count)))
     scale = count / rate / times[-1]
     return [instant * scale for instant in times]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts from a file, one per line, `.gz` too: JSON with `messages`, `turns` (the first is taken),
-    `prompt` or `question`; any other line is a prompt itself. Raises StartError naming the line."""
+def read_prompts(path: Path) -> list[LoadPrompt]:
+    """Read prompts from a file, plain or gzipped, one per line. Raises StartError that names a wrong line.
+
+    A line is JSON with `messages`, `turns` (the first one counts), `prompt` or `question`. Any other line is
+    a prompt itself.
+    """
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8") as file:
@@ -136,17 +143,17 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise StartError(f"cannot read prompts from {path}: {error}") from error
     prompts = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise StartError(f"{path} holds no prompt")
+        raise StartError(f"{path} holds no prompt; write one per line")
     return prompts
 
 
-def random_prompts(count: int, length: int, *, vocab: int, seed: int) -> list[Prompt]:
-    """Prompts of `length` token ids from the middle half of the vocabulary, where no special token lies."""
+def random_prompts(count: int, length: int, *, vocab: int, seed: int) -> list[LoadPrompt]:
+    """Prompts of `length` token ids from the middle half of the vocabulary: special tokens lie outside."""
     random = Random(seed)
     return [[random.randrange(vocab // 4, vocab * 3 // 4) for _ in range(length)] for _ in range(count)]
 
 
-def _prompt(line: str, where: str) -> Prompt:
+def _prompt(line: str, where: str) -> LoadPrompt:
     if not line.lstrip().startswith("{"):
         return line
     try:
@@ -158,29 +165,19 @@ def _prompt(line: str, where: str) -> Prompt:
             return row["messages"]
         case {"turns": [str() as text, *_]} | {"prompt": str() as text} | {"question": str() as text}:
             return text
-    raise StartError(f"{where} has none of the fields messages, turns, prompt, question")
+        case _:
+            raise StartError(f"{where} has none of the fields messages, turns, prompt, question; add one")
 
 
-async def _first_model(client: Client) -> str:
-    try:
-        names = await client.models()
-    except RequestFailed as failure:
-        raise StartError(f"{client.target.host} does not answer as a model server: {failure}") from failure
-    if not names:
-        raise StartError(f"{client.target.host} serves no model")
-    return names[0]
-
-
-async def _bodies(client: Client, load: Load, model: str, endpoint: Endpoint) -> list[bytes]:
+def _bodies(load: Load, model: ServedModel, endpoint: EndpointName) -> list[bytes]:
     if load.prompts is not None:
         prompts = list(islice(cycle(read_prompts(load.prompts)), load.requests))
     else:
-        vocab = await _vocab(client, model)
-        prompts = random_prompts(load.requests, load.random_input, vocab=vocab, seed=load.seed)
-    return [_body(prompt, load, model, endpoint) for prompt in prompts]
+        prompts = random_prompts(load.requests, load.random_input, vocab=model.vocab, seed=load.seed)
+    return [_body(prompt, load, model.name, endpoint) for prompt in prompts]
 
 
-def _body(prompt: Prompt, load: Load, model: str, endpoint: Endpoint) -> bytes:
+def _body(prompt: LoadPrompt, load: Load, model: str, endpoint: EndpointName) -> bytes:
     body: dict[str, Any] = {
         "model": model,
         "max_tokens": load.output_tokens,
@@ -191,37 +188,22 @@ def _body(prompt: Prompt, load: Load, model: str, endpoint: Endpoint) -> bytes:
     if endpoint == "chat":
         body["messages"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     elif isinstance(prompt, list) and isinstance(prompt[0], dict):
-        raise StartError("prompts with messages go to the chat endpoint: give URL/v1/chat/completions")
+        raise StartError("prompts with messages need the chat endpoint; give URL/v1/chat/completions")
     else:
         body["prompt"] = prompt
     if load.prompts is None:
-        # Random tokens have no natural end: without this an early EOS would make the lengths a lottery.
+        # An answer to random tokens may end anywhere. This gives all answers the same length.
         body["ignore_eos"] = True
     return msgspec.json.encode(body)
-
-
-class _Held(Struct):
-    name: str
-    vocab: int
-
-
-class _State(Struct):
-    models: list[_Held]
-
-
-async def _vocab(client: Client, model: str) -> int:
-    """A Stretto server tells its vocabulary; any other is taken to have at least the smallest common one."""
-    try:
-        state = msgspec.json.decode(await client.get("/state"), type=_State)
-    except (RequestFailed, msgspec.DecodeError):
-        return UNKNOWN_VOCAB
-    return next((held.vocab for held in state.models if held.name == model), UNKNOWN_VOCAB)
 
 
 async def _drive(
     client: Client, load: Load, path: str, bodies: Sequence[bytes], on_done: Callable[[Sample], None]
 ) -> list[Sample]:
-    """Each worker takes the next body; at a rate every request has its own, which waits for its time."""
+    """Send all bodies.
+
+    Each task sends the next one; at a rate, each body has a task that waits for its time.
+    """
     start = time.perf_counter()
     times = [0.0] * len(bodies)
     if load.rate is not None:

@@ -1,7 +1,7 @@
-"""What a load test says, from the times at which tokens arrived. Pure: no clock, no network.
+"""The figures of a load test, computed from the times at which tokens arrived. No clock, no network.
 
-TTFT, TPOT, ITL, E2E and goodput are those of `vllm bench serve` and `sglang.benchmark.serving`; docstrings
-say where the two differ and which is taken.
+TTFT, TPOT, ITL, E2E and goodput are defined as in `vllm bench serve` and `sglang.benchmark.serving`. Where
+the two differ, the docstring says which one is followed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from stretto.statistics import Spread, spread
 
 
 class Sample(Struct, frozen=True, kw_only=True):
-    """One request as the client saw it. Times are seconds of one clock.
+    """One request as the client saw it. All times are seconds of one clock.
 
-    `stamps`: when each event that carried text arrived. `ended`: when the last event with a choice did.
-    `reason`: the answer's finish_reason. `error`: the kind of failure, None for a request that was answered;
-    `detail`: its message.
+    `stamps`: when each event with text arrived. `ended`: when the last event with a choice arrived. `reason`:
+    the finish_reason. `error`: the kind of failure, None for an answered request; `detail`: its message.
     """
 
     started: float
@@ -35,27 +34,27 @@ class Sample(Struct, frozen=True, kw_only=True):
 
     @property
     def ttft(self) -> float:
-        """Seconds from sending to the first event with text (SGLang's; vLLM counts a role-only event too)."""
+        """Seconds from sending to the first event with text. As SGLang; vLLM counts a role-only event too."""
         return self.stamps[0] - self.started
 
     @property
     def e2e(self) -> float:
-        """Seconds from sending to the last event with a choice (vLLM's; SGLang counts the usage event)."""
+        """Seconds from sending to the last event with a choice. As vLLM; SGLang counts the usage event."""
         return self.ended - self.started
 
     @property
     def tpot(self) -> float | None:
-        """(E2E - TTFT) / (output tokens - 1): seconds per token after the first. None for a single token."""
+        """Seconds per token after the first: (E2E - TTFT) / (output tokens - 1). None for a single token."""
         return (self.e2e - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     @property
     def itls(self) -> list[float]:
-        """Gaps between consecutive events with text, seconds."""
+        """Seconds between consecutive events with text."""
         return [late - early for early, late in pairwise(self.stamps)]
 
 
 class GoodputLimits(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a request must keep to be good, milliseconds. None: no limit of that kind."""
+    """The limits, in milliseconds, that a request must keep to count for goodput. None is no limit."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -63,27 +62,27 @@ class GoodputLimits(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @classmethod
     def of(cls, text: str) -> GoodputLimits:
-        """Parses `ttft:200,tpot:50,e2e:3000`, in milliseconds. Raises StartError."""
-        held: dict[str, float] = {}
+        """Parse `ttft:200,tpot:50,e2e:3000`, in milliseconds. Raises StartError."""
+        limits: dict[str, float] = {}
         for part in text.replace(",", " ").split():
             name, _, value = part.partition(":")
             try:
-                held[f"{name}_ms"] = float(value)
+                limits[f"{name}_ms"] = float(value)
             except ValueError:
-                raise StartError(f"--goodput: {part!r} is no limit: write it like ttft:200") from None
-            if f"{name}_ms" not in cls.__struct_fields__ or not held[f"{name}_ms"] > 0:
-                raise StartError(f"--goodput: {part!r}; limits are ttft, tpot and e2e, above 0 ms")
-        return cls(**held)
+                raise StartError(f"--goodput: {part!r} is no limit; write it like ttft:200") from None
+            if f"{name}_ms" not in cls.__struct_fields__ or not limits[f"{name}_ms"] > 0:
+                raise StartError(f"--goodput: {part!r} is wrong; limits are ttft, tpot and e2e, above 0 ms")
+        return cls(**limits)
 
 
 NO_LIMITS = GoodputLimits()
 
 
 class LoadReport(Struct, frozen=True, kw_only=True):
-    """A whole load test. Throughputs are per second of `duration_s`; input tokens are those the server tells.
+    """The figures of a load test. Throughputs are per second of `duration_s`. The server counts input tokens.
 
-    `goodput` is good requests per second (vLLM) and `good_share` good requests / all sent, failed ones
-    included (SGLang); both None when no limit was set. Spreads are None when nothing was there to measure.
+    `goodput`: good requests per second (vLLM). `good_share`: good requests over all sent, failed ones
+    included (SGLang). Both are None without limits. A spread is None when there was nothing to measure.
     """
 
     sent: int
@@ -107,7 +106,7 @@ class LoadReport(Struct, frozen=True, kw_only=True):
 
 
 def report(samples: Sequence[Sample], duration_s: float, limits: GoodputLimits = NO_LIMITS) -> LoadReport:
-    """`duration_s` runs from the first request's sending to the last one's end."""
+    """Compute the figures. `duration_s`: from the first request's start to the last one's end."""
     done = [sample for sample in samples if sample.error is None]
     output = sum(sample.output_tokens for sample in done)
     total = output + sum(sample.prompt_tokens for sample in done)
@@ -135,20 +134,20 @@ def report(samples: Sequence[Sample], duration_s: float, limits: GoodputLimits =
 
 
 def is_good(sample: Sample, limits: GoodputLimits) -> bool:
-    """Whether an answered request kept every limit. A single token's TPOT is 0, as vLLM has it."""
-    held = (
+    """Whether an answered request kept every limit. The TPOT of a single token is 0, as in vLLM."""
+    checks = (
         (limits.ttft_ms, sample.ttft),
         (limits.tpot_ms, sample.tpot or 0.0),
         (limits.e2e_ms, sample.e2e),
     )
-    return all(limit is None or seconds * 1e3 <= limit for limit, seconds in held)
+    return all(limit is None or seconds * 1e3 <= limit for limit, seconds in checks)
 
 
 def peak_concurrency(samples: Sequence[Sample]) -> int:
-    """The most requests under way at one moment. One that ends as another starts does not overlap it."""
+    """The largest number of open requests. One that ends when another starts does not overlap it."""
     events = [(sample.started, 1) for sample in samples] + [(sample.ended, -1) for sample in samples]
-    now = most = 0
+    now = peak = 0
     for _, change in sorted(events):
         now += change
-        most = max(most, now)
-    return most
+        peak = max(peak, now)
+    return peak

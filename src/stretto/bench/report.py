@@ -1,6 +1,6 @@
-"""A replay as one self-contained page: tables and plots, with the plotting library inside.
+"""Replayed traces as tables, and as one self-contained page with tables and plots.
 
-Knows reports and how they look; the page needs no network and follows light and dark.
+The page holds the plotting library, needs no network and follows the reader's light or dark theme.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from typing import Any
 import msgspec
 
 from stretto.simulator.replay import ReplayReport, Told
+from stretto.statistics import Spread
 
-Trace = dict[str, Any]
+ReplayRun = tuple[ReplayReport, Sequence[Told]]
+PlotlyPart = dict[str, Any]  # a trace, a figure or an axis, as Plotly reads it
 COLOURS = {"priority": "#d9480f", "default": "#2f6fde", "flex": "#2b8a3e", "all": "#868e96"}
 DASHES = ("solid", "dash", "dot", "dashdot")
 POINTS, SLICES = 300, 30
-COLUMNS = ("tier", "sent", "on time", "goodput /s", "TTFT p50 ms", "p99", "max", "TPOT p50 ms", "ITL p99 ms")
-MORE = ("ITL max", "refused", "overdue")
+COUNTS = ("tier", "sent", "on time", "good/s", "refused", "overdue")
+TIMES = ("tier", "TTFT p50", "p99", "max", "TPOT p50", "p99", "max", "ITL p50", "p99", "max")
 
 
-def page(title: str, runs: Sequence[tuple[ReplayReport, Sequence[Told]]]) -> str:
-    """The page of some runs of one trace, HTML."""
+def page(title: str, runs: Sequence[ReplayRun]) -> str:
+    """The HTML page about some runs of one trace."""
     reports = [report for report, _ in runs]
     plots = [_goodput(reports)] if len({report.load for report in reports}) > 1 else []
-    first, sections = _places(range(len(plots))), list[str]()
+    first, sections = _plots(range(len(plots))), list[str]()
     for report, told in runs:
         own = [_ttft(told), _over_time(report, told), _itl(told)]
         sections.append(_section(report, range(len(plots), len(plots) + len(own))))
@@ -45,39 +47,60 @@ def page(title: str, runs: Sequence[tuple[ReplayReport, Sequence[Told]]]) -> str
     return text
 
 
+def counts(report: ReplayReport) -> list[list[str]]:
+    """A row for each tier with requests, in the columns of `COUNTS`."""
+    return [
+        [
+            name,
+            f"{tier.sent:,}",
+            f"{tier.attainment:.1%}",
+            f"{tier.goodput:.3f}",
+            str(tier.refused),
+            str(tier.overdue),
+        ]
+        for name, tier in report.tiers.items()
+        if tier.sent
+    ]
+
+
+def times(report: ReplayReport) -> list[list[str]]:
+    """A row for each tier with requests, in the columns of `TIMES`: milliseconds."""
+    return [
+        [name, *_spread(tier.ttft_ms), *_spread(tier.tpot_ms), *_spread(tier.itl_ms)]
+        for name, tier in report.tiers.items()
+        if tier.sent
+    ]
+
+
+def _spread(spread: Spread | None) -> list[str]:
+    values = (None,) * 3 if spread is None else (spread.p50, spread.p99, spread.max)
+    return ["-" if value is None else f"{value:,.0f}" for value in values]
+
+
 def _section(report: ReplayReport, plots: Iterable[int]) -> str:
     where = f"on {report.server}" if report.server else "in virtual time"
-    head = f"{report.schedule or 'a server'} at load {report.load:g}"
+    title = f"{report.schedule or 'a server'} at load {report.load:g}"
     facts = [
         f"{report.rate:.3g} requests/s over {report.duration_s:,.0f} s {where}",
         f"load 1 is {report.capacity:.3g} requests/s",
-        f"{report.wasted:.1%} of the tokens computed were for answers that came late or not at all",
+        f"{report.wasted:.1%} of the computed tokens were for answers that came late or never",
     ]
     if report.best_goodput:
-        facts.append(f"no schedule could have more than {report.best_goodput['all']:.3g} good answers/s")
+        facts.append(f"no schedule can exceed {report.best_goodput['all']:.3g} on-time answers/s")
     facts += [f"{count} failed: {kind}" for kind, count in report.errors.items()]
     lines = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    return f"<section><h2>{escape(head)}</h2><ul>{lines}</ul>{_table(report)}{_places(plots)}</section>"
+    tables = _table(COUNTS, counts(report)) + "<p>milliseconds</p>" + _table(TIMES, times(report))
+    return f"<section><h2>{escape(title)}</h2><ul>{lines}</ul>{tables}{_plots(plots)}</section>"
 
 
-def _places(plots: Iterable[int]) -> str:
+def _plots(plots: Iterable[int]) -> str:
     return "".join(f"<div class='plot' data-plot='{number}'></div>" for number in plots)
 
 
-def _table(report: ReplayReport) -> str:
-    heads = "".join(f"<th>{escape(name)}</th>" for name in (*COLUMNS, *MORE))
-    rows: list[str] = []
-    for name, tier in report.tiers.items():
-        if not tier.sent:
-            continue
-        ttft, tpot, itl = tier.ttft_ms, tier.tpot_ms, tier.itl_ms
-        times = (ttft and ttft.p50, ttft and ttft.p99, ttft and ttft.max, tpot and tpot.p50, itl and itl.p99)
-        shown = ["-" if value is None else f"{value:,.0f}" for value in (*times, itl and itl.max)]
-        cells = [name, f"{tier.sent:,}", f"{tier.attainment:.1%}", f"{tier.goodput:.3g}", *shown]
-        cells += [str(tier.refused), str(tier.overdue)]
-        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f"<div class='wide'>{table}</div>"
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _groups(told: Sequence[Told]) -> Iterator[tuple[str, list[Told]]]:
@@ -87,8 +110,8 @@ def _groups(told: Sequence[Told]) -> Iterator[tuple[str, list[Told]]]:
             yield name, group
 
 
-def _ttft(told: Sequence[Told]) -> Trace:
-    """The share of a tier's requests whose first token had come by then; those without one never count."""
+def _ttft(told: Sequence[Told]) -> PlotlyPart:
+    """The share of a tier's requests whose first token had come by then. One without a token never counts."""
     lines = [
         _line(name, *_cumulative([one.first - one.request.arrival for one in group if one.count], len(group)))
         for name, group in _groups(told)
@@ -96,18 +119,18 @@ def _ttft(told: Sequence[Told]) -> Trace:
     return _plot("Time to first token", lines, "seconds", "share of requests", {"rangemode": "tozero"})
 
 
-def _itl(told: Sequence[Told]) -> Trace:
-    lines: list[Trace] = []
+def _itl(told: Sequence[Told]) -> PlotlyPart:
+    lines: list[PlotlyPart] = []
     for name, group in _groups(told):
         gaps = [gap for one in group for gap in one.gaps]
         lines.append(_line(name, *_cumulative(gaps, len(gaps))))
     return _plot("Between tokens", lines, "milliseconds", "share of gaps", {"type": "log"})
 
 
-def _over_time(report: ReplayReport, told: Sequence[Told]) -> Trace:
-    """Attainment by when a request arrived."""
+def _over_time(report: ReplayReport, told: Sequence[Told]) -> PlotlyPart:
+    """Attainment by the time of arrival."""
     width = max(report.duration_s / SLICES, 1e-9)
-    lines: list[Trace] = []
+    lines: list[PlotlyPart] = []
     for name, group in _groups(told):
         counts, good = [0] * SLICES, [0] * SLICES
         for one in group:
@@ -120,8 +143,8 @@ def _over_time(report: ReplayReport, told: Sequence[Told]) -> Trace:
     return _plot("Attainment", lines, "arrival, seconds", "share on time", {})
 
 
-def _goodput(reports: Sequence[ReplayReport]) -> Trace:
-    lines: list[Trace] = []
+def _goodput(reports: Sequence[ReplayReport]) -> PlotlyPart:
+    lines: list[PlotlyPart] = []
     for dash, schedule in zip(DASHES, dict.fromkeys(report.schedule for report in reports), strict=False):
         ran = sorted((each for each in reports if each.schedule == schedule), key=lambda each: each.load)
         goodput = [each.tiers["all"].goodput for each in ran]
@@ -131,7 +154,7 @@ def _goodput(reports: Sequence[ReplayReport]) -> Trace:
 
 
 def _cumulative(values: Sequence[float], whole: int) -> tuple[list[float], list[float]]:
-    """At most `POINTS` points of the rising share of `whole` that is no larger."""
+    """The cumulative distribution of `values` as a share of `whole`, in at most `POINTS` points."""
     ordered = sorted(value for value in values if isfinite(value))
     if not ordered:
         return [], []
@@ -139,14 +162,14 @@ def _cumulative(values: Sequence[float], whole: int) -> tuple[list[float], list[
     return [ordered[index] for index in picked], [(index + 1) / whole for index in picked]
 
 
-def _line(name: str, x: list[float], y: list[float]) -> Trace:
+def _line(name: str, x: list[float], y: list[float]) -> PlotlyPart:
     return {"name": name, "x": x, "y": y, "mode": "lines", "line": {"color": COLOURS.get(name)}}
 
 
-def _plot(title: str, lines: list[Trace], across: str, up: str, axis: Trace) -> Trace:
+def _plot(title: str, lines: list[PlotlyPart], x_title: str, y_title: str, axis: PlotlyPart) -> PlotlyPart:
     layout = {
         "title": {"text": title},
-        "xaxis": {"title": {"text": across}} | axis,
-        "yaxis": {"title": {"text": up}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": x_title}} | axis,
+        "yaxis": {"title": {"text": y_title}, "rangemode": "tozero"},
     }
     return {"data": lines, "layout": layout}

@@ -1,6 +1,6 @@
-"""`stretto bench trace`: what is asked, parsed, and every load of it run, in virtual or in real time.
+"""`stretto bench trace`: parses its options, and runs every load of them in virtual or in real time.
 
-Runs share one rate for load 1.0, so that they can be compared.
+All runs share one rate for load 1.0, so that they can be compared.
 """
 
 from __future__ import annotations
@@ -12,94 +12,106 @@ from msgspec import Struct
 
 from stretto.bench.live import Server
 from stretto.bench.metrics import Sample
-from stretto.bench.report import page
+from stretto.bench.report import ReplayRun, page
 from stretto.config import TIERS, Terms, Tier, TierName, tiers_of
 from stretto.errors import StartError
-from stretto.simulator.replay import CPU_TIERS, ReplayReport, Setting, Told, capacity, replayed
+from stretto.simulator.replay import CPU_TIERS, Setting, capacity, replayed
 from stretto.types import Arrival
 
-Run = tuple[ReplayReport, list[Told]]
 DEFAULT_SCHEDULE = "deadline"
 
 
-class Asked(Struct, frozen=True, kw_only=True):
-    """Loads and schedules to run, the share of each tier, and what tiers ask (None: nothing was said)."""
+class TraceOptions(Struct, frozen=True, kw_only=True):
+    """What to run. `mix`: the share of each tier. `tiers`: their objectives; None takes the defaults.
+
+    `schedules`: empty when none was named. `rate`: requests per second at load 1.0; None measures it.
+    """
 
     loads: list[float]
     schedules: list[str]
     mix: dict[str, float]
     tiers: dict[str, Tier] | None = None
+    seed: int = 0
+    rate: float | None = None
 
     @classmethod
-    def of(
-        cls, *, load: str, schedule: str | None, tiers: str, objectives: Mapping[TierName, Terms] | None
-    ) -> Asked:
-        """Parses what the command was given. Raises StartError that names the flag."""
+    def parse(
+        cls,
+        *,
+        load: str,
+        schedule: str | None,
+        tiers: str,
+        objectives: Mapping[TierName, Terms] | None,
+        seed: int,
+        rate: float | None,
+    ) -> TraceOptions:
+        """Parse the flags of the command. Raises StartError that names the wrong flag."""
         try:
             loads = [float(part) for part in load.split(",")]
         except ValueError:
-            raise StartError(f"--load: {load!r} is no number, nor several like 0.7,1,2") from None
-        asked = cls(
+            raise StartError(f"--load: {load!r} is no number; write one, or several like 0.7,1,2") from None
+        options = cls(
             loads=loads,
             schedules=schedule.split(",") if schedule else [],
             mix=_mix(tiers),
             tiers=None if objectives is None else tiers_of(objectives),
+            seed=seed,
+            rate=rate,
         )
-        for name in asked.schedules or [DEFAULT_SCHEDULE]:
+        for name in options.schedules or [DEFAULT_SCHEDULE]:
             for each in loads:
                 Setting(schedule=name, load=each)
-        return asked
+        return options
 
 
-def virtual(arrivals: Sequence[Arrival], asked: Asked, *, seed: int, rate: float | None) -> list[Run]:
-    """Every schedule at every load in virtual time."""
+def virtual(arrivals: Sequence[Arrival], options: TraceOptions) -> list[ReplayRun]:
+    """Run every schedule at every load in virtual time."""
+    tiers = options.tiers or CPU_TIERS
     settings = [
-        Setting(schedule=name, load=load, mix=asked.mix, tiers=asked.tiers or CPU_TIERS, seed=seed)
-        for load in asked.loads
-        for name in asked.schedules or [DEFAULT_SCHEDULE]
+        Setting(schedule=name, load=load, mix=options.mix, tiers=tiers, seed=options.seed)
+        for load in options.loads
+        for name in options.schedules or [DEFAULT_SCHEDULE]
     ]
-    full = rate or capacity(arrivals, settings[0])
-    return [replayed(arrivals, setting, rate=full) for setting in settings]
-
-
-class Target(Struct, frozen=True, kw_only=True):
-    """A server to ask, and who hears of each answer."""
-
-    url: str
-    key: str | None
-    on_done: Callable[[Sample], None]
+    rate = options.rate or capacity(arrivals, settings[0])
+    return [replayed(arrivals, setting, rate=rate) for setting in settings]
 
 
 async def live(
-    target: Target, arrivals: Sequence[Arrival], asked: Asked, *, seed: int, rate: float | None
-) -> list[Run]:
-    """Every load against a server in real time, one after the other. Raises StartError when it does not
-    answer, or runs another schedule than was named."""
-    server = await Server.of(target.url, api_key=target.key)
+    url: str,
+    arrivals: Sequence[Arrival],
+    options: TraceOptions,
+    *,
+    api_key: str | None,
+    on_done: Callable[[Sample], None],
+) -> list[ReplayRun]:
+    """Run every load against a server in real time, one after the other.
+
+    `on_done` is called with each answer.
+
+    Raises StartError when the server does not answer, or runs another schedule than the one named.
+    """
+    server = await Server.of(url, api_key=api_key)
     try:
-        named = asked.schedules or [server.schedule or DEFAULT_SCHEDULE]
-        if len(named) > 1 or server.schedule not in ("", *named):
-            runs = server.schedule or "one schedule"
-            raise StartError(f"--schedule {','.join(named)}: {target.url} runs {runs}, set at its start")
+        schedule = server.model.schedule
+        named = options.schedules or [schedule or DEFAULT_SCHEDULE]
+        if len(named) > 1 or schedule not in ("", *named):
+            runs = schedule or "one schedule"
+            raise StartError(f"--schedule {','.join(named)}: {url} runs {runs}, which is set at its start")
+        tiers, context = options.tiers or TIERS, server.model.context
         settings = [
             Setting(
-                schedule=named[0],
-                load=load,
-                mix=asked.mix,
-                tiers=asked.tiers or TIERS,
-                seed=seed,
-                context=server.model.context,
+                schedule=named[0], load=load, mix=options.mix, tiers=tiers, seed=options.seed, context=context
             )
-            for load in asked.loads
+            for load in options.loads
         ]
-        full = rate or await server.capacity(arrivals, settings[0], target.on_done)
-        return [await server.replay(arrivals, setting, full, target.on_done) for setting in settings]
+        rate = options.rate or await server.capacity(arrivals, settings[0], on_done)
+        return [await server.replay(arrivals, setting, rate, on_done) for setting in settings]
     finally:
         server.close()
 
 
-def write(file: Path, title: str, runs: Sequence[Run]) -> None:
-    """A page of these runs. Raises StartError when it cannot be written."""
+def write(file: Path, title: str, runs: Sequence[ReplayRun]) -> None:
+    """Write a page about these runs. Raises StartError when the file cannot be written."""
     try:
         file.write_text(page(title, runs), encoding="utf-8")
     except OSError as error:
@@ -107,16 +119,16 @@ def write(file: Path, title: str, runs: Sequence[Run]) -> None:
 
 
 def _mix(text: str) -> dict[str, float]:
-    """`priority=0.2,default=0.8` as shares that sum to 1. Raises StartError."""
+    """Parse `priority=0.2,default=0.8` into shares that sum to 1. Raises StartError."""
     shares: dict[str, float] = {}
     for part in text.split(","):
         name, _, share = part.partition("=")
         try:
             shares[name] = float(share)
         except ValueError:
-            raise StartError(f"--tiers: {part!r} is no share: write TIER=0.2") from None
+            raise StartError(f"--tiers: {part!r} is no share; write it like priority=0.2") from None
         if name not in TIERS or not 0 <= shares[name] <= 1:
-            raise StartError(f"--tiers: {part!r}; tiers are {', '.join(TIERS)}, shares from 0 to 1")
+            raise StartError(f"--tiers: {part!r} is wrong; tiers are {', '.join(TIERS)}, shares from 0 to 1")
     if abs(sum(shares.values()) - 1) > 1e-6:
-        raise StartError(f"--tiers: the shares sum to {sum(shares.values()):g}, not to 1")
+        raise StartError(f"--tiers: the shares sum to {sum(shares.values()):g}; they must sum to 1")
     return shares
