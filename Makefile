@@ -1,37 +1,61 @@
-# Two commands from nothing: `make run` serves the bundled model, `make test` checks everything.
+# `make run` serves the bundled model. `make check` is the fast test, `make test` the whole one.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SERVED := $(VENV)/.served
 TESTED := $(VENV)/.tested
+# Pure unit tests: no server, no engine process.
+FAST := tests/test_layout.py tests/test_docs.py tests/test_config.py tests/protocol tests/text tests/telemetry \
+    tests/engine/scheduler tests/engine/test_step_time.py
 
-.PHONY: run test lint clean
+.PHONY: run check test lint coverage docs clean
 
 run: $(SERVED)
 	@exec $(BIN)/stretto serve
 
+check: $(TESTED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/python -m pytest -q $(FAST)
+
 test: $(TESTED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=25
 
 lint: $(TESTED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/codespell
 	$(BIN)/pyright
 
+coverage: $(TESTED)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --sort=cover
+
+docs: $(TESTED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Stretto needs Python 3.11 or newer")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Stretto needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 
 $(SERVED): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	@echo "Installing Stretto and its dependencies into $(VENV), once."
+	@echo "torch is most of the download: about 200 MB if it is built for CPUs, up to 3 GB with the CUDA libraries."
+	$(BIN)/python -m pip install --editable .
 	@touch $@
 
 $(TESTED): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "Installing Stretto, its dependencies and the development tools into $(VENV), once."
+	@echo "torch is most of the download: about 200 MB if it is built for CPUs, up to 3 GB with the CUDA libraries."
+	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@ $(SERVED)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) build dist site *.egg-info src/*.egg-info

@@ -1,0 +1,72 @@
+"""The files around the package agree with each other: workflow, hooks, site, pinned tools."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
+REQUIREMENTS = [pin.partition(";")[0].strip() for pin in PROJECT["project"]["optional-dependencies"]["dev"]]
+
+
+def parsed(path: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+def test_the_workflow_runs_every_python_the_package_supports() -> None:
+    jobs = parsed(".github/workflows/ci.yml")["jobs"]
+    tested = jobs["test"]["strategy"]["matrix"]["python"]
+    built = re.findall(r"cp3(\d+)", PROJECT["tool"]["cibuildwheel"]["build"])
+    assert tested == [f"3.{minor}" for minor in built]
+    assert PROJECT["project"]["requires-python"] == f">={tested[0]}"
+
+
+def test_every_job_has_a_time_limit_and_steps_that_do_something() -> None:
+    for name, job in parsed(".github/workflows/ci.yml")["jobs"].items():
+        assert job["timeout-minutes"] <= 90, name
+        assert all(("run" in step) != ("uses" in step) for step in job["steps"]), name
+
+
+def test_the_workflow_and_the_makefile_name_what_exists() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    for path in re.findall(r"\btests/[\w/.]+", workflow + MAKEFILE):
+        assert (ROOT / path).exists(), path
+    targets = set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]\w*)", workflow)) <= targets
+
+
+def test_hooks_run_tools_that_are_pinned() -> None:
+    pinned = {requirement.partition("==")[0] for requirement in REQUIREMENTS}
+    for hook in parsed(".pre-commit-config.yaml")["repos"][0]["hooks"]:
+        assert any(tool in hook["entry"] for tool in pinned), hook["id"]
+
+
+def test_development_tools_have_exact_versions() -> None:
+    assert [requirement for requirement in REQUIREMENTS if "==" not in requirement] == ["triton"]
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 10
+    for page in pages:
+        assert not re.findall(
+            r'<(?:script|img)[^>]* src="https?:|<link[^>]* href="https?:', page.read_text()
+        ), page
