@@ -126,7 +126,7 @@ def test_help_shows_every_command_without_colours() -> None:
         (["serve", "--config", "/nowhere.toml"], "cannot read the configuration /nowhere.toml"),
         (["serve", "a=null", "a=null"], "two models are called a"),
         (["run"], "Missing argument"),
-        (["run", "x", "--temperature", "1000"], "temperature must be from 0.0 to 100.0"),
+        (["run", "x", "--temperature", "1000"], "temperature must be from 0 to 100"),
         (["bench", "serve", "http://x", "--requests", "1"], "either --rate or --concurrency"),
         (["bench", "serve", "http://x", "--rate", "1", "--concurrency", "1"], "either --rate or"),
         (["bench", "serve", "http://x", "--rate", "1", "--goodput", "ttft=9"], "write it like ttft:200"),

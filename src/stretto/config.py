@@ -133,15 +133,6 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
             " that model, one of those held"
         ),
     ] = "ngram"
-    priority_share: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=1,
-            description="of the machine's time, what one tenant may ask for at priority in a minute; beyond, "
-            "its requests are served as default",
-        ),
-    ] = 0.5
     prefix_cache: Annotated[bool, Meta(description="share the KV blocks of equal beginnings")] = True
     cache_dir: Annotated[
         str,
@@ -174,6 +165,15 @@ class ServeConfig(Struct, frozen=True, kw_only=True):
     api_keys: Annotated[
         dict[str, str], Meta(description="who may ask: a table of key = tenant; empty: anybody, as `local`")
     ] = {}
+    priority_share: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="of the machine's time, what one tenant may ask for at priority in a minute; beyond, "
+            "its requests are served as default",
+        ),
+    ] = 0.5
     schedule: Schedule = SCHEDULE
     tiers: Tiers = {}
 

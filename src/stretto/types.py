@@ -7,14 +7,27 @@ Times are seconds on the machine's monotonic clock unless a name ends in `_ms`.
 from __future__ import annotations
 
 from enum import StrEnum
-from math import isfinite
 from typing import Literal
 
-from msgspec import Struct, field, structs
+from msgspec import Meta, Struct, field, structs
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice"]
-MAX_TOP_LOGPROBS = 20
-MAX_BIAS = 100.0
+INT32_MAX = 2**31 - 1
+# The range of each sampling option, for the wire types and for `Sampling`. msgspec reads a Meta by itself.
+BOUNDS: dict[str, Meta] = {
+    "max_tokens": Meta(ge=1, le=INT32_MAX),
+    "min_tokens": Meta(ge=0, le=INT32_MAX),
+    "temperature": Meta(ge=0, le=100),
+    "top_p": Meta(gt=0, le=1),
+    "top_k": Meta(ge=0, le=INT32_MAX),
+    "min_p": Meta(ge=0, le=1),
+    "repetition_penalty": Meta(gt=0, le=100),
+    "frequency_penalty": Meta(ge=-2, le=2),
+    "presence_penalty": Meta(ge=-2, le=2),
+    "logit_bias": Meta(ge=-100, le=100),
+    "logprobs": Meta(ge=0, le=20),
+    "n": Meta(ge=1, le=INT32_MAX),
+}
 PREFIX_BLOCK = 512
 
 
@@ -56,25 +69,18 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        self._within("temperature", self.temperature, 0.0, 100.0)
-        self._within("top_p", self.top_p, 0.0, 1.0, above=True)
-        self._within("min_p", self.min_p, 0.0, 1.0)
-        self._within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
-        self._within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        self._within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        self._within("top_k", self.top_k, 0, 2**31 - 1)
-        self._within("min_tokens", self.min_tokens, 0, 2**31 - 1)
-        self._within("n", self.n, 1, 2**31 - 1)
-        if self.max_tokens is not None:
-            self._within("max_tokens", self.max_tokens, 1, 2**31 - 1)
-            if self.min_tokens > self.max_tokens:
-                raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
-        if self.logprobs is not None:
-            self._within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
-        if self.seed is not None:
-            self._within("seed", self.seed, -(2**63), 2**64 - 1)
-        for token, bias in self.logit_bias.items():
-            self._within(f"logit_bias[{token}]", bias, -MAX_BIAS, MAX_BIAS)
+        for name, bounds in BOUNDS.items():
+            value = getattr(self, name)
+            if name == "logit_bias":
+                for token, bias in self.logit_bias.items():
+                    _check_within(f"logit_bias[{token}]", bias, bounds)
+            elif value is not None:
+                _check_within(name, value, bounds)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
+        # Requests have signed 64-bit seeds. The k-th answer to one has seed + k, which may be larger.
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be from -2^63 to 2^64 - 1, not {self.seed}")
         if "" in self.stop:
             raise ValueError("stop must not hold an empty string: it would end every answer at once")
 
@@ -85,10 +91,15 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
         seeds = [None if self.seed is None else self.seed + index for index in range(self.n)]
         return tuple(structs.replace(self, n=1, seed=seed) for seed in seeds)
 
-    @staticmethod
-    def _within(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
-        if not isfinite(value) or value < low or value > high or (above and value == low):
-            raise ValueError(f"{name} must be {'above' if above else 'from'} {low} to {high}, not {value}")
+
+def _check_within(name: str, value: float, bounds: Meta) -> None:
+    low = bounds.ge if bounds.gt is None else bounds.gt
+    high = bounds.le
+    assert low is not None and high is not None
+    if not low <= value <= high or value == bounds.gt:
+        raise ValueError(
+            f"{name} must be {'from' if bounds.gt is None else 'above'} {low} to {high}, not {value}"
+        )
 
 
 class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True):

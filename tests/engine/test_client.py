@@ -182,17 +182,25 @@ async def test_what_cannot_be_on_time_is_refused_before_the_running_step_has_end
         await client.shutdown(1.0)
 
 
-async def test_a_client_that_makes_every_request_priority_has_its_share_and_no_more():
+async def test_a_stream_says_what_work_its_request_was_predicted_to_be():
+    """Quotas go by it: more tokens are more work, and a refused request is none."""
     model = ModelConfig(name="null", path="null:5")
-    client = EngineClient(EngineConfig(models=(model,), schedule="deadline", priority_share=0.0001))
+    client = EngineClient(EngineConfig(models=(model,), schedule="deadline"))
     await client.start()
     await client.wait_ready()
     try:
-        assert client.within_share("local", "priority") and client.within_share("local", "flex")
-        while client.within_share("local", "priority"):
-            asked = msgspec.structs.replace(request(client), tier="priority")
-            await read(client.submit(asked))
-        assert client.within_share("local", "default") and client.within_share("other", "priority")
+        await read(client.submit(request(client)))
+        asked = request(client)
+        stream = client.submit(asked)
+        await read(stream)
+        longer = msgspec.structs.replace(asked, id=client.next_id(), prompt=asked.prompt * 50)
+        long = client.submit(longer)
+        await read(long)
+        assert 0 < stream.work_ms < long.work_ms
+        hopeless = Objective(ttft_ms=1e-6, on_miss="reject")
+        refused = client.submit(msgspec.structs.replace(asked, id=client.next_id(), objective=hopeless))
+        await read(refused)
+        assert refused.work_ms == 0
     finally:
         await client.shutdown(1.0)
 

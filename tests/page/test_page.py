@@ -141,11 +141,11 @@ async def test_the_live_view_draws_what_the_server_does(page: Any, engine: FakeE
 async def test_the_page_comes_back_with_the_server(
     page: Any, served: Served, config: ServeConfig, app: App, engine: FakeEngine, complaints: list[str]
 ) -> None:
-    app.front.draining = True
+    app.server.gate.close()
     served.task.cancel()
     await asyncio.gather(served.task, return_exceptions=True)
     await page.wait_for_selector(".status.down:has-text('not reachable')")
-    app.front.draining = False
+    app.server.gate.draining = False
     again = asyncio.create_task(lifecycle.run(structs.replace(config, port=served.port), app, engine))
     await page.wait_for_selector(".status.ready")
     await ask(page)

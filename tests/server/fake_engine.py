@@ -42,6 +42,7 @@ class FakeStream:
         self.request = request
         self.closed_after: int | None = None
         self.said = 0
+        self.work_ms = engine.work_ms
         self._engine = engine
         self._script = list(script)
         self._ended = False
@@ -102,8 +103,8 @@ class FakeStream:
 
 @dataclass
 class FakeEngine:
-    """`script(request)` is what each request gets. `open` are the streams that nobody has closed; `spent` the
-    tenants that have had their share of priority."""
+    """`script(request)` is what each request gets. `open` are the streams that nobody has closed; `work_ms`
+    is the predicted work of each request."""
 
     script: Script
     models: dict[str, ModelInfo]
@@ -116,7 +117,7 @@ class FakeEngine:
     pause: Callable[[float], object] = asyncio.sleep
     failure: str | None = None
     ended: bool = False
-    spent: set[str] = field(default_factory=set)
+    work_ms: float = 0.0
     _ids: count = field(default_factory=lambda: count(1))
 
     async def wait_ready(self) -> None:
@@ -139,9 +140,6 @@ class FakeEngine:
 
     def next_id(self) -> int:
         return next(self._ids)
-
-    def within_share(self, tenant: str, tier: str) -> bool:
-        return tier != "priority" or tenant not in self.spent
 
     def submit(self, request: Request) -> FakeStream:
         if not self.ready:

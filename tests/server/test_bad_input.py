@@ -14,7 +14,7 @@ import pytest
 
 from stretto.config import ServeConfig
 from stretto.errors import EngineDied, InvalidGrammar, Overloaded
-from stretto.server.admission_gate import Gate
+from stretto.server.admission_gate import AdmissionGate
 from stretto.server.app import App, build
 from stretto.types import Grammar, Reason, Request
 from tests.server.checkpoint import byte_level, write
@@ -232,7 +232,7 @@ async def test_content_types_and_sizes(app: App, client: httpx.AsyncClient) -> N
 
     response = await client.post(CHAT, content=endless())
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
-    headers = {"content-length": str(app.front.config.max_body_bytes + 1)}
+    headers = {"content-length": str(app.server.config.max_body_bytes + 1)}
     response = await client.post(CHAT, content=b"", headers=headers)
     assert response.status_code == 413
 
@@ -313,11 +313,6 @@ async def test_not_ready_draining_and_full(app: App, client: httpx.AsyncClient, 
     assert (await client.get("/health")).status_code == 200
     assert (await client.get("/v1/models")).json()["data"][0]["id"] == "tiny"
     engine.ready = True
-    app.front.draining = True
-    response = await client.post(CHAT, json=HELLO)
-    assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
-    assert (await client.get("/state")).json()["draining"] is True
-    app.front.draining = False
     assert (await client.get("/ready")).status_code == 200
     engine.script = lambda request: [60.0]
     waiting = [asyncio.create_task(client.post(CHAT, json=HELLO | {"n": 16})) for _ in range(2)]
@@ -329,23 +324,29 @@ async def test_not_ready_draining_and_full(app: App, client: httpx.AsyncClient, 
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    assert (app.front.gate.waiting, engine.open) == (0, set())
+    assert (app.server.gate.waiting, engine.open) == (0, set())
+    app.server.gate.close()
+    response = await client.post(CHAT, json=HELLO)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+    assert (await client.get("/state")).json()["draining"] is True
 
 
 def test_the_wait_is_computed_from_the_rate_of_first_tokens() -> None:
     now = [0.0]
-    gate = Gate(100, lambda: now[0])
-    for _ in range(100):
-        gate.enter()
-    for _ in range(200):
+    gate = AdmissionGate(100, clock=lambda: now[0])
+    slots = [gate.reserve(1) for _ in range(100)]
+    for at in range(200):
         now[0] += 0.5
-        gate.leave(served=True)
-        gate.enter()
+        slots[at].first_token()
+        slots.append(gate.reserve(1))
     with pytest.raises(Overloaded) as caught:
-        gate.check(1)
+        gate.reserve(1)
     assert caught.value.retry_after == pytest.approx(100 / 2 * 0.5, rel=0.05)
-    gate.leave(served=False)
-    gate.check(1)
+    with slots[-1]:
+        pass
+    with gate.reserve(1):
+        assert gate.waiting == 100
+    assert gate.waiting == 99
 
 
 async def test_errors_in_the_middle_of_a_stream_are_typed_events(
@@ -383,7 +384,7 @@ async def test_an_engine_that_dies_between_two_choices_leaves_none_behind(
     engine.script = script
     response = await client.post(CHAT, json=HELLO | {"n": 3})
     assert (response.status_code, response.headers["retry-after"]) == (503, "2")
-    assert (engine.open, app.front.gate.waiting, app.front.runs) == (set(), 0, set())
+    assert (engine.open, app.server.gate.waiting, app.server.calls) == (set(), 0, set())
 
 
 async def test_a_bug_is_logged_without_words_of_the_request(

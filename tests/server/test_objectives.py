@@ -172,7 +172,7 @@ async def test_a_tenant_beyond_its_share_of_priority_is_served_as_default(
 ) -> None:
     keys = {"key-of-one": "one", "key-of-two": "two"}
     app = build(ServeConfig(api_keys=keys), engine, {"tiny": checkpoint})
-    engine.spent.add("one")
+    engine.work_ms = 31_000.0
     body = {"messages": [{"role": "user", "content": "hi"}], "service_tier": "priority"}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         served = [
@@ -181,11 +181,17 @@ async def test_a_tenant_beyond_its_share_of_priority_is_served_as_default(
                 json=body | {"objective": {"ttft_ms": 700}},
                 headers={"Authorization": f"Bearer {key}"},
             )
-            for key in keys
+            for key in ("key-of-one", *keys)
         ]
-    assert [answer.json()["service_tier"] for answer in served] == ["default", "priority"]
-    assert [request.tier for request in engine.requests] == ["default", "priority"]
-    assert {request.objective.ttft_ms for request in engine.requests} == {700}, "its own limits stay"
+        flex = await client.post(
+            "/v1/chat/completions",
+            json=body | {"service_tier": "flex"},
+            headers={"Authorization": "Bearer key-of-one"},
+        )
+    assert [answer.json()["service_tier"] for answer in served] == ["priority", "default", "priority"]
+    assert [request.tier for request in engine.requests[:3]] == ["priority", "default", "priority"]
+    assert flex.json()["service_tier"] == "flex", "only priority has a quota"
+    assert {request.objective.ttft_ms for request in engine.requests[:3]} == {700}, "its own limits stay"
 
 
 async def test_a_real_engine_keeps_objectives() -> None:

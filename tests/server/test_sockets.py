@@ -74,8 +74,8 @@ async def test_a_client_that_leaves_before_it_said_all(served: Served, app: App)
     async with connected(served) as (_, writer):
         writer.write(post(STREAM)[:-5])
         await writer.drain()
-    await until(lambda: 'outcome="client_gone"} 1.0' in app.front.metrics.text().decode())
-    assert not app.front.runs
+    await until(lambda: 'outcome="client_gone"} 1.0' in app.server.metrics.text().decode())
+    assert not app.server.calls
 
 
 async def test_a_slow_reader_hurts_nobody(served: Served, engine: FakeEngine) -> None:
@@ -111,16 +111,16 @@ async def test_a_thousand_connections_at_once(served: Served, app: App, engine: 
             answers.append(await reader.readuntil(b"\r\n\r\n"))
 
     tasks = [asyncio.create_task(one()) for _ in range(1000)]
-    await until(lambda: len(answers) == 1000 - app.front.config.max_waiting, 60)
-    assert app.front.gate.waiting == len(engine.open) == app.front.config.max_waiting
+    await until(lambda: len(answers) == 1000 - app.server.config.max_waiting, 60)
+    assert app.server.gate.waiting == len(engine.open) == app.server.config.max_waiting
     gate.set()
     await asyncio.gather(*tasks)
     refused = [answer for answer in answers if answer.startswith(b"HTTP/1.1 503")]
-    assert len(refused) == 1000 - app.front.config.max_waiting
+    assert len(refused) == 1000 - app.server.config.max_waiting
     assert all(b"retry-after: " in answer for answer in refused)
-    assert sum(answer.startswith(b"HTTP/1.1 200") for answer in answers) == app.front.config.max_waiting
+    assert sum(answer.startswith(b"HTTP/1.1 200") for answer in answers) == app.server.config.max_waiting
     await until(lambda: not engine.open)
-    assert app.front.gate.waiting == 0
+    assert app.server.gate.waiting == 0
 
 
 async def last_event(reader: asyncio.StreamReader) -> Any:
@@ -138,7 +138,7 @@ async def test_a_signal_drains(served: Served, app: App, engine: FakeEngine) -> 
         writer.write(post(STREAM))
         await reader.readuntil(b"data: ")
         os.kill(os.getpid(), signal.SIGTERM)
-        await until(lambda: app.front.draining)
+        await until(lambda: app.server.gate.draining)
         for response in (await client.get("/ready"), await client.post(CHAT, json=HELLO)):
             assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
             assert response.headers["retry-after"]

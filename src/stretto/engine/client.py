@@ -23,24 +23,25 @@ import zmq
 from stretto.config import EngineConfig, tiers_of
 from stretto.engine import ipc
 from stretto.engine.scheduler.admission import Forecast, Outlook
-from stretto.engine.scheduler.quota import Shares
 from stretto.errors import EngineDied, StartError
 from stretto.types import Finish, ModelInfo, Reason, Request, StepStats, TokenEvent, WorkerState
 
 log = logging.getLogger(__name__)
-PRIORITY = "priority"
 RESTART_S = (0.0, 0.5, 2.0, 5.0)
 
 
 class Stream:
     """The events of one request. Each item is the list of the events that have arrived since the last item.
 
-    Closing a stream cancels its request. `forecast_ms` is the queueing time that admission predicted.
+    Closing a stream cancels its request. `forecast_ms` is the queueing time that admission predicted, and
+    `work_ms` the work; a request that was not sent has none.
     """
 
-    __slots__ = ("_client", "_error", "_events", "_finished", "_id", "_waiter", "forecast_ms")
+    __slots__ = ("_client", "_error", "_events", "_finished", "_id", "_waiter", "forecast_ms", "work_ms")
 
-    def __init__(self, client: EngineClient, ident: int, forecast_ms: float | None = None) -> None:
+    def __init__(
+        self, client: EngineClient, ident: int, forecast_ms: float | None = None, work_ms: float = 0.0
+    ) -> None:
         self._client = client
         self._id = ident
         self._events: list[TokenEvent] = []
@@ -48,6 +49,7 @@ class Stream:
         self._error: EngineDied | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.forecast_ms = forecast_ms
+        self.work_ms = work_ms
 
     def __aiter__(self) -> Stream:
         return self
@@ -114,7 +116,6 @@ class EngineClient:
         self._closing = False
         self._supervisor: asyncio.Task[None] | None = None
         self._outlooks: dict[str, Outlook] = {}
-        self._shares = Shares(config.priority_share)
         self._steps = 0
         self._last_steps: dict[str, StepStats] = {}
         self._subscribers: list[Callable[[StepStats], None]] = []
@@ -154,23 +155,20 @@ class EngineClient:
         """
         if not self.ready:
             raise EngineDied("the engine is starting; try again in a moment", retry_after=1.0)
-        forecast = self._outlooks[request.model].forecast(request, time.monotonic())
-        stream = Stream(self, request.id, None if forecast is None else forecast.queue_ms)
-        if forecast is not None:
-            if request.objective.on_miss == "reject" and not forecast.feasible:
-                stream.push(_refusal(request, forecast))
-                return stream
-            self._outlooks[request.model].sent(request)
-            if request.tier == PRIORITY:
-                work = self._outlooks[request.model].work_ms(request)
-                self._shares.charge(request.tenant, work, time.monotonic())
+        outlook = self._outlooks[request.model]
+        forecast = outlook.forecast(request, time.monotonic())
+        if forecast is None:
+            stream = Stream(self, request.id)
+        elif request.objective.on_miss == "reject" and not forecast.feasible:
+            stream = Stream(self, request.id)
+            stream.push(_refusal(request, forecast))
+            return stream
+        else:
+            stream = Stream(self, request.id, forecast.queue_ms, outlook.work_ms(request))
+            outlook.sent(request)
         self._streams[request.id] = stream
         self._send(ipc.Submit(request))
         return stream
-
-    def within_share(self, tenant: str, tier: str) -> bool:
-        """Whether the tenant may have this tier now: beyond its share of the time, `priority` it may not."""
-        return tier != PRIORITY or self._shares.allows(tenant, time.monotonic())
 
     def cancel(self, ident: int) -> None:
         """End a request in the engine. Its stream gets no more events."""

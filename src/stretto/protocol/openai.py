@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Natural = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+from stretto.types import BOUNDS, INT32_MAX
+
+Positive = Annotated[int, Meta(ge=1, le=INT32_MAX)]
+TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 StopString = Annotated[str, Meta(min_length=1)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Bias = Annotated[float, Meta(ge=-100, le=100)]
-TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
+Bias = Annotated[float, BOUNDS["logit_bias"]]
+MaxTokens = Annotated[int, BOUNDS["max_tokens"]]
+TopLogprobs = Annotated[int, BOUNDS["logprobs"]]
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_\-]{1,64}$", min_length=1, max_length=64)]
 Empty = Annotated[list[Any], Meta(max_length=0)]
 MetadataKey = Annotated[str, Meta(max_length=64)]
@@ -153,7 +154,7 @@ class StructuredOutputs(Wire, frozen=True, kw_only=True):
     choice: Annotated[list[StopString], Meta(min_length=1)] | None = None
 
 
-class AskedObjective(Wire, frozen=True, kw_only=True):
+class ObjectiveFields(Wire, frozen=True, kw_only=True):
     """Latency that the answer should keep; what is left out is the tier's. Milliseconds, a day at most."""
 
     ttft_ms: Milliseconds | None = None
@@ -163,7 +164,7 @@ class AskedObjective(Wire, frozen=True, kw_only=True):
     on_miss: Literal["degrade", "reject", "late"] | None = None
 
 
-class AskedTotal(Wire, frozen=True, kw_only=True):
+class TotalObjective(Wire, frozen=True, kw_only=True):
     """What an embedding may ask: it has no stream of tokens."""
 
     total_ms: Milliseconds | None = None
@@ -180,27 +181,27 @@ class Generation(Wire, frozen=True, kw_only=True):
     """
 
     model: str | None = None
-    max_tokens: Positive | None = None
-    min_tokens: Natural | None = None
-    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    max_tokens: MaxTokens | None = None
+    min_tokens: Annotated[int, BOUNDS["min_tokens"]] | None = None
+    temperature: Annotated[float, BOUNDS["temperature"]] | None = None
+    top_p: Annotated[float, BOUNDS["top_p"]] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=INT32_MAX)] | None = None
+    min_p: Annotated[float, BOUNDS["min_p"]] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    n: Positive | None = None
+    n: Annotated[int, BOUNDS["n"]] | None = None
     stop: StopString | list[StopString] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, BOUNDS["presence_penalty"]] | None = None
+    frequency_penalty: Annotated[float, BOUNDS["frequency_penalty"]] | None = None
+    repetition_penalty: Annotated[float, BOUNDS["repetition_penalty"]] | None = None
     logit_bias: dict[int, Bias] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     service_tier: Literal["auto", "default", "priority", "flex"] | None = None
-    objective: AskedObjective | None = None
+    objective: ObjectiveFields | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -211,7 +212,7 @@ class Generation(Wire, frozen=True, kw_only=True):
 
 class ChatRequest(Generation, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
-    max_completion_tokens: Positive | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     tools: list[Tool] | None = None
@@ -245,7 +246,7 @@ class EmbeddingRequest(Wire, frozen=True, kw_only=True):
     dimensions: Positive | None = None
     user: str | None = None
     cache_salt: str | None = None
-    objective: AskedTotal | None = None
+    objective: TotalObjective | None = None
 
 
 # Responses

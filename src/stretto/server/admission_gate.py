@@ -1,41 +1,100 @@
-"""The admission gate: how many sequences may wait for their first token before more are refused."""
+"""The admission gate: whether a request may start now, and how many may wait for their first token."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import TracebackType
 
-from stretto.errors import Overloaded
+from stretto.errors import Draining, Overloaded, Unavailable
+
+START_S = 2.0
+LONGEST_WAIT_S = 60.0
 
 
-class Gate:
-    """The bound on sequences that wait for their first token, and how long one more would wait."""
+class AdmissionGate:
+    """Limits the sequences that wait for their first token. A request asks once, through `reserve`.
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+    `limit`: sequences that may wait at once; `drain_s`: seconds that a shutdown may take; `ready`: whether
+    the engine takes requests; `clock`: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        drain_s: float = 0.0,
+        ready: Callable[[], bool] = lambda: True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.waiting = 0
+        self.draining = False
         self._limit = limit
+        self._drain_s = drain_s
+        self._ready = ready
         self._clock = clock
-        self._last = 0.0
+        self._last_first_token = 0.0
         self._interval = 0.0
 
-    def check(self, count: int) -> None:
-        """Raises Overloaded, with the seconds after which half the queue will have gone."""
+    def close(self) -> None:
+        """Refuses every request from now on: the server is shutting down."""
+        self.draining = True
+
+    def ensure_open(self) -> None:
+        """Raises Draining during a shutdown and Unavailable while the engine starts."""
+        if self.draining:
+            raise Draining("the server is shutting down; ask another one", retry_after=self._drain_s)
+        if not self._ready():
+            raise Unavailable("the engine is starting; try again soon", retry_after=START_S)
+
+    def reserve(self, count: int) -> Slot:
+        """Admits `count` sequences. Use the slot in a `with` block: it gives back what is left of it.
+
+        Raises Draining, Unavailable, or Overloaded if too many sequences wait. Overloaded says after how many
+        seconds half of them will have started, at the present rate of first tokens.
+        """
+        self.ensure_open()
         if self.waiting + count > self._limit:
-            wait = min(60.0, max(1.0, self.waiting / 2 * self._interval))
+            wait = min(LONGEST_WAIT_S, max(1.0, self.waiting / 2 * self._interval))
             raise Overloaded(
-                f"{self.waiting} requests wait already, of {self._limit} at most; try again later",
+                f"{self.waiting} sequences are waiting and {self._limit} may wait; try again later",
                 retry_after=wait,
             )
-
-    def enter(self) -> None:
         if self.waiting == 0:
-            self._last = self._clock()
-        self.waiting += 1
+            self._last_first_token = self._clock()
+        self.waiting += count
+        return Slot(self, count)
 
-    def leave(self, *, served: bool) -> None:
-        """One waits no more; `served` when its first token came."""
+    def leave(self, count: int) -> None:
+        """For `Slot`: `count` sequences no longer wait, and produced nothing."""
+        self.waiting -= count
+
+    def first_token(self) -> None:
+        """For `Slot`: one sequence no longer waits. Updates the rate of first tokens."""
         self.waiting -= 1
-        if served:
-            now = self._clock()
-            interval, self._last = now - self._last, now
-            self._interval += 0.1 * (interval - self._interval)
+        now = self._clock()
+        interval, self._last_first_token = now - self._last_first_token, now
+        self._interval += 0.1 * (interval - self._interval)
+
+
+class Slot:
+    """The places of one request in the gate, until each of its sequences has its first token."""
+
+    __slots__ = ("_count", "_gate")
+
+    def __init__(self, gate: AdmissionGate, count: int) -> None:
+        self._gate = gate
+        self._count = count
+
+    def __enter__(self) -> Slot:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._gate.leave(self._count)
+        self._count = 0
+
+    def first_token(self) -> None:
+        """Gives back the place of one sequence, which has its first token now."""
+        self._count -= 1
+        self._gate.first_token()

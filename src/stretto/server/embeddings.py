@@ -1,104 +1,97 @@
-"""Embeddings: texts in, one vector each out. A long list goes to the engine a few at a time."""
+"""Embeddings: texts in, one vector each out. A long list goes to the engine a few texts at a time."""
 
 from __future__ import annotations
 
 import base64
 import math
 from array import array
+from functools import partial
 from sys import byteorder
 
 from msgspec import json
-from starlette.types import Send
+from starlette.responses import Response
 
-from stretto.errors import EngineError, InvalidRequest, Unavailable
+from stretto.errors import EngineError, InvalidRequest
 from stretto.protocol.openai import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
-from stretto.server import asgi
-from stretto.server.objectives import of_embedding
-from stretto.server.state import Front, Run
-from stretto.server.validation import salt_of, split
+from stretto.protocol.parsing import JSON, parse
+from stretto.server.admission_gate import Slot
+from stretto.server.objectives import DEFAULT, embedding_objective
+from stretto.server.state import Call
+from stretto.server.validation import ModelHandle, cache_salt, split_inputs
 from stretto.text.output import Output
 from stretto.text.prompts import encode_prompts
 from stretto.types import Request, Sampling
 
+DECODER = json.Decoder(EmbeddingRequest)
 WINDOW = 16
 
 
-async def embed(
-    front: Front, run: Run, request: EmbeddingRequest, size: int, caller: tuple[str, float], send: Send
-) -> None:
-    """Answers the request. `caller` is (tenant, arrival)."""
-    name, text = front.model(request.model)
-    front.ensure_open()
-    info = front.engine.models.get(name)
-    if info is None:
-        raise Unavailable(f"model {name} is not loaded yet", retry_after=2.0)
-    inputs = split(request.input, "$.input")
-    prompts = await front.off_loop(size, encode_prompts, text, inputs, info, "$.input")
-    tenant, arrival = caller
-    salt = salt_of(request.user, request.cache_salt)
-    vectors: list[tuple[float, ...]] = []
-    for start in range(0, len(prompts), WINDOW):
-        part = prompts[start : start + WINDOW]
-        front.ensure_open(len(part))
-        choices = run.open(
-            _choice(
-                front,
-                Request(
-                    id=front.engine.next_id(),
-                    model=name,
-                    prompt=prompt,
-                    arrival=arrival,
-                    sampling=Sampling(max_tokens=1),
-                    task="embed",
-                    tenant=tenant,
-                    salt=salt,
-                    objective=of_embedding(request.objective),
-                ),
-            )
-            for prompt in part
-        )
-        vectors += [await _vector(run, choice) for choice in choices]
-    await _answer(send, request, name, vectors, sum(map(len, prompts)))
+async def embed(call: Call) -> None:
+    """Answers one request for embeddings. Raises StrettoError."""
+    server = call.server
+    request = parse(DECODER, call.body, call.request.headers.get("content-type"))
+    call.label(request.model, DEFAULT)
+    model = server.model(request.model)
+    inputs = split_inputs(request.input, "$.input")
+    with server.gate.reserve(min(len(inputs), WINDOW)) as slot:
+        encode = partial(encode_prompts, model.text, inputs, model.info, "$.input")
+        prompts = await server.run_text(len(call.body), encode)
+        vectors: list[tuple[float, ...]] = []
+        for start in range(0, len(prompts), WINDOW):
+            outputs = [submit(call, request, model, ids) for ids in prompts[start : start + WINDOW]]
+            # The places in the gate serve every window, so only the last one gives them back.
+            last = start + WINDOW >= len(prompts)
+            vectors += [await _vector(output, slot if last else None) for output in outputs]
+    data = [Embedding(index=at, embedding=_packed(request, each)) for at, each in enumerate(vectors)]
+    tokens = sum(map(len, prompts))
+    answer = EmbeddingList(data=data, model=model.name, usage=EmbeddingUsage(tokens, tokens))
+    await call.respond(Response(json.encode(answer), media_type=JSON))
 
 
-def _choice(front: Front, request: Request) -> Output:
-    return Output(request, front.engine.submit(request), front.texts[request.model].detokenizer())
+def submit(call: Call, request: EmbeddingRequest, model: ModelHandle, ids: tuple[int, ...]) -> Output:
+    """Sends one text to the engine; the call owns its output."""
+    sequence = Request(
+        id=call.server.engine.next_id(),
+        model=model.name,
+        prompt=ids,
+        arrival=call.arrival,
+        sampling=Sampling(max_tokens=1),
+        task="embed",
+        tenant=call.tenant,
+        salt=cache_salt(request.user, request.cache_salt),
+        objective=embedding_objective(request.objective),
+    )
+    output = Output(sequence, call.server.engine.submit(sequence), model.text.detokenizer())
+    call.outputs.append(output)
+    return output
 
 
-async def _vector(run: Run, choice: Output) -> tuple[float, ...]:
+async def _vector(output: Output, slot: Slot | None) -> tuple[float, ...]:
     vector: tuple[float, ...] | None = None
-    async for events in choice.stream:
-        if choice.times.first is None:
-            run.heard(choice)
+    async for events in output.stream:
+        if output.times.first is None and slot is not None:
+            slot.first_token()
         for event in events:
             vector = event.embedding or vector
-        choice.push([event for event in events if event.finish is not None])
-        if choice.finish_reason is not None:
+        output.push([event for event in events if event.finish is not None])
+        if output.finish_reason is not None:
             break
     if vector is None:
         raise EngineError("the engine ended the sequence without an embedding")
     return vector
 
 
-async def _answer(
-    send: Send, request: EmbeddingRequest, model: str, vectors: list[tuple[float, ...]], tokens: int
-) -> None:
-    size = len(vectors[0])
-    if request.dimensions is not None and request.dimensions > size:
-        where = "$.dimensions"
-        raise InvalidRequest(f"{where}: this model's embeddings have {size}", param=where)
-    data: list[Embedding] = []
-    for index, vector in enumerate(vectors):
-        if request.dimensions is not None:
-            vector = _shortened(vector, request.dimensions)
-        packed = _base64(vector) if request.encoding_format == "base64" else list(vector)
-        data.append(Embedding(index=index, embedding=packed))
-    body = EmbeddingList(data=data, model=model, usage=EmbeddingUsage(tokens, tokens))
-    await asgi.answer(send, json.encode(body))
+def _packed(request: EmbeddingRequest, vector: tuple[float, ...]) -> list[float] | str:
+    if request.dimensions is not None:
+        vector = _shortened(vector, request.dimensions)
+    return _base64(vector) if request.encoding_format == "base64" else list(vector)
 
 
 def _shortened(vector: tuple[float, ...], dimensions: int) -> tuple[float, ...]:
-    """The first dimensions, scaled to length one again, as OpenAI does."""
+    """The first dimensions, scaled to length 1 again, as OpenAI does."""
+    if dimensions > len(vector):
+        path = "$.dimensions"
+        raise InvalidRequest(f"{path} is {dimensions}; this model's vectors have {len(vector)}", param=path)
     head = vector[:dimensions]
     norm = math.sqrt(sum(value * value for value in head))
     return tuple(value / norm for value in head) if norm else head

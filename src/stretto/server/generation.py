@@ -1,119 +1,163 @@
-"""Runs jobs: submits them, reads the engine's events, and sends the answer as it comes or whole."""
+"""The life of a request for text: `generate` is the whole pipeline, from the body to the last byte."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
-from itertools import count
-from secrets import token_hex
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from starlette.types import Send
+from msgspec import json
+from starlette.responses import Response
 
 from stretto.errors import EngineError
-from stretto.server import asgi, responses
-from stretto.server.state import Front, Run
-from stretto.server.validation import Job
-from stretto.text.output import Output
+from stretto.protocol.openai import ChatRequest, CompletionRequest, Generation
+from stretto.protocol.parsing import JSON, parse
+from stretto.server import responses
+from stretto.server.admission_gate import Slot
+from stretto.server.objectives import PRIORITY, ServiceLevel, requested_tier, resolve_objective
+from stretto.server.responses import ResponseWriter, Style
+from stretto.server.state import Call
+from stretto.server.validation import (
+    AnswerSpec,
+    EncodedPrompt,
+    ModelHandle,
+    RequestLimits,
+    check_chat,
+    check_completion,
+)
+from stretto.text.output import Output, OutputDelta
 from stretto.text.tool_parser import MARKERS
-from stretto.types import Request, TokenEvent
+from stretto.types import Request, Sampling, TokenEvent
 
-Heard = tuple[Output, list[TokenEvent]]
+R = TypeVar("R", bound=Generation)
+Arrived = tuple[Output, list[TokenEvent]]
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 
 
-async def generate(front: Front, run: Run, job: Job, tenant: str, arrival: float, send: Send) -> None:
-    """One job from start to end. Raises what goes wrong; `run.streaming` says whether a stream had begun."""
-    front.ensure_open(len(job.prompts) * job.sampling.n)
-    if not front.engine.within_share(tenant, job.aim.tier):
-        job = replace(job, aim=job.modest)
-        run.tier = job.aim.tier
-    run.open(_submit(front, job, tenant, arrival))
-    header = responses.Header(
-        id=("chatcmpl-" if job.style is responses.CHAT else "cmpl-") + token_hex(12),
-        created=int(time.time()),
-        model=job.model,
-        pieces=job.text.pieces,
-        tier=job.aim.tier,
-        metadata=job.metadata,
-        logprobs=job.sampling.logprobs is not None,
-        usage=bool(job.options.include_usage),
-        each_usage=bool(job.options.continuous_usage_stats),
+@dataclass(frozen=True, slots=True)
+class Operation(Generic[R]):
+    """How chat and plain completions differ: the type of the request, its checks, the shape of the answer."""
+
+    decoder: json.Decoder[R]
+    check: Callable[[R, ModelHandle, RequestLimits], AnswerSpec]
+    style: Style
+
+
+CHAT = Operation(json.Decoder(ChatRequest), check_chat, responses.CHAT)
+COMPLETION = Operation(json.Decoder(CompletionRequest), check_completion, responses.TEXT)
+
+
+async def generate(call: Call, operation: Operation[R]) -> None:
+    """Answers one request. Raises StrettoError; `call.streaming` says whether a stream had begun."""
+    server = call.server
+    request = parse(operation.decoder, call.body, call.request.headers.get("content-type"))
+    call.label(request.model, requested_tier(request))
+    model = server.model(request.model)
+    spec = operation.check(request, model, server.limits)
+    with server.gate.reserve(spec.answers) as slot:
+        slo = resolve_objective(
+            request, server.policy, lambda: server.quota.allows(call.tenant, time.monotonic())
+        )
+        call.tier = slo.tier
+        await server.check_grammar(model.name, spec.sampling.grammar, spec.grammar_path)
+        prompts = await server.run_text(len(call.body), spec.encode)
+        for prompt in prompts:
+            for copy, sampling in enumerate(spec.sampling.fan_out()):
+                submit(call, spec, slo, prompt, sampling, first=copy == 0)
+        writer = ResponseWriter(operation.style, spec, slo.tier)
+        await (stream if spec.stream else answer)(call, writer, slot)
+
+
+def submit(
+    call: Call, spec: AnswerSpec, slo: ServiceLevel, prompt: EncodedPrompt, sampling: Sampling, *, first: bool
+) -> None:
+    """Sends one sequence to the engine; the call owns its output. `first`: of the answers to its prompt."""
+    server, model = call.server, spec.model
+    request = Request(
+        id=server.engine.next_id(),
+        model=model.name,
+        prompt=prompt.ids,
+        arrival=call.arrival,
+        sampling=sampling,
+        tenant=call.tenant,
+        salt=spec.salt,
+        objective=slo.objective,
+        tier=slo.tier,
     )
-    writer = responses.Writer(header, job.style)
-    if job.stream:
-        await _stream(run, writer, send)
-    else:
-        await _whole(run, writer, send)
+    sequence = server.engine.submit(request)
+    visible = MARKERS if spec.parser else frozenset[str]()
+    call.outputs.append(
+        Output(
+            request,
+            sequence,
+            model.text.detokenizer(sampling.stop, sampling.min_tokens, visible),
+            index=len(call.outputs),
+            prompt_counts=first,
+            echo=prompt.echo,
+            parser=spec.answer_parser(prompt.thinking),
+        )
+    )
+    if slo.tier == PRIORITY:
+        server.quota.charge(call.tenant, sequence.work_ms, time.monotonic())
 
 
-def _submit(front: Front, job: Job, tenant: str, arrival: float) -> Iterator[Output]:
-    index = count()
-    for at, prompt in enumerate(job.prompts):
-        for copy, sampling in enumerate(job.sampling.fan_out()):
-            request = Request(
-                id=front.engine.next_id(),
-                model=job.model,
-                prompt=prompt,
-                arrival=arrival,
-                sampling=sampling,
-                tenant=tenant,
-                salt=job.salt,
-                objective=job.aim.objective,
-                tier=job.aim.tier,
-            )
-            shown = MARKERS if job.parser else frozenset[str]()
-            yield Output(
-                request,
-                front.engine.submit(request),
-                job.text.detokenizer(sampling.stop, sampling.min_tokens, shown),
-                index=next(index),
-                prompt_counts=copy == 0,
-                echo=job.echo[at],
-                parser=job.answer_parser(),
-            )
-
-
-async def _stream(run: Run, writer: responses.Writer, send: Send) -> None:
-    """All tokens that wait leave in one send. A reader that is slow holds up its own stream alone."""
-    open_choices = len(run.choices)
-    async with aclosing(_heard(run.choices)) as heard:
-        async for choice, events in heard:
-            if choice.times.first is None:
-                run.heard(choice)
-            body = writer.events(choice, choice.push(events))
-            if choice.finish_reason is not None:
-                open_choices -= 1
-            if open_choices == 0:
-                body += writer.trailer(run.choices)
-            if not run.streaming:
-                run.streaming = True
-                await send(asgi.start_events())
+async def stream(call: Call, writer: ResponseWriter, slot: Slot) -> None:
+    """Sends the answers as server-sent events. Tokens that wait leave in one send; a client that reads slowly
+    holds up its own stream alone."""
+    running = len(call.outputs)
+    async with aclosing(deltas(call.outputs, slot)) as parts:
+        async for output, fresh in parts:
+            body = writer.events(output, fresh)
+            running -= output.finish_reason is not None
+            if not running:
+                body += writer.end(call.outputs)
+            if not call.streaming:
+                call.streaming = True
+                await call.send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
             if body:
-                await send({"type": "http.response.body", "body": body, "more_body": open_choices > 0})
+                await call.send({"type": "http.response.body", "body": body, "more_body": running > 0})
 
 
-async def _whole(run: Run, writer: responses.Writer, send: Send) -> None:
-    async with aclosing(_heard(run.choices)) as heard:
-        async for choice, events in heard:
-            if choice.times.first is None:
-                run.heard(choice)
-            writer.keep(choice, choice.push(events))
-    await asgi.answer(send, writer.whole(run.choices))
+async def answer(call: Call, writer: ResponseWriter, slot: Slot) -> None:
+    """Sends the answers in one piece: the deltas of a stream, joined."""
+    async with aclosing(deltas(call.outputs, slot)) as parts:
+        async for output, fresh in parts:
+            writer.keep(output, fresh)
+    await call.respond(Response(writer.whole(call.outputs), media_type=JSON))
 
 
-async def _heard(choices: list[Output]) -> AsyncGenerator[Heard]:
-    """The events of all choices as they come, until each has its finish reason."""
-    if len(choices) == 1:
-        async for events in _one(choices[0]):
-            yield events
-        return
-    # One place: a pump waits until its events were taken, so that a slow reader is felt by the streams.
-    inbox: asyncio.Queue[Heard | Exception] = asyncio.Queue(1)
-    pumps = [asyncio.create_task(_pump(choice, inbox)) for choice in choices]
+async def deltas(outputs: list[Output], slot: Slot) -> AsyncGenerator[tuple[Output, list[OutputDelta]]]:
+    """The deltas of all outputs as they come, until each output has its finish reason."""
+    events = _of_one(outputs[0]) if len(outputs) == 1 else _of_all(outputs)
+    async with aclosing(events):
+        async for output, arrived in events:
+            if output.times.first is None:
+                slot.first_token()
+            yield output, output.push(arrived)
+
+
+async def _of_one(output: Output) -> AsyncGenerator[Arrived]:
+    async for events in output.stream:
+        yield output, events
+        if output.finish_reason is not None or events[-1].finish is not None:
+            return
+    if output.finish_reason is None:
+        raise EngineError("the engine's stream ended without a finish reason")
+
+
+async def _of_all(outputs: list[Output]) -> AsyncGenerator[Arrived]:
+    # The queue holds one item, and so do the pumps: a slow reader leaves the tokens in the engine's streams.
+    inbox: asyncio.Queue[Arrived | Exception] = asyncio.Queue(1)
+    pumps = [asyncio.create_task(_pump(output, inbox)) for output in outputs]
     try:
-        while any(choice.finish_reason is None for choice in choices):
+        while any(output.finish_reason is None for output in outputs):
             item = await inbox.get()
             if isinstance(item, Exception):
                 raise item
@@ -124,18 +168,9 @@ async def _heard(choices: list[Output]) -> AsyncGenerator[Heard]:
             pump.cancel()
 
 
-async def _one(choice: Output) -> AsyncIterator[Heard]:
-    async for events in choice.stream:
-        yield choice, events
-        if choice.finish_reason is not None or events[-1].finish is not None:
-            return
-    if choice.finish_reason is None:
-        raise EngineError("the engine's stream ended without saying why")
-
-
-async def _pump(choice: Output, inbox: asyncio.Queue[Heard | Exception]) -> None:
+async def _pump(output: Output, inbox: asyncio.Queue[Arrived | Exception]) -> None:
     try:
-        async for heard in _one(choice):
-            await inbox.put(heard)
+        async for arrived in _of_one(output):
+            await inbox.put(arrived)
     except Exception as error:
         await inbox.put(error)

@@ -148,7 +148,7 @@ class _Ending:
 
     def __init__(self, config: ServeConfig, app: App, server: uvicorn.Server) -> None:
         self._config = config
-        self._front = app.front
+        self._api = app.server
         self._server = server
         self._hurry = asyncio.Event()
         self._drain: asyncio.Task[None] | None = None
@@ -157,16 +157,16 @@ class _Ending:
         if self._drain is not None:
             self._hurry.set()
             return
-        self._front.draining = True
-        log.info("draining: %d requests running", len(self._front.runs))
+        self._api.gate.close()
+        log.info("draining: %d requests running", len(self._api.calls))
         self._drain = asyncio.create_task(self._end())
 
     async def _end(self) -> None:
-        idle = asyncio.create_task(self._front.idle())
+        idle = asyncio.create_task(self._api.idle())
         hurry = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({idle, hurry}, timeout=self._config.drain_s, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
-        self._front.end_all(Draining("the server shut down before the answer was complete"))
+        self._api.end_calls(Draining("the server shut down before the answer was complete"))
         await asyncio.wait({idle}, timeout=LAST_WORDS_S)
         idle.cancel()
         self._server.should_exit = True

@@ -1,13 +1,16 @@
-"""Answers -> bytes in OpenAI's format: streamed as server-sent events, one per token, or whole.
+"""Deltas -> bytes of OpenAI's format: one server-sent event for each token, or one whole answer.
 
-A streamed token costs one small encoding between bytes that are made once per choice. Chat and plain
-completions differ in a Style; a whole answer is the same deltas, joined.
+Chat and plain completions differ in a Style. Every chunk is a wire type that msgspec encodes. A ChunkTemplate
+makes the same bytes faster for chunks in which only the delta varies, which are nearly all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import NamedTuple
 
 from msgspec import UNSET, UnsetType, json, structs
 
@@ -17,9 +20,12 @@ from stretto.protocol.openai import (
     CachedTokens,
     CalledFunction,
     ChatChoice,
+    ChatChunk,
     ChatCompletion,
     ChatLogprobs,
+    ChunkChoice,
     Delta,
+    FinishReason,
     MadeCall,
     TextChoice,
     TextCompletion,
@@ -29,41 +35,49 @@ from stretto.protocol.openai import (
     TopLogprob,
     Usage,
 )
+from stretto.server.validation import AnswerSpec
 from stretto.text.detokenizer import Pieces
 from stretto.text.output import Output, OutputDelta
 from stretto.types import TokenEvent
 
 encode = json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
+EMPTY = Delta()
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What every part of one response repeats; `usage` and `each_usage` are the stream options."""
+class ResponseHead(NamedTuple):
+    """What all parts of one response repeat. `created`: seconds since 1970."""
 
     id: str
     created: int
     model: str
-    pieces: Pieces
-    tier: str = "default"
-    metadata: dict[str, str] | None = None
-    logprobs: bool = False
-    usage: bool = False
-    each_usage: bool = False
+    tier: str
+
+
+class ChunkPart(NamedTuple):
+    """What one chunk says of the output with the index `choice`."""
+
+    choice: int
+    delta: Delta = EMPTY
+    logprobs: ChatLogprobs | TextLogprobs | None = None
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(slots=True)
-class Kept:
-    """The parts of one choice of an answer that is not streamed."""
+class WholeOutput:
+    """The joined deltas of one output, for an answer that is not streamed. `pieces`: the text of each token,
+    for log probabilities; None if the request wants none."""
 
-    choice: Output
+    output: Output
+    pieces: Pieces | None
     content: list[str] = field(default_factory=list[str])
     reasoning: list[str] = field(default_factory=list[str])
     calls: list[ToolCallDelta] = field(default_factory=list[ToolCallDelta])
     events: list[TokenEvent] = field(default_factory=list[TokenEvent])
 
-    def add(self, spoken: list[OutputDelta]) -> None:
-        for delta, event in spoken:
+    def add(self, deltas: list[OutputDelta]) -> None:
+        """Appends deltas."""
+        for delta, event in deltas:
             if isinstance(delta.content, str):
                 self.content.append(delta.content)
             if isinstance(delta.reasoning_content, str):
@@ -75,181 +89,243 @@ class Kept:
 
     @property
     def text(self) -> str:
+        """All content."""
         return "".join(self.content)
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """Where chat and plain completions differ: names, a delta's bytes, log probabilities, the whole."""
+    """Where chat and plain completions differ. `opening` changes the first delta of an output; `hole` is how
+    a chunk spells an empty delta, and `fill` encodes a delta to put there."""
 
-    stream_object: str
-    slot: str
-    first: Callable[[Output, Delta], Delta]
-    body: Callable[[Delta], bytes]
+    id_prefix: str
+    hole: bytes
+    opening: Callable[[Output, Delta], Delta]
+    fill: Callable[[Delta], bytes]
     logprobs: Callable[[Pieces, list[TokenEvent], int], ChatLogprobs | TextLogprobs]
-    whole: Callable[[Header, list[Kept], Usage, AnswerReport], ChatCompletion | TextCompletion]
+    chunk: Callable[[ResponseHead, ChunkPart], ChatChunk | TextCompletion]
+    whole: Callable[[ResponseHead, list[WholeOutput], Usage, AnswerReport], ChatCompletion | TextCompletion]
 
 
-class Writer:
-    """Writes one response, streamed (`events`, then `trailer`) or whole (`keep`, then `whole`)."""
+class ChunkTemplate:
+    """Server-sent events that differ in their delta alone. `event(delta)` equals `event_of(chunk)` of the
+    chunk with that delta, but the bytes around the delta are encoded only once.
 
-    def __init__(self, header: Header, style: Style) -> None:
-        self._header = header
+    `chunk` has an empty delta. It is split at the key in front of it, which occurs once: inside a JSON string
+    the key's quotes would be escaped.
+    """
+
+    __slots__ = ("_after", "_before", "_fill")
+
+    def __init__(self, chunk: ChatChunk | TextCompletion, style: Style) -> None:
+        before, after = event_of(chunk).split(style.hole)
+        key, _, empty = style.hole.partition(b":")
+        assert empty == style.fill(EMPTY)
+        self._before = before + key + b":"
+        self._after = after
+        self._fill = style.fill
+
+    def event(self, delta: Delta) -> bytes:
+        """The event of one delta."""
+        return self._before + self._fill(delta) + self._after
+
+
+def event_of(chunk: ChatChunk | TextCompletion) -> bytes:
+    """One server-sent event."""
+    return b"data: " + encode(chunk) + b"\n\n"
+
+
+class ResponseWriter:
+    """Writes one response: streamed (`events`, then `end`) or in one piece (`keep`, then `whole`)."""
+
+    def __init__(self, style: Style, spec: AnswerSpec, tier: str) -> None:
+        options = spec.options
+        self._head = ResponseHead(style.id_prefix + token_hex(12), int(time.time()), spec.model.name, tier)
         self._style = style
-        common = {"id": header.id, "object": style.stream_object, "created": header.created}
-        self._common = b"data: " + encode(common | _named(header))[:-1] + b',"choices":['
-        self._quiet = b',"usage":null' if header.usage else b""
-        self._tail = b',"logprobs":null,"finish_reason":null}]' + self._quiet + b"}\n\n"
-        self._plain = not header.logprobs and not header.each_usage
-        self._heads: dict[int, bytes] = {}
+        self._pieces = spec.model.text.pieces
+        self._metadata = spec.metadata or UNSET
+        self._logprobs = spec.sampling.logprobs is not None
+        self._usage = bool(options.include_usage)
+        self._each_usage = bool(options.continuous_usage_stats)
+        self._only_deltas = not self._logprobs and not self._each_usage
+        self._templates: dict[int, ChunkTemplate] = {}
         self._offsets: dict[int, int] = {}
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, WholeOutput] = {}
 
-    def events(self, choice: Output, spoken: list[OutputDelta]) -> bytes:
-        """The events of what was just said; the last one of a choice has its finish reason and report."""
+    def events(self, output: Output, deltas: Sequence[OutputDelta]) -> bytes:
+        """The events of new deltas. The last one of an output has its finish reason and its report."""
+        template = self._templates.get(output.index)
+        ends = output.finish_reason is not None
         parts: list[bytes] = []
-        body = self._style.body
-        head = self._heads.get(choice.index)
-        if head is None:
-            head = self._head(choice.index)
-            delta, event = spoken[0] if spoken else (Delta(), None)
-            spoken[:1] = [(self._style.first(choice, delta), event)]
-        last = None
-        if choice.finish_reason is not None:
-            last = spoken.pop() if spoken else (Delta(), None)
-        if self._plain:
-            tail = self._tail
-            for delta, _ in spoken:
-                parts += (head, body(delta), tail)
-        else:
-            for delta, event in spoken:
-                parts += (head, body(delta), self._logged(choice, delta, event), b',"finish_reason":null}]')
-                parts += (self._usage_so_far(choice), b"}\n\n")
-        if last is not None:
-            delta, event = last
-            parts += (head, body(delta), self._logged(choice, delta, event), b',"finish_reason":')
-            parts += (encode(choice.finish_reason), b'}],"stretto":', encode(choice.report()))
-            if self._header.metadata:
-                parts += (b',"metadata":', encode(self._header.metadata))
-            parts += (self._usage_so_far(choice), b"}\n\n")
+        if template is None:
+            chunk = self._with_usage(output, self._style.chunk(self._head, ChunkPart(output.index)))
+            template = self._templates[output.index] = ChunkTemplate(chunk, self._style)
+            first, event = deltas[0] if deltas else (EMPTY, None)
+            deltas = [(self._style.opening(output, first), event), *deltas[1:]]
+        elif ends and not deltas:
+            deltas = [(EMPTY, None)]
+        last = len(deltas) - 1 if ends else -1
+        for at, (delta, event) in enumerate(deltas):
+            if self._only_deltas and at != last:
+                parts.append(template.event(delta))
+            else:
+                parts.append(event_of(self.chunk(output, delta, event, ends=at == last)))
         return b"".join(parts)
 
-    def trailer(self, choices: list[Output]) -> bytes:
+    def chunk(
+        self, output: Output, delta: Delta, event: TokenEvent | None, *, ends: bool
+    ) -> ChatChunk | TextCompletion:
+        """One chunk as a wire type. `ends`: it is the last one of its output."""
+        reason = output.finish_reason if ends else None
+        part = ChunkPart(output.index, delta, self._logprobs_of(output, delta, event), reason)
+        chunk = self._with_usage(output, self._style.chunk(self._head, part))
+        if ends:
+            chunk = structs.replace(chunk, stretto=output.report(), metadata=self._metadata)
+        return chunk
+
+    def end(self, outputs: list[Output]) -> bytes:
         """What ends a stream that went well."""
-        if not self._header.usage:
+        if not self._usage:
             return DONE
-        return self._common + b'],"usage":' + encode(usage_of(choices)) + b"}\n\n" + DONE
+        chunk = self._style.chunk(self._head, ChunkPart(0))
+        return event_of(structs.replace(chunk, choices=[], usage=usage_of(outputs))) + DONE
 
-    def keep(self, choice: Output, spoken: list[OutputDelta]) -> None:
-        kept = self._kept.get(choice.index)
+    def keep(self, output: Output, deltas: list[OutputDelta]) -> None:
+        """Keeps new deltas for `whole`."""
+        kept = self._kept.get(output.index)
         if kept is None:
-            kept = self._kept[choice.index] = Kept(choice)
-            if choice.echo:
-                kept.content.append(choice.echo)
-        kept.add(spoken)
+            pieces = self._pieces if self._logprobs else None
+            kept = self._kept[output.index] = WholeOutput(output, pieces, [output.echo])
+        kept.add(deltas)
 
-    def whole(self, choices: list[Output]) -> bytes:
-        kept = [self._kept[choice.index] for choice in choices]
-        return encode(self._style.whole(self._header, kept, usage_of(choices), report_of(choices)))
+    def whole(self, outputs: list[Output]) -> bytes:
+        """The answer in one piece."""
+        kept = [self._kept[output.index] for output in outputs]
+        answer = self._style.whole(self._head, kept, usage_of(outputs), report_of(outputs))
+        return encode(structs.replace(answer, metadata=self._metadata))
 
-    def _head(self, index: int) -> bytes:
-        head = self._heads[index] = self._common + f'{{"index":{index},"{self._style.slot}":'.encode()
-        return head
-
-    def _logged(self, choice: Output, delta: Delta, event: TokenEvent | None) -> bytes:
-        offset = self._offsets.get(choice.index, 0)
+    def _logprobs_of(
+        self, output: Output, delta: Delta, event: TokenEvent | None
+    ) -> ChatLogprobs | TextLogprobs | None:
+        offset = self._offsets.get(output.index, 0)
         if isinstance(delta.content, str):
-            self._offsets[choice.index] = offset + len(delta.content)
-        if event is None or event.logprobs is None or not self._header.logprobs:
-            return b',"logprobs":null'
-        return b',"logprobs":' + encode(self._style.logprobs(self._header.pieces, [event], offset))
+            self._offsets[output.index] = offset + len(delta.content)
+        if event is None or event.logprobs is None or not self._logprobs:
+            return None
+        return self._style.logprobs(self._pieces, [event], offset)
 
-    def _usage_so_far(self, choice: Output) -> bytes:
-        return b',"usage":' + encode(usage_of([choice])) if self._header.each_usage else self._quiet
+    def _with_usage(self, output: Output, chunk: ChatChunk | TextCompletion) -> ChatChunk | TextCompletion:
+        if self._each_usage:
+            return structs.replace(chunk, usage=usage_of([output]))
+        return structs.replace(chunk, usage=None) if self._usage else chunk
 
 
-def usage_of(choices: list[Output]) -> Usage:
-    """A prompt counts once, however many choices it has."""
-    firsts = [choice for choice in choices if choice.prompt_counts]
-    prompt = sum(choice.prompt_tokens for choice in firsts)
-    said = sum(choice.tokens for choice in choices)
-    cached = sum(choice.began.cached_tokens for choice in firsts if choice.began is not None)
+def usage_of(outputs: list[Output]) -> Usage:
+    """The tokens of some outputs. A prompt counts once, however many answers it has."""
+    firsts = [output for output in outputs if output.prompt_counts]
+    prompt = sum(output.prompt_tokens for output in firsts)
+    completion = sum(output.tokens for output in outputs)
+    cached = sum(output.began.cached_tokens for output in firsts if output.began is not None)
     return Usage(
         prompt_tokens=prompt,
-        completion_tokens=said,
-        total_tokens=prompt + said,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
         prompt_tokens_details=CachedTokens(cached),
     )
 
 
-def report_of(choices: list[Output]) -> AnswerReport:
-    """One report for all choices: the slowest of each time, the sum of what was cached."""
-    reports = [choice.report() for choice in choices]
-
-    def worst(values: list[float | None]) -> float | None:
-        return max((value for value in values if value is not None), default=None)
-
+def report_of(outputs: list[Output]) -> AnswerReport:
+    """One report for all outputs: the longest of each time, and the sum of the cached tokens."""
+    reports = [output.report() for output in outputs]
     on_time = [report.on_time for report in reports if report.on_time is not None]
     cached = [report.cached_tokens for report in reports if report.cached_tokens is not None]
     return AnswerReport(
         rung=reports[0].rung,
         on_time=all(on_time) if on_time else None,
-        queue_ms=worst([report.queue_ms for report in reports]),
-        ttft_ms=worst([report.ttft_ms for report in reports]),
-        itl_p99_ms=worst([report.itl_p99_ms for report in reports]),
+        queue_ms=_longest(report.queue_ms for report in reports),
+        ttft_ms=_longest(report.ttft_ms for report in reports),
+        itl_p99_ms=_longest(report.itl_p99_ms for report in reports),
         cached_tokens=sum(cached) if cached else None,
     )
 
 
-def _named(header: Header) -> dict[str, str]:
-    return {"model": header.model, "service_tier": header.tier}
-
-
-def _top(pieces: Pieces, token: int, logprob: float) -> TopLogprob:
-    raw = pieces[token]
-    return TopLogprob(raw.decode("utf-8", "replace"), logprob, list(raw))
+def _longest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def chat_logprobs(pieces: Pieces, events: list[TokenEvent], offset: int) -> ChatLogprobs:
+    """Log probabilities as chat completions have them. `offset` is for the other style."""
     content: list[TokenLogprob] = []
     for event in events:
         if event.token is not None and event.logprobs is not None:
-            own = _top(pieces, event.token, event.logprobs.chosen)
-            top = [_top(pieces, token, logprob) for token, logprob in event.logprobs.top]
+            own = _top_logprob(pieces, event.token, event.logprobs.chosen)
+            top = [_top_logprob(pieces, token, logprob) for token, logprob in event.logprobs.top]
             content.append(TokenLogprob(own.token, own.logprob, own.bytes, top))
     return ChatLogprobs(content)
 
 
 def text_logprobs(pieces: Pieces, events: list[TokenEvent], offset: int) -> TextLogprobs:
-    said = TextLogprobs([], [], [], [])
+    """Log probabilities as plain completions have them, for text that begins `offset` characters in."""
+    found = TextLogprobs([], [], [], [])
     for event in events:
         if event.token is not None and event.logprobs is not None:
             token = pieces[event.token].decode("utf-8", "replace")
-            said.tokens.append(token)
-            said.token_logprobs.append(event.logprobs.chosen)
-            said.top_logprobs.append(
+            found.tokens.append(token)
+            found.token_logprobs.append(event.logprobs.chosen)
+            found.top_logprobs.append(
                 {pieces[id].decode("utf-8", "replace"): logprob for id, logprob in event.logprobs.top}
             )
-            said.text_offset.append(offset)
+            found.text_offset.append(offset)
             offset += len(token)
-    return said
+    return found
 
 
-def _with_role(choice: Output, delta: Delta) -> Delta:
+def _top_logprob(pieces: Pieces, token: int, logprob: float) -> TopLogprob:
+    raw = pieces[token]
+    return TopLogprob(raw.decode("utf-8", "replace"), logprob, list(raw))
+
+
+def _with_role(output: Output, delta: Delta) -> Delta:
     return structs.replace(delta, role="assistant")
 
 
-def _with_echo(choice: Output, delta: Delta) -> Delta:
-    content = delta.content if isinstance(delta.content, str) else ""
-    return Delta(content=choice.echo + content) if choice.echo else delta
+def _with_echo(output: Output, delta: Delta) -> Delta:
+    return Delta(content=output.echo + _text_of(delta)) if output.echo else delta
 
 
-def _text_body(delta: Delta) -> bytes:
-    return encode(delta.content) if delta.content is not UNSET else b'""'
+def _text_of(delta: Delta) -> str:
+    return delta.content if isinstance(delta.content, str) else ""
 
 
-def _tool_calls(kept: Kept) -> list[MadeCall]:
-    parser = kept.choice.parser
+def _text_bytes(delta: Delta) -> bytes:
+    return encode(_text_of(delta))
+
+
+def _chat_chunk(head: ResponseHead, part: ChunkPart) -> ChatChunk:
+    assert not isinstance(part.logprobs, TextLogprobs)
+    choice = ChunkChoice(
+        index=part.choice, delta=part.delta, logprobs=part.logprobs, finish_reason=part.finish_reason
+    )
+    return ChatChunk(
+        id=head.id, created=head.created, model=head.model, choices=[choice], service_tier=head.tier
+    )
+
+
+def _text_chunk(head: ResponseHead, part: ChunkPart) -> TextCompletion:
+    assert not isinstance(part.logprobs, ChatLogprobs)
+    choice = TextChoice(
+        index=part.choice,
+        text=_text_of(part.delta),
+        logprobs=part.logprobs,
+        finish_reason=part.finish_reason,
+    )
+    return TextCompletion(
+        id=head.id, created=head.created, model=head.model, choices=[choice], service_tier=head.tier
+    )
+
+
+def _tool_calls(kept: WholeOutput) -> list[MadeCall]:
+    parser = kept.output.parser
     abandoned = parser.abandoned if parser is not None else set[int]()
     names: dict[int, tuple[str, str]] = {}
     arguments: dict[int, list[str]] = {}
@@ -266,7 +342,9 @@ def _tool_calls(kept: Kept) -> list[MadeCall]:
     ]
 
 
-def _chat(header: Header, kept: list[Kept], usage: Usage, report: AnswerReport) -> ChatCompletion:
+def _whole_chat(
+    head: ResponseHead, kept: list[WholeOutput], usage: Usage, report: AnswerReport
+) -> ChatCompletion:
     choices: list[ChatChoice] = []
     for part in kept:
         calls: list[MadeCall] | UnsetType = _tool_calls(part) or UNSET
@@ -275,48 +353,48 @@ def _chat(header: Header, kept: list[Kept], usage: Usage, report: AnswerReport) 
             reasoning_content="".join(part.reasoning) if part.reasoning else UNSET,
             tool_calls=calls,
         )
-        assert part.choice.finish_reason is not None
+        assert part.output.finish_reason is not None
         choices.append(
             ChatChoice(
-                index=part.choice.index,
+                index=part.output.index,
                 message=message,
-                finish_reason=part.choice.finish_reason,
-                logprobs=chat_logprobs(header.pieces, part.events, 0) if header.logprobs else None,
+                finish_reason=part.output.finish_reason,
+                logprobs=None if part.pieces is None else chat_logprobs(part.pieces, part.events, 0),
             )
         )
     return ChatCompletion(
-        id=header.id,
-        created=header.created,
-        model=header.model,
+        id=head.id,
+        created=head.created,
+        model=head.model,
         choices=choices,
         usage=usage,
         stretto=report,
-        metadata=header.metadata or UNSET,
-        service_tier=header.tier,
+        service_tier=head.tier,
     )
 
 
-def _text(header: Header, kept: list[Kept], usage: Usage, report: AnswerReport) -> TextCompletion:
+def _whole_text(
+    head: ResponseHead, kept: list[WholeOutput], usage: Usage, report: AnswerReport
+) -> TextCompletion:
     choices = [
         TextChoice(
-            index=part.choice.index,
+            index=part.output.index,
             text=part.text,
-            finish_reason=part.choice.finish_reason,
-            logprobs=text_logprobs(header.pieces, part.events, 0) if header.logprobs else None,
+            finish_reason=part.output.finish_reason,
+            logprobs=None if part.pieces is None else text_logprobs(part.pieces, part.events, 0),
         )
         for part in kept
     ]
     return TextCompletion(
-        id=header.id,
-        created=header.created,
-        model=header.model,
+        id=head.id,
+        created=head.created,
+        model=head.model,
         choices=choices,
         usage=usage,
         stretto=report,
-        metadata=header.metadata or UNSET,
-        service_tier=header.tier,
+        service_tier=head.tier,
     )
 
 
-CHAT = Style("chat.completion.chunk", "delta", _with_role, encode, chat_logprobs, _chat)
-TEXT = Style("text_completion", "text", _with_echo, _text_body, text_logprobs, _text)
+CHAT = Style("chatcmpl-", b'"delta":{}', _with_role, encode, chat_logprobs, _chat_chunk, _whole_chat)
+TEXT = Style("cmpl-", b'"text":""', _with_echo, _text_bytes, text_logprobs, _text_chunk, _whole_text)

@@ -1,178 +1,265 @@
-"""The state of the HTTP front: its models, who waits, what runs, whether it drains. One loop owns it."""
+"""The state of one worker's API server, and the lifetime of a call. One event loop owns both."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Protocol, TypeVar
+from hmac import compare_digest
+from http import HTTPStatus
+from math import inf
+from typing import TypeVar
 
 from msgspec import structs
+from starlette.datastructures import Headers
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Send
 
 from stretto.config import ServeConfig, tiers_of
-from stretto.errors import Draining, StrettoError, Unavailable, UnknownModel
-from stretto.server.admission_gate import Gate
+from stretto.engine.client import EngineClient
+from stretto.errors import (
+    CannotBeOnTime,
+    InvalidGrammar,
+    StrettoError,
+    Unauthorised,
+    Unavailable,
+    UnknownModel,
+)
+from stretto.server.admission_gate import START_S, AdmissionGate
+from stretto.server.objectives import ServicePolicy
+from stretto.server.quota import PriorityQuota
+from stretto.server.validation import ModelHandle, RequestLimits
 from stretto.telemetry.live import Recent
-from stretto.telemetry.metrics import Ended, Gauges, Metrics
-from stretto.text.output import Output, TokenStream
+from stretto.telemetry.metrics import Ended, Gauges, Metrics, Verdict
+from stretto.text.output import Output
 from stretto.text.tokenizer import TextModel
-from stretto.types import Grammar, ModelInfo, Request, StepStats, WorkerState
+from stretto.types import Grammar, WorkerState
 
 T = TypeVar("T")
-Check = Callable[[str, Grammar], Awaitable[None]]
+GrammarCheck = Callable[[str, Grammar], Awaitable[None]]
 LONG_TEXT = 4096
+LOCAL = "local"
 
 
-class Engine(Protocol):
-    """What the front needs of `engine.client.EngineClient`."""
-
-    ready: bool
-    models: dict[str, ModelInfo]
-    restarts: int
-
-    def subscribe(self, observer: Callable[[StepStats], None]) -> None: ...
-    def next_id(self) -> int: ...
-    def submit(self, request: Request) -> TokenStream: ...
-    def within_share(self, tenant: str, tier: str) -> bool: ...
-    def worker_state(self) -> WorkerState: ...
-
-
-class Front:
-    """Shared by every request. `check` judges a grammar where it may die; None leaves that to the engine."""
+class Server:
+    """What all calls share. `check_grammar(model, grammar)` compiles a grammar in a sandbox; None leaves that
+    to the engine. `texts` are the models' tokenizers by name; the first model is the default."""
 
     def __init__(
-        self, config: ServeConfig, engine: Engine, texts: dict[str, TextModel], check: Check | None
+        self,
+        config: ServeConfig,
+        engine: EngineClient,
+        texts: dict[str, TextModel],
+        check_grammar: GrammarCheck | None,
     ) -> None:
+        tiers = tiers_of(config.tiers)
         self.config = config
-        self.tiers = tiers_of(config.tiers)
         self.engine = engine
         self.texts = texts
-        self.check = check
+        self.limits = RequestLimits(config.max_n, config.max_stop, config.max_waiting)
+        self.policy = ServicePolicy(tiers, config.schedule)
+        self.quota = PriorityQuota(config.priority_share)
+        self.gate = AdmissionGate(config.max_waiting, config.drain_s, lambda: engine.ready)
         self.metrics = Metrics(self._gauges)
-        self.gate = Gate(config.max_waiting)
-        self.runs: set[Run] = set()
-        self._last_ended = asyncio.Event()
-        self.draining = False
+        self.recent = Recent({name: tier.objective for name, tier in tiers.items()})
+        self.calls: set[Call] = set()
         self.created = int(time.time())
+        self._check_grammar = check_grammar
+        self._idle = asyncio.Event()
         self._threads = ThreadPoolExecutor(2, "text")
-        self.recent = Recent({name: tier.objective for name, tier in self.tiers.items()})
         engine.subscribe(self.metrics.step)
         engine.subscribe(self.recent.step)
 
-    def model(self, name: str | None) -> tuple[str, TextModel]:
-        """The model of that name, or the first one. Raises UnknownModel."""
-        if name is None:
-            name = next(iter(self.texts))
+    def tenant(self, headers: Headers) -> str:
+        """The tenant whose API key a request has; `local` for a server without keys. Raises Unauthorised.
+
+        A wrong key takes as long as a right one, so that the time tells nothing about the keys.
+        """
+        keys = self.config.api_keys
+        if not keys:
+            return LOCAL
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        found = [name for key, name in keys.items() if compare_digest(key.encode(), given.strip().encode())]
+        if not found or scheme.lower() != "bearer":
+            raise Unauthorised("send a valid API key: `Authorization: Bearer KEY`")
+        return found[0]
+
+    def ensure_known(self, name: str) -> None:
+        """Raises UnknownModel."""
         if name not in self.texts:
-            held = ", ".join(self.texts)
-            raise UnknownModel(f"no model {name!r} here; this server holds {held}", param="$.model")
-        return name, self.texts[name]
+            raise UnknownModel(
+                f"there is no model {name!r}; this server has {', '.join(self.texts)}", param="$.model"
+            )
 
-    def ensure_open(self, count: int = 1) -> None:
-        """Raises what keeps `count` more sequences out: Draining, Unavailable, Overloaded."""
-        if self.draining:
-            raise Draining("the server is shutting down", retry_after=self.config.drain_s)
-        if not self.engine.ready:
-            raise Unavailable("the engine is starting; try again soon", retry_after=2.0)
-        self.gate.check(count)
+    def model(self, name: str | None) -> ModelHandle:
+        """The model of that name, or the default. Raises UnknownModel, or Unavailable until it is loaded."""
+        name = next(iter(self.texts)) if name is None else name
+        self.ensure_known(name)
+        info = self.engine.models.get(name)
+        if info is None:
+            raise Unavailable(f"the model {name} is not loaded yet; try again soon", retry_after=START_S)
+        return ModelHandle(name, self.texts[name], info)
 
-    async def off_loop(self, size: int, work: Callable[..., T], *arguments: object) -> T:
-        """`work(*arguments)`, in a thread when `size` bytes of text would hold the event loop up."""
+    async def check_grammar(self, model: str, grammar: Grammar | None, path: str) -> None:
+        """Raises InvalidGrammar, with the path of the field it comes from, for one that does not compile."""
+        if grammar is None or self._check_grammar is None:
+            return
+        try:
+            await self._check_grammar(model, grammar)
+        except InvalidGrammar as error:
+            error.param = path
+            raise
+
+    async def run_text(self, size: int, work: Callable[[], T]) -> T:
+        """`work()`, in a thread if `size` bytes of text would hold up the event loop."""
         if size <= LONG_TEXT:
-            return work(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def state(self) -> WorkerState:
-        """The engine's state with what only the front knows."""
-        return structs.replace(self.engine.worker_state(), draining=self.draining)
+    def worker_state(self) -> WorkerState:
+        """The engine's state, and whether this server drains."""
+        return structs.replace(self.engine.worker_state(), draining=self.gate.draining)
 
-    def end_all(self, error: StrettoError) -> None:
-        """Ends what runs, each with `error`."""
-        for run in list(self.runs):
-            run.end(error)
-
-    def _gauges(self) -> Gauges:
-        return Gauges(len(self.runs), self.engine.ready, self.draining, self.engine.restarts)
+    def end_calls(self, error: StrettoError) -> None:
+        """Ends all calls with `error`."""
+        for call in list(self.calls):
+            call.end(error)
 
     async def idle(self) -> None:
-        """Returns when nothing runs."""
-        while self.runs:
-            self._last_ended.clear()
-            await self._last_ended.wait()
+        """Returns when no call is running."""
+        while self.calls:
+            self._idle.clear()
+            await self._idle.wait()
 
-    def closed(self, run: Run) -> None:
-        """A run has nothing more in the engine."""
-        self.runs.discard(run)
-        if not self.runs:
-            self._last_ended.set()
+    def started(self, call: Call) -> None:
+        """Counts a call as running."""
+        self.calls.add(call)
+
+    def stopped(self, call: Call) -> None:
+        """A call has nothing left in the engine."""
+        self.calls.discard(call)
+        if not self.calls:
+            self._idle.set()
 
     def ended(self, request: Ended) -> None:
-        """A request is over."""
+        """Counts a request that is over."""
         self.metrics.ended(request)
         self.recent.ended(request)
 
+    def _gauges(self) -> Gauges:
+        return Gauges(len(self.calls), self.engine.ready, self.gate.draining, self.engine.restarts)
 
-class Run:
-    """One request with work in the engine. However it ends, its streams are closed.
 
-    `end(None)`, when the client left, and `end(error)`, when the server must stop it, cancel its task; at the
-    end of the `with` the first is silent and the second raises `error`.
+class Call:
+    """One request at work: who sent it, its outputs, and how it ended.
+
+    `arrival`: monotonic seconds, stamped before the body was read; every deadline counts from it. However a
+    call ends, its outputs are closed, which cancels what the engine still does for them.
     """
 
-    def __init__(self, front: Front) -> None:
-        self.choices: list[Output] = []
-        self.tier = ""
+    def __init__(
+        self, server: Server, request: HttpRequest, send: Send, body: bytes, tenant: str, arrival: float
+    ) -> None:
+        self.server = server
+        self.request = request
+        self.send = send
+        self.body = body
+        self.tenant = tenant
+        self.arrival = arrival
+        self.outputs: list[Output] = []
         self.model = ""
-        self._front = front
+        self.tier = ""
+        self.streaming = False
+        self.gone = False
         self._task = asyncio.current_task()
         self._ended = False
         self._error: StrettoError | None = None
-        self.streaming = False
-        self.gone = False
 
-    def __enter__(self) -> Run:
-        self._front.runs.add(self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        self._front.closed(self)
-        for choice in self.choices:
-            choice.stream.close()
-            if choice.times.first is None:
-                self._front.gate.leave(served=False)
-        if kind is asyncio.CancelledError and self._ended and self._task is not None:
+    async def run(self, handler: Callable[[Call], Awaitable[None]]) -> None:
+        """Runs the handler until it is done, the client has left, or the server ends the call. Raises what
+        the handler raises, and what the server ended it with."""
+        watch = asyncio.create_task(self._end_on_disconnect())
+        self.server.started(self)
+        try:
+            await handler(self)
+        except asyncio.CancelledError:
+            if not self._ended or self._task is None:
+                raise
             self._task.uncancel()
             if self._error is not None:
-                raise self._error
+                raise self._error from None
             self.gone = True
-            return True
-        return False
+        finally:
+            watch.cancel()
+            self.server.stopped(self)
+            for output in self.outputs:
+                output.stream.close()
+
+    def label(self, model: str | None, tier: str) -> None:
+        """Names the model and the tier that metrics count the call under. An unknown model has no name, so
+        that clients cannot make up labels."""
+        texts = self.server.texts
+        self.model = next(iter(texts)) if model is None else model if model in texts else ""
+        self.tier = tier
+
+    async def respond(self, response: Response) -> None:
+        """Sends a response that is not a stream."""
+        await response(self.request.scope, self.request.receive, self.send)
 
     def end(self, error: StrettoError | None) -> None:
+        """Ends the call: with `error`, or silently when the client has left."""
         if not self._ended and self._task is not None:
             self._ended = True
             self._error = error
             self._task.cancel()
 
-    def asks(self, model: str | None, tier: str) -> None:
-        """What the request is for: counted under a model only where it is one of ours."""
-        self.tier = tier
-        texts = self._front.texts
-        self.model = next(iter(texts)) if model is None else model if model in texts else ""
+    def summary(self, endpoint: str, error: StrettoError | None) -> Ended:
+        """What metrics count of the call, which ended in `error` or well."""
+        outputs = self.outputs
+        began = [output.began for output in outputs if output.began is not None]
+        forecasts = [start.forecast_ms / 1e3 for start in began if start.forecast_ms is not None]
+        slack = min((output.times.slack for output in outputs), default=inf)
+        return Ended(
+            endpoint=endpoint,
+            outcome="client_gone" if self.gone else "ok" if error is None else error.code,
+            seconds=time.monotonic() - self.arrival,
+            verdict=self._verdict(error),
+            tier=self.tier,
+            model=self.model,
+            prompt_tokens=sum(output.prompt_tokens for output in outputs if output.prompt_counts),
+            output_tokens=sum(output.tokens for output in outputs),
+            cached_tokens=sum(start.cached_tokens for start in began),
+            queued=max((start.queue_ms / 1e3 for start in began), default=None),
+            forecast=max(forecasts, default=None),
+            first=min(
+                (output.times.ttft for output in outputs if output.times.ttft is not None), default=None
+            ),
+            slack=None if slack == inf else slack,
+            gaps=_gaps(outputs),
+        )
 
-    def open(self, choices: Iterable[Output]) -> list[Output]:
-        """Takes charge of each choice once its stream is submitted, so that none is left when one fails."""
-        opened: list[Output] = []
-        for choice in choices:
-            opened.append(choice)
-            self.choices.append(choice)
-            self._front.gate.enter()
-        return opened
+    def _verdict(self, error: StrettoError | None) -> Verdict | None:
+        """None for a request that no server could have answered."""
+        unavailable = error is not None and error.status == HTTPStatus.SERVICE_UNAVAILABLE
+        if isinstance(error, CannotBeOnTime) or (unavailable and not self.outputs):
+            return "refused"
+        if any(output.times.late for output in self.outputs):
+            return "late"
+        if self.gone:
+            return "cancelled"
+        if error is None:
+            return "on_time"
+        return "failed" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else None
 
-    def heard(self, choice: Output) -> None:
-        """Called before the first events of `choice` are taken."""
-        self._front.gate.leave(served=True)
+    async def _end_on_disconnect(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self.end(None)
+
+
+def _gaps(outputs: Sequence[Output]) -> Sequence[float]:
+    if len(outputs) == 1:
+        return outputs[0].times.gaps
+    return [gap for output in outputs for gap in output.times.gaps]

@@ -1,13 +1,18 @@
-"""Parsed requests -> jobs: what to submit to the engine and how to write the answer. All checks end here."""
+"""Checks of a parsed request, and its prompts as token ids. It knows the model and limits, no server state.
+
+What a function here returns is correct, and nothing is checked again. Checks run in this order: fields that
+need no model, tools, sampling options, and at last, when the prompt is encoded, its length.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
-from stretto.errors import InvalidGrammar, InvalidRequest, Unavailable, UnsupportedField
+from stretto.errors import InvalidRequest, UnsupportedField
 from stretto.protocol.openai import (
     ChatRequest,
     CompletionRequest,
@@ -16,182 +21,214 @@ from stretto.protocol.openai import (
     JsonSchemaFormat,
     StreamOptions,
 )
-from stretto.server import responses
-from stretto.server.objectives import DEFAULT, Aim, aim
-from stretto.server.state import Front
 from stretto.text import messages, reasoning_parser
 from stretto.text.output import AnswerParser
-from stretto.text.prompts import check_length, check_sampling_ids, check_token_ids, encode_prompts
+from stretto.text.prompts import RawPrompt, check_length, check_sampling_ids, check_token_ids, encode_prompts
 from stretto.text.tokenizer import TextModel
 from stretto.text.tool_parser import NamedCallParser, ToolParser
 from stretto.types import Grammar, ModelInfo, Sampling
 
 COMPLETION_TOKENS = 16
-Prompts = str | Sequence[str | int | list[int]]
+
+
+class RequestLimits(NamedTuple):
+    """How much one request may ask for: answers to each prompt, stop strings, and answers in all."""
+
+    n: int
+    stop: int
+    answers: int
+
+
+class ModelHandle(NamedTuple):
+    """A loaded model: its name, its tokenizer and template, and what the engine says of it."""
+
+    name: str
+    text: TextModel
+    info: ModelInfo
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt's token ids. `echo`: the text that its answer begins with; `thinking`: whether the prompt ends
+    inside a block of reasoning, None for a model or a request without reasoning."""
+
+    ids: tuple[int, ...]
+    echo: str = ""
+    thinking: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One request, checked; `modest` is its aim when the tenant has had its share of priority. There are
-    `sampling.n` choices of each prompt; `echo` has one text per prompt."""
+class AnswerSpec:
+    """A checked request: what to generate and what to send. `answers` counts all answers, to all prompts.
 
-    style: responses.Style
-    model: str
-    text: TextModel
-    prompts: list[tuple[int, ...]]
+    `encode` returns the prompts; it may take long for a long text. `grammar_path` is the field that the
+    grammar comes from. `parser` makes a reader of tool calls for one answer; `single_call`: the first call
+    ends the answer.
+    """
+
+    model: ModelHandle
+    encode: Callable[[], list[EncodedPrompt]]
     sampling: Sampling
+    answers: int
     salt: str
-    aim: Aim
-    modest: Aim
     metadata: dict[str, str] | None
     stream: bool
     options: StreamOptions
-    echo: list[str]
-    thinking: bool | None = None
+    grammar_path: str
     parser: Callable[[], ToolParser | NamedCallParser] | None = None
     single_call: bool = False
 
-    def answer_parser(self) -> AnswerParser | None:
-        """A new one for each output; None when all text is content."""
-        if self.thinking is None and self.parser is None:
+    def answer_parser(self, thinking: bool | None) -> AnswerParser | None:
+        """What splits one answer into reasoning, content and tool calls; None if it is all content."""
+        if thinking is None and self.parser is None:
             return None
-        thoughts = None if self.thinking is None else reasoning_parser.ReasoningParser(self.thinking)
+        reasoning = None if thinking is None else reasoning_parser.ReasoningParser(thinking)
         tools = self.parser() if self.parser else None
-        return AnswerParser(thoughts, tools, streamed=self.stream, single_call=self.single_call)
+        return AnswerParser(reasoning, tools, streamed=self.stream, single_call=self.single_call)
 
 
-async def chat(front: Front, request: ChatRequest, size: int) -> Job:
-    """`size` is the body's in bytes: long ones are rendered and encoded off the event loop."""
-    name, text = front.model(request.model)
-    info = _open(front, name, request, 1)
-    called = messages.calls(request, text)
-    grammar = _grammar(request) if called.grammar is None else called.grammar
-    if called.grammar is not None and _grammar(request) is not None:
-        raise InvalidRequest(
-            "a forced tool call and a response format exclude each other", param="$.tool_choice"
-        )
+def check_chat(request: ChatRequest, model: ModelHandle, limits: RequestLimits) -> AnswerSpec:
+    """Checks a chat request. Raises InvalidRequest and its subclasses."""
+    _check_options(request, 1, limits)
+    tools = messages.calls(request, model.text)
+    grammar = _grammar(request)
+    if tools.grammar is not None:
+        if grammar is not None:
+            raise InvalidRequest(
+                "$.tool_choice forces a tool call, so no response format can apply; leave one of them out",
+                param="$.tool_choice",
+            )
+        grammar = tools.grammar
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("$.top_logprobs needs logprobs: true", param="$.top_logprobs")
     limit = _chat_limit(request)
-    sampling = _sampling(request, limit, (request.top_logprobs or 0) if request.logprobs else None, grammar)
-    check_sampling_ids(sampling, info)
-    await _check_grammar(front, name, grammar, request)
-    thinks = text.template is not None and text.template.mentions(reasoning_parser.CLOSE) and grammar is None
-    variables = messages.variables(request, text)
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    sampling = _sampling(request, limit, logprobs, grammar)
+    check_sampling_ids(sampling, model.info)
+    variables = messages.variables(request, model.text)
     if grammar is not None:
-        # What the grammar allows is the answer: there is no room to think aloud before it.
+        # The grammar describes the answer from its first token, so no reasoning can come before it.
         variables.setdefault("enable_thinking", False)
-
-    def prepare() -> tuple[tuple[int, ...], bool]:
-        rendered = text.render(messages.messages(request, text), called.shown, variables)
-        opened = rendered.rstrip().endswith(reasoning_parser.OPEN)
-        return tuple(text.encode_rendered(rendered)), opened
-
-    prompt, opened = await front.off_loop(size, prepare)
-    check_token_ids(prompt, info, "$.messages")
-    check_length(len(prompt), limit or 1, info, "$.messages")
-    return Job(
-        style=responses.CHAT,
-        model=name,
-        text=text,
-        prompts=[prompt],
-        sampling=sampling,
-        salt=_salt(request),
-        aim=aim(request, front.tiers, front.config.schedule),
-        modest=aim(request, front.tiers, front.config.schedule, DEFAULT),
-        metadata=request.metadata,
-        stream=bool(request.stream),
-        options=_options(request),
-        echo=[""],
-        thinking=opened if thinks else None,
-        parser=called.parser,
-        single_call=called.single,
-    )
+    encode = partial(_encode_chat, request, model, sampling, tools.shown, variables)
+    return _spec(request, model, sampling, encode, parser=tools.parser, single_call=tools.single)
 
 
-async def completion(front: Front, request: CompletionRequest, size: int) -> Job:
-    """As `chat`, for raw prompts."""
-    name, text = front.model(request.model)
-    inputs = split(request.prompt, "$.prompt")
-    info = _open(front, name, request, len(inputs))
+def check_completion(request: CompletionRequest, model: ModelHandle, limits: RequestLimits) -> AnswerSpec:
+    """Checks a request to continue raw prompts. Raises InvalidRequest and its subclasses."""
+    inputs = split_inputs(request.prompt, "$.prompt")
+    _check_options(request, len(inputs), limits)
     if request.best_of is not None and request.best_of != (request.n or 1):
-        raise UnsupportedField("$.best_of must equal n: there is no ranking of candidates", param="$.best_of")
+        raise UnsupportedField(
+            "$.best_of must equal n: this server does not rank candidates", param="$.best_of"
+        )
     if request.echo and request.logprobs is not None:
-        raise UnsupportedField("$.echo does not go with logprobs", param="$.echo")
+        raise UnsupportedField("$.echo cannot be combined with logprobs", param="$.echo")
     limit = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-    grammar = _grammar(request)
-    sampling = _sampling(request, limit, request.logprobs, grammar)
-    check_sampling_ids(sampling, info)
-    await _check_grammar(front, name, grammar, request)
+    sampling = _sampling(request, limit, request.logprobs, _grammar(request))
+    check_sampling_ids(sampling, model.info)
+    encode = partial(_encode_completion, inputs, model, sampling, bool(request.echo))
+    return _spec(request, model, sampling, encode, prompts=len(inputs))
 
-    def prepare() -> tuple[list[tuple[int, ...]], list[str]]:
-        prompts = encode_prompts(text, inputs, info, "$.prompt")
-        if not request.echo:
-            return prompts, [""] * len(prompts)
-        return prompts, [item if isinstance(item, str) else text.decode(item) for item in inputs]
 
-    prompts, echo = await front.off_loop(size, prepare)
-    for prompt in prompts:
-        check_length(len(prompt), limit, info, "$.prompt")
-    return Job(
-        style=responses.TEXT,
-        model=name,
-        text=text,
-        prompts=prompts,
+def _spec(
+    request: Generation,
+    model: ModelHandle,
+    sampling: Sampling,
+    encode: Callable[[], list[EncodedPrompt]],
+    prompts: int = 1,
+    **chat: Any,
+) -> AnswerSpec:
+    path = "$.tools" if request.response_format is None else "$.response_format"
+    return AnswerSpec(
+        model=model,
+        encode=encode,
         sampling=sampling,
-        salt=_salt(request),
-        aim=aim(request, front.tiers, front.config.schedule),
-        modest=aim(request, front.tiers, front.config.schedule, DEFAULT),
+        answers=prompts * sampling.n,
+        salt=cache_salt(
+            request.user, request.safety_identifier, request.prompt_cache_key, request.cache_salt
+        ),
         metadata=request.metadata,
         stream=bool(request.stream),
-        options=_options(request),
-        echo=echo,
+        options=request.stream_options or StreamOptions(),
+        grammar_path=path if request.structured_outputs is None else "$.structured_outputs",
+        **chat,
     )
 
 
-def split(prompt: Prompts, path: str) -> list[str | list[int]]:
-    """One prompt per item. Raises InvalidRequest for a list that mixes kinds."""
+def _encode_chat(
+    request: ChatRequest,
+    model: ModelHandle,
+    sampling: Sampling,
+    tools: list[dict[str, Any]] | None,
+    variables: dict[str, Any],
+) -> list[EncodedPrompt]:
+    text = model.text
+    rendered = text.render(messages.messages(request, text), tools, variables)
+    ids = tuple(text.encode_rendered(rendered))
+    check_token_ids(ids, model.info, "$.messages")
+    check_length(len(ids), sampling.max_tokens or 1, model.info, "$.messages")
+    thinking: bool | None = None
+    if sampling.grammar is None and text.template is not None:
+        if text.template.mentions(reasoning_parser.CLOSE):
+            thinking = rendered.rstrip().endswith(reasoning_parser.OPEN)
+    return [EncodedPrompt(ids, thinking=thinking)]
+
+
+def _encode_completion(
+    inputs: list[RawPrompt], model: ModelHandle, sampling: Sampling, echo: bool
+) -> list[EncodedPrompt]:
+    prompts: list[EncodedPrompt] = []
+    encoded = encode_prompts(model.text, inputs, model.info, "$.prompt")
+    for ids, source in zip(encoded, inputs, strict=True):
+        check_length(len(ids), sampling.max_tokens or 1, model.info, "$.prompt")
+        text = source if isinstance(source, str) else model.text.decode(list(source))
+        prompts.append(EncodedPrompt(ids, text if echo else ""))
+    return prompts
+
+
+def split_inputs(prompt: str | Sequence[str | int | list[int]], path: str) -> list[RawPrompt]:
+    """One text or list of token ids for each prompt. Raises InvalidRequest for a list that mixes kinds."""
     if isinstance(prompt, str):
         return [prompt]
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return [cast("list[int]", prompt)]
     if len(kinds) > 1:
-        raise InvalidRequest(f"{path} mixes text, ids and lists of ids; send one kind", param=path)
-    return cast("list[str | list[int]]", prompt)
-
-
-def _open(front: Front, name: str, request: Generation, prompts: int) -> ModelInfo:
-    """Limits that need no text. Raises also whatever keeps new requests out."""
-    n = request.n or 1
-    most = front.config.max_n
-    if n > most:
-        raise InvalidRequest(f"$.n may be {most} at most, not {n}", param="$.n")
-    stops = request.stop if isinstance(request.stop, list) else []
-    if len(stops) > front.config.max_stop:
-        most = front.config.max_stop
-        raise InvalidRequest(f"$.stop may hold {most} strings at most, not {len(stops)}", param="$.stop")
-    if prompts * n > front.config.max_waiting:
-        most = front.config.max_waiting
         raise InvalidRequest(
-            f"$.prompt asks for {prompts * n} answers; {most} at most in one request", param="$.prompt"
+            f"{path} mixes texts, token ids and lists of token ids; send one kind", param=path
+        )
+    return cast("list[RawPrompt]", prompt)
+
+
+def cache_salt(*parts: str | None) -> str:
+    """The key that, beside the tenant, keeps the cached prompts of different users apart."""
+    return json.dumps(parts) if any(part is not None for part in parts) else ""
+
+
+def _check_options(request: Generation, prompts: int, limits: RequestLimits) -> None:
+    n = request.n or 1
+    if n > limits.n:
+        raise InvalidRequest(f"$.n is {n}; this server allows {limits.n}", param="$.n")
+    stops = request.stop if isinstance(request.stop, list) else []
+    if len(stops) > limits.stop:
+        raise InvalidRequest(
+            f"$.stop holds {len(stops)} strings; this server allows {limits.stop}", param="$.stop"
+        )
+    if prompts * n > limits.answers:
+        raise InvalidRequest(
+            f"$.prompt asks for {prompts * n} answers; this server allows {limits.answers} in one request",
+            param="$.prompt",
         )
     if request.store:
-        raise UnsupportedField("$.store: this server stores no answers", param="$.store")
+        raise UnsupportedField("$.store: this server stores no answers; leave it out", param="$.store")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("$.stream_options needs stream: true", param="$.stream_options")
-    front.ensure_open(prompts * n)
-    info = front.engine.models.get(name)
-    if info is None:
-        raise Unavailable(f"model {name} is not loaded yet", retry_after=2.0)
-    return info
 
 
 def _chat_limit(request: ChatRequest) -> int | None:
     old, new = request.max_tokens, request.max_completion_tokens
     if old is not None and new is not None and old != new:
-        where = "$.max_completion_tokens"
-        raise InvalidRequest(f"{where} and $.max_tokens differ; send one of them", param=where)
+        path = "$.max_completion_tokens"
+        raise InvalidRequest(f"{path} and $.max_tokens differ; send one of them", param=path)
     return old if new is None else new
 
 
@@ -227,13 +264,14 @@ def _sampling(
 
 
 def _grammar(request: Generation) -> Grammar | None:
-    """What the text must look like. Raises InvalidRequest when several things say so."""
+    """The grammar that the answer must match. Raises InvalidRequest if the request gives several."""
     form = request.response_format
     found: list[Grammar] = []
     if isinstance(form, JsonObjectFormat):
         found.append(Grammar("json_object"))
     elif isinstance(form, JsonSchemaFormat):
         found.append(Grammar("json_schema", json.dumps(form.json_schema.schema)))
+    path = "$.structured_outputs"
     if (outputs := request.structured_outputs) is not None:
         if outputs.json is not None:
             source = outputs.json if isinstance(outputs.json, str) else json.dumps(outputs.json)
@@ -245,35 +283,7 @@ def _grammar(request: Generation) -> Grammar | None:
         if outputs.choice is not None:
             found.append(Grammar("choice", json.dumps(outputs.choice)))
         if not found:
-            where = "$.structured_outputs"
-            raise InvalidRequest(f"{where} needs json, json_object, regex or choice", param=where)
+            raise InvalidRequest(f"{path} needs json, json_object, regex or choice", param=path)
     if len(found) > 1:
-        where = "$.structured_outputs"
-        raise InvalidRequest(f"{where} and response_format: only one may shape the answer", param=where)
+        raise InvalidRequest(f"{path} and response_format describe several formats; send one", param=path)
     return found[0] if found else None
-
-
-async def _check_grammar(front: Front, model: str, grammar: Grammar | None, request: Generation) -> None:
-    if grammar is None or front.check is None:
-        return
-    try:
-        await front.check(model, grammar)
-    except InvalidGrammar as error:
-        if request.structured_outputs is not None:
-            error.param = "$.structured_outputs"
-        else:
-            error.param = "$.tools" if request.response_format is None else "$.response_format"
-        raise
-
-
-def _options(request: Generation) -> StreamOptions:
-    return request.stream_options or StreamOptions()
-
-
-def salt_of(*parts: str | None) -> str:
-    """What keeps computed prompts apart, besides the tenant."""
-    return json.dumps(parts) if any(part is not None for part in parts) else ""
-
-
-def _salt(request: Generation) -> str:
-    return salt_of(request.user, request.safety_identifier, request.prompt_cache_key, request.cache_salt)

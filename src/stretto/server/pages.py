@@ -1,0 +1,149 @@
+"""The routes that only report, and the page at `/`: its own files, and plotly.js of the installed package."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import AsyncIterator
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+from msgspec import json
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from stretto.errors import NotFound
+from stretto.protocol.openai import ModelCard, ModelList, Status
+from stretto.protocol.parsing import JSON
+from stretto.server import openapi
+from stretto.server.state import Server
+
+LIVE_S = 0.5
+FILES = files("stretto.server") / "static"
+TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+PLOTLY = "plotly.min.js"
+# The hash of the one stylesheet that plotly.js adds to the page, for maps. Without it the browser complains.
+MAPS = "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
+SECURITY = {
+    "Content-Security-Policy": f"default-src 'none'; script-src 'self'; style-src 'self' {MAPS}; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Vary": "Accept-Encoding",
+}
+# plotly.js changes only with a release of its package.
+A_WEEK = "public, max-age=604800"
+
+
+class Pages:
+    """The handlers of these routes, for one server."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def routes(self) -> list[Route]:
+        """All routes that take no work."""
+        return [
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
+            Route("/", self.page),
+            Route("/page/{name}", self.page),
+            Route("/openapi.json", self.openapi),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/state", self.state),
+            Route("/live", self.live),
+            Route("/metrics", self.metrics),
+        ]
+
+    async def health(self, request: Request) -> Response:
+        """Whether the process lives."""
+        return _json(Status("ok"))
+
+    async def ready(self, request: Request) -> Response:
+        """Whether requests are taken."""
+        self._server.gate.ensure_open()
+        return _json(Status("ready"))
+
+    async def metrics(self, request: Request) -> Response:
+        """Metrics for Prometheus."""
+        metrics = self._server.metrics
+        return Response(metrics.text(), media_type=metrics.content_type)
+
+    async def state(self, request: Request) -> Response:
+        """The worker's state."""
+        self._server.tenant(request.headers)
+        return _json(self._server.worker_state())
+
+    async def live(self, request: Request) -> Response:
+        """Server-sent events: a snapshot of the last seconds, twice a second until the server drains."""
+        self._server.tenant(request.headers)
+        headers = {"Cache-Control": "no-store"}
+        return StreamingResponse(self._snapshots(), media_type="text/event-stream", headers=headers)
+
+    async def _snapshots(self) -> AsyncIterator[bytes]:
+        server = self._server
+        while not server.gate.draining:
+            engine = server.engine
+            now = server.recent.snapshot(
+                running=len(server.calls), restarts=engine.restarts, ready=engine.ready
+            )
+            yield b"data: " + json.encode(now) + b"\n\n"
+            await asyncio.sleep(LIVE_S)
+
+    async def openapi(self, request: Request) -> Response:
+        """The OpenAPI document."""
+        return _json(openapi.document())
+
+    async def models(self, request: Request) -> Response:
+        """All models."""
+        self._server.tenant(request.headers)
+        return _json(ModelList(data=[self._card(name) for name in self._server.texts]))
+
+    async def model(self, request: Request) -> Response:
+        """One model."""
+        self._server.tenant(request.headers)
+        name = request.path_params["name"]
+        self._server.ensure_known(name)
+        return _json(self._card(name))
+
+    def page(self, request: Request) -> Response:
+        """A file of the page. Starlette runs this in a thread: the first call of each file compresses it."""
+        zipped = "gzip" in request.headers.get("accept-encoding", "")
+        found = _file(request.path_params.get("name", "index.html"), zipped)
+        if request.headers.get("if-none-match") != found.headers["ETag"]:
+            return found
+        kept = {name: found.headers[name] for name in (*SECURITY, "Cache-Control", "ETag")}
+        return Response(status_code=304, headers=kept)
+
+    def _card(self, name: str) -> ModelCard:
+        info = self._server.engine.models.get(name)
+        context = None if info is None else info.context
+        return ModelCard(id=name, created=self._server.created, max_model_len=context)
+
+
+def _json(value: object) -> Response:
+    return Response(json.encode(value), media_type=JSON)
+
+
+@cache
+def _file(name: str, zipped: bool) -> Response:
+    """A file of the page as a response, made once. Raises NotFound."""
+    own = name in {file.name for file in FILES.iterdir()}
+    spec = find_spec("plotly") if name == PLOTLY else None  # found, and not imported: only its file is used
+    if not own and (spec is None or spec.origin is None):
+        raise NotFound(f"the page has no file {name!r}")
+    path = FILES / name if own or spec is None else Path(str(spec.origin)).parent / "package_data" / PLOTLY
+    plain = path.read_bytes()
+    headers = SECURITY | {
+        "Cache-Control": "no-cache" if own else A_WEEK,
+        "ETag": f'"{sha256(plain).hexdigest()[:16]}"',
+    }
+    if zipped:
+        headers["Content-Encoding"] = "gzip"
+    body = gzip.compress(plain, 6) if zipped else plain
+    return Response(body, media_type=TYPES[name.rpartition(".")[2]], headers=headers)

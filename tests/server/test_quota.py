@@ -1,0 +1,49 @@
+"""What a tenant may ask for at priority: a share of the machine's last minute."""
+
+from __future__ import annotations
+
+from math import e
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stretto.server.quota import DECAY_S, PriorityQuota
+
+
+def test_a_tenant_beyond_its_share_waits_for_it_to_fade_and_others_do_not():
+    quota = PriorityQuota(0.5)
+    assert quota.allows("greedy", 0.0)
+    quota.charge("greedy", 31_000.0, 0.0)
+    assert not quota.allows("greedy", 0.0) and quota.allows("frugal", 0.0)
+    assert quota.allows("greedy", 5.0), "31 s fade below 30 s within 5 s"
+
+
+def test_no_share_is_none_and_a_whole_one_is_a_minute():
+    assert not PriorityQuota(0.0).allows("anybody", 0.0)
+    whole = PriorityQuota(1.0)
+    whole.charge("one", 59_000.0, 0.0)
+    assert whole.allows("one", 0.0)
+    whole.charge("one", 2_000.0, 0.0)
+    assert not whole.allows("one", 0.0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(1, 5_000)), min_size=1, max_size=50))
+def test_a_tenant_that_asks_without_end_gets_its_share_in_the_long_run(asked: list[tuple[float, float]]):
+    """What is allowed in a minute is never more than the share and one request, whatever the pattern."""
+    quota, now, allowed = PriorityQuota(0.25), 0.0, list[tuple[float, float]]()
+    for pause, ms in asked * 4:
+        now += pause
+        if quota.allows("one", now):
+            quota.charge("one", ms, now)
+            allowed.append((now, ms))
+    for end, _ in allowed:
+        recent = sum(ms for at, ms in allowed if end - DECAY_S <= at <= end)
+        assert recent <= e * (0.25 * DECAY_S * 1e3 + 5_000), "work of the last minute counts at least 1/e"
+
+
+def test_tenants_without_end_take_no_memory_without_end():
+    quota = PriorityQuota(0.5, max_tenants=20)
+    quota.charge("heavy", 40_000.0, 0.0)
+    for index in range(30):
+        quota.charge(f"tenant {index}", 1.0, 0.0)
+    assert len(quota) == 20 and not quota.allows("heavy", 0.0)
