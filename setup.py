@@ -1,11 +1,12 @@
-"""Builds the CPU kernels, plain C that needs a compiler and nothing else. Without one the install still
-succeeds, and the kernels written in torch are used."""
+"""Builds the CPU kernels. They are plain C: the build needs a C compiler and no Python headers.
+
+Without a compiler the install still succeeds, and models run on the slower kernels in torch."""
 
 from glob import glob
 
 from setuptools import Extension, setup
 
-HERE = "src/stretto/kernels/cpu"
+SOURCES = "src/stretto/kernels/cpu/csrc"
 FLAGS = [
     "-O3",
     "-std=gnu11",
@@ -20,8 +21,8 @@ setup(
     ext_modules=[
         Extension(
             "stretto.kernels.cpu._native",
-            sources=sorted(glob(f"{HERE}/*.c")),
-            depends=sorted(glob(f"{HERE}/*.h")),
+            sources=sorted(glob(f"{SOURCES}/**/*.c", recursive=True)),
+            depends=sorted(glob(f"{SOURCES}/**/*.h", recursive=True)),
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
             libraries=["m"],

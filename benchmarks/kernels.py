@@ -23,8 +23,8 @@ from torch import Tensor
 from stretto import terminal
 from stretto.kernels import Attention, Batch, Cache, Geometry, Rotation
 from stretto.kernels.cpu.native import Native, load
-from stretto.kernels.cpu.table import CpuTable, top
-from stretto.kernels.cpu.weights import PackedLinear, WeightFormat, memory, pack
+from stretto.kernels.cpu.table import CpuTable
+from stretto.kernels.cpu.weights import Form, PackedLinear, WeightFormat, adopt, memory, pack
 
 FORMATS: list[tuple[WeightFormat, int]] = [
     ("bfloat16", 0),
@@ -115,7 +115,10 @@ class Bench:
 
     def _linear(self, name: str, n: int, k: int, format: WeightFormat, group: int) -> None:
         first = pack(self.native, torch.randn(n, k) * 0.02, None, format, group)
-        copies = [first, *(copy_of(first) for _ in range(min(200, BEYOND_CACHE // first.nbytes)))]
+        copies = [
+            first,
+            *(copy_of(self.native, first) for _ in range(min(200, BEYOND_CACHE // first.nbytes))),
+        ]
         inside = None
         for rows in ROWS:
             if rows > 64 and n > 65536:
@@ -176,12 +179,6 @@ class Bench:
             ):
                 best, middle = timed(call)
                 self._add(name, rows, 0, (best, middle), (moved / best / 1e9, "GB/s", None))
-        for rows in (1, 8):
-            logits = torch.randn(rows, shape.vocab)
-            for k in (1, 50):
-                best, middle = timed(lambda logits=logits, k=k: top(self.native, logits, k))
-                rate = logits.nbytes / best / 1e9
-                self._add(f"top {k}", rows, 0, (best, middle), (rate, "GB/s", None))
 
     def _add(
         self,
@@ -208,11 +205,12 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
     return min(times), median(times)
 
 
-def copy_of(packed: PackedLinear) -> PackedLinear:
+def copy_of(native: Native, packed: PackedLinear) -> PackedLinear:
     """The same weights elsewhere in memory."""
     data = memory(packed.data.nbytes)
     data.copy_(packed.data)
-    return packed.moved(data)
+    form = Form(packed.format, packed.n, packed.k, packed.group)
+    return adopt(native, form, data, packed.bias)
 
 
 def step(sequences: int, queries: int, context: int) -> tuple[Batch, int]:

@@ -1,4 +1,4 @@
-"""Norms, gated activations and the likeliest tokens at every level, against torch."""
+"""Norms, gated activations and the rescored logits of the C kernels, at every level, against torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import Tensor
 
 from stretto.kernels import Activation
 from stretto.kernels import reference as torch_kernels
-from stretto.kernels.cpu.native import Native
-from stretto.kernels.cpu.table import CpuTable, top
+from stretto.kernels.cpu.native import F32, Native
+from stretto.kernels.cpu.table import CpuTable
 from tests.kernels.levels import native
 
 __all__ = ["native"]
@@ -18,6 +19,7 @@ __all__ = ["native"]
 WIDTHS = [1, 7, 64, 130, 1024]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 DTYPES = list(TOLERANCE)
+RESCORED = 77.0
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -75,31 +77,45 @@ def test_shapes_that_do_not_fit_are_named(native: Native):
         table.add_norm(torch.ones(2, 8), torch.ones(3, 8), torch.ones(8), 1e-6)
     with pytest.raises(ValueError, match=r"\(2, 7\)"):
         table.act_and_mul(torch.ones(2, 7), "silu")
-    with pytest.raises(ValueError, match="top 9 "):
-        top(native, torch.ones(2, 8), 9)
+
+
+def rescored(native: Native, logits: Tensor, k: int) -> Tensor:
+    """The (row, index) of each logit that `rescore_top_k` computed again, in ascending order.
+
+    All exact logits of this test are `RESCORED`, which no rough one is.
+    """
+    rows, n = logits.shape
+    x, weights, found = torch.ones(rows, 1), torch.full((n, 1), RESCORED), logits.clone()
+    addresses = (found.data_ptr(), x.data_ptr(), weights.data_ptr())
+    assert native.rescore_top_k(*addresses, rows, n, 1, k, F32, F32) == 0
+    untouched = found != RESCORED
+    assert torch.equal(found[untouched].nan_to_num(), logits[untouched].nan_to_num())
+    return (found == RESCORED).nonzero()
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 1000, 5003])
-def test_the_likeliest(native: Native, n: int):
+def test_the_largest_logits_are_rescored_and_no_others(native: Native, n: int):
     logits = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
     for k in {1, min(n, 5), min(n, 64), n if n < 100 else 100}:
-        values, indices = top(native, logits, k)
-        wanted = logits.topk(k)
-        assert torch.equal(values, wanted.values)
-        assert torch.equal(indices, wanted.indices)
+        wanted = torch.zeros_like(logits).scatter_(1, logits.topk(k).indices, 1.0)
+        assert torch.equal(rescored(native, logits, k), wanted.nonzero())
 
 
-def test_of_equal_ones_the_first(native: Native):
+def test_of_equal_logits_the_first_are_rescored(native: Native):
     logits = torch.zeros(1, 200)
     logits[0, 150] = 1
-    _, indices = top(native, logits, 4)
-    assert indices.tolist() == [[150, 0, 1, 2]]
+    assert rescored(native, logits, 4).tolist() == [[0, 0], [0, 1], [0, 2], [0, 150]]
 
 
-def test_no_number_is_never_the_likeliest(native: Native):
+def test_nan_logits_are_never_rescored(native: Native):
     logits = torch.full((2, 100), float("nan"))
     logits[0, 70] = -3.0
     logits[0, 90] = -float("inf")
-    values, indices = top(native, logits, 3)
-    assert indices.tolist() == [[70, 90, 100], [100, 100, 100]]
-    assert values[0, 0] == -3.0
+    assert rescored(native, logits, 3).tolist() == [[0, 70], [0, 90]]
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_a_count_of_logits_that_does_not_fit_is_refused(native: Native, count: int):
+    logits, x, weights = torch.ones(2, 8), torch.ones(2, 1), torch.ones(8, 1)
+    addresses = (logits.data_ptr(), x.data_ptr(), weights.data_ptr())
+    assert native.rescore_top_k(*addresses, 2, 8, 1, count, F32, F32) != 0

@@ -12,26 +12,24 @@ from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Literal
 
 LEVELS = 4
 F32, BF16, I8 = 0, 1, 2
-KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 NORMS = {"none": 0, "head": 1, "row": 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-Level = Literal["avx512bf16", "avx512", "avx2", "portable"]
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class Weights(ctypes.Structure):
+class NativeWeights(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("data", "bias")),
-        *((name, _INT) for name in ("n", "k", "group", "kind")),
+        *((name, _INT) for name in ("n", "k", "group", "format")),
     )
 
 
-class Step(ctypes.Structure):
+class NativeStep(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("positions", "slots", "tables", "starts", "contexts")),
         *(
@@ -41,23 +39,23 @@ class Step(ctypes.Structure):
     )
 
 
-class Kind(ctypes.Structure):
+class NativeAttention(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("heads", "kv_heads", "head_dim", "norm", "window")),
         *((name, _FLOAT) for name in ("scale", "softcap", "eps")),
     )
 
 
-class Call(ctypes.Structure):
+class NativeCall(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("of", "kind")),
+        *((name, _POINTER) for name in ("of", "config")),
         *((name, _INT) for name in ("call", "source", "target", "width", "layer", "rotation", "activation")),
         ("eps", _FLOAT),
     )
 
 
-class Room(ctypes.Structure):
-    _fields_ = tuple((name, _POINTER) for name in ("step", "buffers", "layers", "turns", "dims"))
+class NativeRun(ctypes.Structure):
+    _fields_ = tuple((name, _POINTER) for name in ("step", "buffers", "layers", "angles", "dims"))
 
 
 _FUNCTIONS: dict[str, tuple[type, ...]] = {
@@ -65,14 +63,13 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {
     "unpack": (_POINTER, _POINTER),
     "linear": (_POINTER, _POINTER, _POINTER, _INT, _INT),
     "norm": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, _INT),
-    "gate": (_POINTER, _POINTER, _INT, _INT, _INT, _INT),
-    "rotate": (_POINTER, _POINTER, _INT, _FLOAT, _POINTER),
-    "place": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
-    "attend": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER),
+    "act_and_mul": (_POINTER, _POINTER, _INT, _INT, _INT, _INT),
+    "cos_sin": (_POINTER, _POINTER, _INT, _FLOAT, _POINTER),
+    "rope_and_cache": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
+    "paged_attention": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER),
     "check": (_POINTER,),
     "run": (_POINTER, _INT, _POINTER),
-    "sharpen": (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT),
-    "top": (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER),
+    "rescore_top_k": (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT),
 }
 _NO_MEMORY = -1
 
@@ -97,10 +94,16 @@ class Native:
         }
         self.level = ""
         self.use(next(iter(self.levels)))
-        self.pack, self.unpack, self.linear = (self._function(name) for name in ("pack", "unpack", "linear"))
-        self.norm, self.gate, self.rotate = (self._function(name) for name in ("norm", "gate", "rotate"))
-        self.place, self.attend, self.top = (self._function(name) for name in ("place", "attend", "top"))
-        self.check, self.sharpen = self._function("check"), self._function("sharpen")
+        self.pack = self._function("pack")
+        self.unpack = self._function("unpack")
+        self.linear = self._function("linear")
+        self.norm = self._function("norm")
+        self.act_and_mul = self._function("act_and_mul")
+        self.cos_sin = self._function("cos_sin")
+        self.rope_and_cache = self._function("rope_and_cache")
+        self.paged_attention = self._function("paged_attention")
+        self.rescore_top_k = self._function("rescore_top_k")
+        self.check = self._function("check")
         self.run = self._function("run")
         self.packed_bytes: Callable[[int], int] = library.stretto_packed_bytes
         library.stretto_checksum.restype = ctypes.c_uint64

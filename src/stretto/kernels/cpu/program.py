@@ -30,7 +30,7 @@ class CpuPlan:
     """A step as the library reads it, in the dtype of what is passed with it. It points into `batch`,
     `cache` and `turns`, which live as long."""
 
-    step: c.Step
+    step: c.NativeStep
     address: int
     tokens: int
     kv_dtype: torch.dtype
@@ -49,7 +49,7 @@ class Program:
         self._native = native
         self._ops = ops
         self._widths = _widths(ops)
-        self._calls = (c.Call * len(ops))(*(_call(op, kind) for op in ops))
+        self._calls = (c.NativeCall * len(ops))(*(_call(op, kind) for op in ops))
         self._address = ctypes.addressof(self._calls)
         self._kinds = {op.layer: op.kind for op in ops if op.kind is not None}
         self._dtypes = {op.of.dtype for op in ops if isinstance(op.of, Tensor)}
@@ -73,7 +73,9 @@ class Program:
         buffers = (ctypes.c_void_p * len(BUFFERS))(x.data_ptr(), residual.data_ptr(), *places)
         turns = (ctypes.c_void_p * len(plan.turns))(*(turn for _, turn, _ in plan.turns))
         dims = (ctypes.c_int64 * len(plan.turns))(*(count for _, _, count in plan.turns))
-        shared = c.Room(plan.address, *(ctypes.addressof(array) for array in (buffers, layers, turns, dims)))
+        shared = c.NativeRun(
+            plan.address, *(ctypes.addressof(array) for array in (buffers, layers, turns, dims))
+        )
         if result := self._native.run(self._address, len(self._ops), ctypes.addressof(shared)):
             complain(result, f"{len(self._ops)} calls over {plan.tokens} rows of {hidden}")
         return x
@@ -92,15 +94,15 @@ class Program:
         return self._known[1]
 
 
-def _call(op: Op, kind: Callable[[Attention], int]) -> c.Call:
+def _call(op: Op, kind: Callable[[Attention], int]) -> c.NativeCall:
     of = 0
     if isinstance(op.of, PackedLinear):
         of = op.of.address
     elif isinstance(op.of, Tensor):
         of = op.of.data_ptr()
-    return c.Call(
+    return c.NativeCall(
         of=of,
-        kind=0 if op.kind is None else kind(op.kind),
+        config=0 if op.kind is None else kind(op.kind),
         call=CALLS[op.call],
         source=BUFFERS.index(op.source),
         target=BUFFERS.index(op.target),

@@ -62,7 +62,7 @@ class CpuTable:
 
     native: Native
     quantise: Quantise | None
-    kinds: dict[int, tuple[Attention, c.Kind, int]] = field(default_factory=dict)
+    kinds: dict[int, tuple[Attention, c.NativeAttention, int]] = field(default_factory=dict)
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         n, k = weight.shape
@@ -87,7 +87,7 @@ class CpuTable:
         if rows != m or embedding.shape != (n, k) or logits.dtype != torch.float32:
             raise ValueError(f"logits {(m, n)} are not of x {(rows, k)} and {tuple(embedding.shape)}")
         x, types = x.contiguous(), (TYPES[x.dtype], TYPES[embedding.dtype])
-        result = self.native.sharpen(
+        result = self.native.rescore_top_k(
             logits.data_ptr(), x.data_ptr(), embedding.data_ptr(), m, n, k, min(LIKELIEST, n), *types
         )
         if result:
@@ -136,7 +136,7 @@ class CpuTable:
         gate_up = gate_up.contiguous()
         y = gate_up.new_empty((m, both // 2))
         code, type = c.ACTIVATIONS[activation], TYPES[gate_up.dtype]
-        if result := self.native.gate(gate_up.data_ptr(), y.data_ptr(), m, both // 2, code, type):
+        if result := self.native.act_and_mul(gate_up.data_ptr(), y.data_ptr(), m, both // 2, code, type):
             complain(result, f"act_and_mul {(m, both)}")
         return y
 
@@ -152,7 +152,7 @@ class CpuTable:
         _, blocks, _, size, _ = layer.shape
         tokens, (sequences, width) = batch.tokens.shape[0], batch.tables.shape
         pointers = (batch.positions, batch.slots, batch.tables, batch.query_starts, batch.contexts)
-        step = c.Step(
+        step = c.NativeStep(
             *(array.data_ptr() for array in pointers),
             *(tokens, sequences, width, blocks, size, c.F32, KV_TYPES[layer.dtype]),
         )
@@ -167,7 +167,7 @@ class CpuTable:
             pairs = rotation.frequencies.shape[0]
             frequencies = rotation.frequencies.data_ptr()
             turn = torch.empty(tokens, 2, pairs)
-            self.native.rotate(address, frequencies, pairs, rotation.scale, turn.data_ptr())
+            self.native.cos_sin(address, frequencies, pairs, rotation.scale, turn.data_ptr())
             turns.append((turn, turn.data_ptr(), 2 * pairs))
         return CpuPlan(step, address, tokens, layer.dtype, blocks, tuple(turns), batch)
 
@@ -179,7 +179,7 @@ class CpuTable:
         qkv = qkv.contiguous()
         norms = 0 if weights is None else weights.data_ptr()
         _, turns, dims = plan.turns[kind.rotation]
-        result = self.native.place(
+        result = self.native.rope_and_cache(
             plan.address, self._kind(kind), qkv.data_ptr(), norms, turns, dims, layer.data_ptr()
         )
         if result:
@@ -192,7 +192,7 @@ class CpuTable:
     def paged_attention(self, q: Tensor, kind: Attention, layer: Tensor, plan: CpuPlan) -> Tensor:
         self._fits(q, (plan.tokens, kind.heads, kind.head_dim), kind, layer, plan)
         out = q.new_empty((plan.tokens, kind.heads * kind.head_dim))
-        result = self.native.attend(
+        result = self.native.paged_attention(
             plan.address, self._kind(kind), q.data_ptr(), q.stride(0), layer.data_ptr(), out.data_ptr()
         )
         if result:
@@ -217,7 +217,7 @@ class CpuTable:
         """The address of a kind's C form."""
         known = self.kinds.get(id(kind))
         if known is None:
-            struct = c.Kind(
+            struct = c.NativeAttention(
                 *(kind.heads, kind.kv_heads, kind.head_dim, c.NORMS[kind.norm], kind.window),
                 *(kind.scale, kind.softcap, kind.eps),
             )
@@ -258,19 +258,6 @@ def fitting(quantise: Quantise, k: int) -> tuple[WeightFormat, int]:
     if quantise == "int4" and group:
         return "int4", group
     return "int8", group
-
-
-def top(native: Native, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of `logits` [R, N] float32, best first, equal ones in order, and where they
-    are [R, k]. NaN is never among them: a row with fewer than k numbers ends in -infinity at index N."""
-    rows, n = logits.shape
-    if logits.dtype != torch.float32 or not 1 <= k <= n:
-        raise ValueError(f"the top {k} of logits {(rows, n)}, {logits.dtype}")
-    logits = logits.contiguous()
-    values, indices = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
-    if result := native.top(logits.data_ptr(), rows, n, k, values.data_ptr(), indices.data_ptr()):
-        complain(result, f"top {k} of {(rows, n)}")
-    return values, indices
 
 
 def table(native: Native, quantise: Quantise | None = None) -> Kernels:

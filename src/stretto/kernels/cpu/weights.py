@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stretto.kernels.cpu.native import BF16, F32, KINDS, Native, Weights, complain
+from stretto.kernels.cpu.native import BF16, F32, FORMATS, Native, NativeWeights, complain
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 TYPES = {torch.float32: F32, torch.bfloat16: BF16}
@@ -42,7 +42,7 @@ class PackedLinear:
     group: int
     data: Tensor
     bias: Tensor | None
-    struct: Weights
+    struct: NativeWeights
     address: int
 
     @property
@@ -52,16 +52,6 @@ class PackedLinear:
     def shares(self, weight: Tensor) -> bool:
         """Never: packing copies."""
         return False
-
-    def moved(self, data: Tensor) -> PackedLinear:
-        """The same weights, their packed bytes now at `data`."""
-        if data.nbytes != self.data.nbytes or data.data_ptr() % 64 or not data.is_contiguous():
-            raise ValueError(
-                f"{data.nbytes} bytes are not the {self.data.nbytes} packed ones, or not aligned to 64"
-            )
-        old = self.struct
-        struct = Weights(data.data_ptr(), old.bias, old.n, old.k, old.group, old.kind)
-        return replace(self, data=data, struct=struct, address=ctypes.addressof(struct))
 
 
 def pack(
@@ -97,7 +87,7 @@ def packed_bytes(native: Native, form: Form) -> int:
         raise ValueError(f"{format} groups of {group} do not divide rows of {k} into multiples of {step}")
     if step > 2 and k > LONGEST_ROW:
         raise ValueError(f"{format} weights of shape {(n, k)}: rows beyond {LONGEST_ROW} are not supported")
-    return native.packed_bytes(ctypes.addressof(Weights(0, 0, n, k, group, KINDS[format])))
+    return native.packed_bytes(ctypes.addressof(NativeWeights(0, 0, n, k, group, FORMATS[format])))
 
 
 def adopt(native: Native, form: Form, data: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -108,7 +98,9 @@ def adopt(native: Native, form: Form, data: Tensor, bias: Tensor | None) -> Pack
         raise ValueError(f"{data.nbytes} bytes are not the {size} packed ones, or not aligned to 64")
     if bias is not None and (bias.shape != (n,) or bias.dtype != torch.float32):
         raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit weights of shape {(n, k)}")
-    struct = Weights(data.data_ptr(), 0 if bias is None else bias.data_ptr(), n, k, group, KINDS[format])
+    struct = NativeWeights(
+        data.data_ptr(), 0 if bias is None else bias.data_ptr(), n, k, group, FORMATS[format]
+    )
     return PackedLinear(format, n, k, group, data, bias, struct, ctypes.addressof(struct))
 
 

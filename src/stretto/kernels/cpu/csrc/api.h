@@ -20,7 +20,7 @@ enum { OK = 0, NO_MEMORY = -1, BAD_SHAPE = -2 };
 typedef struct {
     const uint8_t *data;
     const float *bias;
-    int64_t n, k, group, kind;
+    int64_t n, k, group, format;
 } Weights;
 
 /* What the layers of a step share. Cache rows are [block, kv_head, offset, head_dim]: keys, then as many values.
@@ -35,14 +35,14 @@ typedef struct {
 typedef struct {
     int64_t heads, kv_heads, head_dim, norm, window;
     float scale, softcap, eps;
-} Kind;
+} AttentionConfig;
 
-enum { CALL_LINEAR = 0, CALL_NORM = 1, CALL_ADD_NORM = 2, CALL_GATE = 3, CALL_PLACE = 4, CALL_ATTEND = 5 };
+enum { CALL_LINEAR = 0, CALL_NORM = 1, CALL_ADD_NORM = 2, CALL_ACT_AND_MUL = 3, CALL_ROPE_AND_CACHE = 4, CALL_ATTENTION = 5 };
 
 /* One call of a program: buffers by number, `of` its weights, `width` that of what it writes. */
 typedef struct {
     const void *of;
-    const Kind *kind;
+    const AttentionConfig *config;
     int64_t call, source, target, width, layer, rotation, activation;
     float eps;
 } Call;
@@ -52,9 +52,9 @@ typedef struct {
     const Step *step;
     void *const *buffers;
     void *const *layers; /* of the cache */
-    const float *const *turns;
+    const float *const *angles;
     const int64_t *dims; /* rotated, of each rotation */
-} Room;
+} Run;
 
 typedef struct {
     const char *name;
@@ -63,19 +63,18 @@ typedef struct {
     int (*linear)(const Weights *w, const void *x, void *y, int64_t m, int64_t type);
     int (*norm)(const void *x, void *residual, const void *weight, void *y, int64_t m, int64_t h, float eps,
                 int64_t type);
-    int (*gate)(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type);
-    int (*rotate)(const Step *step, const float *frequencies, int64_t pairs, float scale, float *turns);
-    int (*place)(const Step *step, const Kind *kind, void *qkv, const void *norms, const float *turns, int64_t dims,
+    int (*act_and_mul)(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type);
+    int (*cos_sin)(const Step *step, const float *frequencies, int64_t pairs, float scale, float *angles);
+    int (*rope_and_cache)(const Step *step, const AttentionConfig *config, void *qkv, const void *norms, const float *angles, int64_t dims,
                  void *cache);
-    int (*attend)(const Step *step, const Kind *kind, const void *q, int64_t ldq, const void *cache, void *out);
-    int (*sharpen)(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k, int64_t count,
+    int (*paged_attention)(const Step *step, const AttentionConfig *config, const void *q, int64_t ldq, const void *cache, void *out);
+    int (*rescore_top_k)(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k, int64_t count,
                    int64_t type, int64_t rows_type);
-    int (*top)(const float *logits, int64_t m, int64_t n, int64_t k, float *values, int64_t *indices);
 } Level;
 
 INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE size_t type_size(int64_t type) { return type == BF16 ? 2 : 4; }
 
 /* Bytes of a row of d keys or values. In int8 a float follows them: their scale. */

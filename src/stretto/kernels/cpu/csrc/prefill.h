@@ -4,6 +4,12 @@
  * Keys and values are widened to floats; with native bf16 they stay pairs. Over a cache of int8, queries and softmax
  * weights become 16-bit levels and all products are those of integers, twice as many a cycle: of queries a scale each,
  * of weights one a lane and tile. Sums stay within 32 bits: 32767 * 127 * 512 < 2^31. */
+#ifndef STRETTO_PREFILL_H
+#define STRETTO_PREFILL_H
+
+#include "decode.h"
+#include "gemm.h"
+#include "scalar.h"
 
 #define QUERIES 128 /* lanes of an item: queries times the heads that share a key */
 #define BANKS (QUERIES / PANEL)
@@ -13,7 +19,7 @@ typedef struct {
     float *keys, *values; /* a tile, in words: [KEYS][head_dim], or pairs */
     float *scores, *weights; /* [KEYS][PANEL]; weights in words */
     float *raw; /* [head_dim] */
-    int kind; /* of words */
+    int word; /* SINGLE, PAIR_BF16 or PAIR_I16 */
     float by_query[QUERIES], by_key[KEYS], by_value[KEYS]; /* scales of levels */
     float peak[QUERIES], total[QUERIES];
     int32_t position[QUERIES];
@@ -26,29 +32,29 @@ INLINE uint16_t *half(float *words, int64_t i) { return (uint16_t *)words + i; }
 /* One query into its lane, as words. */
 INLINE void read_lane(const Attention *a, Tile *t, float *q, int64_t l)
 {
-    int64_t d = a->kind->head_dim;
-    if (t->kind == SINGLE) {
+    int64_t d = a->config->head_dim;
+    if (t->word == SINGLE) {
         for (int64_t i = 0; i < d; i++)
             q[i * PANEL] = t->raw[i];
         return;
     }
     uint16_t pairs[LONGEST_SUM];
     uint32_t *words = (uint32_t *)q;
-    if (t->kind == PAIR_BF16)
+    if (t->word == PAIR_BF16)
         narrow(pairs, t->raw, d, BF16);
     else
-        t->by_query[l] = quantise_wide((int16_t *)pairs, t->raw, d, LEVELS) * a->kind->scale;
+        t->by_query[l] = quantise_wide((int16_t *)pairs, t->raw, d, MAX_Q16) * a->config->scale;
     for (int64_t i = 0; i < d / 2; i++)
         memcpy(words + i * PANEL, pairs + 2 * i, sizeof *words);
 }
 
 INLINE void read_lanes(const Attention *a, const Item *item, Tile *t)
 {
-    int64_t share = a->share, d = a->kind->head_dim, lanes = item->queries * share;
+    int64_t share = a->share, d = a->config->head_dim, lanes = item->queries * share;
     if (lanes % PANEL)
         memset(t->q + lanes / PANEL * d * PANEL, 0, (size_t)(d * PANEL) * sizeof(float));
     for (int64_t l = 0; l < QUERIES; l++) {
-        int64_t query = least(l / share, item->queries - 1);
+        int64_t query = min(l / share, item->queries - 1);
         t->peak[l] = -INFINITY;
         t->total[l] = t->by_query[l] = 0;
         t->position[l] = (int32_t)query_position(a, item, item->query + query);
@@ -81,16 +87,16 @@ INLINE void widen_levels(int16_t *restrict y, const int8_t *restrict x, int64_t 
 
 INLINE void read_tile(const Attention *a, const Item *item, int64_t key, int64_t count, Tile *t)
 {
-    int64_t d = a->kind->head_dim;
+    int64_t d = a->config->head_dim;
     const void *keys[KEYS], *values[KEYS];
     find_rows(a, item, key, keys, values);
     for (int64_t i = 0; i < count; i++) {
         uint32_t *words = (uint32_t *)t->values + i / 2 * d;
         const void *next = i + 1 < count ? values[i + 1] : NULL;
-        if (t->kind == SINGLE) {
+        if (t->word == SINGLE) {
             widen_kv(t->keys + i * d, keys[i], d, a->step->kv_type);
             widen_kv(t->values + i * d, values[i], d, a->step->kv_type);
-        } else if (t->kind == PAIR_BF16) {
+        } else if (t->word == PAIR_BF16) {
             memcpy(half(t->keys, i * d), keys[i], (size_t)d * 2);
             if (i % 2 == 0)
                 pair_halves(words, values[i], next, d);
@@ -107,7 +113,7 @@ INLINE void read_tile(const Attention *a, const Item *item, int64_t key, int64_t
 INLINE void hide(const Attention *a, float *scores, int64_t key, int64_t count, const int32_t *position)
 {
     for (int64_t i = 0; i < count; i++) {
-        int32_t at_key = (int32_t)(key + i), oldest = a->kind->window > 0 ? (int32_t)least(a->kind->window, INT32_MAX) : INT32_MAX;
+        int32_t at_key = (int32_t)(key + i), oldest = a->config->window > 0 ? (int32_t)min(a->config->window, INT32_MAX) : INT32_MAX;
         for (int64_t l = 0; l < PANEL; l++) {
             int32_t behind = position[l] - at_key;
             scores[i * PANEL + l] = behind < 0 || behind >= oldest ? -INFINITY : scores[i * PANEL + l];
@@ -174,8 +180,8 @@ INLINE void level_weights(Tile *t, int64_t count, float *restrict total, float *
     if (count % 2)
         memset(t->scores + count * PANEL, 0, PANEL * sizeof(float));
     for (int64_t l = 0; l < PANEL; l++) {
-        inverse[l] = top[l] > 1e-30f ? LEVELS / top[l] : 0.0f;
-        level[l] = top[l] / LEVELS;
+        inverse[l] = top[l] > 1e-30f ? MAX_Q16 / top[l] : 0.0f;
+        level[l] = top[l] / MAX_Q16;
     }
     for (int64_t i = 0; i < (count + 1) / 2; i++) {
         uint32_t *restrict to = (uint32_t *)t->weights + i * PANEL;
@@ -209,42 +215,42 @@ INLINE void soften_levels(Tile *t, int64_t count, int64_t bank, float *fade, flo
 /* One tile of keys for one bank of lanes, as far as they see it; `fresh`: it is their first. */
 INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, int64_t count, int fresh)
 {
-    int64_t d = a->kind->head_dim, step = ROWS_FLOAT, word = t->kind == SINGLE ? 1 : 2;
-    int levels = t->kind == PAIR_I16;
+    int64_t d = a->config->head_dim, step = ROWS_FLOAT, word = t->word == SINGLE ? 1 : 2;
+    int levels = t->word == PAIR_I16;
     float fade[PANEL], gain[PANEL], *out = t->out + bank * d * PANEL;
-    float *weights = t->kind == SINGLE ? t->scores : t->weights;
+    float *weights = t->word == SINGLE ? t->scores : t->weights;
     const float *by_query = t->by_query + bank * PANEL;
     const int32_t *position = t->position + bank * PANEL;
     vf sums[ROWS_FLOAT * NV];
-    count = least(count, position[PANEL - 1] + 1 - key);
+    count = min(count, position[PANEL - 1] + 1 - key);
     for (int64_t i = 0; i < count; i += step) {
-        int rows = (int)least(step, count - i);
-        words(rows, t->kind, t->keys + i * d / word, d / word, 1, t->q + bank * d * PANEL, PANEL, d / word, 1, sums);
+        int rows = (int)min(step, count - i);
+        words(rows, t->word, t->keys + i * d / word, d / word, 1, t->q + bank * d * PANEL, PANEL, d / word, 1, sums);
         for (int j = 0; j < rows * NV; j++) {
             vf scale = levels ? vf_mul(vf_load(by_query + j % NV * VF), vf_set1(t->by_key[i + j / NV]))
-                              : vf_set1(a->kind->scale);
+                              : vf_set1(a->config->scale);
             vf_store(t->scores + i * PANEL + j * VF, vf_mul(levels ? vf_from(vi_bits(sums[j])) : sums[j], scale));
         }
     }
     if (count <= 0)
         return;
-    if (a->kind->softcap > 0)
+    if (a->config->softcap > 0)
         for (int64_t i = 0; i < count * PANEL; i++)
-            t->scores[i] = a->kind->softcap * tanh_of(t->scores[i] / a->kind->softcap);
-    if (a->kind->window > 0 || key + count - 1 > position[0])
+            t->scores[i] = a->config->softcap * tanh_of(t->scores[i] / a->config->softcap);
+    if (a->config->window > 0 || key + count - 1 > position[0])
         hide(a, t->scores, key, count, position);
     if (levels)
         soften_levels(t, count, bank, fade, gain);
     else
         soften_lanes(t->scores, count, t->peak + bank * PANEL, t->total + bank * PANEL, fade);
-    if (t->kind == PAIR_BF16)
+    if (t->word == PAIR_BF16)
         pair_weights(t, count);
     for (int64_t i = 0; i < d; i += step) {
-        int rows = (int)least(step, d - i);
+        int rows = (int)min(step, d - i);
         if (!levels && !fresh)
             for (int j = 0; j < rows * NV; j++)
                 sums[j] = vf_mul(vf_load(out + i * PANEL + j * VF), vf_load(fade + j % NV * VF));
-        words(rows, t->kind, t->values + i, 1, d, weights, PANEL, (count + word - 1) / word, levels || fresh, sums);
+        words(rows, t->word, t->values + i, 1, d, weights, PANEL, (count + word - 1) / word, levels || fresh, sums);
         for (int j = 0; j < rows * NV; j++) {
             float *sum = out + i * PANEL + j * VF;
             if (levels) {
@@ -258,17 +264,17 @@ INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, 
 
 static void prefill(const Attention *a, const Item *item, float *scratch)
 {
-    int64_t d = a->kind->head_dim, lanes = item->queries * a->share;
+    int64_t d = a->config->head_dim, lanes = item->queries * a->share;
     int64_t banks = (lanes + PANEL - 1) / PANEL, bank_size = d * PANEL;
     Tile t;
-    t.kind = SINGLE;
+    t.word = SINGLE;
 #ifdef NATIVE_BF16
     if (a->step->kv_type == BF16 && a->step->type == BF16 && d % 2 == 0 && d <= LONGEST_SUM)
-        t.kind = PAIR_BF16;
+        t.word = PAIR_BF16;
 #endif
 #ifdef NATIVE_I16
     if (a->step->kv_type == I8 && d % 2 == 0 && d <= LONGEST_SUM)
-        t.kind = PAIR_I16;
+        t.word = PAIR_I16;
 #endif
     t.q = scratch;
     t.out = t.q + BANKS * bank_size;
@@ -279,7 +285,7 @@ static void prefill(const Attention *a, const Item *item, float *scratch)
     t.raw = t.weights + KEYS * PANEL;
     read_lanes(a, item, &t);
     for (int64_t key = item->from; key < item->to; key += KEYS) {
-        int64_t count = least(KEYS, item->to - key);
+        int64_t count = min(KEYS, item->to - key);
         read_tile(a, item, key, count, &t);
         for (int64_t bank = 0; bank < banks; bank++)
             attend_bank(a, &t, bank, key, count, key == item->from);
@@ -291,3 +297,5 @@ static void prefill(const Attention *a, const Item *item, float *scratch)
         write_row(a, item, l, t.raw, t.total[l]);
     }
 }
+
+#endif

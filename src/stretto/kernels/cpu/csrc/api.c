@@ -56,7 +56,7 @@ EXPORTED int stretto_threads(int count) { return pool_resize(count); }
 
 EXPORTED int64_t stretto_packed_bytes(const Weights *w)
 {
-    return (w->n + PANEL - 1) / PANEL * panel_bytes(w->kind, w->k, w->group);
+    return (w->n + PANEL - 1) / PANEL * panel_bytes(w->format, w->k, w->group);
 }
 
 #define LOCKED(call) \
@@ -83,26 +83,26 @@ EXPORTED int stretto_norm(const void *x, void *residual, const void *weight, voi
     LOCKED(norm(x, residual, weight, y, m, h, eps, type));
 }
 
-EXPORTED int stretto_gate(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type)
+EXPORTED int stretto_act_and_mul(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type)
 {
-    LOCKED(gate(x, y, m, f, activation, type));
+    LOCKED(act_and_mul(x, y, m, f, activation, type));
 }
 
-EXPORTED int stretto_rotate(const Step *step, const float *frequencies, int64_t pairs, float scale, float *turns)
+EXPORTED int stretto_cos_sin(const Step *step, const float *frequencies, int64_t pairs, float scale, float *angles)
 {
-    LOCKED(rotate(step, frequencies, pairs, scale, turns));
+    LOCKED(cos_sin(step, frequencies, pairs, scale, angles));
 }
 
-EXPORTED int stretto_place(const Step *step, const Kind *kind, void *qkv, const void *norms, const float *turns,
+EXPORTED int stretto_rope_and_cache(const Step *step, const AttentionConfig *config, void *qkv, const void *norms, const float *angles,
                            int64_t dims, void *cache)
 {
-    LOCKED(place(step, kind, qkv, norms, turns, dims, cache));
+    LOCKED(rope_and_cache(step, config, qkv, norms, angles, dims, cache));
 }
 
-EXPORTED int stretto_attend(const Step *step, const Kind *kind, const void *q, int64_t ldq, const void *cache,
+EXPORTED int stretto_paged_attention(const Step *step, const AttentionConfig *config, const void *q, int64_t ldq, const void *cache,
                             void *out)
 {
-    LOCKED(attend(step, kind, q, ldq, cache, out));
+    LOCKED(paged_attention(step, config, q, ldq, cache, out));
 }
 
 /* Whether every index of the step points into its arrays and the cache. */
@@ -124,18 +124,13 @@ EXPORTED int stretto_check(const Step *step)
     return OK;
 }
 
-EXPORTED int stretto_sharpen(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k,
+EXPORTED int stretto_rescore_top_k(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k,
                              int64_t count, int64_t type, int64_t rows_type)
 {
-    LOCKED(sharpen(logits, x, rows, m, n, k, count, type, rows_type));
+    LOCKED(rescore_top_k(logits, x, rows, m, n, k, count, type, rows_type));
 }
 
-EXPORTED int stretto_top(const float *logits, int64_t m, int64_t n, int64_t k, float *values, int64_t *indices)
-{
-    LOCKED(top(logits, m, n, k, values, indices));
-}
-
-static int run_call(const Call *a, const Room *room)
+static int run_call(const Call *a, const Run *room)
 {
     const Step *step = room->step;
     void *from = room->buffers[a->source], *to = room->buffers[a->target];
@@ -146,20 +141,20 @@ static int run_call(const Call *a, const Room *room)
         return level->norm(from, NULL, a->of, to, step->tokens, a->width, a->eps, step->type);
     case CALL_ADD_NORM:
         return level->norm(from, room->buffers[1], a->of, to, step->tokens, a->width, a->eps, step->type);
-    case CALL_GATE:
-        return level->gate(from, to, step->tokens, a->width, a->activation, step->type);
-    case CALL_PLACE:
-        return level->place(step, a->kind, from, a->of, room->turns[a->rotation], room->dims[a->rotation],
+    case CALL_ACT_AND_MUL:
+        return level->act_and_mul(from, to, step->tokens, a->width, a->activation, step->type);
+    case CALL_ROPE_AND_CACHE:
+        return level->rope_and_cache(step, a->config, from, a->of, room->angles[a->rotation], room->dims[a->rotation],
                             room->layers[a->layer]);
-    case CALL_ATTEND:
-        return level->attend(step, a->kind, from, (a->kind->heads + 2 * a->kind->kv_heads) * a->kind->head_dim,
+    case CALL_ATTENTION:
+        return level->paged_attention(step, a->config, from, (a->config->heads + 2 * a->config->kv_heads) * a->config->head_dim,
                              room->layers[a->layer], to);
     }
     return BAD_SHAPE;
 }
 
 /* The calls in order, until one fails. */
-EXPORTED int stretto_run(const Call *calls, int64_t count, const Room *room)
+EXPORTED int stretto_run(const Call *calls, int64_t count, const Run *room)
 {
     int result = OK;
     pool_enter();

@@ -7,11 +7,18 @@
  *
  * Quantised x stands in words, those of the rows of a tile side by side: a word meets the word of each output's
  * weights that a level's `vi_split` makes of a packed one. */
+#ifndef STRETTO_GEMM_H
+#define STRETTO_GEMM_H
+
+#include "pack.h"
+#include "pool.h"
+#include "rows.h"
+#include "scalar.h"
 
 #define CACHE_BYTES 262144 /* of x that is kept at hand while all panels pass by */
 #define ITEM_BYTES 16384 /* of weights: a turn that is worth taking */
 #define TILES_SPLIT 4 /* more tiles of x than this share a panel's splitting; fewer each split as they go */
-#define AHEAD 2048 /* bytes of weights asked for before their use: the hardware foresees nothing beyond a page */
+#define PREFETCH_BYTES 2048 /* bytes of weights asked for before their use: the hardware foresees nothing beyond a page */
 
 typedef struct {
     const Weights *w;
@@ -33,11 +40,11 @@ INLINE int64_t parts_of(int64_t kind) { return kind == W_I4 ? 2 : PARTS_I8; }
 #define EACH_SLOT(CASE) CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
 
 /* For a step of k of a panel. */
-INLINE void ask_ahead(const uint8_t *data)
+INLINE void prefetch_ahead(const uint8_t *data)
 {
     UNROLL
     for (int line = 0; line < PANEL * 4; line += 64)
-        __builtin_prefetch(data + AHEAD + line);
+        __builtin_prefetch(data + PREFETCH_BYTES + line);
 }
 
 /* Integer weights, packed (apart = 0) or already split (apart = 1): two vectors of the panel from `from` on, or four
@@ -62,7 +69,7 @@ INLINE void tile_integers(const int rows, const int wide, const int kind, const 
             EACH_SLOT(START)
             for (int64_t k = 0; k < steps; k++, data += stride) {
                 if (!apart && from == 0)
-                    ask_ahead(data);
+                    prefetch_ahead(data);
                 UNROLL
                 for (int part = 0; part < parts; part++, x += rows) {
                     vi weights[4];
@@ -234,15 +241,15 @@ static void tile(const Linear *a, const uint8_t *panel, int apart, int rows, int
 #define NIBBLES(n) ROWS_CASE(ROWS_INT, n, tile_panel(INTS(n), W_I4, 0, a, panel, row / n, out))
 #define NIBBLES_APART(n) ROWS_CASE(ROWS_INT, n, tile_panel(INTS(n), W_I4, 1, a, panel, row / n, out))
 #define PAIRS(n) ROWS_CASE(ROWS_FLOAT, n, pairs_panel(FLOATS(n), a, panel, row, out))
-    if (a->w->kind == W_I8 && apart) {
+    if (a->w->format == W_I8 && apart) {
         switch (rows) { EACH_UP_TO_8(BYTES_APART) }
-    } else if (a->w->kind == W_I8) {
+    } else if (a->w->format == W_I8) {
         switch (rows) { EACH_UP_TO_8(BYTES) }
-    } else if (a->w->kind == W_I4 && apart) {
+    } else if (a->w->format == W_I4 && apart) {
         switch (rows) { EACH_UP_TO_8(NIBBLES_APART) }
-    } else if (a->w->kind == W_I4) {
+    } else if (a->w->format == W_I4) {
         switch (rows) { EACH_UP_TO_8(NIBBLES) }
-    } else if (a->w->kind == W_BF16 && !a->to_pairs) {
+    } else if (a->w->format == W_BF16 && !a->to_pairs) {
         switch (rows) { EACH_UP_TO_8(PAIRS) }
     } else {
         int64_t k = a->kp / (a->to_pairs ? 2 : 1);
@@ -254,7 +261,7 @@ static void tile(const Linear *a, const uint8_t *panel, int apart, int rows, int
 static void emit(const Linear *a, int64_t panel, int rows, int64_t row, const vf *sums)
 {
     const Weights *w = a->w;
-    int64_t first = panel * PANEL, columns = least(PANEL, w->n - first);
+    int64_t first = panel * PANEL, columns = min(PANEL, w->n - first);
     float line[PANEL];
     for (int r = 0; r < rows; r++) {
         void *y = at(a->y, (row + r) * w->n + first, a->type);
@@ -280,7 +287,7 @@ INLINE void take_apart(const int kind, const Linear *a, const uint8_t *panel, ui
         panel += PANEL * 2;
         out += PANEL * 2;
         for (int64_t k = 0; k < steps; k++, panel += PANEL * 4, out += PANEL * 4 * parts) {
-            ask_ahead(panel);
+            prefetch_ahead(panel);
             UNROLL
             for (int v = 0; v < NV; v++) {
                 vi packed = vi_load(panel + v * VF * 4);
@@ -295,10 +302,10 @@ INLINE void take_apart(const int kind, const Linear *a, const uint8_t *panel, ui
 static void linear_item(const void *job, int64_t item, int thread)
 {
     const Linear *a = job;
-    int64_t kind = a->w->kind, first = item / a->chunks * a->block, last = least(a->tiles, first + a->block);
-    int64_t panel = item % a->chunks * a->chunk, end = least(a->panels, panel + a->chunk);
+    int64_t kind = a->w->format, first = item / a->chunks * a->block, last = min(a->tiles, first + a->block);
+    int64_t panel = item % a->chunks * a->chunk, end = min(a->panels, panel + a->chunk);
     int apart = kind >= W_I8 && parts_of(kind) > 1 && last - first > TILES_SPLIT;
-    vf sums[ROWS_MOST * NV];
+    vf sums[MAX_ROWS * NV];
     for (; panel < end; panel++) {
         const uint8_t *data = a->w->data + panel * a->panel;
         if (apart) {
@@ -309,7 +316,7 @@ static void linear_item(const void *job, int64_t item, int thread)
             data = pool_private(thread);
         }
         for (int64_t t = first; t < last; t++) {
-            int64_t row = t * a->rows, rows = least(a->rows, a->m - row);
+            int64_t row = t * a->rows, rows = min(a->rows, a->m - row);
             tile(a, data, apart, (int)(kind >= W_I8 ? a->rows : rows), row, sums);
             emit(a, panel, (int)rows, row, sums);
         }
@@ -319,7 +326,7 @@ static void linear_item(const void *job, int64_t item, int thread)
 #define SIXTEEN(kind) ((kind) == W_I8 && PARTS_I8 == 2) /* bits of a level of x */
 
 /* The largest level of 16 bits whose products with weights add up to 31 bits over a group. */
-INLINE float widest_level(int64_t group) { return (float)least(INT16_MAX, INT32_MAX / (127 * group)); }
+INLINE float max_q16_of_group(int64_t group) { return (float)min(INT16_MAX, INT32_MAX / (127 * group)); }
 
 INLINE int32_t sum_of(const int8_t *q, int64_t n)
 {
@@ -357,8 +364,8 @@ INLINE void spread_wide(int32_t *x, const int16_t *q, int64_t kp, int64_t rows)
 
 static void prepare_quantised(const Linear *a, int64_t row, int thread)
 {
-    int64_t k = a->w->k, kp = a->kp, group = a->w->group, rows = a->rows, kind = a->w->kind;
-    float *x = pool_private(thread), most_level = widest_level(group);
+    int64_t k = a->w->k, kp = a->kp, group = a->w->group, rows = a->rows, kind = a->w->format;
+    float *x = pool_private(thread), max_q = max_q16_of_group(group);
     int8_t *q = (int8_t *)(x + kp);
     int16_t *wide = (int16_t *)(x + kp);
     int64_t of_tile = row / rows * a->groups * rows + row % rows;
@@ -370,7 +377,7 @@ static void prepare_quantised(const Linear *a, int64_t row, int thread)
     memset(x + (row < a->m ? k : 0), 0, (size_t)(row < a->m ? kp - k : kp) * 4);
     for (int64_t g = 0; g < a->groups; g++) {
         if (SIXTEEN(kind)) {
-            scales[g * rows] = quantise_wide(wide + g * group, x + g * group, group, most_level);
+            scales[g * rows] = quantise_wide(wide + g * group, x + g * group, group, max_q);
             starts[g * rows] = (int32_t)(-128u * (uint32_t)sum_of_wide(wide + g * group, group));
             continue;
         }
@@ -391,7 +398,7 @@ static void prepare_item(const void *job, int64_t row, int thread)
     const Linear *a = job;
     int64_t k = a->w->k, kp = a->kp;
     const void *source = at(a->source, row * k, a->type);
-    if (a->w->kind >= W_I8) {
+    if (a->w->format >= W_I8) {
         prepare_quantised(a, row, thread);
     } else if (a->to_pairs) {
         uint16_t *x = (uint16_t *)a->x + row * kp;
@@ -407,7 +414,7 @@ static void prepare_item(const void *job, int64_t row, int thread)
 /* Make x what the tiles read; in place where it already is. Returns NO_MEMORY or OK. */
 static int prepare(Linear *a)
 {
-    int64_t kind = a->w->kind, kp = a->kp, rows = a->m;
+    int64_t kind = a->w->format, kp = a->kp, rows = a->m;
     int quantised = kind >= W_I8;
 #ifdef NATIVE_BF16
     a->to_pairs = kind == W_BF16 && a->type == BF16;
@@ -419,7 +426,7 @@ static int prepare(Linear *a)
         bytes = (size_t)round_up(rows * a->words * 4, 64);
         scales = (size_t)(rows * a->groups) * 4;
         starts = (size_t)(rows * (kp / a->span)) * 4;
-        own = (size_t)most(kp * 6, kp * PANEL * (kind == W_I8 ? PARTS_I8 : 1) + a->groups * PANEL * 2);
+        own = (size_t)max(kp * 6, kp * PANEL * (kind == W_I8 ? PARTS_I8 : 1) + a->groups * PANEL * 2);
     } else if (!in_place) {
         bytes = (size_t)round_up(rows * kp * (a->to_pairs ? 2 : 4), 64);
     }
@@ -442,30 +449,32 @@ static int prepare(Linear *a)
 static int linear(const Weights *w, const void *x, void *y, int64_t m, int64_t type)
 {
     Linear job = {.w = w, .source = x, .y = y, .m = m, .type = type};
-    if (m < 0 || shape_of_weights_is_bad(w))
+    if (m < 0 || bad_weights(w))
         return BAD_SHAPE;
     if (m == 0)
         return OK;
-    int quantised = w->kind >= W_I8;
-    int64_t most_rows = quantised ? ROWS_INT : ROWS_FLOAT;
-    job.kp = padded_k(w->kind, w->k);
+    int quantised = w->format >= W_I8;
+    int64_t max_rows = quantised ? ROWS_INT : ROWS_FLOAT;
+    job.kp = padded_k(w->format, w->k);
     job.groups = quantised ? job.kp / w->group : 1;
     job.span = !quantised ? job.kp : w->group;
-    if (w->kind == W_I4 && w->group > SPAN_I4)
+    if (w->format == W_I4 && w->group > SPAN_I4)
         job.span = w->group % SPAN_I4 ? 8 : SPAN_I4;
-    job.words = job.kp / 4 * (w->kind == W_I8 ? PARTS_I8 : 1);
-    job.panel = panel_bytes(w->kind, w->k, w->group);
+    job.words = job.kp / 4 * (w->format == W_I8 ? PARTS_I8 : 1);
+    job.panel = panel_bytes(w->format, w->k, w->group);
     job.panels = (w->n + PANEL - 1) / PANEL;
-    job.tiles = (m + most_rows - 1) / most_rows;
+    job.tiles = (m + max_rows - 1) / max_rows;
     job.rows = (m + job.tiles - 1) / job.tiles;
     job.tiles = (m + job.rows - 1) / job.rows;
     int64_t tile_bytes = job.rows * (quantised ? job.words * 4 : job.kp * 4);
-    int64_t blocks = job.tiles / most(4, CACHE_BYTES / tile_bytes) + 1;
+    int64_t blocks = job.tiles / max(4, CACHE_BYTES / tile_bytes) + 1;
     job.block = (job.tiles + blocks - 1) / blocks;
-    job.chunk = most(1, ITEM_BYTES / (job.panel * least(m, 64)));
+    job.chunk = max(1, ITEM_BYTES / (job.panel * min(m, 64)));
     job.chunks = (job.panels + job.chunk - 1) / job.chunk;
     if (prepare(&job))
         return NO_MEMORY;
     pool_run(linear_item, &job, (job.tiles + job.block - 1) / job.block * job.chunks);
     return OK;
 }
+
+#endif

@@ -1,9 +1,15 @@
 /* Numbers and rows of numbers, written so that the compiler makes vectors of them. */
+#ifndef STRETTO_SCALAR_H
+#define STRETTO_SCALAR_H
+
+#include "api.h"
+#include "isa/vector.h"
+
 #include <math.h>
 #include <string.h>
 
 #define NV (PANEL / VF)
-#define ROWS_MOST (ROWS_INT > ROWS_FLOAT ? ROWS_INT : ROWS_FLOAT)
+#define MAX_ROWS (ROWS_INT > ROWS_FLOAT ? ROWS_INT : ROWS_FLOAT)
 #define UNROLL _Pragma("GCC unroll 16")
 #ifndef NATIVE_BF16
 #define vf_dot_pairs(sum, a, b) (sum) /* never asked for */
@@ -130,12 +136,12 @@ INLINE uint32_t largest(const float *x, int64_t n)
 
 /* What x [n] is multiplied with to become levels of at most `most`, and through `scale` what a level is worth: NaN
  * when x holds a number that is not finite, and then all levels are 0. */
-INLINE float levels_per_unit(const float *x, int64_t n, float most, float *scale)
+INLINE float levels_per_unit(const float *x, int64_t n, float max, float *scale)
 {
     uint32_t top = largest(x, n);
     int finite = top < 0x7f800000, some = float_of(top) > 1e-30f;
-    *scale = !finite ? NAN : some ? float_of(top) / most : 0.0f;
-    return finite && some ? most / float_of(top) : 0.0f;
+    *scale = !finite ? NAN : some ? float_of(top) / max : 0.0f;
+    return finite && some ? max / float_of(top) : 0.0f;
 }
 
 /* x [n] into levels q of 8 bits; returns their scale. */
@@ -153,9 +159,9 @@ INLINE float quantise(int8_t *restrict q, const float *restrict x, int64_t n)
 }
 
 /* The same with levels of 16 bits, of at most `most`. */
-INLINE float quantise_wide(int16_t *restrict q, const float *restrict x, int64_t n, float most)
+INLINE float quantise_wide(int16_t *restrict q, const float *restrict x, int64_t n, float max)
 {
-    float scale, inverse = levels_per_unit(x, n, most, &scale);
+    float scale, inverse = levels_per_unit(x, n, max, &scale);
     if (inverse == 0.0f) {
         memset(q, 0, (size_t)n * sizeof *q);
         return scale;
@@ -195,3 +201,5 @@ INLINE void narrow_kv(void *row, const float *restrict x, int64_t d, int64_t typ
     float scale = quantise(row, x, d);
     memcpy((char *)row + d, &scale, sizeof scale);
 }
+
+#endif

@@ -1,5 +1,11 @@
 /* Vectors of 8 lanes: AVX2 with FMA. */
+#ifndef STRETTO_VEC256_H
+#define STRETTO_VEC256_H
+
+#include "../api.h"
+
 #include <immintrin.h>
+
 #define VF 8
 typedef __m256 vf;
 typedef __m256i vi;
@@ -89,3 +95,5 @@ INLINE vf vf_sums(const vf *a)
 #define ROWS_FLOAT 4
 #define ROWS_WIDE 2 /* rows of x that leave registers for four vectors of weights */
 #define LANES 2 /* queries that share a pass over keys or values */
+
+#endif

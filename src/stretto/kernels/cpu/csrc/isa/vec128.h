@@ -1,5 +1,11 @@
 /* Vectors of 4 lanes in the compiler's own terms: any machine. */
+#ifndef STRETTO_VEC128_H
+#define STRETTO_VEC128_H
+
+#include "../api.h"
+
 #include <string.h>
+
 #define VF 4
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
@@ -68,3 +74,5 @@ INLINE vf vf_sums(const vf *a)
 #define ROWS_FLOAT 2
 #define ROWS_WIDE 0 /* rows of x that leave registers for four vectors of weights */
 #define LANES 2 /* queries that share a pass over keys or values */
+
+#endif

@@ -6,11 +6,15 @@
  *
  * Online softmax (Milakov and Gimelshein, 2018) over tiles of keys; long contexts are split into parts whose results
  * are merged as in Flash-Decoding (Dao et al., 2023). */
+#ifndef STRETTO_DECODE_H
+#define STRETTO_DECODE_H
+
+#include "scalar.h"
 
 #define KEYS 64 /* keys in a tile */
-#define MANY 16 /* queries times heads that share a key, up to which this way is the quicker one */
+#define MAX_DECODE_LANES 16 /* queries times heads that share a key, up to which this way is the quicker one */
 #define SPAN (2 * VF)
-#define LEVELS 32767.0f /* the largest level of 16 bits */
+#define MAX_Q16 32767.0f /* the largest level of 16 bits */
 #define LONGEST_SUM 512 /* products of a level of 16 bits and one of 8 that are added as integers */
 
 /* A piece of work: queries [query, query + queries) of a sequence, one KV head, keys [from, to). `part` numbers its
@@ -21,7 +25,7 @@ typedef struct {
 
 typedef struct {
     const Step *step;
-    const Kind *kind;
+    const AttentionConfig *config;
     const void *q, *keys, *values;
     void *out;
     const Item *items;
@@ -39,8 +43,8 @@ typedef struct {
 INLINE const void *row_of(const Attention *a, const void *cache, const Item *item, int64_t key)
 {
     int64_t block = a->step->tables[item->sequence * a->step->width + key / a->step->block_size];
-    int64_t row = (block * a->kind->kv_heads + item->head) * a->step->block_size + key % a->step->block_size;
-    return (const char *)cache + row * kv_bytes(a->kind->head_dim, a->step->kv_type);
+    int64_t row = (block * a->config->kv_heads + item->head) * a->step->block_size + key % a->step->block_size;
+    return (const char *)cache + row * kv_bytes(a->config->head_dim, a->step->kv_type);
 }
 
 INLINE int64_t query_position(const Attention *a, const Item *item, int64_t query)
@@ -51,7 +55,7 @@ INLINE int64_t query_position(const Attention *a, const Item *item, int64_t quer
 
 INLINE int64_t first_key(const Attention *a, int64_t position)
 {
-    return a->kind->window > 0 ? most(0, position + 1 - a->kind->window) : 0;
+    return a->config->window > 0 ? max(0, position + 1 - a->config->window) : 0;
 }
 
 /* Two vectors of a row, in the order queries are kept in: a pair of bf16 falls apart into even and odd. */
@@ -251,14 +255,14 @@ INLINE void value_levels(const int lanes, const int16_t *p, const float *scales,
 /* Scores of one query into weights, its sums so far rescaled. */
 INLINE void soften(const Attention *a, float *restrict s, Running *run, int64_t key, float *restrict out, int64_t width)
 {
-    int64_t from = most(0, run->from - key), to = least(KEYS, run->to - key);
+    int64_t from = max(0, run->from - key), to = min(KEYS, run->to - key);
     for (int64_t i = 0; i < KEYS; i++) {
-        float x = s[i] * a->kind->scale;
+        float x = s[i] * a->config->scale;
         s[i] = x;
     }
-    if (a->kind->softcap > 0)
+    if (a->config->softcap > 0)
         for (int64_t i = 0; i < KEYS; i++)
-            s[i] = a->kind->softcap * tanh_of(s[i] / a->kind->softcap);
+            s[i] = a->config->softcap * tanh_of(s[i] / a->config->softcap);
     float peak = run->peak;
     for (int64_t i = 0; i < KEYS; i++)
         s[i] = i < from || i >= to ? -INFINITY : s[i];
@@ -283,11 +287,11 @@ INLINE void soften(const Attention *a, float *restrict s, Running *run, int64_t 
 
 INLINE void find_rows(const Attention *a, const Item *item, int64_t key, const void **keys, const void **values)
 {
-    int64_t size = a->step->block_size, width = kv_bytes(a->kind->head_dim, a->step->kv_type);
+    int64_t size = a->step->block_size, width = kv_bytes(a->config->head_dim, a->step->kv_type);
     for (int64_t i = 0; i < KEYS;) {
-        int64_t of = least(key + i, item->to - 1), left = of == key + i ? size - of % size : 1;
+        int64_t of = min(key + i, item->to - 1), left = of == key + i ? size - of % size : 1;
         const char *k = row_of(a, a->keys, item, of), *v = row_of(a, a->values, item, of);
-        for (left = least(left, most(1, item->to - of)); left > 0 && i < KEYS; left--, i++, k += width, v += width) {
+        for (left = min(left, max(1, item->to - of)); left > 0 && i < KEYS; left--, i++, k += width, v += width) {
             keys[i] = k;
             values[i] = v;
         }
@@ -298,15 +302,15 @@ INLINE void find_rows(const Attention *a, const Item *item, int64_t key, const v
 INLINE void pad_rows(const Attention *a, const void **rows, float *copies, int64_t width)
 {
     for (int64_t i = 0; i < KEYS; i++, copies += width) {
-        widen_kv(copies, rows[i], a->kind->head_dim, a->step->kv_type);
-        memset(copies + a->kind->head_dim, 0, (size_t)(width - a->kind->head_dim) * sizeof(float));
+        widen_kv(copies, rows[i], a->config->head_dim, a->step->kv_type);
+        memset(copies + a->config->head_dim, 0, (size_t)(width - a->config->head_dim) * sizeof(float));
         rows[i] = copies;
     }
 }
 
 INLINE void read_queries(const Attention *a, const Item *item, float *q, float *raw, int64_t width, int64_t type)
 {
-    int64_t share = a->share, d = a->kind->head_dim;
+    int64_t share = a->share, d = a->config->head_dim;
     for (int64_t l = 0; l < item->queries * share; l++) {
         int64_t row = a->step->starts[item->sequence] + item->query + l / share;
         widen(raw, at(a->q, row * a->ldq + (item->head * share + l % share) * d, a->step->type), d, a->step->type);
@@ -319,14 +323,14 @@ INLINE void read_queries(const Attention *a, const Item *item, float *q, float *
 INLINE void write_row(const Attention *a, const Item *item, int64_t lane, const float *x, float total)
 {
     int64_t share = a->share, row = a->step->starts[item->sequence] + item->query + lane / share;
-    void *out = at(a->out, (row * a->kind->heads + item->head * share + lane % share) * a->kind->head_dim, a->step->type);
-    float line[a->kind->head_dim], inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    for (int64_t i = 0; i < a->kind->head_dim; i++)
+    void *out = at(a->out, (row * a->config->heads + item->head * share + lane % share) * a->config->head_dim, a->step->type);
+    float line[a->config->head_dim], inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    for (int64_t i = 0; i < a->config->head_dim; i++)
         line[i] = x[i] * inverse;
-    narrow(out, line, a->kind->head_dim, a->step->type);
+    narrow(out, line, a->config->head_dim, a->step->type);
 }
 
-INLINE int64_t decode_scratch(int64_t width) { return MANY * (2 * width + KEYS) + width + 2 * KEYS * width; }
+INLINE int64_t decode_scratch(int64_t width) { return MAX_DECODE_LANES * (2 * width + KEYS) + width + 2 * KEYS * width; }
 
 /* `call` for as many lanes at a time, from l on, as a pass has registers for. */
 #define IN_PASSES(lanes, call) \
@@ -365,9 +369,9 @@ INLINE void decode_score_levels(int64_t lanes, const int16_t *q, const float *sc
 INLINE void decode_value_levels(int64_t lanes, const float *p, int16_t *levels, float *out, const void *const *values,
                                 int64_t count, int64_t width, const Next *next)
 {
-    float scales[MANY];
+    float scales[MAX_DECODE_LANES];
     for (int64_t l = 0; l < lanes; l++)
-        scales[l] = quantise_wide(levels + l * KEYS, p + l * KEYS, KEYS, LEVELS);
+        scales[l] = quantise_wide(levels + l * KEYS, p + l * KEYS, KEYS, MAX_Q16);
 #define VALUES_OF_LEVELS(some) \
     value_levels(some, levels + l * KEYS, scales + l, values, count, width, out + l * width, l ? NULL : next)
     IN_PASSES(lanes, VALUES_OF_LEVELS)
@@ -401,28 +405,28 @@ INLINE void scale_weights(float *restrict x, const void *const *rows, int64_t la
 
 static void decode(const Attention *a, const Item *item, float *scratch)
 {
-    int64_t width = a->width, d = a->kind->head_dim, share = a->share, lanes = item->queries * share;
+    int64_t width = a->width, d = a->config->head_dim, share = a->share, lanes = item->queries * share;
     int64_t type = d == width ? a->step->kv_type : F32;
-    float *q = scratch, *out = q + MANY * width, *scores = out + MANY * width, *raw = scores + MANY * KEYS;
-    float *copies = raw + width, by_query[MANY];
-    int16_t *query_levels = (int16_t *)copies, *weight_levels = query_levels + MANY * width;
+    float *q = scratch, *out = q + MAX_DECODE_LANES * width, *scores = out + MAX_DECODE_LANES * width, *raw = scores + MAX_DECODE_LANES * KEYS;
+    float *copies = raw + width, by_query[MAX_DECODE_LANES];
+    int16_t *query_levels = (int16_t *)copies, *weight_levels = query_levels + MAX_DECODE_LANES * width;
     int levels = HAS_I16 && type == I8 && d <= LONGEST_SUM;
-    Running runs[MANY];
+    Running runs[MAX_DECODE_LANES];
     const Item *after = item[1].sequence >= 0 ? item + 1 : NULL; /* probably this thread's next */
     read_queries(a, item, q, raw, width, type);
     for (int64_t l = 0; levels && l < lanes; l++)
-        by_query[l] = quantise_wide(query_levels + l * width, q + l * width, d, LEVELS);
+        by_query[l] = quantise_wide(query_levels + l * width, q + l * width, d, MAX_Q16);
     memset(out, 0, (size_t)(lanes * width) * sizeof(float));
     for (int64_t l = 0; l < lanes; l++) {
         int64_t position = query_position(a, item, item->query + l / share);
-        runs[l] = (Running){-INFINITY, 0, most(item->from, first_key(a, position)), least(item->to, position + 1)};
+        runs[l] = (Running){-INFINITY, 0, max(item->from, first_key(a, position)), min(item->to, position + 1)};
     }
     Next rows;
     rows.bytes = kv_bytes(d, a->step->kv_type);
     find_rows(a, item, item->from, rows.keys, rows.values);
     for (int64_t key = item->from; key < item->to; key += KEYS) {
         const void *keys[KEYS], *values[KEYS];
-        int64_t count = least(KEYS, item->to - key);
+        int64_t count = min(KEYS, item->to - key);
         const Next *next = &rows;
         memcpy(keys, rows.keys, sizeof keys);
         memcpy(values, rows.values, sizeof values);
@@ -465,10 +469,12 @@ static void decode(const Attention *a, const Item *item, float *scratch)
         if (item->part < 0) {
             write_row(a, item, l, raw, runs[l].total);
         } else {
-            float *part = a->parts + (item->part * MANY + l) * (width + 2);
+            float *part = a->parts + (item->part * MAX_DECODE_LANES + l) * (width + 2);
             memcpy(part + 2, raw, (size_t)d * sizeof(float));
             part[0] = runs[l].peak;
             part[1] = runs[l].total;
         }
     }
 }
+
+#endif

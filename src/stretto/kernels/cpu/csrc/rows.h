@@ -1,4 +1,9 @@
 /* What is done to each token row by itself: norms, gated activations, rotations, the likeliest tokens. */
+#ifndef STRETTO_ROWS_H
+#define STRETTO_ROWS_H
+
+#include "pool.h"
+#include "scalar.h"
 
 #define SMALL_WORK 32768 /* elements below which waking another thread costs more than it saves */
 
@@ -7,7 +12,7 @@ INLINE int64_t rows_per_item(int64_t m, int64_t width)
 {
     if (m * width <= SMALL_WORK || pool_threads() == 1)
         return m;
-    return most(1, least(m / (4 * pool_threads()), SMALL_WORK / width));
+    return max(1, min(m / (4 * pool_threads()), SMALL_WORK / width));
 }
 
 INLINE void run_rows(Body body, const void *job, int64_t m, int64_t rows)
@@ -36,7 +41,7 @@ static void norm_item(const void *job, int64_t item, int thread)
     const Norm *a = job;
     float *restrict row = pool_private(thread), *restrict weight = row + a->h, *restrict other = weight + a->h;
     widen(weight, a->weight, a->h, a->type);
-    for (int64_t t = item * a->rows; t < least(a->m, (item + 1) * a->rows); t++) {
+    for (int64_t t = item * a->rows; t < min(a->m, (item + 1) * a->rows); t++) {
         widen(row, at(a->x, t * a->h, a->type), a->h, a->type);
         if (a->residual) {
             void *sum = at(a->residual, t * a->h, a->type);
@@ -69,14 +74,14 @@ typedef struct {
     const void *x;
     void *y;
     int64_t m, f, activation, type, rows;
-} Gate;
+} ActAndMul;
 
-static void gate_item(const void *job, int64_t item, int thread)
+static void act_and_mul_item(const void *job, int64_t item, int thread)
 {
-    const Gate *a = job;
+    const ActAndMul *a = job;
     int64_t f = a->f;
     float *restrict gates = pool_private(thread), *restrict ups = gates + f;
-    for (int64_t t = item * a->rows; t < least(a->m, (item + 1) * a->rows); t++) {
+    for (int64_t t = item * a->rows; t < min(a->m, (item + 1) * a->rows); t++) {
         widen(gates, at(a->x, 2 * t * f, a->type), f, a->type);
         widen(ups, at(a->x, (2 * t + 1) * f, a->type), f, a->type);
         if (a->activation == SILU)
@@ -98,54 +103,54 @@ static void gate_item(const void *job, int64_t item, int thread)
 }
 
 /* y [m, f] = activation(x[:, :f]) * x[:, f:]. */
-static int gate(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type)
+static int act_and_mul(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type)
 {
-    Gate job = {x, y, m, f, activation, type, rows_per_item(m, 4 * f)};
+    ActAndMul job = {x, y, m, f, activation, type, rows_per_item(m, 4 * f)};
     if (m < 1 || f < 1)
         return m < 0 || f < 1 ? BAD_SHAPE : OK;
     if (pool_reserve(0, (size_t)(2 * f) * sizeof(float)))
         return NO_MEMORY;
-    run_rows(gate_item, &job, m, job.rows);
+    run_rows(act_and_mul_item, &job, m, job.rows);
     return OK;
 }
 
 typedef struct {
     const Step *step;
     const float *frequencies;
-    float *turns;
+    float *angles;
     int64_t pairs, rows;
     float scale;
-} Rotate;
+} CosSin;
 
-static void rotate_item(const void *job, int64_t item, int thread)
+static void cos_sin_item(const void *job, int64_t item, int thread)
 {
-    const Rotate *a = job;
+    const CosSin *a = job;
     (void)thread;
-    for (int64_t t = item * a->rows; t < least(a->step->tokens, (item + 1) * a->rows); t++)
+    for (int64_t t = item * a->rows; t < min(a->step->tokens, (item + 1) * a->rows); t++)
         for (int64_t i = 0; i < a->pairs; i++) {
-            float angle = (float)a->step->positions[t] * a->frequencies[i], *turn = a->turns + 2 * t * a->pairs;
-            turn[i] = a->scale * cosf(angle);
-            turn[a->pairs + i] = a->scale * sinf(angle);
+            float angle = (float)a->step->positions[t] * a->frequencies[i], *angle_row = a->angles + 2 * t * a->pairs;
+            angle_row[i] = a->scale * cosf(angle);
+            angle_row[a->pairs + i] = a->scale * sinf(angle);
         }
 }
 
 /* Cosines, then sines, of position * frequency, times the scale: turns [tokens, 2, pairs]. */
-static int rotate(const Step *step, const float *frequencies, int64_t pairs, float scale, float *turns)
+static int cos_sin(const Step *step, const float *frequencies, int64_t pairs, float scale, float *angles)
 {
-    Rotate job = {step, frequencies, turns, pairs, rows_per_item(step->tokens, 32 * pairs), scale};
+    CosSin job = {step, frequencies, angles, pairs, rows_per_item(step->tokens, 32 * pairs), scale};
     if (step->tokens > 0)
-        run_rows(rotate_item, &job, step->tokens, job.rows);
+        run_rows(cos_sin_item, &job, step->tokens, job.rows);
     return OK;
 }
 
 typedef struct {
     const Step *step;
-    const Kind *kind;
+    const AttentionConfig *config;
     char *qkv, *keys, *values;
     const void *norms;
-    const float *turns;
+    const float *angles;
     int64_t pairs, rows;
-} Place;
+} RopeAndCache;
 
 INLINE void norm_heads(float *restrict lanes, const float *restrict weight, int64_t n, float eps)
 {
@@ -154,45 +159,45 @@ INLINE void norm_heads(float *restrict lanes, const float *restrict weight, int6
         lanes[i] *= scale * weight[i];
 }
 
-INLINE void rotate_halves(float *restrict low, float *restrict high, const float *restrict turn, int64_t pairs)
+INLINE void rotate_halves(float *restrict low, float *restrict high, const float *restrict angle_row, int64_t pairs)
 {
     for (int64_t i = 0; i < pairs; i++) {
         float first = low[i], second = high[i];
-        low[i] = first * turn[i] - second * turn[pairs + i];
-        high[i] = second * turn[i] + first * turn[pairs + i];
+        low[i] = first * angle_row[i] - second * angle_row[pairs + i];
+        high[i] = second * angle_row[i] + first * angle_row[pairs + i];
     }
 }
 
-static void place_item(const void *job, int64_t item, int thread)
+static void rope_and_cache_item(const void *job, int64_t item, int thread)
 {
-    const Place *a = job;
+    const RopeAndCache *a = job;
     const Step *step = a->step;
-    const Kind *kind = a->kind;
-    int64_t heads = kind->heads, rotated = heads + kind->kv_heads, d = kind->head_dim, size = step->block_size;
-    int64_t width = (rotated + kind->kv_heads) * d, row_bytes = kv_bytes(d, step->kv_type);
+    const AttentionConfig *config = a->config;
+    int64_t heads = config->heads, rotated = heads + config->kv_heads, d = config->head_dim, size = step->block_size;
+    int64_t width = (rotated + config->kv_heads) * d, row_bytes = kv_bytes(d, step->kv_type);
     float *lanes = pool_private(thread), *weight = lanes + width;
-    if (kind->norm != NORM_NONE)
+    if (config->norm != NORM_NONE)
         widen(weight, a->norms, rotated * d, step->type);
-    for (int64_t t = item * a->rows; t < least(step->tokens, (item + 1) * a->rows); t++) {
+    for (int64_t t = item * a->rows; t < min(step->tokens, (item + 1) * a->rows); t++) {
         void *row = at(a->qkv, t * width, step->type);
-        int64_t first = step->slots[t] / size * kind->kv_heads * size + step->slots[t] % size;
-        for (int64_t h = 0; h < kind->kv_heads; h++)
+        int64_t first = step->slots[t] / size * config->kv_heads * size + step->slots[t] % size;
+        for (int64_t h = 0; h < config->kv_heads; h++)
             for (int64_t i = 0; i < row_bytes; i += 64) {
                 __builtin_prefetch(a->keys + (first + h * size) * row_bytes + i, 1);
                 __builtin_prefetch(a->values + (first + h * size) * row_bytes + i, 1);
             }
         widen(lanes, row, width, step->type);
-        if (kind->norm == NORM_ROW) {
-            norm_heads(lanes, weight, heads * d, kind->eps);
-            norm_heads(lanes + heads * d, weight + heads * d, kind->kv_heads * d, kind->eps);
+        if (config->norm == NORM_ROW) {
+            norm_heads(lanes, weight, heads * d, config->eps);
+            norm_heads(lanes + heads * d, weight + heads * d, config->kv_heads * d, config->eps);
         }
         for (int64_t h = 0; h < rotated; h++) {
-            if (kind->norm == NORM_HEAD)
-                norm_heads(lanes + h * d, weight + h * d, d, kind->eps);
-            rotate_halves(lanes + h * d, lanes + h * d + a->pairs, a->turns + 2 * t * a->pairs, a->pairs);
+            if (config->norm == NORM_HEAD)
+                norm_heads(lanes + h * d, weight + h * d, d, config->eps);
+            rotate_halves(lanes + h * d, lanes + h * d + a->pairs, a->angles + 2 * t * a->pairs, a->pairs);
         }
         narrow(row, lanes, heads * d, step->type);
-        for (int64_t h = 0; h < kind->kv_heads; h++) {
+        for (int64_t h = 0; h < config->kv_heads; h++) {
             int64_t slot = (first + h * size) * row_bytes;
             narrow_kv(a->keys + slot, lanes + (heads + h) * d, d, step->kv_type);
             narrow_kv(a->values + slot, lanes + (rotated + h) * d, d, step->kv_type);
@@ -200,26 +205,26 @@ static void place_item(const void *job, int64_t item, int thread)
     }
 }
 
-INLINE int64_t values_offset(const Step *step, const Kind *kind)
+INLINE int64_t values_offset(const Step *step, const AttentionConfig *config)
 {
-    return step->blocks * kind->kv_heads * step->block_size * kv_bytes(kind->head_dim, step->kv_type);
+    return step->blocks * config->kv_heads * step->block_size * kv_bytes(config->head_dim, step->kv_type);
 }
 
 /* qkv [tokens, (heads + 2 kv_heads) * head_dim]: normalise and rotate queries and keys, the queries in place; write
  * keys and values into their slots. `dims` of a head are rotated, by `turns` [tokens, 2, dims / 2]. */
-static int place(const Step *step, const Kind *kind, void *qkv, const void *norms, const float *turns, int64_t dims,
+static int rope_and_cache(const Step *step, const AttentionConfig *config, void *qkv, const void *norms, const float *angles, int64_t dims,
                  void *cache)
 {
-    int64_t width = (kind->heads + 2 * kind->kv_heads) * kind->head_dim;
-    char *keys = cache, *values = keys + values_offset(step, kind);
-    Place job = {step, kind, qkv, keys, values, norms, turns, dims / 2, rows_per_item(step->tokens, 2 * width)};
-    if (dims > kind->head_dim || dims % 2)
+    int64_t width = (config->heads + 2 * config->kv_heads) * config->head_dim;
+    char *keys = cache, *values = keys + values_offset(step, config);
+    RopeAndCache job = {step, config, qkv, keys, values, norms, angles, dims / 2, rows_per_item(step->tokens, 2 * width)};
+    if (dims > config->head_dim || dims % 2)
         return BAD_SHAPE;
     if (step->tokens < 1)
         return OK;
     if (pool_reserve(0, (size_t)(2 * width) * sizeof(float)))
         return NO_MEMORY;
-    run_rows(place_item, &job, step->tokens, job.rows);
+    run_rows(rope_and_cache_item, &job, step->tokens, job.rows);
     return OK;
 }
 
@@ -267,7 +272,7 @@ static void top_item(const void *job, int64_t item, int thread)
         indices[i] = a->n;
     }
     for (int64_t start = 0; start < a->n; start += 64) {
-        int64_t end = least(a->n, start + 64);
+        int64_t end = min(a->n, start + 64);
         int any = 0;
 #pragma omp simd reduction(| : any)
         for (int64_t i = start; i < end; i++)
@@ -286,26 +291,15 @@ static void top_item(const void *job, int64_t item, int thread)
     }
 }
 
-/* The k largest of each row [m, n], best first; of equal ones the first. A row with fewer than k numbers (NaN is none)
- * ends in index n and -infinity. */
-static int top(const float *logits, int64_t m, int64_t n, int64_t k, float *values, int64_t *indices)
-{
-    Top job = {logits, values, indices, n, k};
-    if (k < 1 || k > n)
-        return BAD_SHAPE;
-    pool_run(top_item, &job, m);
-    return OK;
-}
-
 typedef struct {
     float *logits;
     const void *x, *rows;
     int64_t n, k, count, type, rows_type;
-} Sharpen;
+} Rescore;
 
-static void sharpen_item(const void *job, int64_t item, int thread)
+static void rescore_item(const void *job, int64_t item, int thread)
 {
-    const Sharpen *a = job;
+    const Rescore *a = job;
     float *x = pool_private(thread), *row = x + a->k, *values = row + a->k, *logits = a->logits + item * a->n;
     int64_t *indices = (int64_t *)(values + round_up(a->count, 2));
     Top best = {logits, values, indices, a->n, a->count};
@@ -324,14 +318,16 @@ static void sharpen_item(const void *job, int64_t item, int thread)
 
 /* The `count` largest logits of each row [m, n] computed anew, from x [m, k] and the weights as they were before they
  * were quantised, rows [n, k]. */
-static int sharpen(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k, int64_t count,
+static int rescore_top_k(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k, int64_t count,
                    int64_t type, int64_t rows_type)
 {
-    Sharpen job = {logits, x, rows, n, k, count, type, rows_type};
+    Rescore job = {logits, x, rows, n, k, count, type, rows_type};
     if (count < 1 || count > n || k < 1)
         return BAD_SHAPE;
     if (pool_reserve(0, (size_t)(2 * k + round_up(count, 2)) * sizeof(float) + (size_t)count * sizeof(int64_t)))
         return NO_MEMORY;
-    pool_run(sharpen_item, &job, m);
+    pool_run(rescore_item, &job, m);
     return OK;
 }
+
+#endif

@@ -1,13 +1,20 @@
 /* Splits a step's attention into items of similar work and runs them. */
+#ifndef STRETTO_ATTEND_H
+#define STRETTO_ATTEND_H
+
+#include "decode.h"
+#include "pool.h"
+#include "prefill.h"
+#include "rows.h"
 
 #define PART_KEYS 256 /* the fewest keys worth a part of their own */
 #define PARTS_PER_THREAD 4
 
-static void attend_item(const void *job, int64_t number, int thread)
+static void attention_item(const void *job, int64_t number, int thread)
 {
     const Attention *a = job;
     const Item *item = &a->items[number];
-    if (item->queries * a->share <= MANY)
+    if (item->queries * a->share <= MAX_DECODE_LANES)
         decode(a, item, pool_private(thread));
     else
         prefill(a, item, pool_private(thread));
@@ -18,7 +25,7 @@ static void merge_item(const void *job, int64_t number, int thread)
 {
     const Attention *a = job;
     const Item *item = &a->items[number];
-    int64_t d = a->kind->head_dim, stride = MANY * (a->width + 2), parts = 1;
+    int64_t d = a->config->head_dim, stride = MAX_DECODE_LANES * (a->width + 2), parts = 1;
     float *sums = pool_private(thread);
     while (item[parts].part > item->part && item[parts].head == item->head && item[parts].sequence == item->sequence)
         parts++;
@@ -49,11 +56,11 @@ static int64_t divide(const Attention *a, int64_t part_keys, Item *items, int64_
     *parts = 0;
     for (int64_t s = 0; s < a->step->sequences; s++) {
         int64_t queries = a->step->starts[s + 1] - a->step->starts[s], past = a->step->contexts[s] - queries;
-        int64_t each = queries * share <= MANY ? queries : most(1, QUERIES / share);
-        for (int64_t head = 0; head < a->kind->kv_heads; head++)
+        int64_t each = queries * share <= MAX_DECODE_LANES ? queries : max(1, QUERIES / share);
+        for (int64_t head = 0; head < a->config->kv_heads; head++)
             for (int64_t q = 0; q < queries; q += each) {
-                int64_t some = least(each, queries - q), from = first_key(a, past + q), to = past + q + some;
-                int64_t pieces = some * share <= MANY && each == queries ? most(1, (to - from) / part_keys) : 1;
+                int64_t some = min(each, queries - q), from = first_key(a, past + q), to = past + q + some;
+                int64_t pieces = some * share <= MAX_DECODE_LANES && each == queries ? max(1, (to - from) / part_keys) : 1;
                 for (int64_t p = 0; p < pieces; p++, count++)
                     if (items)
                         items[count] = (Item){s, head, q, some, from + (to - from) * p / pieces,
@@ -67,30 +74,32 @@ static int64_t divide(const Attention *a, int64_t part_keys, Item *items, int64_
 
 /* Causal attention of every query, its own key included: q [tokens, heads, head_dim], rows ldq elements apart, into
  * out [tokens, heads * head_dim]. */
-static int attend(const Step *step, const Kind *kind, const void *q, int64_t ldq, const void *cache, void *out)
+static int paged_attention(const Step *step, const AttentionConfig *config, const void *q, int64_t ldq, const void *cache, void *out)
 {
-    int64_t keys = 0, parts, width = round_up(kind->head_dim, SPAN);
-    Attention job = {step, kind, q, cache, (const char *)cache + values_offset(step, kind), out, NULL, NULL, ldq,
-                     kind->heads / kind->kv_heads, width};
-    if (kind->heads % kind->kv_heads || job.share > QUERIES)
+    int64_t keys = 0, parts, width = round_up(config->head_dim, SPAN);
+    Attention job = {step, config, q, cache, (const char *)cache + values_offset(step, config), out, NULL, NULL, ldq,
+                     config->heads / config->kv_heads, width};
+    if (config->heads % config->kv_heads || job.share > QUERIES)
         return BAD_SHAPE;
     for (int64_t s = 0; s < step->sequences; s++)
-        keys += kind->window > 0 ? least(kind->window, step->contexts[s]) : step->contexts[s];
-    int64_t part_keys = most(PART_KEYS, keys * kind->kv_heads / (PARTS_PER_THREAD * pool_threads()));
+        keys += config->window > 0 ? min(config->window, step->contexts[s]) : step->contexts[s];
+    int64_t part_keys = max(PART_KEYS, keys * config->kv_heads / (PARTS_PER_THREAD * pool_threads()));
     if (pool_threads() == 1)
         part_keys = INT64_MAX;
     int64_t count = divide(&job, part_keys, NULL, &parts);
     size_t list = (size_t)round_up((count + 1) * (int64_t)sizeof(Item), 64);
-    size_t own = (size_t)most(decode_scratch(width), prefill_scratch(kind->head_dim)) * sizeof(float);
-    if (pool_reserve(list + (size_t)(parts * MANY * (width + 2)) * sizeof(float), own))
+    size_t own = (size_t)max(decode_scratch(width), prefill_scratch(config->head_dim)) * sizeof(float);
+    if (pool_reserve(list + (size_t)(parts * MAX_DECODE_LANES * (width + 2)) * sizeof(float), own))
         return NO_MEMORY;
     Item *items = pool_shared();
     divide(&job, part_keys, items, &parts);
     items[count] = (Item){-1, -1, 0, 0, 0, 0, -1};
     job.items = items;
     job.parts = (float *)((char *)items + list);
-    pool_run(attend_item, &job, count);
+    pool_run(attention_item, &job, count);
     if (parts)
         pool_run(merge_item, &job, count);
     return OK;
 }
+
+#endif

@@ -1,8 +1,10 @@
+/* The kernels for AVX-512 with VNNI and products of bfloat16. */
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
 #define NATIVE_BF16
-#define LEVEL avx512bf16
-#include "api.h"
 #include "vec512.h"
-#include "level.h"
+
+#include "../level.h"
+
+DEFINE_LEVEL(avx512bf16);
 #endif

@@ -1,5 +1,11 @@
 /* Vectors of 16 lanes: AVX-512 with VNNI. */
+#ifndef STRETTO_VEC512_H
+#define STRETTO_VEC512_H
+
+#include "../api.h"
+
 #include <immintrin.h>
+
 #define VF 16
 typedef __m512 vf;
 typedef __m512i vi;
@@ -102,4 +108,6 @@ INLINE vf vf_dot_pairs(vf sum, vf a, vf b)
 {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
 }
+#endif
+
 #endif

@@ -1,4 +1,0 @@
-#define LEVEL portable
-#include "api.h"
-#include "vec128.h"
-#include "level.h"
