@@ -62,7 +62,7 @@ def test_sessions_interleave_and_sub_agents_start_within_them(tmp_path: Path):
     ]
 
 
-def test_text_is_reckoned_in_tokens(tmp_path: Path):
+def test_text_is_counted_in_tokens(tmp_path: Path):
     (arrival,) = read(write(tmp_path, "agent.jsonl", AGENT))
     assert (arrival.prompt_tokens, arrival.output_tokens, arrival.tenant) == (50, 1, "x")
 
@@ -91,21 +91,21 @@ def test_servegen_draws_the_same_arrivals_from_the_same_seed(tmp_path: Path):
         ("a.csv", AZURE + "2023-11-16 18:15:51,1e99,1\n", "line 4"),
         ("m.jsonl", MOONCAKE + '{"timestamp": 1, "input_length": 5}\n', "line 3: tokens out"),
         ("m.jsonl", MOONCAKE + '{"timestamp": 1, "inp', "line 3"),
-        ("m.jsonl", MOONCAKE.replace("[0, 2]", '"x"'), "line 1: hash_ids"),
+        ("m.jsonl", MOONCAKE.replace("[0, 2]", '"x"'), r"line 1: .*\$\.hash_ids"),
         ("m.jsonl", '{"hello": 1}\n', "no trace that can be read"),
         ("m.jsonl", "[1, 2]\n", "no trace that can be read"),
         ("s.jsonl", '{"id": "s", "requests": [{"t": 0.0, "in": 1}]}\n', "line 1: tokens out"),
-        ("s.jsonl", '{"id": "s", "requests": 4}\n', "line 1: requests"),
-        ("l.jsonl", '{"timestamp": 3, "input": 5, "output": "x"}\n', "must be text"),
+        ("s.jsonl", '{"id": "s", "requests": 4}\n', r"line 1: .*\$\.requests"),
+        ("l.jsonl", '{"timestamp": 3, "input": 5, "output": "x"}\n', r"line 1: Expected `str`.*\$\.input"),
         ("lonely_windows.csv", WINDOWS, "needs its _lengths.jsonl"),
     ],
 )
-def test_a_trace_with_a_hole_is_refused_with_its_line(tmp_path: Path, name: str, text: str, message: str):
+def test_an_incomplete_trace_is_refused_with_its_line(tmp_path: Path, name: str, text: str, message: str):
     with pytest.raises(InvalidRequest, match=message):
         read(write(tmp_path, name, text))
 
 
-def test_servegen_with_holes(tmp_path: Path):
+def test_incomplete_servegen_files_are_refused(tmp_path: Path):
     path = write(tmp_path, "s_windows.csv", WINDOWS)
     with pytest.raises(InvalidRequest, match="no lengths"):
         read((write(tmp_path, "s_lengths.jsonl", ""), path)[1])
@@ -117,7 +117,7 @@ def test_servegen_with_holes(tmp_path: Path):
         read(write(tmp_path, "s_windows.csv", WINDOWS.replace("Gamma", "Poisson")))
 
 
-def test_a_file_that_is_cut_off_or_missing(tmp_path: Path):
+def test_a_cut_off_or_missing_file_is_refused(tmp_path: Path):
     path = write(tmp_path, "conv.csv.gz", AZURE + "\n".join(AZURE.splitlines()[1:] * 50))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InvalidRequest, match="cannot be read"):

@@ -1,7 +1,7 @@
-"""What the engine alone does, without a server: starts one, gives it tasks in rounds, makes medians of them.
+"""Measures the engine alone, without a server: runs tasks in rounds and reports their medians.
 
-The engine is a process of its own that exchanges lines of JSON (`stretto.profiler.protocol`), so the time it
-takes to start is measured too, and nothing here loads torch.
+The engine is a child process that exchanges lines of JSON (`stretto.profiler.protocol`). So its start is
+measured too, and nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ FIRST = Task(prompt_tokens=16, output_tokens=1)
 
 
 class Figure(Struct, frozen=True, kw_only=True):
-    """Medians of `rounds`, of `batch` sequences with prompts of `context` tokens.
+    """Medians over `rounds` of a batch of `batch` sequences with prompts of `context` tokens.
 
-    `ttft_ms` is until all of them had their first token, `prefill_tokens_per_s` follows from it; of a batch
-    both are of the first round alone, since the others find its prompts kept. `decode_tokens_per_s` is of the
-    whole batch, `step_ms` one step of it. `mbu`: bytes of weights and keys such a step must read, against
-    what the memory could have given in that time; None where no step was taken apart.
+    `ttft_ms`: until every sequence had its first token; `prefill_tokens_per_s` follows from it. With more
+    than one sequence, both come from the first round only, because later rounds find the prompts in the
+    prefix cache. `decode_tokens_per_s`: of the whole batch. `step_ms`: one decode step. `mbu`: model
+    bandwidth utilisation, the bytes that such a step must read over the bytes that memory could deliver in
+    its time; None if not measured.
     """
 
     batch: int
@@ -48,9 +49,12 @@ class Figure(Struct, frozen=True, kw_only=True):
     mbu: float | None = None
 
 
-class Share(Struct, frozen=True, kw_only=True):
-    """One kind of layer in a decode step of one sequence. `floor`: the time its bytes take at the measured
-    bandwidth, against the time it took; None for what reads nothing to speak of."""
+class LayerShare(Struct, frozen=True, kw_only=True):
+    """One kind of layer in a decode step of one sequence.
+
+    `floor`: the time that its bytes need at the measured bandwidth, as a share of the time it took. None for
+    a layer that reads hardly anything.
+    """
 
     layer: str
     bytes: int
@@ -59,8 +63,11 @@ class Share(Struct, frozen=True, kw_only=True):
 
 
 class EngineReport(Struct, frozen=True, kw_only=True):
-    """`start_s`: until the process was ready; `first_token_s`: until it had answered a prompt of 16 tokens.
-    `load` is the machine's, over the last minute. Of the parts, `between` is what no kernel accounts for."""
+    """The engine's figures. `start_s`: until the process was ready.
+
+    `first_token_s`: until it had answered a prompt of 16 tokens. `load`: the machine's load average over the
+    last minute. `parts`: the layers of a step; the part `between` is the time outside all kernels.
+    """
 
     cpu: str
     load: float
@@ -72,11 +79,11 @@ class EngineReport(Struct, frozen=True, kw_only=True):
     peak_bytes: int
     bandwidth_gb_s: float | None
     figures: list[Figure]
-    parts: list[Share]
+    parts: list[LayerShare]
 
 
 class EngineProcess:
-    """An engine process. Raises StartError, with what it said, when it ends before it is told to."""
+    """An engine in a child process. Raises StartError with its last error line when it ends early."""
 
     def __init__(self, config: EngineConfig) -> None:
         command = [sys.executable, "-m", "stretto.engine", "stretto.profiler.worker"]
@@ -88,11 +95,11 @@ class EngineProcess:
         self.start_s = time.perf_counter() - self.started
 
     def run(self, task: Task) -> Took:
-        """Carry out a task."""
+        """Run one task."""
         return self._exchange(msgspec.json.encode(task), Took)
 
     def apart(self) -> Parts:
-        """Take a step apart."""
+        """Measure the layers of a step one by one."""
         return self._exchange(b"", Parts)
 
     def _exchange(self, line: bytes, kind: type[T]) -> T:
@@ -101,12 +108,12 @@ class EngineProcess:
             self._process.stdin.write(line + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # It has ended: what it said is read below.
+            pass  # The process has ended. Its error output is read below.
         answer = self._process.stdout.readline()
         if not answer:
             assert self._process.stderr is not None
-            said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-            raise StartError(said[-1] if said else f"the engine ended (exit code {self._process.wait()})")
+            lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            raise StartError(lines[-1] if lines else f"the engine ended (exit code {self._process.wait()})")
         return msgspec.json.decode(answer, type=kind)
 
     def __enter__(self) -> EngineProcess:
@@ -122,10 +129,10 @@ class EngineProcess:
 def measure(
     config: EngineConfig, batches: Sequence[int], contexts: Sequence[int], output_tokens: int
 ) -> EngineReport:
-    """Every batch with every context, `ROUNDS` times each. Raises StartError when one does not fit."""
-    with EngineProcess(config) as alone:
-        alone.run(FIRST)
-        first_token_s = time.perf_counter() - alone.started
+    """Measure every batch with every context, `ROUNDS` times. Raises StartError when one does not fit."""
+    with EngineProcess(config) as engine:
+        engine.run(FIRST)
+        first_token_s = time.perf_counter() - engine.started
         cases = [
             Task(batch=batch, prompt_tokens=context, output_tokens=output_tokens)
             for context in contexts
@@ -135,19 +142,19 @@ def measure(
         for number in range(ROUNDS):
             for case in cases:
                 seed = number + 1 if case.batch == 1 else 0
-                seen[case].append(alone.run(msgspec.structs.replace(case, seed=seed)))
-        parts = alone.apart() if alone.ready.model.device == "cpu" else None
+                seen[case].append(engine.run(msgspec.structs.replace(case, seed=seed)))
+        parts = engine.apart() if engine.ready.model.device == "cpu" else None
         return EngineReport(
             cpu=snapshot().cpu,
             load=os.getloadavg()[0],
-            model=alone.ready.model,
-            kernels=alone.ready.kernels,
-            threads=alone.ready.threads,
-            start_s=alone.start_s,
+            model=engine.ready.model,
+            kernels=engine.ready.kernels,
+            threads=engine.ready.threads,
+            start_s=engine.start_s,
             first_token_s=first_token_s,
             peak_bytes=max(took.peak_bytes for each in seen.values() for took in each),
             bandwidth_gb_s=None if parts is None else parts.bandwidth / 1e9,
-            figures=[_figure(case, took, alone.ready.model, parts) for case, took in seen.items()],
+            figures=[_figure(case, took, engine.ready.model, parts) for case, took in seen.items()],
             parts=[] if parts is None else _shares(parts),
         )
 
@@ -164,20 +171,20 @@ def _figure(case: Task, seen: Sequence[Took], model: ModelInfo, parts: Parts | N
         prefill_tokens_per_s=case.batch * case.prompt_tokens / ttft * 1e3,
         decode_tokens_per_s=rate,
         step_ms=step_ms,
-        mbu=None if parts is None else _read(case, model, parts) / parts.bandwidth / step_ms * 1e3,
+        mbu=None if parts is None else _bytes_read(case, model, parts) / parts.bandwidth / step_ms * 1e3,
     )
 
 
-def _read(case: Task, model: ModelInfo, parts: Parts) -> float:
-    """Bytes that a decode step of this case must read: all weights once, and everybody's keys and values."""
+def _bytes_read(case: Task, model: ModelInfo, parts: Parts) -> float:
+    """Bytes that a decode step of this case must read: all weights once, and all keys and values."""
     weights = sum(part.bytes for part in parts.parts if part.layer != "attention")
     keys = case.batch * (case.prompt_tokens + case.output_tokens / 2)
     return weights + keys * model.kv_bytes / (model.blocks * model.block_size)
 
 
-def _shares(parts: Parts) -> list[Share]:
+def _shares(parts: Parts) -> list[LayerShare]:
     shares = [
-        Share(
+        LayerShare(
             layer=part.layer,
             bytes=part.bytes,
             ms=part.ms,
@@ -186,4 +193,4 @@ def _shares(parts: Parts) -> list[Share]:
         for part in sorted(parts.parts, key=lambda part: -part.ms)
     ]
     between = parts.step_ms - sum(part.ms for part in parts.parts)
-    return [*shares, Share(layer="between", bytes=0, ms=between, floor=None)]
+    return [*shares, LayerShare(layer="between", bytes=0, ms=between, floor=None)]
