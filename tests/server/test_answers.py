@@ -394,7 +394,7 @@ async def test_tool_markers_that_are_special_tokens_are_read(tmp_path: Path) -> 
     path = write(tmp_path, byte_level(extra=("[TOOL_CALLS]",)), template, eos="<|stop|>")
     text = TextModel(path)
     said_ids = ids_of(text, '[TOOL_CALLS][{"name": "now", "arguments": {}}]')
-    engine = FakeEngine(lambda request: said_ids, {"tiny": info(vocab=text.vocab)})
+    engine = FakeEngine(lambda request: said_ids, {"tiny": info(vocab=text.tokenizer.get_vocab_size())})
     app = build(ServeConfig(), engine, {"tiny": path})
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         answer = await whole(client, tools=TOOLS)

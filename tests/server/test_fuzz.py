@@ -43,7 +43,7 @@ def fuzzed(checkpoint: Path, text: TextModel) -> App:
             return [TokenEvent(0, embedding=(0.6, 0.8)), Reason.STOP]
         return [300, [301, 302], 303]
 
-    engine = FakeEngine(script, {"tiny": info(vocab=text.vocab)})
+    engine = FakeEngine(script, {"tiny": info(vocab=text.tokenizer.get_vocab_size())})
     return build(ServeConfig(max_body_bytes=100_000), engine, {"tiny": checkpoint})
 
 

@@ -1,4 +1,4 @@
-"""Text: templates as transformers renders them, literals, incremental decoding, stop strings."""
+"""Chat templates against transformers, special tokens typed by users, incremental decoding, stop strings."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from stretto.errors import CheckpointError, InvalidRequest, UnsupportedField
+from stretto.text.detokenizer import Detokenizer, Pieces, TokenDecoder
 from stretto.text.tokenizer import TextModel
-from tests.server.checkpoint import CHATML, byte_level, sentencepiece, write
+from tests.server.checkpoint import CHATML, CORPUS, byte_level, sentencepiece, write
 
 LLAMA = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} {% endfor %}"
 TOOL = {
@@ -97,14 +99,14 @@ def test_special_tokens_in_tools_and_calls_are_text_too(chatml: Path) -> None:
     assert sum(id in control for id in ids) == 2 + 3 + 4
 
 
-def test_a_broken_literal_adds_no_blank(llama: Path) -> None:
+def test_a_special_token_typed_inside_a_word_adds_no_blank(llama: Path) -> None:
     text = TextModel(llama)
     ids = text.encode_chat([{"role": "user", "content": "the</s>the"}])
     assert ids.count(2) == 0
     assert text.decode(ids) == "[user] the</s>the "
 
 
-def test_no_template_and_a_refusing_template_are_the_clients_errors(tmp_path: Path) -> None:
+def test_a_missing_or_rejecting_template_is_the_clients_error(tmp_path: Path) -> None:
     bare = TextModel(write(tmp_path / "bare", byte_level(), None, eos="<|stop|>"))
     with pytest.raises(UnsupportedField, match="no chat template"):
         bare.encode_chat(CHAT)
@@ -120,7 +122,7 @@ def test_templates_are_sandboxed(tmp_path: Path) -> None:
         TextModel(write(tmp_path, byte_level(), escape, eos="<|stop|>")).encode_chat(CHAT)
 
 
-def test_template_files_and_blocks_for_training(tmp_path: Path) -> None:
+def test_a_template_file_wins_and_generation_blocks_are_replaced_by_their_content(tmp_path: Path) -> None:
     path = write(tmp_path, byte_level(), "wrong", eos="<|stop|>")
     source = (
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
@@ -129,9 +131,7 @@ def test_template_files_and_blocks_for_training(tmp_path: Path) -> None:
     assert TextModel(path).render(CHAT, None, {}) == CHAT[0]["content"]
 
 
-def test_eos_and_errors_of_checkpoints(chatml: Path, tmp_path: Path) -> None:
-    text = TextModel(chatml)
-    assert text.eos == {text.tokenizer.token_to_id("<|stop|>")}
+def test_a_tokenizer_that_is_missing_or_does_not_load_is_a_checkpoint_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         TextModel(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -139,15 +139,17 @@ def test_eos_and_errors_of_checkpoints(chatml: Path, tmp_path: Path) -> None:
         TextModel(tmp_path)
 
 
-def test_the_null_model_reads_any_text_and_says_any_token() -> None:
+def test_the_null_tokenizer_encodes_any_text_and_decodes_any_token() -> None:
     text = TextModel(Path("null"))
     assert text.encode("é\n") == list("é\n".encode())
-    decoder = text.detokenizer()
-    assert "".join(decoder.push(id) for id in range(256, 4096)).split()[0] == "aaa"
+    detokenizer = text.detokenizer()
+    assert "".join(detokenizer.push(id) for id in range(256, 4096)).split()[0] == "aaa"
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama"])
-def test_pieces_add_up_to_the_tokenizers_own_decoding(name: str, request: pytest.FixtureRequest) -> None:
+def test_tokens_decoded_one_by_one_give_the_tokenizers_own_text(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     text = TextModel(request.getfixturevalue(name))
     prefix = text.tokenizer.encode("Hello", add_special_tokens=False).ids
     for sample in (
@@ -156,24 +158,24 @@ def test_pieces_add_up_to_the_tokenizers_own_decoding(name: str, request: pytest
         "\U0001d518\U0001d52b 👩‍👩‍👧 end",
     ):
         ids = text.tokenizer.encode(sample, add_special_tokens=False).ids
-        decoder = text.detokenizer()
-        pieces = [decoder.push(id) for id in ids]
+        detokenizer = text.detokenizer()
+        pieces = [detokenizer.push(id) for id in ids]
         whole = text.decode(prefix + ids).removeprefix(text.decode(prefix))
-        assert "".join(pieces) + decoder.flush() == whole
+        assert "".join(pieces) + detokenizer.flush() == whole
         assert "\ufffd" not in "".join(pieces)
 
 
-def test_random_tokens_decode_without_error_and_as_utf8_says(chatml: Path) -> None:
+def test_random_tokens_decode_as_their_bytes_do_in_utf8(chatml: Path) -> None:
     text = TextModel(chatml)
     draw = random.Random(3)
-    ids = [draw.randrange(text.vocab + 50) for _ in range(4000)]
-    decoder = text.detokenizer()
-    said = "".join(map(decoder.push, ids)) + decoder.flush()
+    ids = [draw.randrange(text.tokenizer.get_vocab_size() + 50) for _ in range(4000)]
+    detokenizer = text.detokenizer()
+    out = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
     known = b"".join(text.pieces[id] for id in ids)
-    assert said == known.decode("utf-8", "replace")
+    assert out == known.decode("utf-8", "replace")
 
 
-def test_stop_strings_do_not_depend_on_where_tokens_meet(chatml: Path) -> None:
+def test_stop_strings_do_not_depend_on_token_boundaries(chatml: Path) -> None:
     text = TextModel(chatml)
     sample = "The quick brown fox, the end. END of it"
     by_bytes = [
@@ -184,29 +186,102 @@ def test_stop_strings_do_not_depend_on_where_tokens_meet(chatml: Path) -> None:
         ends = [(sample.find(s) + len(s), sample.find(s)) for s in stop if s in sample]
         expected = sample[: min(ends)[1]]
         for ids in (text.encode(sample), text.encode(sample[:7]) + text.encode(sample[7:])):
-            decoder = text.detokenizer(stop)
-            said = ""
+            detokenizer = text.detokenizer(stop)
+            out = ""
             for id in ids:
-                said += decoder.push(id)
-                assert expected.startswith(said), "never more than what is certain"
-                if decoder.stopped:
+                out += detokenizer.push(id)
+                assert expected.startswith(out), "never more than what is certain"
+                if detokenizer.stopped:
                     break
-            assert (said, decoder.stopped in stop) == (expected, True)
+            assert (out, detokenizer.stopped in stop) == (expected, True)
 
 
-def test_text_held_for_a_stop_string_comes_out_at_the_end(chatml: Path) -> None:
+def test_text_held_back_for_a_stop_string_is_flushed_at_the_end(chatml: Path) -> None:
     text = TextModel(chatml)
-    decoder = text.detokenizer(("dog!",))
-    said = "".join(map(decoder.push, text.encode("the lazy dog")))
-    assert said == "the lazy "
-    assert said + decoder.flush() == "the lazy dog"
-    assert decoder.stopped is None
+    detokenizer = text.detokenizer(("dog!",))
+    out = "".join(map(detokenizer.push, text.encode("the lazy dog")))
+    assert out == "the lazy "
+    assert out + detokenizer.flush() == "the lazy dog"
+    assert detokenizer.stopped is None
 
 
-def test_min_tokens_frees_the_first_tokens_from_stop_strings(chatml: Path) -> None:
+def test_stop_strings_are_not_searched_in_the_first_min_tokens(chatml: Path) -> None:
     text = TextModel(chatml)
     ids = text.encode("the fox") + text.encode(" the fox")
-    decoder = text.detokenizer((" fox",), min_tokens=len(text.encode("the fox")))
-    said = "".join(decoder.push(id) for id in ids if not decoder.stopped)
-    assert said == "the fox the"
-    assert decoder.stopped == " fox"
+    detokenizer = text.detokenizer((" fox",), min_tokens=len(text.encode("the fox")))
+    out = "".join(detokenizer.push(id) for id in ids if not detokenizer.stopped)
+    assert out == "the fox the"
+    assert detokenizer.stopped == " fox"
+
+
+def word_piece() -> Tokenizer:
+    made = Tokenizer(models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    made.decoder = decoders.WordPiece()
+    made.add_special_tokens(["[SEP]"])
+    return made
+
+
+def ctc() -> Tokenizer:
+    made = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["<pad>", "|", *"helo"])}, unk_token="<pad>")
+    )
+    made.decoder = decoders.CTC(pad_token="<pad>", word_delimiter_token="|")
+    return made
+
+
+def replacing() -> Tokenizer:
+    made = byte_level()
+    made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("fox", "cat")])
+    return made
+
+
+WORDS = ["[UNK]", "[SEP]", "the", "un", "##aff", "##able", "fox", ",", "##s"]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "ids"),
+    [
+        (word_piece(), [2, 3, 4, 5, 1, 6, 8, 7, 2, 999]),
+        (ctc(), [2, 0, 3, 4, 0, 4, 5, 1, 2, 5]),
+        (replacing(), byte_level().encode("The fox, the \u4e16 fox", add_special_tokens=False).ids),
+    ],
+)
+def test_any_other_kind_of_decoder_works_through_the_library(tokenizer: Tokenizer, ids: list[int]) -> None:
+    hidden = [id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    pieces = Pieces(tokenizer, hidden)
+    assert not pieces.additive
+    detokenizer = Detokenizer(pieces)
+    out = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+    assert out == tokenizer.decode(ids)
+    word = out.split()[1][:3]
+    stopping = Detokenizer(pieces, (word,))
+    assert "".join(stopping.push(id) for id in ids if stopping.stopped is None) == out[: out.index(word)]
+    assert all(pieces[id] == tokenizer.decode([id]).encode() for id in ids)
+
+
+def test_a_character_that_the_library_holds_back_is_flushed() -> None:
+    tokenizer = replacing()
+    ids = tokenizer.encode("x\u754c", add_special_tokens=False).ids[:-1]
+    detokenizer = Detokenizer(Pieces(tokenizer))
+    out = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+    assert out == tokenizer.decode(ids) == "x\ufffd"
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama"])
+def test_the_fast_decoder_agrees_with_the_librarys(name: str, request: pytest.FixtureRequest) -> None:
+    text = TextModel(request.getfixturevalue(name))
+    draw = random.Random(7)
+    for sample in (
+        "Hello, world \u4e16\u754c \U0001f600 na\u00efve\n\n  x",
+        "the</s> \u4e16 <|stop|> end",
+        " ".join(CORPUS),
+    ):
+        ids = text.tokenizer.encode(f"Hello {sample}", add_special_tokens=False).ids
+        ids.insert(draw.randrange(len(ids)), 10**6)
+        fast, library = decoded(text.pieces.decoder(), ids), decoded(text.pieces.library_decoder(), ids)
+        assert text.pieces.additive
+        assert fast.removeprefix(" ") == library, "only the library drops SentencePiece's first blank"
+
+
+def decoded(decoder: TokenDecoder, ids: list[int]) -> str:
+    return "".join(map(decoder.push, ids)) + decoder.flush()

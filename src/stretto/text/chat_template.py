@@ -1,7 +1,7 @@
-"""Chat templates: messages -> the prompt's text, exactly as the checkpoint's Jinja template says.
+"""Chat templates: messages -> the text of the prompt, by the checkpoint's own Jinja template.
 
-The template comes with a checkpoint, so it runs in Jinja's immutable sandbox: it sees values and may format
-them, nothing else. It knows no tokenizer.
+A template comes with a checkpoint and is not trusted. It runs in Jinja's immutable sandbox, where it can
+format the values it is given and nothing else. This module knows no tokenizer.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stretto.errors import CheckpointError, InvalidRequest
 
-type_error = (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError)
+TEMPLATE_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError)
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the answer for training; when serving, it is its body."""
+    """`{% generation %}` marks the answer for training. In serving it is replaced by its content."""
 
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -39,7 +39,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML, which no model was trained on.
+    # Jinja's own filter escapes HTML, and no model was trained on that.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -63,10 +63,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """One checkpoint's template, and its variant for requests with tools where it has one."""
+    """The template of one checkpoint, and its variant for requests with tools if there is one."""
 
     def __init__(self, sources: dict[str, str], variables: dict[str, str]) -> None:
-        """`sources` has `default` and may have `tool_use`; `variables` are the special tokens by name."""
+        """`sources` has `default` and may have `tool_use`. `variables` are the special tokens by name.
+
+        Raises CheckpointError when a source is not valid Jinja.
+        """
         environment = _environment()
         try:
             self._templates: dict[str, Template] = {
@@ -78,26 +81,27 @@ class ChatTemplate:
         self._variables = variables
 
     def mentions(self, word: str) -> bool:
+        """Whether the source of the template contains `word`."""
         return any(word in source for source in self._sources.values())
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
     ) -> str:
-        """Raises InvalidRequest with the template's own sentence when it refuses the messages."""
+        """The text of the prompt. Raises InvalidRequest with the template's message when it rejects them."""
         template = self._templates.get("tool_use") if tools else None
         template = template or self._templates["default"]
         values = {"add_generation_prompt": True, "documents": None, **self._variables, **variables}
         try:
             return template.render({**values, "messages": messages, "tools": tools})
-        except (TemplateError, *type_error) as error:
+        except (TemplateError, *TEMPLATE_ERRORS) as error:
             reason = str(error) or type(error).__name__
             raise InvalidRequest(
-                f"the model's chat template refuses these messages: {reason}", param="$.messages"
+                f"the model's chat template rejects these messages: {reason}", param="$.messages"
             ) from error
 
 
 def load(path: Path, config: dict[str, Any]) -> ChatTemplate | None:
-    """The template of the checkpoint in `path`, whose tokenizer_config.json is `config`; None without one."""
+    """The template of the checkpoint in `path`; None without one. `config` is its tokenizer_config.json."""
     sources = _sources(path, config)
     if "default" not in sources:
         return None
@@ -110,7 +114,7 @@ def load(path: Path, config: dict[str, Any]) -> ChatTemplate | None:
 
 
 def _sources(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    # Later wins: a file of its own replaces what tokenizer_config.json holds.
+    # The last one found wins: a separate file replaces the template in tokenizer_config.json.
     found: dict[str, str] = {}
     inline = config.get("chat_template")
     if isinstance(inline, str):

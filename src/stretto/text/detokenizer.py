@@ -1,7 +1,7 @@
-"""Token ids -> text, one token at a time, with stop strings. One Decoder per sequence; it knows no HTTP.
+"""Token ids -> text, one token at a time, with stop strings. Each sequence has its own Detokenizer.
 
-A token is a run of bytes, and text comes out in whole characters only; where bytes are no UTF-8 stands the
-replacement character, as in the tokenizer's own decoding.
+Text comes out in whole characters. Bytes that are not UTF-8 become the replacement character, as in the
+tokenizer's own decoding.
 """
 
 from __future__ import annotations
@@ -9,59 +9,120 @@ from __future__ import annotations
 import json
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
-from stretto.errors import CheckpointError
+from stretto.text.stop_strings import StopStrings
 
 _Utf8 = getincrementaldecoder("utf-8")
-_BLANK = "\u2581"
+_BLANK = "\u2581"  # SentencePiece writes a blank like this
+_ADDITIVE = {"ByteLevel", "ByteFallback", "Fuse", "Strip", "Metaspace", "Replace"}
+
+
+class TokenDecoder(Protocol):
+    """Turns the tokens of one sequence into text."""
+
+    def push(self, token: int) -> str: ...
+    def flush(self) -> str: ...
 
 
 class Pieces(dict[int, bytes]):
-    """The bytes each token id stands for, worked out when first asked for. Ids without a token are empty."""
+    """The bytes of each token id, computed on first use. Ids without a token have none.
+
+    `additive`: the text of a sequence is the bytes of its tokens, one after the other. This holds for
+    byte-level and SentencePiece tokenizers. For any other kind they are those of the token decoded alone.
+    """
 
     def __init__(self, tokenizer: Tokenizer, hidden: Iterable[int] = ()) -> None:
-        """`hidden` ids show nothing: the special tokens."""
-        super().__init__((id, b"") for id in hidden)
-        self._name = tokenizer.id_to_token
-        self._bytes = _spelling(tokenizer)
+        """`hidden` ids, the special tokens, have no bytes."""
+        self._hidden = frozenset(hidden)
+        super().__init__((id, b"") for id in self._hidden)
+        self._tokenizer = tokenizer
+        self._spelling = _spelling(tokenizer)
+        self.additive = self._spelling is not None
 
     def __missing__(self, id: int) -> bytes:
-        token = self._name(id)
-        piece = b"" if token is None else self._bytes(token)
+        token = self._tokenizer.id_to_token(id)
+        if token is None:
+            piece = b""
+        elif self._spelling is not None:
+            piece = self._spelling(token)
+        else:
+            piece = self._tokenizer.decode([id], skip_special_tokens=False).encode()
         self[id] = piece
         return piece
 
+    def decoder(self) -> TokenDecoder:
+        """A decoder for one sequence: ours where pieces add up, as it is faster, else the library's."""
+        return _PieceDecoder(self) if self.additive else self.library_decoder()
 
-def _spelling(tokenizer: Tokenizer) -> Callable[[str], bytes]:
-    """How the tokenizer's vocabulary spells bytes. Raises CheckpointError for a decoder it does not know."""
+    def library_decoder(self) -> TokenDecoder:
+        """A decoder for one sequence, of the tokenizers library. It works for every kind of tokenizer."""
+        return _LibraryDecoder(self._tokenizer, self._hidden)
+
+
+class _PieceDecoder:
+    __slots__ = ("_pieces", "_utf8")
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+        self._utf8 = _Utf8("replace").decode
+
+    def push(self, token: int) -> str:
+        return self._utf8(self._pieces[token])
+
+    def flush(self) -> str:
+        return self._utf8(b"", True)
+
+
+class _LibraryDecoder:
+    """Decodes with any kind of decoder that the tokenizers library has."""
+
+    __slots__ = ("_hidden", "_pending", "_stream", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = hidden
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        if token in self._hidden:
+            return ""
+        text = self._stream.step(self._tokenizer, token)
+        if text is None:
+            self._pending.append(token)
+            return ""
+        self._pending.clear()
+        return text
+
+    def flush(self) -> str:
+        return self._tokenizer.decode(self._pending, skip_special_tokens=False)
+
+
+def _spelling(tokenizer: Tokenizer) -> Callable[[str], bytes] | None:
+    """How the vocabulary of a byte-level or SentencePiece tokenizer spells bytes; None for another kind."""
     if tokenizer.decoder is None:
-        return lambda token: b" " + token.encode()
-    kinds, unknown = _decoders(json.loads(tokenizer.decoder.__getstate__()))
-    if unknown:
-        raise CheckpointError(
-            f"tokenizer.json decodes with {unknown}, which Stretto does not know; "
-            "byte-level and SentencePiece-like tokenizers work"
-        )
-    return _byte_level if "ByteLevel" in kinds else _sentencepiece
+        return None
+    state: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__())
+    steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
+    if not all(_is_additive(step) for step in steps):
+        return None
+    return _byte_level if any(step["type"] == "ByteLevel" for step in steps) else _sentencepiece
 
 
-def _decoders(state: dict[str, Any]) -> tuple[set[str], str | None]:
-    kinds: set[str] = set()
-    for step in state["decoders"] if state["type"] == "Sequence" else [state]:
-        kind = step["type"]
-        if kind not in {"ByteLevel", "ByteFallback", "Fuse", "Strip", "Metaspace", "Replace"}:
-            return kinds, kind
-        if kind == "Replace" and (step["pattern"], step["content"]) != ({"String": _BLANK}, " "):
-            return kinds, "a Replace of its own"
-        kinds.add(kind)
-    return kinds, None
+def _is_additive(step: dict[str, Any]) -> bool:
+    own_replace = step["type"] == "Replace" and (step["pattern"], step["content"]) != (
+        {"String": _BLANK},
+        " ",
+    )
+    return step["type"] in _ADDITIVE and not own_replace
 
 
 def _byte_alphabet() -> dict[str, int]:
-    # GPT-2's: printable bytes stand for themselves, the others for the code points from 256 on.
+    """GPT-2's: printable bytes stand for themselves, the others for the code points from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -84,58 +145,36 @@ def _sentencepiece(token: str) -> bytes:
 
 
 class Detokenizer:
-    """Text of one sequence. `stopped` is the stop string that ended it, once one did.
+    """The text of one sequence, up to a stop string."""
 
-    Text that may be the beginning of a stop string is held back until it is or is not. The result depends on
-    the characters alone, never on where tokens meet: the stop string that is complete first wins.
-    """
-
-    __slots__ = ("_free", "_held", "_pieces", "_stop", "_utf8", "stopped")
+    __slots__ = ("_decoder", "_push", "_stop", "_unsearched")
 
     def __init__(self, pieces: Pieces, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
         """The text of the first `min_tokens` tokens is not searched for stop strings."""
-        self._pieces = pieces
-        self._stop = stop
-        self._free = min_tokens if stop else 0
-        self._held = ""
-        self._utf8 = _Utf8("replace").decode
-        self.stopped: str | None = None
+        self._decoder = pieces.decoder()
+        self._push = self._decoder.push
+        self._stop = StopStrings(stop) if stop else None
+        self._unsearched = min_tokens
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that ended the text, once one did."""
+        return None if self._stop is None else self._stop.found
 
     def push(self, token: int) -> str:
-        """The text that is certain now that `token` came; often that token's own, sometimes empty."""
-        text = self._utf8(self._pieces[token])
-        if not self._stop:
+        """The text that is certain now: often the token's own, sometimes empty, sometimes more."""
+        text = self._push(token)
+        if self._stop is None:
             return text
-        if self._free:
-            self._free -= 1
+        if self._unsearched:
+            self._unsearched -= 1
             return text
-        return self._watch(text) if text else ""
+        return self._stop.push(text) if text else ""
 
     def flush(self) -> str:
-        """The rest, when the sequence ended."""
-        text = self._utf8(b"", True)
-        if not self._stop:
+        """The remaining text, when the sequence ended."""
+        text = self._decoder.flush()
+        if self._stop is None:
             return text
-        out = self._watch(text) if text and not self.stopped else ""
-        held, self._held = self._held, ""
-        return out + held
-
-    def _watch(self, text: str) -> str:
-        text = self._held + text
-        ends = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
-            _, at, self.stopped = min(ends)
-            self._held = ""
-            return text[:at]
-        keep = max(_overlap(text, stop) for stop in self._stop)
-        cut = len(text) - keep
-        self._held = text[cut:]
-        return text[:cut]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that begin `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+        out = self._stop.push(text) if text and self._stop.found is None else ""
+        return out + self._stop.flush()

@@ -1,4 +1,4 @@
-"""Reads JSON one character at a time: where it is in the value, whether it still is JSON, when it ends."""
+"""Reads JSON one character at a time. It knows where it is in the value and when the value is complete."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Want = Literal["value", "value or ]", "key", "key or }", "colon", "comma", "end"
 
 
 class JsonReader:
-    """One JSON object or array. Feed it characters; ValueError where they stop being JSON.
+    """Reads one JSON object or array.
 
-    After each character: `depth`, `done`, and for members of the outermost object `key` (as JSON, with its
-    quotes) and `in_value` (the character belongs to that key's value).
+    `done`: the value is complete. For members of the outermost object, `key` is the last key as JSON (in
+    quotes) and `in_value` says whether the last character belongs to that key's value.
     """
 
     __slots__ = ("_escape", "_open", "_scalar", "_stack", "_want", "done", "in_value", "key")
@@ -34,13 +34,10 @@ class JsonReader:
         self.in_value = False
         self.key = ""
 
-    @property
-    def depth(self) -> int:
-        return len(self._stack)
-
     def feed(self, character: str) -> None:
+        """Read the next character. Raises ValueError when the text is no longer JSON."""
         if self.done:
-            raise ValueError("more after the end")
+            raise ValueError("text after the end of the value")
         deep = len(self._stack)
         if self._open:
             self._string(character)
@@ -76,16 +73,16 @@ class JsonReader:
     def _escaped(self, character: str) -> None:
         if self._escape == 1:
             if character not in _ESCAPES:
-                raise ValueError("an unknown escape")
+                raise ValueError("an unknown escape sequence")
             self._escape = 5 if character == "u" else 0
         else:
             if character not in _HEX:
-                raise ValueError("an escape that is not hexadecimal")
+                raise ValueError("an escape sequence that is not hexadecimal")
             self._escape = 0 if self._escape == 2 else self._escape - 1
 
     def _end_scalar(self) -> None:
         if not _SCALARS.fullmatch(self._scalar):
-            raise ValueError(f"{self._scalar} is no JSON value")
+            raise ValueError(f"{self._scalar} is not a JSON value")
         self._scalar = ""
         self._want = "comma"
 
@@ -124,4 +121,4 @@ class JsonReader:
         elif character in _SCALAR:
             self._scalar = character
         else:
-            raise ValueError(f"{character!r} begins no value")
+            raise ValueError(f"{character!r} does not begin a value")

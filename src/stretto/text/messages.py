@@ -1,4 +1,4 @@
-"""A chat request's messages and tools -> what a chat template reads, and the grammar of a forced call."""
+"""A chat request -> the values that a chat template reads, and the grammar of a forced tool call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from stretto.types import Grammar
 
 
 def messages(request: ChatRequest, text: TextModel) -> list[dict[str, Any]]:
-    """One dict per message, with only the fields that it has."""
+    """The messages as a chat template reads them: one dict each, without absent fields.
+
+    Raises InvalidRequest for an assistant message without content, or with arguments that are not JSON.
+    """
     thinks = text.template is not None and text.template.mentions(reasoning_parser.OPEN)
     knows_developer = text.template is not None and text.template.mentions("developer")
     found: list[dict[str, Any]] = []
@@ -61,18 +64,18 @@ def _assistant(message: AssistantMessage, path: str, thinks: bool) -> dict[str, 
         content = message.refusal
     if content is None and not message.tool_calls:
         raise InvalidRequest(f"{path} needs content or tool_calls", param=f"{path}.content")
-    said: dict[str, Any] = {"role": "assistant", **_named(message), "content": content}
+    values: dict[str, Any] = {"role": "assistant", **_named(message), "content": content}
     thought = message.reasoning_content
     if thought is None and thinks and content is not None and reasoning_parser.CLOSE in content:
-        # Templates cut the tags out of the content themselves, but only see them where they are not guarded.
-        thought, said["content"] = reasoning_parser.split_whole(content)
+        # A template would cut the reasoning out itself, but cannot see tags that the guard broke.
+        thought, values["content"] = reasoning_parser.split_whole(content)
     if thought is not None:
-        said["reasoning_content"] = thought
+        values["reasoning_content"] = thought
     if message.tool_calls:
-        said["tool_calls"] = [
+        values["tool_calls"] = [
             _called(call, f"{path}.tool_calls[{at}]") for at, call in enumerate(message.tool_calls)
         ]
-    return said
+    return values
 
 
 def _called(call: ToolCall, path: str) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def _called(call: ToolCall, path: str) -> dict[str, Any]:
         arguments = None
     if not isinstance(arguments, dict):
         where = f"{path}.function.arguments"
-        raise InvalidRequest(f"{where} must be a JSON object, written as a string", param=where)
+        raise InvalidRequest(f"{where} must be a string that contains a JSON object", param=where)
     return {
         "id": call.id,
         "type": "function",
@@ -91,7 +94,7 @@ def _called(call: ToolCall, path: str) -> dict[str, Any]:
 
 
 def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:
-    """What the request tells the template. Raises UnsupportedField for what the template does not read."""
+    """The request's variables for the template. Raises UnsupportedField for one that the template ignores."""
     found = dict(request.chat_template_kwargs or {})
     template = text.template
     if template is None:
@@ -99,7 +102,9 @@ def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:
     for name in found:
         if not template.mentions(name):
             where = f"$.chat_template_kwargs.{name}"
-            raise UnsupportedField(f"{where}: this model's chat template does not read it", param=where)
+            raise UnsupportedField(
+                f"{where}: this model's chat template does not use it; leave it out", param=where
+            )
     if (effort := request.reasoning_effort) is not None:
         if template.mentions("reasoning_effort"):
             found.setdefault("reasoning_effort", effort)
@@ -107,13 +112,14 @@ def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:
             found.setdefault("enable_thinking", effort not in ("none", "minimal"))
         else:
             where = "$.reasoning_effort"
-            raise UnsupportedField(f"{where}: this model does not reason by degrees", param=where)
+            raise UnsupportedField(f"{where}: this model does not support it; leave it out", param=where)
     return found
 
 
 @dataclass(frozen=True, slots=True)
-class Calls:
-    """How a request calls tools: `shown` is for the template, `grammar` forces, `parser` reads one answer."""
+class ToolCalling:
+    """How a request calls tools. `shown` are the tools for the template. `grammar` forces a call. `parser`
+    makes the parser of one answer. `single`: the first call ends the answer."""
 
     shown: list[dict[str, Any]] | None = None
     grammar: Grammar | None = None
@@ -121,16 +127,21 @@ class Calls:
     single: bool = False
 
 
-def calls(request: ChatRequest, text: TextModel) -> Calls:
-    """Raises UnsupportedField for tools this model cannot call, InvalidRequest for a tool nobody offered."""
+def calls(request: ChatRequest, text: TextModel) -> ToolCalling:
+    """How the request's tools are called.
+
+    Raises UnsupportedField for tools this model cannot call, InvalidRequest for a tool_choice without a tool.
+    """
     tools = request.tools or []
     choice = request.tool_choice or ("auto" if tools else "none")
     if not tools and choice not in ("none", "auto"):
-        raise InvalidRequest("$.tool_choice asks for a call, but there are no tools", param="$.tool_choice")
+        raise InvalidRequest("$.tool_choice asks for a call, but $.tools is empty", param="$.tool_choice")
     if choice == "none" or not tools:
-        return Calls()
+        return ToolCalling()
     if text.template is None or not text.template.mentions("tools"):
-        raise UnsupportedField("this model's chat template knows no tools", param="$.tools")
+        raise UnsupportedField(
+            "$.tools: this model's chat template has no place for tools; leave them out", param="$.tools"
+        )
     shown: list[dict[str, Any]] = [to_builtins(tool) for tool in tools]
     names = frozenset(tool.function.name for tool in tools)
     single = request.parallel_tool_calls is False
@@ -138,40 +149,42 @@ def calls(request: ChatRequest, text: TextModel) -> Calls:
         return _named_call(choice.function.name, tools, shown)
     if choice == "required":
         grammar = Grammar("json_schema", json.dumps(_any_call(tools, single)))
-        return Calls(shown, grammar, lambda: ToolParser(FORCED, names))
+        return ToolCalling(shown, grammar, lambda: ToolParser(FORCED, names))
     for at, tool in enumerate(tools):
         if tool.function.strict:
             where = f"$.tools[{at}].function.strict"
             raise UnsupportedField(
-                f"{where} needs a tool_choice that forces a call: `required`, or the function by name",
+                f"{where} needs a tool_choice that forces a call: `required`, or the name of the function",
                 param=where,
             )
-    form = format_of(text)
+    form = _format_of(text)
     if form is None:
         raise UnsupportedField(
-            "this model writes tool calls in a way Stretto cannot read; tool_choice `required` works",
+            "$.tools: Stretto cannot read this model's tool calls; tool_choice `required` works",
             param="$.tools",
         )
-    return Calls(shown, None, lambda: ToolParser(form, names), single)
+    return ToolCalling(shown, None, lambda: ToolParser(form, names), single)
 
 
-def format_of(text: TextModel) -> ToolFormat | None:
-    """The tool calls that the checkpoint's template, or else its vocabulary, knows."""
+def _format_of(text: TextModel) -> ToolFormat | None:
+    """The tool call format that the chat template mentions, or else the vocabulary has tokens for."""
     template = text.template
     return None if template is None else choose(template.mentions) or choose(text.holds)
 
 
-def _named_call(name: str, tools: list[Tool], shown: list[dict[str, Any]]) -> Calls:
+def _named_call(name: str, tools: list[Tool], shown: list[dict[str, Any]]) -> ToolCalling:
     for tool in tools:
         if tool.function.name == name:
             schema = tool.function.parameters or {"type": "object"}
-            return Calls(shown, Grammar("json_schema", json.dumps(schema)), lambda: NamedCallParser(name))
+            return ToolCalling(
+                shown, Grammar("json_schema", json.dumps(schema)), lambda: NamedCallParser(name)
+            )
     where = "$.tool_choice.function.name"
-    raise InvalidRequest(f"{where}: there is no tool {name!r} among the tools", param=where)
+    raise InvalidRequest(f"{where}: $.tools has no function {name!r}", param=where)
 
 
 def _any_call(tools: list[Tool], single: bool) -> dict[str, Any]:
-    """The schema of a list of calls. Each tool's own schema moves to a definition, its references with it."""
+    """The schema of a list of calls. Each tool's schema becomes a definition, and its references follow."""
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for at, tool in enumerate(tools):

@@ -1,26 +1,28 @@
-"""Splits what a thinking model says into its reasoning, between `<think>` and `</think>`, and its answer."""
+"""Splits the text of a reasoning model into reasoning, between `<think>` and `</think>`, and answer."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+from stretto.text.stop_strings import partial_match
+
 OPEN, CLOSE = "<think>", "</think>"
 
 
 class ReasoningParser:
-    """The split of one answer. Line breaks next to the tags belong to neither side."""
+    """Splits one answer. Line breaks next to the tags belong to neither part."""
 
     __slots__ = ("_held", "_state")
 
     def __init__(self, opened: bool) -> None:
-        """`opened`: the prompt ended inside `<think>`, so the answer begins with reasoning."""
+        """`opened`: the prompt ends with `<think>`, so the answer begins with reasoning."""
         self._state: Literal["start", "trim", "thinking", "trim answer", "answer"] = (
             "trim" if opened else "start"
         )
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str]:
-        """(reasoning, answer) that are certain now."""
+        """The (reasoning, answer) text that is certain now."""
         if self._state == "answer":
             return "", text
         text = self._held + text
@@ -34,7 +36,7 @@ class ReasoningParser:
         return ("", text) if self._state == "answer" else ("", "")
 
     def flush(self) -> tuple[str, str]:
-        """The rest, when the answer ended."""
+        """The remaining (reasoning, answer) text, when the answer ended."""
         held, self._held = self._held, ""
         return (held.rstrip("\n"), "") if self._state == "thinking" else ("", held)
 
@@ -55,21 +57,14 @@ class ReasoningParser:
             self._state = "trim answer"
             _, answer = self.push(rest) if rest else ("", "")
             return thought.rstrip("\n"), answer
-        cut = _certain(text)
+        # The beginning of the closing tag, and line breaks before it, are not certain yet.
+        cut = len(text[: len(text) - partial_match(text, CLOSE)].rstrip("\n"))
         self._held = text[cut:]
         return text[:cut], ""
 
 
-def _certain(text: str) -> int:
-    """Length of the part that is neither the beginning of the closing tag nor line breaks before it."""
-    for length in range(min(len(CLOSE) - 1, len(text)), 0, -1):
-        if text.endswith(CLOSE[:length]):
-            return len(text[:-length].rstrip("\n"))
-    return len(text.rstrip("\n"))
-
-
 def split_whole(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of a finished answer that a client sends back."""
+    """The (reasoning, answer) of a complete answer that a client sends back in the history."""
     reasoning = ReasoningParser(opened=CLOSE in text and not text.lstrip().startswith(OPEN))
     thought, answer = reasoning.push(text)
     more_thought, more_answer = reasoning.flush()

@@ -1,7 +1,7 @@
-"""Special tokens that a user types are text: they must never reach the tokenizer whole.
+"""Keeps special tokens that a user types from being encoded as special tokens.
 
-Before a chat is rendered, each added token found in what the user wrote is broken by a secret mark; the
-rendered text is split at the mark and its pieces are encoded apart. Text without such tokens is not touched.
+Before a chat is rendered, each added token in the user's text is broken in two by a secret mark. The rendered
+text is split at the marks, and each piece is encoded alone. Text without added tokens is left as it is.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from secrets import token_hex
 from typing import Any
 
 
-class Literals:
-    """Finds and breaks the added tokens of one tokenizer. `contents` are their texts."""
+class SpecialTokenGuard:
+    """Finds and breaks the added tokens of one tokenizer."""
 
     def __init__(self, contents: Iterable[str]) -> None:
-        # Runs of blanks are added tokens of some code models: harmless, and part of every indent.
+        """`contents` are the texts of the added tokens."""
+        # Some code models have added tokens for runs of blanks. They are harmless, and every indent has them.
         dangerous = [content for content in contents if len(content) > 1 and not content.isspace()]
-        # Hexadecimal survives every filter a template may apply; 128 random bits are not guessed.
+        # Hexadecimal survives every filter of a template, and nobody guesses 128 random bits.
         self._mark = token_hex(16)
         self._token = re.compile(_trie(dangerous)) if dangerous else None
 
     def guard(self, value: Any) -> Any:
-        """The same JSON value, each token in its strings and keys broken behind its first character."""
+        """The same JSON value, each added token in its strings and keys broken after the first character."""
         if isinstance(value, str):
             return self._guard_text(value)
         if isinstance(value, list):
@@ -33,7 +34,7 @@ class Literals:
         return value
 
     def split(self, rendered: str) -> list[str]:
-        """The pieces to encode apart; one alone when nothing was broken."""
+        """The pieces to encode alone; a single one when nothing was broken."""
         return rendered.split(self._mark)
 
     def _guard_text(self, text: str) -> str:
@@ -42,7 +43,7 @@ class Literals:
         pieces: list[str] = []
         done = 0
         while found is not None:
-            # One further, not behind the match: what is left of a broken token may itself begin another.
+            # Search on after one character, not after the match: the rest of the token may hold another one.
             cut = found.start() + 1
             pieces.append(text[done:cut])
             done = cut
@@ -52,9 +53,9 @@ class Literals:
 
 
 def _trie(words: list[str]) -> str:
-    """A regex for any of `words`, by shared prefixes, so that thousands cost no more than a few.
+    """A regex that matches any of `words`. Shared prefixes are merged, so thousands of words cost little.
 
-    Only whether a word starts at a position matters, so a word that is a prefix of others hides them.
+    It need not find the longest word, so a word that is a prefix of others replaces them.
     """
     root: dict[str, Any] = {}
     for word in sorted(words):

@@ -1,7 +1,7 @@
 """One model's text: its tokenizer and chat template. Text and messages in, token ids out, and back.
 
-What a chat user types is text, special tokens included; a raw prompt is the caller's whole model input, so
-special tokens are special in it. Sampling defaults in generation_config.json are not applied: OpenAI's hold.
+In a chat, special tokens that a user types are plain text. A raw prompt is the model's whole input, so its
+special tokens count as such. Sampling defaults in generation_config.json are ignored: OpenAI's apply.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from stretto.errors import CheckpointError, UnsupportedField
 from stretto.text import chat_template
 from stretto.text.detokenizer import BYTE_ALPHABET, Detokenizer, Pieces
-from stretto.text.special_tokens import Literals
+from stretto.text.special_tokens import SpecialTokenGuard
 
 NULL = "null"
 
 
 class TextModel:
-    """The text side of the checkpoint in `path`; `null` is the null model's: one token per byte.
+    """The tokenizer and chat template of the checkpoint in `path`.
 
-    `eos` are the ids that end an answer. Raises CheckpointError for a tokenizer that is missing or unknown.
+    The path `null` gives the null model's tokenizer, which has one token per byte. Raises CheckpointError for
+    a tokenizer that is missing or does not load.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,54 +39,54 @@ class TextModel:
         self.template = chat_template.load(path, config) if not is_null else _null_template()
         self._added = self.tokenizer.get_added_tokens_decoder()
         self._special = {id for id, token in self._added.items() if token.special}
-        self._literals = Literals(token.content for token in self._added.values())
+        self._guard = SpecialTokenGuard(token.content for token in self._added.values())
         self._continuation: Tokenizer | None = None
         self._pieces: dict[frozenset[str], Pieces] = {}
         self.pieces = self._pieces_showing(frozenset())
-        self.vocab = self.tokenizer.get_vocab_size()
-        self.eos = _eos(path, self.tokenizer, config)
 
     def encode(self, text: str) -> list[int]:
-        """A raw prompt's ids: special tokens parse, and the tokenizer's own BOS or EOS is added."""
-        # The batch call, even for one: it gives the interpreter lock back, and counts no offsets.
+        """The ids of a raw prompt, with its special tokens and the tokenizer's own BOS or EOS."""
+        # The batch call, even for one text: it releases the interpreter lock and computes no offsets.
         return self.tokenizer.encode_batch_fast([text])[0].ids
 
     def encode_chat(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
     ) -> list[int]:
-        """The ids of a chat, ready for the answer. Raises UnsupportedField when the model has no template."""
+        """The ids of a chat up to its answer. Raises UnsupportedField when the model has no chat template."""
         return self.encode_rendered(self.render(messages, tools, variables))
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
     ) -> str:
-        """The prompt's text. Special tokens that came with the arguments are marked as broken in it."""
+        """The text of a chat's prompt. Special tokens in the arguments are broken by a secret mark."""
         if self.template is None:
             raise UnsupportedField(
-                f"the model in {self.path.name} has no chat template: use /v1/completions", param="$.messages"
+                f"the model in {self.path.name} has no chat template; use /v1/completions instead",
+                param="$.messages",
             )
-        guard = self._literals.guard
+        guard = self._guard.guard
         return self.template.render(guard(messages), guard(tools) if tools else None, guard(variables))
 
     def encode_rendered(self, rendered: str) -> list[int]:
         """The ids of what `render` returned."""
-        first, *rest = self._literals.split(rendered)
+        first, *rest = self._guard.split(rendered)
         ids = self.tokenizer.encode_batch_fast([first], add_special_tokens=False)[0].ids
         for piece in rest:
-            ids += self._within_text().encode_batch_fast([piece], add_special_tokens=False)[0].ids
+            ids += self._continuing_tokenizer().encode_batch_fast([piece], add_special_tokens=False)[0].ids
         return ids
 
     def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def detokenizer(
         self, stop: tuple[str, ...] = (), min_tokens: int = 0, show: frozenset[str] = frozenset()
     ) -> Detokenizer:
-        """For one answer. `show` are special tokens to keep in the text, those that mark tool calls."""
+        """A detokenizer for one answer. `show` are special tokens to keep in the text, as tool calls need."""
         return Detokenizer(self._pieces_showing(show), stop, min_tokens)
 
     def holds(self, token: str) -> bool:
-        """Whether `token` is one token of its own."""
+        """Whether the vocabulary has `token`."""
         return self.tokenizer.token_to_id(token) is not None
 
     def _pieces_showing(self, show: frozenset[str]) -> Pieces:
@@ -94,8 +95,8 @@ class TextModel:
             self._pieces[show] = Pieces(self.tokenizer, hidden)
         return self._pieces[show]
 
-    def _within_text(self) -> Tokenizer:
-        """The tokenizer for text that continues other text: SentencePiece's adds no blank in front."""
+    def _continuing_tokenizer(self) -> Tokenizer:
+        """The tokenizer for text that continues other text: it adds no blank in front, as Llama 2's does."""
         if self._continuation is None:
             whole: dict[str, Any] = json.loads(self.tokenizer.to_str())
             for part in ("normalizer", "pre_tokenizer"):
@@ -119,7 +120,8 @@ def _load(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(
-            f"{path} has no tokenizer.json; save the tokenizer again with a fast tokenizer of transformers"
+            f"{path} has no tokenizer.json: save one there with AutoTokenizer.from_pretrained(...)"
+            ".save_pretrained(...) of transformers"
         )
     try:
         return Tokenizer.from_file(str(file))
@@ -136,19 +138,8 @@ def _json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
 
 
-def _eos(path: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> frozenset[int]:
-    for name in ("generation_config.json", "config.json"):
-        ids = _json(path / name).get("eos_token_id")
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    token = config.get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    id = tokenizer.token_to_id(token) if isinstance(token, str) else None
-    return frozenset() if id is None else frozenset([id])
-
-
 def _null_tokenizer() -> Tokenizer:
-    """Reads any text as bytes; each of the null model's other tokens says three letters and a blank."""
+    """Encodes text as bytes. The null model's other tokens are three letters and a blank each."""
     vocabulary = dict(BYTE_ALPHABET)
     blank = next(character for character, byte in BYTE_ALPHABET.items() if byte == 0x20)
     for letters in product(ascii_lowercase[:16], repeat=3):

@@ -1,7 +1,7 @@
-"""Finds tool calls in what a model says, while it says it: Hermes and Qwen, Llama 3, Mistral, forced ones.
+"""Finds tool calls in text while a model generates it: Hermes and Qwen, Llama 3, Mistral, and forced calls.
 
-Arguments leave as they are written. What begins like a call and is none is content again: nothing is lost.
-It knows no HTTP and no tokenizer.
+Arguments are streamed as they are generated. Text that begins like a call and is none becomes content, so no
+text is lost. This module knows no HTTP and no tokenizer.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from typing import Literal
 
 from stretto.protocol.openai import FunctionDelta, ToolCallDelta
 from stretto.text.json_stream import JsonReader
+from stretto.text.stop_strings import partial_match
 
 ARGUMENTS = ("arguments", "parameters")
+LONGEST_NAME = 256
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a family of models writes calls. `opener` announces them, `closer` ends each.
+    """How a family of models writes calls: `opener`, one or more calls, `closer`.
 
-    `bare`: the answer may begin with a call unannounced, which counts only with the name of a tool that was
-    offered. `named`: after the opener may stand a name, `[ARGS]` and the arguments. `forced`: calls are all
-    there is.
+    `bare`: the answer may begin with a call without an opener, if it names a tool of the request. `named`:
+    the opener may be followed by a name, `[ARGS]` and the arguments. `forced`: the whole answer is calls.
     """
 
     opener: str
@@ -43,13 +44,13 @@ MARKERS = frozenset({LLAMA.opener, MISTRAL.opener, ARGS, HERMES.opener, HERMES.c
 
 
 def choose(mentions: Callable[[str], bool]) -> ToolFormat | None:
-    """The format whose opener the chat template (or the vocabulary) mentions."""
+    """The format whose opener is mentioned in the chat template, or is in the vocabulary."""
     return next((form for form in (HERMES, MISTRAL, LLAMA) if mentions(form.opener)), None)
 
 
 @dataclass(frozen=True, slots=True)
 class AbandonedCall:
-    """What was taken for call `index` is none. `raw` is all its text, `rest` what no delta has carried."""
+    """The text taken for call `index` is not a call. `unsent` is the part of it that no delta contained."""
 
     index: int
     text: str
@@ -61,10 +62,10 @@ State = Literal["text", "open", "name", "call", "close"]
 
 
 class ToolParser:
-    """The calls of one answer. `calls` counts those that are whole."""
+    """Finds the calls of one answer. `calls` counts the complete ones."""
 
     def __init__(self, form: ToolFormat, names: frozenset[str]) -> None:
-        """`names` are the tools that were offered."""
+        """`names` are the tools of the request."""
         self._form = form
         self._names = names if form.bare else None
         self._state: State = "open" if form.forced else "text"
@@ -77,27 +78,28 @@ class ToolParser:
         self.calls = 0
 
     def push(self, text: str) -> list[ToolEvent]:
-        said: list[ToolEvent] = []
+        """The content and parts of calls that are certain now."""
+        events: list[ToolEvent] = []
         while text:
-            text = self._text(text, said) if self._state == "text" else self._characters(text, said)
+            text = self._text(text, events) if self._state == "text" else self._characters(text, events)
         if self._state == "call":
-            self._tell(said)
-        return said
+            self._emit(events)
+        return events
 
     def flush(self) -> list[ToolEvent]:
-        """The rest, when the answer ended."""
-        said: list[ToolEvent] = []
+        """The remaining content and calls, when the answer ended."""
+        events: list[ToolEvent] = []
         if self._state == "text":
             if self._held and not (self.calls and self._held.isspace()):
-                said.append(self._held)
+                events.append(self._held)
         elif self._state == "call" and self._form.forced:
-            self._tell(said)
+            self._emit(events)
         elif self._state in ("call", "name") or (self._state == "open" and not self._array):
-            self._fail(said)
-        return said
+            self._abandon(events)
+        return events
 
-    def _text(self, text: str, said: list[ToolEvent]) -> str:
-        """Content up to an opener; returns what follows it."""
+    def _text(self, text: str, events: list[ToolEvent]) -> str:
+        """Emit the content before an opener. Returns the text after it."""
         text = self._held + text
         self._held = ""
         opener = self._form.opener
@@ -111,28 +113,28 @@ class ToolParser:
                 return ""
         at = text.find(opener) if opener else -1
         if at < 0:
-            cut = len(text) - _overlap(text, opener)
+            cut = len(text) - partial_match(text, opener)
             if self.calls and text[:cut].isspace():
                 cut = 0
-            self._content(text[:cut], said)
+            self._content(text[:cut], events)
             self._held = text[cut:]
             return ""
         if not (self.calls and text[:at].isspace()):
-            self._content(text[:at], said)
+            self._content(text[:at], events)
         self._open(opener)
         return text[at + len(opener) :]
 
-    def _content(self, text: str, said: list[ToolEvent]) -> None:
+    def _content(self, text: str, events: list[ToolEvent]) -> None:
         if text:
             self._begun = True
-            said.append(text)
+            events.append(text)
 
     def _open(self, raw: str) -> None:
         self._state, self._raw, self._array = "open", raw, False
         self._call = _Call(self._names)
 
-    def _characters(self, text: str, said: list[ToolEvent]) -> str:
-        """Reads on while inside calls; returns what is content again."""
+    def _characters(self, text: str, events: list[ToolEvent]) -> str:
+        """Read the text inside calls. Returns the text after them."""
         for at, character in enumerate(text):
             if self._state == "close":
                 if not self._close(character):
@@ -146,10 +148,10 @@ class ToolParser:
             try:
                 self._read(character)
             except ValueError:
-                self._fail(said)
+                self._abandon(events)
                 return text[at + 1 :]
             if self._call.done:
-                self._tell(said)
+                self._emit(events)
                 self._index += 1
                 self.calls += 1
                 self._state, self._raw = "close", ""
@@ -176,7 +178,7 @@ class ToolParser:
             raise ValueError("neither an object nor a name")
 
     def _close(self, character: str) -> bool:
-        """Whether `character` belongs between or behind calls."""
+        """Read a character between or after calls. Returns False when it is content."""
         if self._array and character == ",":
             self._state = "open"
         elif self._array and character == "]":
@@ -191,78 +193,76 @@ class ToolParser:
             return False
         return True
 
-    def _tell(self, said: list[ToolEvent]) -> None:
-        """The part of the current call that can be told."""
+    def _emit(self, events: list[ToolEvent]) -> None:
+        """Emit the part of the current call that has not been sent, once its name is known."""
         call = self._call
-        if call.name is None or not call.begun:
+        if call.name is None or not call.has_arguments:
             return
-        arguments = call.take()
-        if not call.told:
-            call.told = True
-            function = FunctionDelta(name=call.name, arguments=arguments)
-            # Nine letters or digits: what Mistral's templates insist on.
-            delta = ToolCallDelta(index=self._index, id=token_hex(5)[:9], type="function", function=function)
-            said.append(delta)
+        first, arguments = call.sent is None, call.take()
+        if first:
+            events.append(_first_delta(self._index, call.name, arguments))
         elif arguments:
-            said.append(ToolCallDelta(index=self._index, function=FunctionDelta(arguments=arguments)))
+            events.append(ToolCallDelta(index=self._index, function=FunctionDelta(arguments=arguments)))
 
-    def _fail(self, said: list[ToolEvent]) -> None:
-        raw, call = self._raw, self._call
+    def _abandon(self, events: list[ToolEvent]) -> None:
+        raw, sent = self._raw, self._call.sent
         self._state, self._raw, self._begun = "text", "", True
-        if call.told:
-            told = call.sent
-            said.append(AbandonedCall(self._index, raw, raw[raw.find(told) + len(told) :] if told else raw))
+        if sent is not None:
+            unsent = raw[raw.find(sent) + len(sent) :] if sent else raw
+            events.append(AbandonedCall(self._index, raw, unsent))
             self._index += 1
         elif raw:
-            said.append(raw)
+            events.append(raw)
+
+
+def _first_delta(index: int, name: str, arguments: str) -> ToolCallDelta:
+    # Mistral's templates insist on ids of nine letters or digits.
+    function = FunctionDelta(name=name, arguments=arguments)
+    return ToolCallDelta(index=index, id=token_hex(5)[:9], type="function", function=function)
 
 
 class _Call:
-    """One call being read: `{"name": .., "arguments": ..}`, or a name and its arguments."""
+    """One call being read: `{"name": .., "arguments": ..}`, or a name and then its arguments.
+
+    `sent` are the arguments taken so far; None before the first `take`.
+    """
 
     def __init__(self, names: frozenset[str] | None) -> None:
         self._names = names
         self._json = JsonReader()
         self._key = ""
         self._value = ""
-        self._seen = False
-        self._pending = ""
-        self._plain = False
-        self._ahead = ""
+        self._unsent = ""
+        self._prefix = ""
+        self.has_arguments = False
         self.name: str | None = None
-        self.sent = ""
-        self.told = False
+        self.sent: str | None = None
         self.done = False
 
-    @property
-    def begun(self) -> bool:
-        """Whether it has come to the arguments, so that it may be told of."""
-        return self._seen or self.done
-
     def take(self) -> str:
-        """Arguments that nobody has been told of."""
-        pending, self._pending = self._pending, ""
-        self.sent += pending
-        return pending
+        """The arguments read since the last `take`."""
+        unsent, self._unsent = self._unsent, ""
+        self.sent = (self.sent or "") + unsent
+        return unsent
 
     def feed_name(self, character: str) -> bool:
-        """A character of a name that the arguments follow; True once those begin."""
-        self._ahead += character
+        """Read a character of a name before its arguments. Returns True when the arguments begin."""
         if character == "{":
-            self._know(self._ahead[:-1].removesuffix(ARGS).strip())
-            self._plain = True
-            self._seen = True
+            self._set_name(self._prefix.removesuffix(ARGS).strip())
+            self.has_arguments = True
             self.feed(character)
             return True
-        if character == "\n" or len(self._ahead) > 256:
-            raise ValueError("no name of a tool")
+        self._prefix += character
+        if character == "\n" or len(self._prefix) > LONGEST_NAME:
+            raise ValueError("not the name of a tool")
         return False
 
     def feed(self, character: str) -> None:
+        """Read a character of the JSON. Raises ValueError when this is not a call."""
         reader = self._json
         reader.feed(character)
-        if self._plain:
-            self._pending += character
+        if self._prefix:
+            self._unsent += character
         elif reader.in_value:
             self._member(character)
         elif self._value:
@@ -270,9 +270,9 @@ class _Call:
         if reader.done:
             if self.name is None:
                 raise ValueError("a call without a name")
-            if not self._seen:
-                self._pending = "{}"
-            self.done = True
+            if not self.has_arguments:
+                self._unsent = "{}"
+            self.has_arguments = self.done = True
 
     def _member(self, character: str) -> None:
         if not self._value:
@@ -280,48 +280,42 @@ class _Call:
             self._key = "arguments" if key in ARGUMENTS else key
         self._value += character
         if self._key == "arguments" and self._value[0] == "{":
-            self._seen = True
-            self._pending += character
+            self.has_arguments = True
+            self._unsent += character
 
     def _end_member(self) -> None:
         value, self._value = self._value, ""
         if self._key == "name":
-            self._know(json.loads(value))
+            self._set_name(json.loads(value))
         elif self._key == "arguments" and value[0] != "{":
             inner = json.loads(value)
-            # Some models write the arguments as a string of JSON.
+            # Some models write the arguments as a string that contains JSON.
             if inner is not None and not (isinstance(inner, str) and isinstance(json.loads(inner), dict)):
                 raise ValueError("arguments that are no object")
-            self._pending += inner or "{}"
-            self._seen = True
+            self._unsent += inner or "{}"
+            self.has_arguments = True
 
-    def _know(self, name: object) -> None:
+    def _set_name(self, name: object) -> None:
         if not isinstance(name, str) or not name or (self._names is not None and name not in self._names):
-            raise ValueError("no name of a tool")
+            raise ValueError("not the name of a tool")
         self.name = name
 
 
 class NamedCallParser:
-    """The one call that `tool_choice` names: a grammar makes the whole answer its arguments."""
+    """The one call that `tool_choice` names. A grammar makes the whole answer its arguments."""
 
     def __init__(self, name: str) -> None:
         self._name: str | None = name
         self.calls = 0
 
     def push(self, text: str) -> list[ToolEvent]:
+        """The next part of the arguments."""
         if self._name is None:
             return [ToolCallDelta(index=0, function=FunctionDelta(arguments=text))] if text else []
-        function = FunctionDelta(name=self._name, arguments=text)
-        self._name = None
-        return [ToolCallDelta(index=0, id=token_hex(5)[:9], type="function", function=function)]
+        name, self._name = self._name, None
+        return [_first_delta(0, name, text)]
 
     def flush(self) -> list[ToolEvent]:
+        """The call is complete."""
         self.calls = 1
         return self.push("") if self._name is not None else []
-
-
-def _overlap(text: str, opener: str) -> int:
-    for length in range(min(len(opener) - 1, len(text)), 0, -1):
-        if text.endswith(opener[:length]):
-            return length
-    return 0

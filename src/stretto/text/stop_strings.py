@@ -1,0 +1,42 @@
+"""Finds stop strings in text that arrives in pieces, and holds back text that may become one."""
+
+from __future__ import annotations
+
+
+class StopStrings:
+    """The stop strings of one answer. `found` is the one that ended it, once one did.
+
+    The result depends on the characters alone, not on the pieces. The stop string complete first wins.
+    """
+
+    __slots__ = ("_held", "_stop", "found")
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """The text before a stop string, or all that cannot become part of one any more."""
+        text = self._held + text
+        ends = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            _, at, self.found = min(ends)
+            self._held = ""
+            return text[:at]
+        cut = len(text) - max(partial_match(text, stop) for stop in self._stop)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def flush(self) -> str:
+        """The text held back, when the answer ended."""
+        held, self._held = self._held, ""
+        return held
+
+
+def partial_match(text: str, marker: str) -> int:
+    """The length of the longest proper prefix of `marker` that `text` ends with."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:length]):
+            return length
+    return 0
