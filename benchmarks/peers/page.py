@@ -23,15 +23,16 @@ TITLES = {
     "first_token_s": "start to first token, s",
     "memory_gib": "memory at 512 tokens, GiB",
 }
-PAGE = """# Beside its peers
+PAGE = """# Compared with other engines
 
-One machine, one checkpoint with random weights, {threads} threads, each engine by itself without a server.
-All are measured in turn in every round, the others stopped; figures are medians over the rounds. Prompts are
-token ids drawn at random, answers greedy and of fixed length.
-`python benchmarks/peers/run.py --home DIR --docs docs` makes this page.
+All engines run on one machine, from one checkpoint with random weights, with {threads} threads and without a
+server. In every round each engine has one turn while the others are stopped. A figure is the median over the
+rounds. Prompts are token ids drawn at random. Answers are greedy and have a fixed length. One command makes
+this page: `python benchmarks/peers/run.py --home DIR --docs docs`
 
-A ratio is Stretto against the best peer with as many bits or fewer and, where that has fewer, against the
-best with as many; above 1 Stretto is better.
+A ratio above 1 means that Stretto is better. The bold ratio is against the best engine that uses as many bits
+per weight as Stretto, or fewer. If that engine uses fewer bits, a second ratio is against the best one with
+as many.
 """
 
 
@@ -163,7 +164,7 @@ def plot(result: Result) -> str:
 
 def _panel(result: Result, figure: str, title: str, at: tuple[int, int]) -> Iterator[str]:
     left, top = at
-    less = ", less is better" if figure in LESS else ""
+    less = ", lower is better" if figure in LESS else ""
     yield f'<text class="title" x="{left}" y="{top + 15}">{escape(title + less)}</text>'
     most = max(getattr(each, figure) for each in result.engines)
     room = WIDTH // 2 - LABEL - VALUE - 10
