@@ -10,19 +10,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import msgspec
 from rich.table import Table
+from serving import serving
 
 from stretto import terminal
 from stretto.bench import traces
@@ -33,7 +27,6 @@ from stretto.simulator.replay import CPU_TIERS, ReplayReport, Setting
 from stretto.types import Arrival
 
 SHORTER = 10
-START_S = 120.0
 SCHEDULES = ("fcfs", "deadline")
 
 
@@ -59,36 +52,10 @@ def tiers() -> dict[str, Tier]:
     return scaled
 
 
-@contextmanager
-def serving(model: Path, schedule: str, quantise: str) -> Iterator[str]:
-    """The address of a server that is ready."""
-    with tempfile.TemporaryFile("w+") as said:
-        command = [sys.executable, "-m", "stretto", "serve", f"model={model}", "--port", "0"]
-        command += ["--schedule", schedule, "--context", "4096"] + (
-            ["--quantise", quantise] if quantise else []
-        )
-        process = subprocess.Popen(command, stdout=said)
-        try:
-            deadline = time.monotonic() + START_S
-            while "http://" not in (text := Path(f"/proc/self/fd/{said.fileno()}").read_text()):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    sys.exit("the server did not start")
-                time.sleep(0.1)
-            url = next(word for word in text.split() if word.startswith("http://"))
-            while not _ready(url) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            yield url
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _ready(url: str) -> bool:
-    try:
-        with urlopen(f"{url}/ready") as page:
-            return page.status == 200
-    except URLError:
-        return False
+def started(model: Path, schedule: str, quantise: str) -> AbstractContextManager[str]:
+    """A server of the model under this schedule. Gives its address."""
+    weights = ["--quantise", quantise] if quantise else []
+    return serving(f"model={model}", "--schedule", schedule, "--context", "4096", *weights)
 
 
 async def capacity(url: str, arrivals: list[Arrival], setting: Setting) -> float:
@@ -145,7 +112,7 @@ def main() -> None:
     rate: float | None = asked.rate
     for _ in range(asked.rounds):
         for name in SCHEDULES:
-            with serving(asked.model, name, asked.quantise) as url:
+            with started(asked.model, name, asked.quantise) as url:
                 if rate is None:
                     rate = asyncio.run(capacity(url, known, settings["fcfs"]))
                 window = known[: max(int(rate * asked.load * asked.seconds), 2)]

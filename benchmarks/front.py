@@ -9,25 +9,20 @@ fast their own closed loop can ask again.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 import msgspec
 import uvloop
 from rich.table import Table
+from serving import serving
 
 from stretto import terminal
 from stretto.bench.load import Load, run
 from stretto.bench.metrics import LoadReport, Sample
 
 WORDS = "The order left our warehouse on Monday and should reach you within the week. "
-START_S = 60.0
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -59,24 +54,6 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     ttft_max_ms: float
     tokens_per_s: float
     failed: int
-
-
-@contextmanager
-def serving(step_ms: int) -> Iterator[str]:
-    """The address of a server of the null model."""
-    with tempfile.TemporaryFile("w+") as said:
-        command = [sys.executable, "-m", "stretto", "serve", f"null=null:{step_ms}", "--port", "0"]
-        process = subprocess.Popen(command, stdout=said)
-        try:
-            deadline = time.monotonic() + START_S
-            while "http://" not in (text := Path(f"/proc/self/fd/{said.fileno()}").read_text()):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    sys.exit("the server did not start")
-                time.sleep(0.05)
-            yield next(word for word in text.split() if word.startswith("http://"))
-        finally:
-            process.terminate()
-            process.wait()
 
 
 async def measure(url: str, prompts: Path, case: Case) -> LoadReport:
@@ -121,7 +98,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     reports: dict[str, list[LoadReport]] = {case.name: [] for case in CASES}
-    with tempfile.TemporaryDirectory() as folder, serving(0) as quick, serving(10) as slow:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving("null=null:0") as quick,
+        serving("null=null:10") as slow,
+    ):
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("\n".join(f"{number}. {WORDS * 6}" for number in range(64)))
         for _ in range(asked.rounds):

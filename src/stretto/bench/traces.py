@@ -119,19 +119,19 @@ def _lmcache(path: Path, first: Line, lines: Iterator[Line], seed: int) -> Itera
         yield msgspec.structs.replace(plain, tenant=str(row.session_id))
 
 
-class _Call(Struct, rename={"tokens_in": "in", "tokens_out": "out"}):
+class _SessionCall(Struct, rename={"tokens_in": "in", "tokens_out": "out"}):
     """A call at `t` seconds from its session's start. A sub-agent has `requests` of its own."""
 
     t: float
     type: str = ""
     tokens_in: int | None = None
     tokens_out: int | None = None
-    requests: list[_Call] | None = None
+    requests: list[_SessionCall] | None = None
 
 
 class _Session(Struct):
     id: str | int
-    requests: list[_Call]
+    requests: list[_SessionCall]
 
 
 def _sessions(path: Path, first: Line, lines: Iterator[Line], seed: int) -> Iterator[Arrival]:
@@ -145,7 +145,7 @@ def _sessions(path: Path, first: Line, lines: Iterator[Line], seed: int) -> Iter
     yield from sorted(calls, key=lambda call: call.at)
 
 
-def _flattened(calls: Iterable[_Call], start: float) -> Iterator[tuple[float, _Call]]:
+def _flattened(calls: Iterable[_SessionCall], start: float) -> Iterator[tuple[float, _SessionCall]]:
     """The calls that a model answers, each with its time in seconds."""
     for call in calls:
         if call.requests is not None:
