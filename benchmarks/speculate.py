@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -318,7 +319,7 @@ def verify(path: Path, quantise: Quantise | None, rounds: int) -> list[Verified]
         sampling = Sampling(temperature=0.0, max_tokens=64)
         request = Request(id=1, model="m", prompt=(5,) * context, arrival=0.0, sampling=sampling)
         seq = Sequence.of(request, 2048)
-        seq.slot, seq.blocks, seq.tabled = 0, list(range(2048 // 16)), 0
+        seq = replace(seq, slot=0, kv=replace(seq.kv, blocks=list(range(2048 // 16))))
         runner.launch(Plan("m", [Row(seq, 0, context, True)])).wait()
         took: dict[int, list[float]] = {rows: [] for rows in ROWS}
         for _ in range(rounds):

@@ -250,6 +250,48 @@ def test_modules_say_what_they_own():
     assert {name for name, text in texts.items() if not 1 <= len(text.splitlines()) <= 8} == set()
 
 
+def assigned(name: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Each field that a module assigns, with the module and, where the target is `self`, the class."""
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    own = {id(node): holder.name for holder in classes for node in ast.walk(holder)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            itself = isinstance(node.value, ast.Name) and node.value.id == "self"
+            yield node.attr, f"{name}.{own[id(node)]}" if itself else name
+
+
+# The engine's structures -> the one module that assigns their fields after construction.
+WRITERS: dict[str, tuple[str, str]] = {
+    "Sequence": ("engine.sequence", "engine.core"),
+    "KvState": ("engine.kv_cache", "engine.kv_cache"),
+    "Deadline": ("deadlines", "deadlines"),
+    "ModelState": ("engine.core", "engine.core"),
+    "PlanBuilder": ("engine.scheduler.plan_builder", "engine.scheduler"),
+    "Plan": ("engine.scheduler.types", "engine.scheduler"),
+}
+
+
+def test_each_field_has_one_writer():
+    """A field is told by its name: only `self.field` in another class is known to be another's."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for module, tree in TREES.items():
+        if below(module, ("engine", "deadlines", "simulator", "profiler")):
+            for field, place in assigned(module, tree):
+                found[field].add(place)
+    wrong: list[str] = []
+    for structure, (home, writer) in WRITERS.items():
+        holder = next(n for n in TREES[home].body if isinstance(n, ast.ClassDef) and n.name == structure)
+        fields = {
+            n.target.id
+            for n in holder.body
+            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        }
+        for field in fields:
+            others = {place for place in found[field] if place in TREES and not below(place, {writer})}
+            wrong += [f"{other} assigns {structure}.{field}" for other in others]
+    assert wrong == []
+
+
 def length(function: Function) -> int:
     return (function.end_lineno or 0) - function.lineno + 1
 

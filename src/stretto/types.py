@@ -111,6 +111,11 @@ class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True):
     min_quality: float | None = None
     on_miss: Literal["degrade", "reject", "late"] = "degrade"
 
+    @property
+    def timed(self) -> bool:
+        """Whether it sets any deadline."""
+        return (self.ttft_ms, self.itl_ms, self.total_ms) != (None, None, None)
+
 
 class Request(Struct, frozen=True, kw_only=True):
     """One sequence to run. Built at the edge, where everything was checked: from here the type is the

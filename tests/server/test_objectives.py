@@ -126,19 +126,22 @@ async def test_embeddings_take_a_total(client: httpx.AsyncClient, engine: FakeEn
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "$.objective.ttft_ms")
 
 
-def test_dues() -> None:
-    times = Times(10.0, Objective(ttft_ms=1000, itl_ms=100))
-    times.judge(11.0, 0)
-    times.judge(11.3, 3)
+def test_an_answer_is_judged_by_its_deadlines() -> None:
+    times = Times.of(10.0, Objective(ttft_ms=1000, itl_ms=100))
+    times.mark(11.0, 3)
+    times.mark(11.3, 1)
     assert times.on_time is True, "token 3 is due three gaps after the first was, however early that came"
-    times.judge(11.31, 3)
-    assert times.on_time is False
-    early = Times(10.0, Objective(itl_ms=100), first=10.5)
-    early.judge(10.6, 1)
+    late = Times.of(10.0, Objective(ttft_ms=1000, itl_ms=100))
+    late.mark(11.0, 3)
+    late.mark(11.31, 1)
+    assert late.on_time is False
+    early = Times.of(10.0, Objective(itl_ms=100))
+    early.mark(10.5, 1)
+    early.mark(10.6, 1)
     assert early.on_time is True
-    early.judge(10.71, 2)
-    assert early.on_time is False, "without a first due, gaps count from the first token"
-    assert Times(10.0).on_time is None
+    early.mark(10.71, 1)
+    assert early.on_time is False, "without a deadline for the first token, gaps count from that token"
+    assert Times.of(10.0, Objective()).on_time is None
 
 
 def test_a_file_says_the_tiers(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Server:
             capacity=rate,
             duration_s=end,
             drained_s=drained,
-            tokens=sum(one.computed for one in told),
+            tokens=sum(one.processed for one in told),
             wasted=wasted(told),
             tiers=tiers,
             weighted_goodput=weighted(tiers, setting.tiers),
@@ -148,12 +148,12 @@ def prompt(ident: int, arrival: Arrival, *, vocab: int, seed: int) -> list[int]:
 
 def _told(request: Request, sample: Sample) -> Told:
     """The sample as the simulator judges it. Each event with text counts as one token."""
-    told = Told(request)
+    told = Told.of(request)
     for stamp in sample.stamps:
         told.hear(stamp)
     if sample.error is None:
         told.reason = Reason.DEADLINE if sample.reason == DEADLINE else Reason.LENGTH
-        told.computed = sample.prompt_tokens + sample.output_tokens
+        told.processed = sample.prompt_tokens + sample.output_tokens
     elif sample.error == DEADLINE:
         told.reason = Reason.DEADLINE
     else:

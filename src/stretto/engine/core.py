@@ -143,8 +143,8 @@ class EngineCore:
         queues = self.lanes[seq.request.model].queues
         self._sequences[seq.request.id] = seq
         insort(queues.waiting, seq, key=_rank)
-        if seq.last_due < inf:
-            heappush(queues.ends, (seq.last_due, seq.request.id, seq))
+        if seq.deadline.whole < inf:
+            heappush(queues.ends, (seq.deadline.whole, seq.request.id, seq))
 
     def cancel(self, ident: int) -> None:
         """Drop a sequence now; unknown and ended ones are ignored, since a cancel may cross the end."""
@@ -185,8 +185,8 @@ class EngineCore:
     def check(self) -> None:
         """Raise AssertionError when a pool and the sequences that hold its blocks disagree."""
         for lane in self.lanes.values():
-            lane.pool.check(lane.queues.running)
-            assert all(not seq.blocks for seq in lane.queues.waiting), "a waiting sequence holds blocks"
+            lane.pool.check(seq.kv for seq in lane.queues.running)
+            assert all(not seq.kv.blocks for seq in lane.queues.waiting), "a waiting sequence holds blocks"
             assert len(lane.slots) + len(lane.queues.running) == self._limits.max_running, "slots were lost"
 
     def _turn(self, lane: ModelState, until: float) -> StepStats | None:
@@ -223,8 +223,7 @@ class EngineCore:
             queue.remove(seq)
             seq.rank = rank
             insort(queue, seq, key=_rank)
-        lane.ledger.tags.update(plan.tags)
-        lane.ledger.owed = plan.owed
+        lane.ledger.promise(plan.tags, plan.owed)
         for seq in plan.preempt:
             lane.queues.running.remove(seq)
             self._release(lane, seq)
@@ -232,14 +231,14 @@ class EngineCore:
             insort(lane.queues.waiting, seq, key=_rank)
         for seq, matched in plan.admit:
             lane.queues.waiting.remove(seq)
-            lane.pool.adopt(seq, matched)
+            lane.pool.adopt(seq.kv, matched)
             seq.slot = lane.slots.pop()
             if seq.started is None:
                 seq.started = now
-                seq.cached = seq.computed
+                seq.cached = seq.kv.computed
             insort(lane.queues.running, seq, key=_rank)
         for row in plan.rows:
-            lane.pool.extend(row.seq, row.start + row.count)
+            lane.pool.extend(row.seq.kv, row.start + row.count)
 
     def _add_drafts(self, lane: ModelState, plan: Plan, moment: SchedulingContext) -> None:
         """Let the plan's decodes verify draft tokens where that is predicted to pay off."""
@@ -251,11 +250,9 @@ class EngineCore:
         if not counts:
             return
         for row in plan.rows:
-            lane.pool.extend(row.seq, row.start + row.count + counts.get(row.seq, 0))
+            lane.pool.extend(row.seq.kv, row.start + row.count + counts.get(row.seq, 0))
         drafts = speculation.propose(chosen)
-        plan.rows = [_with(row, drafts.get(row.seq, ())) for row in plan.rows]
-        if plan.predicted is not None:
-            plan.predicted = lane.times.cost(plan.load)
+        plan.add_drafts(drafts, lane.times.cost)
 
     def _launch(self, lane: ModelState, plan: Plan) -> None:
         load, started = plan.load, self._clock()
@@ -265,7 +262,7 @@ class EngineCore:
             self._fail(plan, error)
             return
         for row in plan.rows:
-            row.seq.computed += row.count
+            lane.pool.advance(row.seq.kv, row.count)
             row.seq.in_flight += row.draw
             if row.count > 1 or row.start % lane.pool.size == 0:
                 self._charge(lane, row)
@@ -297,8 +294,8 @@ class EngineCore:
                 self._take(lane, row, result)
                 accepted += self._take_more(lane, row, result.then)
         for row in flight.plan.rows:
-            if not row.seq.ended and row.seq.blocks:
-                lane.pool.publish(row.seq)
+            if not row.seq.ended and row.seq.kv.blocks:
+                lane.pool.publish(row.seq.kv)
         stats = self._stats(lane, flight, accepted)
         lane.times.observe(flight.load, stats.ms)
         lane.ledger.fade(self._clock())
@@ -315,9 +312,7 @@ class EngineCore:
         if row.draft and lane.speculation is not None:
             lane.speculation.observe(seq, len(row.draft), len(drawn))
         if row.draft and not seq.ended:
-            seq.computed = len(seq.tokens) - 1
-            seq.drafted = min(seq.drafted, seq.computed)
-            lane.pool.trim(seq)
+            lane.pool.trim(seq.kv, len(seq.tokens) - 1)
         return accepted
 
     def _take(self, lane: ModelState, row: Row, drawn: Drawn) -> None:
@@ -350,10 +345,10 @@ class EngineCore:
         """Note when a token was out. The first one settles how fast the rest must follow to be out in all by
         the last due."""
         now = self._clock()
-        if seq.spoke == inf and seq.last_due < inf:
+        if not seq.deadline.emitted and seq.deadline.whole < inf:
             rest = lane.ledger.expected(seq.request.tier, seq.request.sampling.max_tokens)
-            seq.gap = min(seq.gap, max(seq.last_due - now, 0.0) / rest)
-        seq.speak(now)
+            seq.deadline.keep_pace(now, rest)
+        seq.deadline.emit(now)
 
     def _end(
         self,
@@ -371,9 +366,11 @@ class EngineCore:
             lane.ledger.ended(seq.request.tier, seq.output_len)
         del self._sequences[seq.request.id]
         seq.ended = True
+        if lane.speculation is not None:
+            lane.speculation.forget(seq)
         if seq.slot >= 0:
             if reason is Reason.ERROR:
-                self._erase(lane, lane.pool.forget(seq))
+                self._erase(lane, lane.pool.forget(seq.kv))
             lane.queues.running.remove(seq)
             self._release(lane, seq)
         else:
@@ -388,7 +385,7 @@ class EngineCore:
             stop_token=stop_token,
             error=error,
             preemptions=seq.preemptions,
-            late=seq.late or reason in (Reason.DEADLINE, Reason.REFUSED),
+            late=seq.deadline.late or reason in (Reason.DEADLINE, Reason.REFUSED),
             retry_after=retry_after,
         )
         self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=embedding))
@@ -400,7 +397,7 @@ class EngineCore:
             lane.speculation.erase(blocks)
 
     def _release(self, lane: ModelState, seq: Sequence) -> None:
-        lane.pool.release(seq)
+        lane.pool.release(seq.kv)
         lane.slots.append(seq.slot)
         seq.slot = -1
 
@@ -443,10 +440,6 @@ def _began(seq: Sequence) -> Began | None:
     if seq.started is None:
         return None
     return Began((seq.started - seq.request.arrival) * 1e3, min(seq.cached, seq.prompt_len))
-
-
-def _with(row: Row, draft: tuple[int, ...]) -> Row:
-    return Row(row.seq, row.start, row.count + len(draft), row.draw, draft) if draft else row
 
 
 def _rank(seq: Sequence) -> Rank:

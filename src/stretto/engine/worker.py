@@ -109,15 +109,13 @@ class EngineWorker:
                 continue
             del self._compiling[ident]
             try:
-                seq = self._sequence(request)
-                seq.grammar = future.result()
-                self._engine.submit(seq)
+                self._engine.submit(self._sequence(request, future.result()))
             except StrettoError as error:
                 finish = Finish(Reason.ERROR, len(request.prompt), 0, 0, 0.0, error=error.message)
                 self._emit([TokenEvent(ident, finish=finish)], None)
 
-    def _sequence(self, request: Request) -> Sequence:
-        return Sequence.of(request, self._engine.lanes[request.model].runner.info.context)
+    def _sequence(self, request: Request, grammar: Matcher | None = None) -> Sequence:
+        return Sequence.of(request, self._engine.lanes[request.model].runner.info.context, grammar)
 
     def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         self._send(ipc.StepResult(events, stats, self._snapshots() if self._admits else {}))

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from stretto.config import Tier
+from stretto.deadlines import Deadline
 from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler.deadline import SCHEDULES
@@ -123,36 +124,39 @@ class ReplayReport(Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class Told:
-    """What a client of one request would have seen. Dues are reckoned here anew, not the engine's."""
+    """What a client of one request would have seen, with a deadline of its own beside the engine's."""
 
     request: Request
+    deadline: Deadline
     first: float = inf
     last: float = inf
-    count: int = 0
-    on_time: bool = True
     reason: Reason | None = None
     gaps: array[float] = field(default_factory=lambda: array("f"))
-    computed: int = 0
+    processed: int = 0
 
     @property
     def good(self) -> bool:
         """Answered, and no token of it late."""
-        return self.on_time and self.reason in ANSWERED
+        return not self.deadline.late and self.reason in ANSWERED
+
+    @classmethod
+    def of(cls, request: Request) -> Told:
+        """Nothing has been seen of this request yet."""
+        return cls(request, Deadline.of(request.arrival, request.objective))
+
+    @property
+    def count(self) -> int:
+        """Tokens seen."""
+        return self.deadline.emitted
 
     def hear(self, now: float) -> None:
-        objective = self.request.objective
-        if self.count == 0:
-            self.first = now
-            due = self.request.arrival + _seconds(objective.ttft_ms)
-        else:
+        """One more token was seen."""
+        if self.count:
             self.gaps.append((now - self.last) * 1e3)
-            first_due = self.request.arrival + _seconds(objective.ttft_ms)
-            start = self.first if first_due == inf else first_due
-            due = start + self.count * _seconds(objective.itl_ms)
-        self.count += 1
+        else:
+            self.first = now
         self.last = now
-        latest = min(due, self.request.arrival + _seconds(objective.total_ms))
-        self.on_time = self.on_time and now <= latest + 1e-9
+        self.deadline.emit(now)
 
 
 class TraceRunner(NullRunner):
@@ -171,7 +175,7 @@ class TraceRunner(NullRunner):
 
     def launch(self, plan: Plan) -> Finished:
         for row in plan.rows:
-            self._told[row.seq.request.id].computed += row.count
+            self._told[row.seq.request.id].processed += row.count
         return super().launch(plan)
 
 
@@ -219,7 +223,7 @@ def _bounds(requests: Sequence[Request], outputs: Sequence[int], setting: Settin
         "all": bound(requests, outputs, setting),
         "weighted": bound(requests, outputs, setting, weighted=True),
     }
-    timed = [pair for pair in zip(requests, outputs, strict=True) if _timed(pair[0])]
+    timed = [pair for pair in zip(requests, outputs, strict=True) if pair[0].objective.timed]
     if timed:
         best["timed"] = bound([one for one, _ in timed], [tokens for _, tokens in timed], setting)
     return best
@@ -276,9 +280,9 @@ class World:
     def _submit(self, request: Request, output_tokens: int) -> None:
         """The answer's length is in the sequence's limit, where the runner's end would be; the request asks
         for no limit, which is all that a schedule looks at."""
-        seq = Running.of(request, self._setting.context)
-        seq.limit = min(seq.prompt_len + output_tokens, self._setting.context)
-        self.told[request.id] = Told(request)
+        limit = min(len(request.prompt) + output_tokens, self._setting.context)
+        seq = Running.of(request, limit)
+        self.told[request.id] = Told.of(request)
         self.engine.submit(seq)
 
     def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
@@ -305,7 +309,7 @@ class World:
             duration_s=end,
             drained_s=self._clock(),
             steps=self._steps,
-            tokens=sum(one.computed for one in told),
+            tokens=sum(one.processed for one in told),
             wasted=wasted(told),
             preemptions=self._preemptions,
             model_error=self._lane.times.error,
@@ -323,11 +327,8 @@ def bound(
     cost, end = setting.cost, requests[-1].arrival
     works: list[Work] = []
     for request, tokens in zip(requests, outputs, strict=True):
-        objective, prompt = request.objective, len(request.prompt)
-        streamed = _seconds(objective.ttft_ms)
-        if tokens > 1:
-            streamed += (tokens - 1) * _seconds(objective.itl_ms)
-        due = min(request.arrival + min(streamed, _seconds(objective.total_ms)), end)
+        prompt = len(request.prompt)
+        due = min(Deadline.of(request.arrival, request.objective).of_token(tokens - 1), end)
         spoken = (tokens - 1) * cost.row(prompt + tokens // 2)
         seconds = (cost.prefill(0, prompt) + spoken) / 1e3
         if due - request.arrival >= seconds:
@@ -368,7 +369,7 @@ def within(arrival: Arrival, setting: Setting) -> Arrival:
 def by_tier(told: Sequence[Told], tiers: Iterable[str], end: float) -> dict[str, TierReport]:
     """Each tier's report, that of all with an objective, and that of all; arrivals ended at `end`."""
     groups = {name: [one for one in told if one.request.tier == name] for name in tiers}
-    groups |= {"timed": [one for one in told if _timed(one.request)], "all": list(told)}
+    groups |= {"timed": [one for one in told if one.request.objective.timed], "all": list(told)}
     return {name: _tier_report(group, end) for name, group in groups.items()}
 
 
@@ -379,8 +380,8 @@ def weighted(reports: Mapping[str, TierReport], tiers: Mapping[str, Tier]) -> fl
 
 def wasted(told: Sequence[Told]) -> float:
     """The share of all tokens computed that went to those with an objective who were late or got nothing."""
-    total = sum(one.computed for one in told)
-    lost = sum(one.computed for one in told if _timed(one.request) and not one.good)
+    total = sum(one.processed for one in told)
+    lost = sum(one.processed for one in told if one.request.objective.timed and not one.good)
     return lost / total if total else 0.0
 
 
@@ -403,12 +404,3 @@ def _tier_report(group: Sequence[Told], end: float) -> TierReport:
         itl_ms=spread(gap for one in spoke for gap in one.gaps),
         longest_gap_ms=max((max(one.gaps, default=0.0) for one in good), default=0.0),
     )
-
-
-def _timed(request: Request) -> bool:
-    objective = request.objective
-    return (objective.ttft_ms, objective.itl_ms, objective.total_ms) != (None, None, None)
-
-
-def _seconds(milliseconds: float | None) -> float:
-    return inf if milliseconds is None else milliseconds / 1e3

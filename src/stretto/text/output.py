@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import isfinite
 from time import monotonic
 from typing import Protocol
 
+from stretto.deadlines import Deadline
 from stretto.errors import CannotBeOnTime, EngineError
 from stretto.protocol.openai import AnswerReport, Delta, FinishReason
 from stretto.statistics import quantile
@@ -38,50 +39,52 @@ class TokenStream(Protocol):
 
 @dataclass(slots=True)
 class Times:
-    """When things happened, on the monotonic clock. `gaps` are the seconds between token lists; `slack` how
-    long before its due the token with the least time to spare came, below 0 when it was late; `cut`: the
-    engine gave the answer up."""
+    """When the tokens of one answer came, and how that compares with its deadlines.
+
+    Times are seconds of the monotonic clock. Tokens that came together count as one arrival.
+    """
 
     arrival: float
-    objective: Objective = field(default_factory=Objective)
-    cut: bool = False
-    slack: float = inf
+    deadline: Deadline
+    timed: bool  # whether the request set any deadline
+    cut: bool = False  # whether the engine ended the answer because its time had run out
     first: float | None = None
     last: float = 0.0
-    gaps: list[float] = field(default_factory=list[float])
+    gaps: list[float] = field(default_factory=list[float])  # between arrivals of tokens
 
-    def mark(self, now: float) -> None:
+    @classmethod
+    def of(cls, arrival: float, objective: Objective) -> Times:
+        """Of a request that arrived at `arrival`; nothing has come yet."""
+        return cls(arrival, Deadline.of(arrival, objective), objective.timed)
+
+    def mark(self, now: float, tokens: int) -> None:
+        """Record that events with so many tokens arrived."""
         if self.first is None:
             self.first = now
         else:
             self.gaps.append(now - self.last)
         self.last = now
-
-    def judge(self, now: float, spoken: int) -> None:
-        """Something is here after `spoken` tokens: token k is due k gaps after the first one was."""
-        ttft, itl, total = self.objective.ttft_ms, self.objective.itl_ms, self.objective.total_ms
-        slack = inf if total is None else self.arrival + total / 1e3 - now
-        start = self.first if ttft is None else self.arrival + ttft / 1e3
-        if spoken and itl is not None and start is not None:
-            slack = min(slack, start + spoken * itl / 1e3 - now)
-        elif not spoken and ttft is not None:
-            slack = min(slack, self.arrival + ttft / 1e3 - now)
-        self.slack = min(self.slack, slack)
+        if tokens:
+            self.deadline.emit(now, tokens)
 
     def end(self, now: float, *, cut: bool) -> None:
-        """The answer is over."""
-        self.slack = min(self.slack, self.arrival + _seconds(self.objective.total_ms) - now)
+        """Record the end of the answer."""
+        self.deadline.end(now)
         self.cut = cut
 
     @property
+    def slack(self) -> float:
+        """The least time to spare of any token, in seconds; negative when one was late."""
+        return self.deadline.slack
+
+    @property
     def late(self) -> bool:
-        return self.cut or self.slack < 0
+        return self.cut or self.deadline.late
 
     @property
     def on_time(self) -> bool | None:
-        """None when nothing was asked."""
-        asked = (self.objective.ttft_ms, self.objective.itl_ms, self.objective.total_ms)
-        return None if asked == (None, None, None) else not self.late
+        """None when the request set no deadline."""
+        return not self.late if self.timed else None
 
     @property
     def ttft(self) -> float | None:
@@ -176,7 +179,7 @@ class Output:
     times: Times = field(init=False)
 
     def __post_init__(self) -> None:
-        self.times = Times(self.request.arrival, self.request.objective)
+        self.times = Times.of(self.request.arrival, self.request.objective)
 
     @property
     def prompt_tokens(self) -> int:
@@ -188,9 +191,7 @@ class Output:
         Raises EngineError when the sequence failed, CannotBeOnTime when the engine refused it.
         """
         now = monotonic()
-        self.times.mark(now)
-        if any(event.token is not None for event in events):
-            self.times.judge(now, self.tokens)
+        self.times.mark(now, sum(1 for event in events if event.token is not None))
         if self.began is None and events:
             self.began = events[0].began
         deltas: list[OutputDelta] = []
@@ -257,10 +258,6 @@ def _refusal(finish: Finish) -> CannotBeOnTime:
     if after is None or not isfinite(after):
         return CannotBeOnTime("this server cannot meet $.objective at all: ask for more time")
     return CannotBeOnTime("$.objective cannot be met now; try again later", retry_after=after)
-
-
-def _seconds(milliseconds: float | None) -> float:
-    return inf if milliseconds is None else milliseconds / 1e3
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -102,8 +102,8 @@ def test_every_probe_is_a_step_that_a_runner_can_run(tmp_path: Path):
         assert plan.load == probe.load
         for row in plan.rows:
             assert len(row.seq.tokens) == row.start + row.count
-            assert len(row.seq.blocks) * runner.info.block_size >= len(row.seq.tokens)
-            assert {*row.seq.blocks} <= {*runner.erased}
+            assert len(row.seq.kv.blocks) * runner.info.block_size >= len(row.seq.tokens)
+            assert {*row.seq.kv.blocks} <= {*runner.erased}
         assert len({row.seq.slot for row in plan.rows}) == len(plan.rows)
     again = runner.plans[0].rows[0].seq
     bench.run(PROBES[0])
@@ -114,10 +114,10 @@ def test_a_small_model_is_asked_only_for_steps_it_can_run(tmp_path: Path):
     runner, limits = metered(tmp_path, context=200, blocks=8), Limits(4, 64)
     known_times(runner, limits, machine="small", folder=tmp_path)
     assert runner.plans and {
-        block for plan in runner.plans for row in plan.rows for block in row.seq.blocks
+        block for plan in runner.plans for row in plan.rows for block in row.seq.kv.blocks
     } <= {*range(8)}
     for plan in runner.plans:
-        assert len(plan.rows) <= 4 and plan.decode_tokens + plan.prefill_tokens <= 64
+        assert len(plan.rows) <= 4 and plan.load.decode + plan.load.prefill <= 64
         assert all(row.start + row.count <= 128 for row in plan.rows)
     assert not fits(Probe(8, 16), runner, limits) and fits(Probe(4, 16), runner, limits)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -461,9 +462,7 @@ class Allowing:
 
 
 def guided(ask: Sampling, *tokens: int) -> Sequence:
-    seq = sequence(ask)
-    seq.grammar = Allowing(*tokens)  # type: ignore[assignment]
-    return seq
+    return replace(sequence(ask), grammar=Allowing(*tokens))  # type: ignore[arg-type]
 
 
 def test_only_what_the_grammar_allows_is_drawn():

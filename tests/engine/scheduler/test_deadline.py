@@ -170,9 +170,9 @@ def test_a_stream_that_was_early_has_earned_slack_and_dues_do_not_move():
     world.send(1, 10, tokens=30)
     (seq,) = world.engine.lanes["a"].queues.waiting
     world.engine.step()
-    first, gap = seq.due - 0.04, 0.04
+    first, gap = seq.deadline.next - 0.04, 0.04
     while not world.engine.idle:
-        assert seq.due == pytest.approx(first + gap * seq.output_len)
+        assert seq.deadline.next == pytest.approx(first + gap * seq.output_len)
         world.engine.step()
     assert world.late_by(1) < -300
 
@@ -515,8 +515,8 @@ def test_every_request_ends_and_no_block_is_lost(data: st.DataObject):
             world.engine.step()
             world.engine.check()
             for seq in [*lane.queues.running, *lane.queues.waiting]:
-                due = dues.setdefault((seq.request.id, seq.output_len), seq.due)
-                assert seq.due <= due, "a due time moved later"
+                due = dues.setdefault((seq.request.id, seq.output_len), seq.deadline.next)
+                assert seq.deadline.next <= due, "a due time moved later"
                 assert seq.rank[0] in (0, TIMED, SPARE)
         if data.draw(st.booleans()):
             world.engine.cancel(data.draw(st.integers(1, sent)))

@@ -162,10 +162,8 @@ class Desk:
         text = f"<|user|>{question}<|end|><|assistant|>"
         prompt = tuple(self.encode(text))
         request = Request(id=ident, model="desk", prompt=prompt, arrival=0.0, sampling=sampling)
-        seq = Sequence.of(request, engine.lanes["desk"].runner.info.context)
-        if sampling.grammar is not None:
-            seq.grammar = self.grammars.compile(sampling.grammar)
-        engine.submit(seq)
+        grammar = None if sampling.grammar is None else self.grammars.compile(sampling.grammar)
+        engine.submit(Sequence.of(request, engine.lanes["desk"].runner.info.context, grammar))
 
     def answers(
         self, engine: EngineCore, asks: list[tuple[str, Sampling]], first: int = 0
@@ -472,6 +470,10 @@ class NullDrafter:
             seq: tuple((seq.seed * 31 + (seq.length + n) * 7 + wrong) % 4093 for n in range(count))
             for seq, count in counts.items()
         }
+
+    def read(self, seq: Sequence) -> int:
+        """It has read whatever there is."""
+        return len(seq.tokens)
 
     def erase(self, blocks: list[int]) -> None:
         """There is no memory to erase."""

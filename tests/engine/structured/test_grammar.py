@@ -93,19 +93,22 @@ def write(grammars: Grammars, grammar: Grammar, tokenizer: Tokenizer, seed: int)
     closers = [tokenizer.token_to_id(piece) for piece in '"}]']
     rng, sampler = np.random.default_rng(seed), Sampler(vocab, frozenset({END}), torch.device("cpu"))
     ask = Sampling(seed=seed, temperature=0.8, grammar=grammar)
-    seq = Sequence.of(Request(id=seed, model="m", prompt=(1,), arrival=0.0, sampling=ask), 10_000)
-    seq.grammar = grammars.compile(grammar)
-    while not seq.grammar.finished:
+    matcher, request = (
+        grammars.compile(grammar),
+        Request(id=seed, model="m", prompt=(1,), arrival=0.0, sampling=ask),
+    )
+    seq = Sequence.of(request, 10_000, matcher)
+    while not matcher.finished:
         logits = rng.normal(size=vocab).astype(np.float32)
         if seq.output_len > 30:
             logits[END] += 40
             logits[closers] += 10 + seq.output_len / 10
         (drawn,) = sampler(torch.tensor(logits)[None], [seq])
-        assert 0 <= drawn.token < vocab - PADDED, seq.grammar.error
+        assert 0 <= drawn.token < vocab - PADDED, matcher.error
         if drawn.token == END:
             break
         seq.tokens.append(drawn.token)
-        assert seq.grammar.accept(drawn.token), seq.grammar.error
+        assert matcher.accept(drawn.token), matcher.error
         assert seq.output_len < 3000
     return tokenizer.decode(seq.tokens[1:], skip_special_tokens=False)
 

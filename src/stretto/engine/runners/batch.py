@@ -58,6 +58,8 @@ class BatchBuilder:
     def __init__(self, *, max_running: int, context: int, block_size: int) -> None:
         self._block_size = block_size
         self._tables = np.zeros((max_running, -(-context // block_size)), dtype=np.int32)
+        # By slot: the sequence whose blocks the row of the tables holds, its preemptions so far, how many.
+        self._entered: dict[int, tuple[Sequence, int, int]] = {}
 
     def build(self, rows: list[Row]) -> BatchArrays:
         """The arrays for these rows: T tokens of S rows, those of a row next to each other."""
@@ -70,7 +72,7 @@ class BatchBuilder:
         outputs: list[int] = []
         unknown: list[tuple[int, int]] = []
         for row, end in zip(rows, starts[1:].tolist(), strict=True):
-            self.update_table(row.seq)
+            self._update_table(row)
             tokens += row.seq.tokens[row.start : row.start + row.count]
             tokens += row.draft[max(row.start - len(row.seq.tokens), 0) :]
             if len(tokens) < end:
@@ -95,8 +97,14 @@ class BatchBuilder:
             unknown=unknown,
         )
 
-    def update_table(self, seq: Sequence) -> None:
+    def _update_table(self, row: Row) -> None:
         """Write the blocks that a sequence has got since its last step into its row of the tables."""
-        if seq.tabled < len(seq.blocks):
-            self._tables[seq.slot, seq.tabled : len(seq.blocks)] = seq.blocks[seq.tabled :]
-            seq.tabled = len(seq.blocks)
+        seq, blocks = row.seq, row.seq.kv.blocks
+        owner, preemptions, count = self._entered.get(seq.slot, (None, 0, 0))
+        if owner is not seq or preemptions != seq.preemptions:
+            count = 0
+        if count < len(blocks):
+            self._tables[seq.slot, count : len(blocks)] = blocks[count:]
+        # The blocks of draft tokens are written again next time: those of rejected ones are taken back.
+        certain = -(-(row.start + row.count - len(row.draft)) // self._block_size)
+        self._entered[seq.slot] = seq, seq.preemptions, certain

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Several
+from dataclasses import replace
 from hashlib import blake2b
 from math import inf
 from pathlib import Path
@@ -156,10 +157,10 @@ class Bench:
         info = self._runner.info
         prompt = tuple((slot + index * 31) % info.vocab for index in range(length))
         request = Request(id=slot, model=info.name, prompt=prompt, arrival=0.0, sampling=Sampling(seed=slot))
+        count = -(-length // info.block_size)
+        blocks = [(slot * STRIDE + index) % self._held for index in range(count)]
         seq = Sequence.of(request, info.context)
-        seq.slot = slot
-        seq.blocks = [(slot * STRIDE + index) % self._held for index in range(-(-length // info.block_size))]
-        return seq
+        return replace(seq, slot=slot, kv=replace(seq.kv, blocks=blocks))
 
 
 def calibrate(run: Callable[[Probe], float], probes: Several[Probe] = PROBES) -> StepTime:

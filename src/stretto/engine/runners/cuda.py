@@ -1,8 +1,8 @@
 """Runs plans on an NVIDIA device one step ahead of the host: a step's tokens stay there for the next to read.
 
 Steps of one token per sequence are captured as CUDA graphs, one for each size of batch, when that size is
-first met; all others are launched kernel by kernel. It reads sequences and changes only `tabled`; of queues,
-time and text it knows nothing.
+first met; all others are launched kernel by kernel. It reads sequences and never changes one. It knows no
+queue, no time and no text.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Launched:
 
 @dataclass(slots=True)
 class Captured:
-    """A graph of one size of batch: it reads `orders` and leaves `tokens`."""
+    """A graph of one size of batch: it reads `orders` and leaves the tokens in `output`."""
 
     orders: Tensor
     batch: Batch
-    tokens: Tensor
+    output: Tensor
     graph: torch.cuda.CUDAGraph | None = None
 
 
@@ -83,6 +83,8 @@ class CudaRunner:
         self._tables = torch.zeros((max_running + 1, columns), dtype=torch.int32, device=self._device)
         self._drawn = torch.zeros(max_running + 1, dtype=torch.int64, device=self._device)
         self._seen = torch.zeros((max_running + 1, info.vocab), dtype=torch.int16, device=self._device)
+        # By slot: the sequence whose blocks the row of the tables holds, its preemptions so far, how many.
+        self._entered: dict[int, tuple[Sequence, int, int]] = {}
         # By slot, whose history that is, and after how many preemptions.
         self._histories: dict[int, tuple[Sequence, int]] = {}
         self._filler = np.zeros(draw.ORDER, dtype=np.int32)
@@ -128,8 +130,13 @@ class CudaRunner:
             row.count == 1
             and row.draw
             and seq.request.task == "generate"
-            and seq.tabled >= len(seq.blocks) - 1
+            and self._in_table(seq) >= len(seq.kv.blocks) - 1
         )
+
+    def _in_table(self, seq: Sequence) -> int:
+        """How many blocks of a sequence the table on the device holds."""
+        owner, preemptions, count = self._entered.get(seq.slot, (None, 0, 0))
+        return count if owner is seq and preemptions == seq.preemptions else 0
 
     def _replay(self, rows: list[Row], pinned: _Pinned) -> Tensor:
         size = next(size for size in self._sizes if size >= len(rows))
@@ -143,7 +150,7 @@ class CudaRunner:
         draw.move(torch.from_numpy(orders), captured.orders)
         if captured.graph is not None:
             captured.graph.replay()
-            return captured.tokens
+            return captured.output
         # The first step of its size also compiles what is not compiled yet, which a capture must not.
         tokens = self._step(captured)
         self._capture(captured)
@@ -152,7 +159,7 @@ class CudaRunner:
     def _capture(self, captured: Captured) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            captured.tokens = self._step(captured)
+            captured.output = self._step(captured)
         captured.graph = graph
 
     def _step(self, captured: Captured) -> Tensor:
@@ -187,7 +194,7 @@ class CudaRunner:
             seq.slot,
             start,
             seq.tokens[start] if start < len(seq.tokens) else -1,
-            seq.blocks[start // self.info.block_size],
+            seq.kv.blocks[start // self.info.block_size],
             sampling.top_k,
         )
         order[draw.TEMPERATURE :].view(np.float32)[:] = (
@@ -197,7 +204,7 @@ class CudaRunner:
             0.0 if greedy else uniform(seq.seed, seq.length),
             *self._penalties(seq),
         )
-        seq.tabled = len(seq.blocks)
+        self._entered[seq.slot] = seq, seq.preemptions, len(seq.kv.blocks)
 
     def _penalties(self, seq: Sequence) -> tuple[float, float, float]:
         """For repetition, frequency and presence, with the history they need on the device."""
@@ -250,7 +257,7 @@ class CudaRunner:
         unknown: list[tuple[int, int]] = []
         for index, (row, start) in enumerate(zip(rows, starts, strict=False)):
             seq, end = row.seq, row.start + row.count
-            blocks = seq.blocks[: -(-end // size)]
+            blocks = seq.kv.blocks[: -(-end // size)]
             tables[index, : len(blocks)] = blocks
             span, own = np.arange(row.start, end), slice(start, start + row.count)
             known = seq.tokens[row.start : end]
@@ -258,7 +265,7 @@ class CudaRunner:
                 unknown.append((start + row.count - 1, seq.slot))
                 known = [*known, 0]
             flat[:, own] = known, span, tables[index, span // size] * np.int64(size) + span % size
-            seq.tabled = len(blocks)
+            self._entered[seq.slot] = seq, seq.preemptions, len(blocks)
         tokens, positions, slots = _sent(flat, self._device)
         if unknown:
             places, held = _sent(np.array(unknown).T.copy(), self._device)

@@ -1,7 +1,6 @@
 """Runs plans on the CPU, or on any device step by step: plan -> batch -> decoder -> sampler.
 
-It reads sequences and changes only their place in the block tables (`tabled`). It knows no queue, no time
-and no text.
+It reads sequences and never changes one. It knows no queue, no time and no text.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from stretto.config import Tier
+from stretto.deadlines import Deadline
 from stretto.engine.scheduler.deadline import CAUTION, CROWDED, LEAST, reach
 from stretto.engine.scheduler.moore_hodgson import Job, tardy_jobs
 from stretto.engine.scheduler.types import Limits, Queues, SchedulingContext
@@ -80,7 +81,7 @@ class Outlook:
 
     def sent(self, request: Request) -> None:
         """One more request is on its way to the engine."""
-        due, seen = _dues(request)[0], self._seen
+        due, seen = Deadline.of(request.arrival, request.objective).of_token(0), self._seen
         if seen is not None and due < inf and len(self._since) < MOST:
             job = Ahead(self._weight(request), due, seen.cost.prefill(0, len(request.prompt)))
             self._since.append((request.id, job))
@@ -115,13 +116,15 @@ def snapshot(queues: Queues, limits: Limits, moment: SchedulingContext, newest: 
     size."""
     cost = moment.times.cost
     weights = {name: tier.weight for name, tier in limits.tiers.items()}
-    timed = [seq for seq in queues.running if seq.rank[0] == TIMED and not seq.late]
-    streams = [seq for seq in timed if seq.spoke < inf]
-    waiting = (seq for seq in queues.waiting if seq.rank[0] <= TIMED and seq.due < inf)
-    prompts = [*(seq for seq in timed if seq.spoke == inf), *islice(waiting, MOST)]
+    timed = [seq for seq in queues.running if seq.rank[0] == TIMED and not seq.deadline.late]
+    streams = [seq for seq in timed if seq.deadline.emitted]
+    waiting = (seq for seq in queues.waiting if seq.rank[0] <= TIMED and seq.deadline.next < inf)
+    prompts = [*(seq for seq in timed if not seq.deadline.emitted), *islice(waiting, MOST)]
     ahead = [
         Ahead(
-            weights.get(seq.request.tier, 0.0), seq.due, cost.prefill(seq.computed, seq.length - seq.computed)
+            weights.get(seq.request.tier, 0.0),
+            seq.deadline.next,
+            cost.prefill(seq.kv.computed, seq.length - seq.kv.computed),
         )
         for seq in prompts
     ]
@@ -130,8 +133,8 @@ def snapshot(queues: Queues, limits: Limits, moment: SchedulingContext, newest: 
         newest=newest,
         cost=cost,
         margin=moment.times.margin,
-        load=sum(cost.row(seq.length) / seq.gap for seq in streams) / 1e3,
-        gap_ms=min((seq.gap for seq in streams), default=inf) * 1e3,
+        load=sum(cost.row(seq.length) / seq.deadline.target_itl_s for seq in streams) / 1e3,
+        gap_ms=min((seq.deadline.target_itl_s for seq in streams), default=inf) * 1e3,
         streams=len(streams),
         context=sum(seq.length for seq in streams),
         ahead=tuple(sorted(ahead, key=_by_weight)),
@@ -150,7 +153,8 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     heavier = seen.inflow.get(weight, 0.0)
     pace = max(rate - heavier, LEAST * rate) * (CAUTION if heavier else 1.0) * 1e3
     begin = now + sum(job.ms for job in seen.ahead if job.weight > weight) / pace
-    due, last_due = _dues(request)
+    deadline = Deadline.of(request.arrival, request.objective)
+    due = deadline.of_token(0)
     own = cost.prefill(0, len(request.prompt)) / pace + cost.base / 1e3
     jobs: list[Job] = [(job.due, job.ms / pace, 0.0) for job in seen.ahead if job.weight == weight]
     place = bisect_right(jobs, (due, inf, 0.0))
@@ -158,20 +162,13 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     start = begin + sum(seconds for _, seconds, _ in jobs[:place])
     excess = tardy_jobs(jobs, begin).get(place, 0.0)
     rest = _tokens(request, seen) - 1
-    excess = max(excess, start + own + rest * _pace(request, seen) / 1e3 - last_due)
+    excess = max(excess, start + own + rest * _pace(request, seen) / 1e3 - deadline.whole)
     hopeless = now + cost.prefill(0, len(request.prompt)) / 1e3 > due
     if not _bearable(request, seen, heavier):
         excess = max(excess, SOONEST_S)
     after = 0.0 if excess <= 0 else inf if hopeless else max(excess, SOONEST_S)
     queued = (start - request.arrival) * 1e3
     return Forecast(queued, queued + own * 1e3, excess <= 0, after)
-
-
-def _dues(request: Request) -> tuple[float, float]:
-    ttft, total = request.objective.ttft_ms, request.objective.total_ms
-    first = inf if ttft is None else request.arrival + ttft / 1e3
-    last = inf if total is None else request.arrival + total / 1e3
-    return min(first, last), last
 
 
 def _tokens(request: Request, seen: Snapshot) -> int:

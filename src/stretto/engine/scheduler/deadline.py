@@ -68,7 +68,7 @@ def deadline(model: str, queues: Queues, pool: BlockPool, limits: Limits, moment
         margin=moment.times.margin,
         worst=moment.times.worst,
         ms=cost.base,
-        tokens=limits.max_step_tokens,
+        tokens_left=limits.max_step_tokens,
         free=pool.available,
         room=limits.max_running - len(queues.running),
     )
@@ -104,9 +104,9 @@ def reach(cost: StepCost) -> float:
 
 def latest_start(queues: Queues, cost: StepCost) -> float:
     """When the next step must start for every stream and the first prompt to be on time; inf: any time."""
-    streams = [seq for seq in queues.running if seq.rank[0] == TIMED and not seq.late]
-    tightest = min((seq.latest for seq in streams), default=inf)
-    context = sum(seq.computed for seq in streams)
+    streams = [seq for seq in queues.running if seq.rank[0] == TIMED and not seq.deadline.late]
+    tightest = min((seq.deadline.latest for seq in streams), default=inf)
+    context = sum(seq.kv.computed for seq in streams)
     start = tightest - cost.decodes(len(streams), context) / 1e3
     first = bisect_left(queues.waiting, (TIMED,), key=_rank)
     if first < len(queues.waiting) and queues.waiting[first].rank[0] == TIMED:
@@ -146,12 +146,14 @@ def _look_at_waiting(
 
 def _rank_for(budget: PlanBuilder, seq: Sequence, moment: SchedulingContext) -> Rank:
     """Where a newcomer queues. What must all be out by a last due must start early enough for that."""
-    first = seq.due
-    if seq.last_due < inf:
+    first = seq.deadline.next
+    if seq.deadline.whole < inf:
         rest = moment.ledger.expected(seq.request.tier, seq.request.sampling.max_tokens)
-        pace = min(seq.gap, budget.cost.decodes(1 + len(budget.queues.running), seq.length) / 1e3)
-        first = min(first, seq.last_due - rest * pace)
-    if min(first, seq.gap) < inf:
+        pace = min(
+            seq.deadline.target_itl_s, budget.cost.decodes(1 + len(budget.queues.running), seq.length) / 1e3
+        )
+        first = min(first, seq.deadline.whole - rest * pace)
+    if min(first, seq.deadline.target_itl_s) < inf:
         tier = budget.limits.tiers.get(seq.request.tier)
         return TIMED, -tier.weight if tier else 0.0, first, seq.request.id
     return _spare_rank(budget, seq, moment, seq.request.arrival)
@@ -161,10 +163,10 @@ def _spare_rank(budget: PlanBuilder, seq: Sequence, moment: SchedulingContext, s
     """A place among those without a due: when it would start if its tenant had the machine alone (start-time
     fair queueing, Goyal et al., SIGCOMM 1996). One tenant's many do not stand before another's few."""
     tags, tenant = budget.plan.tags, seq.request.tenant
-    work = budget.cost.prefill(seq.computed, seq.length - seq.computed) / 1e3
+    work = budget.cost.prefill(seq.kv.computed, seq.length - seq.kv.computed) / 1e3
     tag = max(since, tags.get(tenant, moment.ledger.tags.get(tenant, 0.0)))
     tags[tenant] = tag + work
-    return SPARE, 0.0, tag + BREVITY * work + (LATE_S if seq.due < inf else 0.0), seq.request.id
+    return SPARE, 0.0, tag + BREVITY * work + (LATE_S if seq.deadline.next < inf else 0.0), seq.request.id
 
 
 def _sort_running(budget: PlanBuilder, moment: SchedulingContext, gone: set[Sequence]) -> Running:
@@ -175,16 +177,16 @@ def _sort_running(budget: PlanBuilder, moment: SchedulingContext, gone: set[Sequ
     per_decode, per_key, load = budget.cost.per_decode, budget.cost.per_key, 0.0
     now, size, add, begin = budget.now, budget.pool.size, streams.append, starts.append
     for seq in budget.queues.running:
-        at, latest = seq.computed, seq.latest
+        at, latest = seq.kv.computed, seq.deadline.latest
         left = seq.remaining if seq.in_flight else len(seq.tokens) - at
         if left == 0 or (gone and seq in gone):
             continue
-        if seq.rank[0] != TIMED or seq.late or (latest < now and seq.due < now):
+        if seq.rank[0] != TIMED or seq.deadline.late or (latest < now and seq.deadline.next < now):
             _sort_spare(budget, moment, running, seq)
         elif left == 1:
             add(seq)
             begin(at)
-            pause = seq.gap
+            pause = seq.deadline.target_itl_s
             if latest < tightest:
                 tightest = latest
             if pause < gap:
@@ -194,7 +196,7 @@ def _sort_running(budget: PlanBuilder, moment: SchedulingContext, gone: set[Sequ
                 needs += 1
         else:
             running.prompts.append(seq)
-            gap = min(gap, seq.gap)
+            gap = min(gap, seq.deadline.target_itl_s)
     running.tightest, running.gap, running.load = tightest, gap * 1e3, load / 1e3
     running.context, running.needs = sum(starts) + len(starts), needs
     return running
@@ -221,18 +223,18 @@ def _run_streams(budget: PlanBuilder, running: Running, until: float, *, pressed
     step = (budget.ms + ms) * budget.margin / 1e3
     late = budget.now + step > budget.end
     if pressed and not late:
-        running.spare += [seq for seq in streams if seq.latest >= budget.end + step]
-        streams = [seq for seq in streams if seq.latest < budget.end + step]
-        starts = [seq.computed for seq in streams]
+        running.spare += [seq for seq in streams if seq.deadline.latest >= budget.end + step]
+        streams = [seq for seq in streams if seq.deadline.latest < budget.end + step]
+        starts = [seq.kv.computed for seq in streams]
         needs = sum(start % budget.pool.size == 0 for start in starts)
         ms = cost.per_decode * len(streams) + cost.per_key * (sum(starts) + len(starts))
-    if streams and (late or needs > budget.free or len(streams) > budget.tokens):
+    if streams and (late or needs > budget.free or len(streams) > budget.tokens_left):
         budget.end = until
         _run_crowded(budget, running)
         return
     budget.plan.rows += map(Row, streams, starts, repeat(1), repeat(True))
     budget.ms += ms
-    budget.tokens -= len(streams)
+    budget.tokens_left -= len(streams)
     budget.free -= needs
 
 
@@ -241,7 +243,7 @@ def _run_crowded(budget: PlanBuilder, running: Running) -> None:
     be in time whatever is done takes its turn with those that have no due."""
     cost, base = budget.cost, budget.now + budget.ms * budget.margin / 1e3
     streams = sorted(running.streams, key=lambda seq: _latest(seq, base))
-    rows = [cost.row(seq.computed + 1) for seq in streams]
+    rows = [cost.row(seq.kv.computed + 1) for seq in streams]
     jobs = [
         (_latest(seq, base), ms * budget.margin / 1e3, 0.0) for seq, ms in zip(streams, rows, strict=True)
     ]
@@ -259,7 +261,7 @@ def _run_crowded(budget: PlanBuilder, running: Running) -> None:
 
 def _latest(seq: Sequence, soonest: float) -> float:
     """When a stream must speak: before its pause is too long, or when that is lost before it is late."""
-    return seq.latest if seq.latest >= soonest else seq.due
+    return seq.deadline.latest if seq.deadline.latest >= soonest else seq.deadline.next
 
 
 def _promised(budget: PlanBuilder, moment: SchedulingContext, spare: list[Sequence]) -> float:
@@ -280,7 +282,7 @@ def _read(
     """Give prompts the rest of the step, without those that must give way. Returns the latter, less those
     refused, for what time may be left."""
     aside: list[Sequence] = []
-    crowded, room = False, budget.left() > 0 and budget.tokens > 0
+    crowded, room = False, budget.left() > 0 and budget.tokens_left > 0
     for index, (rank, seq) in enumerate(prompts):
         if index not in out:
             if not room or (seq.slot < 0 and (crowded or budget.held)):
@@ -289,7 +291,7 @@ def _read(
                 crowded = True
             else:
                 run(budget, seq, budget.left())
-                room = budget.left() > 0 and budget.tokens > 0
+                room = budget.left() > 0 and budget.tokens_left > 0
         elif seq.request.objective.on_miss == "reject" and seq.started is None:
             budget.plan.refuse.append((seq, out[index]))
         else:
@@ -313,8 +315,8 @@ def _giving_way(
         pace = 1e3 * max(rate - heavier, LEAST * rate) * (CAUTION if heavier else 1.0)
         jobs: list[Job] = []
         for rank, seq in group:
-            count = len(seq.tokens) - seq.computed
-            seconds = count * (per_prefill + per_pair * (seq.computed + count / 2)) / pace
+            count = len(seq.tokens) - seq.kv.computed
+            seconds = count * (per_prefill + per_pair * (seq.kv.computed + count / 2)) / pace
             jobs.append((rank[2], seconds, worth.get(seq.request.tenant, 0.0) if worth else 0.0))
         lost = tardy_jobs(jobs, start)
         start += sum(job[1] for place, job in enumerate(jobs) if place not in lost)
@@ -329,14 +331,14 @@ def _minus_weight(prompt: Placed) -> float:
 
 def _hopeless(budget: PlanBuilder, seq: Sequence) -> bool:
     """Too late even with the machine to itself."""
-    alone = budget.cost.prefill(seq.computed, seq.length - seq.computed)
-    return budget.now + alone / 1e3 > seq.due
+    alone = budget.cost.prefill(seq.kv.computed, seq.length - seq.kv.computed)
+    return budget.now + alone / 1e3 > seq.deadline.next
 
 
 def _bearable(budget: PlanBuilder, seq: Sequence, running: Running, heavier: float) -> bool:
     """Whether the streams would still have their pace if this prompt became one of them, and `heavier`
     prompts to come the share of the time that they take."""
-    gap = seq.gap * 1e3
+    gap = seq.deadline.target_itl_s * 1e3
     base = budget.cost.base / min(gap, running.gap)
     load = base + running.load + budget.cost.row(seq.length) / gap
     return not running.streams or load < CROWDED / budget.margin - heavier
@@ -357,7 +359,7 @@ def _fill(budget: PlanBuilder, sequences: list[Sequence], ms: float) -> float:
         if (
             left <= 0
             or left < least
-            or budget.tokens <= 0
+            or budget.tokens_left <= 0
             or (seq.slot < 0 and (budget.full or left < token))
         ):
             break

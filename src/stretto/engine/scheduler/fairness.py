@@ -32,6 +32,11 @@ class Ledger:
         """The tenant's requests took this much of a step."""
         self.debts[tenant] = self.debts.get(tenant, 0.0) + ms
 
+    def promise(self, tags: dict[str, float], owed: float) -> None:
+        """Take over what a plan has promised: tags of tenants, and milliseconds still owed."""
+        self.tags.update(tags)
+        self.owed = owed
+
     def arrived(self, weight: float, ms: float) -> None:
         """A prompt of so much work has come, in a tier of this weight."""
         self._inflow[weight] = self._inflow.get(weight, 0.0) + ms

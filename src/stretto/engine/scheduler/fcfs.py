@@ -37,7 +37,7 @@ def _continue_running(plan: Plan, queues: Queues, pool: BlockPool, budget: int) 
         while need > free and seq not in plan.preempt:
             victim = victims.pop()
             plan.preempt.append(victim)
-            free += pool.freed_by(victim)
+            free += pool.freed_by(victim.kv)
             for row in [row for row in plan.rows if row.seq is victim]:
                 plan.rows.remove(row)
                 budget += row.count
@@ -45,7 +45,7 @@ def _continue_running(plan: Plan, queues: Queues, pool: BlockPool, budget: int) 
         if seq not in plan.preempt:
             free -= need
             budget -= count
-            plan.rows.append(Row(seq, seq.computed, count, count == seq.remaining))
+            plan.rows.append(Row(seq, seq.kv.computed, count, count == seq.remaining))
     return budget, free
 
 
@@ -58,8 +58,8 @@ def _admit_waiting(plan: Plan, queues: Queues, pool: BlockPool, left: tuple[int,
     for seq in queues.waiting:
         if budget <= 0 or room <= 0:
             break
-        matched, idle = pool.match(seq)
-        key = pool.next_key(seq, len(matched))
+        matched, idle = pool.match(seq.kv)
+        key = pool.next_key(seq.kv, len(matched))
         if key is not None and (key in claimed or pool.expects(key)):
             continue
         start = len(matched) * pool.size
@@ -78,4 +78,4 @@ def _admit_waiting(plan: Plan, queues: Queues, pool: BlockPool, left: tuple[int,
 
 def _growth(seq: Sequence, count: int, pool: BlockPool) -> int:
     """Blocks a running sequence needs beyond its own to read `count` more tokens."""
-    return pool.blocks_for(seq.computed + count) - len(seq.blocks)
+    return pool.blocks_for(seq.kv.computed + count) - len(seq.kv.blocks)

@@ -30,7 +30,7 @@ class PlanBuilder:
     margin: float
     worst: float
     ms: float
-    tokens: int
+    tokens_left: int
     free: int
     room: int
     end: float = inf
@@ -49,15 +49,15 @@ def run(budget: PlanBuilder, seq: Sequence, ms: float) -> None:
     if seq.slot < 0:
         _admit(budget, seq, ms)
     elif seq.remaining == 1:
-        if budget.cost.row(seq.computed + 1) <= ms or not budget.plan.rows:
+        if budget.cost.row(seq.kv.computed + 1) <= ms or not budget.plan.rows:
             go_on(budget, seq, 1)
     else:
-        go_on(budget, seq, _chunk(budget, seq.computed, seq.remaining, ms))
+        go_on(budget, seq, _chunk(budget, seq.kv.computed, seq.remaining, ms))
 
 
 def _chunk(budget: PlanBuilder, start: int, wanted: int, ms: float) -> int:
     """Tokens of a prompt that fit; a step that has nothing else takes one, whatever it costs."""
-    count = min(wanted, budget.tokens, budget.cost.chunk(start, ms))
+    count = min(wanted, budget.tokens_left, budget.cost.chunk(start, ms))
     return count if budget.plan.rows else max(count, 1)
 
 
@@ -65,11 +65,11 @@ def go_on(budget: PlanBuilder, seq: Sequence, count: int) -> None:
     """The next `count` tokens of a running sequence, if it may still run and there are blocks for them."""
     if seq in budget.plan.preempt:
         return
-    need = budget.pool.blocks_for(seq.computed + count) - len(seq.blocks)
+    need = budget.pool.blocks_for(seq.kv.computed + count) - len(seq.kv.blocks)
     if count <= 0 or not _make_room(budget, seq, need):
         return
     budget.free -= need
-    _append(budget, Row(seq, seq.computed, count, count == seq.remaining))
+    _append(budget, Row(seq, seq.kv.computed, count, count == seq.remaining))
 
 
 def _admit(budget: PlanBuilder, seq: Sequence, ms: float) -> None:
@@ -81,8 +81,8 @@ def _admit(budget: PlanBuilder, seq: Sequence, ms: float) -> None:
     if budget.room <= 0 and not _make_place(budget, seq):
         return
     anew = bool(budget.plan.preempt)
-    matched, idle = ([], 0) if anew else pool.match(seq)
-    key = pool.next_key(seq, len(matched))
+    matched, idle = ([], 0) if anew else pool.match(seq.kv)
+    key = pool.next_key(seq.kv, len(matched))
     if key is not None and not anew and (key in budget.claimed or pool.expects(key)):
         return
     growth = len(budget.queues.running) - len(budget.plan.preempt)
@@ -108,7 +108,7 @@ def _admit(budget: PlanBuilder, seq: Sequence, ms: float) -> None:
 
 def _append(budget: PlanBuilder, row: Row) -> None:
     budget.plan.rows.append(row)
-    budget.tokens -= row.count
+    budget.tokens_left -= row.count
     if row.draw and row.count == 1:
         budget.ms += budget.cost.row(row.start + 1)
     else:
@@ -123,7 +123,7 @@ def _make_room(budget: PlanBuilder, seq: Sequence, need: int, among: int = TIMED
     looser = _looser(budget, seq, among) if need > free else []
     while need > free and looser:
         victims.append(looser.pop())
-        free += budget.pool.freed_by(victims[-1])
+        free += budget.pool.freed_by(victims[-1].kv)
     if need > free:
         return False
     budget.free = free
@@ -137,9 +137,9 @@ def _make_place(budget: PlanBuilder, seq: Sequence) -> bool:
     if budget.held or seq.rank[0] != TIMED:
         return False
     looser = _looser(budget, seq, SPARE)
-    budget.held = not looser and not seq.late
+    budget.held = not looser and not seq.deadline.late
     if looser:
-        budget.free += budget.pool.freed_by(looser[-1])
+        budget.free += budget.pool.freed_by(looser[-1].kv)
         _preempt(budget, looser[-1:])
     return budget.room > 0
 
@@ -162,12 +162,12 @@ def _looser(budget: PlanBuilder, seq: Sequence, among: int) -> list[Sequence]:
 def _preempt(budget: PlanBuilder, victims: list[Sequence]) -> None:
     budget.room += len(victims)
     budget.plan.preempt += victims
-    timed = [seq for seq in victims if seq.rank[0] == TIMED and not seq.late]
-    budget.plan.place += [(seq, (TIMED, seq.rank[1], seq.due, seq.request.id)) for seq in timed]
+    timed = [seq for seq in victims if seq.rank[0] == TIMED and not seq.deadline.late]
+    budget.plan.place += [(seq, (TIMED, seq.rank[1], seq.deadline.next, seq.request.id)) for seq in timed]
 
 
 def _tightness(seq: Sequence) -> tuple[int, float, int]:
     """Who comes first when not all can: those with a due by the next one, then the others by place."""
     ident = seq.request.id
-    timed = seq.rank[0] != SPARE and not seq.late
-    return (TIMED, seq.due, ident) if timed else (SPARE, seq.rank[2], ident)
+    timed = seq.rank[0] != SPARE and not seq.deadline.late
+    return (TIMED, seq.deadline.next, ident) if timed else (SPARE, seq.rank[2], ident)

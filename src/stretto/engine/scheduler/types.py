@@ -15,7 +15,7 @@ from stretto.config import TIERS, Tier
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.fairness import Ledger
 from stretto.engine.sequence import Rank, Sequence
-from stretto.engine.step_time import StepLoad, StepTime
+from stretto.engine.step_time import StepCost, StepLoad, StepTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,10 @@ class Row(Struct, frozen=True, gc=False):
         """Whether it goes on with an answer, rather than reading a prompt."""
         return self.draw and self.count == 1 + len(self.draft)
 
+    def with_draft(self, draft: tuple[int, ...]) -> Row:
+        """The row with draft tokens after its own."""
+        return Row(self.seq, self.start, self.count + len(draft), self.draw, draft) if draft else self
+
 
 @dataclass(slots=True)
 class Plan:
@@ -84,13 +88,11 @@ class Plan:
     owed: float = 0.0
     predicted: float | None = None
 
-    @property
-    def decode_tokens(self) -> int:
-        return self.load.decode
-
-    @property
-    def prefill_tokens(self) -> int:
-        return self.load.prefill
+    def add_drafts(self, drafts: Mapping[Sequence, tuple[int, ...]], cost: StepCost) -> None:
+        """Let rows verify draft tokens too, and predict the step anew."""
+        self.rows = [row.with_draft(drafts.get(row.seq, ())) for row in self.rows]
+        if self.predicted is not None:
+            self.predicted = cost(self.load)
 
     @property
     def load(self) -> StepLoad:

@@ -40,6 +40,10 @@ class Drafter(Protocol):
         """That many draft tokens for each sequence. Its blocks have room for them."""
         ...
 
+    def read(self, seq: Sequence) -> int:
+        """How many tokens of a sequence its KV cache holds."""
+        ...
+
     def erase(self, blocks: list[int]) -> None:
         """Zero its KV memory of these blocks."""
         ...
@@ -68,6 +72,7 @@ class Speculation:
         self._drafter = drafter
         self._copied, self._drafted = AcceptanceRate(), AcceptanceRate()
         self._model_counts: dict[Sequence, int] = {}
+        self._indexes: dict[Sequence, NgramIndex] = {}
 
     @property
     def kv_bytes(self) -> int:
@@ -85,7 +90,7 @@ class Speculation:
         rows = [row for row in plan.rows if row.decodes and row.seq.request.task == "generate"]
         candidates = [(row, self._index(row.seq)) for row in rows]
         budget = _budget(plan, queues, pool, limits, context)
-        by_model = {} if self._drafter is None else _from_model(candidates, budget, self._drafter.times.cost)
+        by_model = {} if self._drafter is None else _from_model(candidates, budget, self._drafter)
         rest = [candidate for candidate in candidates if candidate[0].seq not in by_model]
         return DraftCounts(ngram=_from_ngrams(rest, budget), model=by_model)
 
@@ -111,11 +116,16 @@ class Speculation:
         if self._drafter is not None:
             self._drafter.erase(blocks)
 
+    def forget(self, seq: Sequence) -> None:
+        """Drop what is kept for a sequence that has ended."""
+        self._indexes.pop(seq, None)
+
     def _index(self, seq: Sequence) -> NgramIndex:
-        if seq.trail is None:
-            seq.trail = NgramIndex(self._copied, self._drafted, seq.prompt_len)
-        seq.trail.update(seq.tokens, seq.prompt_len)
-        return seq.trail
+        index = self._indexes.get(seq)
+        if index is None:
+            index = self._indexes[seq] = NgramIndex(self._copied, self._drafted, seq.prompt_len)
+        index.update(seq.tokens, seq.prompt_len)
+        return index
 
 
 Candidate = tuple[Row, NgramIndex]
@@ -168,7 +178,14 @@ def _budget(
     decodes = [row for row in plan.rows if row.decodes]
     ms = cost(plan.load) * worst
     end = context.now + ms / 1e3
-    soonest = min((seq.latest for seq in queues.running if not seq.late and seq.latest > end), default=inf)
+    soonest = min(
+        (
+            seq.deadline.latest
+            for seq in queues.running
+            if not seq.deadline.late and seq.deadline.latest > end
+        ),
+        default=inf,
+    )
     return _StepBudget(
         cost=cost,
         tokens=float(len(decodes)),
@@ -180,8 +197,8 @@ def _budget(
     )
 
 
-def _from_model(candidates: list[Candidate], budget: _StepBudget, cost: StepCost) -> dict[Sequence, int]:
-    """The draft tokens that a draft model of this cost should propose, taken from the budget."""
+def _from_model(candidates: list[Candidate], budget: _StepBudget, drafter: Drafter) -> dict[Sequence, int]:
+    """The draft tokens that a draft model should propose, taken from the budget."""
     drafting = [
         (row, index)
         for row, index in candidates
@@ -189,7 +206,7 @@ def _from_model(candidates: list[Candidate], budget: _StepBudget, cost: StepCost
         and row.seq.grammar is None
         and index.acceptance(0) < index.drafted.estimate(0)
     ]
-    passes = _passes(drafting, budget, cost) if drafting else 0
+    passes = _passes(drafting, budget, drafter) if drafting else 0
     for row, index in drafting:
         if not passes:
             index.drafted.decay()
@@ -226,9 +243,11 @@ def _from_ngrams(candidates: list[Candidate], budget: _StepBudget) -> dict[Seque
     return counts
 
 
-def _passes(drafting: list[Candidate], budget: _StepBudget, cost: StepCost) -> int:
-    """How many passes of a draft model of this cost maximise tokens per millisecond; 0: none pays off."""
-    backlog = sum(cost.prefill(row.seq.drafted, row.start - row.seq.drafted) for row, _ in drafting)
+def _passes(drafting: list[Candidate], budget: _StepBudget, drafter: Drafter) -> int:
+    """How many passes of a draft model maximise tokens per millisecond; 0: none pays off."""
+    cost = drafter.times.cost
+    reads = [(row, drafter.read(row.seq)) for row, _ in drafting]
+    backlog = sum(cost.prefill(read, row.start - read) for row, read in reads)
     each = cost.decodes(len(drafting), sum(row.start for row, _ in drafting))
     price = each + sum(budget.price(row) for row, _ in drafting)
     most = min(
