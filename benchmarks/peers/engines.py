@@ -1,7 +1,7 @@
-"""The engines that are compared: how each is installed, what it is given, and how it is started.
+"""The compared engines: how each is installed, which weights it gets, and how it is started.
 
-Every one is a process that takes `profiler.protocol.Task`s and answers `Took`s, a line of JSON each, so
-that all are measured alike. What a peer needs lies in an environment of its own under the home folder.
+Each engine is a process that reads and writes lines of JSON (`stretto.profiler.protocol`), so all are
+measured in the same way. Each peer has a Python environment of its own in the home folder.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from stretto import config
 HERE = Path(__file__).parent
 DESK = Path(stretto.__file__).parent / "desk"
 CHECKPOINT = HERE.parent / "checkpoint.py"
-# An open range of torch would bring gigabytes of CUDA; torchvision does not fit it and is not needed.
+# A newer torch would install gigabytes of CUDA. The torchvision that comes along does not fit it.
 TORCH = "torch==2.13.0"
 THREADS = 2
 
 
 @dataclass(frozen=True)
 class Format:
-    """An engine with its weights in so many bits. `peer`: whose environment it needs; empty: our own."""
+    """An engine with a weight format. `peer`: the environment it runs in, empty for Stretto's own.
+
+    `kind`: the format's name in that engine. `bits`: bits per weight.
+    """
 
     name: str
     peer: str
@@ -47,13 +50,13 @@ FORMATS = (
 
 
 class Home:
-    """A folder that keeps what took long to make: environments, checkpoints, exports."""
+    """A folder with everything that takes long to make: environments, checkpoints, exports."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.resolve()
 
     def prepare(self, shape: str, formats: Sequence[Format]) -> None:
-        """Make what is missing."""
+        """Make what is missing for these formats."""
         (self._path / shape).mkdir(parents=True, exist_ok=True)
         checkpoint = self.checkpoint(shape)
         if not (checkpoint / "config.json").exists():
@@ -65,26 +68,27 @@ class Home:
                 self._export(shape, format)
 
     def checkpoint(self, shape: str) -> Path:
-        """Random weights of the shape, but for desk, which comes with the package."""
+        """The checkpoint of a shape: random weights, except for desk, which the package contains."""
         return DESK if shape == "desk" else self._path / shape / "checkpoint"
 
     def context(self, shape: str) -> int:
-        """The longest prompt and answer together that the checkpoint allows."""
+        """The largest number of tokens, prompt and answer together, that the checkpoint allows."""
         config = msgspec.json.decode((self.checkpoint(shape) / "config.json").read_bytes())
         return config["max_position_embeddings"]
 
     def python(self, peer: str) -> Path:
+        """The interpreter of a peer's environment."""
         return self._path / peer / "bin" / "python"
 
     def model(self, shape: str, format: Format) -> Path:
-        """What the engine loads."""
+        """The file or folder that the engine loads."""
         if not format.peer:
             return self.checkpoint(shape)
         name = f"openvino-{format.kind}" if format.peer == "openvino" else f"{format.kind}.gguf"
         return self._path / shape / name
 
     def command(self, shape: str, format: Format) -> tuple[list[str], bytes]:
-        """The process to start, and what it is to read first."""
+        """The command that starts the engine, and the first line to send it (perhaps none)."""
         model = self.model(shape, format)
         if format.peer:
             script = HERE / f"{format.peer}_alone.py"
@@ -102,8 +106,8 @@ class Home:
             self._run(pip, "install", "-q", TORCH, "openvino-genai", "optimum-intel", "nncf")
             self._run(pip, "uninstall", "-qy", "torchvision")
         else:
-            built_here = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
-            self._run(pip, "install", "-q", "llama-cpp-python", "gguf", "numpy", **built_here)
+            build_flags = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
+            self._run(pip, "install", "-q", "llama-cpp-python", "gguf", "numpy", **build_flags)
 
     def _export(self, shape: str, format: Format) -> None:
         checkpoint, model = self.checkpoint(shape), self.model(shape, format)
@@ -114,12 +118,12 @@ class Home:
         task = ("--task", "text-generation-with-past", "--weight-format", format.kind)
         groups = ("--group-size", "64") if format.kind == "int4" else ()
         command = self.python("openvino").with_name("optimum-cli")
-        draft = model.with_suffix(".part")
-        self._run(command, "export", "openvino", "--model", checkpoint, *task, *groups, draft)
-        draft.rename(model)
+        unfinished = model.with_suffix(".part")
+        self._run(command, "export", "openvino", "--model", checkpoint, *task, *groups, unfinished)
+        unfinished.rename(model)
 
     def _run(self, *command: str | Path, **environ: str) -> None:
-        """Raises CalledProcessError; what the command says goes to standard error."""
+        """Run a command with its output on standard error. Raises CalledProcessError."""
         subprocess.run(
             [str(part) for part in command], check=True, stdout=sys.stderr, env=os.environ | environ
         )

@@ -1,7 +1,7 @@
 """Writes a qwen2 or qwen3 checkpoint as GGUF and quantises it with llama.cpp's own quantiser.
 
-Run by llama-cpp-python's own environment: `python gguf_export.py CHECKPOINT OUT.gguf Q8_0|Q4_0`. There is no
-tokenizer in it: the engines are given token ids.
+Runs in the environment of llama-cpp-python: `python gguf_export.py CHECKPOINT OUT.gguf Q8_0|Q4_0`. The file
+has no tokenizer, because the engines get token ids. Prints nothing.
 """
 
 import json
@@ -15,20 +15,23 @@ import numpy as np
 
 
 def tensors(path):
-    """Every bf16 tensor of a safetensors file, as float32: numpy has no bf16, and there is no torch here."""
+    """Every bfloat16 tensor of a safetensors file, as float32.
+
+    numpy has no bfloat16; torch is not installed.
+    """
     data = np.memmap(path, np.uint8, "r")
     start = 8 + int(data[:8].view(np.uint64)[0])
     for name, entry in json.loads(bytes(data[8:start])).items():
         if name != "__metadata__":
             if entry["dtype"] != "BF16":
-                sys.exit(f"{path}: {name} is {entry['dtype']}, not BF16")
+                sys.exit(f"{path}: {name} is {entry['dtype']}; export a checkpoint in BF16")
             first, last = entry["data_offsets"]
             words = data[start + first : start + last].view(np.uint16).astype(np.uint32) << 16
             yield name, words.view(np.float32).reshape(entry["shape"])
 
 
 def write(checkpoint, out):
-    """The weights as they are, bf16 matrices and float32 vectors."""
+    """Write the weights without quantising them: bfloat16 matrices and float32 vectors."""
     config = json.loads((checkpoint / "config.json").read_text())
     kind = config["model_type"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config["num_hidden_layers"])
@@ -66,10 +69,10 @@ def main():
         write(checkpoint, plain)
         params = c.llama_model_quantize_default_params()
         params.ftype = getattr(c, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        draft = Path(folder) / "quantised.gguf"
-        if c.llama_model_quantize(str(plain).encode(), str(draft).encode(), params):
+        unfinished = Path(folder) / "quantised.gguf"
+        if c.llama_model_quantize(str(plain).encode(), str(unfinished).encode(), params):
             sys.exit(f"llama.cpp could not quantise {checkpoint} as {kind}")
-        draft.rename(out)
+        unfinished.rename(out)
 
 
 main()

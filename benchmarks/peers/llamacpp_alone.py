@@ -1,7 +1,7 @@
-"""llama.cpp as an engine alone: tasks in, timings out, as lines of JSON (`stretto.profiler.protocol`).
+"""Runs llama.cpp as an engine without a server. Reads tasks and prints timings, one line of JSON each.
 
-Run by llama-cpp-python's own environment: `python llamacpp_alone.py MODEL.gguf THREADS`. All settings but the
-threads and the sizes are the library's own.
+The fields are those of `stretto.profiler.protocol`. Runs in the environment of llama-cpp-python: `python
+llamacpp_alone.py MODEL.gguf THREADS`. All settings except threads and sizes are the library's defaults.
 """
 
 import json
@@ -13,15 +13,18 @@ from pathlib import Path
 import llama_cpp as c
 import numpy as np
 
-ROOM = 64
+ANSWER_TOKENS = 64
 
 
 class Context:
-    """The KV memory and graphs for so many sequences of one length. `seed`: whose prompts it holds."""
+    """llama.cpp's state for some sequences of one prompt length.
+
+    `seed`: that of the prompts in its KV cache.
+    """
 
     def __init__(self, model, sequences, length, threads):
         params = c.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = sequences * (length + ROOM), sequences
+        params.n_ctx, params.n_seq_max = sequences * (length + ANSWER_TOKENS), sequences
         params.n_threads = params.n_threads_batch = threads
         self.handle = c.llama_init_from_model(model, params)
         if not self.handle:
@@ -31,7 +34,7 @@ class Context:
         self.seed = None
 
     def decode(self, rows):
-        """Rows of (token, position, sequence, wants logits)."""
+        """Run one step over rows of (token, position, sequence, whether its logits are needed)."""
         batch = self.batch
         batch.n_tokens = len(rows)
         for index, (token, position, sequence, wanted) in enumerate(rows):
@@ -41,21 +44,23 @@ class Context:
             sys.exit("llama_decode failed")
 
     def drawn(self, index, vocab):
+        """The likeliest next token of a row."""
         return int(np.ctypeslib.as_array(c.llama_get_logits_ith(self.handle, index), (vocab,)).argmax())
 
 
 def run(context, task, vocab):
+    """Run one task. Prompts with the seed of the last task are in the KV cache already."""
     size, length = task["batch"], task["prompt_tokens"]
     rng = random.Random(f"{task['seed']} {length}")
     prompts = [rng.choices(range(vocab // 4, vocab * 3 // 4), k=length) for _ in range(size)]
     kept = length - 1 if context.seed == task["seed"] else 0
     context.seed = task["seed"]
-    most = c.llama_n_batch(context.handle)
+    longest = c.llama_n_batch(context.handle)
     started, tokens = time.monotonic(), []
     for sequence, prompt in enumerate(prompts):
         c.llama_memory_seq_rm(context.memory, sequence, kept, -1)
-        for start in range(kept, length, most):
-            end = min(start + most, length)
+        for start in range(kept, length, longest):
+            end = min(start + longest, length)
             rows = [(prompt[at], at, sequence, at == length - 1) for at in range(start, end)]
             context.decode(rows)
         tokens.append(context.drawn(len(rows) - 1, vocab))
@@ -74,6 +79,7 @@ def run(context, task, vocab):
 
 
 def peak_bytes():
+    """The largest memory that this process has had."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

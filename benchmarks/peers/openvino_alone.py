@@ -1,7 +1,8 @@
-"""OpenVINO GenAI as an engine alone: tasks in, timings out, in the JSON lines of `stretto.profiler.protocol`.
+"""Runs OpenVINO GenAI as an engine without a server. Reads tasks and prints timings, one line of JSON each.
 
-Run by its own environment: `python openvino_alone.py DIRECTORY THREADS`. Its continuous batching is driven
-step by step, as a server would; a prompt is read whole and a kept one is found again, as in its LLMPipeline.
+The fields are those of `stretto.profiler.protocol`. Runs in its own environment: `python openvino_alone.py
+DIRECTORY THREADS`. Continuous batching is driven step by step, as a server does. As in OpenVINO's
+LLMPipeline, a step reads a whole prompt, and the prefix cache is on.
 """
 
 import json
@@ -18,6 +19,7 @@ CACHE_GB = 1
 
 
 def run(pipe, task, vocab):
+    """Run one task."""
     size, length = task["batch"], task["prompt_tokens"]
     rng = random.Random(f"{task['seed']} {length}")
     prompts = [rng.choices(range(vocab // 4, vocab * 3 // 4), k=length) for _ in range(size)]
@@ -51,12 +53,14 @@ def run(pipe, task, vocab):
 
 
 def read(handles, drawn):
+    """Add the new tokens of each request to its count."""
     for index, handle in enumerate(handles):
         while handle.can_read():
             drawn[index] += sum(len(output.generated_ids) for output in handle.read().values())
 
 
 def peak_bytes():
+    """The largest memory that this process has had."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -1,6 +1,6 @@
-"""What a comparison with peers is written down as: results in JSON, a page with tables, a plot.
+"""Writes the comparison with peers: results as JSON, a plot of each, and one page with tables.
 
-The page is made from all results that lie beside it, one per shape, so that none is ever typed by hand.
+The page is made from all results beside it, one for each shape, so that no figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ as many.
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """One engine. Rates are tokens per second; `decode_8` that of eight streams together. None: the model's
-    context is too short for it."""
+    """The figures of one engine. Rates are tokens per second; `decode_8` is that of eight streams together.
+
+    A figure is None when the model's context is too short for it.
+    """
 
     name: str
     bits: int
@@ -58,7 +60,7 @@ class Measured(Struct, frozen=True, kw_only=True):
 
 
 class Result(Struct, frozen=True, kw_only=True):
-    """One run. `load` is the machine's over its last minute."""
+    """One run. `load`: the machine's load average over the last minute."""
 
     shape: str
     date: str
@@ -71,7 +73,7 @@ class Result(Struct, frozen=True, kw_only=True):
 
 
 def best_peer(ours: Measured, engines: Sequence[Measured], figure: str) -> Measured | None:
-    """The best at a figure among the peers with as many bits as ours or fewer; None for a peer."""
+    """The best peer at a figure among those with as many bits as ours or fewer. None if there is none."""
     peers = [each for each in engines if not each.ours and each.bits <= ours.bits]
     if not ours.ours or not peers or getattr(ours, figure) is None:
         return None
@@ -79,7 +81,7 @@ def best_peer(ours: Measured, engines: Sequence[Measured], figure: str) -> Measu
 
 
 def ratio(ours: Measured, peer: Measured, figure: str) -> float:
-    """How many times better ours is."""
+    """How many times better ours is than the peer."""
     one, other = getattr(ours, figure), getattr(peer, figure)
     return other / one if figure in LESS else one / other
 
@@ -97,7 +99,7 @@ def write(result: Result, docs: Path) -> None:
 
 
 def section(result: Result) -> str:
-    """A shape's plot, table and ratios, as Markdown."""
+    """The plot, table and ratios of a shape, as Markdown."""
     head = (
         f"## {result.shape}\n\n{result.date}, {result.cpu} ({', '.join(result.isa)}), {result.rounds} rounds,"
     )
@@ -110,8 +112,8 @@ def section(result: Result) -> str:
     ours = [each for each in result.engines if each.ours]
     lines += ["", f"| ratio | {' | '.join(each.name for each in ours)} |", f"| --- |{' --- |' * len(ours)}"]
     for figure, title in TITLES.items():
-        told = [_ratios(each, result.engines, figure) for each in ours]
-        lines.append(f"| {title.rpartition(',')[0]} | {' | '.join(told)} |")
+        cells = [_ratios(each, result.engines, figure) for each in ours]
+        lines.append(f"| {title.rpartition(',')[0]} | {' | '.join(cells)} |")
     versions = sorted({each.version for each in result.engines})
     return "\n".join([*lines, "", f"Versions: {', '.join(versions)}.", ""])
 
@@ -143,7 +145,7 @@ WIDTH, ROW, LABEL, VALUE = 760, 20, 110, 48
 
 
 def plot(result: Result) -> str:
-    """Bars, two figures beside each other; SVG that follows light and dark."""
+    """Bars as an SVG image, two figures side by side. It follows the reader's light or dark theme."""
     figures = [
         (figure, title)
         for figure, title in TITLES.items()
@@ -166,11 +168,11 @@ def _panel(result: Result, figure: str, title: str, at: tuple[int, int]) -> Iter
     left, top = at
     less = ", lower is better" if figure in LESS else ""
     yield f'<text class="title" x="{left}" y="{top + 15}">{escape(title + less)}</text>'
-    most = max(getattr(each, figure) for each in result.engines)
-    room = WIDTH // 2 - LABEL - VALUE - 10
+    largest = max(getattr(each, figure) for each in result.engines)
+    width = WIDTH // 2 - LABEL - VALUE - 10
     for number, each in enumerate(result.engines):
         value, y = getattr(each, figure), top + ROW * (number + 1) + 4
-        long = max(value / most * room, 1.0)
+        long = max(value / largest * width, 1.0)
         kind = "ours" if each.ours else "peer"
         yield f'<text x="{left}" y="{y + 13}">{escape(each.name)}</text>'
         yield f'<rect class="{kind}" x="{left + LABEL}" y="{y + 2}" width="{long:.1f}" height="14" rx="2"/>'
