@@ -19,12 +19,12 @@ import msgspec
 
 from stretto.config import EngineConfig, ModelConfig
 from stretto.engine.core import EngineCore, LoadedModel
-from stretto.engine.runners.calibrate import PROBES, Bench, calibrate, fits
+from stretto.engine.runners.calibrate import PROBES, Bench, calibrate, fit, fits
 from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.scheduler.deadline import SCHEDULES
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
-from stretto.engine.step_time import StepCost, StepLoad, fit
+from stretto.engine.step_time import StepCost, StepLoad
 from stretto.types import Objective, Request, Sampling, StepStats, TokenEvent
 
 CLIENTS = 8  # at most so many at once, each asking again after a pause

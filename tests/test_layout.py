@@ -195,7 +195,6 @@ def test_the_server_process_never_loads_torch():
     assert {name for name in loaded if "torch" in outside(TREES[name])} == set()
 
 
-@pytest.mark.xfail(reason="not reached yet", strict=False)
 def test_the_scheduler_and_the_client_load_neither_torch_nor_numpy():
     loaded = reached(name for name in TREES if below(name, LIGHT))
     assert {name for name in loaded if outside(TREES[name]) & {"torch", "numpy"}} == set()

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stretto.engine.step_time import UNKNOWN, StepCost, StepLoad, StepTime, Window, fit
+from stretto.engine.runners.calibrate import fit
+from stretto.engine.step_time import UNKNOWN, StepCost, StepLoad, StepTime, Window
 from stretto.simulator.replay import SMALL_CPU
 
 
@@ -89,10 +90,8 @@ def test_the_largest_chunk_is_the_largest(start: int, ms: float):
     assert SMALL_CPU.prefill(start, count + 1) > ms
 
 
-def test_a_first_token_takes_longer_beside_streams():
+def test_a_step_of_decodes_costs_its_base_and_its_rows():
     cost = StepCost(base=10.0, per_decode=1.0, per_prefill=1.0)
-    assert cost.first_token(0, 100, beside=10.0, step=20.0) == pytest.approx(200.0)
-    assert cost.first_token(0, 100, beside=20.0, step=20.0) == float("inf")
     assert cost.decodes(5, 0) == 15.0 and cost.row(0) == 1.0
 
 

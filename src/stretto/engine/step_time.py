@@ -1,9 +1,8 @@
-"""The step-time model: how many milliseconds a step takes, from what is in it. One model answers for all:
-schedule, admission, and whoever chooses between models or machines.
+"""The step-time model: how many milliseconds a step takes, from what is in it.
 
-It knows loads (numbers), not sequences, and learns from each step: recursive least squares whose forgetting
-leads back to a belief that moves slowly (stabilised forgetting: Kulhavy, Zarrop, Int. J. Control 58, 1993),
-with errors bounded by Huber's psi, so that one outlier moves nothing and steps all alike unlearn nothing.
+It knows loads (numbers), not sequences. It learns from each step by recursive least squares. Forgetting leads
+back to an estimate that moves slowly (stabilised forgetting: Kulhavy, Zarrop, Int. J. Control 58, 1993), so
+many equal steps unlearn nothing. Errors are bounded by Huber's psi, so a single outlier changes little.
 """
 
 from __future__ import annotations
@@ -15,47 +14,46 @@ from math import inf, sqrt
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 from msgspec import Struct
 
 from stretto.statistics import quantile
 
 SCALES = (1.0, 8.0, 128.0, 8192.0, 131072.0)  # a load of each kind that costs about as much as a step's base
-REMEMBERED = 0.9  # of what steps have taught, from one to the next: about the last 10 count
-DISTURBED = 0.3  # the same when the machine has changed
-NOISE = 0.08  # the relative spread of steps that are alike
-FOLLOWED = 0.03  # of the way from the slow belief to the present one goes by with a step
-ALL_WRONG = 0.5  # the slow belief's likely relative error that is the same for all coefficients
-EACH_WRONG = 0.3  # and that of each by itself
-LEAST_SHARE = 0.02  # of the largest part: a smaller coefficient is believed to be wrong by at least that
-HUBER = 2.5  # an error beyond this many usual ones counts as one of that size
-SHORTEST_MS = 0.01  # below this a step is as good as free, and a relative error says nothing
+REMEMBERED = 0.9  # weight of earlier steps after one more: about the last 10 count
+DISTURBED = 0.3  # the same once the machine's speed has changed
+NOISE = 0.08  # relative standard deviation of equal steps
+FOLLOWED = 0.03  # how far the slow estimate moves towards the present one with each step
+ALL_WRONG = 0.5  # likely relative error of the slow estimate that all coefficients have in common
+EACH_WRONG = 0.3  # likely relative error of each coefficient by itself
+LEAST_SHARE = 0.02  # a coefficient may be wrong by this share of the largest part, however small it is
+HUBER = 2.5  # an error larger than this many usual ones counts as one of that size
+SHORTEST_MS = 0.01  # a relative error of a shorter step says nothing
 SMALLEST_NOISE = 0.01
-SOLVED_MS = 3.0  # of steps go by before the belief changes, unless one was a surprise
-REWEIGHTED = 10  # rounds of a robust fit
-WARM = 8  # steps before the usual error means anything
-PERSISTENT = 6  # so many outliers in a row, on one side, are a change and not a disturbance
+SOLVED_MS = 3.0  # milliseconds of steps between two changes of the estimate, unless one was an outlier
+WARM = 8  # steps before the usual error is known
+PERSISTENT = 6  # more outliers in a row on one side mean that the machine's speed has changed
+
+
+Matrix = list[list[float]]
 
 
 class StepLoad(NamedTuple):
-    """What a step is made of. `context`: keys that its decodes read. `reading`: over its prompt chunks, the
-    sum of tokens times the mean number of keys each of them reads."""
+    """What a step is made of."""
 
-    decode: int = 0
-    prefill: int = 0
-    context: int = 0
-    reading: float = 0.0
+    decode: int = 0  # tokens of decodes
+    prefill: int = 0  # tokens of prompts
+    context: int = 0  # keys that the decodes read
+    reading: float = 0.0  # over all chunks of prompts: tokens times the mean number of keys each one reads
 
 
 class StepCost(Struct, frozen=True):
-    """Milliseconds of a step: the base, and what each decode, each prompt token, each key that a decode reads
-    and each pair of prompt token and key adds."""
+    """The milliseconds of a step, linear in its load."""
 
     base: float = 0.0
     per_decode: float = 0.0
-    per_prefill: float = 0.0
-    per_key: float = 0.0
-    per_pair: float = 0.0
+    per_prefill: float = 0.0  # for each token of a prompt
+    per_key: float = 0.0  # for each key that a decode reads
+    per_pair: float = 0.0  # for each pair of a prompt's token and a key it reads
 
     def __call__(self, load: StepLoad) -> float:
         return (
@@ -71,24 +69,19 @@ class StepCost(Struct, frozen=True):
         return self.per_decode + self.per_key * context
 
     def decodes(self, count: int, context: int) -> float:
-        """A step of `count` decodes that read `context` keys in all, ms: the pace of those streams."""
+        """A step of `count` decodes that read `context` keys in all, ms."""
         return self.base + self.per_decode * count + self.per_key * context
 
     def prefill(self, start: int, count: int) -> float:
-        """What reading `count` tokens after the first `start` adds, in however many steps, ms."""
+        """What `count` tokens of a prompt after its first `start` add, in however many steps, ms."""
         return count * (self.per_prefill + self.per_pair * (start + count / 2))
 
     def chunk(self, start: int, ms: float) -> int:
-        """The most tokens after the first `start` whose reading adds at most `ms`: the root of `prefill`."""
+        """The most tokens of a prompt after its first `start` that add at most `ms`: `prefill` solved."""
         linear = self.per_prefill + self.per_pair * start
         if ms <= 0 or linear <= 0:
             return 0 if ms <= 0 else 1 << 30
         return int(2 * ms / (linear + sqrt(linear * linear + 2 * self.per_pair * ms)) + 1e-9)
-
-    def first_token(self, start: int, count: int, beside: float, step: float) -> float:
-        """Milliseconds to read `count` tokens in steps of `step` ms that first spend `beside` ms on decodes
-        (their base included); inf when those leave nothing."""
-        return self.prefill(start, count) * step / (step - beside) if step > beside else inf
 
 
 class Window:
@@ -120,21 +113,24 @@ UNKNOWN = StepCost(20.0, 1.0, 0.5, 1e-3, 1e-6)
 
 
 class StepTime:
-    """A cost that learns. `cost` is the present belief: every question goes there; `observe` changes it."""
+    """A cost that learns. `cost` is the present estimate, which `observe` refines after each step.
+
+    The state is a system of normal equations, kept as rows of five coefficients and a right-hand side, in
+    units of the first cost. `_prior` is the system that forgetting leads back to.
+    """
 
     def __init__(self, cost: StepCost = UNKNOWN, errors: Sequence[float] = ()) -> None:
         self.cost = cost
         self.errors = Window(64, errors)
-        self._over = Window(256, errors)
+        self._overruns = Window(256, errors)
         self._usual = Window(16, errors[-16:])
         self._run = 0
-        parts = np.array(msgspec.structs.astuple(cost)) * SCALES
-        self._unit = np.maximum(parts, LEAST_SHARE * parts.max()) / SCALES  # coefficients are in these
-        doubt = np.full((len(SCALES), len(SCALES)), ALL_WRONG**2) + np.eye(len(SCALES)) * EACH_WRONG**2
-        self._trust = np.linalg.inv(doubt)
-        self._slow = parts / SCALES / self._unit
-        self._toward = self._trust @ self._slow
-        self._known, self._seen = self._trust, self._toward
+        values = msgspec.structs.astuple(cost)
+        largest = max(value * scale for value, scale in zip(values, SCALES, strict=True))
+        self._unit = [max(v, LEAST_SHARE * largest / s) or 1.0 for v, s in zip(values, SCALES, strict=True)]
+        self._slow = [value / unit for value, unit in zip(values, self._unit, strict=True)]
+        self._prior = _with_target(_trust(), self._slow)
+        self._known = self._prior
         self._unsolved, self._steps = 0.0, 0
 
     @property
@@ -144,13 +140,13 @@ class StepTime:
 
     @property
     def margin(self) -> float:
-        """What to multiply a prediction by so that most steps take no longer."""
+        """A prediction times this holds for four of five steps."""
         return 1.0 + min(self.errors.quantile(0.8, 0.1), 0.5)
 
     @property
     def worst(self) -> float:
-        """What to multiply it by so that hardly any step takes longer: none of the last ones did."""
-        return 1.0 + min(self._over.quantile(1.0, 0.1), 0.5)
+        """A prediction times this held for every recent step."""
+        return 1.0 + min(self._overruns.quantile(1.0, 0.1), 0.5)
 
     def observe(self, load: StepLoad, ms: float) -> None:
         """Learn from a step that took `ms`. Errors are relative, so long and short steps weigh the same."""
@@ -164,53 +160,63 @@ class StepTime:
             remembered, bound, self._run = DISTURBED, inf, 0
         self.errors.add(abs(error))
         self._usual.add(abs(error))
-        self._over.add(max(error, 0.0))
-        believed = 1.0 + min(max(error, -bound), bound)
-        self._learn(np.array((1.0, *load)) * self._unit / predicted, believed, remembered)
+        self._overruns.add(max(error, 0.0))
+        row = [value * unit / predicted for value, unit in zip((1.0, *load), self._unit, strict=True)]
+        self._learn(row, 1.0 + min(max(error, -bound), bound), remembered)
         self._unsolved += ms
         self._steps += 1
         if surprised or self._unsolved >= SOLVED_MS:
             self._solve()
 
-    def _learn(self, row: np.ndarray, ms: float, remembered: float) -> None:
-        """One more equation `row @ coefficients = ms`, in units of the prediction."""
-        weighted, forgotten = row / NOISE**2, 1.0 - remembered
-        self._known = remembered * self._known + forgotten * self._trust + weighted[:, None] * row
-        self._seen = remembered * self._seen + forgotten * self._toward + ms * weighted
+    def _learn(self, row: list[float], result: float, remembered: float) -> None:
+        """Add the equation `row @ coefficients = result`, in units of the prediction."""
+        forgotten, equation = 1.0 - remembered, [*row, result]
+        self._known = [
+            [
+                remembered * old + forgotten * prior + weight * value
+                for old, prior, value in zip(known, target, equation, strict=True)
+            ]
+            for known, target, weight in zip(
+                self._known, self._prior, (value / NOISE**2 for value in row), strict=True
+            )
+        ]
 
     def _solve(self) -> None:
-        coefficients = np.maximum(np.linalg.solve(self._known, self._seen), 0.0)
-        self._slow += (1.0 - (1.0 - FOLLOWED) ** self._steps) * (coefficients - self._slow)
-        self._toward = self._trust @ self._slow
+        coefficients = [max(value, 0.0) for value in _solved(self._known)]
+        moved = 1.0 - (1.0 - FOLLOWED) ** self._steps
+        self._slow = [old + moved * (new - old) for old, new in zip(self._slow, coefficients, strict=True)]
+        self._prior = _with_target(self._prior, self._slow)
         self._unsolved, self._steps = 0.0, 0
-        self.cost = StepCost(*(coefficients * self._unit).tolist())
+        self.cost = StepCost(*(value * unit for value, unit in zip(coefficients, self._unit, strict=True)))
 
 
-def fit(seen: Sequence[tuple[StepLoad, float]]) -> StepCost:
-    """The cost of least relative error by Huber's measure (iteratively reweighted least squares), so that a
-    few disturbed steps do not bend it. Raises ValueError when nothing was seen."""
-    if not seen:
-        raise ValueError("a step-time model needs at least one measured step")
-    rows = np.array([(1.0, *load) for load, _ in seen]) / SCALES / np.array([[ms] for _, ms in seen])
-    trust = np.ones(len(seen))
-    theta = _positive(rows, trust)
-    for _ in range(REWEIGHTED):
-        errors = np.abs(rows @ theta - 1.0)
-        usual = max(1.5 * float(np.median(errors)), SMALLEST_NOISE)
-        trust = np.minimum(1.0, usual / np.maximum(errors, 1e-9))
-        theta = _positive(rows, trust)
-    return StepCost(*(theta / SCALES).tolist())
+def _trust() -> Matrix:
+    """The inverse of the first estimate's covariance, `ALL_WRONG**2` everywhere plus `EACH_WRONG**2` on the
+    diagonal (by Sherman and Morrison's formula)."""
+    size, common, own = len(SCALES), ALL_WRONG**2, EACH_WRONG**2
+    shared = common / (own * (own + size * common))
+    return [[(1.0 / own if i == j else 0.0) - shared for j in range(size)] for i in range(size)]
 
 
-def _positive(rows: np.ndarray, trust: np.ndarray) -> np.ndarray:
-    """Weighted least squares of `rows @ theta = 1`, no coefficient below zero: those that would be are left
-    out, the most negative first."""
-    held = [index for index in range(len(SCALES)) if rows[:, index].any()]
-    while True:
-        theta, *_ = np.linalg.lstsq(rows[:, held] * np.sqrt(trust)[:, None], np.sqrt(trust))
-        if theta.min() >= 0 or len(held) == 1:
-            break
-        del held[int(theta.argmin())]
-    whole = np.zeros(len(SCALES))
-    whole[held] = np.maximum(theta, 0.0)
-    return whole
+def _with_target(matrix: Matrix, target: list[float]) -> Matrix:
+    """The system whose solution is `target`: each row with its right-hand side."""
+    size = len(target)
+    return [[*row[:size], sum(a * b for a, b in zip(row, target, strict=False))] for row in matrix]
+
+
+def _solved(system: Matrix) -> list[float]:
+    """The solution of a symmetric positive definite system, by Gaussian elimination."""
+    rows, size = [row[:] for row in system], len(system)
+    for column in range(size):
+        pivot = rows[column]
+        for below in range(column + 1, size):
+            row = rows[below]
+            factor = row[column] / pivot[column]
+            for index in range(column + 1, size + 1):
+                row[index] -= factor * pivot[index]
+    result = [0.0] * size
+    for place in range(size - 1, -1, -1):
+        row = rows[place]
+        known = sum(row[index] * result[index] for index in range(place + 1, size))
+        result[place] = (row[size] - known) / row[place]
+    return result

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 
 from stretto.engine.core import Runner
 from stretto.engine.runners.null import NullRunner
 from stretto.engine.scheduler.types import Limits, Plan, Row
 from stretto.engine.sequence import Sequence
-from stretto.engine.step_time import StepCost, StepLoad, StepTime, fit
+from stretto.engine.step_time import SCALES, SMALLEST_NOISE, StepCost, StepLoad, StepTime
 from stretto.types import Request, Sampling
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ PROBES = (
 )
 MOST_KEPT = 64  # files
 LOOP_MS = 0.05  # what a step takes when its model takes nothing
+REWEIGHTED = 10  # rounds of a robust fit
 BUDGET_MS = 1500.0
 ROUNDS = 5
 STRIDE = 32  # blocks from one made-up sequence's first to the next one's
@@ -212,3 +214,38 @@ def load(path: Path, *, machine: str, checkpoint: str) -> StepTime | None:
     usable = (kept.machine, kept.checkpoint) == (machine, checkpoint)
     finite = all(0 <= value < inf for value in msgspec.structs.astuple(kept.cost))
     return StepTime(kept.cost, kept.errors) if usable and finite else None
+
+
+def fit(seen: Several[tuple[StepLoad, float]]) -> StepCost:
+    """The cost with the least relative error by Huber's measure, so that a few outliers change little.
+
+    By iteratively reweighted least squares. Raises ValueError when there are no measurements.
+    """
+    if not seen:
+        raise ValueError("a step-time model needs at least one measured step")
+    rows = np.array([(1.0, *load) for load, _ in seen]) / SCALES / np.array([[ms] for _, ms in seen])
+    trust = np.ones(len(seen))
+    theta = _positive(rows, trust)
+    for _ in range(REWEIGHTED):
+        errors = np.abs(rows @ theta - 1.0)
+        usual = max(1.5 * float(np.median(errors)), SMALLEST_NOISE)
+        trust = np.minimum(1.0, usual / np.maximum(errors, 1e-9))
+        theta = _positive(rows, trust)
+    return StepCost(*(theta / SCALES).tolist())
+
+
+def _positive(rows: np.ndarray, trust: np.ndarray) -> np.ndarray:
+    """Weighted least squares of `rows @ theta = 1` with no coefficient below zero.
+
+    The most negative coefficient is left out until none is negative. This is not always the optimum of
+    non-negative least squares, and it needs no further library.
+    """
+    held = [index for index in range(len(SCALES)) if rows[:, index].any()]
+    while True:
+        theta, *_ = np.linalg.lstsq(rows[:, held] * np.sqrt(trust)[:, None], np.sqrt(trust))
+        if theta.min() >= 0 or len(held) == 1:
+            break
+        del held[int(theta.argmin())]
+    whole = np.zeros(len(SCALES))
+    whole[held] = np.maximum(theta, 0.0)
+    return whole
