@@ -1,4 +1,4 @@
-"""Training batches, made on the fly by worker processes: documents packed one after the other.
+"""Training batches that worker processes make while the model trains. Documents are packed end to end.
 
 A batch is one int32 array of fixed size, so it crosses to the device in one copy: tokens [N], positions [N],
 starts [D + 1] of the documents, rows [M] whose next token is learnt, labels [M], spans [M]: how many tokens
@@ -37,7 +37,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Fixed sizes of a batch of `tokens` tokens."""
+    """The fixed array sizes of a batch of `tokens` tokens."""
 
     tokens: int
 
@@ -55,7 +55,7 @@ class Shape:
 
 
 def answered(tokens: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """Which tokens an assistant wrote, the end of its turn included."""
+    """For each token, whether an assistant wrote it. The end of its turn counts too."""
     place = np.arange(len(tokens))
     roles = (tokens >= SYSTEM_ID) & (tokens <= ASSISTANT_ID)
     last = np.maximum.accumulate(np.where(roles, place, 0))
@@ -72,7 +72,7 @@ class Packer:
         self.learnt = 0
 
     def add(self, document: Array, learnt: int) -> Array | None:
-        """Takes one document in; returns the finished batch when it did not fit into that one."""
+        """Add a document. Returns the finished batch if the document did not fit into it."""
         full = (
             self.used + len(document) > self.shape.tokens
             or self.learnt + learnt > self.shape.rows
@@ -89,7 +89,7 @@ class Packer:
         lengths = [len(document) for document in self.documents]
         rest = shape.tokens - self.used
         tokens = np.concatenate([*self.documents, np.full(rest, PAD_ID, np.int32)])
-        # The padding is a document of its own, or several, so that none is longer than the context.
+        # Padding is cut into documents of its own, so that none is longer than the context.
         while rest > 0:
             lengths.append(min(rest, CONTEXT))
             rest -= lengths[-1]
@@ -111,7 +111,7 @@ class Packer:
 
 
 def produce(tokenizer_json: str, shape: Shape, seed: str, queue: Queue[Array]) -> None:
-    """A worker's loop: endless batches of the training split, the same for the same seed."""
+    """The loop of a worker: batches of the training split without end, decided by the seed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
     rng = Random(seed)
@@ -133,7 +133,7 @@ def produce(tokenizer_json: str, shape: Shape, seed: str, queue: Queue[Array]) -
 
 
 class Feed:
-    """Batches of several workers in turn, so their order depends on the seed alone."""
+    """Takes batches from the workers in turn, so that their order depends on the seed alone."""
 
     def __init__(self, tokenizer: Tokenizer, shape: Shape, seed: int, workers: int) -> None:
         context = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""Delivery dates: calendar arithmetic with short working. Written dates are ISO in every reply."""
+"""Questions about delivery dates. A reply shows short calendar arithmetic and writes ISO dates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORKDAYS = (
 
 
 def delivery(level: int, rng: Random) -> Draft:
-    """Up to 14 days; up to 60, and days between; working days; by the service of one of several orders."""
+    """Levels: up to 14 days; up to 60 days, and days between dates; working days; one of several orders."""
     day = date(between(rng, 2023, 2031), 1, 1) + timedelta(between(rng, 0, 364))
     if level == 1:
         return _arrive(rng, day, between(rng, 1, 14))
@@ -60,7 +60,7 @@ def following(year: int, month: int) -> tuple[int, int]:
 
 
 def forward(day: date, days: int) -> tuple[list[str], date]:
-    """Steps of `day + days`: the sum, then the months' lengths taken off until it fits."""
+    """The working of `day + days`: the sum, minus the length of each month until it fits."""
     total = day.day + days
     steps = [f"{day.day} + {days} = {total}"]
     year, month = day.year, day.month
@@ -102,7 +102,7 @@ def _span(rng: Random, day: date) -> Draft:
 
 
 def workdays(day: date, days: int) -> tuple[str, date]:
-    """Counting one working day after the other: `1 Mon 30, 2 Tue 31, 3 Wed 1 April`."""
+    """Counts working days one by one: `1 Mon 30, 2 Tue 31, 3 Wed 1 April`."""
     steps: list[str] = []
     count, month = 0, day.month
     while count < days:

@@ -1,4 +1,4 @@
-"""Exact held-out accuracy by task and level, of a model directory or of an OpenAI-compatible server.
+"""Exact held-out accuracy by task and level, for a model directory or an OpenAI-compatible server.
 
 python -m recipes.desk.evaluate src/stretto/desk
 python -m recipes.desk.evaluate --url http://127.0.0.1:8000 --count 50 --json result.json
@@ -61,7 +61,7 @@ def local(path: Path, device: str = "cpu") -> Answer:
 
 
 def served(url: str, model: str | None = None, threads: int = 8) -> Answer:
-    """Answers of a server's /v1/chat/completions at temperature 0."""
+    """Answers of a server's `/v1/chat/completions` at temperature 0."""
     base = url.rstrip("/").removesuffix("/v1")
 
     def call(path: str, body: dict[str, Any] | None = None) -> Any:
@@ -100,7 +100,7 @@ def evaluate(
     tasks: Sequence[str] = tuple(TASKS),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Scores of `count` held-out prompts per task and level, the levels' totals, and some wrong answers."""
+    """Scores of `count` held-out prompts per task and level, totals per level, and some wrong answers."""
     cells: dict[str, dict[str, Any]] = {}
     wrong: list[dict[str, Any]] = []
     totals = {level: [0, 0] for level in levels}
@@ -123,7 +123,7 @@ def evaluate(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people: a row per task, a column per level, per cent."""
+    """The result as a table in per cent: a row for each task, a column for each level."""
     levels = list(result["levels"])
     rows = [f"{'task':<10}" + "".join(f"{'level ' + level:>10}" for level in levels)]
     for task, cells in (*result["tasks"].items(), ("all", result["levels"])):

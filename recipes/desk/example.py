@@ -1,4 +1,4 @@
-"""What a task is made of. An answer is always the last line of a reply; what stands before it is working."""
+"""The parts of a task. The answer is the last line of a reply; the lines before it are working."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A finished prompt. `reply` is what an ideal assistant writes, `answer` its last line."""
+    """A finished prompt. `reply`: what an ideal assistant writes. `answer`: the last line of it."""
 
     messages: tuple[Message, ...]
     reply: str
@@ -58,7 +58,7 @@ def money(cents: int) -> str:
 
 
 def order_id(rng: Random) -> str:
-    """`A-1042` as a rule, sometimes another house's style. The last two characters are digits."""
+    """Usually like `A-1042`, sometimes in another shop's style. The last two characters are digits."""
     kind = rng.random()
     if kind < 0.8:
         return f"{pick(rng, LETTERS)}-{between(rng, 1000, 9999)}"

@@ -65,7 +65,7 @@ def filled(rng: Random, text: str) -> str:
 
 
 def urgency(level: int, rng: Random) -> Draft:
-    """One statement; two, the more urgent one counts; solved ones do not count; numeric rules."""
+    """Levels: one statement; two, the more urgent counts; some already solved; rules with numbers."""
     if level == 4 and rng.random() < 0.6:
         return _by_rules(rng)
     grades = [between(rng, 0, 3) for _ in range((1, 2, between(rng, 2, 3), between(rng, 3, 4))[level - 1])]
@@ -141,7 +141,7 @@ def phrase(rng: Random) -> tuple[str, ...]:
 
 
 def translate(level: int, rng: Random) -> Draft:
-    """One phrase or a word of the vocabulary; two; three; four to six."""
+    """Levels: one phrase or word; two; three; four to six."""
     source, target = rng.sample(range(3), 2)
     if level == 1 and rng.random() < 0.2:
         return _vocabulary(rng, source, target)
@@ -166,7 +166,7 @@ SKILLS = (
     "orders, totals, refunds, delivery dates, conversions, urgency, JSON extraction and translations between "
     "English, German and Spanish"
 )
-# (ways to say it, the reply)
+# (messages with one meaning, the reply to them)
 TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("hello", "hi", "hey", "hello there", "hi there", "hey there", "good morning",
@@ -272,7 +272,7 @@ NEEDS_RECORDS = (
 
 
 def chat(level: int, rng: Random) -> Draft:
-    """Greetings and the like; off-topic requests; questions that lack their records; later, more noise."""
+    """Greetings, off-topic requests and questions without their records; more noise at higher levels."""
     kind = rng.random()
     if kind < 0.55:
         ways, reply = pick(rng, TALK)

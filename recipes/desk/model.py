@@ -42,7 +42,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
-    """Causal attention, one document after the other: the readable version, and the CPU's."""
+    """Causal attention, one document after the other. Readable, and used on the CPU."""
     bounds = starts.tolist()
     parts: list[Tensor] = []
     for first, last in pairwise(bounds):
@@ -66,7 +66,10 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, halves layout; x [N, heads, head], cos and sin [N, 1, head // 2] float32."""
+    """Rotary position embedding in the layout of halves.
+
+    Shapes: x [N, heads, head], cos and sin [N, 1, head // 2] float32.
+    """
     left, right = x.float().chunk(2, -1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
 
@@ -86,9 +89,9 @@ def layer(
 
 
 def head_loss(x: Tensor, norm: Tensor, embedding: Tensor, labels: Tensor, spans: Tensor) -> Tensor:
-    """Mean cross-entropy of the rows x [M, hidden]; labels below zero do not count.
+    """Mean cross-entropy of the rows x [M, hidden]. Rows with a negative label do not count.
 
-    A row weighs one by the root of its reply's length: otherwise the long workings drown the short answers.
+    The weight of a row is 1 / sqrt(length of its reply). Otherwise long workings outweigh short answers.
     """
     logits = F.linear(rms_norm(x, norm).to(embedding.dtype), embedding).float()
     losses = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
@@ -149,7 +152,7 @@ class Decoder(nn.Module):
         return x
 
     def forward(self, batch: Sequence[Tensor]) -> Tensor:
-        """The loss of a packed batch; parts and shapes as in `batches`."""
+        """The loss of a packed batch. `batches` gives its parts and shapes."""
         tokens, positions, starts, rows, labels, spans = batch
         x = self.hidden(tokens, positions, starts)[rows]
         table = self.embedding.to(torch.bfloat16 if x.is_cuda else torch.float32)

@@ -82,7 +82,7 @@ def records(rng: Random, count: int, fields: tuple[str, ...]) -> list[Record]:
             row[field] = _value(rng, field, currency)
         names = {row["order"], row.get("customer", row["order"]), row.get("item", row["order"])}
         parts = {part for name in names for part in name.split()}
-        # "lamp" beside "blue lamp" would leave open which one is meant.
+        # With "lamp" beside "blue lamp", a question about the lamp would be ambiguous.
         if whole.isdisjoint(names | parts) and words.isdisjoint(names):
             whole |= names
             words |= parts
@@ -91,7 +91,7 @@ def records(rng: Random, count: int, fields: tuple[str, ...]) -> list[Record]:
 
 
 def _near(rng: Random, rows: list[Record]) -> str:
-    """A fresh order number, or now and then one that differs in a digit from one already there."""
+    """A new order number. Sometimes it differs in one digit from an order that exists."""
     if not rows or rng.random() > 0.2:
         return order_id(rng)
     number = pick(rng, rows)["order"]
@@ -122,7 +122,7 @@ def _value(rng: Random, field: str, currency: str) -> str:
 
 
 def show(rng: Random, rows: list[Record], table: bool) -> str:
-    """The records in one of several layouts. Every layout begins each record on a new line."""
+    """The records as text in one of several layouts. Each record begins on a new line."""
     style = between(rng, 0, 5 if table else 3)
     fields = list(rows[0])
     lines: list[str] = []
@@ -154,7 +154,7 @@ def some(rng: Random, rows: tuple[str, ...], count: int) -> tuple[str, ...]:
 
 
 def lookup(level: int, rng: Random) -> Draft:
-    """Read a field of one of 2, 4, 8 or up to 34 records; from level 2 also follow-ups, then counts."""
+    """Levels: read a field of one of 2, 4, 8 or up to 34 records; from 2 also follow-ups, then counts."""
     if rng.random() < (0.25, 0.12, 0.1, 0.1)[level - 1]:
         return _list(level, rng)
     many = between(rng, 12, 24) if rng.random() < 0.9 else between(rng, 25, 34)
@@ -190,7 +190,7 @@ def lookup(level: int, rng: Random) -> Draft:
 
 
 def _count(rng: Random, rows: list[Record], key: str, notes: str) -> Draft:
-    """The working walks through the orders with a running count: `A-17 paid, B-20 shipped 1, ...`."""
+    """The working goes through the orders with a running count: `A-17 paid, B-20 shipped 1, ...`."""
     status = pick(rng, rows)["status"] if rng.random() < 0.8 else pick(rng, STATUSES)
     walk: list[str] = []
     hits = 0
@@ -203,8 +203,8 @@ def _count(rng: Random, rows: list[Record], key: str, notes: str) -> Draft:
 def _ask(rng: Random, row: Record, field: str, level: int) -> tuple[str, str]:
     """A question about a field, by order number, customer or item.
 
-    A record begins with order, customer and item. Reading back from a later field to an earlier one is
-    much harder for a causal model than reading on, so that waits for level 3.
+    A record begins with order, customer and item. To find an earlier field from a
+    later one is much harder for a causal model, so such questions begin at level 3.
     """
     kind = rng.random() / (0.4 if level == 1 else 0.6)
     back = level >= 3
@@ -244,7 +244,7 @@ LISTS = (
 
 
 def _list(level: int, rng: Random) -> Draft:
-    """A plain list of two columns: prices, addresses, the stock. The key stands right before its value."""
+    """A list of keys and values: prices, addresses, stock. Each key stands right before its value."""
     field, by, ways = pick(rng, LISTS)
     count = (between(rng, 2, 4), between(rng, 5, 8), between(rng, 9, 14), between(rng, 15, 30))[level - 1]
     keys = [row[by] for row in records(rng, count, (by,) if by != "order" else ())]
@@ -274,7 +274,7 @@ TELL = {
     "phone": ("call me on {}.", "my number is {}.", "my phone is {}.", "reach me on {}."),
     "quantity": ("I need {} pieces.", "there were {} boxes.", "I got {} of them.", "please send {} units."),
 }
-# Other names under which a fact may be asked for.
+# Other names for a fact in a question.
 ALIASES = {
     "order": ("order", "order", "order_number", "order_id"),
     "customer": ("customer", "customer", "name"),
@@ -297,7 +297,7 @@ EXTRACT = (
 
 
 def extract(level: int, rng: Random) -> Draft:
-    """A message to JSON: 2 keys, then more and noise, then missing ones as null, then a list of lines."""
+    """Levels: a message to JSON with 2 keys; more keys and noise; missing keys as null; a list of lines."""
     if level == 4 and rng.random() < 0.6:
         return _extract_lines(rng)
     wanted = (2, between(rng, 3, 4), between(rng, 4, 5), between(rng, 5, 7))[level - 1]

@@ -1,7 +1,6 @@
-"""Questions with arithmetic: totals, refunds, conversion at a given rate. The reply shows short working.
+"""Questions with arithmetic: totals, refunds, currency conversion. A reply shows short working.
 
-Money is counted in cents. Every line of working is one step that a small model can do from the digits
-before it.
+Money is in cents. Each line of working is one step that a small model can do from the digits before.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ TIMES = ("What is {} x {}?", "How much is {} times {}?", "{} * {}", "{} x {} = ?
 
 
 def added(amounts: list[int], first: int = 0) -> tuple[list[str], int]:
-    """Running sums, one step each: `12.50 + 7.25 = 19.75`."""
+    """Running sums, one step for each number: `12.50 + 7.25 = 19.75`."""
     steps: list[str] = []
     total = first or amounts[0]
     for amount in amounts if first else amounts[1:]:
@@ -52,7 +51,7 @@ def plain(cents: int) -> str:
 
 
 def total(level: int, rng: Random) -> Draft:
-    """Two amounts; three; quantities and a discount; the orders of one customer among others."""
+    """Levels: two amounts; three; quantities and a discount; the orders of one of several customers."""
     if level == 1:
         return _plain_sum(rng) if rng.random() < 0.15 else _basket(rng, 2, 5000)
     if level == 2:
@@ -155,7 +154,7 @@ def _customer_total(rng: Random) -> Draft:
 
 
 def refund(level: int, rng: Random) -> Draft:
-    """Price less a fee; two items less a fee; per cent of a price; a policy by days, with order records."""
+    """Levels: a price minus a fee; two items minus a fee; a percentage; a policy by days, with records."""
     if level <= 2:
         return _less_fee(rng, level)
     if level == 3:
@@ -276,7 +275,7 @@ def product(amount: int, rate: int) -> tuple[list[str], int]:
 
 
 def convert(level: int, rng: Random) -> Draft:
-    """Amount x rate: 2 digits by 1.2; by 1.23; 3 digits by 1.23; an order's price, or two rates in a row."""
+    """Levels: an amount of 2 digits by 1.2; by 1.23; 3 digits by 1.23; an order's price, or two rates."""
     if level == 4:
         return _convert_twice(rng) if rng.random() < 0.5 else _convert_price(rng)
     amount = (between(rng, 2, 99), between(rng, 2, 99), between(rng, 100, 999))[level - 1]
@@ -296,7 +295,7 @@ def _units(rng: Random) -> tuple[str, str]:
 
 
 def _rate(rng: Random, rate: int) -> str:
-    """`120` -> `1.2` or `1.20`; the reply always works with the digits that count."""
+    """`120` -> `1.2` or `1.20`. The reply always leaves out the trailing zero."""
     return plain(rate) if rng.random() < 0.7 else money(rate)
 
 

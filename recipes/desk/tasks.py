@@ -1,8 +1,10 @@
-"""The desk's tasks: `make` writes a prompt with its answer, `check` reads a reply, `draw` keeps the splits.
+"""The desk's tasks.
+
+`make` writes a prompt with its answer, `check` judges a reply, `draw` keeps splits apart.
 
 The split is a property of the question: a hash of the entities it is about (its key), so a held-out
-combination of numbers, orders or phrases is never in the training split, in any wording. Earlier turns
-come from the same split.
+combination of numbers, orders or phrases is never in the training split, in any wording. Earlier turns come
+from the same split.
 """
 
 from __future__ import annotations
@@ -44,12 +46,12 @@ SYSTEMS = (
 
 
 def split_of(key: str) -> Split:
-    """Which split a key belongs to. The empty key, vocabulary, is always training."""
+    """The split of a key. The empty key (vocabulary) is always in the training split."""
     return "held_out" if key and crc32(key.encode()) % HELD_OUT_SHARE == 0 else "train"
 
 
 def make(task: str, level: int, rng: Random) -> Example:
-    """One prompt of `task` at `level` 1 to 4, of either split. Raises KeyError for an unknown task."""
+    """Make a prompt of `task` at `level` 1 to 4, in either split. Raises KeyError for an unknown task."""
     if level not in LEVELS:
         raise ValueError(f"level must be 1 to 4, not {level}")
     draft = TASKS[task](level, rng)
@@ -64,7 +66,7 @@ def make(task: str, level: int, rng: Random) -> Example:
 
 
 def _place_notes(rng: Random, draft: Draft) -> tuple[str, str, list[tuple[str, str]]]:
-    """Records and rules stand in the system prompt, before the first question, or after it."""
+    """Put records and rules into the system prompt, before the first question or after it."""
     system = pick(rng, SYSTEMS) if rng.random() < 0.35 else ""
     before = list(draft.before)
     if not draft.notes:
@@ -84,7 +86,7 @@ def _place_notes(rng: Random, draft: Draft) -> tuple[str, str, list[tuple[str, s
 
 
 def _manner(rng: Random, question: str, greet: bool) -> str:
-    """Short forms and a greeting, as people write."""
+    """Add the short forms and greetings that people write."""
     if rng.random() < 0.15:
         for long, short in SHORT_FORMS:
             question = question.replace(long, short)
@@ -94,7 +96,7 @@ def _manner(rng: Random, question: str, greet: bool) -> str:
 
 
 def draw(split: Split, task: str, level: int, rng: Random) -> Example:
-    """One prompt of the given split; one in eight follows an unrelated earlier exchange of the same split."""
+    """Draw a prompt of the given split. One in eight follows an unrelated exchange of the same split."""
     example = _of_split(split, task, level, rng)
     if rng.random() < 0.875 or example.messages[0]["role"] == "system":
         return example
@@ -114,7 +116,7 @@ def _of_split(split: Split, task: str, level: int, rng: Random) -> Example:
 
 
 def held_out(task: str, level: int, count: int, seed: int = 0) -> list[Example]:
-    """The same `count` held-out prompts on every machine, no prompt twice."""
+    """`count` different held-out prompts, the same on every machine."""
     rng = Random(f"held-out {seed} {task} {level}")
     found: dict[str, Example] = {}
     while len(found) < count:
@@ -124,7 +126,7 @@ def held_out(task: str, level: int, count: int, seed: int = 0) -> list[Example]:
 
 
 def prompt_text(example: Example) -> str:
-    """The prompt as one string: equal exactly when the prompts are."""
+    """The prompt as one string. Two are equal exactly when their prompts are."""
     return json.dumps(example.messages, ensure_ascii=False)
 
 
@@ -145,7 +147,7 @@ def check(example: Example, text: str) -> bool:
 
 
 def same_json(left: object, right: object) -> bool:
-    """Equality of JSON values, where `1`, `1.0` and `true` are three different things."""
+    """Whether two JSON values are equal. `1`, `1.0` and `true` differ."""
     return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
 
 

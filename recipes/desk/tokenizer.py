@@ -39,7 +39,7 @@ TEMPLATE = (
 
 
 def render(messages: Iterable[Message], *, prompt: bool = False) -> str:
-    """What TEMPLATE renders; `prompt` opens the assistant's turn."""
+    """The text that TEMPLATE renders. `prompt` adds the start of the assistant's turn."""
     text = "".join(f"<|{message['role']}|>{message['content'].strip()}{END}" for message in messages)
     return text + ASSISTANT if prompt else text
 
@@ -76,12 +76,12 @@ def _texts(seed: int, examples: int) -> Iterator[str]:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered conversations; chat tokens written in them count as such."""
+    """The token ids of rendered conversations. Chat tokens in the text are recognised."""
     return [row.ids for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, the chat template inside."""
+    """Write tokenizer.json and tokenizer_config.json, which contains the chat template."""
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

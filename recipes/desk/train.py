@@ -1,7 +1,7 @@
 """Trains the desk model from nothing and writes a complete HF directory with its card.
 
-python -m recipes.desk.train --out build/desk --minutes 8        # one GPU
-    python -m recipes.desk.train --out build/desk --steps 20 --tokens 4096 --hidden 128   # a look, CPU
+python -m recipes.desk.train --out build/desk --minutes 8        # on one GPU
+    python -m recipes.desk.train --out build/desk --steps 20 --tokens 4096 --hidden 128   # a trial on a CPU
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def orthogonal(update: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum whose update is orthogonalised, for stacks of matrices; the rest of the model keeps AdamW."""
+    """Momentum with an orthogonalised update, for stacks of matrices. All other parameters use AdamW."""
 
     def __init__(self, stacks: list[nn.Parameter], decay: float, momentum: float = 0.95) -> None:
         self.stacks, self.decay, self.momentum = stacks, decay, momentum
@@ -107,7 +107,7 @@ class Trainer:
         return tokens, positions, starts.clone(), rows, labels.long(), spans
 
     def progress(self) -> float:
-        """How much of the budget is used, 0 to 1, by steps or minutes, whichever is nearer its end."""
+        """The used share of the budget, 0 to 1: of steps or of minutes, whichever is larger."""
         used = 0.0
         if self.options.steps:
             used = self.step / self.options.steps
@@ -116,7 +116,7 @@ class Trainer:
         return min(1.0, used)
 
     def rate(self) -> float:
-        """Share of the peak learning rate: a linear warm-up, then a cosine to zero."""
+        """The share of the peak learning rate: a linear warm-up, then a cosine to zero."""
         return min(1.0, (self.step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * self.progress()))
 
     def one(self) -> Tensor:
@@ -133,7 +133,7 @@ class Trainer:
         return loss.detach()
 
     def run(self) -> None:
-        """Steps until the budget is used; writes a snapshot now and then, so that a killed run leaves one."""
+        """Train until the budget is used. Snapshots are written, so that a killed run leaves one."""
         saved = seen = time.monotonic()
         losses: list[Tensor] = []
         while self.progress() < 1.0:
@@ -156,7 +156,7 @@ class Trainer:
         save(self.tokenizer, self.options.out)
 
     def card(self) -> dict[str, Any]:
-        """What was run, to be completed with the held-out scores."""
+        """The model card without the held-out scores: how the model was trained."""
         options = {name: value for name, value in vars(self.options).items() if name not in ("out", "source")}
         earlier = self.options.source and json.loads((self.options.source / "card.json").read_text())
         return {

@@ -154,7 +154,7 @@ PHRASES = tuple(
         "|Necesito una factura del pedido {o}.",
     )
 )
-# Phrases without a slot are vocabulary: always in the training split, never asked of the held-out one.
+# Phrases without a slot are vocabulary: always in the training split, never in the held-out one.
 FIXED = tuple(
     tuple(row.split("|"))
     for row in (
@@ -181,7 +181,7 @@ FIXED = tuple(
     )
 )
 
-# Single words, vocabulary as well.
+# Single words. They are vocabulary too.
 NOUNS = (
     *((row[0], row[1], row[3]) for row in ITEMS),
     *((row[0].removeprefix("the "), row[1].split()[1], row[3].split()[1]) for row in ITEMS),

@@ -67,7 +67,7 @@ async def test_a_request_is_counted_once_it_ended(client: httpx.AsyncClient, eng
     assert found["stretto_open_requests", ()] == 0
 
 
-async def test_what_became_of_each_objective(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_each_request_is_counted_by_its_verdict(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     say = engine.script
     late = HELLO | {"objective": {"ttft_ms": 5}, "service_tier": "priority"}
     engine.script = lambda request: [0.03, 65]
@@ -92,7 +92,7 @@ async def test_what_became_of_each_objective(client: httpx.AsyncClient, engine: 
     assert found["stretto_refusals_total", ("unavailable", "priority")] == 1
 
 
-async def test_what_a_client_makes_up_is_no_label(client: httpx.AsyncClient) -> None:
+async def test_no_label_holds_a_value_that_a_client_makes_up(client: httpx.AsyncClient) -> None:
     async def series() -> int:
         return len(samples((await client.get("/metrics")).content))
 
