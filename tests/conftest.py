@@ -6,9 +6,16 @@ Triton interprets: it reads that when it is first imported, by whichever test is
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+DESK = Path(__file__).parent.parent / "src" / "stretto" / "desk"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/proc/driver/nvidia").exists():
@@ -18,3 +25,22 @@ if not Path("/proc/driver/nvidia").exists():
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def desk_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real server of the bundled model."""
+    if not (DESK / "config.json").exists():
+        pytest.skip("the bundled model is not in this tree: recipes/desk makes it")
+    log = tmp_path_factory.mktemp("serve") / "out"
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "stretto", "serve", "--port", "0"], stdout=out)
+    deadline = time.monotonic() + 60
+    while not (found := re.search(r"^ready .* (http://\S+)$", log.read_text(), re.MULTILINE)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    try:
+        yield found[1]
+    finally:
+        process.terminate()
+        process.wait()

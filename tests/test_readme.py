@@ -1,13 +1,12 @@
-"""What the README tells people to run is run: every fenced block marked `run`, against a real server."""
+"""What the README tells people to run is run as a reader would: in a bare shell, in a folder with `.venv`."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,26 +14,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python) run\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-DESK = ROOT / "src" / "stretto" / "desk"
 ADDRESS = "http://127.0.0.1:8000"
+BARE = "/usr/local/bin:/usr/bin:/bin"
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if not (DESK / "config.json").exists():
-        pytest.skip("the bundled model is not in this tree: recipes/desk makes it")
-    log = tmp_path_factory.mktemp("serve") / "out"
-    with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "stretto", "serve", "--port", "0"], stdout=out)
-    deadline = time.monotonic() + 60
-    while not (found := re.search(r"^ready .* (http://\S+)$", log.read_text(), re.MULTILINE)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    try:
-        yield found[1]
-    finally:
-        process.terminate()
-        process.wait()
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder that has `.venv`, as a clone has it after `make run`."""
+    if not Path(sys.prefix, "bin", "activate").exists():
+        pytest.skip("the tests run outside of a virtual environment")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    return tmp_path
 
 
 def test_there_is_something_to_run() -> None:
@@ -42,15 +32,15 @@ def test_there_is_something_to_run() -> None:
 
 
 @pytest.mark.parametrize(("language", "block"), BLOCKS)
-def test_the_block_works(language: str, block: str, address: str, tmp_path: Path) -> None:
-    program = {"bash": ["bash", "-euc"], "python": [sys.executable, "-c"]}[language]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+def test_the_block_works(language: str, block: str, desk_url: str, clone: Path) -> None:
+    block = block.replace(ADDRESS, desk_url)
+    script = block if language == "bash" else f". .venv/bin/activate\npython -c {shlex.quote(block)}"
     done = subprocess.run(
-        [*program, block.replace(ADDRESS, address)],
+        ["bash", "--norc", "-euc", script],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PATH": path},
+        cwd=clone,
+        env=os.environ | {"PATH": BARE},
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
@@ -66,3 +56,8 @@ def test_links_lead_somewhere() -> None:
 def test_every_command_it_names_exists() -> None:
     named = set(re.findall(r"^\| `stretto (\w+(?: (?:serve|trace|engine))?)", README, re.MULTILINE))
     assert named == {"serve", "chat", "run", "bench serve", "bench trace", "bench engine", "doctor"}
+
+
+def test_the_ratios_of_its_table_are_those_of_the_pages() -> None:
+    for ratio, page in re.findall(r"\[(\d\.\d\dx)\]\((docs/\w+\.md)", README):
+        assert ratio in (ROOT / page).read_text(), (ratio, page)
