@@ -28,12 +28,12 @@ from stretto.engine.runners.cuda import CudaRunner
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
-from stretto.kernels import Batch, Kernels
-from stretto.kernels.cuda.table import Quantise, table
+from stretto.kernels import AnyKernels, Batch
+from stretto.kernels.cuda.table import CudaQuantise, table
 from stretto.kernels.reference import REFERENCE, Dense
 from stretto.models import families
-from stretto.models import load as loading
 from stretto.models.decoder import Decoder
+from stretto.models.load import WeightReader, read_weights
 from stretto.types import ModelInfo, Request, Sampling, StepStats, TokenEvent
 
 LLAMA3 = {
@@ -65,7 +65,7 @@ QWEN_8B = {
     "max_position_embeddings": 40960,
     "rope_theta": 1000000.0,
 }
-MODELS: dict[str, tuple[dict[str, Any], Quantise | None]] = {
+MODELS: dict[str, tuple[dict[str, Any], CudaQuantise | None]] = {
     "llama-3.2-1b": (LLAMA_1B, None),
     "llama-3.1-8b": (LLAMA_8B, None),
     "llama-3.1-8b-fp8": (LLAMA_8B, "fp8"),
@@ -100,18 +100,18 @@ class Made:
             into.normal_(1.0, 0.1)
 
 
-def build(config: dict[str, Any], kernels: Kernels) -> Decoder:
+def build(config: dict[str, Any], kernels: AnyKernels) -> Decoder:
     """A decoder of that shape; the same weights every time."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         spec = families.read(Path(folder))
     torch.manual_seed(0)
     made: Any = Made()
-    reader = loading._Reader(made, kernels, torch.bfloat16, DEVICE, None)
-    return Decoder(spec, kernels, loading._weights(reader, spec))
+    reader = WeightReader(made, kernels, torch.bfloat16, DEVICE)
+    return Decoder(spec, kernels, read_weights(reader, spec))
 
 
-def plain(quantise: Quantise | None) -> Kernels:
+def plain(quantise: CudaQuantise | None) -> AnyKernels:
     """The torch table, over the weights that the format can hold."""
     held = table(DEVICE, quantise)
 
@@ -206,7 +206,7 @@ def one_text(tokens: list[int]) -> Batch:
 
 
 def check(
-    driver: Driver, decoder: Decoder, config: dict[str, Any], quantise: Quantise | None
+    driver: Driver, decoder: Decoder, config: dict[str, Any], quantise: CudaQuantise | None
 ) -> dict[str, float]:
     """How far the CUDA path is from plain torch: of logits, and of greedy tokens (by how much plain torch
     likes its own choice better, in standard deviations of its logits)."""

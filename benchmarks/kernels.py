@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 from msgspec import Struct
-from rich.table import CpuTable as Grid
+from rich.table import Table as Grid
 from torch import Tensor
 
 from stretto import terminal

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from recipes.desk.tasks import LEVELS, TASKS, held_out
-from stretto.kernels import Batch, Kernels, Packed
+from stretto.kernels import AnyKernels, Batch, Packed
 from stretto.kernels.cpu import native
 from stretto.kernels.cpu.table import PackedExperts, table
 from stretto.kernels.cpu.weights import PackedLinear
@@ -136,16 +136,19 @@ def sequences(tokenizer: Tokenizer, texts: Iterator[str], budget: int) -> Iterat
             return
 
 
-def loaded(model: Path, kernels: Kernels, kv_dtype: torch.dtype) -> tuple[Decoder, Count]:
+def loaded(model: Path, kernels: AnyKernels, kv_dtype: torch.dtype) -> tuple[Decoder, Count]:
     count = Count()
     decoder = load(model, dtype=torch.float32, device=CPU, kernels=kernels, store=count)
-    decoder.kv_dtype = kv_dtype
+    decoder = decoder.with_kv_dtype(kv_dtype)
     return decoder, count
 
 
 @torch.inference_mode()
 def measure(
-    model: Path, formats: dict[str, tuple[Kernels, torch.dtype]], texts: dict[str, Iterator[str]], tokens: int
+    model: Path,
+    formats: dict[str, tuple[AnyKernels, torch.dtype]],
+    texts: dict[str, Iterator[str]],
+    tokens: int,
 ) -> dict[str, Any]:
     """The report: per format what it takes, and per text how far it is."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from stretto.kernels.cpu import cache as module
 from stretto.kernels.cpu.cache import Folder, PackedCache
 from stretto.kernels.cpu.native import Native
-from stretto.kernels.cpu.table import Quantise, table
+from stretto.kernels.cpu.table import CpuQuantise, table
 from stretto.models.checkpoint import identity
 from stretto.models.load import load
 from tests.kernels.levels import LIBRARY
@@ -43,7 +43,7 @@ class Start:
     """One start of a model: its logits, and what its cache did."""
 
     def __init__(
-        self, native: Native, path: Path, folder: Path, quantise: Quantise = "int8", limit: int = ROOM
+        self, native: Native, path: Path, folder: Path, quantise: CpuQuantise = "int8", limit: int = ROOM
     ) -> None:
         kernels = table(native, quantise)
         self.cache = PackedCache.open(native, Folder(folder, limit), f"{kernels.name} {identity(path)}")

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from stretto.errors import StartError
-from stretto.kernels import Kernels, Op
+from stretto.kernels import AnyKernels, Attention, DecoderLayer, LayerStack, Mlp
 from stretto.kernels.choice import choose_kernels
 from stretto.kernels.cpu.native import Native
-from stretto.kernels.cpu.program import Program
-from stretto.kernels.cpu.table import Quantise, fitting, table
+from stretto.kernels.cpu.program import LayerProgram
+from stretto.kernels.cpu.table import CpuQuantise, fitting, table
 from stretto.kernels.reference import REFERENCE
 from stretto.models.decoder import Decoder
 from stretto.models.load import load
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 PROMPT = [(7 * i * i + 3 * i) % 150 + 4 for i in range(60)]
 
 
-def decoder(path: Path, kernels: Kernels, dtype: torch.dtype = torch.float32) -> Decoder:
+def decoder(path: Path, kernels: AnyKernels, dtype: torch.dtype = torch.float32) -> Decoder:
     return load(path, dtype=dtype, device=CPU, kernels=kernels)
 
 
@@ -58,7 +58,7 @@ def test_bfloat16_is_as_near_as_torch_comes(native: Native, checkpoint: Path):
 
 @pytest.mark.parametrize("quantise", ["int8", "int4"])
 def test_quantised_logits_are_near(
-    native: Native, checkpoint: Path, quantise: Quantise, monkeypatch: pytest.MonkeyPatch
+    native: Native, checkpoint: Path, quantise: CpuQuantise, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("stretto.kernels.cpu.table.SMALLEST_QUANTISED", 32)
     model = decoder(checkpoint, table(native, quantise))
@@ -92,17 +92,38 @@ def test_the_table_chosen(native: Native, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantise", [None, "int8"])
 def test_all_layers_at_once_give_the_same_numbers(
-    native: Native, checkpoint: Path, quantise: Quantise | None, dtype: torch.dtype
+    native: Native, checkpoint: Path, quantise: CpuQuantise | None, dtype: torch.dtype
 ):
     kernels = table(native, quantise)
     whole = decoder(checkpoint, kernels, dtype)
-    plain = decoder(checkpoint, replace(kernels, compile=None), dtype)
+    plain = decoder(checkpoint, replace(kernels, layers=None), dtype)
     assert torch.equal(Driver(whole).read(PROMPT, 1), Driver(plain).read(PROMPT, 1))
 
 
-def test_calls_that_do_not_fit_are_named(native: Native):
-    own = table(native)
-    first = own.pack(torch.zeros(8, 16), None)
-    ops = [Op("linear", "x", "qkv", 8, first), Op("linear", "qkv", "x", 8, first)]
-    with pytest.raises(ValueError, match="linear writes 8 to x, rows of 16"):
-        Program(native, ops, lambda _: 0)
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"out": (16, 9)}, r"weights \(16, 9\) do not fit rows of 8"),
+        ({"down": (17, 12)}, "writes rows of 17 to rows of 16"),
+        ({"qkv": (15, 16)}, "writes rows of 16 to rows of 15"),
+    ],
+)
+def test_weights_that_do_not_fit_each_other_are_named(
+    native: Native, changes: dict[str, tuple[int, int]], message: str
+):
+    shapes = {"qkv": (16, 16), "out": (16, 8), "gate_up": (24, 16), "down": (16, 12)} | changes
+    packed = {name: table(native).pack(torch.zeros(shape), None) for name, shape in shapes.items()}
+    layer = DecoderLayer(
+        attention=Attention(heads=2, kv_heads=1, head_dim=4, scale=1.0),
+        eps=1e-6,
+        pre_attention_norm=torch.ones(16),
+        qkv=packed["qkv"],
+        query_key_norm=None,
+        out=packed["out"],
+        post_attention_norm=None,
+        pre_mlp_norm=torch.ones(16),
+        feed_forward=Mlp(packed["gate_up"], "silu", packed["down"]),
+        post_mlp_norm=None,
+    )
+    with pytest.raises(ValueError, match=message):
+        LayerProgram(native, LayerStack([layer], torch.ones(16), 1e-6), lambda _: 0)

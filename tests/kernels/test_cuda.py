@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from stretto.errors import StartError
-from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kernels, PlainLayer, Rotation
+from stretto.kernels import (
+    Activation,
+    AnyKernels,
+    Attention,
+    Batch,
+    Cache,
+    DecoderLayer,
+    Geometry,
+    LayerStack,
+    Mlp,
+    Rotation,
+)
 from stretto.kernels.reference import REFERENCE
 from tests.kernels.cuda import DEVICE, GPU, TOLERANCES
 from tests.kernels.steps import Step, attention, rms, rotated, step
@@ -31,7 +42,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Kernels:
+def kernels() -> AnyKernels:
     return table(DEVICE)
 
 
@@ -52,7 +63,7 @@ def there(made: Step) -> tuple[Batch, Cache]:
     return Batch(**moved), Cache([layer.to(DEVICE) for layer in made.cache.layers])
 
 
-def attend(kernels: Kernels, made: Step, kind: Attention, q: Tensor) -> Tensor:
+def attend(kernels: AnyKernels, made: Step, kind: Attention, q: Tensor) -> Tensor:
     batch, cache = there(made)
     plan = kernels.prepare(batch, cache, Geometry((Rotation(torch.zeros(8, device=DEVICE)),), (kind.window,)))
     new = [
@@ -91,7 +102,7 @@ CHANGES = [{"window": 1}, {"window": 7}, {"softcap": 2.0}, {"window": 70, "softc
 
 @dtypes
 @pytest.mark.parametrize("name", STEPS)
-def test_paged_attention(kernels: Kernels, dtype: torch.dtype, name: str) -> None:
+def test_paged_attention(kernels: AnyKernels, dtype: torch.dtype, name: str) -> None:
     made = step(STEPS[name], KIND, dtype=dtype)
     q = queries(made, KIND, dtype)
     near(attend(kernels, made, KIND, q), plain(made, KIND, q), TOLERANCES[dtype])
@@ -101,7 +112,7 @@ def test_paged_attention(kernels: Kernels, dtype: torch.dtype, name: str) -> Non
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("size", [3, 16] if GPU else [3])
 def test_paged_attention_with_windows_and_caps(
-    kernels: Kernels, name: str, changes: dict[str, float], size: int
+    kernels: AnyKernels, name: str, changes: dict[str, float], size: int
 ) -> None:
     kind = replace(KIND, **changes)  # type: ignore[arg-type]
     made = step(STEPS[name], kind, size=size)
@@ -110,7 +121,7 @@ def test_paged_attention_with_windows_and_caps(
 
 
 @pytest.mark.parametrize("heads", [(1, 1, 128), (4, 4, 24), (8, 1, 64), (14, 2, 96)])
-def test_paged_attention_by_heads(kernels: Kernels, heads: tuple[int, int, int]) -> None:
+def test_paged_attention_by_heads(kernels: AnyKernels, heads: tuple[int, int, int]) -> None:
     kind = replace(KIND, heads=heads[0], kv_heads=heads[1], head_dim=heads[2], scale=0.1)
     made = step(STEPS["everything"], kind)
     q = queries(made, kind, torch.float32)
@@ -118,7 +129,7 @@ def test_paged_attention_by_heads(kernels: Kernels, heads: tuple[int, int, int])
 
 
 @pytest.mark.parametrize("name", ["decodes far apart", "everything", "continued prompt"])
-def test_nothing_outside_the_window_is_read(kernels: Kernels, name: str) -> None:
+def test_nothing_outside_the_window_is_read(kernels: AnyKernels, name: str) -> None:
     kind = replace(KIND, window=6)
     made = step(STEPS[name], kind)
     used = torch.zeros(made.cache.layers[0].shape[1], dtype=torch.bool)
@@ -135,7 +146,7 @@ def test_nothing_outside_the_window_is_read(kernels: Kernels, name: str) -> None
 @dtypes
 @pytest.mark.parametrize("norm", ["none", "head", "row"])
 @pytest.mark.parametrize("dims", [16, 12])
-def test_place(kernels: Kernels, dtype: torch.dtype, norm: str, dims: int) -> None:
+def test_place(kernels: AnyKernels, dtype: torch.dtype, norm: str, dims: int) -> None:
     kind = replace(KIND, norm=norm, eps=1e-5)
     frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])
     made = step([(3, 9), (1, 30), (1, 1), (5, 5)], kind, dtype=dtype)
@@ -161,7 +172,7 @@ def test_place(kernels: Kernels, dtype: torch.dtype, norm: str, dims: int) -> No
     assert torch.equal(layer, before), "a slot of somebody else was written"
 
 
-def test_far_positions_turn_as_exactly_as_near_ones(kernels: Kernels) -> None:
+def test_far_positions_turn_as_exactly_as_near_ones(kernels: AnyKernels) -> None:
     made = step([(1, 1)], KIND)
     batch, cache = there(made)
     batch.positions = torch.tensor([131071], device=DEVICE)
@@ -172,7 +183,7 @@ def test_far_positions_turn_as_exactly_as_near_ones(kernels: Kernels) -> None:
 
 
 @dtypes
-def test_norms(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_norms(kernels: AnyKernels, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = (torch.randn(5, 40) * torch.tensor([[1e-4], [1e-2], [1.0], [10.0], [0.0]])).to(dtype)
     y, weight = torch.randn(5, 40).to(dtype), torch.randn(40).to(dtype)
@@ -200,7 +211,7 @@ def gate(both: Tensor, activation: Activation) -> Tensor:
 
 @dtypes
 @pytest.mark.parametrize("activation", get_args(Activation))
-def test_gate(kernels: Kernels, dtype: torch.dtype, activation: Activation) -> None:
+def test_gate(kernels: AnyKernels, dtype: torch.dtype, activation: Activation) -> None:
     torch.manual_seed(0)
     both = torch.randn(3, 24).to(dtype)
     near(kernels.act_and_mul(both.to(DEVICE), activation), gate(both, activation), TOLERANCES[dtype])
@@ -214,7 +225,7 @@ SHAPES = [(20, 33), (70, 300), (8, 5000)] if GPU else [(70, 33), (4, 2100)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("biased", [True, False])
 def test_linear(
-    kernels: Kernels, dtype: torch.dtype, rows: int, shape: tuple[int, int], biased: bool
+    kernels: AnyKernels, dtype: torch.dtype, rows: int, shape: tuple[int, int], biased: bool
 ) -> None:
     torch.manual_seed(rows)
     x, weight, bias = torch.randn(rows, shape[1]), torch.randn(shape) * 0.05, torch.randn(shape[0])
@@ -227,7 +238,7 @@ def test_linear(
 
 
 @pytest.mark.parametrize("splits", [1, 8])
-def test_a_tile_may_be_shared_out_by_columns(kernels: Kernels, splits: int) -> None:
+def test_a_tile_may_be_shared_out_by_columns(kernels: AnyKernels, splits: int) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(9, 4096), torch.randn(100, 4096)
     arrived = torch.zeros(8, dtype=torch.int32, device=DEVICE)
@@ -237,17 +248,19 @@ def test_a_tile_may_be_shared_out_by_columns(kernels: Kernels, splits: int) -> N
     assert not arrived.any()
 
 
-def block_by_block(x: Tensor, layer: PlainLayer, made: Step, rotation: Rotation) -> Tensor:
+def block_by_block(x: Tensor, layer: DecoderLayer[Any, Any], made: Step, rotation: Rotation) -> Tensor:
     """What a layer is, by the reference's functions."""
     torch_ = REFERENCE
-    plan = torch_.prepare(made.batch, made.cache, Geometry((rotation,), (layer.kind.window,)))
-    qkv = torch_.linear(torch_.norm(x, layer.first, layer.eps), layer.qkv)
-    q = torch_.rope_and_cache(qkv, layer.norms, layer.kind, made.cache.layers[0], plan)
-    x = x + torch_.linear(torch_.paged_attention(q, layer.kind, made.cache.layers[0], plan), layer.out)
+    plan = torch_.prepare(made.batch, made.cache, Geometry((rotation,), (layer.attention.window,)))
+    qkv = torch_.linear(torch_.norm(x, layer.pre_attention_norm, layer.eps), layer.qkv)
+    q = torch_.rope_and_cache(qkv, layer.query_key_norm, layer.attention, made.cache.layers[0], plan)
+    x = x + torch_.linear(torch_.paged_attention(q, layer.attention, made.cache.layers[0], plan), layer.out)
     hidden = torch_.linear_act_and_mul(
-        torch_.norm(x, layer.second, layer.eps), layer.gate_up, layer.activation
+        torch_.norm(x, layer.pre_mlp_norm, layer.eps),
+        layer.feed_forward.gate_up,
+        layer.feed_forward.activation,
     )
-    return x + torch_.linear(hidden, layer.down)
+    return x + torch_.linear(hidden, layer.feed_forward.down)
 
 
 LAYERS = [
@@ -261,7 +274,9 @@ LAYERS = [
 @dtypes
 @pytest.mark.parametrize("context", [30, 1, 400, 64, 65] if GPU else [70])
 @pytest.mark.parametrize("asked", LAYERS if GPU else LAYERS[1:3])
-def test_layers_at_once(kernels: Kernels, dtype: torch.dtype, context: int, asked: dict[str, object]) -> None:
+def test_layers_at_once(
+    kernels: AnyKernels, dtype: torch.dtype, context: int, asked: dict[str, object]
+) -> None:
     """The same sums, keys and values as block by block."""
     changes = {"eps": 1e-5} | {name: value for name, value in asked.items() if name not in ("biased", "dims")}
     kind = replace(KIND, **changes)  # type: ignore[arg-type]
@@ -271,11 +286,11 @@ def test_layers_at_once(kernels: Kernels, dtype: torch.dtype, context: int, aske
     made.cache.layers[0] = made.cache.layers[0].float()
     frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])[: int(asked["dims"]) // 2]  # type: ignore[call-overload]
 
-    def layer(own: Kernels, device: torch.device, held: torch.dtype) -> PlainLayer:
+    def layer(own: AnyKernels, device: torch.device, held: torch.dtype) -> DecoderLayer[Any, Any]:
         """The same numbers, whatever they are held in."""
         torch.manual_seed(0)
 
-        def pack(rows: int, columns: int) -> object:
+        def pack(rows: int, columns: int) -> Any:
             weight, bias = torch.randn(rows, columns) * columns**-0.5, torch.randn(rows)
             weight, bias = (each.to(dtype).to(held).to(device) for each in (weight, bias))
             return own.pack(weight, bias if "biased" in asked else None)
@@ -283,17 +298,17 @@ def test_layers_at_once(kernels: Kernels, dtype: torch.dtype, context: int, aske
         def vector(count: int) -> Tensor:
             return (1 + torch.randn(count) / 9).to(dtype).to(held).to(device)
 
-        return PlainLayer(
-            kind=kind,
+        return DecoderLayer(
+            attention=kind,
             eps=1e-5,
-            first=vector(48),
-            qkv=pack(160, 48),  # type: ignore[arg-type]
-            norms=None if kind.norm == "none" else vector(8 * 16),
-            out=pack(48, 96),  # type: ignore[arg-type]
-            second=vector(48),
-            gate_up=pack(144, 48),  # type: ignore[arg-type]
-            activation="silu",
-            down=pack(48, 72),  # type: ignore[arg-type]
+            pre_attention_norm=vector(48),
+            qkv=pack(160, 48),
+            query_key_norm=None if kind.norm == "none" else vector(8 * 16),
+            out=pack(48, 96),
+            post_attention_norm=None,
+            pre_mlp_norm=vector(48),
+            feed_forward=Mlp(pack(144, 48), "silu", pack(48, 72)),
+            post_mlp_norm=None,
         )
 
     x = torch.randn(1, 48).to(dtype)
@@ -301,11 +316,15 @@ def test_layers_at_once(kernels: Kernels, dtype: torch.dtype, context: int, aske
     wanted = block_by_block(
         x.float(), layer(REFERENCE, torch.device("cpu"), torch.float32), made, Rotation(frequencies, 1.2)
     )
+    # An epsilon of one keeps the final norm from hiding a common factor of all sums.
+    final = (1 + torch.randn(48) / 9).to(dtype)
+    wanted = REFERENCE.norm(wanted, final.float(), 1.0)
     for _ in range(2):  # what programs share must be left as it was
         plan = kernels.prepare(
             batch, cache, Geometry((Rotation(frequencies.to(DEVICE), 1.2),), (kind.window,))
         )
-        found = kernels.layers(x.clone().to(DEVICE), [layer(kernels, DEVICE, dtype)], cache, plan)
+        stack = LayerStack([layer(kernels, DEVICE, dtype)], final.to(DEVICE), 1.0)
+        found = kernels.layers(x.clone().to(DEVICE), stack, cache, plan)
         assert found is not None
         near(found, wanted, TOLERANCES[dtype])
     near(cache.layers[0], made.cache.layers[0], TOLERANCES[dtype])
@@ -314,7 +333,7 @@ def test_layers_at_once(kernels: Kernels, dtype: torch.dtype, context: int, aske
 @dtypes
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("rows", [1, 9, 90])
-def test_experts(kernels: Kernels, dtype: torch.dtype, normalise: bool, rows: int) -> None:
+def test_experts(kernels: AnyKernels, dtype: torch.dtype, normalise: bool, rows: int) -> None:
     torch.manual_seed(rows)
     x, logits = torch.randn(rows, 16).to(dtype), torch.randn(rows, 5).to(dtype)
     gate_up, down = torch.randn(5, 24, 16).to(dtype), torch.randn(5, 16, 12).to(dtype)

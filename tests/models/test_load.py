@@ -19,7 +19,8 @@ from stretto.errors import CheckpointError
 from stretto.kernels.reference import REFERENCE
 from stretto.models.checkpoint import Checkpoint
 from stretto.models.decoder import Decoder
-from stretto.models.load import Progress, load
+from stretto.models.load import load
+from stretto.models.source import ProgressCallback
 from tests.models.checkpoints import expected, make, rewrite
 from tests.models.stepping import Driver
 from tests.models.test_families import close, prompt
@@ -27,7 +28,7 @@ from tests.models.test_families import close, prompt
 CPU = torch.device("cpu")
 
 
-def read(path: Path, dtype: torch.dtype = torch.float32, progress: Progress | None = None) -> Decoder:
+def read(path: Path, dtype: torch.dtype = torch.float32, progress: ProgressCallback | None = None) -> Decoder:
     return load(path, dtype=dtype, device=CPU, kernels=REFERENCE, progress=progress)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from stretto.config import Quantise
 from stretto.errors import StartError
-from stretto.kernels import Kernels
+from stretto.kernels import AnyKernels
 from stretto.kernels.cpu import native
 from stretto.kernels.cpu.table import table
 from stretto.kernels.cpu.weights import TYPES
@@ -22,7 +22,7 @@ FP8_FROM = (8, 9)
 
 def choose_kernels(
     device: torch.device, dtype: torch.dtype, quantise: Quantise | None = None
-) -> tuple[Kernels, str]:
+) -> tuple[AnyKernels, str]:
     """The table for a model computed in `dtype` on `device`, and the sentence that says why.
 
     Raises StartError when weights are to be quantised in a way that the device has no kernels for.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stretto.kernels import Activation, Attention, Batch, Cache, Experts, Geometry, Kernels, Linear, Rotation
+from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kernels, Rotation
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -114,8 +114,7 @@ class Pages:
         return Group(rows, table.shape[0], queries, blocks, gathered, both[0], both[1], mask)
 
 
-def linear(x: Tensor, packed: Linear) -> Tensor:
-    assert isinstance(packed, Dense)
+def linear(x: Tensor, packed: Dense) -> Tensor:
     return F.linear(x, packed.weight, packed.bias)
 
 
@@ -151,7 +150,7 @@ def act_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
     return ACTIVATIONS[activation](gates).mul_(ups)
 
 
-def linear_act_and_mul(x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+def linear_act_and_mul(x: Tensor, packed: Dense, activation: Activation) -> Tensor:
     return act_and_mul(linear(x, packed), activation)
 
 
@@ -325,8 +324,7 @@ def _scores(q: Tensor, keys: Tensor, values: Tensor, kind: Attention, group: Gro
     return torch.matmul(scores.softmax(-1).to(q.dtype), values)
 
 
-def experts(x: Tensor, logits: Tensor, packed: Experts, k: int, normalise: bool) -> Tensor:
-    assert isinstance(packed, DenseExperts)
+def experts(x: Tensor, logits: Tensor, packed: DenseExperts, k: int, normalise: bool) -> Tensor:
     weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(k, -1)
     if normalise:
         weights /= weights.sum(-1, keepdim=True)
@@ -345,7 +343,7 @@ def experts(x: Tensor, logits: Tensor, packed: Experts, k: int, normalise: bool)
     return out
 
 
-REFERENCE = Kernels(
+REFERENCE: Kernels[Dense, DenseExperts, TorchPlan] = Kernels(
     name="torch",
     pack=Dense,
     linear=linear,

@@ -1,12 +1,10 @@
-"""The one decoder: it runs whatever a ModelSpec describes, through a kernels table.
+"""The one decoder: it computes whatever a ModelSpec describes, with a device's table of kernels.
 
-Owns the weights. Holds nothing between steps: the cache and the batch are passed in, and only the table
-reads them.
+Owns the weights. Keeps nothing between steps: cache and batch are arguments, and only the kernels read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,50 +12,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stretto.kernels import Batch, Cache, Geometry, Kernels, Linear, Op, PlainLayer, Run, kv_width
-from stretto.models.blocks import Feed, Join, Mixer, Mlp
+from stretto.kernels import (
+    AnyKernels,
+    Batch,
+    Cache,
+    DecoderLayer,
+    Geometry,
+    LayerStack,
+    Mlp,
+    Packed,
+    kv_width,
+)
 from stretto.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    """`to_feed` leads from attention to the MLP; `onward` from the MLP to the next layer, or to the end."""
-
-    mixer: Mixer
-    to_feed: Join
-    feed: Feed
-    onward: Join
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """A loaded model, computed in `dtype`; the embedding may be stored in less. `first`: the norm the first
-    layer reads through. `nbytes` counts what is held once."""
+class ModelWeights:
+    """A loaded model that computes in `dtype`; the embedding may be stored in a narrower one. `nbytes` counts
+    memory that two weights share once."""
 
     embedding: Tensor
     dtype: torch.dtype
-    first: Tensor | None
-    layers: Sequence[DecoderLayer]
-    head: Linear
+    stack: LayerStack[Any, Any]
+    head: Packed
     geometry: Geometry
     nbytes: int
     parameters: int
 
 
 class Decoder:
-    """A model ready to run. Not thread-safe: one loop drives it. Its caches are made in `kv_dtype`."""
+    """A model ready to run; its caches are made in `kv_dtype` (None: that of the weights). Not thread-safe:
+    one loop drives it."""
 
-    def __init__(self, spec: ModelSpec, kernels: Kernels, weights: Weights) -> None:
+    def __init__(
+        self, spec: ModelSpec, kernels: AnyKernels, weights: ModelWeights, kv_dtype: torch.dtype | None = None
+    ) -> None:
         self.spec = spec
         self.kernels = kernels
-        self.kv_dtype = weights.dtype
         self.weights = weights
-        self._embedding = weights.embedding
-        self._last = len(weights.layers) - 1
-        self._run = _compiled(weights.layers, spec.hidden, kernels)
-        self._plain = _plain(weights)
-        # The scale is rounded as the checkpoint's own framework rounds it.
-        self._scale = torch.tensor(spec.embed_scale, dtype=self.dtype).item()
+        self.kv_dtype = kv_dtype or weights.dtype
+        # The checkpoint's own framework rounds the scale to the model's dtype, and so must we.
+        self._scale = torch.tensor(spec.embed_scale, dtype=weights.dtype).item()
+
+    def with_kv_dtype(self, dtype: torch.dtype) -> Decoder:
+        """The same model with caches of `dtype`."""
+        return Decoder(self.spec, self.kernels, self.weights, dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +64,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        return self._embedding.device
+        return self.weights.embedding.device
 
     @property
     def weight_bytes(self) -> int:
@@ -88,92 +87,74 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
-        """Run the step and write its keys and values into the cache: the normed last hidden states of the
-        token rows `batch.outputs`, [R, hidden]."""
-        weights = self.weights
-        plan = self.kernels.prepare(batch, cache, weights.geometry)
-        residual = F.embedding(batch.tokens, self._embedding).to(self.dtype)
+        """Run a step and write its keys and values to the cache -> the last hidden states of the rows
+        `batch.outputs`, after the final norm, [R, hidden]."""
+        weights, kernels = self.weights, self.kernels
+        plan = kernels.prepare(batch, cache, weights.geometry)
+        residual = F.embedding(batch.tokens, weights.embedding).to(weights.dtype)
         if self._scale != 1.0:
             residual = residual * self._scale
-        ended = self._at_once(residual, batch, cache, plan)
-        if ended is not None:
-            return ended
+        if kernels.layers is not None:
+            hidden = kernels.layers(residual, weights.stack, cache, plan)
+            if hidden is not None:
+                return hidden
+        return self._layer_by_layer(residual, batch, cache, plan)
+
+    def _layer_by_layer(self, residual: Tensor, batch: Batch, cache: Cache, plan: Any) -> Tensor:
+        """The same with one call of the table for each operation."""
+        stack, last = self.weights.stack, len(self.weights.stack.layers) - 1
+        first = stack.layers[0]
         x = residual
-        if weights.first is not None:
-            x = self.kernels.norm(residual, weights.first, self.spec.eps)
-        if self._run is not None and weights.first is not None and _all_rows(batch):
-            return self._run(x, residual, cache, plan)
-        for number, layer in enumerate(weights.layers):
-            # Of the last layer only the keys, the values and the rows asked for are of use to anybody.
-            rows = batch.outputs if number == self._last else None
-            x = layer.mixer(x, cache.layers[number], plan, rows)
-            x, residual = layer.to_feed(x, residual if rows is None else residual[rows])
-            x, residual = layer.onward(layer.feed(x), residual)
+        if first.pre_attention_norm is not None:
+            x = self.kernels.norm(residual, first.pre_attention_norm, first.eps)
+        for number, layer in enumerate(stack.layers):
+            # In the last layer all keys and values are needed, but only the wanted rows go further.
+            rows = batch.outputs if number == last else None
+            x = self._attention(layer, x, cache.layers[number], plan, rows)
+            if rows is not None:
+                residual = residual[rows]
+            x, residual = self._add(x, residual, layer.post_attention_norm, layer.pre_mlp_norm)
+            x = self._feed_forward(layer, x)
+            x, residual = self._add(x, residual, layer.post_mlp_norm, stack.norm_after(number))
         return x
 
-    def _at_once(self, residual: Tensor, batch: Batch, cache: Cache, plan: Any) -> Tensor | None:
-        """What `forward` returns, where the table runs all layers in a way of its own."""
-        final = self.weights.layers[-1].onward.before
-        if self.kernels.layers is None or self._plain is None or final is None:
-            return None
-        sums = self.kernels.layers(residual, self._plain, cache, plan)
-        if sums is None:
-            return None
-        chosen = sums if batch.outputs is None else sums[batch.outputs]
-        return self.kernels.norm(chosen, final, self.spec.eps)
+    def _attention(
+        self, layer: DecoderLayer[Any, Any], x: Tensor, keys: Tensor, plan: Any, rows: Tensor | None
+    ) -> Tensor:
+        """`x` [T, hidden] -> [T, hidden]. With `rows`, only those: [R, hidden]."""
+        kernels, kind = self.kernels, layer.attention
+        qkv = kernels.linear(x, layer.qkv)
+        queries = kernels.rope_and_cache(qkv, layer.query_key_norm, kind, keys, plan)
+        attended = kernels.paged_attention(queries, kind, keys, plan)
+        return kernels.linear(attended if rows is None else attended[rows], layer.out)
+
+    def _feed_forward(self, layer: DecoderLayer[Any, Any], x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden], each row by itself."""
+        kernels, block = self.kernels, layer.feed_forward
+        if isinstance(block, Mlp):
+            hidden = kernels.linear_act_and_mul(x, block.gate_up, block.activation)
+            return kernels.linear(hidden, block.down)
+        scores = kernels.linear(x, block.router)
+        return kernels.experts(x, scores, block.experts, block.top_k, block.normalise)
+
+    def _add(
+        self, x: Tensor, residual: Tensor, post_norm: Tensor | None, next_norm: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add what a block made to the residual sum -> (what the next block reads, the sum)."""
+        kernels, eps = self.kernels, self.spec.eps
+        if post_norm is not None:
+            x = kernels.norm(x, post_norm, eps)
+        if next_norm is not None:
+            return kernels.add_norm(x, residual, next_norm, eps)
+        residual = residual + x
+        return residual, residual
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, hidden] -> logits over the vocabulary, float32 [R, vocab]."""
-        logits = (self.kernels.logits or self.kernels.linear)(hidden, self.weights.head).float()
-        if self.spec.tied and self.kernels.rescore_top_k is not None:
-            self.kernels.rescore_top_k(logits, hidden, self.weights.head, self._embedding)
+        kernels, weights = self.kernels, self.weights
+        logits = (kernels.logits or kernels.linear)(hidden, weights.head).float()
+        if self.spec.tied and kernels.rescore_top_k is not None:
+            kernels.rescore_top_k(logits, hidden, weights.head, weights.embedding)
         cap = self.spec.final_cap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
-
-
-def _all_rows(batch: Batch) -> bool:
-    """Whether the hidden state of every row is wanted, as in a step that only decodes."""
-    return batch.outputs is None or batch.outputs.shape[0] == batch.tokens.shape[0]
-
-
-def _compiled(layers: Sequence[DecoderLayer], hidden: int, kernels: Kernels) -> Run | None:
-    """All layers in one call, where the table offers it and each layer can be said as data."""
-    if kernels.compile is None:
-        return None
-    ops: list[Op] = []
-    for number, layer in enumerate(layers):
-        halves = layer.to_feed.ops(hidden), layer.feed.ops(hidden), layer.onward.ops(hidden)
-        ops += layer.mixer.ops(number, hidden)
-        for half in halves:
-            if half is None:
-                return None
-            ops += half
-    return kernels.compile(ops)
-
-
-def _plain(weights: Weights) -> list[PlainLayer] | None:
-    """The layers as a table may run them at once: None if any of them is not plain."""
-    layers: list[PlainLayer] = []
-    first = weights.first
-    for layer in weights.layers:
-        mixer, second, feed, onward = layer.mixer, layer.to_feed.before, layer.feed, layer.onward
-        joined = layer.to_feed.after is None and onward.after is None
-        if first is None or second is None or not joined or not isinstance(feed, Mlp):
-            return None
-        layers.append(
-            PlainLayer(
-                kind=mixer.kind,
-                eps=onward.eps,
-                first=first,
-                qkv=mixer.qkv,
-                norms=mixer.norms,
-                out=mixer.out,
-                second=second,
-                gate_up=feed.gate_up,
-                activation=feed.activation,
-                down=feed.down,
-            )
-        )
-        first = onward.before
-    return layers

@@ -16,7 +16,7 @@ from stretto.errors import CheckpointError
 from stretto.kernels import Activation
 from stretto.models import rope
 from stretto.models.fields import Fields
-from stretto.models.spec import Dtype, Layer, ModelSpec, Rope, Routing
+from stretto.models.spec import Layer, ModelSpec, Rope, Routing, StoredDtype
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -44,16 +44,16 @@ class Names(Struct, frozen=True, kw_only=True):
     router: str = "mlp.gate"
     expert_gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
     expert_down: str = "mlp.experts.{}.down_proj"
-    before_attention: str | None = "input_layernorm"
-    after_attention: str | None = None
-    before_mlp: str | None = "post_attention_layernorm"
-    after_mlp: str | None = None
+    pre_attention_norm: str | None = "input_layernorm"
+    post_attention_norm: str | None = None
+    pre_mlp_norm: str | None = "post_attention_layernorm"
+    post_mlp_norm: str | None = None
 
 
 SANDWICH = Names(
-    after_attention="post_attention_layernorm",
-    before_mlp="pre_feedforward_layernorm",
-    after_mlp="post_feedforward_layernorm",
+    post_attention_norm="post_attention_layernorm",
+    pre_mlp_norm="pre_feedforward_layernorm",
+    post_mlp_norm="post_feedforward_layernorm",
 )
 
 
@@ -182,10 +182,10 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(
         defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279},
         names=Names(
-            before_attention=None,
-            after_attention="post_attention_layernorm",
-            before_mlp=None,
-            after_mlp="post_feedforward_layernorm",
+            pre_attention_norm=None,
+            post_attention_norm="post_attention_layernorm",
+            pre_mlp_norm=None,
+            post_mlp_norm="post_feedforward_layernorm",
         ),
         query_norm="row",
         qkv_bias=None,
@@ -314,12 +314,12 @@ def _eos(path: Path, config: Fields) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _dtype(fields: Fields) -> Dtype:
+def _dtype(fields: Fields) -> StoredDtype:
     key = "dtype" if fields.get("dtype") is not None else "torch_dtype"
     name = fields.text(key, "float32")
     if name not in ("float32", "bfloat16", "float16"):
         raise fields.error(key, f"is {name!r}; implemented are float32, bfloat16 and float16")
-    return cast(Dtype, name)
+    return cast(StoredDtype, name)
 
 
 def _layers(family: Family, fields: Fields) -> tuple[Layer, ...]:
@@ -354,11 +354,11 @@ def _routing(family: Family, fields: Fields) -> Routing | None:
     if not family.experts:
         return None
     key = "num_local_experts" if fields.get("num_local_experts") is not None else "num_experts"
-    count, chosen = fields.count(key, most=MOST), fields.count("num_experts_per_tok")
-    if chosen > count:
-        raise fields.error("num_experts_per_tok", f"({chosen}) is more than there are experts ({count})")
+    count, top_k = fields.count(key, most=MOST), fields.count("num_experts_per_tok")
+    if top_k > count:
+        raise fields.error("num_experts_per_tok", f"({top_k}) is more than there are experts ({count})")
     intermediate = fields.count("moe_intermediate_size", fields.count("intermediate_size"))
-    return Routing(count, chosen, fields.flag("norm_topk_prob"), intermediate)
+    return Routing(count, top_k, fields.flag("norm_topk_prob"), intermediate)
 
 
 def _by_type(fields: Fields) -> bool:

@@ -1,47 +1,56 @@
-"""From a checkpoint directory to a decoder, one fused weight at a time: no weight is ever held twice.
+"""From a checkpoint directory to a decoder, one fused weight at a time: no weight is held twice.
 
-Owns how the tensors of a family are stacked into the weights the kernels want. Reads safetensors only.
+Owns how the tensors of a family are stacked into the weights that the kernels want. Reads safetensors only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from stretto.errors import CheckpointError
-from stretto.kernels import Attention, Geometry, Kernels, Linear, Packed
+from stretto.kernels import (
+    AnyKernels,
+    Attention,
+    DecoderLayer,
+    Geometry,
+    LayerStack,
+    MixtureOfExperts,
+    Mlp,
+    Packed,
+)
 from stretto.models import families, rope
-from stretto.models.blocks import Feed, Join, Mixer, Mixture, Mlp
 from stretto.models.checkpoint import DTYPES, Checkpoint, Entry
-from stretto.models.decoder import Decoder, DecoderLayer, Weights
+from stretto.models.decoder import Decoder, ModelWeights
 from stretto.models.families import FAMILIES, Names
+from stretto.models.source import ProgressCallback
 from stretto.models.spec import Layer, ModelSpec, Routing
 
-Progress = Callable[[str, int, int], None]
-# Where the decoder and its head sit: alone in a checkpoint, or beside an image encoder (in two layouts).
+# The prefix of the decoder's tensors -> the name of its head. The decoder is alone in a checkpoint, or beside
+# an image encoder, for which two layouts are in use.
 ROOTS = {
     "model.": "lm_head",
     "language_model.model.": "language_model.lm_head",
     "model.language_model.": "lm_head",
 }
-# Tensors that may lie beside the decoder's without being part of it.
+# Tensors that are not the decoder's, by their prefix.
 BESIDE = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+# Tensors that config.json determines, by their suffix.
 COMPUTED = ".rotary_emb.inv_freq"
 
-Part = tuple[str, int]
-"""A tensor's name without `.weight`, and its rows."""
-Source = tuple[list[Part], tuple[int, ...], str]
-"""Tensors that are read as one, their shape but for the rows, and what their names end in."""
+StackedPart = tuple[str, int]
+"""A tensor's name without `.weight`, and how many rows it has."""
+StackedTensor = tuple[list[StackedPart], tuple[int, ...], str]
+"""Tensors that are read as one: their parts, their shape without the rows, and the suffix of their names."""
 
 
-class Store(Protocol):
-    """Packed weights of this very checkpoint from an earlier start, by the name of their first tensor."""
+class PackedStore(Protocol):
+    """Packed weights of this checkpoint that an earlier start kept, by the name of their first tensor."""
 
     def take(self, name: str) -> Packed | None: ...
 
@@ -53,56 +62,56 @@ def load(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    kernels: Kernels,
-    progress: Progress | None = None,
-    store: Store | None = None,
+    kernels: AnyKernels,
+    progress: ProgressCallback | None = None,
+    store: PackedStore | None = None,
 ) -> Decoder:
     """Load the model in directory `path`, its weights held as `dtype` on `device`.
 
-    `progress("weights", done, total)` counts bytes. What `store` has is not read from the checkpoint; what it
-    lacks is given to it. Raises CheckpointError for a config that is not understood (see `families.read`) and
-    for tensors that are missing, misshapen, unexpected or cut short.
+    `progress("weights", done, total)` counts bytes. Weights that `store` has are not read from the
+    checkpoint; the others are given to it. Raises CheckpointError for a config that is not supported (see
+    `families.read`), and for tensors that are missing, misshapen, unexpected or truncated.
     """
     spec = families.read(path)
     with Checkpoint(path) as checkpoint:
-        reader = _Reader(checkpoint, kernels, dtype, device, progress)
-        reader.store = store
-        decoder = Decoder(spec, kernels, _weights(reader, spec))
+        reader = WeightReader(checkpoint, kernels, dtype, device, progress, store)
+        decoder = Decoder(spec, kernels, read_weights(reader, spec))
         reader.finish()
     return decoder
 
 
-class _Reader:
-    """Reads tensors into place and packs them; knows what was read, and how much is held because of it."""
+class WeightReader:
+    """Reads tensors of a checkpoint and packs them. Counts what was read and the memory it takes."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        kernels: Kernels,
+        kernels: AnyKernels,
         dtype: torch.dtype,
         device: torch.device,
-        progress: Progress | None,
+        progress: ProgressCallback | None = None,
+        store: PackedStore | None = None,
     ) -> None:
         self.checkpoint, self.kernels = checkpoint, kernels
-        self.dtype, self.device, self.progress = dtype, device, progress
-        self.store: Store | None = None
+        self.dtype, self.device = dtype, device
+        self._progress, self._store = progress, store
         self.unread = set(checkpoint.entries)
         self.done = self.nbytes = self.parameters = 0
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint.entries
 
-    def find(self, parts: list[Part], shape: tuple[int, ...], suffix: str) -> list[Entry]:
-        """Where the parts lie, [rows, *shape] each."""
+    def find(self, parts: list[StackedPart], shape: tuple[int, ...], suffix: str) -> list[Entry]:
+        """Where the parts are in the checkpoint, [rows, *shape] each."""
         names = [f"{part}.{suffix}" for part, _ in parts]
         self.unread.difference_update(names)
         return [self.checkpoint.find(name, (n, *shape)) for name, (_, n) in zip(names, parts, strict=True)]
 
-    def stack(self, parts: list[Part], shape: tuple[int, ...], suffix: str = "weight") -> Tensor:
+    def stack(self, parts: list[StackedPart], shape: tuple[int, ...], suffix: str = "weight") -> Tensor:
         """A new tensor [rows of all parts, *shape], each part read into its own rows."""
-        # All parts are found before memory is asked for: a config may lie about sizes.
+        # All parts are found before memory is allocated, because a config may give wrong sizes.
         entries, rows = self.find(parts, shape, suffix), [rows for _, rows in parts]
-        dtype = self._as_stored(entries) or self.dtype
+        dtype = self._stored_dtype(entries) or self.dtype
         held = torch.empty((sum(rows), *shape), dtype=dtype, device=self.device)
         for entry, into in zip(entries, held.split(rows), strict=True):
             self.checkpoint.read(entry, into)
@@ -110,27 +119,32 @@ class _Reader:
         return held
 
     def count(self, entry: Entry) -> None:
+        """Note that a tensor is read."""
         self.done += entry.nbytes
         self.parameters += prod(entry.shape)
-        if self.progress is not None:
-            self.progress("weights", self.done, self.checkpoint.nbytes)
+        if self._progress is not None:
+            self._progress("weights", self.done, self.checkpoint.nbytes)
 
-    def packed(self, name: str, sources: list[Source], pack: Callable[[], Packed]) -> Packed:
-        """What the store has under `name`, or else what `pack` makes of the sources."""
-        packed = None if self.store is None else self.store.take(name)
+    def packed(self, name: str, sources: list[StackedTensor], pack: Callable[[], Packed]) -> Packed:
+        """The store's weights under `name`, or else what `pack` makes of the sources."""
+        packed = None if self._store is None else self._store.take(name)
         if packed is not None:
             for source in sources:
                 for entry in self.find(*source):
                     self.count(entry)
         else:
             packed = pack()
-            if self.store is not None:
-                self.store.keep(name, packed)
+            if self._store is not None:
+                self._store.keep(name, packed)
         self.nbytes += packed.nbytes
         return packed
 
-    def linear(self, parts: list[Part], columns: int, bias: bool = False) -> Linear:
-        sources: list[Source] = [(parts, (columns,), "weight"), *([(parts, (), "bias")] if bias else [])]
+    def linear(self, parts: list[StackedPart], columns: int, bias: bool = False) -> Packed:
+        """The weights [rows of all parts, columns] of one linear layer."""
+        sources: list[StackedTensor] = [
+            (parts, (columns,), "weight"),
+            *([(parts, (), "bias")] if bias else []),
+        ]
 
         def pack() -> Packed:
             weight, *others = [self.stack(*source) for source in sources]
@@ -139,10 +153,11 @@ class _Reader:
         return self.packed(parts[0][0], sources, pack)
 
     def embedding(self, name: str, spec: ModelSpec) -> Tensor:
-        """Where the kernels take it so, as it lies in the file: a step reads few of its rows."""
+        """The embedding [vocab, hidden]. It stays mapped from the file where the kernels can read it as it is
+        stored, because a step reads few of its rows."""
         part = (name, spec.vocab)
         (entry,) = self.find([part], (spec.hidden,), "weight")
-        if self._as_stored([entry]) is None:
+        if self._stored_dtype([entry]) is None:
             embedding = self.stack([part], (spec.hidden,))
         else:
             embedding = self.checkpoint.map(entry)
@@ -150,61 +165,48 @@ class _Reader:
         self.nbytes += embedding.nbytes
         return embedding
 
-    def _as_stored(self, entries: list[Entry]) -> torch.dtype | None:
-        """The dtype of these tensors in the checkpoint, if the kernels take them in it and it is no wider."""
+    def _stored_dtype(self, entries: list[Entry]) -> torch.dtype | None:
+        """The dtype of these tensors in the checkpoint, if the kernels accept it and it is no wider than
+        ours."""
         stored = {DTYPES[entry.dtype] for entry in entries}
-        if len(stored) > 1 or not stored <= self.kernels.takes:
+        if len(stored) > 1 or not stored <= self.kernels.weight_dtypes:
             return None
         (dtype,) = stored
         return dtype if dtype.itemsize <= self.dtype.itemsize else None
 
-    def norm(self, names: list[Part], offset: bool) -> Tensor:
+    def norm(self, names: list[StackedPart], offset: bool) -> Tensor:
+        """The weights of a norm. `offset`: the checkpoint holds them minus one."""
         weight = self.stack(names, ())
         weight = (weight.float().add_(1.0) if offset else weight).to(self.dtype)
         self.nbytes += weight.nbytes
         return weight
 
     def finish(self) -> None:
-        """Raises CheckpointError when the checkpoint holds tensors nobody asked for: the numbers would be
-        wrong."""
+        """Raises CheckpointError when the checkpoint holds tensors that were not read: without them the
+        numbers would be wrong."""
         strange = sorted(n for n in self.unread if not n.startswith(BESIDE) and not n.endswith(COMPUTED))
         if strange:
             raise CheckpointError(
                 f"{self.checkpoint.path} holds {len(strange)} tensors its config.json does not explain, "
                 f"such as {strange[0]}"
             )
-        if self.progress is not None:
-            self.progress("weights", self.checkpoint.nbytes, self.checkpoint.nbytes)
+        if self._progress is not None:
+            self._progress("weights", self.checkpoint.nbytes, self.checkpoint.nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Halves:
-    """A layer as it is read: its blocks, and the norms around them."""
-
-    before: Tensor | None
-    mixer: Mixer
-    to_feed: Join
-    feed: Feed
-    after: Tensor | None
-
-
-def _weights(reader: _Reader, spec: ModelSpec) -> Weights:
+def read_weights(reader: WeightReader, spec: ModelSpec) -> ModelWeights:
+    """All weights of the model that `spec` describes. Raises CheckpointError when one is missing or
+    misshapen."""
     root = next((root for root in ROOTS if reader.has(f"{root}embed_tokens.weight")), "model.")
     embedding = reader.embedding(f"{root}embed_tokens", spec)
-    halves = [_layer(reader, spec, f"{root}layers.{i}.", layer) for i, layer in enumerate(spec.layers)]
+    layers = [_layer(reader, spec, f"{root}layers.{i}.", layer) for i, layer in enumerate(spec.layers)]
     final = reader.norm([(f"{root}norm", spec.hidden)], spec.unit_offset)
-    befores = [*(half.before for half in halves[1:]), final]
-    return Weights(
+    head = _head(reader, spec, ROOTS[root], embedding)
+    return ModelWeights(
         embedding=embedding,
-        first=halves[0].before,
-        layers=[
-            DecoderLayer(
-                half.mixer, half.to_feed, half.feed, Join(reader.kernels, spec.eps, half.after, before)
-            )
-            for half, before in zip(halves, befores, strict=True)
-        ],
-        head=_head(reader, spec, ROOTS[root], embedding),
         dtype=reader.dtype,
+        stack=LayerStack(layers, final, spec.eps),
+        head=head,
         geometry=Geometry(
             tuple(rope.rotation(each, reader.device) for each in spec.ropes),
             tuple(sorted({layer.window for layer in spec.layers})),
@@ -214,81 +216,93 @@ def _weights(reader: _Reader, spec: ModelSpec) -> Weights:
     )
 
 
-def _head(reader: _Reader, spec: ModelSpec, name: str, embedding: Tensor) -> Linear:
+def _head(reader: WeightReader, spec: ModelSpec, name: str, embedding: Tensor) -> Packed:
     if not spec.tied:
         return reader.linear([(name, spec.vocab)], spec.hidden)
     reader.unread.discard(f"{name}.weight")
-    pack_tied = reader.kernels.pack_tied or (lambda embedding: reader.kernels.pack(embedding, None))
-    head = reader.packed(name, [], lambda: pack_tied(embedding))
+    kernels = reader.kernels
+
+    def pack() -> Packed:
+        return kernels.pack(embedding, None) if kernels.pack_tied is None else kernels.pack_tied(embedding)
+
+    head = reader.packed(name, [], pack)
     if head.shares(embedding):
         reader.nbytes -= head.nbytes
     return head
 
 
-def _layer(reader: _Reader, spec: ModelSpec, at: str, layer: Layer) -> _Halves:
+def _layer(reader: WeightReader, spec: ModelSpec, at: str, layer: Layer) -> DecoderLayer[Any, Any]:
     names = FAMILIES[spec.family].names
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
 
     def norm(name: str | None) -> Tensor | None:
         return None if name is None else reader.norm([(at + name, spec.hidden)], spec.unit_offset)
 
-    return _Halves(
-        before=norm(names.before_attention),
-        mixer=_mixer(reader, spec, names, at, layer),
-        to_feed=Join(reader.kernels, spec.eps, norm(names.after_attention), norm(names.before_mlp)),
-        feed=_mixture(reader, spec, spec.routing, names, at)
+    return DecoderLayer(
+        attention=_attention(spec, layer),
+        eps=spec.eps,
+        pre_attention_norm=norm(names.pre_attention_norm),
+        qkv=reader.linear(_parts(at, names.qkv, (queries, keys, keys)), spec.hidden, spec.qkv_bias),
+        query_key_norm=_query_key_norm(reader, spec, names, at),
+        out=reader.linear([(at + names.out, spec.hidden)], queries, spec.out_bias),
+        post_attention_norm=norm(names.post_attention_norm),
+        pre_mlp_norm=norm(names.pre_mlp_norm),
+        feed_forward=_experts(reader, spec, spec.routing, names, at)
         if layer.experts and spec.routing
         else _mlp(reader, spec, names, at),
-        after=norm(names.after_mlp),
+        post_mlp_norm=norm(names.post_mlp_norm),
     )
 
 
-def _mixer(reader: _Reader, spec: ModelSpec, names: Names, at: str, layer: Layer) -> Mixer:
-    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    norms = None
+def _attention(spec: ModelSpec, layer: Layer) -> Attention:
+    return Attention(
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        scale=spec.scale,
+        window=layer.window,
+        softcap=spec.attention_cap,
+        rotation=layer.rope,
+        norm=spec.query_norm,
+        eps=spec.eps,
+    )
+
+
+def _query_key_norm(reader: WeightReader, spec: ModelSpec, names: Names, at: str) -> Tensor | None:
+    """Norm weights for the queries of all heads, then the keys. Weights of one head are repeated."""
+    if spec.query_norm == "none":
+        return None
+    heads = (1, 1) if spec.query_norm == "head" else (spec.heads, spec.kv_heads)
+    parts = [
+        (at + names.query_norm, heads[0] * spec.head_dim),
+        (at + names.key_norm, heads[1] * spec.head_dim),
+    ]
+    weights = reader.norm(parts, spec.unit_offset)
     if spec.query_norm == "row":
-        norms = reader.norm([(at + names.query_norm, queries), (at + names.key_norm, keys)], spec.unit_offset)
-    elif spec.query_norm == "head":
-        parts = [(at + names.query_norm, spec.head_dim), (at + names.key_norm, spec.head_dim)]
-        query, key = reader.norm(parts, spec.unit_offset).view(2, spec.head_dim)
-        norms = torch.cat((query.repeat(spec.heads), key.repeat(spec.kv_heads)))
-    return Mixer(
-        kernels=reader.kernels,
-        kind=Attention(
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            scale=spec.scale,
-            window=layer.window,
-            softcap=spec.attention_cap,
-            rotation=layer.rope,
-            norm=spec.query_norm,
-            eps=spec.eps,
-        ),
-        qkv=reader.linear(_parts(at, names.qkv, (queries, keys, keys)), spec.hidden, spec.qkv_bias),
-        out=reader.linear([(at + names.out, spec.hidden)], queries, spec.out_bias),
-        norms=norms,
-    )
+        return weights
+    query, key = weights.view(2, spec.head_dim)
+    return torch.cat((query.repeat(spec.heads), key.repeat(spec.kv_heads)))
 
 
-def _parts(at: str, names: tuple[str, ...], rows: tuple[int, ...]) -> list[Part]:
-    """One part per name; a single name means that the checkpoint has them stacked already."""
+def _parts(at: str, names: tuple[str, ...], rows: tuple[int, ...]) -> list[StackedPart]:
+    """One part for each name. A single name means that the checkpoint holds them stacked already."""
     if len(names) == 1:
         return [(at + names[0], sum(rows))]
     return [(at + name, count) for name, count in zip(names, rows, strict=True)]
 
 
-def _mlp(reader: _Reader, spec: ModelSpec, names: Names, at: str) -> Mlp:
+def _mlp(reader: WeightReader, spec: ModelSpec, names: Names, at: str) -> Mlp[Any]:
     inner = spec.intermediate
     return Mlp(
-        kernels=reader.kernels,
-        activation=spec.activation,
-        inner=inner,
         gate_up=reader.linear(_parts(at, names.gate_up, (inner, inner)), spec.hidden, spec.mlp_bias),
+        activation=spec.activation,
         down=reader.linear([(at + names.down, spec.hidden)], inner, spec.mlp_bias),
     )
 
 
-def _mixture(reader: _Reader, spec: ModelSpec, routing: Routing, names: Names, at: str) -> Mixture:
+def _experts(
+    reader: WeightReader, spec: ModelSpec, routing: Routing, names: Names, at: str
+) -> MixtureOfExperts[Any, Any]:
     inner, count, hidden = routing.intermediate, routing.count, spec.hidden
     router = reader.linear([(at + names.router, count)], hidden)
     ups = [(at + name.format(i), inner) for i in range(count) for name in names.expert_gate_up]
@@ -299,6 +313,6 @@ def _mixture(reader: _Reader, spec: ModelSpec, routing: Routing, names: Names, a
         down = reader.stack(downs, (inner,)).view(count, hidden, inner)
         return reader.kernels.pack_experts(gate_up, down, spec.activation)
 
-    sources: list[Source] = [(ups, (hidden,), "weight"), (downs, (inner,), "weight")]
+    sources: list[StackedTensor] = [(ups, (hidden,), "weight"), (downs, (inner,), "weight")]
     packed = reader.packed(ups[0][0], sources, pack)
-    return Mixture(reader.kernels, router, packed, routing.chosen, routing.normalise)
+    return MixtureOfExperts(router, packed, routing.top_k, routing.normalise)

@@ -17,13 +17,13 @@ import huggingface_hub
 
 from stretto.errors import CheckpointError
 
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 BUNDLED = "desk"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
 
 
-def resolve(name: str, progress: Progress | None = None) -> Path:
+def resolve(name: str, progress: ProgressCallback | None = None) -> Path:
     """The directory of model `name`: a path, a hub id `org/name` (downloaded once, into the hub's own
     cache), or `desk`, the bundled model. `progress(stage, done, total)` counts bytes.
 
@@ -66,7 +66,7 @@ def check(path: Path) -> Path:
     raise CheckpointError(f"{path} has no *.safetensors; a download may not have finished")
 
 
-def _fetch(name: str, progress: Progress | None) -> Path:
+def _fetch(name: str, progress: ProgressCallback | None) -> Path:
     # Naming the function is what loads the hub's client, a third of a second that only a download pays for;
     # its other names (`utils`, `errors`) exist from then on.
     fetch = huggingface_hub.snapshot_download
@@ -88,7 +88,7 @@ def _fetch(name: str, progress: Progress | None) -> Path:
         raise CheckpointError(f"{name} could not be fetched from the hub: {error}") from error
 
 
-def _bar(progress: Progress) -> type[Any]:
+def _bar(progress: ProgressCallback) -> type[Any]:
     """The hub's progress bar, drawing nothing and telling `progress` of the bytes written instead."""
 
     class Bar(huggingface_hub.utils.tqdm):

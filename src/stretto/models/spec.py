@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from stretto.kernels import Activation
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+StoredDtype = Literal["float32", "bfloat16", "float16"]
 RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 
 
@@ -47,10 +47,10 @@ class Layer(Struct, frozen=True):
 
 
 class Routing(Struct, frozen=True):
-    """A mixture of experts: each token takes the `chosen` likeliest of `count`."""
+    """A mixture of experts: each token takes the `top_k` likeliest of `count`."""
 
     count: int
-    chosen: int
+    top_k: int
     normalise: bool
     intermediate: int
 
@@ -76,7 +76,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     eps: float
     scale: float
     activation: Activation
-    dtype: Dtype
+    dtype: StoredDtype
     tied: bool
     unit_offset: bool = False
     query_norm: Literal["none", "head", "row"] = "none"

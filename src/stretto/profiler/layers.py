@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from stretto.kernels import Kernels
+from stretto.kernels import AnyKernels, MixtureOfExperts, Mlp
 from stretto.kernels.cpu import native
 from stretto.kernels.cpu.weights import pack
-from stretto.models.blocks import Feed, Mixer, Mixture, Mlp
-from stretto.models.decoder import Decoder, DecoderLayer, Weights
+from stretto.models.decoder import Decoder, ModelWeights
 from stretto.profiler.protocol import Part
 
 HEAD, EXPERTS, ATTENTION, NORM = "head", "experts", "attention", "norm"
@@ -44,11 +43,7 @@ class Apart:
         self.seconds: dict[str, float] = defaultdict(float)
         self.bytes = _bytes_by_name(decoder.weights)
         kernels = self._watched(decoder.kernels)
-        weights = replace(
-            decoder.weights, layers=[_with_kernels(layer, kernels) for layer in decoder.weights.layers]
-        )
-        self.decoder = Decoder(decoder.spec, kernels, weights)
-        self.decoder.kv_dtype = decoder.kv_dtype
+        self.decoder = Decoder(decoder.spec, kernels, decoder.weights, decoder.kv_dtype)
         self._token_bytes = decoder.cache_bytes_per_block(1)
 
     def parts(self, steps: int, context: int) -> list[Part]:
@@ -59,8 +54,8 @@ class Apart:
             for name, seconds in self.seconds.items()
         ]
 
-    def _watched(self, kernels: Kernels) -> Kernels:
-        kernels = replace(kernels, compile=None)
+    def _watched(self, kernels: AnyKernels) -> AnyKernels:
+        kernels = replace(kernels, layers=None)
         names = [entry.name for entry in fields(kernels) if callable(getattr(kernels, entry.name))]
         timed = {name: self._timed(name, getattr(kernels, name)) for name in names if "pack" not in name}
         return replace(kernels, **timed)
@@ -109,40 +104,25 @@ def _best(call: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _named(weights: Weights) -> list[tuple[str, Any]]:
+def _named(weights: ModelWeights) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = [(HEAD, weights.head)]
-    for layer in weights.layers:
-        found += [("qkv", layer.mixer.qkv), ("out", layer.mixer.out)]
-        match layer.feed:
+    for layer in weights.stack.layers:
+        found += [("qkv", layer.qkv), ("out", layer.out)]
+        match layer.feed_forward:
             case Mlp(gate_up=gate_up, down=down):
                 found += [("gate_up", gate_up), ("down", down)]
-            case Mixture(router=router, experts=experts):
+            case MixtureOfExperts(router=router, experts=experts):
                 found += [("router", router), (EXPERTS, experts)]
-            case _:
-                pass
     return found
 
 
-def _weights_by_name(weights: Weights) -> dict[int, str]:
+def _weights_by_name(weights: ModelWeights) -> dict[int, str]:
     return {id(packed): name for name, packed in _named(weights)}
 
 
-def _bytes_by_name(weights: Weights) -> dict[str, int]:
+def _bytes_by_name(weights: ModelWeights) -> dict[str, int]:
     """Of experts all are counted, though a step reads those its tokens chose."""
     total: dict[str, int] = defaultdict(int)
     for name, packed in _named(weights):
         total[name] += packed.nbytes
     return dict(total)
-
-
-def _with_kernels(layer: DecoderLayer, kernels: Kernels) -> DecoderLayer:
-    mixer: Mixer = replace(layer.mixer, kernels=kernels)
-    feed: Feed = layer.feed
-    if isinstance(feed, Mlp | Mixture):
-        feed = replace(feed, kernels=kernels)
-    return DecoderLayer(
-        mixer=mixer,
-        to_feed=replace(layer.to_feed, kernels=kernels),
-        feed=feed,
-        onward=replace(layer.onward, kernels=kernels),
-    )

@@ -17,7 +17,7 @@ from stretto.engine.runners.torch import TorchRunner
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import Sequence
-from stretto.kernels import Kernels
+from stretto.kernels import AnyKernels
 from stretto.kernels.choice import choose_kernels
 from stretto.kernels.reference import REFERENCE
 from stretto.models.load import load
@@ -39,7 +39,7 @@ PROMPTS = [
 class Bench:
     """One decoder behind a fresh engine of its own for each run."""
 
-    def __init__(self, path: Path, kernels: Kernels = REFERENCE) -> None:
+    def __init__(self, path: Path, kernels: AnyKernels = REFERENCE) -> None:
         self.decoder = load(path, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels)
         self.steps: list[StepStats] = []
 
@@ -112,7 +112,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kernels", TABLES, ids=lambda table: table.name)
 def test_greedy_tokens_are_the_references_whatever_else_happens(
-    family: str, kernels: Kernels, tmp_path: Path
+    family: str, kernels: AnyKernels, tmp_path: Path
 ):
     model = make(family, tmp_path)
     bench = Bench(tmp_path, kernels)

@@ -42,7 +42,8 @@ from stretto.kernels.cpu.cache import Folder, PackedCache
 from stretto.models import families
 from stretto.models.checkpoint import identity
 from stretto.models.decoder import Decoder
-from stretto.models.load import Progress, load
+from stretto.models.load import load
+from stretto.models.source import ProgressCallback
 from stretto.types import ModelInfo
 
 CUDA = "stretto.engine.runners.cuda"  # imported on demand: it needs Triton, which only comes with CUDA
@@ -59,7 +60,7 @@ class ModelLoader:
     for a checkpoint that cannot be read.
     """
 
-    def __init__(self, config: EngineConfig, on_progress: Progress = no_progress) -> None:
+    def __init__(self, config: EngineConfig, on_progress: ProgressCallback = no_progress) -> None:
         self._config = config
         self._progress = on_progress
         self._grammars: dict[str, Grammars] = {}
@@ -111,7 +112,7 @@ class ModelLoader:
         )
         if store is not None:
             store.save()
-        decoder.kv_dtype = self._kv_dtype(decoder, model.quantise is not None)
+        decoder = decoder.with_kv_dtype(self._kv_dtype(decoder, model.quantise is not None))
         info = self._info(model, decoder, left)
         info = msgspec.structs.replace(info, kernels=why, load_s=time.monotonic() - started)
         eos = frozenset(spec.eos)
@@ -121,7 +122,7 @@ class ModelLoader:
         return kind(decoder, info, eos=eos, max_running=self._config.max_running)
 
     def _kv_dtype(self, decoder: Decoder, quantised: bool) -> torch.dtype:
-        cached = frozenset(_named(dtype) for dtype in decoder.kernels.caches)
+        cached = frozenset(_named(dtype) for dtype in decoder.kernels.kv_dtypes)
         asked = self._config.kv_dtype
         choice = choose_kv_dtype(_named(decoder.dtype), quantised=quantised, asked=asked, cached=cached)
         return getattr(torch, choice.value)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,19 +17,17 @@ from stretto.kernels import (
     Attention,
     Batch,
     Cache,
-    Experts,
     Geometry,
     Kernels,
-    Linear,
-    Op,
+    LayerStack,
     kv_width,
 )
 from stretto.kernels.cpu import native as c
 from stretto.kernels.cpu.native import Native, complain
-from stretto.kernels.cpu.program import CpuPlan, Program
+from stretto.kernels.cpu.program import CpuPlan, LayerProgram, is_programmable
 from stretto.kernels.cpu.weights import TYPES, PackedLinear, WeightFormat, exact_in_bfloat16, pack
 
-Quantise = Literal["int8", "int4"]
+CpuQuantise = Literal["int8", "int4"]
 GROUP = {"int8": 128, "int4": 32}
 # A router or another small matrix costs nothing to keep and much to get wrong.
 SMALLEST_QUANTISED = 256
@@ -61,8 +59,11 @@ class CpuTable:
     the kind itself, so that its id stays its own."""
 
     native: Native
-    quantise: Quantise | None
+    quantise: CpuQuantise | None
     kinds: dict[int, tuple[Attention, c.NativeAttention, int]] = field(default_factory=dict)
+    programs: dict[int, tuple[LayerStack[PackedLinear, Any], LayerProgram | None]] = field(
+        default_factory=dict
+    )
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         n, k = weight.shape
@@ -79,8 +80,7 @@ class CpuTable:
             return self.pack(embedding, None)
         return pack(self.native, embedding, None, *fitting(self.quantise, k))
 
-    def rescore_top_k(self, logits: Tensor, x: Tensor, packed: Linear, embedding: Tensor) -> None:
-        packed = cast(PackedLinear, packed)
+    def rescore_top_k(self, logits: Tensor, x: Tensor, packed: PackedLinear, embedding: Tensor) -> None:
         if packed.format != "int4":
             return
         (m, n), (rows, k) = logits.shape, x.shape
@@ -93,8 +93,7 @@ class CpuTable:
         if result:
             complain(result, f"rescore_top_k {(m, n)}")
 
-    def linear(self, x: Tensor, packed: Linear) -> Tensor:
-        packed = cast(PackedLinear, packed)
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         m, k = x.shape
         if k != packed.k or x.dtype not in TYPES:
             raise ValueError(
@@ -140,7 +139,7 @@ class CpuTable:
             complain(result, f"act_and_mul {(m, both)}")
         return y
 
-    def linear_act_and_mul(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+    def linear_act_and_mul(self, x: Tensor, packed: PackedLinear, activation: Activation) -> Tensor:
         return self.act_and_mul(self.linear(x, packed), activation)
 
     def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> CpuPlan:
@@ -178,9 +177,9 @@ class CpuTable:
         self._fits(qkv, (plan.tokens, lanes * kind.head_dim), kind, layer, plan)
         qkv = qkv.contiguous()
         norms = 0 if weights is None else weights.data_ptr()
-        _, turns, dims = plan.turns[kind.rotation]
+        _, cos_sin, dims = plan.rotations[kind.rotation]
         result = self.native.rope_and_cache(
-            plan.address, self._kind(kind), qkv.data_ptr(), norms, turns, dims, layer.data_ptr()
+            plan.address, self._kind(kind), qkv.data_ptr(), norms, cos_sin, dims, layer.data_ptr()
         )
         if result:
             complain(
@@ -224,15 +223,24 @@ class CpuTable:
             known = self.kinds[id(kind)] = kind, struct, ctypes.addressof(struct)
         return known[2]
 
-    def compile(self, ops: list[Op]) -> Program:
-        return Program(self.native, ops, self._kind)
+    def layers(
+        self, residual: Tensor, stack: LayerStack[PackedLinear, Any], cache: Cache, plan: CpuPlan
+    ) -> Tensor | None:
+        """All layers in one call, where the hidden state of every row is wanted, as in a step of decodes."""
+        outputs = plan.batch.outputs
+        if outputs is not None and outputs.shape[0] != plan.tokens:
+            return None
+        known = self.programs.get(id(stack))
+        if known is None:
+            program = LayerProgram(self.native, stack, self._kind) if is_programmable(stack) else None
+            known = self.programs[id(stack)] = stack, program
+        return None if known[1] is None else known[1](residual, cache, plan)
 
     def pack_experts(self, gate_up: Tensor, down: Tensor, activation: Activation) -> PackedExperts:
         first = [self.pack(weight, None) for weight in gate_up]
         return PackedExperts(first, [self.pack(weight, None) for weight in down], activation)
 
-    def experts(self, x: Tensor, logits: Tensor, packed: Experts, k: int, normalise: bool) -> Tensor:
-        packed = cast(PackedExperts, packed)
+    def experts(self, x: Tensor, logits: Tensor, packed: PackedExperts, k: int, normalise: bool) -> Tensor:
         weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(k, -1)
         if normalise:
             weights /= weights.sum(-1, keepdim=True)
@@ -251,7 +259,7 @@ class CpuTable:
         return out
 
 
-def fitting(quantise: Quantise, k: int) -> tuple[WeightFormat, int]:
+def fitting(quantise: CpuQuantise, k: int) -> tuple[WeightFormat, int]:
     """The format and group for rows of k: int8 where no int4 group divides them, a scale per row as the
     last."""
     group = next((size for size in (GROUP[quantise], 32, 16, 8) if k % size == 0), 0)
@@ -260,7 +268,9 @@ def fitting(quantise: Quantise, k: int) -> tuple[WeightFormat, int]:
     return "int8", group
 
 
-def table(native: Native, quantise: Quantise | None = None) -> Kernels:
+def table(
+    native: Native, quantise: CpuQuantise | None = None
+) -> Kernels[PackedLinear, PackedExperts, CpuPlan]:
     """The table. With `quantise`, `pack` quantises weights (round to nearest for int8, least squares for
     int4)."""
     own = CpuTable(native, quantise)
@@ -277,9 +287,9 @@ def table(native: Native, quantise: Quantise | None = None) -> Kernels:
         paged_attention=own.paged_attention,
         pack_experts=own.pack_experts,
         experts=own.experts,
-        compile=own.compile,
-        caches=frozenset(KV_TYPES),
-        takes=frozenset(TYPES),
+        layers=own.layers,
+        kv_dtypes=frozenset(KV_TYPES),
+        weight_dtypes=frozenset(TYPES),
         pack_tied=own.pack_tied,
         rescore_top_k=own.rescore_top_k,
     )

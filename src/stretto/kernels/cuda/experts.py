@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stretto.kernels import Experts
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 from stretto.kernels.cuda.rows import act_and_mul
 from stretto.kernels.reference import DenseExperts
@@ -75,9 +74,8 @@ def _each(x: Tensor, weights: Tensor, order: Tensor, counts: Tensor, share: int)
     return out
 
 
-def experts(x: Tensor, logits: Tensor, packed: Experts, k: int, normalise: bool) -> Tensor:
+def experts(x: Tensor, logits: Tensor, packed: DenseExperts, k: int, normalise: bool) -> Tensor:
     """As `Kernels.experts`."""
-    assert isinstance(packed, DenseExperts)
     shares, chosen = logits.softmax(-1, dtype=torch.float32).topk(k, -1)
     if normalise:
         shares = shares / shares.sum(-1, keepdim=True)

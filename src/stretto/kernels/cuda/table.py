@@ -5,15 +5,24 @@ Nothing here reads a value back or asks the device anything, so that a step of d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stretto.errors import StartError
-from stretto.kernels import Activation, Attention, Batch, Cache, Geometry, Kernels, Linear, PlainLayer
+from stretto.kernels import (
+    Activation,
+    Attention,
+    Batch,
+    Cache,
+    DecoderLayer,
+    Geometry,
+    Kernels,
+    LayerStack,
+    Mlp,
+)
 from stretto.kernels.cuda import attention, rows
 from stretto.kernels.cuda.experts import experts
 from stretto.kernels.cuda.int4 import Int4, tiled_int4, to_int4
@@ -33,8 +42,9 @@ from stretto.kernels.cuda.linear import (
 )
 from stretto.kernels.reference import Dense, DenseExperts
 
-Quantise = Literal["fp8", "int4"]
+CudaQuantise = Literal["fp8", "int4"]
 Weights = Held | Int4
+_Layer = DecoderLayer[Weights, DenseExperts]
 MOST_MEETINGS = 2**18
 # A router or another small matrix costs nothing to keep and much to get wrong.
 SMALLEST_QUANTISED = 256
@@ -65,7 +75,7 @@ class CudaTable:
     """The functions of a table and what they share: counts of arrivals, at tiles or at heads, which are zero
     between kernels."""
 
-    def __init__(self, device: torch.device, quantise: Quantise | None) -> None:
+    def __init__(self, device: torch.device, quantise: CudaQuantise | None) -> None:
         self._quantise = quantise
         self._fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
         self._arrived = torch.zeros(MOST_MEETINGS, dtype=torch.int32, device=device)
@@ -86,8 +96,8 @@ class CudaTable:
             )
         return DenseExperts(gate_up, down, activation)
 
-    def linear(self, x: Tensor, packed: Linear) -> Tensor:
-        held, count = cast(Weights, packed), x.shape[0]
+    def linear(self, x: Tensor, packed: Weights) -> Tensor:
+        held, count = packed, x.shape[0]
         if isinstance(held, Int4):
             if 0 < count <= SOME:
                 return tiled_int4(x.contiguous(), held, self._arrived)
@@ -102,16 +112,14 @@ class CudaTable:
             return tiled(x.contiguous(), held, self._arrived)
         return product(x, held)
 
-    def logits(self, x: Tensor, packed: Linear) -> Tensor:
-        held = cast(Weights, packed)
-        if 0 < x.shape[0] <= FEW and not isinstance(held, Int4):
-            return stream(x.contiguous(), held, dtype=torch.float32)
+    def logits(self, x: Tensor, packed: Weights) -> Tensor:
+        if 0 < x.shape[0] <= FEW and not isinstance(packed, Int4):
+            return stream(x.contiguous(), packed, dtype=torch.float32)
         return self.linear(x, packed).float()
 
-    def linear_act_and_mul(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
-        held = cast(Weights, packed)
-        if 0 < x.shape[0] <= FEW and not isinstance(held, Int4):
-            return stream(x.contiguous(), held, activation)
+    def linear_act_and_mul(self, x: Tensor, packed: Weights, activation: Activation) -> Tensor:
+        if 0 < x.shape[0] <= FEW and not isinstance(packed, Int4):
+            return stream(x.contiguous(), packed, activation)
         return rows.act_and_mul(self.linear(x, packed), activation)
 
     def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> CudaPlan:
@@ -133,34 +141,53 @@ class CudaTable:
         return attention.chunk(q, kind, layer, plan.batch, out)
 
     def layers(
-        self, sums: Tensor, layers: Sequence[PlainLayer], cache: Cache, plan: CudaPlan
+        self, residual: Tensor, stack: LayerStack[Weights, DenseExperts], cache: Cache, plan: CudaPlan
     ) -> Tensor | None:
-        """Five or six kernels a layer for a row whose weights are streamed."""
-        held = [cast(Weights, each) for layer in layers for each in (layer.out, layer.gate_up)]
+        """Five or six kernels a layer, for a step of one row over weights that are streamed."""
         if (
-            sums.shape[0] > FEW
+            residual.shape[0] > FEW
             or plan.batch.query_lens[0] > 1
-            or any(isinstance(each, Int4) for each in held)
+            or not all(map(_is_streamed, stack.layers))
         ):
             return None
-        for layer, keys in zip(layers, cache.layers, strict=True):
-            kind, eps = layer.kind, layer.eps
-            qkv, out, gate_up, down = (
-                cast(Held, each) for each in (layer.qkv, layer.out, layer.gate_up, layer.down)
-            )
-            first, turns = Norm(layer.first, eps), plan.turns[kind.rotation]
-            if layer.norms is None:
-                q = placed(sums, qkv, first, kind, keys, turns, plan.batch.slots)
-            else:
-                q = self.rope_and_cache(stream(sums, qkv, norm=first), layer.norms, kind, keys, plan)
-            mixed = attention.decode(q, kind, keys, plan.batch, plan.room(kind, keys))
-            sums = stream(mixed, out, residual=sums)
-            hidden = stream(sums, gate_up, layer.activation, Norm(layer.second, eps))
-            sums = stream(hidden, down, residual=sums)
-        return sums
+        for layer, keys in zip(stack.layers, cache.layers, strict=True):
+            residual = self._layer(residual, layer, keys, plan)
+        outputs = plan.batch.outputs
+        return rows.norm(residual if outputs is None else residual[outputs], stack.final_norm, stack.eps)
+
+    def _layer(self, residual: Tensor, layer: _Layer, keys: Tensor, plan: CudaPlan) -> Tensor:
+        kind, eps, mlp = layer.attention, layer.eps, layer.feed_forward
+        before, between = layer.pre_attention_norm, layer.pre_mlp_norm
+        qkv, out = layer.qkv, layer.out
+        assert isinstance(mlp, Mlp) and before is not None and between is not None
+        assert not isinstance(qkv, Int4) and not isinstance(out, Int4)
+        assert not isinstance(mlp.gate_up, Int4) and not isinstance(mlp.down, Int4)
+        first = Norm(before, eps)
+        if layer.query_key_norm is None:
+            q = placed(residual, qkv, first, kind, keys, plan.turns[kind.rotation], plan.batch.slots)
+        else:
+            q = self.rope_and_cache(stream(residual, qkv, norm=first), layer.query_key_norm, kind, keys, plan)
+        attended = attention.decode(q, kind, keys, plan.batch, plan.room(kind, keys))
+        residual = stream(attended, out, residual=residual)
+        hidden = stream(residual, mlp.gate_up, mlp.activation, Norm(between, eps))
+        return stream(hidden, mlp.down, residual=residual)
 
 
-def table(device: torch.device, quantise: Quantise | None = None) -> Kernels:
+def _is_streamed(layer: _Layer) -> bool:
+    """Whether one row can pass through this layer by kernels that stream its weights."""
+    mlp, norms = layer.feed_forward, (layer.pre_attention_norm, layer.pre_mlp_norm)
+    others = (layer.post_attention_norm, layer.post_mlp_norm)
+    return (
+        isinstance(mlp, Mlp)
+        and all(norm is not None for norm in norms)
+        and all(norm is None for norm in others)
+        and not any(isinstance(each, Int4) for each in (layer.qkv, layer.out, mlp.gate_up, mlp.down))
+    )
+
+
+def table(
+    device: torch.device, quantise: CudaQuantise | None = None
+) -> Kernels[Weights, DenseExperts, CudaPlan]:
     """The table for `device`. `quantise` says how `pack` holds weights."""
     own = CudaTable(device, quantise)
     return Kernels(
