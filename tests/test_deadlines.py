@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stretto.deadlines import Deadline
 from stretto.engine.sequence import Sequence
-from stretto.simulator.replay import Told
+from stretto.simulator.replay import RequestOutcome
 from stretto.text.output import Times
 from stretto.types import Objective, Request
 
@@ -32,7 +32,7 @@ def due(arrival: float, objective: Objective, stamps: list[float], index: int) -
 @given(OBJECTIVES, st.floats(0, 1e4), st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_everyone_sees_the_same_deadlines(objective: Objective, arrival: float, pauses: list[float]) -> None:
     request = Request(id=1, model="m", prompt=(1,), arrival=arrival, objective=objective)
-    engine, told = Sequence.of(request, 100).deadline, Told.of(request)
+    engine, outcome = Sequence.of(request, 100).deadline, RequestOutcome.of(request)
     server, stamps = (
         Times.of(arrival, objective),
         [arrival + sum(pauses[: n + 1]) for n in range(len(pauses))],
@@ -41,13 +41,13 @@ def test_everyone_sees_the_same_deadlines(objective: Objective, arrival: float, 
     for index, now in enumerate(stamps):
         expected = due(arrival, objective, stamps, index)
         slack = min(slack, expected - now)
-        for deadline in (engine, told.deadline, server.deadline):
+        for deadline in (engine, outcome.deadline, server.deadline):
             assert min(deadline.next, deadline.whole) == pytest.approx(expected) == deadline.of_token(index)
         engine.emit(now)
-        told.hear(now)
+        outcome.on_token(now)
         server.mark(now, 1)
-        assert engine.slack == told.deadline.slack == server.slack == pytest.approx(slack, abs=1e-9)
-    assert engine.late == told.deadline.late == server.late
+        assert engine.slack == outcome.deadline.slack == server.slack == pytest.approx(slack, abs=1e-9)
+    assert engine.late == outcome.deadline.late == server.late
     if abs(slack) > 1e-6:
         assert engine.late is (slack < 0)
 

@@ -17,7 +17,7 @@ from stretto.bench.metrics import Sample
 from stretto.bench.trace import TraceOptions, live
 from stretto.config import Tier
 from stretto.errors import StartError
-from stretto.simulator.replay import ReplayReport, Setting, Told
+from stretto.simulator.replay import ReplayReport, RequestOutcome, Setting
 from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason
 from tests.bench.serving import DONE, OK, Piece, chunked, event, plain, serving, usage
 
@@ -50,28 +50,30 @@ def front(work: list[Piece], path: str) -> list[Piece]:
     return work
 
 
-async def replayed(work: list[Piece], tier: str) -> tuple[ReplayReport, list[Told], list[dict[str, Any]]]:
+async def replayed(
+    work: list[Piece], tier: str
+) -> tuple[ReplayReport, list[RequestOutcome], list[dict[str, Any]]]:
     setting = Setting(schedule="fcfs", tiers=TIERS, mix={tier: 1.0}, context=64)
     async with serving(lambda path, _: front(work, path)) as server:
         asked = await Server.of(server.url, api_key=None)
-        report, told = await asked.replay(ARRIVALS, setting, 60.0, quiet)
+        report, outcomes = await asked.replay(ARRIVALS, setting, 60.0, quiet)
         asked.close()
     bodies = [msgspec.json.decode(body) for path, body in server.requests if path == "/v1/completions"]
-    return report, told, bodies
+    return report, outcomes, bodies
 
 
 def quiet(sample: Sample) -> None: ...
 
 
 async def test_each_request_is_sent_with_its_lengths_and_objective() -> None:
-    report, told, bodies = await replayed(GOOD, "priority")
+    report, outcomes, bodies = await replayed(GOOD, "priority")
     assert len(bodies) == 6
     for body in bodies:
         assert len(body["prompt"]) == 5 and all(100 <= token < 300 for token in body["prompt"])
         assert (body["max_tokens"], body["ignore_eos"], body["service_tier"]) == (2, True, "priority")
         assert body["objective"] == {"ttft_ms": 150, "itl_ms": 1000, "on_miss": "degrade"}
     assert report.duration_s == pytest.approx(0.1, abs=0.03), "six requests at 60 a second"
-    assert all(one.first >= one.request.arrival for one in told)
+    assert all(one.first >= one.request.arrival for one in outcomes)
     assert (report.server, report.schedule, report.steps) == (bodies and report.server, "fcfs", None)
 
 
@@ -96,8 +98,8 @@ async def test_a_flex_request_has_no_objective() -> None:
 async def test_each_answer_is_judged_by_its_deadlines(
     work: list[Piece], reason: Reason, attainment: float, wasted: float
 ) -> None:
-    report, told, _ = await replayed(work, "priority")
-    assert {one.reason for one in told} == {reason}
+    report, outcomes, _ = await replayed(work, "priority")
+    assert {one.reason for one in outcomes} == {reason}
     tier = report.tiers["priority"]
     assert (tier.sent, tier.attainment, report.wasted) == (6, attainment, wasted)
     assert tier.refused == 6 * (reason is Reason.REFUSED) and tier.overdue == 6 * (reason is Reason.DEADLINE)

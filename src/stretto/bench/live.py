@@ -19,7 +19,16 @@ import msgspec
 from stretto.bench.client import DEADLINE, Client, ServedModel
 from stretto.bench.metrics import Sample
 from stretto.errors import StartError
-from stretto.simulator.replay import ReplayReport, Setting, Told, by_tier, planned, wasted, weighted, within
+from stretto.simulator.replay import (
+    ReplayReport,
+    RequestOutcome,
+    Setting,
+    by_tier,
+    planned,
+    wasted,
+    weighted,
+    within,
+)
 from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason, Request
 
 PATH = "completions"
@@ -43,29 +52,29 @@ class Server:
 
     async def replay(
         self, arrivals: Sequence[Arrival], setting: Setting, rate: float, on_done: OnDone
-    ) -> tuple[ReplayReport, list[Told]]:
+    ) -> tuple[ReplayReport, list[RequestOutcome]]:
         """Send the trace at the setting's load and wait for all answers. `rate`: requests/s at load 1.0."""
         usable = [within(arrival, setting) for arrival in arrivals]
         requests = planned(usable, setting, rate)
         samples, drained = await self._send(requests, usable, setting.seed, on_done)
-        told = [_told(request, sample) for request, sample in zip(requests, samples, strict=True)]
+        outcomes = [_outcome(request, sample) for request, sample in zip(requests, samples, strict=True)]
         end = requests[-1].arrival
-        tiers = by_tier(told, setting.tiers, end)
+        tiers = by_tier(outcomes, setting.tiers, end)
         report = ReplayReport(
             schedule=setting.schedule,
             load=setting.load,
-            rate=len(told) / end if end else 0.0,
+            rate=len(outcomes) / end if end else 0.0,
             capacity=rate,
             duration_s=end,
             drained_s=drained,
-            tokens=sum(one.processed for one in told),
-            wasted=wasted(told),
+            tokens=sum(one.processed for one in outcomes),
+            wasted=wasted(outcomes),
             tiers=tiers,
             weighted_goodput=weighted(tiers, setting.tiers),
             server=self._client.address.host,
             errors=dict(Counter(sample.error for sample in samples if sample.error is not None)),
         )
-        return report, told
+        return report, outcomes
 
     async def capacity(self, arrivals: Sequence[Arrival], setting: Setting, on_done: OnDone) -> float:
         """Requests per second that the server completes when `BACKLOG` of them, without objectives, wait.
@@ -146,16 +155,16 @@ def prompt(ident: int, arrival: Arrival, *, vocab: int, seed: int) -> list[int]:
     return known + rest
 
 
-def _told(request: Request, sample: Sample) -> Told:
+def _outcome(request: Request, sample: Sample) -> RequestOutcome:
     """The sample as the simulator judges it. Each event with text counts as one token."""
-    told = Told.of(request)
+    outcome = RequestOutcome.of(request)
     for stamp in sample.stamps:
-        told.hear(stamp)
+        outcome.on_token(stamp)
     if sample.error is None:
-        told.reason = Reason.DEADLINE if sample.reason == DEADLINE else Reason.LENGTH
-        told.processed = sample.prompt_tokens + sample.output_tokens
+        outcome.reason = Reason.DEADLINE if sample.reason == DEADLINE else Reason.LENGTH
+        outcome.processed = sample.prompt_tokens + sample.output_tokens
     elif sample.error == DEADLINE:
-        told.reason = Reason.DEADLINE
+        outcome.reason = Reason.DEADLINE
     else:
-        told.reason = Reason.REFUSED if sample.error.startswith(REFUSALS) else Reason.ERROR
-    return told
+        outcome.reason = Reason.REFUSED if sample.error.startswith(REFUSALS) else Reason.ERROR
+    return outcome

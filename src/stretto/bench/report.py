@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
-from stretto.simulator.replay import ReplayReport, Told
+from stretto.simulator.replay import ReplayReport, RequestOutcome
 from stretto.statistics import Spread
 
-ReplayRun = tuple[ReplayReport, Sequence[Told]]
+ReplayRun = tuple[ReplayReport, Sequence[RequestOutcome]]
 PlotlyPart = dict[str, Any]  # a trace, a figure or an axis, as Plotly reads it
 COLOURS = {"priority": "#d9480f", "default": "#2f6fde", "flex": "#2b8a3e", "all": "#868e96"}
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -30,8 +30,8 @@ def page(title: str, runs: Sequence[ReplayRun]) -> str:
     reports = [report for report, _ in runs]
     plots = [_goodput(reports)] if len({report.load for report in reports}) > 1 else []
     first, sections = _plots(range(len(plots))), list[str]()
-    for report, told in runs:
-        own = [_ttft(told), _over_time(report, told), _itl(told)]
+    for report, outcomes in runs:
+        own = [_ttft(outcomes), _over_time(report, outcomes), _itl(outcomes)]
         sections.append(_section(report, range(len(plots), len(plots) + len(own))))
         plots += own
     library = files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")
@@ -103,35 +103,35 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _groups(told: Sequence[Told]) -> Iterator[tuple[str, list[Told]]]:
+def _groups(outcomes: Sequence[RequestOutcome]) -> Iterator[tuple[str, list[RequestOutcome]]]:
     for name in COLOURS:
-        group = [one for one in told if one.request.tier == name]
+        group = [one for one in outcomes if one.request.tier == name]
         if group:
             yield name, group
 
 
-def _ttft(told: Sequence[Told]) -> PlotlyPart:
+def _ttft(outcomes: Sequence[RequestOutcome]) -> PlotlyPart:
     """The share of a tier's requests whose first token had come by then. One without a token never counts."""
     lines = [
         _line(name, *_cumulative([one.first - one.request.arrival for one in group if one.count], len(group)))
-        for name, group in _groups(told)
+        for name, group in _groups(outcomes)
     ]
     return _plot("Time to first token", lines, "seconds", "share of requests", {"rangemode": "tozero"})
 
 
-def _itl(told: Sequence[Told]) -> PlotlyPart:
+def _itl(outcomes: Sequence[RequestOutcome]) -> PlotlyPart:
     lines: list[PlotlyPart] = []
-    for name, group in _groups(told):
+    for name, group in _groups(outcomes):
         gaps = [gap for one in group for gap in one.gaps]
         lines.append(_line(name, *_cumulative(gaps, len(gaps))))
     return _plot("Between tokens", lines, "milliseconds", "share of gaps", {"type": "log"})
 
 
-def _over_time(report: ReplayReport, told: Sequence[Told]) -> PlotlyPart:
+def _over_time(report: ReplayReport, outcomes: Sequence[RequestOutcome]) -> PlotlyPart:
     """Attainment by the time of arrival."""
     width = max(report.duration_s / SLICES, 1e-9)
     lines: list[PlotlyPart] = []
-    for name, group in _groups(told):
+    for name, group in _groups(outcomes):
         counts, good = [0] * SLICES, [0] * SLICES
         for one in group:
             at = min(int(one.request.arrival / width), SLICES - 1)

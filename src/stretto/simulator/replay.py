@@ -1,7 +1,7 @@
 """A recorded load through the real engine and schedule in virtual time: hours in seconds, the same each time.
 
 Only the model is not there: a step costs what a cost model says (and some noise, so that the scheduler's own
-model is not exactly right). Answers end where the trace's did, and the schedule is not told.
+model is not exactly right). Answers end where the trace's did, and the scheduler does not know where.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class ReplayReport(Struct, frozen=True, kw_only=True):
 
 
 @dataclass(slots=True)
-class Told:
+class RequestOutcome:
     """What a client of one request would have seen, with a deadline of its own beside the engine's."""
 
     request: Request
@@ -140,7 +140,7 @@ class Told:
         return not self.deadline.late and self.reason in ANSWERED
 
     @classmethod
-    def of(cls, request: Request) -> Told:
+    def of(cls, request: Request) -> RequestOutcome:
         """Nothing has been seen of this request yet."""
         return cls(request, Deadline.of(request.arrival, request.objective))
 
@@ -149,7 +149,7 @@ class Told:
         """Tokens seen."""
         return self.deadline.emitted
 
-    def hear(self, now: float) -> None:
+    def on_token(self, now: float) -> None:
         """One more token was seen."""
         if self.count:
             self.gaps.append((now - self.last) * 1e3)
@@ -162,11 +162,11 @@ class Told:
 class TraceRunner(NullRunner):
     """The null model under a cost with noise; notes what it computes for whom."""
 
-    def __init__(self, setting: Setting, clock: VirtualClock, told: Mapping[int, Told]) -> None:
+    def __init__(self, setting: Setting, clock: VirtualClock, outcomes: Mapping[int, RequestOutcome]) -> None:
         info = null_info(context=setting.context, blocks=setting.blocks)
         super().__init__(info, cost=setting.cost, sleep=clock.sleep)
         self._setting = setting
-        self._told = told
+        self._outcomes = outcomes
         self._rng = Random(f"noise {setting.seed}")
 
     def step_ms(self, load: StepLoad) -> float:
@@ -175,7 +175,7 @@ class TraceRunner(NullRunner):
 
     def launch(self, plan: Plan) -> Finished:
         for row in plan.rows:
-            self._told[row.seq.request.id].processed += row.count
+            self._outcomes[row.seq.request.id].processed += row.count
         return super().launch(plan)
 
 
@@ -186,7 +186,7 @@ def replay(arrivals: Sequence[Arrival], setting: Setting, *, rate: float | None 
 
 def replayed(
     arrivals: Sequence[Arrival], setting: Setting, *, rate: float | None = None
-) -> tuple[ReplayReport, list[Told]]:
+) -> tuple[ReplayReport, list[RequestOutcome]]:
     """Run a trace, and say of each request what its client would have seen.
 
     `rate`: requests per second at load 1.0; None: `capacity` is measured first.
@@ -201,7 +201,7 @@ def replayed(
     world = World(setting, share=any(arrival.prefix for arrival in usable))
     report = world.run(requests, outputs, full)
     best = _bounds(requests, outputs, setting)
-    return msgspec.structs.replace(report, best_goodput=best), list(world.told.values())
+    return msgspec.structs.replace(report, best_goodput=best), list(world.outcomes.values())
 
 
 def planned(arrivals: Sequence[Arrival], setting: Setting, rate: float) -> list[Request]:
@@ -247,15 +247,15 @@ class World:
     def __init__(self, setting: Setting, *, share: bool) -> None:
         self._setting = setting
         self._clock = VirtualClock()
-        self.told: dict[int, Told] = {}
+        self.outcomes: dict[int, RequestOutcome] = {}
         self._steps = self._tokens = self._preemptions = 0
-        self._runner = TraceRunner(setting, self._clock, self.told)
+        self._runner = TraceRunner(setting, self._clock, self.outcomes)
         self.engine = EngineCore(
             [LoadedModel(self._runner, StepTime(setting.known or setting.cost, [setting.noise] * 16))],
             limits=Limits(setting.max_running, setting.max_step_tokens, setting.tiers),
             schedule=SCHEDULES[setting.schedule],
             clock=self._clock,
-            emit=self._heard,
+            emit=self._emitted,
             share=share,
         )
         (lane,) = self.engine.lanes.values()
@@ -282,35 +282,35 @@ class World:
         for no limit, which is all that a schedule looks at."""
         limit = min(len(request.prompt) + output_tokens, self._setting.context)
         seq = Running.of(request, limit)
-        self.told[request.id] = Told.of(request)
+        self.outcomes[request.id] = RequestOutcome.of(request)
         self.engine.submit(seq)
 
-    def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+    def _emitted(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         now = self._clock()
         for event in events:
-            told = self.told[event.id]
+            outcome = self.outcomes[event.id]
             if event.token is not None:
-                told.hear(now)
+                outcome.on_token(now)
             if event.finish is not None:
-                told.reason = event.finish.reason
-                told.last = now
+                outcome.reason = event.finish.reason
+                outcome.last = now
         if stats is not None:
             self._steps += 1
             self._preemptions += stats.preempted
 
     def _report(self, requests: Sequence[Request], full: float) -> ReplayReport:
-        told, end = list(self.told.values()), requests[-1].arrival
-        tiers = by_tier(told, self._setting.tiers, end)
+        outcomes, end = list(self.outcomes.values()), requests[-1].arrival
+        tiers = by_tier(outcomes, self._setting.tiers, end)
         return ReplayReport(
             schedule=self._setting.schedule,
             load=self._setting.load,
-            rate=len(told) / end if end else 0.0,
+            rate=len(outcomes) / end if end else 0.0,
             capacity=full,
             duration_s=end,
             drained_s=self._clock(),
             steps=self._steps,
-            tokens=sum(one.processed for one in told),
-            wasted=wasted(told),
+            tokens=sum(one.processed for one in outcomes),
+            wasted=wasted(outcomes),
             preemptions=self._preemptions,
             model_error=self._lane.times.error,
             weighted_goodput=weighted(tiers, self._setting.tiers),
@@ -366,10 +366,10 @@ def within(arrival: Arrival, setting: Setting) -> Arrival:
     return msgspec.structs.replace(arrival, prompt_tokens=min(arrival.prompt_tokens, room))
 
 
-def by_tier(told: Sequence[Told], tiers: Iterable[str], end: float) -> dict[str, TierReport]:
+def by_tier(outcomes: Sequence[RequestOutcome], tiers: Iterable[str], end: float) -> dict[str, TierReport]:
     """Each tier's report, that of all with an objective, and that of all; arrivals ended at `end`."""
-    groups = {name: [one for one in told if one.request.tier == name] for name in tiers}
-    groups |= {"timed": [one for one in told if one.request.objective.timed], "all": list(told)}
+    groups = {name: [one for one in outcomes if one.request.tier == name] for name in tiers}
+    groups |= {"timed": [one for one in outcomes if one.request.objective.timed], "all": list(outcomes)}
     return {name: _tier_report(group, end) for name, group in groups.items()}
 
 
@@ -378,14 +378,14 @@ def weighted(reports: Mapping[str, TierReport], tiers: Mapping[str, Tier]) -> fl
     return sum(tier.weight * reports[name].goodput for name, tier in tiers.items())
 
 
-def wasted(told: Sequence[Told]) -> float:
+def wasted(outcomes: Sequence[RequestOutcome]) -> float:
     """The share of all tokens computed that went to those with an objective who were late or got nothing."""
-    total = sum(one.processed for one in told)
-    lost = sum(one.processed for one in told if one.request.objective.timed and not one.good)
+    total = sum(one.processed for one in outcomes)
+    lost = sum(one.processed for one in outcomes if one.request.objective.timed and not one.good)
     return lost / total if total else 0.0
 
 
-def _tier_report(group: Sequence[Told], end: float) -> TierReport:
+def _tier_report(group: Sequence[RequestOutcome], end: float) -> TierReport:
     good = [one for one in group if one.good]
     spoke = [one for one in group if one.count]
     in_time = [one for one in group if one.last <= end and one.reason in ANSWERED]
