@@ -1,9 +1,9 @@
-"""Stretto's engine and its peers on one machine, one checkpoint and two threads, interleaved in one run.
+"""Compares Stretto's engine with its peers on one machine, from one checkpoint and with two threads.
 
 `python benchmarks/peers/run.py --home DIR [--shape qwen3-0.6b] [--rounds 5] [--only int8] [--docs docs]`
+prints the median over the rounds of every figure and the ratio to the best peer, and writes them to `--docs`.
 The first run installs the peers and exports the checkpoint for each (minutes). Every round measures each
-engine once; all but the measured one are stopped, so that nobody's threads disturb another. Figures are
-medians over the rounds.
+engine once, while the others are stopped.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ FRESH = ("short", "long")
 
 
 class Engine:
-    """A process under measurement, stopped whenever it is not asked anything."""
+    """An engine's process. It is stopped while it has no task."""
 
     def __init__(self, home: Home, shape: str, format: Format) -> None:
         command, first = home.command(shape, format)
         self.format = format
         self._began = time.perf_counter()
-        # Some builds of OpenBLAS are told a CPU by the environment: that is not what a user's peer has.
+        # These variables choose another CPU for OpenBLAS. A user's peer runs without them.
         environ = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
         self._said = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
@@ -84,7 +84,7 @@ class Engine:
 
 
 def measure(home: Home, shape: str, formats: Sequence[Format], rounds: int) -> Result:
-    """All rounds, and their medians."""
+    """Run all rounds and take the medians."""
     started = _starts(home, shape, formats, rounds)
     engines = [Engine(home, shape, format) for format in formats]
     say = _progress(rounds)
@@ -125,8 +125,10 @@ def _length(task: Task) -> int:
 def _starts(
     home: Home, shape: str, formats: Sequence[Format], rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Start each engine and end it again, in rounds: seconds to ready, and to the first token. The first time
-    fills what an engine keeps on disk, and does not count."""
+    """Start and end each engine in rounds. Returns seconds to ready and to the first token, for each round.
+
+    The first round fills the engines' caches on disk and does not count.
+    """
     seen: dict[str, list[tuple[float, float]]] = {format.name: [] for format in formats}
     for _ in range(rounds + 1):
         for format in formats:
