@@ -118,7 +118,7 @@ def main() -> None:
                 window = known[: max(int(rate * asked.load * asked.seconds), 2)]
                 reports[name].append(asyncio.run(replay(url, window, settings[name], rate)))
     if asked.json:
-        terminal.say_json(reports)
+        terminal.print_json(reports)
     else:
         show(reports)
 

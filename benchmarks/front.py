@@ -111,7 +111,7 @@ def main() -> None:
                 reports[case.name].append(uvloop.run(measure(url, prompts, case)))
     figures = [figure(case, reports[case.name]) for case in CASES]
     if asked.json:
-        terminal.say_json(figures)
+        terminal.print_json(figures)
     else:
         show(figures)
 

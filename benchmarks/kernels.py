@@ -271,7 +271,7 @@ def main() -> None:
         *(arguments.shape, bench.figures),
     )
     if arguments.json:
-        terminal.say_json(report)
+        terminal.print_json(report)
     else:
         show(report)
 

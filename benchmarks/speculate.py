@@ -370,7 +370,7 @@ def main() -> None:
     else:
         result = verify(options.path, options.quantise, options.rounds)
     if options.json:
-        terminal.say_json(result)
+        terminal.print_json(result)
     else:
         for grid in show(result):
             Console().print(grid)

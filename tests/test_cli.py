@@ -1,4 +1,4 @@
-"""The command as a user runs it: a process of its own, judged by what it prints and how it exits."""
+"""The command as a user runs it: what it prints and how it exits, mostly in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 from urllib.request import urlopen
@@ -61,7 +62,7 @@ def commands() -> dict[str, click.Command]:
 class Served:
     url: str
     pid: int
-    said: list[str]
+    lines: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +70,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("serve") / "out"
     with log.open("w") as out:
         process = subprocess.Popen([*STRETTO, "serve", "null=null:1", "--port", "0"], stdout=out)
-    said: list[str] = []
+    lines: list[str] = []
     deadline = time.monotonic() + 60
-    while len(said) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(lines) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-        said = log.read_text().splitlines()
+        lines = log.read_text().splitlines()
     try:
-        yield Served(said[1].split()[-1], process.pid, said)
+        yield Served(lines[1].split()[-1], process.pid, lines)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
 
 
-def test_the_front_process_never_loads_torch() -> None:
+def test_the_server_process_never_loads_torch() -> None:
     code = (
         "import sys, stretto.cli; "
         "print([name for name in ('torch', 'transformers', 'pandas', 'pydantic') if name in sys.modules])"
@@ -90,19 +91,19 @@ def test_the_front_process_never_loads_torch() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_importing_the_words_loads_nothing_else() -> None:
+def test_importing_the_types_loads_nothing_else() -> None:
     code = "import sys, stretto.types; print([n for n in ('asyncio', 'typer') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
-def test_there_are_few_flags() -> None:
+def test_there_are_at_most_thirty_flags() -> None:
     flags = {option for each in commands().values() for param in each.params for option in param.opts}
     flags = {flag for flag in flags if flag.startswith("--")} - {"--help"}
     assert len(flags) <= MOST_FLAGS, sorted(flags)
 
 
-def test_the_documented_settings_are_the_real_ones() -> None:
+def test_the_documented_settings_are_those_of_the_config() -> None:
     options = {cast(str, option.name) for option in commands()["serve"].params}
     page = Path(__file__).parent.parent / "docs" / "configuration.md"
     assert config.reference(options - {"models"}) in page.read_text(), f"replace the table in {page}"
@@ -115,6 +116,12 @@ def test_help_shows_every_command_without_colours() -> None:
     assert ESCAPE not in done.stdout
 
 
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run_main(["--version"])
+    assert (exit.value.code, capsys.readouterr().out) == (0, f"stretto {version('stretto')}\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -122,6 +129,8 @@ def test_help_shows_every_command_without_colours() -> None:
         (["serve", "--port", "x"], "unable to parse string as an integer"),
         (["serve", "--port", "70000"], "--port: Expected `int` <= 65535"),
         (["serve", "--device", "tpu"], "--device: Invalid enum value 'tpu'"),
+        (["serve", "--quantise", "int5"], "choose from int8, int4, fp8"),
+        (["serve", "--quantize", "int5"], "--quantise: Invalid enum value 'int5'"),
         (["serve", "--kv-memory", "much"], "'much' is no size"),
         (["serve", "--config", "/nowhere.toml"], "cannot read the configuration /nowhere.toml"),
         (["serve", "a=null", "a=null"], "two models are called a"),
@@ -137,7 +146,9 @@ def test_help_shows_every_command_without_colours() -> None:
         (["bench", "engine", "--batch", "1,0"], "--batch: '1,0' is no list of numbers above 0"),
     ],
 )
-def test_wrong_use_exits_with_2(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In this process: what is tested is the parsing."""
     with pytest.raises(SystemExit) as exit:
         run_main(arguments)
@@ -174,7 +185,7 @@ def run_main(arguments: list[str]) -> None:
         sys.argv = before
 
 
-def test_a_port_in_use_is_said_to_be(tmp_path: Path) -> None:
+def test_a_port_in_use_is_an_error_that_names_it(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = stretto("serve", "null", "--port", str(taken.getsockname()[1]), TMPDIR=str(tmp_path))
     assert done.returncode == 1
@@ -182,11 +193,11 @@ def test_a_port_in_use_is_said_to_be(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_says_how_long_it_took_and_prints_a_line_that_works(served: Served) -> None:
-    assert re.fullmatch(r"ready in \d+\.\d s · http://127\.0\.0\.1:\d+", served.said[1])
+def test_serve_prints_its_start_time_and_a_curl_command_that_works(served: Served) -> None:
+    assert re.fullmatch(r"ready in \d+\.\d s · http://127\.0\.0\.1:\d+", served.lines[1])
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    done = subprocess.run(shlex.split(served.said[2]), capture_output=True, text=True, timeout=30)
+    done = subprocess.run(shlex.split(served.lines[2]), capture_output=True, text=True, timeout=30)
     answer = json.loads(done.stdout)
     assert (answer["model"], answer["object"]) == ("null", "chat.completion")
     assert answer["usage"]["completion_tokens"] > 0
@@ -220,7 +231,7 @@ def test_bench_with_prompts_prints_a_table(served: Served, tmp_path: Path) -> No
     assert ESCAPE not in done.stdout
 
 
-def test_chat_with_a_server(served: Served) -> None:
+def test_chat_talks_to_a_server(served: Served) -> None:
     done = stretto(
         "chat",
         served.url,
@@ -266,13 +277,13 @@ def terminal(*arguments: str) -> Iterator[Callable[[str, str], str]]:
         os.close(screen)
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_conversation(served: Served) -> None:
+def test_ctrl_c_stops_the_answer_but_not_the_chat(served: Served) -> None:
     with terminal("chat", served.url, "--max-tokens", "8000") as type_and_wait:
         assert ESCAPE in type_and_wait("", "> "), "colours on a terminal"
         type_and_wait("hello\n", "\n")
         type_and_wait("", " ")
         type_and_wait("\x03", "(stopped)")
-        type_and_wait("", "to the first word")
+        type_and_wait("", "to the first token")
         type_and_wait("", "> ")
         type_and_wait("\x03", "/quit ends it")
         type_and_wait("/quit\n", "/quit")
@@ -280,7 +291,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(served: Served) -> Non
         assert json.load(page)["active"] == 0
 
 
-def test_runs_a_prompt_in_a_process_of_its_own() -> None:
+def test_run_answers_one_prompt() -> None:
     asked = ["--model", "null", "--max-tokens", "4", "--seed", "1"]
     plain = stretto("run", "-", *asked, stdin="hello")
     as_json = stretto("run", "hello", *asked, "--json")
@@ -304,7 +315,7 @@ def test_doctor_reports_in_one_json_document(tmp_path: Path) -> None:
     assert fit["kv"]["value"]["context"] == 256
 
 
-def test_doctor_says_that_a_model_does_not_fit(tmp_path: Path) -> None:
+def test_doctor_fails_when_a_model_does_not_fit(tmp_path: Path) -> None:
     make("qwen3", tmp_path)
     done = stretto("doctor", str(tmp_path), STRETTO_CONTEXT="512")
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Where settings come from, who wins, and that a wrong one is said to be wrong where it stands."""
+"""Where settings come from, which source wins, and what the errors of wrong ones say."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from stretto.config import EngineConfig, ModelConfig, ServeConfig, known, load, 
 from stretto.errors import StartError
 
 
-def test_defaults_are_the_structs_own() -> None:
+def test_without_sources_settings_have_their_defaults() -> None:
     serve, engine = load({}, {}, None)
     assert serve == ServeConfig()
     assert engine == EngineConfig(models=(ModelConfig(name="desk", path="desk"),))
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+def test_flags_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "stretto.toml"
     file.write_text('port = 1\nhost = "h"\nmax_running = 3\nkv_memory = "1.5GiB"\n[api_keys]\nk = "acme"\n')
     environ = {"STRETTO_PORT": "2", "STRETTO_MAX_RUNNING": "4", "STRETTO_PREFIX_CACHE": "false"}
@@ -27,11 +27,11 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
     assert (engine.max_running, engine.kv_bytes, engine.prefix_cache) == (4, 3 * 2**29, False)
 
 
-def test_one_key_from_the_environment() -> None:
+def test_the_environment_can_give_one_api_key() -> None:
     assert load({}, {"STRETTO_API_KEY": "s3cret"}, None)[0].api_keys == {"s3cret": "local"}
 
 
-def test_models_are_named(tmp_path: Path) -> None:
+def test_a_model_is_named_after_its_directory_or_hub_id(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     folder.mkdir()
     asked = {"models": [f"{folder}/", "big=/elsewhere", "org/name"], "dtype": "float32"}
@@ -51,12 +51,14 @@ def test_models_are_named(tmp_path: Path) -> None:
         ("port = 70000", r"Expected `int` <= 65535 - at `\$\.port`"),
         ("[api_keys]\nk = 1", r"Expected `str`, got `int` - at `\$\.api_keys\[\.\.\.\]`"),
         ('kv_memory = "lots"', r"'lots' is no size"),
-        ('schedule = "lifo"', r"Invalid enum value 'lifo' - at `\$\.schedule`"),
+        ('schedule = "lifo"', r"Invalid enum value 'lifo' - at `\$\.schedule`; choose from fcfs, deadline"),
+        ("[tiers.priority]\nmin_quality = 0.5", r"Expected `null`, got `float` - at `\$\.tiers"),
+        ("[tiers.gold]\nttft_ms = 5", "Invalid enum value 'gold'"),
         ("models = []", r"at `\$\.models`"),
         ("port = ", "cannot read the configuration"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_an_error_names_the_file_and_the_key(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "stretto.toml"
     file.write_text(text)
     with pytest.raises(StartError, match=message):
@@ -70,9 +72,11 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
         ({}, {"STRETTO_MAX_WAITING": "many"}, r"STRETTO_MAX_WAITING: Expected `int`"),
         ({"models": ["a", "a"]}, {}, "two models are called a"),
         ({"models": ["=path"]}, {}, "names no model"),
+        ({"quantise": "int5"}, {}, "Invalid enum value 'int5' .*; choose from int8, int4, fp8"),
+        ({}, {"STRETTO_DTYPE": "f8"}, "choose from auto, float32, bfloat16, float16"),
     ],
 )
-def test_a_wrong_flag_or_variable_is_named(
+def test_an_error_names_the_flag_or_the_variable(
     flags: dict[str, Any], environ: dict[str, str], message: str
 ) -> None:
     with pytest.raises(StartError, match=message):
@@ -81,7 +85,7 @@ def test_a_wrong_flag_or_variable_is_named(
         load({}, {}, Path("/nowhere/stretto.toml"))
 
 
-def test_sizes() -> None:
+def test_a_size_is_read_with_and_without_a_unit() -> None:
     assert [size(text) for text in ("2GiB", "512M", "1.5", 3, "8 kb")] == [
         2 * 2**30,
         512 * 2**20,
@@ -91,12 +95,12 @@ def test_sizes() -> None:
     ]
 
 
-def test_the_engine_s_config_crosses_the_process_border_unchanged() -> None:
+def test_the_engine_config_survives_json() -> None:
     engine = load({"kv_memory": "1GiB"}, {}, None)[1]
     assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineConfig) == engine
 
 
-def test_the_reference_names_everything() -> None:
+def test_the_reference_table_has_every_setting() -> None:
     page = reference({"port"})
     assert len(page.splitlines()) == 2 + len(known())
     assert "| `port` | `STRETTO_PORT` | `--port` | `8000` |" in page

@@ -1,4 +1,4 @@
-"""The machine is read from files and the choices are functions of it: no test needs to own the machine."""
+"""Machines as files in a directory, and the decisions that follow from them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ BASE = {
 }
 
 
-def test_reads_a_bare_machine(tmp_path: Path) -> None:
+def test_a_machine_without_a_container_is_read_from_proc(tmp_path: Path) -> None:
     write(tmp_path, BASE)
     seen = snapshot(tmp_path)
     assert (seen.cpu, seen.isa) == ("Test CPU 9", ("avx2", "fma", "avx512_vnni", "avx512_bf16"))
@@ -94,7 +94,7 @@ def test_container_limits_version_1(tmp_path: Path) -> None:
     assert (seen.memory, seen.available, seen.quota) == (2 * GIB, GIB, 2.0)
 
 
-def test_names_the_gpus_the_driver_shows(tmp_path: Path) -> None:
+def test_the_gpus_of_the_driver_are_named(tmp_path: Path) -> None:
     write(tmp_path, {**BASE, "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t NVIDIA H200\n"})
     assert snapshot(tmp_path).gpus == ("NVIDIA H200",)
 
@@ -110,7 +110,9 @@ def test_names_the_gpus_the_driver_shows(tmp_path: Path) -> None:
         ("float32", (), "cuda", "float32"),
     ],
 )
-def test_dtype(checkpoint: str, isa: tuple[str, ...], device: str, dtype: str) -> None:
+def test_the_dtype_follows_checkpoint_device_and_instructions(
+    checkpoint: str, isa: tuple[str, ...], device: str, dtype: str
+) -> None:
     assert choose_dtype(machine(isa=isa), checkpoint, device=device).value == dtype
     assert choose_dtype(machine(isa=isa), checkpoint, device=device, asked="float16").value == "float16"
 
@@ -123,7 +125,7 @@ def test_threads_are_physical_cores_within_the_quota() -> None:
     assert choose_threads(machine(cores=4), asked=7).value == 7
 
 
-def test_device() -> None:
+def test_the_device_is_cuda_where_it_is_usable() -> None:
     assert choose_device("auto", True).value == "cuda"
     assert choose_device("auto", False).value == "cpu"
     assert choose_device("cpu", True).value == "cpu"
@@ -136,18 +138,18 @@ def test_kv_is_a_quarter_of_what_is_available() -> None:
     assert (plan.blocks, plan.bytes, plan.tokens, plan.context) == (256, 256 * 2**20, 4096, 1024)
 
 
-def test_kv_holds_no_more_than_can_run() -> None:
+def test_kv_is_at_most_what_max_running_contexts_need() -> None:
     choice = choose_kv(shape(max_running=2), 1024 * 2**20)
     assert choice.value.blocks == 2 * 64
     assert choice.why == "2 contexts of 1024 tokens"
 
 
-def test_kv_takes_one_full_context_beyond_the_quarter() -> None:
+def test_kv_exceeds_the_quarter_for_one_full_context() -> None:
     plan = choose_kv(shape(context=8192), 1024 * 2**20).value
     assert (plan.blocks, plan.context) == (512, 8192)
 
 
-def test_a_context_nobody_asked_for_shrinks_and_says_so() -> None:
+def test_the_models_own_context_is_cut_to_fit_with_a_reason() -> None:
     choice = choose_kv(shape(context=131072), 1024 * 2**20)
     assert (choice.value.blocks, choice.value.context) == (768, 768 * 16)
     assert "cut from 131072 to 12288" in choice.why
@@ -155,7 +157,7 @@ def test_a_context_nobody_asked_for_shrinks_and_says_so() -> None:
         choose_kv(shape(context=131072), 1024 * 2**20, asked_context=131072)
 
 
-def test_kv_asked_for_is_what_it_is() -> None:
+def test_kv_that_is_asked_for_is_exact_or_an_error() -> None:
     choice = choose_kv(shape(), 1024 * 2**20, asked_bytes=100 * 2**20, asked_context=512)
     assert (choice.value.blocks, choice.value.context) == (100, 512)
     with pytest.raises(StartError, match=r"is more than the 1\.00 GiB available"):
@@ -166,11 +168,11 @@ def test_kv_asked_for_is_what_it_is() -> None:
         choose_kv(shape(), GIB, asked_bytes=1000)
 
 
-def test_weights_that_do_not_fit_are_refused() -> None:
+def test_weights_larger_than_memory_are_an_error() -> None:
     check_fit("m", GIB, GIB)
     with pytest.raises(StartError, match=r"model m needs 2\.00 GiB .* 1\.00 GiB is available"):
         check_fit("m", 2 * GIB, GIB)
 
 
-def test_sizes_for_people() -> None:
+def test_a_number_of_bytes_is_printed_with_a_unit() -> None:
     assert [gib(512 * 1024), gib(3 * 2**20), gib(GIB * 3 // 2)] == ["512 KiB", "3.0 MiB", "1.50 GiB"]

@@ -61,7 +61,7 @@ def null() -> Iterator[LLM]:
         yield made
 
 
-def test_generates_for_texts_and_ids_alike(llm: LLM) -> None:
+def test_a_text_and_its_ids_give_the_same_answer(llm: LLM) -> None:
     ids = llm.encode("hello")
     from_text, from_ids = llm.generate(["hello"], GREEDY) + llm.generate([ids], GREEDY)
     assert from_text.token_ids == from_ids.token_ids
@@ -80,7 +80,7 @@ def test_answers_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     assert llm.generate([]) == []
 
 
-def test_streams_what_it_would_generate(llm: LLM) -> None:
+def test_a_stream_gives_the_text_that_generate_gives(llm: LLM) -> None:
     assert "".join(llm.stream("hello", GREEDY)) == llm.generate("hello", GREEDY)[0].text
     asked = [{"role": "user", "content": "hello"}]
     assert llm.chats
@@ -97,7 +97,7 @@ def test_a_stop_string_ends_the_answer_and_is_left_out(llm: LLM) -> None:
     assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
 
 
-def test_several_answers_to_one_prompt(llm: LLM) -> None:
+def test_n_answers_to_one_prompt_differ_and_follow_the_seed(llm: LLM) -> None:
     asked = Sampling(n=3, seed=7, max_tokens=8, ignore_eos=True)
     answer = llm.generate("hello", asked)[0]
     every = [answer, *answer.alternatives]
@@ -108,7 +108,7 @@ def test_several_answers_to_one_prompt(llm: LLM) -> None:
         llm.stream("hello", asked)
 
 
-def test_logprobs(llm: LLM) -> None:
+def test_logprobs_come_with_every_token_when_asked(llm: LLM) -> None:
     answer = llm.generate("hello", Sampling(temperature=0.0, max_tokens=4, logprobs=2, ignore_eos=True))[0]
     assert answer.logprobs is not None and len(answer.logprobs) == 4
     for token, each in zip(answer.token_ids, answer.logprobs, strict=True):
@@ -146,7 +146,7 @@ def test_bad_input_is_refused_before_any_work(
     assert llm.generate("hello", GREEDY)[0].finish_reason == "length", "and hurts nobody"
 
 
-def test_models_that_cannot_be_served(tmp_path: Path, checkpoint: Path) -> None:
+def test_a_model_that_cannot_be_served_is_an_error(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="no directory here"):
         LLM("nowhere")
     with pytest.raises(StartError, match="quantise: Invalid enum value 'int3'"):
@@ -167,7 +167,7 @@ def test_closing_a_stream_cancels_it(null: LLM) -> None:
     assert null.state.active == 0
 
 
-def test_interrupting_cancels_what_is_under_way(null: LLM) -> None:
+def test_an_interrupt_cancels_the_requests(null: LLM) -> None:
     main = threading.main_thread().ident
     threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
@@ -179,7 +179,7 @@ def test_interrupting_cancels_what_is_under_way(null: LLM) -> None:
     assert null.generate("hello", Sampling(max_tokens=3))[0].finish_reason == "length"
 
 
-def test_an_engine_that_dies_is_told_and_comes_back(null: LLM) -> None:
+def test_a_dead_engine_fails_its_requests_and_restarts(null: LLM) -> None:
     pid = null.state.engine_pid
     assert pid is not None
     threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
@@ -195,7 +195,7 @@ def test_an_engine_that_dies_is_told_and_comes_back(null: LLM) -> None:
     assert answer is not None and null.state.engine_pid not in (None, pid)
 
 
-def test_after_closing_everything_says_so() -> None:
+def test_a_closed_llm_refuses_every_call() -> None:
     made = LLM("null")
     pid = made.state.engine_pid
     made.close()
@@ -206,7 +206,7 @@ def test_after_closing_everything_says_so() -> None:
             use()
 
 
-def test_needs_no_main_guard_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_script_needs_no_main_guard_and_leaves_no_process_or_file(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from stretto import LLM, Sampling\n"

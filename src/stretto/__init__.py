@@ -1,6 +1,6 @@
 """Stretto: a real-time LLM server. `from stretto import LLM, Sampling, Objective`.
 
-Names load when they are first used, so that `import stretto.types` costs nothing more.
+Each name is imported on first use, so `import stretto.types` loads nothing else.
 """
 
 from __future__ import annotations

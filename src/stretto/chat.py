@@ -1,6 +1,6 @@
-"""A conversation in a terminal. Whoever answers is a function from messages to pieces of text.
+"""A chat in the terminal. The model is a function from messages to pieces of text.
 
-Owns the history and the commands; knows neither model nor server.
+This module owns the history and the commands. It knows neither model nor server.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 from stretto import terminal
 from stretto.errors import StrettoError
 
-Message = dict[str, Any]
-Answerer = Callable[[list[Message]], Generator[str]]
+History = list[dict[str, Any]]
+Answer = Callable[[History], Generator[str]]
 HELP = "/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer"
 
 
-def converse(answerer: Answerer, who: str) -> None:
-    """Read a line, answer it, until the end of the input or `/quit`."""
+def converse(answer: Answer, name: str) -> None:
+    """Read lines and answer them, until the input ends or the user types `/quit`. `name` is the model's."""
     interactive = sys.stdin.isatty() and terminal.out.is_terminal
     if interactive:
-        terminal.out.print(f"[bold]{who}[/] · [dim]{HELP}[/]")
-    history: list[Message] = []
+        terminal.out.print(f"[bold]{name}[/] · [dim]{HELP}[/]")
+    history: History = []
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -46,21 +46,21 @@ def converse(answerer: Answerer, who: str) -> None:
                 terminal.err.print(f"[dim]no such command: {HELP}[/]")
             case _:
                 try:
-                    _turn(answerer, history, line)
-                except KeyboardInterrupt:  # beside the answer itself
+                    _turn(answer, history, line)
+                except KeyboardInterrupt:  # before or after the answer
                     terminal.err.print(" [dim](stopped)[/]")
                     if history and history[-1]["role"] == "user":
                         history.pop()
 
 
-def _turn(answerer: Answerer, history: list[Message], line: str) -> None:
-    """One question and its answer. An answer stopped half-way stays in the history as far as it came."""
+def _turn(answer: Answer, history: History, line: str) -> None:
+    """Answer one line. A stopped answer stays in the history up to where it was stopped."""
     history.append({"role": "user", "content": line})
     pieces: list[str] = []
     started, first = time.perf_counter(), 0.0
     try:
-        with closing(answerer(history)) as answer:
-            for piece in answer:
+        with closing(answer(history)) as stream:
+            for piece in stream:
                 first = first or time.perf_counter()
                 pieces.append(piece)
                 sys.stdout.write(piece)
@@ -68,7 +68,7 @@ def _turn(answerer: Answerer, history: list[Message], line: str) -> None:
     except KeyboardInterrupt:
         terminal.err.print(" [dim](stopped)[/]", end="")
     except StrettoError as error:
-        terminal.say_error(error)
+        terminal.print_error(error)
     sys.stdout.write("\n")
     sys.stdout.flush()
     if not pieces:
@@ -78,5 +78,5 @@ def _turn(answerer: Answerer, history: list[Message], line: str) -> None:
     if terminal.out.is_terminal:
         ended = time.perf_counter()
         terminal.out.print(
-            f"[dim]{(first - started) * 1e3:.0f} ms to the first word, {ended - started:.1f} s[/]"
+            f"[dim]{(first - started) * 1e3:.0f} ms to the first token, {ended - started:.1f} s[/]"
         )

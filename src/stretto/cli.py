@@ -1,6 +1,6 @@
-"""The `stretto` command: one function per command, and the only place that wires everything together.
+"""The `stretto` command: one function per command. It wires the packages together and decides nothing itself.
 
-Options that set something are named and described by `stretto.config`; nothing here decides anything.
+The names and help lines of settings come from `stretto.config`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,28 +41,46 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    # Both spellings of --quantise work.
+    context_settings={"token_normalize_func": lambda token: token.replace("quantize", "quantise")},
 )
 bench = typer.Typer(help="Measure a server, a schedule, or the engine alone.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        terminal.out.print(f"stretto {version('stretto')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit"),
+    ] = False,
+) -> None:
+    """A real-time LLM server."""
+
+
 def setting(name: str) -> Any:
-    """An option as the config describes it. It has no default of its own: environment and file come next."""
+    """The option of a setting. It has no default, so that environment and file are read when it is absent."""
     info = config.known()[name]
     text = f"{info.type.__metadata__[0].description} [dim]\\[{info.default}][/]"
     return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
 
 
 def option(text: str, **rest: Any) -> Any:
-    """An option of one command."""
+    """An option that is no setting."""
     return typer.Option(help=text, **rest)
 
 
-MODELS = typer.Argument(metavar="MODEL", help="directories or hub ids, perhaps as NAME=PATH \\[desk]")
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
-Tokens = Annotated[int | None, option("tokens of the answer at most", min=1)]
-Temperature = Annotated[float, option("0 takes the likeliest token each time", min=0.0)]
-Seed = Annotated[int | None, option("the same seed gives the same answer")]
+MODELS = typer.Argument(metavar="MODEL", help="directories or hub ids, as PATH or NAME=PATH \\[desk]")
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+Tokens = Annotated[int | None, option("most tokens of an answer", min=1)]
+Temperature = Annotated[float, option("sampling temperature; 0: always the likeliest token", min=0.0)]
+Seed = Annotated[int | None, option("the same seed gives the same result")]
 
 
 @app.command()
@@ -81,22 +100,22 @@ def serve(
     schedule: Annotated[str | None, setting("schedule")] = None,
     drain: Annotated[float | None, setting("drain")] = None,
 ) -> None:
-    """Serve models over HTTP, as OpenAI's API has it.
+    """Serve models over HTTP with OpenAI's API.
 
-    Every setting can also come from the environment (STRETTO_PORT) or the file: see docs/configuration.md.
+    Settings can also come from the environment (STRETTO_PORT) or a file: see docs/configuration.md.
     """
     given = {
         name: value for name, value in ctx.params.items() if value not in (None, [], ()) and name != "file"
     }
     with _usage():
         front, engine = config.load(given, os.environ, file)
-    with terminal.Loading() as loading:
+    with terminal.LoadingBars() as loading:
         engine = msgspec.structs.replace(engine, models=locate(engine.models, loading))
         uvloop.run(_serve(front, engine, loading))
 
 
-async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.Loading) -> None:
-    """The engine starts first and loads while the front is built: importing torch is most of the wait."""
+async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.LoadingBars) -> None:
+    """The engine process starts first, as importing torch takes longest; the server is built meanwhile."""
     client, sandbox = EngineClient(engine, on_progress=loading), GrammarSandbox()
 
     def announce(url: str) -> None:
@@ -115,17 +134,17 @@ async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.Loa
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="a directory, a hub id, or a server's address")] = "desk",
+    model: Annotated[str, typer.Argument(help="a directory, a hub id, or the URL of a server")] = "desk",
     max_tokens: Tokens = None,
     temperature: Temperature = 0.0,
     seed: Seed = None,
 ) -> None:
-    """Talk to a model in the terminal, loaded here or served elsewhere."""
+    """Chat in the terminal with a model loaded here, or with one on a server."""
     with _usage():
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     if "://" in model:
         with asyncio.Runner() as runner:
-            remote = _Remote(runner, model, sampling)
+            remote = RemoteModel(runner, model, sampling)
             conversation.converse(remote, f"{remote.model} at {model}")
         return
     with _loaded(model) as llm:
@@ -134,8 +153,8 @@ def chat(
 
 @app.command()
 def run(
-    prompt: Annotated[str, typer.Argument(help="what to answer; - reads it from standard input")],
-    model: Annotated[str, option("a directory, a hub id, or the bundled model")] = "desk",
+    prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
+    model: Annotated[str, option("a directory, a hub id, or the bundled model desk")] = "desk",
     max_tokens: Tokens = None,
     temperature: Temperature = 0.0,
     seed: Seed = None,
@@ -148,7 +167,7 @@ def run(
     with _loaded(model) as llm:
         asked = [{"role": "user", "content": text}]
         if as_json:
-            terminal.say_json(llm.chat(asked, sampling) if llm.chats else llm.generate(text, sampling)[0])
+            terminal.print_json(llm.chat(asked, sampling) if llm.chats else llm.generate(text, sampling)[0])
             return
         for piece in llm.stream(asked if llm.chats else text, sampling):
             sys.stdout.write(piece)
@@ -161,24 +180,24 @@ def bench_serve(
     url: Annotated[
         str,
         typer.Argument(
-            help="an OpenAI-compatible server, like http://127.0.0.1:8000; with /v1/completions behind it, or"
-            " /v1/chat/completions, that endpoint; else chat for a file of prompts"
+            help="an OpenAI-compatible server, like http://127.0.0.1:8000. Append /v1/completions or"
+            " /v1/chat/completions to choose the endpoint; otherwise a file of prompts is sent as chats"
         ),
     ],
-    requests: Annotated[int, option("how many to send", min=1)] = 100,
-    rate: Annotated[float | None, option("requests per second, as a Poisson process")] = None,
-    concurrency: Annotated[int | None, option("requests under way at once", min=1)] = None,
-    prompts: Annotated[Path | None, option("a file of prompts: JSON lines or plain lines, .gz too")] = None,
-    random_input: Annotated[int, option("without a file: random tokens per prompt", min=1)] = 128,
-    output_tokens: Annotated[int, option("tokens of each answer at most", min=1)] = 128,
-    model: Annotated[str | None, option("its name there; else the first")] = None,
-    goodput: Annotated[str, option("what a good request keeps, ms: ttft:200,tpot:50,e2e:3000")] = "",
-    seed: Annotated[int, option("of the arrivals and the random tokens")] = 0,
+    requests: Annotated[int, option("number of requests", min=1)] = 100,
+    rate: Annotated[float | None, option("requests per second, at random times (Poisson)")] = None,
+    concurrency: Annotated[int | None, option("number of requests at the same time", min=1)] = None,
+    prompts: Annotated[Path | None, option("file of prompts: JSON lines or plain lines, perhaps .gz")] = None,
+    random_input: Annotated[int, option("random tokens per prompt, when there is no --prompts", min=1)] = 128,
+    output_tokens: Annotated[int, option("most tokens of an answer", min=1)] = 128,
+    model: Annotated[str | None, option("name of the model on the server; default: its first")] = None,
+    goodput: Annotated[str, option("limits of a good request in ms, like ttft:200,tpot:50,e2e:3000")] = "",
+    seed: Annotated[int, option("seed of arrival times and random tokens")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Load a server and report TTFT, TPOT, ITL, E2E, throughput and goodput.
+    """Send load to a server and report TTFT, TPOT, ITL, E2E, throughput and goodput.
 
-    A key is taken from STRETTO_API_KEY or OPENAI_API_KEY.
+    The API key is read from STRETTO_API_KEY or OPENAI_API_KEY.
     """
     url, endpoint = load.split_endpoint(url)
     with _usage():
@@ -194,10 +213,10 @@ def bench_serve(
             limits=GoodputLimits.of(goodput),
             seed=seed,
         )
-    with terminal.Counting("requests", requests) as count:
+    with terminal.RequestBar("requests", requests) as count:
         outcome = uvloop.run(load.run(url, asked, api_key=_key(), on_done=count))
     if as_json:
-        terminal.say_json(outcome)
+        terminal.print_json(outcome)
     else:
         terminal.show_outcome(outcome)
     if not outcome.report.completed:
@@ -207,23 +226,25 @@ def bench_serve(
 @bench.command("engine")
 def bench_engine(
     model: Annotated[str, typer.Argument(help="a directory or hub id")] = "desk",
-    batch: Annotated[str, option("sequences at once: several numbers, each measured")] = "1,8",
-    context: Annotated[str, option("tokens of each prompt: several numbers, each measured")] = "512",
-    output_tokens: Annotated[int, option("tokens of each answer", min=2)] = 32,
+    batch: Annotated[
+        str, option("sequences at the same time; several like 1,8 are measured in turn")
+    ] = "1,8",
+    context: Annotated[str, option("tokens of a prompt; several like 512,4096 are measured in turn")] = "512",
+    output_tokens: Annotated[int, option("tokens of an answer", min=2)] = 32,
     quantise: Annotated[str | None, setting("quantise")] = None,
     threads: Annotated[int | None, setting("threads")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the engine alone: start, TTFT, decode, and each kind of layer against the memory's limit."""
+    """Measure the engine without a server: start, TTFT, decode, and each layer against memory bandwidth."""
     given = {"models": [model], "quantise": quantise, "threads": threads}
     with _usage():
         engine = config.load({k: v for k, v in given.items() if v is not None}, os.environ, None)[1]
         batches, contexts = _numbers("--batch", batch), _numbers("--context", context)
-    with terminal.Loading() as loading:
+    with terminal.LoadingBars() as loading:
         engine = msgspec.structs.replace(engine, models=locate(engine.models, loading))
     report = alone.measure(engine, batches, contexts, output_tokens)
     if as_json:
-        terminal.say_json(report)
+        terminal.print_json(report)
     else:
         terminal.show_engine(report)
 
@@ -239,31 +260,37 @@ def _numbers(flag: str, text: str) -> list[int]:
 @bench.command("trace")
 def bench_trace(
     file: Annotated[
-        Path, typer.Argument(help="a recorded load: Azure, Mooncake, LMCache or ServeGen, .gz too")
+        Path, typer.Argument(help="a recorded load of Azure, Mooncake, LMCache or ServeGen, perhaps .gz")
     ],
     load: Annotated[
-        str, option("arrivals, as a share of the most that fcfs can serve; several: 0.7,1,2")
+        str, option("load, as a multiple of what fcfs can serve; several like 0.7,1,2 run in turn")
     ] = "1",
     schedule: Annotated[
         str | None,
-        option("fcfs or deadline, or both: deadline,fcfs \\[deadline]. A server's own must be the one named"),
+        option("fcfs, deadline, or both like deadline,fcfs \\[deadline]. With --url: the server's schedule"),
     ] = None,
-    tiers: Annotated[str, option("the share of each tier")] = "priority=0.2,default=0.6,flex=0.2",
-    virtual: Annotated[bool, option("in virtual time, on the modelled 0.6B on two CPU cores")] = False,
-    url: Annotated[str | None, option("in real time, against this server")] = None,
-    rate: Annotated[float | None, option("requests per second of load 1; else measured", min=1e-6)] = None,
+    tiers: Annotated[
+        str, option("share of each tier among the requests")
+    ] = "priority=0.2,default=0.6,flex=0.2",
+    virtual: Annotated[bool, option("simulate in virtual time: a 0.6B model on two CPU cores")] = False,
+    url: Annotated[str | None, option("send the requests to this server, in real time")] = None,
+    rate: Annotated[
+        float | None, option("requests per second at load 1; default: measured", min=1e-6)
+    ] = None,
     settings: Annotated[
-        Path | None, typer.Option("--config", help="a TOML file whose \\[tiers] are the objectives to keep")
+        Path | None, typer.Option("--config", help="a TOML file whose \\[tiers] are the objectives")
     ] = None,
-    requests: Annotated[int | None, option("the first ones alone", min=1)] = None,
-    seed: Annotated[int, option("of tiers and prompts, and of what a trace gives as distributions")] = 0,
-    report: Annotated[Path | None, option("write a page with plots to this file")] = None,
+    requests: Annotated[int | None, option("replay only this many requests, from the start", min=1)] = None,
+    seed: Annotated[
+        int, option("seed of everything drawn at random: tiers, prompts, distributions in a trace")
+    ] = 0,
+    report: Annotated[Path | None, option("write an HTML page with plots to this file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Replay a recorded load and report attainment and goodput by tier."""
+    """Replay a recorded load and report attainment and goodput for each tier."""
     with _usage():
         if virtual == (url is not None):
-            raise StartError("give either --virtual or --url: a trace is replayed in virtual or in real time")
+            raise StartError("give either --virtual (simulate) or --url (send to a server)")
         held = None if settings is None else config.load({}, {}, settings)[0].tiers
         asked = trace.TraceOptions.parse(
             load=load, schedule=schedule, tiers=tiers, objectives=held, seed=seed, rate=rate
@@ -272,13 +299,13 @@ def bench_trace(
     if url is None:
         runs = trace.virtual(arrivals, asked)
     else:
-        with terminal.Counting("requests", None) as count:
+        with terminal.RequestBar("requests", None) as count:
             runs = uvloop.run(trace.live(url, arrivals, asked, api_key=_key(), on_done=count))
     if report is not None:
         trace.write(report, file.name, runs)
     reports = [each for each, _ in runs]
     if as_json:
-        terminal.say_json(reports[0] if len(reports) == 1 else reports)
+        terminal.print_json(reports[0] if len(reports) == 1 else reports)
     else:
         for each in reports:
             terminal.show_replay(each)
@@ -286,25 +313,27 @@ def bench_trace(
 
 @app.command("doctor")
 def examine(
-    model: Annotated[str | None, typer.Argument(help="a directory or hub id to look at too")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="also check whether this directory or hub id fits")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine has, what is chosen because of it, and whether a model fits."""
+    """Show this machine, the choices Stretto makes on it, and whether a model fits."""
     with _usage():
         engine = config.load({"models": [model]} if model else {}, os.environ, None)[1]
-    with terminal.Loading() as loading:
+    with terminal.LoadingBars() as loading:
         located = locate(engine.models, loading)[0] if model else None
     found = doctor.diagnose(engine, located)
     if as_json:
-        terminal.say_json(found)
+        terminal.print_json(found)
     else:
         terminal.show_facts(doctor.sections(found))
     if found.model is not None and found.model.problem is not None:
         raise typer.Exit(FAILURE)
 
 
-class _Remote:
-    """A conversation with a server: one event loop, run while an answer comes."""
+class RemoteModel:
+    """Answers chats through a server. Its event loop runs only while an answer comes."""
 
     def __init__(self, runner: asyncio.Runner, url: str, sampling: Sampling) -> None:
         self._runner = runner
@@ -313,7 +342,7 @@ class _Remote:
         try:
             self.model = self._runner.run(self._client.models())[0]
         except (RequestFailed, IndexError) as failure:
-            raise Unavailable(f"{url} does not answer as a model server: {failure}") from failure
+            raise Unavailable(f"{url} does not answer like a model server: {failure}") from failure
 
     def __call__(self, messages: list[dict[str, Any]]) -> Generator[str]:
         body = {"model": self.model, "messages": messages, "stream": True}
@@ -340,11 +369,11 @@ async def _close(pieces: AsyncGenerator[str]) -> None:
 
 @contextmanager
 def _usage() -> Iterator[None]:
-    """What is wrong in here is wrong with what was asked."""
+    """Errors in this block are errors of usage: print them and exit with 2."""
     try:
         yield
     except (StartError, ValueError) as error:
-        terminal.say_error(error if isinstance(error, StartError) else StartError(str(error)))
+        terminal.print_error(error if isinstance(error, StartError) else StartError(str(error)))
         raise typer.Exit(USAGE) from error
 
 
@@ -353,15 +382,15 @@ def _key() -> str | None:
 
 
 def _loaded(model: str) -> LLM:
-    """A model of our own, with a bar while it loads."""
-    with terminal.Loading() as loading:
+    """A model in this process's own engine, with a progress bar while it loads."""
+    with terminal.LoadingBars() as loading:
         return LLM(model, on_progress=loading)
 
 
 def main() -> None:
-    """Run a command. What goes wrong on purpose is one line, never a traceback."""
+    """Run a command. A StrettoError is printed as one line, without a traceback."""
     try:
         app()
     except StrettoError as error:
-        terminal.say_error(error)
+        terminal.print_error(error)
         sys.exit(FAILURE)

@@ -1,7 +1,7 @@
-"""What each component is told at start, as one frozen struct per component, and where it comes from.
+"""The settings: one frozen struct per component, and the functions that read them.
 
-Flags win over the environment (`STRETTO_PORT`), that over a file (`port = 8000`), that over the defaults.
-One name everywhere. `stretto.cli` passes flags and environment in; nothing else reads the environment.
+A setting has one name everywhere. Flags override the environment (`STRETTO_PORT`), which overrides the file
+(`port = 8000`), which overrides the defaults. The caller passes flags and environment in.
 """
 
 from __future__ import annotations
@@ -11,37 +11,36 @@ import re
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
-from msgspec import Meta, Struct, field, structs
+from msgspec import Meta, Struct, field
 from msgspec.structs import FieldInfo, fields
 
 from stretto.errors import StartError
 from stretto.types import Objective
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Quantise = Literal["int8", "int4", "fp8"]
-Count = Annotated[int, Meta(ge=1)]
-Limit = Annotated[float, Meta(gt=0, le=86_400_000)]
 TierName = Literal["priority", "default", "flex"]
 FILE_ONLY = ("api_keys", "tiers")
 SIZES = {"kv_memory", "cache_size"}
 ENVIRONMENT = "STRETTO_"
+ENUM_ERROR = re.compile(r"Invalid enum value .* at `\$\.(\w+)`$")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?", re.IGNORECASE)
 
 
 class Tier(Struct, frozen=True, kw_only=True):
-    """A named default objective. Where not all can be on time, those of lower weight give way."""
+    """A named default objective. When not all requests can be on time, lower weights are deferred first."""
 
     objective: Objective
     weight: float
 
 
-# The objectives are what people notice, not what a machine can do, so they hold on a slow CPU and on a GPU:
-# 250 ms a token is about how fast one reads, 10 s is how long attention stays. A CPU that reads 300 tokens a
-# second keeps them for prompts of up to some 1,500 and 6,000 tokens; where it cannot, on_miss decides.
+# The objectives follow what people notice, so they are the same on a slow CPU and on a GPU: 250 ms per token
+# is reading speed, and attention lasts about 10 s. A CPU that reads 300 prompt tokens per second keeps them
+# for prompts of up to about 1,500 tokens (priority) and 6,000 tokens (default). Beyond, `on_miss` decides.
 TIERS: dict[str, Tier] = {
     "priority": Tier(objective=Objective(ttft_ms=5_000, itl_ms=150), weight=4.0),
     "default": Tier(objective=Objective(ttft_ms=20_000, itl_ms=250), weight=2.0),
@@ -49,164 +48,171 @@ TIERS: dict[str, Tier] = {
 }
 
 
-class Terms(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A tier's objective as a configuration writes it, the whole of it: what is left out has no limit."""
-
-    ttft_ms: Limit | None = None
-    itl_ms: Limit | None = None
-    total_ms: Limit | None = None
-    on_miss: Literal["degrade", "reject", "late"] = "degrade"
-
-
 Tiers = Annotated[
-    dict[TierName, Terms],
+    dict[TierName, Objective],
     Meta(
-        description="what a tier's requests ask of time, as `[tiers.priority]` with `ttft_ms`, `itl_ms`, ..."
+        description="the objective of each tier, as a table `[tiers.priority]` with `ttft_ms`, `itl_ms`, ..."
     ),
 ]
 
 
 Schedule = Annotated[
     Literal["fcfs", "deadline"],
-    Meta(description="what runs first; fcfs: first come, first served; deadline: so that most are on time"),
+    Meta(
+        description="order of requests: `deadline` (as many on time as possible) or `fcfs` (first come first)"
+    ),
 ]
 SCHEDULE: Schedule = "deadline"
 
 
-def tiers_of(terms: Mapping[TierName, Terms]) -> dict[str, Tier]:
-    """The tiers, those that `terms` names with the objective it says."""
+def tiers_of(objectives: Mapping[TierName, Objective]) -> dict[str, Tier]:
+    """The default tiers, with the objectives that the configuration replaces."""
     return TIERS | {
-        name: Tier(objective=Objective(**structs.asdict(asked)), weight=TIERS[name].weight)
-        for name, asked in terms.items()
+        name: Tier(objective=objective, weight=TIERS[name].weight) for name, objective in objectives.items()
     }
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True):
-    """One model to hold. `path` is a directory in the Hugging Face layout, or `null` for the null model,
-    whose steps take no time, or as many milliseconds as `null:20` says.
+    """One model to serve. `path` is a directory in the Hugging Face layout.
+
+    The path `null` is the null model, whose steps take no time; with `null:20` they take 20 milliseconds.
     """
 
     name: str
     path: str
-    dtype: Dtype = "auto"
+    dtype: ComputeDtype = "auto"
     quantise: Quantise | None = None
 
     @property
     def null_ms(self) -> float | None:
-        """Milliseconds of a null model's step; None: it is a real one. Raises StartError for no number."""
+        """Milliseconds of a null model's step; None for a real model. Raises StartError for a bad number."""
         name, _, text = self.path.partition(":")
         if name != "null":
             return None
         try:
             return float(text or 0.0)
         except ValueError:
-            raise StartError(f"{self.path!r}: write null, or null:20 for steps of 20 ms") from None
+            raise StartError(
+                f"{self.path!r} is no null model: write null, or null:20 for steps of 20 ms"
+            ) from None
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
-    """The engine process. Zero means: derived from the machine and the model (`stretto doctor` says how)."""
+    """Settings of the engine process. 0 means: derived from machine and model (`stretto doctor` explains)."""
 
     models: tuple[ModelConfig, ...]
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], Meta(description="where to compute; auto takes a usable CUDA device")
+        Literal["auto", "cpu", "cuda"],
+        Meta(description="device to compute on; `auto` takes a usable CUDA device"),
     ] = "auto"
     threads: Annotated[
-        int, Meta(ge=0, description="threads that compute; 0: one per physical core this process may use")
+        int, Meta(ge=0, description="compute threads; 0: one per physical core that this process may use")
     ] = 0
     kv_bytes: Annotated[
-        int, Meta(ge=0, description="memory for the KV cache, as 2GiB (a bare number is GiB); 0: a quarter")
+        int,
+        Meta(
+            ge=0,
+            description="size of the KV cache, like 2GiB (a bare number is GiB); 0: a quarter of free memory",
+        ),
     ] = field(default=0, name="kv_memory")
     kv_dtype: Annotated[
-        KvDtype, Meta(description="what the KV cache holds; auto: int8 beside quantised weights on a CPU")
+        KvDtype, Meta(description="dtype of the KV cache; `auto`: int8 with quantised weights on a CPU")
     ] = "auto"
     context: Annotated[
-        int, Meta(ge=0, description="longest prompt and answer together, tokens; 0: what the model allows")
+        int, Meta(ge=0, description="most tokens of prompt and answer together; 0: the model's own limit")
     ] = 0
-    block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens of a KV block")] = 16
-    max_running: Annotated[int, Meta(ge=1, description="sequences in a step at most")] = 256
-    max_step_tokens: Annotated[int, Meta(ge=1, description="tokens in a step at most")] = 512
+    block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens in a block of the KV cache")] = 16
+    max_running: Annotated[int, Meta(ge=1, description="most sequences in a step")] = 256
+    max_step_tokens: Annotated[int, Meta(ge=1, description="most tokens in a step")] = 512
     schedule: Schedule = SCHEDULE
     speculate: Annotated[
         str,
         Meta(
-            description="guess ahead where it pays: off; ngram: from an answer's own text; NAME: also with"
-            " that model, one of those held"
+            description="speculative decoding: `off`, `ngram` (prompt lookup), or the name of a loaded model"
+            " to use as the draft model"
         ),
     ] = "ngram"
-    prefix_cache: Annotated[bool, Meta(description="share the KV blocks of equal beginnings")] = True
+    prefix_cache: Annotated[
+        bool, Meta(description="reuse the KV blocks of prompts with equal beginnings")
+    ] = True
     cache_dir: Annotated[
         str,
-        Meta(description="where quantised weights and step times are kept; empty: $XDG_CACHE_HOME/stretto"),
+        Meta(description="directory of quantised weights and step times; empty: $XDG_CACHE_HOME/stretto"),
     ] = ""
     cache_bytes: Annotated[
-        int, Meta(ge=0, description="disk space for quantised weights, as 8GiB; the oldest go; 0: none kept")
+        int,
+        Meta(
+            ge=0,
+            description="disk space for quantised weights, like 8GiB; the oldest are deleted; 0: keep none",
+        ),
     ] = field(default=20 * 2**30, name="cache_size")
     tiers: Tiers = {}
 
 
 class ServeConfig(Struct, frozen=True, kw_only=True):
-    """The HTTP front. `max_waiting` bounds the queue; `drain_s` how long a shutdown waits for answers.
-    `schedule` and `tiers` are the engine's too. Raises StartError for a tier the schedule cannot keep."""
+    """Settings of the API server. `schedule` and `tiers` are also the engine's.
 
-    host: Annotated[str, Meta(description="address to listen on; 0.0.0.0 is every network")] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
+    Raises StartError for a tier with `on_miss = "reject"` when the schedule is `fcfs`, which rejects nothing.
+    """
+
+    host: Annotated[str, Meta(description="address to listen on; 0.0.0.0: all networks")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0: any free port")] = 8000
     max_waiting: Annotated[
         int,
-        Meta(
-            ge=1, description="answers that wait for their first token at most; one more is refused with 503"
-        ),
+        Meta(ge=1, description="most answers that wait for their first token; more are rejected with 503"),
     ] = 512
-    max_body_bytes: Annotated[int, Meta(ge=1024, description="bytes of a request at most")] = 4 * 2**20
-    max_n: Annotated[int, Meta(ge=1, description="answers to one request at most")] = 16
-    max_stop: Annotated[int, Meta(ge=0, description="stop strings of a request at most")] = 16
+    max_body_bytes: Annotated[int, Meta(ge=1024, description="most bytes of a request")] = 4 * 2**20
+    max_n: Annotated[int, Meta(ge=1, description="most answers to one request")] = 16
+    max_stop: Annotated[int, Meta(ge=0, description="most stop strings of a request")] = 16
     drain_s: Annotated[
-        float, Meta(ge=0, description="seconds a shutdown waits for the answers under way")
+        float, Meta(ge=0, description="seconds that a shutdown waits for unfinished answers")
     ] = field(default=30.0, name="drain")
     api_keys: Annotated[
-        dict[str, str], Meta(description="who may ask: a table of key = tenant; empty: anybody, as `local`")
+        dict[str, str],
+        Meta(description="API keys, as a table of key = tenant; empty: no key needed, the tenant is `local`"),
     ] = {}
     priority_share: Annotated[
         float,
         Meta(
             ge=0,
             le=1,
-            description="of the machine's time, what one tenant may ask for at priority in a minute; beyond, "
-            "its requests are served as default",
+            description="share of the machine's time that one tenant may use at tier priority in a minute; "
+            "further requests get tier default",
         ),
     ] = 0.5
     schedule: Schedule = SCHEDULE
     tiers: Tiers = {}
 
     def __post_init__(self) -> None:
-        for name, terms in self.tiers.items():
-            if self.schedule == "fcfs" and terms.on_miss == "reject":
+        for name, objective in self.tiers.items():
+            if self.schedule == "fcfs" and objective.on_miss == "reject":
                 raise StartError(
-                    f"tiers.{name}: on_miss = reject needs the schedule deadline: fcfs refuses nobody"
+                    f"tiers.{name}: on_miss = reject needs schedule = deadline, as fcfs rejects no request"
                 )
 
 
-class Models(Struct, frozen=True, kw_only=True):
-    """What to serve, as a user says it."""
+class ModelSettings(Struct, frozen=True, kw_only=True):
+    """The models to serve, as the user names them."""
 
     models: Annotated[
         tuple[str, ...],
         Meta(
             min_length=1,
-            description="directories or hub ids, each perhaps as NAME=PATH; the first is the default",
+            description="directories or hub ids, as PATH or NAME=PATH; the first is the default",
         ),
     ] = ("desk",)
-    dtype: Annotated[Dtype, Meta(description="what to compute in; auto: what the CPU or GPU is good at")] = (
-        "auto"
-    )
+    dtype: Annotated[
+        ComputeDtype, Meta(description="dtype to compute in; `auto`: the fastest that CPU or GPU supports")
+    ] = "auto"
     quantise: Annotated[
         Quantise | None,
-        Meta(description="hold weights in 8 or 4 bits: int8 or int4 on a CPU, fp8 or int4 on a GPU"),
+        Meta(description="quantise the weights: int8 or int4 on a CPU, fp8 or int4 on a GPU"),
     ] = None
 
 
 def known() -> dict[str, FieldInfo]:
-    """Every setting by its name."""
-    every = (*fields(Models), *fields(ServeConfig), *fields(EngineConfig)[1:])
+    """All settings by name."""
+    every = (*fields(ModelSettings), *fields(ServeConfig), *fields(EngineConfig)[1:])
     return {info.encode_name: info for info in every}
 
 
@@ -218,9 +224,9 @@ Settings = msgspec.defstruct(
 def load(
     flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
 ) -> tuple[ServeConfig, EngineConfig]:
-    """The settings of one server. A model's `path` is still what the user wrote.
+    """The settings of one server. The `path` of a model is as the user wrote it, perhaps a hub id.
 
-    Raises StartError that says where a value is wrong: the file and key, the variable, or the flag.
+    Raises StartError that names the file and key, the environment variable or the flag of a wrong value.
     """
     merged = {} if file is None else _checked(_read(file), f"{file}", strict=True)
     for name in known():
@@ -233,13 +239,13 @@ def load(
         merged["api_keys"] = {key: "local"}
     for name, value in flags.items():
         merged |= _checked({name: value}, f"--{name.replace('_', '-')}", strict=False)
-    asked = Models(**_part(Models, merged))
+    asked = ModelSettings(**_part(ModelSettings, merged))
     merged["models"] = _named(asked)
     return ServeConfig(**_part(ServeConfig, merged)), EngineConfig(**_part(EngineConfig, merged))
 
 
 def reference(flags: Collection[str]) -> str:
-    """The settings as a Markdown table. `flags` are the names that have a flag."""
+    """The settings as a Markdown table. `flags` are the names of settings that have a flag."""
     rows = ["| in the file | environment | flag | default | meaning |", "| --- | --- | --- | --- | --- |"]
     for name, info in known().items():
         variable = "" if name in FILE_ONLY else f"`{ENVIRONMENT}{name.upper()}`"
@@ -253,10 +259,10 @@ def reference(flags: Collection[str]) -> str:
 
 
 def size(text: object) -> int:
-    """Bytes of `2GiB`, `512M` or `1.5` (GiB). Raises ValueError."""
+    """The bytes of a size like `2GiB`, `512M` or `1.5` (GiB). Raises ValueError for anything else."""
     match = SIZE.fullmatch(str(text).strip())
     if match is None:
-        raise ValueError(f"{text!r} is no size: write it like 2GiB, 512MiB or 1.5 (GiB)")
+        raise ValueError(f"{text!r} is no size: write one like 2GiB, 512MiB or 1.5 (GiB)")
     number, unit, _ = match.groups()
     return int(float(number) * 2 ** (10 * ("KMGT".index(unit.upper()) + 1) if unit else 30))
 
@@ -277,16 +283,31 @@ def _checked(values: dict[str, Any], where: str, *, strict: bool) -> dict[str, A
         values = values | {name: size(values[name]) for name in SIZES & values.keys()}
         parsed = msgspec.convert(values, Settings, strict=strict)
     except ValueError as error:
-        raise StartError(f"{where}: {error}") from error
+        raise StartError(f"{where}: {error}{_hint(str(error))}") from error
     return {name: getattr(parsed, name) for name in values}
+
+
+def _hint(error: str) -> str:
+    """The allowed values of the setting that msgspec's message names, when it has a fixed set of them."""
+    at = ENUM_ERROR.search(error)
+    return f"; choose from {', '.join(_choices(known()[at[1]].type))}" if at else ""
+
+
+def _choices(kind: Any) -> list[str]:
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [choice for part in get_args(kind) for choice in _choices(part)]
 
 
 def _part(struct: type[Struct], merged: dict[str, Any]) -> dict[str, Any]:
     return {info.name: merged[info.encode_name] for info in fields(struct) if info.encode_name in merged}
 
 
-def _named(asked: Models) -> tuple[ModelConfig, ...]:
-    """`NAME=PATH`, or the name a directory or hub id has. Raises StartError when two are called the same."""
+def _named(asked: ModelSettings) -> tuple[ModelConfig, ...]:
+    """The models with their names: NAME of `NAME=PATH`, or the directory's, or the hub id.
+
+    Raises StartError when two have the same name.
+    """
     models: list[ModelConfig] = []
     for written in asked.models:
         name, equals, path = written.partition("=")
@@ -296,6 +317,6 @@ def _named(asked: Models) -> tuple[ModelConfig, ...]:
         if not name or not path:
             raise StartError(f"{written!r} names no model: write PATH or NAME=PATH")
         if name in {model.name for model in models}:
-            raise StartError(f"two models are called {name}: name one of them otherwise, as NAME={path}")
+            raise StartError(f"two models are called {name}: give one of them another name, as NAME={path}")
         models.append(ModelConfig(name=name, path=path, dtype=asked.dtype, quantise=asked.quantise))
     return tuple(models)

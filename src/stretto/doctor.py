@@ -1,7 +1,7 @@
-"""`stretto doctor`: what this machine has, what is chosen because of it and why, and whether a model fits.
+"""`stretto doctor`: the machine, the choices Stretto makes on it and why, and whether a model fits.
 
-The choices are those of `stretto.hardware`, which the engine makes too. What only torch knows is asked of a
-process of its own.
+The choices are made by `stretto.hardware`, as in the engine. A separate process asks torch, so that this one
+need not import it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from stretto.hardware import Decision, Gpu, KvPlan, KvShape, Machine, Probed, St
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 PACKAGES = ("stretto", "torch", "tokenizers", "llguidance", "msgspec", "pyzmq", "uvicorn")
 PROBE_S = 120
-Row = tuple[str, str, str]
-Section = tuple[str, list[Row]]
+FactRow = tuple[str, str, str]
+FactSection = tuple[str, list[FactRow]]
 
 
-class Fit(Struct, frozen=True, kw_only=True):
-    """A model on this machine. `problem` says why it does not run here; then `kv` may be missing."""
+class ModelFit(Struct, frozen=True, kw_only=True):
+    """How a model fits this machine. `problem` says why it does not run here; `kv` is then None."""
 
     name: str
     path: str
@@ -41,8 +41,8 @@ class Fit(Struct, frozen=True, kw_only=True):
     problem: str | None
 
 
-class Kept(Struct, frozen=True):
-    """The quantised weights kept in `folder` for the next start; bytes."""
+class CacheUsage(Struct, frozen=True):
+    """The quantised weights kept in `folder` for the next start. `bytes` and `limit` are sizes."""
 
     folder: str
     files: int
@@ -51,12 +51,12 @@ class Kept(Struct, frozen=True):
 
 
 class Diagnosis(Struct, frozen=True, kw_only=True):
-    """Everything `stretto doctor --json` prints. Sizes are bytes."""
+    """What `stretto doctor --json` prints. Sizes are bytes."""
 
     machine: Machine
     compiler: str | None
     disk_free: int
-    packed: Kept
+    packed: CacheUsage
     python: str
     versions: dict[str, str]
     torch_isa: str
@@ -64,11 +64,11 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
     kernels: Decision[str]
     device: Decision[str]
     threads: Decision[int]
-    model: Fit | None
+    model: ModelFit | None
 
 
 def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
-    """Look at this machine, and at `model` on it. Raises CheckpointError for a directory that holds none."""
+    """Examine this machine, and `model` on it. Raises CheckpointError when its directory holds no model."""
     seen = hardware.snapshot()
     probed = _probe(model)
     device = hardware.choose_device(engine.device, probed.cuda)
@@ -77,7 +77,7 @@ def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
     if model is not None and probed.stored is not None:
         dtype = hardware.choose_dtype(seen, probed.stored.dtype, device=device.value, asked=model.dtype)
         own = device.value == "cpu" and probed.kernels.startswith("cpu-")
-        fit = _fit(engine, model, probed.stored, (dtype, _kv_dtype(engine, model, dtype, own)), available)
+        fit = _fit(engine, model, probed.stored, available, dtype, _kv_dtype(engine, model, dtype, own))
     compiler = shutil.which("gcc")
     return Diagnosis(
         machine=seen,
@@ -95,11 +95,11 @@ def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
     )
 
 
-def sections(found: Diagnosis) -> list[Section]:
-    """The diagnosis for people: titles, and rows of name, value and reason."""
+def sections(found: Diagnosis) -> list[FactSection]:
+    """The diagnosis as titled sections with rows of name, value and reason."""
     return [
         ("This machine", _machine_rows(found)),
-        ("What is chosen", _choice_rows(found)),
+        ("Choices", _choice_rows(found)),
         *([] if found.model is None else [(f"Model {found.model.name}", _model_rows(found.model))]),
         ("Software", [("python", found.python, ""), *((k, v, "") for k, v in found.versions.items())]),
     ]
@@ -118,25 +118,25 @@ def _output(command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         last = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
-        raise StartError(f"`{' '.join(command)}` does not work here: {last}") from error
+        raise StartError(f"`{' '.join(command)}` failed: {last}") from error
     return done.stdout
 
 
-def _packed(engine: EngineConfig) -> Kept:
+def _packed(engine: EngineConfig) -> CacheUsage:
     folder = hardware.packed_folder(engine.cache_dir)
     sizes = [file.stat().st_size for file in folder.glob("*.packed")]
-    return Kept(str(folder), len(sizes), sum(sizes), engine.cache_bytes)
+    return CacheUsage(str(folder), len(sizes), sum(sizes), engine.cache_bytes)
 
 
 def _kv_dtype(engine: EngineConfig, model: ModelConfig, dtype: Decision[str], own: bool) -> Decision[str]:
-    """`own`: the C kernels run the model."""
+    """`own`: Stretto's C kernels run the model, not torch."""
     cached = hardware.CACHES if own and dtype.value in hardware.CACHES else frozenset[str]()
     quantised = model.quantise is not None
     return hardware.choose_kv_dtype(dtype.value, quantised=quantised, asked=engine.kv_dtype, cached=cached)
 
 
 def _token_bytes(stored: Stored, kv_dtype: str) -> int:
-    """Keys and values of one token. In int8 each row has a scale."""
+    """Bytes of the keys and values of one token. In int8 each row also has a scale of four bytes."""
     return stored.token_elements * WIDTHS[kv_dtype] + (4 * stored.token_rows if kv_dtype == "int8" else 0)
 
 
@@ -144,10 +144,10 @@ def _fit(
     engine: EngineConfig,
     model: ModelConfig,
     stored: Stored,
-    dtypes: tuple[Decision[str], Decision[str]],
     available: int,
-) -> Fit:
-    dtype, kv_dtype = dtypes
+    dtype: Decision[str],
+    kv_dtype: Decision[str],
+) -> ModelFit:
     weights = stored.bytes * WIDTHS[dtype.value] // WIDTHS[stored.dtype]
     shape = KvShape(
         block_bytes=_token_bytes(stored, kv_dtype.value) * engine.block_size,
@@ -163,7 +163,7 @@ def _fit(
         )
     except StartError as error:
         problem = error.message
-    return Fit(
+    return ModelFit(
         name=model.name,
         path=model.path,
         stored=stored,
@@ -175,15 +175,15 @@ def _fit(
     )
 
 
-def _machine_rows(found: Diagnosis) -> list[Row]:
+def _machine_rows(found: Diagnosis) -> list[FactRow]:
     seen = found.machine
-    limit = "" if seen.quota is None else f"the container may use {seen.quota:g}"
+    limit = "" if seen.quota is None else f"the container may use {seen.quota:g} of them"
     rows = [
         ("processor", seen.cpu, ""),
         ("cores", f"{seen.cores} physical, {seen.logical_cores} logical", limit),
-        ("instructions", " ".join(seen.isa) or "none that matter here", f"torch uses {found.torch_isa}"),
+        ("instructions", " ".join(seen.isa) or "none that Stretto uses", f"torch uses {found.torch_isa}"),
         ("memory", f"{gib(seen.available)} of {gib(seen.memory)} available", ""),
-        ("disk", f"{gib(found.disk_free)} free", "where models are downloaded to"),
+        ("disk", f"{gib(found.disk_free)} free", "for downloaded models"),
         (
             "quantised weights",
             f"{gib(found.packed.bytes)} kept in {found.packed.files} files of {gib(found.packed.limit)}",
@@ -201,7 +201,7 @@ def _machine_rows(found: Diagnosis) -> list[Row]:
     return rows
 
 
-def _choice_rows(found: Diagnosis) -> list[Row]:
+def _choice_rows(found: Diagnosis) -> list[FactRow]:
     return [
         ("device", found.device.value, found.device.why),
         ("threads", str(found.threads.value), found.threads.why),
@@ -209,7 +209,7 @@ def _choice_rows(found: Diagnosis) -> list[Row]:
     ]
 
 
-def _model_rows(fit: Fit) -> list[Row]:
+def _model_rows(fit: ModelFit) -> list[FactRow]:
     stored = fit.stored
     rows = [
         ("family", stored.family, ""),

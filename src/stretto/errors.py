@@ -1,14 +1,13 @@
-"""Every error Stretto raises on purpose, as one tree. Each owns its HTTP status and its OpenAI type and code.
+"""The errors that Stretto raises on purpose, as one tree, with their HTTP status and OpenAI type and code.
 
-A message says what is wrong, where, and what to do about it. `param` is the path to the field:
-`$.messages[0]`.
+A message says what is wrong, where, and what to do. `param` is the path of the field, like `$.messages[0]`.
 """
 
 from __future__ import annotations
 
 
 class StrettoError(Exception):
-    """The root. `retry_after` is in seconds."""
+    """The base of all errors. `retry_after` is in seconds."""
 
     status = 500
     type = "server_error"
@@ -21,7 +20,7 @@ class StrettoError(Exception):
         self.retry_after = retry_after
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The error object of OpenAI's API."""
+        """The error as an object of OpenAI's API."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
@@ -34,25 +33,25 @@ class InvalidRequest(StrettoError):
 
 
 class UnsupportedField(InvalidRequest):
-    """A field, or a value of one, that Stretto does not implement."""
+    """Stretto does not implement this field, or this value of it."""
 
     code = "unsupported_field"
 
 
 class ContextExceeded(InvalidRequest):
-    """Prompt and answer do not fit the model's context."""
+    """Prompt and answer together exceed the model's context."""
 
     code = "context_length_exceeded"
 
 
 class InvalidGrammar(InvalidRequest):
-    """A regex or JSON schema that does not compile, or takes too much to compile."""
+    """A regex or JSON schema does not compile, or needs too much time or memory to compile."""
 
     code = "invalid_grammar"
 
 
 class Unauthorised(StrettoError):
-    """No key, or a key nobody knows."""
+    """The API key is missing or unknown."""
 
     status = 401
     type = "authentication_error"
@@ -60,7 +59,7 @@ class Unauthorised(StrettoError):
 
 
 class UnknownModel(StrettoError):
-    """No model of that name is held here."""
+    """This server has no model of that name."""
 
     status = 404
     type = "invalid_request_error"
@@ -68,7 +67,7 @@ class UnknownModel(StrettoError):
 
 
 class NotFound(StrettoError):
-    """No such page."""
+    """There is no such path."""
 
     status = 404
     type = "invalid_request_error"
@@ -76,7 +75,7 @@ class NotFound(StrettoError):
 
 
 class WrongMethod(StrettoError):
-    """The page exists, and not for this method."""
+    """The path exists, but not for this HTTP method."""
 
     status = 405
     type = "invalid_request_error"
@@ -84,7 +83,7 @@ class WrongMethod(StrettoError):
 
 
 class TooLarge(StrettoError):
-    """The request's body is beyond the limit."""
+    """The body of the request is too large."""
 
     status = 413
     type = "invalid_request_error"
@@ -92,7 +91,7 @@ class TooLarge(StrettoError):
 
 
 class Unavailable(StrettoError):
-    """Not now; later, or elsewhere, yes."""
+    """The request cannot be served now, but later or by another server."""
 
     status = 503
     type = "unavailable_error"
@@ -106,7 +105,7 @@ class Overloaded(Unavailable):
 
 
 class CannotBeOnTime(Unavailable):
-    """The request asked to be refused rather than late, and would have been late."""
+    """The request would be late, and its objective asks to reject it then."""
 
     code = "cannot_be_on_time"
 
@@ -118,24 +117,24 @@ class Draining(Unavailable):
 
 
 class EngineDied(Unavailable):
-    """The engine process ended while the request was in it; it restarts by itself."""
+    """The engine process ended during the request. It restarts by itself."""
 
     code = "engine_died"
 
 
 class EngineError(StrettoError):
-    """The engine could not finish this request; it goes on with the others."""
+    """The engine could not finish this request. Other requests are not affected."""
 
     code = "engine_error"
 
 
 class StartError(StrettoError):
-    """The server cannot start as it was asked to. Never seen over HTTP: the command prints it and exits."""
+    """The server cannot start with these settings. The command prints this error and exits."""
 
     code = "cannot_start"
 
 
 class CheckpointError(StartError):
-    """A checkpoint that cannot be loaded: missing, misshapen, of an unknown family or an unsafe format."""
+    """A checkpoint cannot be loaded: missing, damaged, of an unknown family or of an unsafe format."""
 
     code = "bad_checkpoint"

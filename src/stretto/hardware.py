@@ -1,7 +1,7 @@
-"""What this machine has, as a snapshot, and what is chosen because of it: device, dtype, threads, KV memory.
+"""A snapshot of the machine, and the decisions that follow from it: device, dtype, threads, KV memory.
 
-The engine decides and `stretto doctor` explains with the same functions. Nothing here imports torch: whoever
-knows what CUDA can do passes it in. Every decision carries the sentence that says why.
+The engine decides and `stretto doctor` explains with the same functions. Each decision carries its reason.
+Nothing here imports torch, so what torch knows of CUDA is an argument.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ ISA = (
     *("amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve"),
 )
 BF16_ISA = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-CACHES = frozenset({"float32", "bfloat16", "int8"})  # what the C kernels read
-KV_SHARE = 0.25
-KV_MOST = 0.75
+CACHES = frozenset({"float32", "bfloat16", "int8"})  # dtypes of a KV cache that the C kernels read
+KV_SHARE = 0.25  # of the available memory, by default
+KV_MOST = 0.75  # of the available memory, when one full context needs it
 GIB = 2**30
 
 
 class Machine(Struct, frozen=True, kw_only=True):
-    """What this process may use. `memory` and `available` are bytes, the container's limit taken in.
+    """What this process may use. `memory` and `available` are bytes, within the container's limit.
 
-    `cores` counts physical cores the process may run on; `quota` is the container's share of them in cores.
-    `gpus` names the NVIDIA devices the driver shows, which torch may or may not be able to use.
+    `cores` counts the physical cores that the process may run on, `quota` the container's share in cores.
+    `gpus` names the NVIDIA devices of the driver, whether torch can use them or not.
     """
 
     cpu: str
@@ -48,7 +48,7 @@ class Machine(Struct, frozen=True, kw_only=True):
 
 
 class Gpu(Struct, frozen=True):
-    """A device torch can use: bytes of its memory, and of what is free."""
+    """A device that torch can use. `memory` and `free` are bytes."""
 
     name: str
     memory: int
@@ -56,9 +56,10 @@ class Gpu(Struct, frozen=True):
 
 
 class Stored(Struct, frozen=True, kw_only=True):
-    """A checkpoint as it lies on disk, `bytes` of it. `dtype` is the one it is stored in, `parameters` counts
-    all its tensors' elements; `token_elements` are the keys and values of one token in all layers, which come
-    in `token_rows` rows."""
+    """A checkpoint on disk, `bytes` long. `parameters` counts the elements of all tensors.
+
+    `token_elements` counts the keys and values of one token over all layers. They come in `token_rows` rows.
+    """
 
     family: str
     dtype: str
@@ -71,7 +72,7 @@ class Stored(Struct, frozen=True, kw_only=True):
 
 
 class Probed(Struct, frozen=True, kw_only=True):
-    """What only a process with torch can say of a machine and of a checkpoint: `stretto.profiler.probe`."""
+    """What only a process with torch can find out, about the machine and a checkpoint: `profiler.probe`."""
 
     cuda: bool
     isa: str
@@ -83,14 +84,14 @@ class Probed(Struct, frozen=True, kw_only=True):
 
 
 class Decision(Struct, Generic[T], frozen=True):
-    """A decision, and the sentence that says why."""
+    """A decision and its reason."""
 
     value: T
     why: str
 
 
 class KvShape(Struct, frozen=True, kw_only=True):
-    """What one model needs of KV memory. `block_bytes`: K and V of one block over all layers."""
+    """The KV memory that one model needs. `block_bytes`: keys and values of a block over all layers."""
 
     block_bytes: int
     block_size: int
@@ -99,7 +100,7 @@ class KvShape(Struct, frozen=True, kw_only=True):
 
 
 class KvPlan(Struct, frozen=True, kw_only=True):
-    """How many blocks to hold, and the longest context that then is served."""
+    """The size of a KV cache, and the longest context that it serves."""
 
     blocks: int
     bytes: int
@@ -108,7 +109,7 @@ class KvPlan(Struct, frozen=True, kw_only=True):
 
 
 def snapshot(root: Path = Path("/")) -> Machine:
-    """Reads the machine below `root`, the file system's root (tests pass a directory of their own)."""
+    """Read the machine from the files below `root`. Tests pass a directory of their own."""
     info = _text(root / "proc/cpuinfo")
     flags = set((_field(info, "flags") or _field(info, "Features")).split())
     allowed = os.sched_getaffinity(0)
@@ -131,22 +132,22 @@ def snapshot(root: Path = Path("/")) -> Machine:
 
 
 def cache_folder(asked: str = "") -> Path:
-    """Where what was measured or made once is kept for the next start (XDG Base Directory, unless asked)."""
+    """The directory for what the next start reuses: `asked`, or that of the XDG Base Directory rules."""
     if asked:
         return Path(asked).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stretto"
 
 
 def packed_folder(asked: str = "") -> Path:
-    """Where quantised weights are kept, as the kernels read them."""
+    """The directory for quantised weights in the layout of the kernels."""
     return cache_folder(asked) / "packed"
 
 
 def choose_device(asked: str, cuda_usable: bool) -> Decision[str]:
-    """`cuda_usable` is torch's word on it. Raises StartError when CUDA is asked for and cannot be used."""
+    """The device to compute on. Raises StartError when CUDA is asked for and torch cannot use it."""
     if asked == "cuda" and not cuda_usable:
         raise StartError(
-            "--device cuda: torch finds no usable CUDA device; see `stretto doctor`, or use --device cpu"
+            "--device cuda: torch finds no usable CUDA device; run `stretto doctor`, or use --device cpu"
         )
     if asked != "auto":
         return Decision(asked, "asked for")
@@ -156,7 +157,7 @@ def choose_device(asked: str, cuda_usable: bool) -> Decision[str]:
 
 
 def choose_dtype(machine: Machine, checkpoint: str, *, device: str, asked: str = "auto") -> Decision[str]:
-    """The dtype to compute in, as torch names it. `checkpoint` is the dtype the weights are stored in."""
+    """The dtype to compute in, by torch's name. `checkpoint` is the dtype of the stored weights."""
     if asked != "auto":
         return Decision(asked, "asked for")
     if checkpoint not in ("bfloat16", "float16"):
@@ -166,26 +167,28 @@ def choose_dtype(machine: Machine, checkpoint: str, *, device: str, asked: str =
     native = sorted(BF16_ISA.intersection(machine.isa))
     if native:
         return Decision("bfloat16", f"the CPU computes in it ({native[0]})")
-    return Decision("float32", "the CPU has no bfloat16 instructions: emulating them is slower than float32")
+    return Decision(
+        "float32", "the CPU has no bfloat16 instructions, and emulating them is slower than float32"
+    )
 
 
 def choose_kv_dtype(dtype: str, *, quantised: bool, asked: str, cached: frozenset[str]) -> Decision[str]:
-    """The dtype to keep keys and values in, for a model computed in `dtype`; the kernels can read `cached`
-    beside it. Raises StartError when another is asked for."""
+    """The dtype of the KV cache, for a model computed in `dtype`. The kernels can read `dtype` and `cached`.
+
+    Raises StartError when any other is asked for.
+    """
     if asked not in ("auto", dtype) and asked not in cached:
         able = ", ".join(sorted(cached | {dtype}))
-        raise StartError(f"kv_dtype {asked}: the kernels that run this model read a cache of {able}")
+        raise StartError(f"kv_dtype {asked}: the kernels of this model can only read {able}")
     if asked != "auto":
         return Decision(asked, "asked for")
     if quantised and "int8" in cached:
-        return Decision(
-            "int8", "the weights are quantised, which costs more of what the model says than this"
-        )
-    return Decision(dtype, "as the model computes")
+        return Decision("int8", "the weights are quantised, and that costs more quality than an int8 cache")
+    return Decision(dtype, "the dtype that the model computes in")
 
 
 def choose_threads(machine: Machine, asked: int = 0) -> Decision[int]:
-    """How many threads compute: the physical cores the process may use, or the container's quota if less."""
+    """The number of compute threads: the usable physical cores, or the container's quota if that is less."""
     if asked:
         return Decision(asked, "asked for")
     if machine.quota is not None and machine.quota < machine.cores:
@@ -196,11 +199,11 @@ def choose_threads(machine: Machine, asked: int = 0) -> Decision[int]:
 def choose_kv(
     shape: KvShape, available: int, *, asked_bytes: int = 0, asked_context: int = 0
 ) -> Decision[KvPlan]:
-    """KV blocks for one model, given the `available` bytes once its weights are in.
+    """The KV cache of one model, given the bytes that are `available` beside its weights.
 
-    Unasked, it is a quarter of what is available, at most what `max_running` full contexts take, and more
-    when one full context needs it. A context nobody asked for shrinks to what fits; one that was asked for
-    raises StartError.
+    By default it takes a quarter of them, at most `max_running` full contexts, and more when one full context
+    needs it. The model's own context is cut to what fits. Raises StartError when `asked_bytes` or
+    `asked_context` does not fit.
     """
     if asked_context > shape.context:
         raise StartError(f"--context {asked_context} is beyond the model's own {shape.context} tokens")
@@ -222,7 +225,7 @@ def choose_kv(
     if blocks < 1 or (asked_context and tokens < asked_context):
         need, had = gib(one * shape.block_bytes), gib(blocks * shape.block_bytes)
         raise StartError(
-            f"a context of {context} tokens needs {need} of KV memory and {had} is to be had:"
+            f"a context of {context} tokens needs {need} of KV memory, but there is only {had}:"
             " lower --context or raise --kv-memory"
         )
     if tokens < context:
@@ -234,7 +237,7 @@ def choose_kv(
 
 
 def check_fit(name: str, weight_bytes: int, available: int) -> None:
-    """Raises StartError when the weights of model `name` cannot be held in the `available` bytes."""
+    """Raises StartError when the weights of model `name` need more than the `available` bytes."""
     if weight_bytes > available:
         raise StartError(
             f"model {name} needs {gib(weight_bytes)} for its weights and {gib(available)} is available:"
@@ -243,13 +246,13 @@ def check_fit(name: str, weight_bytes: int, available: int) -> None:
 
 
 def process_age() -> float:
-    """Seconds since this process was started, importing included."""
+    """Seconds since this process started, including its imports."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def gib(size: int) -> str:
-    """A size for people: `512 KiB`, `23.4 MiB`, `1.50 GiB`."""
+    """A number of bytes as people read it: `512 KiB`, `23.4 MiB`, `1.50 GiB`."""
     if size >= GIB:
         return f"{size / GIB:.2f} GiB"
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
@@ -276,14 +279,14 @@ def _kib(meminfo: str, name: str) -> int:
 
 
 def _physical_cores(root: Path, allowed: set[int]) -> int:
-    """Threads of one core have equal sibling lists; where the kernel tells none, each CPU counts."""
+    """Threads of one core have equal sibling lists. Without such lists each CPU counts as a core."""
     topology = root / "sys/devices/system/cpu"
     siblings = {_text(topology / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
     return max(1, len(siblings))
 
 
 def _cgroups(root: Path, controller: str) -> list[Path]:
-    """This process's control group and those around it, innermost first, for version 2 or 1."""
+    """The control groups of this process, the innermost first, of version 2 or 1."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -308,7 +311,7 @@ def _quota(root: Path) -> float | None:
 
 
 def _container_memory(root: Path) -> tuple[int | None, int]:
-    """The tightest limit over this process and what is used below it, bytes; reclaimable cache is not use."""
+    """The lowest memory limit and its usage without reclaimable cache, in bytes."""
     tightest, used = None, 0
     for group in _cgroups(root, "memory"):
         limit = (_text(group / "memory.max") or _text(group / "memory.limit_in_bytes")).strip()

@@ -1,6 +1,6 @@
-"""How commands speak: results on standard output, all else on standard error, colours on terminals only.
+"""Output of the commands: results on standard output, everything else on standard error.
 
-Knows what reports look like on a screen, nothing of how they come about.
+Colours and progress bars appear only on a terminal. This module formats reports and computes none.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ QUESTION = "What is 22.53 + 32.62?"
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def say_json(value: object) -> None:
-    """One JSON document on standard output."""
+def print_json(value: object) -> None:
+    """Print one JSON document on standard output."""
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
     sys.stdout.flush()
 
 
-def say_error(error: StrettoError) -> None:
-    """One line that says what is wrong and what to do about it."""
+def print_error(error: StrettoError) -> None:
+    """Print the message of an error as one line on standard error."""
     err.print("[bold red]error:[/]", end=" ")
     err.print(error.message, markup=False)
 
 
-class Loading:
-    """A bar per stage of a long start: downloads, weights. Silent where there is no terminal."""
+class LoadingBars:
+    """A progress bar for each stage of a long start: downloads, weights. Only terminals show it."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
@@ -59,7 +59,7 @@ class Loading:
         self._stages: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` bytes of a stage."""
+        """Show that `done` of `total` bytes of a stage are loaded."""
         if not self._stages:
             self._progress.start()
         if stage not in self._stages:
@@ -67,10 +67,10 @@ class Loading:
         self._progress.update(self._stages[stage], completed=done, total=total)
 
     def stop(self) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         self._progress.stop()
 
-    def __enter__(self) -> Loading:
+    def __enter__(self) -> LoadingBars:
         return self
 
     def __exit__(
@@ -79,15 +79,15 @@ class Loading:
         self.stop()
 
 
-class Counting:
-    """A bar over a number of requests, if that is known."""
+class RequestBar:
+    """A progress bar over requests. `total` is None when their number is unknown."""
 
     def __init__(self, what: str, total: int | None) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = _progress(*columns)
         self._task = self._progress.add_task(what, total=total)
 
-    def __enter__(self) -> Counting:
+    def __enter__(self) -> RequestBar:
         self._progress.start()
         return self
 
@@ -97,12 +97,12 @@ class Counting:
         self._progress.stop()
 
     def __call__(self, sample: Sample) -> None:
-        """One more is done."""
+        """Count one more finished request."""
         self._progress.advance(self._task)
 
 
 def show_ready(url: str, models: Sequence[ModelInfo], *, locked: bool) -> None:
-    """That a server is ready, what it holds, and a line that asks it something."""
+    """Print that a server is ready, its models, and a curl command that sends it a chat."""
     for model in models:
         out.print(
             f"[bold]{model.name}[/] · {model.family}, {model.parameters / 1e6:,.1f} M parameters"
@@ -120,7 +120,7 @@ def show_ready(url: str, models: Sequence[ModelInfo], *, locked: bool) -> None:
 
 
 def show_outcome(outcome: Outcome) -> None:
-    """A load test's figures, worst news last."""
+    """Print the figures of a load test."""
     report = outcome.report
     table = _table(
         "milliseconds", "mean", "p50", "p90", "p99", "max", title=f"{outcome.model} at {outcome.url}"
@@ -142,7 +142,9 @@ def show_outcome(outcome: Outcome) -> None:
         f" {report.total_tokens_per_s:.1f} tokens/s with the prompts"
     )
     if report.goodput is not None and report.good_share is not None:
-        out.print(f"goodput {report.goodput:.2f} requests/s · {report.good_share:.1%} of all sent were good")
+        out.print(
+            f"goodput {report.goodput:.2f} requests/s · {report.good_share:.1%} of all requests were good"
+        )
     for kind, count in report.errors.items():
         out.print(f"[red]{count} failed:[/] ", end="")
         out.print(f"{kind}: {outcome.examples[kind]}", markup=False)
@@ -170,7 +172,7 @@ def show_replay(report: ReplayReport) -> None:
 
 
 def show_engine(report: engine.EngineReport) -> None:
-    """What the engine alone does, and where a step of it goes."""
+    """Print the speed of the engine without a server, and the time of each kind of layer."""
     model = report.model
     out.print(
         f"[bold]{model.name}[/] · {model.quantise or model.dtype} · {report.kernels}"
@@ -199,7 +201,7 @@ def _percent(share: float | None) -> str:
 
 
 def show_facts(sections: Iterable[tuple[str, list[tuple[str, str, str]]]]) -> None:
-    """Sections of (name, value, why)."""
+    """Print sections of rows (name, value, reason)."""
     for title, rows in sections:
         table = _table(title, "", "why" if any(why for _, _, why in rows) else "")
         for row in rows:

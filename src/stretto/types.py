@@ -7,7 +7,7 @@ Times are seconds on the machine's monotonic clock unless a name ends in `_ms`.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field, structs
 
@@ -29,6 +29,7 @@ BOUNDS: dict[str, Meta] = {
     "n": Meta(ge=1, le=INT32_MAX),
 }
 PREFIX_BLOCK = 512
+Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
 
 
 class Grammar(Struct, frozen=True):
@@ -102,13 +103,13 @@ def _check_within(name: str, value: float, bounds: Meta) -> None:
         )
 
 
-class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a request asks of time and quality. None: no limit of that kind."""
+class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What a request asks of latency and quality. None: no limit of that kind."""
 
-    ttft_ms: float | None = None
-    itl_ms: float | None = None
-    total_ms: float | None = None
-    min_quality: float | None = None
+    ttft_ms: Milliseconds | None = None
+    itl_ms: Milliseconds | None = None
+    total_ms: Milliseconds | None = None
+    min_quality: None = None
     on_miss: Literal["degrade", "reject", "late"] = "degrade"
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stretto.config import TIERS, ServeConfig, Terms, load, tiers_of
+from stretto.config import TIERS, ServeConfig, load, tiers_of
 from stretto.engine.client import EngineClient
 from stretto.errors import StartError
 from stretto.server.app import build
@@ -148,7 +148,7 @@ def test_a_file_says_the_tiers(tmp_path: Path) -> None:
     file = tmp_path / "stretto.toml"
     file.write_text("[tiers.priority]\nttft_ms = 800\n")
     front, engine = load({}, {}, file)
-    assert front.tiers == engine.tiers == {"priority": Terms(ttft_ms=800)}
+    assert front.tiers == engine.tiers == {"priority": Objective(ttft_ms=800)}
     tiers = tiers_of(front.tiers)
     assert tiers["priority"].objective == Objective(ttft_ms=800)
     assert (tiers["priority"].weight, tiers["default"]) == (TIERS["priority"].weight, TIERS["default"])
@@ -164,7 +164,7 @@ def test_a_file_says_the_tiers(tmp_path: Path) -> None:
 
 
 async def test_the_front_takes_the_tiers_of_its_config(checkpoint: Path, engine: FakeEngine) -> None:
-    app = build(ServeConfig(tiers={"default": Terms(ttft_ms=123)}), engine, {"tiny": checkpoint})
+    app = build(ServeConfig(tiers={"default": Objective(ttft_ms=123)}), engine, {"tiny": checkpoint})
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         await answer(client)
     assert engine.requests[0].objective == Objective(ttft_ms=123)

@@ -13,10 +13,10 @@ from msgspec import Struct
 from stretto.bench.live import Server
 from stretto.bench.metrics import Sample
 from stretto.bench.report import ReplayRun, page
-from stretto.config import TIERS, Terms, Tier, TierName, tiers_of
+from stretto.config import TIERS, Tier, TierName, tiers_of
 from stretto.errors import StartError
 from stretto.simulator.replay import CPU_TIERS, Setting, capacity, replayed
-from stretto.types import Arrival
+from stretto.types import Arrival, Objective
 
 DEFAULT_SCHEDULE = "deadline"
 
@@ -41,7 +41,7 @@ class TraceOptions(Struct, frozen=True, kw_only=True):
         load: str,
         schedule: str | None,
         tiers: str,
-        objectives: Mapping[TierName, Terms] | None,
+        objectives: Mapping[TierName, Objective] | None,
         seed: int,
         rate: float | None,
     ) -> TraceOptions:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from stretto.types import BOUNDS, INT32_MAX
+from stretto.types import BOUNDS, INT32_MAX, Milliseconds
 
 Positive = Annotated[int, Meta(ge=1, le=INT32_MAX)]
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
@@ -23,7 +23,6 @@ Empty = Annotated[list[Any], Meta(max_length=0)]
 MetadataKey = Annotated[str, Meta(max_length=64)]
 MetadataValue = Annotated[str, Meta(max_length=512)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=16)]
-Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
 
 
 class Wire(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
