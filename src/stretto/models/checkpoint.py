@@ -1,6 +1,6 @@
-"""Safetensors files, read straight into the memory that will hold the weights.
+"""Reads safetensors files, straight into the memory that will hold the weights.
 
-Owns the parsing and checking of headers, and the file descriptors. Knows no family and no decoder.
+Owns the file descriptors, and parses and checks the headers. Knows no model family and no decoder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -20,10 +20,14 @@ from torch import Tensor
 from stretto.errors import CheckpointError
 from stretto.models.fields import Fields
 
-# Format: an 8-byte little-endian length, a JSON header of that length, then the data it points into.
+# The format: a little-endian length of 8 bytes, a JSON header of that length, then the data.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-WIDTHS |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+WIDTHS = {  # bytes of an element
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
 MAX_HEADER = 100 * 2**20
 STAGE = 8 * 2**20
 SAMPLES, SAMPLE = 16, 16384
@@ -32,7 +36,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor in a file: `start` is its first byte from the beginning of the file."""
+    """A tensor in a file. `start` is the offset of its first byte in the file."""
 
     file: int
     dtype: str
@@ -42,7 +46,7 @@ class Entry:
 
 
 class Checkpoint:
-    """The tensors of a directory of safetensors. A context manager: it holds the files open.
+    """The tensors of a directory of safetensors files. It is a context manager, which holds the files open.
 
     Raises CheckpointError for files that are missing, truncated or malformed.
     """
@@ -86,7 +90,7 @@ class Checkpoint:
             self.entries[name] = entry
 
     def find(self, name: str, shape: tuple[int, ...]) -> Entry:
-        """Where tensor `name` lies. Raises CheckpointError when it is missing, of another shape, or of a
+        """The entry of tensor `name`. Raises CheckpointError when it is missing, has another shape, or has a
         dtype that is not a plain float."""
         entry = self.entries.get(name)
         if entry is None:
@@ -101,7 +105,8 @@ class Checkpoint:
         return entry
 
     def read(self, entry: Entry, into: Tensor) -> None:
-        """Fill `into` (contiguous) with the tensor. Raises CheckpointError when the file is cut short."""
+        """Fill `into` (contiguous) with the tensor, converted to its dtype and device. Raises CheckpointError
+        when the file ends early."""
         dtype, flat = DTYPES[entry.dtype], into.view(-1)
         if dtype == into.dtype and into.device.type == "cpu":
             self._fill(entry, entry.start, flat)
@@ -113,12 +118,12 @@ class Checkpoint:
             flat[first : first + part.numel()].copy_(part)
 
     def map(self, entry: Entry) -> Tensor:
-        """The tensor as it lies in the file, read when it is used. The file must not be written to."""
+        """The tensor, mapped: it is read when it is used. The file must not be changed meanwhile."""
         file, descriptor = self.files[entry.file]
         start = entry.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         offset = entry.start - start
         try:
-            # Private and writable, because torch has no read-only tensors.
+            # Private and writable: torch warns about memory that is read-only.
             region = mmap.mmap(
                 descriptor,
                 offset + entry.nbytes,
@@ -150,9 +155,11 @@ class Checkpoint:
 
 
 def identity(path: Path) -> str:
-    """A digest that changes with the checkpoint: its config, and of each file the name, the size, the time it
-    was changed, the header, and some of its data here and there. Reading it all would take as long as loading
-    it. Raises CheckpointError."""
+    """A digest that changes when the checkpoint does. Raises CheckpointError.
+
+    It covers config.json and, of each safetensors file, the name, size, time of change and samples of the
+    content, the header among them. Reading all of a file would take as long as loading it.
+    """
     seen = blake2b((path / "config.json").read_bytes(), digest_size=16)
     with Checkpoint(path) as checkpoint:
         for file, descriptor in checkpoint.files:
@@ -189,8 +196,9 @@ def _header(file: Path, descriptor: int, number: int) -> dict[str, Entry]:
         raise CheckpointError(f"{file} is not a safetensors file: its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(file, number, name, raw, 8 + length) for name, raw in header.items()}
+    tensors = cast(dict[str, Any], header)
+    tensors.pop("__metadata__", None)
+    entries = {name: _entry(file, number, name, raw, 8 + length) for name, raw in tensors.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if entry.start < end:

@@ -1,6 +1,6 @@
-"""Where a model comes from: a local directory, the hub, or the package itself. Ends in a checked directory.
+"""Finds a model in a local directory, on the Hugging Face hub, or in the package.
 
-Imports no torch: the HTTP process uses it too. Knows nothing of what the files hold.
+Imports no torch, because the API server uses it too. Does not read the files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from errno import ENOSPC
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 
@@ -24,11 +24,11 @@ WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges
 
 
 def resolve(name: str, progress: ProgressCallback | None = None) -> Path:
-    """The directory of model `name`: a path, a hub id `org/name` (downloaded once, into the hub's own
-    cache), or `desk`, the bundled model. `progress(stage, done, total)` counts bytes.
+    """The directory of model `name`: a path, a hub id `org/name`, or `desk`, the bundled model.
 
-    Raises CheckpointError, saying what to do, when there is no such model, when it cannot be fetched, and
-    when the directory is not a model in safetensors.
+    A model of the hub is downloaded once, into the hub's cache. `progress(stage, done, total)` counts bytes.
+    Raises CheckpointError, which says what to do, when there is no such model, when it cannot be downloaded,
+    and when the directory is not a model in safetensors.
     """
     if name == BUNDLED:
         return check(Path(str(files("stretto"))) / BUNDLED)
@@ -43,7 +43,7 @@ def resolve(name: str, progress: ProgressCallback | None = None) -> Path:
 
 
 def check(path: Path) -> Path:
-    """Is `path` a directory with config.json and safetensors? Raises CheckpointError when not."""
+    """`path`, if it is a directory with config.json and safetensors. Raises CheckpointError when not."""
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         raise CheckpointError(f"{path} is GGUF, which is not read: use the safetensors it was made from")
     if path.is_file():
@@ -67,9 +67,9 @@ def check(path: Path) -> Path:
 
 
 def _fetch(name: str, progress: ProgressCallback | None) -> Path:
-    # Naming the function is what loads the hub's client, a third of a second that only a download pays for;
-    # its other names (`utils`, `errors`) exist from then on.
-    fetch = huggingface_hub.snapshot_download
+    # The first use of the attribute imports the hub's client, which takes a third of a second. Its modules
+    # `utils` and `errors` exist only after that.
+    fetch = cast(Callable[..., str], cast(Any, huggingface_hub).snapshot_download)
     bar = None if progress is None else _bar(progress)
     try:
         return Path(fetch(name, allow_patterns=WANTED, tqdm_class=bar))
@@ -89,15 +89,15 @@ def _fetch(name: str, progress: ProgressCallback | None) -> Path:
 
 
 def _bar(progress: ProgressCallback) -> type[Any]:
-    """The hub's progress bar, drawing nothing and telling `progress` of the bytes written instead."""
+    """A progress bar for the hub's client that draws nothing and passes the bytes written to `progress`."""
 
     class Bar(huggingface_hub.utils.tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._told = str(kwargs.pop("name", "")).endswith("snapshot_download")
-            super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
+            self._counts_bytes = str(kwargs.pop("name", "")).endswith("snapshot_download")
+            cast(Any, super()).__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
-            if self._told:
+            if self._counts_bytes:
                 progress("download", int(self.n), int(self.total or 0))
 
     return Bar

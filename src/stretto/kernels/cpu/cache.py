@@ -1,26 +1,27 @@
-"""Packed weights on disk: written when a model is packed, checked and memory-mapped at every later start.
+"""Packed weights on disk: written when a model is packed, verified and memory-mapped at later starts.
 
-Owns the layout of a file, its checksums and the folder's size. Knows no checkpoint: whoever opens a file says
-the key it must have been written under, and the folder may be shared, read-only, full or gone.
+Owns the files and the size of their folder. A file is plain safetensors: tensors of bytes, and metadata that
+say how they are packed and what their XXH3 checksums are. Knows no checkpoint: whoever opens a file names the
+key it must have been written under. The folder may be shared, read-only, full or missing.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import torch
+import xxhash
 from msgspec import Struct
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stretto.hardware import gib
@@ -31,55 +32,40 @@ from stretto.kernels.cpu.table import GROUP, SMALLEST_QUANTISED, VOCABULARY, Pac
 from stretto.kernels.cpu.weights import Form, PackedLinear, adopt
 
 log = logging.getLogger(__name__)
-# A file: MAGIC, the header's length and checksum (8 bytes each, little-endian), the header (JSON), the data.
-MAGIC = b"stretto1"
-PREFIX = 24
-PAGE = 4096
-SUFFIX = ".packed"
-MOST_HEADER = 64 * 2**20
-CHECKERS = 4  # threads that read memory as fast as it gives
-ABANDONED_S = 3600  # a draft this old belongs to nobody
+SUFFIX = ".packed.safetensors"
+ALIGNMENT = 64  # bytes; the kernels read whole cache lines
+CHECK_THREADS = 4  # enough to read memory at its full bandwidth
+ABANDONED_S = 3600  # a draft this old belongs to no running process
 
 
-class Damaged(Exception):
-    """What a file holds is not what was written."""
+class DamagedFile(Exception):
+    """A file does not hold what was written to it."""
 
 
-class Span(Struct, frozen=True):
-    """Bytes of a file; `start` counts from the beginning of its data."""
+class StoredLinear(Struct, frozen=True):
+    """One packed matrix. `data` and `bias` are checksums of the tensors that hold them."""
 
-    start: int
-    nbytes: int
-    checksum: int
-
-
-class HeldLinear(Struct, frozen=True, tag="linear"):
     form: Form
-    data: Span
-    bias: Span | None
+    data: int
+    bias: int | None
 
 
-class HeldExperts(Struct, frozen=True, tag="experts"):
-    gate_up: list[HeldLinear]
-    down: list[HeldLinear]
-    activation: Activation
+class StoredWeights(Struct, frozen=True):
+    """One linear layer, or all experts of a layer: first each expert's `gate_up`, then each one's `down`."""
 
-
-class Header(Struct, frozen=True):
-    key: str
-    data_bytes: int
-    packed: dict[str, HeldLinear | HeldExperts]
+    linears: list[StoredLinear]
+    activation: Activation | None  # of experts
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Where files lie, and how many bytes they may take together; the least recently used go first."""
+    """The folder of the files. `limit` is how many bytes they may take together."""
 
     path: Path
     limit: int
 
     def files(self) -> list[Path]:
-        """Those there are, least recently used first."""
+        """The files, least recently used first."""
         found: list[tuple[float, Path]] = []
         for file in self.path.glob(f"*{SUFFIX}"):
             try:
@@ -88,8 +74,8 @@ class Folder:
                 continue
         return [file for _, file in sorted(found)]
 
-    def make_room(self, nbytes: int) -> None:
-        """Remove what must go for a new file of `nbytes`, and what broken starts left behind."""
+    def evict(self, nbytes: int) -> None:
+        """Delete the least recently used files until `nbytes` more fit, and drafts that a crash left."""
         for draft in self.path.glob(f".*{SUFFIX}.*"):
             if draft.stat().st_mtime < time.time() - ABANDONED_S:
                 draft.unlink(missing_ok=True)
@@ -102,8 +88,8 @@ class Folder:
 
 
 def layout(native: Native) -> str:
-    """What packed bytes depend on beside the weights and the format: the library that packed them, its level,
-    and what is packed how."""
+    """What decides how weights are packed beside the weights and their format: the library's code, the
+    instruction set in use, and the rules that choose a format."""
     found = library.path()
     code = b"" if found is None else found.read_bytes()
     rules = f"{GROUP} {SMALLEST_QUANTISED} {VOCABULARY}"
@@ -112,32 +98,31 @@ def layout(native: Native) -> str:
 
 @dataclass(slots=True)
 class PackedCache:
-    """One model's packed weights. `take` gives what an earlier start kept; what was packed now is given to
-    `keep`, and written by `save`."""
+    """The packed weights of one model. `take` returns what an earlier start stored. What had to be packed now
+    is passed to `keep`, and `save` writes it."""
 
     native: Native
     folder: Folder
     key: str
-    header: Header | None = None
-    mapping: Tensor | None = None
-    sound: frozenset[Span] = frozenset()
-    held: dict[str, Packed] = field(default_factory=lambda: dict[str, Packed]())
-    fresh: bool = False
+    stored: dict[str, StoredWeights]
+    tensors: dict[str, Tensor]  # of the file: those that match their checksums
+    held: dict[str, Packed] = field(default_factory=dict[str, Packed])
+    fresh: bool = False  # something had to be packed now
 
     @classmethod
     def open(cls, native: Native, folder: Folder, key: str) -> PackedCache:
-        """Maps the file of `key`, if there is a sound one."""
-        cache = cls(native, folder, f"{key} {layout(native)}")
+        """Map the file of `key`, if there is one, and verify its checksums."""
+        cache = cls(native, folder, f"{key} {layout(native)}", {}, {})
         try:
-            cache.header, cache.mapping = _read(native, cache.file, cache.key)
-            cache.sound = _sound(native, cache.header, cache.mapping)
+            cache.stored, tensors = _read(cache.file, cache.key)
+            cache.tensors = _verified(cache.stored, tensors)
             os.utime(cache.file)
         except FileNotFoundError:
             pass
-        except Damaged as damage:
+        except DamagedFile as damage:
             log.warning("%s is damaged (%s): the weights are packed again", cache.file, damage)
         except OSError as error:
-            log.info("%s: %s", cache.file, error)  # a file that is read but whose time cannot be set
+            log.info("%s: %s", cache.file, error)  # a file that can be read, but whose time cannot be set
         return cache
 
     @property
@@ -145,22 +130,19 @@ class PackedCache:
         return self.folder.path / (blake2b(self.key.encode(), digest_size=16).hexdigest() + SUFFIX)
 
     def take(self, name: str) -> Packed | None:
-        """What was kept under `name`, verified; None when nothing was, or it is damaged."""
-        kept = None if self.header is None else self.header.packed.get(name)
-        if kept is None:
+        """The weights stored under `name`. None when there are none, or when they are damaged."""
+        stored = self.stored.get(name)
+        if stored is None:
             return None
         try:
-            if isinstance(kept, HeldLinear):
-                packed: Packed = self._linear(kept)
-            else:
-                packed = PackedExperts(
-                    [self._linear(each) for each in kept.gate_up],
-                    [self._linear(each) for each in kept.down],
-                    kept.activation,
-                )
-        except (Damaged, ValueError) as damage:
+            linears = [self._linear(_tensor_name(name, i), each) for i, each in enumerate(stored.linears)]
+        except (KeyError, ValueError) as damage:
             log.warning("%s is damaged (%s: %s): these weights are packed again", self.file, name, damage)
             return None
+        packed: Packed = linears[0]
+        if stored.activation is not None:
+            count = len(linears) // 2
+            packed = PackedExperts(linears[:count], linears[count:], stored.activation)
         self.held[name] = packed
         return packed
 
@@ -169,133 +151,119 @@ class PackedCache:
         self.fresh = True
 
     def save(self) -> None:
-        """Write the file if anything was packed now. Never raises: a start without it is only slower."""
-        if not self.fresh:
+        """Write the file if something was packed now. Logs a failure: without the file, starts are slower."""
+        if self.fresh:
+            self.write()
+
+    def write(self) -> None:
+        """Write the file. Logs a failure."""
+        tensors: dict[str, Tensor] = {}
+        stored = {name: _store(name, packed, tensors) for name, packed in self.held.items()}
+        header = _header(self.key, stored, tensors)
+        size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+        if size > self.folder.limit:
+            taken, limit = gib(size), gib(self.folder.limit)
+            log.warning("packed weights are not kept: they take %s, and cache_size is %s", taken, limit)
             return
         try:
-            self._write()
+            self.folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folder.evict(size)
+            self._replace([header, *(tensor.numpy().data for tensor in tensors.values())], size)
         except OSError as error:
             log.warning("packed weights are not kept in %s: %s", self.folder.path, error.strerror or error)
 
-    def _write(self) -> None:
-        writer = _Layout(self.native)
-        packed = {name: writer.place(each) for name, each in self.held.items()}
-        header = msgspec.json.encode(Header(self.key, writer.end, packed))
-        start = _data_start(len(header))
-        if start + writer.end > self.folder.limit:
-            size, limit = gib(start + writer.end), gib(self.folder.limit)
-            log.warning("packed weights are not kept: they take %s, and cache_size is %s", size, limit)
-            return
-        self.folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.folder.make_room(start + writer.end)
+    def _replace(self, parts: list[bytes | memoryview], size: int) -> None:
+        """Write a draft beside the file and rename it, so that a reader sees either all of it or nothing."""
         descriptor, draft = tempfile.mkstemp(prefix=f".{self.file.name}.", dir=self.folder.path)
         try:
-            with os.fdopen(descriptor, "wb", buffering=0):
-                # A full disk says so now, before anything is written.
-                os.posix_fallocate(descriptor, 0, start + writer.end)
-                _put(descriptor, _prefix(self.native, header) + header, 0)
-                for tensor, offset in writer.placed:
-                    _put(descriptor, tensor.view(torch.uint8).numpy().data, start + offset)
+            with os.fdopen(descriptor, "wb") as file:
+                os.posix_fallocate(descriptor, 0, size)  # fails on a full disk before anything is written
+                file.writelines(parts)
             os.replace(draft, self.file)
         except BaseException:
             os.unlink(draft)
             raise
 
-    def _linear(self, kept: HeldLinear) -> PackedLinear:
-        bias = None if kept.bias is None else self._tensor(kept.bias).view(torch.float32)
-        return adopt(self.native, kept.form, self._tensor(kept.data), bias)
-
-    def _tensor(self, span: Span) -> Tensor:
-        if span not in self.sound:
-            raise Damaged(
-                f"bytes {span.start} to {span.start + span.nbytes} are not what their checksum says"
-            )
-        return cast(Tensor, self.mapping)[span.start : span.start + span.nbytes]
+    def _linear(self, name: str, stored: StoredLinear) -> PackedLinear:
+        bias = None
+        if stored.bias is not None:
+            bias = self.tensors[f"{name}.bias"].view(torch.float32)[: stored.form.n]
+        return adopt(self.native, stored.form, self.tensors[f"{name}.data"], bias)
 
 
-class _Layout:
-    """Gives every tensor its place in a file, each at the start of a cache line."""
-
-    def __init__(self, native: Native) -> None:
-        self.native = native
-        self.placed: list[tuple[Tensor, int]] = []
-        self.end = 0
-
-    def place(self, packed: Packed) -> HeldLinear | HeldExperts:
-        if isinstance(packed, PackedExperts):
-            gate_up = [self.linear(each) for each in packed.gate_up]
-            return HeldExperts(gate_up, [self.linear(each) for each in packed.down], packed.activation)
-        return self.linear(cast(PackedLinear, packed))
-
-    def linear(self, packed: PackedLinear) -> HeldLinear:
-        bias = None if packed.bias is None else self.span(packed.bias)
-        return HeldLinear(Form(packed.format, packed.n, packed.k, packed.group), self.span(packed.data), bias)
-
-    def span(self, tensor: Tensor) -> Span:
-        span = Span(self.end, tensor.nbytes, self.native.checksum(tensor.data_ptr(), tensor.nbytes))
-        self.placed.append((tensor, self.end))
-        self.end += -(-tensor.nbytes // 64) * 64
-        return span
+def checksum(tensor: Tensor) -> int:
+    """XXH3 of a tensor of bytes."""
+    return xxhash.xxh3_64_intdigest(tensor.numpy().data)
 
 
-def _read(native: Native, path: Path, key: str) -> tuple[Header, Tensor]:
-    """The header of a file, and its data. Raises OSError and Damaged."""
+def _digest(key: str, packed: str) -> str:
+    return xxhash.xxh3_64_hexdigest((key + packed).encode())
+
+
+def _tensor_name(name: str, index: int) -> str:
+    return f"{name}.{index}"
+
+
+def _store(name: str, packed: Packed, tensors: dict[str, Tensor]) -> StoredWeights:
+    """How weights are described in the file. Adds their bytes to `tensors`, each a whole number of lines."""
+    experts = packed if isinstance(packed, PackedExperts) else None
+    linears = [cast(PackedLinear, packed)] if experts is None else [*experts.gate_up, *experts.down]
+    stored: list[StoredLinear] = []
+    for i, linear in enumerate(linears):
+        at, bias = _tensor_name(name, i), None
+        tensors[f"{at}.data"] = linear.data
+        if linear.bias is not None:
+            raw = linear.bias.view(torch.uint8)
+            tensors[f"{at}.bias"] = padded = torch.nn.functional.pad(raw, (0, -raw.nbytes % ALIGNMENT))
+            bias = checksum(padded)
+        form = Form(linear.format, linear.n, linear.k, linear.group)
+        stored.append(StoredLinear(form, checksum(linear.data), bias))
+    return StoredWeights(stored, None if experts is None else experts.activation)
+
+
+def _header(key: str, stored: dict[str, StoredWeights], tensors: dict[str, Tensor]) -> bytes:
+    """The beginning of a safetensors file, padded with spaces so that the data are aligned. The tensors
+    follow in order."""
+    packed = msgspec.json.encode(stored).decode()
+    metadata = {"key": key, "packed": packed, "checksum": _digest(key, packed)}
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "U8", "shape": [tensor.nbytes], "data_offsets": [start, end]}
+    raw = msgspec.json.encode(header)
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _read(path: Path, key: str) -> tuple[dict[str, StoredWeights], dict[str, Tensor]]:
+    """What a file says of its weights, and its tensors, mapped. Raises OSError and DamagedFile."""
     with path.open("rb") as file:
-        prefix, size = file.read(PREFIX), os.fstat(file.fileno()).st_size
-        length = int.from_bytes(prefix[8:16], "little")
-        if len(prefix) < PREFIX or prefix[:8] != MAGIC or length > min(size, MOST_HEADER):
-            raise Damaged("not a file of packed weights")
-        raw = file.read(length)
-        if _prefix(native, raw) != prefix:
-            raise Damaged("a wrong checksum of its header")
-        try:
-            header = msgspec.json.decode(raw, type=Header)
-        except msgspec.DecodeError as error:
-            raise Damaged(f"its header: {error}") from None
-        start = _data_start(length)
-        if header.key != key or header.data_bytes < 1 or size < start + header.data_bytes:
-            raise Damaged("it is cut short, or another model's")
-        region = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    region.madvise(mmap.MADV_WILLNEED)
-    return header, torch.frombuffer(region, dtype=torch.uint8, offset=start, count=header.data_bytes)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    try:
+        with cast(Any, safe_open)(path, framework="pt") as opened:  # has no types
+            metadata: dict[str, str] = opened.metadata() or {}
+            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}
+    except SafetensorError as error:
+        raise DamagedFile(str(error)) from None
+    packed = metadata.get("packed", "")
+    if metadata.get("key") != key or metadata.get("checksum") != _digest(key, packed):
+        raise DamagedFile("its metadata are not those that were written")
+    try:
+        return msgspec.json.decode(packed, type=dict[str, StoredWeights]), tensors
+    except msgspec.DecodeError as error:
+        raise DamagedFile(f"its metadata: {error}") from None
 
 
-def _sound(native: Native, header: Header, mapping: Tensor) -> frozenset[Span]:
-    """The spans that hold what was written: each thread reads at the pace of its own core."""
-    spans = [span for each in header.packed.values() for span in _spans(each)]
-
-    def check(span: Span) -> bool:
-        if span.start < 0 or span.nbytes < 1 or span.start + span.nbytes > mapping.nbytes:
-            return False
-        return native.checksum(mapping.data_ptr() + span.start, span.nbytes) == span.checksum
-
-    with ThreadPoolExecutor(CHECKERS, thread_name_prefix="checksum") as pool:
-        right = pool.map(check, spans)
-        return frozenset(span for span, sound in zip(spans, right, strict=True) if sound)
-
-
-def _spans(held: HeldLinear | HeldExperts) -> Iterator[Span]:
-    if isinstance(held, HeldExperts):
-        for linear in held.gate_up + held.down:
-            yield from _spans(linear)
-        return
-    yield held.data
-    if held.bias is not None:
-        yield held.bias
-
-
-def _prefix(native: Native, header: bytes) -> bytes:
-    held = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-    checksum = native.checksum(held.data_ptr(), held.nbytes)
-    return MAGIC + len(header).to_bytes(8, "little") + checksum.to_bytes(8, "little")
-
-
-def _data_start(header_bytes: int) -> int:
-    return -(-(PREFIX + header_bytes) // PAGE) * PAGE
-
-
-def _put(file: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        done = os.pwrite(file, view, offset)
-        view, offset = view[done:], offset + done
+def _verified(stored: dict[str, StoredWeights], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that match their checksums."""
+    wanted: dict[str, int] = {}
+    for name, weights in stored.items():
+        for i, linear in enumerate(weights.linears):
+            wanted[f"{_tensor_name(name, i)}.data"] = linear.data
+            if linear.bias is not None:
+                wanted[f"{_tensor_name(name, i)}.bias"] = linear.bias
+    with ThreadPoolExecutor(CHECK_THREADS, thread_name_prefix="checksum") as pool:
+        sums = pool.map(checksum, tensors.values())
+        found = dict(zip(tensors, sums, strict=True))
+    return {name: tensors[name] for name in tensors if found[name] == wanted.get(name)}

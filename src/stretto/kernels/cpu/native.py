@@ -1,8 +1,7 @@
-"""The C library as Python sees it: its structures, its functions, the level and the threads in use.
+"""The C kernels' library: its structures, its functions, and the instruction set and threads in use.
 
-Loaded with ctypes, so that building it takes a C compiler and no Python headers. A call costs under a
-microsecond and lets other Python threads run. Knows addresses and numbers; shapes are checked by the
-callers.
+It is loaded with ctypes, so the build needs a C compiler and no Python headers. A call costs about a
+microsecond and releases the GIL. This module passes addresses and numbers; its callers check shapes.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class NativeWeights(ctypes.Structure):
+    """`Weights` of csrc/api.h."""
+
     _fields_ = (
         *((name, _POINTER) for name in ("data", "bias")),
         *((name, _INT) for name in ("n", "k", "group", "format")),
@@ -30,6 +31,8 @@ class NativeWeights(ctypes.Structure):
 
 
 class NativeStep(ctypes.Structure):
+    """`Step` of csrc/api.h."""
+
     _fields_ = (
         *((name, _POINTER) for name in ("positions", "slots", "tables", "starts", "contexts")),
         *(
@@ -40,6 +43,8 @@ class NativeStep(ctypes.Structure):
 
 
 class NativeAttention(ctypes.Structure):
+    """`AttentionConfig` of csrc/api.h."""
+
     _fields_ = (
         *((name, _INT) for name in ("heads", "kv_heads", "head_dim", "norm", "window")),
         *((name, _FLOAT) for name in ("scale", "softcap", "eps")),
@@ -47,6 +52,8 @@ class NativeAttention(ctypes.Structure):
 
 
 class NativeCall(ctypes.Structure):
+    """`Call` of csrc/api.h."""
+
     _fields_ = (
         *((name, _POINTER) for name in ("of", "config")),
         *((name, _INT) for name in ("call", "source", "target", "width", "layer", "rotation", "activation")),
@@ -55,6 +62,8 @@ class NativeCall(ctypes.Structure):
 
 
 class NativeRun(ctypes.Structure):
+    """`Run` of csrc/api.h."""
+
     _fields_ = tuple((name, _POINTER) for name in ("step", "buffers", "layers", "angles", "dims"))
 
 
@@ -75,13 +84,17 @@ _NO_MEMORY = -1
 
 
 def path() -> Path | None:
-    """Where the library is, None when it was not built."""
+    """The library's file. None when it was not built."""
     here = Path(__file__).parent
     return next((file for suffix in EXTENSION_SUFFIXES if (file := here / f"_native{suffix}").exists()), None)
 
 
 class Native:
-    """The loaded library. There is one set of threads and one level in use for the whole process."""
+    """The loaded library. Its functions return 0, or a code that `complain` turns into an exception.
+
+    All code of a process shares its threads and its level, the instruction set in use. `levels` maps the
+    levels that this CPU supports, fastest first, to their numbers.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -106,18 +119,15 @@ class Native:
         self.check = self._function("check")
         self.run = self._function("run")
         self.packed_bytes: Callable[[int], int] = library.stretto_packed_bytes
-        library.stretto_checksum.restype = ctypes.c_uint64
-        library.stretto_checksum.argtypes = (_POINTER, _INT)
-        self.checksum: Callable[[int, int], int] = library.stretto_checksum
 
     def use(self, level: str) -> None:
-        """Use the kernels of this level. Raises ValueError when this CPU cannot run them."""
+        """Use the kernels of this level from now on. Raises ValueError when this CPU does not support it."""
         if level not in self.levels or self._library.stretto_use(self.levels[level]):
             raise ValueError(f"no level {level!r} on this CPU: it has {', '.join(self.levels)}")
         self.level = level
 
     def threads(self, count: int) -> None:
-        """Compute on `count` threads, the caller's included. Raises OSError when they cannot be had."""
+        """Compute on `count` threads, the caller included. Raises OSError when they cannot be started."""
         if self._library.stretto_threads(count):
             raise OSError(f"cannot start {count} threads")
 
@@ -129,7 +139,7 @@ class Native:
 
 @cache
 def load() -> Native | None:
-    """The library, or None when it was not built, was built from other sources or cannot run here."""
+    """The library. None when it was not built, was built from other sources, or cannot run here."""
     found = path()
     if found is None:
         return None
@@ -140,7 +150,7 @@ def load() -> Native | None:
 
 
 def complain(result: int, what: str) -> None:
-    """Raises what a function's result, not 0, means; `what` names the function and its shapes."""
+    """Raise what a result other than 0 means. `what` names the function and its shapes."""
     if result == _NO_MEMORY:
-        raise MemoryError(f"no memory for the scratch of {what}")
+        raise MemoryError(f"no memory for the workspace of {what}")
     raise ValueError(f"{what}: no kernel for this shape")

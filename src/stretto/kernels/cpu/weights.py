@@ -1,6 +1,6 @@
-"""Packed weights: panels of 32 outputs, in float32, bfloat16, int8 or int4, in memory of large pages.
+"""Packed weights: panels of 32 outputs in float32, bfloat16, int8 or int4.
 
-Owns the packing and the memory; `stretto.kernels.cpu.table` multiplies with them.
+Owns the packing and the memory. `stretto.kernels.cpu.table` multiplies with them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEP = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
 
 
 class Form(NamedTuple):
-    """How weights [n, k] are packed; `group` of a row's weights share a scale."""
+    """How weights [n, k] are packed. `group` weights of a row share a scale."""
 
     format: WeightFormat
     n: int
@@ -33,8 +33,8 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """Weights [n, k] and a bias [n] as the kernels read them. `address` is that of `struct`, which points
-    into `data` and `bias`: all three live as long as this does."""
+    """Weights [n, k] and a bias [n] as the kernels read them. `address` is the address of `struct`, which
+    points into `data` and `bias`."""
 
     format: WeightFormat
     n: int
@@ -50,18 +50,18 @@ class PackedLinear:
         return self.data.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def shares(self, weight: Tensor) -> bool:
-        """Never: packing copies."""
+        """Always False, because packing copies."""
         return False
 
 
 def pack(
     native: Native, weight: Tensor, bias: Tensor | None, format: WeightFormat, group: int = 0
 ) -> PackedLinear:
-    """`weight` [N, K] float32 or bfloat16, `bias` [N] or None. `group`: how many of a row's weights share a
-    scale (0: the whole row); it must divide K and be a multiple of 4 (int8) or 8 (int4).
+    """Pack `weight` [N, K], float32 or bfloat16, and `bias` [N] or None.
 
-    int8 is symmetric with the row's or group's largest magnitude; int4 takes the scale of least squared
-    error. Raises ValueError for another shape or dtype.
+    `group` weights of a row share a scale (0: the whole row). It must divide K and be a multiple of 4 (int8)
+    or 8 (int4). An int8 scale maps the largest magnitude to 127. An int4 scale is searched for the smallest
+    squared error. Raises ValueError for another shape or dtype.
     """
     if weight.dim() != 2 or weight.dtype not in TYPES:
         raise ValueError(f"cannot pack weights of shape {tuple(weight.shape)}, {weight.dtype}")
@@ -78,7 +78,7 @@ def pack(
 
 
 def packed_bytes(native: Native, form: Form) -> int:
-    """What weights of this form take. Raises ValueError for a form no kernel reads."""
+    """The bytes of weights of this form. Raises ValueError for a form that no kernel reads."""
     format, n, k, group = form
     step = STEP[format]
     if n < 1 or k < 1:
@@ -91,8 +91,8 @@ def packed_bytes(native: Native, form: Form) -> int:
 
 
 def adopt(native: Native, form: Form, data: Tensor, bias: Tensor | None) -> PackedLinear:
-    """Weights that lie packed at `data` (uint8, aligned to 64), with a bias [n] float32 or None. Raises
-    ValueError when these are not the bytes of such weights."""
+    """The weights that are packed at `data` (uint8, aligned to 64 bytes), with a bias [n], float32, or None.
+    Raises ValueError when their sizes do not fit the form."""
     format, n, k, group = form
     if data.nbytes != (size := packed_bytes(native, form)) or data.data_ptr() % 64:
         raise ValueError(f"{data.nbytes} bytes are not the {size} packed ones, or not aligned to 64")
@@ -105,7 +105,7 @@ def adopt(native: Native, form: Form, data: Tensor, bias: Tensor | None) -> Pack
 
 
 def unpack(native: Native, packed: PackedLinear) -> Tensor:
-    """The weights [N, K] as they are multiplied with, float32."""
+    """The weights [N, K], float32, that the kernels multiply with."""
     out = torch.empty(packed.n, packed.k)
     if result := native.unpack(packed.address, out.data_ptr()):
         complain(result, f"unpack {(packed.n, packed.k)}")
@@ -113,8 +113,10 @@ def unpack(native: Native, packed: PackedLinear) -> Tensor:
 
 
 def memory(size: int) -> Tensor:
-    """`size` bytes, uint8, aligned to 64; from large pages when they would fill some: fewer address look-ups
-    are a fifth more bandwidth."""
+    """A uint8 tensor of `size` bytes, aligned to 64 bytes.
+
+    It is in large pages when it fills at least one: fewer address look-ups give a fifth more bandwidth.
+    """
     if size < LARGE_PAGE:
         spare = torch.empty(size + 64, dtype=torch.uint8)
         start = -spare.data_ptr() % 64
@@ -131,5 +133,5 @@ def memory(size: int) -> Tensor:
 
 
 def exact_in_bfloat16(weight: Tensor) -> bool:
-    """Whether float32 weights lose nothing as bfloat16, as those of a bfloat16 checkpoint do not."""
+    """Whether `weight` is bfloat16, or float32 that bfloat16 represents exactly."""
     return weight.dtype == torch.bfloat16 or not bool((weight.contiguous().view(torch.int32) & 0xFFFF).any())

@@ -1,4 +1,4 @@
-/* The functions Python calls: the level in use, one caller at a time. */
+/* The exported functions. They use the kernels of one instruction set (a level), one caller at a time. */
 #include "api.h"
 
 #include "pool.h"
@@ -20,8 +20,8 @@ static const Level *level_number(int number)
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-                 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                 && __builtin_cpu_supports("avx512vnni");
+              && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+              && __builtin_cpu_supports("avx512vnni");
     switch (number) {
     case 0:
         return avx512 && __builtin_cpu_supports("avx512bf16") ? &level_avx512bf16 : NULL;
@@ -34,7 +34,7 @@ static const Level *level_number(int number)
     return number == 3 ? &level_portable : NULL;
 }
 
-/* The name of level `number` (0 is the best there is in source, 3 the portable one), NULL if this CPU lacks it. */
+/* The name of level `number`: 0 is the fastest, 3 the portable one. NULL if this CPU does not have it. */
 EXPORTED const char *stretto_level(int number)
 {
     const Level *found = level_number(number);
@@ -54,10 +54,7 @@ EXPORTED int stretto_use(int number)
 
 EXPORTED int stretto_threads(int count) { return pool_resize(count); }
 
-EXPORTED int64_t stretto_packed_bytes(const Weights *w)
-{
-    return (w->n + PANEL - 1) / PANEL * panel_bytes(w->format, w->k, w->group);
-}
+EXPORTED int64_t stretto_packed_bytes(const Weights *w) { return (w->n + PANEL - 1) / PANEL * panel_bytes(w); }
 
 #define LOCKED(call) \
     pool_enter(); \
@@ -93,19 +90,19 @@ EXPORTED int stretto_cos_sin(const Step *step, const float *frequencies, int64_t
     LOCKED(cos_sin(step, frequencies, pairs, scale, angles));
 }
 
-EXPORTED int stretto_rope_and_cache(const Step *step, const AttentionConfig *config, void *qkv, const void *norms, const float *angles,
-                           int64_t dims, void *cache)
+EXPORTED int stretto_rope_and_cache(const Step *step, const AttentionConfig *config, void *qkv, const void *norms,
+                                    const float *angles, int64_t dims, void *cache)
 {
     LOCKED(rope_and_cache(step, config, qkv, norms, angles, dims, cache));
 }
 
-EXPORTED int stretto_paged_attention(const Step *step, const AttentionConfig *config, const void *q, int64_t ldq, const void *cache,
-                            void *out)
+EXPORTED int stretto_paged_attention(const Step *step, const AttentionConfig *config, const void *q, int64_t ldq,
+                                     const void *cache, void *out)
 {
     LOCKED(paged_attention(step, config, q, ldq, cache, out));
 }
 
-/* Whether every index of the step points into its arrays and the cache. */
+/* OK if every index of the step points into its arrays and the cache. */
 EXPORTED int stretto_check(const Step *step)
 {
     if (step->starts[0] != 0 || step->starts[step->sequences] != step->tokens)
@@ -125,41 +122,42 @@ EXPORTED int stretto_check(const Step *step)
 }
 
 EXPORTED int stretto_rescore_top_k(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k,
-                             int64_t count, int64_t type, int64_t rows_type)
+                                   int64_t count, int64_t type, int64_t rows_type)
 {
     LOCKED(rescore_top_k(logits, x, rows, m, n, k, count, type, rows_type));
 }
 
-static int run_call(const Call *a, const Run *room)
+static int run_call(const Call *a, const Run *run)
 {
-    const Step *step = room->step;
-    void *from = room->buffers[a->source], *to = room->buffers[a->target];
+    const Step *step = run->step;
+    void *from = run->buffers[a->source], *to = run->buffers[a->target];
     switch (a->call) {
     case CALL_LINEAR:
         return level->linear(a->of, from, to, step->tokens, step->type);
     case CALL_NORM:
         return level->norm(from, NULL, a->of, to, step->tokens, a->width, a->eps, step->type);
     case CALL_ADD_NORM:
-        return level->norm(from, room->buffers[1], a->of, to, step->tokens, a->width, a->eps, step->type);
+        return level->norm(from, run->buffers[1], a->of, to, step->tokens, a->width, a->eps, step->type);
     case CALL_ACT_AND_MUL:
         return level->act_and_mul(from, to, step->tokens, a->width, a->activation, step->type);
     case CALL_ROPE_AND_CACHE:
-        return level->rope_and_cache(step, a->config, from, a->of, room->angles[a->rotation], room->dims[a->rotation],
-                            room->layers[a->layer]);
+        return level->rope_and_cache(step, a->config, from, a->of, run->angles[a->rotation], run->dims[a->rotation],
+                                     run->layers[a->layer]);
     case CALL_ATTENTION:
-        return level->paged_attention(step, a->config, from, (a->config->heads + 2 * a->config->kv_heads) * a->config->head_dim,
-                             room->layers[a->layer], to);
+        return level->paged_attention(step, a->config, from,
+                                      (a->config->heads + 2 * a->config->kv_heads) * a->config->head_dim,
+                                      run->layers[a->layer], to);
     }
     return BAD_SHAPE;
 }
 
-/* The calls in order, until one fails. */
-EXPORTED int stretto_run(const Call *calls, int64_t count, const Run *room)
+/* Makes the calls in order. Stops at the first that fails. */
+EXPORTED int stretto_run(const Call *calls, int64_t count, const Run *run)
 {
     int result = OK;
     pool_enter();
     for (int64_t i = 0; i < count && result == OK; i++)
-        result = run_call(&calls[i], room);
+        result = run_call(&calls[i], run);
     pool_leave();
     return result;
 }

@@ -1,4 +1,4 @@
-/* Splits a step's attention into items of similar work and runs them. */
+/* Paged attention of a step: splits it into items of similar work and runs them. */
 #ifndef STRETTO_ATTEND_H
 #define STRETTO_ATTEND_H
 
@@ -7,7 +7,7 @@
 #include "prefill.h"
 #include "rows.h"
 
-#define PART_KEYS 256 /* the fewest keys worth a part of their own */
+#define PART_KEYS 256 /* fewer keys are not worth a part of their own */
 #define PARTS_PER_THREAD 4
 
 static void attention_item(const void *job, int64_t number, int thread)
@@ -20,7 +20,7 @@ static void attention_item(const void *job, int64_t number, int thread)
         prefill(a, item, pool_private(thread));
 }
 
-/* The parts of one head of one sequence lie side by side; `items` holds the first of each. */
+/* Merges the parts of one head of one sequence, which follow each other in `items`. The first item does it. */
 static void merge_item(const void *job, int64_t number, int thread)
 {
     const Attention *a = job;
@@ -29,8 +29,8 @@ static void merge_item(const void *job, int64_t number, int thread)
     float *sums = pool_private(thread);
     while (item[parts].part > item->part && item[parts].head == item->head && item[parts].sequence == item->sequence)
         parts++;
-    if (item->part < 0 || (number > 0 && item[-1].part >= 0 && item[-1].head == item->head
-                           && item[-1].sequence == item->sequence))
+    if (item->part < 0
+        || (number > 0 && item[-1].part >= 0 && item[-1].head == item->head && item[-1].sequence == item->sequence))
         return;
     for (int64_t l = 0; l < item->queries * a->share; l++) {
         const float *part = a->parts + item->part * stride + l * (a->width + 2);
@@ -49,8 +49,9 @@ static void merge_item(const void *job, int64_t number, int thread)
     }
 }
 
-/* Items of a step; with `items` NULL only counted. `parts` counts the partial results. */
-static int64_t divide(const Attention *a, int64_t part_keys, Item *items, int64_t *parts)
+/* Lists the items of a step and returns how many there are. Counts them alone when `items` is NULL. `parts` receives
+ * the number of partial results. */
+static int64_t split_work(const Attention *a, int64_t part_keys, Item *items, int64_t *parts)
 {
     int64_t count = 0, share = a->share;
     *parts = 0;
@@ -60,11 +61,19 @@ static int64_t divide(const Attention *a, int64_t part_keys, Item *items, int64_
         for (int64_t head = 0; head < a->config->kv_heads; head++)
             for (int64_t q = 0; q < queries; q += each) {
                 int64_t some = min(each, queries - q), from = first_key(a, past + q), to = past + q + some;
-                int64_t pieces = some * share <= MAX_DECODE_LANES && each == queries ? max(1, (to - from) / part_keys) : 1;
+                int64_t pieces =
+                    some * share <= MAX_DECODE_LANES && each == queries ? max(1, (to - from) / part_keys) : 1;
                 for (int64_t p = 0; p < pieces; p++, count++)
                     if (items)
-                        items[count] = (Item){s, head, q, some, from + (to - from) * p / pieces,
-                                              from + (to - from) * (p + 1) / pieces, pieces > 1 ? (*parts)++ : -1};
+                        items[count] = (Item){
+                            .sequence = s,
+                            .head = head,
+                            .query = q,
+                            .queries = some,
+                            .from = from + (to - from) * p / pieces,
+                            .to = from + (to - from) * (p + 1) / pieces,
+                            .part = pieces > 1 ? (*parts)++ : -1,
+                        };
                     else
                         *parts += pieces > 1;
             }
@@ -72,13 +81,23 @@ static int64_t divide(const Attention *a, int64_t part_keys, Item *items, int64_
     return count;
 }
 
-/* Causal attention of every query, its own key included: q [tokens, heads, head_dim], rows ldq elements apart, into
- * out [tokens, heads * head_dim]. */
-static int paged_attention(const Step *step, const AttentionConfig *config, const void *q, int64_t ldq, const void *cache, void *out)
+/* Causal attention: a query sees the keys of its sequence up to its own. q is [tokens, heads, head_dim], with `ldq`
+ * elements from token to token; out is [tokens, heads * head_dim]. */
+static int paged_attention(const Step *step, const AttentionConfig *config, const void *q, int64_t ldq,
+                           const void *cache, void *out)
 {
     int64_t keys = 0, parts, width = round_up(config->head_dim, SPAN);
-    Attention job = {step, config, q, cache, (const char *)cache + values_offset(step, config), out, NULL, NULL, ldq,
-                     config->heads / config->kv_heads, width};
+    Attention job = {
+        .step = step,
+        .config = config,
+        .q = q,
+        .keys = cache,
+        .values = (const char *)cache + values_offset(step, config),
+        .out = out,
+        .ldq = ldq,
+        .share = config->heads / config->kv_heads,
+        .width = width,
+    };
     if (config->heads % config->kv_heads || job.share > QUERIES)
         return BAD_SHAPE;
     for (int64_t s = 0; s < step->sequences; s++)
@@ -86,13 +105,13 @@ static int paged_attention(const Step *step, const AttentionConfig *config, cons
     int64_t part_keys = max(PART_KEYS, keys * config->kv_heads / (PARTS_PER_THREAD * pool_threads()));
     if (pool_threads() == 1)
         part_keys = INT64_MAX;
-    int64_t count = divide(&job, part_keys, NULL, &parts);
+    int64_t count = split_work(&job, part_keys, NULL, &parts);
     size_t list = (size_t)round_up((count + 1) * (int64_t)sizeof(Item), 64);
     size_t own = (size_t)max(decode_scratch(width), prefill_scratch(config->head_dim)) * sizeof(float);
     if (pool_reserve(list + (size_t)(parts * MAX_DECODE_LANES * (width + 2)) * sizeof(float), own))
         return NO_MEMORY;
     Item *items = pool_shared();
-    divide(&job, part_keys, items, &parts);
+    split_work(&job, part_keys, items, &parts);
     items[count] = (Item){-1, -1, 0, 0, 0, 0, -1};
     job.items = items;
     job.parts = (float *)((char *)items + list);

@@ -1,24 +1,24 @@
-/* Attention of few queries over many keys: each key and value is read once for all queries of its head.
+/* Attention of few queries over many keys. Each key and value is read once for all queries of its head.
  *
- * Over a cache of int8, where a level has such products and for heads of up to LONGEST_SUM, queries and softmax weights
- * become 16-bit levels and all products are those of integers: of queries a scale each, of weights one a lane and tile.
- * Sums stay within 32 bits: 32767 * 127 * 512 < 2^31.
+ * The softmax is computed online (Milakov and Gimelshein, 2018) over tiles of keys. Long contexts are split into parts,
+ * whose results are merged as in Flash-Decoding (Dao et al., 2023).
  *
- * Online softmax (Milakov and Gimelshein, 2018) over tiles of keys; long contexts are split into parts whose results
- * are merged as in Flash-Decoding (Dao et al., 2023). */
+ * With an int8 cache, queries and softmax weights are quantised to 16 bits and multiplied as integers, if the
+ * instruction set has such products and a head has at most LONGEST_SUM elements. Each query has a scale; softmax
+ * weights have one for each query and tile. Sums stay below 32767 * 127 * 512 < 2^31. */
 #ifndef STRETTO_DECODE_H
 #define STRETTO_DECODE_H
 
 #include "scalar.h"
 
 #define KEYS 64 /* keys in a tile */
-#define MAX_DECODE_LANES 16 /* queries times heads that share a key, up to which this way is the quicker one */
+#define MAX_DECODE_LANES 16 /* queries times heads that share a key; with more of them, prefill.h is faster */
 #define SPAN (2 * VF)
-#define MAX_Q16 32767.0f /* the largest level of 16 bits */
-#define LONGEST_SUM 512 /* products of a level of 16 bits and one of 8 that are added as integers */
+#define MAX_Q16 32767.0f /* the largest quantised value of 16 bits */
+#define LONGEST_SUM 512 /* products of 16-bit and 8-bit values that are added as integers */
 
-/* A piece of work: queries [query, query + queries) of a sequence, one KV head, keys [from, to). `part` numbers its
- * place among partial results, -1: it writes the output itself. A list ends in an item of sequence -1. */
+/* An item of work: queries [query, query + queries) of a sequence, one KV head, keys [from, to). `part` is the index of
+ * its partial result, or -1 when it writes the output. A list ends with an item of sequence -1. */
 typedef struct {
     int64_t sequence, head, query, queries, from, to, part;
 } Item;
@@ -30,14 +30,14 @@ typedef struct {
     void *out;
     const Item *items;
     float *parts;
-    int64_t ldq, share; /* of q, in elements; query heads that share a key */
+    int64_t ldq, share; /* elements from row to row of q; query heads that share a key */
     int64_t width; /* head_dim rounded up to SPAN */
 } Attention;
 
 /* The running softmax of one query. */
 typedef struct {
     float peak, total;
-    int64_t from, to; /* keys it sees */
+    int64_t from, to; /* the keys it sees */
 } Running;
 
 INLINE const void *row_of(const Attention *a, const void *cache, const Item *item, int64_t key)
@@ -58,7 +58,7 @@ INLINE int64_t first_key(const Attention *a, int64_t position)
     return a->config->window > 0 ? max(0, position + 1 - a->config->window) : 0;
 }
 
-/* Two vectors of a row, in the order queries are kept in: a pair of bf16 falls apart into even and odd. */
+/* Two vectors of a key or value. A vector of bf16 pairs is split into its even and its odd elements. */
 INLINE void load_span(const void *row, int64_t i, int64_t type, vf *low, vf *high)
 {
     if (type == BF16) {
@@ -74,30 +74,31 @@ INLINE void load_span(const void *row, int64_t i, int64_t type, vf *low, vf *hig
     }
 }
 
-/* Where element i of a head is kept. */
-INLINE int64_t kept(int64_t i, int64_t type)
+/* The index of element i of a query, in the order in which load_span yields the elements of a key. */
+INLINE int64_t query_index(int64_t i, int64_t type)
 {
     return type == BF16 ? i / SPAN * SPAN + i % 2 * VF + i % SPAN / 2 : i;
 }
 
-/* What the next tile will read, asked for while this one is computed, keys with the scores and values bit by bit with
- * the sums: blocks are scattered, the hardware foresees nothing beyond a page, and few requests fit in its queue. */
+/* The rows of the next tile, which are prefetched while this one is computed. Blocks are scattered, so the hardware
+ * does not prefetch them. Its queue is short, so keys are fetched along with the scores, and values along with the
+ * sums. */
 typedef struct {
     const void *keys[KEYS], *values[KEYS];
     int64_t bytes;
-} Next;
+} Prefetch;
 
-INLINE void fetch(const void *row, int64_t bytes)
+INLINE void prefetch(const void *row, int64_t bytes)
 {
     for (int64_t i = 0; i < bytes; i += 64)
         __builtin_prefetch((const char *)row + i, 0, 2);
 }
 
-/* As in gemm.h, each sum has a name of its own; two to a lane, so that they wait less for each other. */
+/* Each sum is a variable of its own, as in gemm.h. A lane has two, so an addition seldom waits for the last one. */
 #define EACH_LANE(CASE) CASE(0) CASE(1) CASE(2) CASE(3)
 
 INLINE void score_lanes(const int lanes, const int64_t type, const float *q, const void *const *rows, int64_t count,
-                        int64_t width, float *scores, const Next *next)
+                        int64_t width, float *scores, const Prefetch *next)
 {
     for (int64_t first = 0; first < count; first += VF) {
         vf sums[LANES][VF];
@@ -106,7 +107,7 @@ INLINE void score_lanes(const int lanes, const int64_t type, const float *q, con
 #define NO_SCORE(l) low##l = high##l = vf_zero();
             EACH_LANE(NO_SCORE)
             if (next)
-                fetch(next->keys[first + i], next->bytes);
+                prefetch(next->keys[first + i], next->bytes);
             for (int64_t d = 0; d < width; d += SPAN) {
                 vf low, high;
                 load_span(rows[first + i], d, type, &low, &high);
@@ -128,9 +129,9 @@ INLINE void score_lanes(const int lanes, const int64_t type, const float *q, con
     }
 }
 
-/* Elements [d, d + spans * SPAN) of what the lanes add up. */
+/* Adds weighted values to elements [d, d + spans * SPAN) of the output of each lane. */
 INLINE void value_span(const int lanes, const int spans, const int64_t type, const float *p, const void *const *rows,
-                       int64_t count, int64_t width, float *out, int64_t d, const Next *next)
+                       int64_t count, int64_t width, float *out, int64_t d, const Prefetch *next)
 {
     vf a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3;
 #define LOAD_VALUE(l) \
@@ -142,7 +143,7 @@ INLINE void value_span(const int lanes, const int spans, const int64_t type, con
     for (int64_t i = 0; i < count; i++) {
         vf first, second, third, fourth;
         if (next && i % ((width + 2 * SPAN - 1) / (2 * SPAN)) == d / (2 * SPAN))
-            fetch(next->values[i], next->bytes);
+            prefetch(next->values[i], next->bytes);
         load_span(rows[i], d, type, &first, &second);
         if (spans > 1)
             load_span(rows[i], d + SPAN, type, &third, &fourth);
@@ -171,7 +172,7 @@ INLINE void value_span(const int lanes, const int spans, const int64_t type, con
 }
 
 INLINE void value_lanes(const int lanes, const int64_t type, const float *p, const void *const *rows, int64_t count,
-                        int64_t width, float *out, const Next *next)
+                        int64_t width, float *out, const Prefetch *next)
 {
     int64_t d = 0;
     for (; d + 2 * SPAN <= width; d += 2 * SPAN)
@@ -182,9 +183,9 @@ INLINE void value_lanes(const int lanes, const int64_t type, const float *p, con
 
 #ifdef NATIVE_I16
 #define HAS_I16 1
-/* The same two in integers: `scales` are of the levels. */
-INLINE void score_levels(const int lanes, const int16_t *q, const float *scales, const void *const *rows,
-                         int64_t count, int64_t width, float *scores, const Next *next)
+/* The same two with integers. `scales` are those of the quantised queries, or softmax weights. */
+INLINE void score_q16(const int lanes, const int16_t *q, const float *scales, const void *const *rows, int64_t count,
+                      int64_t width, float *scores, const Prefetch *next)
 {
     for (int64_t first = 0; first < count; first += VF) {
         vf sums[LANES][VF];
@@ -194,13 +195,13 @@ INLINE void score_levels(const int lanes, const int16_t *q, const float *scales,
 #define NO_SUM(l) sum##l = vi_zero();
             EACH_LANE(NO_SUM)
             if (next)
-                fetch(next->keys[first + i], next->bytes);
+                prefetch(next->keys[first + i], next->bytes);
             for (int64_t d = 0; d < width; d += SPAN) {
-                vi levels = vi_wide(row + d);
-#define SCORE_LEVELS(l) \
+                vi keys = vi_wide(row + d);
+#define SCORE_Q16(l) \
     if (l < lanes) \
-        sum##l = vi_dot_i16(sum##l, levels, vi_load(q + l * width + d));
-                EACH_LANE(SCORE_LEVELS)
+        sum##l = vi_dot_i16(sum##l, keys, vi_load(q + l * width + d));
+                EACH_LANE(SCORE_Q16)
             }
 #define KEEP_SUM(l) \
     if (l < lanes) \
@@ -213,8 +214,8 @@ INLINE void score_levels(const int lanes, const int16_t *q, const float *scales,
     }
 }
 
-INLINE void value_levels(const int lanes, const int16_t *p, const float *scales, const void *const *rows,
-                         int64_t count, int64_t width, float *out, const Next *next)
+INLINE void value_q16(const int lanes, const int16_t *p, const float *scales, const void *const *rows, int64_t count,
+                      int64_t width, float *out, const Prefetch *next)
 {
     for (int64_t d = 0; d < width; d += SPAN) {
         vi a0, a1, a2, a3, b0, b1, b2, b3;
@@ -223,37 +224,38 @@ INLINE void value_levels(const int lanes, const int16_t *p, const float *scales,
         for (int64_t i = 0; i < count; i += 2) {
             const int8_t *even = (const int8_t *)rows[i] + d, *odd = (const int8_t *)rows[i + 1] + d;
             if (next && i / 2 % (width / SPAN) == d / SPAN) {
-                fetch(next->values[i], next->bytes);
-                fetch(next->values[i + 1], next->bytes);
+                prefetch(next->values[i], next->bytes);
+                prefetch(next->values[i + 1], next->bytes);
             }
             vi low = vi_side_by_side(even, odd), high = vi_side_by_side(even + VF, odd + VF);
-#define ADD_LEVELS(l) \
+#define ADD_Q16(l) \
     if (l < lanes) { \
         int32_t pair; \
         memcpy(&pair, p + l * KEYS + i, sizeof pair); \
         a##l = vi_dot_i16(a##l, low, vi_set1(pair)); \
         b##l = vi_dot_i16(b##l, high, vi_set1(pair)); \
     }
-            EACH_LANE(ADD_LEVELS)
+            EACH_LANE(ADD_Q16)
         }
-#define KEEP_LEVELS(l) \
+#define KEEP_Q16(l) \
     if (l < lanes) { \
         float *sum = out + l * width + d; \
         vf scale = vf_set1(scales[l]); \
         vf_store(sum, vf_fma(vf_from(a##l), scale, vf_load(sum))); \
         vf_store(sum + VF, vf_fma(vf_from(b##l), scale, vf_load(sum + VF))); \
     }
-        EACH_LANE(KEEP_LEVELS)
+        EACH_LANE(KEEP_Q16)
     }
 }
 #else
 #define HAS_I16 0
-#define score_levels(lanes, q, scales, rows, count, width, scores, next) (void)0
-#define value_levels(lanes, p, scales, rows, count, width, out, next) (void)(scales)
+#define score_q16(lanes, q, scales, rows, count, width, scores, next) (void)0
+#define value_q16(lanes, p, scales, rows, count, width, out, next) (void)(scales)
 #endif
 
-/* Scores of one query into weights, its sums so far rescaled. */
-INLINE void soften(const Attention *a, float *restrict s, Running *run, int64_t key, float *restrict out, int64_t width)
+/* Turns the scores of one query into softmax weights, and rescales its output so far. */
+INLINE void softmax_row(const Attention *a, float *restrict s, Running *run, int64_t key, float *restrict out,
+                        int64_t width)
 {
     int64_t from = max(0, run->from - key), to = min(KEYS, run->to - key);
     for (int64_t i = 0; i < KEYS; i++) {
@@ -298,7 +300,7 @@ INLINE void find_rows(const Attention *a, const Item *item, int64_t key, const v
     }
 }
 
-/* Rows whose length is no multiple of SPAN, as floats with zeros behind. */
+/* Copies rows whose length is not a multiple of SPAN: as floats, with zeros behind them. */
 INLINE void pad_rows(const Attention *a, const void **rows, float *copies, int64_t width)
 {
     for (int64_t i = 0; i < KEYS; i++, copies += width) {
@@ -316,26 +318,30 @@ INLINE void read_queries(const Attention *a, const Item *item, float *q, float *
         widen(raw, at(a->q, row * a->ldq + (item->head * share + l % share) * d, a->step->type), d, a->step->type);
         memset(q + l * width, 0, (size_t)width * sizeof(float));
         for (int64_t i = 0; i < d; i++)
-            q[l * width + kept(i, type)] = raw[i];
+            q[l * width + query_index(i, type)] = raw[i];
     }
 }
 
 INLINE void write_row(const Attention *a, const Item *item, int64_t lane, const float *x, float total)
 {
     int64_t share = a->share, row = a->step->starts[item->sequence] + item->query + lane / share;
-    void *out = at(a->out, (row * a->config->heads + item->head * share + lane % share) * a->config->head_dim, a->step->type);
+    void *out =
+        at(a->out, (row * a->config->heads + item->head * share + lane % share) * a->config->head_dim, a->step->type);
     float line[a->config->head_dim], inverse = total == 0.0f ? 0.0f : 1.0f / total;
     for (int64_t i = 0; i < a->config->head_dim; i++)
         line[i] = x[i] * inverse;
     narrow(out, line, a->config->head_dim, a->step->type);
 }
 
-INLINE int64_t decode_scratch(int64_t width) { return MAX_DECODE_LANES * (2 * width + KEYS) + width + 2 * KEYS * width; }
+INLINE int64_t decode_scratch(int64_t width)
+{
+    return MAX_DECODE_LANES * (2 * width + KEYS) + width + 2 * KEYS * width;
+}
 
-/* `call` for as many lanes at a time, from l on, as a pass has registers for. */
+/* Makes `call` for lanes l, l + 1, ..., as many at a time as a pass has registers for. */
 #define IN_PASSES(lanes, call) \
     for (int64_t l = 0, some; l < (lanes); l += some) { \
-        some = LANES >= 4 && (lanes)-l >= 4 ? LANES : (lanes)-l >= 2 ? 2 : 1; \
+        some = LANES >= 4 && (lanes) - l >= 4 ? LANES : (lanes) - l >= 2 ? 2 : 1; \
         if (LANES >= 4 && some == LANES) \
             call(LANES); \
         else if (some == 2) \
@@ -345,36 +351,36 @@ INLINE int64_t decode_scratch(int64_t width) { return MAX_DECODE_LANES * (2 * wi
     }
 
 INLINE void decode_scores(const int64_t type, int64_t lanes, const float *q, float *scores, const void *const *keys,
-                          int64_t count, int64_t width, const Next *next)
+                          int64_t count, int64_t width, const Prefetch *next)
 {
 #define SCORES(some) score_lanes(some, type, q + l * width, keys, count, width, scores + l * KEYS, l ? NULL : next)
     IN_PASSES(lanes, SCORES)
 }
 
 INLINE void decode_values(const int64_t type, int64_t lanes, const float *p, float *out, const void *const *values,
-                          int64_t count, int64_t width, const Next *next)
+                          int64_t count, int64_t width, const Prefetch *next)
 {
 #define VALUES(some) value_lanes(some, type, p + l * KEYS, values, count, width, out + l * width, l ? NULL : next)
     IN_PASSES(lanes, VALUES)
 }
 
-INLINE void decode_score_levels(int64_t lanes, const int16_t *q, const float *scales, float *scores,
-                                const void *const *keys, int64_t count, int64_t width, const Next *next)
+INLINE void decode_score_q16(int64_t lanes, const int16_t *q, const float *scales, float *scores,
+                             const void *const *keys, int64_t count, int64_t width, const Prefetch *next)
 {
-#define SCORES_OF_LEVELS(some) \
-    score_levels(some, q + l * width, scales + l, keys, count, width, scores + l * KEYS, l ? NULL : next)
-    IN_PASSES(lanes, SCORES_OF_LEVELS)
+#define SCORES_Q16(some) \
+    score_q16(some, q + l * width, scales + l, keys, count, width, scores + l * KEYS, l ? NULL : next)
+    IN_PASSES(lanes, SCORES_Q16)
 }
 
-INLINE void decode_value_levels(int64_t lanes, const float *p, int16_t *levels, float *out, const void *const *values,
-                                int64_t count, int64_t width, const Next *next)
+INLINE void decode_value_q16(int64_t lanes, const float *p, int16_t *q, float *out, const void *const *values,
+                             int64_t count, int64_t width, const Prefetch *next)
 {
     float scales[MAX_DECODE_LANES];
     for (int64_t l = 0; l < lanes; l++)
-        scales[l] = quantise_wide(levels + l * KEYS, p + l * KEYS, KEYS, MAX_Q16);
-#define VALUES_OF_LEVELS(some) \
-    value_levels(some, levels + l * KEYS, scales + l, values, count, width, out + l * width, l ? NULL : next)
-    IN_PASSES(lanes, VALUES_OF_LEVELS)
+        scales[l] = quantise(q + l * KEYS, p + l * KEYS, KEYS, MAX_Q16);
+#define VALUES_Q16(some) \
+    value_q16(some, q + l * KEYS, scales + l, values, count, width, out + l * width, l ? NULL : next)
+    IN_PASSES(lanes, VALUES_Q16)
 }
 
 INLINE void scales_of(float *restrict scales, const void *const *rows, int64_t d)
@@ -383,7 +389,7 @@ INLINE void scales_of(float *restrict scales, const void *const *rows, int64_t d
         scales[i] = kv_scale(rows[i], d);
 }
 
-/* Scores [lanes][KEYS] of levels times their keys' scales. */
+/* Multiplies scores [lanes][KEYS] with the scales of their int8 keys. */
 INLINE void scale_scores(float *restrict x, const void *const *rows, int64_t lanes, int64_t d)
 {
     float scales[KEYS];
@@ -393,7 +399,8 @@ INLINE void scale_scores(float *restrict x, const void *const *rows, int64_t lan
             x[l * KEYS + i] *= scales[i];
 }
 
-/* Weights [lanes][KEYS] times their values' scales; what is not seen stays so, whatever its scale. */
+/* Multiplies softmax weights [lanes][KEYS] with the scales of their int8 values. A weight of 0 stays 0, even if the
+ * scale is not finite. */
 INLINE void scale_weights(float *restrict x, const void *const *rows, int64_t lanes, int64_t d)
 {
     float scales[KEYS];
@@ -407,27 +414,28 @@ static void decode(const Attention *a, const Item *item, float *scratch)
 {
     int64_t width = a->width, d = a->config->head_dim, share = a->share, lanes = item->queries * share;
     int64_t type = d == width ? a->step->kv_type : F32;
-    float *q = scratch, *out = q + MAX_DECODE_LANES * width, *scores = out + MAX_DECODE_LANES * width, *raw = scores + MAX_DECODE_LANES * KEYS;
+    float *q = scratch, *out = q + MAX_DECODE_LANES * width, *scores = out + MAX_DECODE_LANES * width,
+          *raw = scores + MAX_DECODE_LANES * KEYS;
     float *copies = raw + width, by_query[MAX_DECODE_LANES];
-    int16_t *query_levels = (int16_t *)copies, *weight_levels = query_levels + MAX_DECODE_LANES * width;
-    int levels = HAS_I16 && type == I8 && d <= LONGEST_SUM;
+    int16_t *query_q16 = (int16_t *)copies, *weight_q16 = query_q16 + MAX_DECODE_LANES * width;
+    int q16 = HAS_I16 && type == I8 && d <= LONGEST_SUM;
     Running runs[MAX_DECODE_LANES];
-    const Item *after = item[1].sequence >= 0 ? item + 1 : NULL; /* probably this thread's next */
+    const Item *after = item[1].sequence >= 0 ? item + 1 : NULL; /* probably the thread's next item */
     read_queries(a, item, q, raw, width, type);
-    for (int64_t l = 0; levels && l < lanes; l++)
-        by_query[l] = quantise_wide(query_levels + l * width, q + l * width, d, MAX_Q16);
+    for (int64_t l = 0; q16 && l < lanes; l++)
+        by_query[l] = quantise(query_q16 + l * width, q + l * width, d, MAX_Q16);
     memset(out, 0, (size_t)(lanes * width) * sizeof(float));
     for (int64_t l = 0; l < lanes; l++) {
         int64_t position = query_position(a, item, item->query + l / share);
         runs[l] = (Running){-INFINITY, 0, max(item->from, first_key(a, position)), min(item->to, position + 1)};
     }
-    Next rows;
+    Prefetch rows;
     rows.bytes = kv_bytes(d, a->step->kv_type);
     find_rows(a, item, item->from, rows.keys, rows.values);
     for (int64_t key = item->from; key < item->to; key += KEYS) {
         const void *keys[KEYS], *values[KEYS];
         int64_t count = min(KEYS, item->to - key);
-        const Next *next = &rows;
+        const Prefetch *next = &rows;
         memcpy(keys, rows.keys, sizeof keys);
         memcpy(values, rows.values, sizeof values);
         if (key + KEYS < item->to)
@@ -442,8 +450,8 @@ static void decode(const Attention *a, const Item *item, float *scratch)
         }
         if (type == BF16)
             decode_scores(BF16, lanes, q, scores, keys, count, width, next);
-        else if (levels)
-            decode_score_levels(lanes, query_levels, by_query, scores, keys, count, width, next);
+        else if (q16)
+            decode_score_q16(lanes, query_q16, by_query, scores, keys, count, width, next);
         else if (type == I8)
             decode_scores(I8, lanes, q, scores, keys, count, width, next);
         else
@@ -451,13 +459,13 @@ static void decode(const Attention *a, const Item *item, float *scratch)
         if (type == I8)
             scale_scores(scores, keys, lanes, d);
         for (int64_t l = 0; l < lanes; l++)
-            soften(a, scores + l * KEYS, &runs[l], key, out + l * width, width);
+            softmax_row(a, scores + l * KEYS, &runs[l], key, out + l * width, width);
         if (type == I8)
             scale_weights(scores, values, lanes, d);
         if (type == BF16)
             decode_values(BF16, lanes, scores, out, values, count, width, next);
-        else if (levels)
-            decode_value_levels(lanes, scores, weight_levels, out, values, count, width, next);
+        else if (q16)
+            decode_value_q16(lanes, scores, weight_q16, out, values, count, width, next);
         else if (type == I8)
             decode_values(I8, lanes, scores, out, values, count, width, next);
         else
@@ -465,7 +473,7 @@ static void decode(const Attention *a, const Item *item, float *scratch)
     }
     for (int64_t l = 0; l < lanes; l++) {
         for (int64_t i = 0; i < d; i++)
-            raw[i] = out[l * width + kept(i, type)];
+            raw[i] = out[l * width + query_index(i, type)];
         if (item->part < 0) {
             write_row(a, item, l, raw, runs[l].total);
         } else {

@@ -1,13 +1,14 @@
-/* Weights into panels and back. Quantisation searches each group's scale for the least squared error. */
+/* Packs weights into panels, and unpacks them. For int4, the scale of each group is searched for the smallest squared
+ * error. */
 #ifndef STRETTO_PACK_H
 #define STRETTO_PACK_H
 
 #include "pool.h"
 #include "scalar.h"
 
-#define SEARCH 6 /* scales tried on either side of the one that just holds the largest weight, for int4 */
-#define LINE 16  /* words of a cache line */
-#define BLOCK 64 /* of k, moved at once: 32 rows of it stay in the nearest cache */
+#define SEARCH 6 /* scales tried on either side of the one that maps the largest weight to the last value */
+#define LINE 16 /* words of a cache line */
+#define BLOCK 64 /* of k that are moved at once: 32 rows of it stay in the first cache */
 
 typedef struct {
     const Weights *w;
@@ -17,7 +18,7 @@ typedef struct {
     float *out;
 } Pack;
 
-/* The nearest bf16 whose magnitude is not below. */
+/* The nearest bf16 of at least this magnitude. */
 INLINE float bf16_above(float x) { return float_of((bits_of(x) + 0xffff) & 0xffff0000u); }
 
 INLINE float squared_error(const float *x, int64_t n, float scale, float low, float high)
@@ -34,9 +35,9 @@ INLINE float squared_error(const float *x, int64_t n, float scale, float low, fl
     return error;
 }
 
-/* The bf16 scale of a group of int4 weights (levels -8 to 7); negative when the largest weight is positive, because
- * there is one level more below zero. */
-INLINE float scale_of_4(const float *x, int64_t n)
+/* The scale of a group of 4-bit weights, -8 to 7. It is negative when the weight of largest magnitude is positive,
+ * because there is one value more below zero than above. */
+INLINE float scale_q4(const float *x, int64_t n)
 {
     float peak = 0;
     for (int64_t i = 0; i < n; i++)
@@ -57,13 +58,13 @@ INLINE float scale_of_4(const float *x, int64_t n)
     return best;
 }
 
-INLINE float scale_of_8(const float *x, int64_t n)
+INLINE float scale_q8(const float *x, int64_t n)
 {
     float peak = float_of(largest(x, n));
     return peak < 1e-30f ? 0 : bf16_above(peak / 127.0f);
 }
 
-INLINE int level_of(float x, float inverse, int low, int high)
+INLINE int nearest(float x, float inverse, int low, int high)
 {
     float q = x * inverse;
     q = q < (float)low ? (float)low : q;
@@ -71,22 +72,37 @@ INLINE int level_of(float x, float inverse, int low, int high)
     return (int)rintf(q);
 }
 
-/* One row's group of weights as bytes: column `lane` of the panel. */
-INLINE void pack_group(uint8_t *data, const float *x, int64_t lane, int64_t group, int64_t kind)
+/* Quantises one row's group of weights and writes it into column `lane` of a panel that holds zeros: its scale, then
+ * words, whose byte j % 4 holds weight j from bit j / 4 * bits on. */
+INLINE void pack_group(const int bits, float scale, int low, int high, uint8_t *data, const float *x, int64_t lane,
+                       int64_t group)
 {
-    float scale = kind == W_I8 ? scale_of_8(x, group) : scale_of_4(x, group);
+    const int per_word = 32 / bits, offset = 1 << (bits - 1);
     float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
     ((uint16_t *)data)[lane] = to_bf16(scale);
     data += PANEL * 2 + lane * 4;
-    for (int64_t k = 0; k < group; k++) {
-        if (kind == W_I8)
-            data[k / 4 * (PANEL * 4) + k % 4] = (uint8_t)(128 + level_of(x[k], inverse, -127, 127));
-        else
-            data[k / 8 * (PANEL * 4) + k % 4] |= (uint8_t)((8 + level_of(x[k], inverse, -8, 7)) << (k % 8 / 4 * 4));
-    }
+    for (int64_t k = 0; k < group; k++)
+        data[k / per_word * (PANEL * 4) + k % 4] |=
+            (uint8_t)((offset + nearest(x[k], inverse, low, high)) << (k % per_word / 4 * bits));
 }
 
-/* A whole panel that is kept as it is: PANEL rows of `count` words, a cache line of each at a time. */
+static void pack_q8(uint8_t *data, const float *x, int64_t lane, int64_t group)
+{
+    pack_group(8, scale_q8(x, group), -127, 127, data, x, lane, group);
+}
+
+static void pack_q4(uint8_t *data, const float *x, int64_t lane, int64_t group)
+{
+    pack_group(4, scale_q4(x, group), -8, 7, data, x, lane, group);
+}
+
+/* By quantised format. */
+static void (*const PACK_GROUP[])(uint8_t *data, const float *x, int64_t lane, int64_t group) = {
+    [W_I8] = pack_q8,
+    [W_I4] = pack_q4,
+};
+
+/* Transposes a whole panel, PANEL rows of `count` words, a cache line of each row at a time. */
 INLINE void move_pairs(uint32_t *words, const void *rows, int64_t count)
 {
     for (int64_t start = 0; start < count; start += LINE)
@@ -95,11 +111,11 @@ INLINE void move_pairs(uint32_t *words, const void *rows, int64_t count)
                 memcpy(words + i * PANEL + lane, (const uint8_t *)rows + (lane * count + i) * 4, 4);
 }
 
-/* Weights that are kept: a transposition, in words of one float or of two bf16. */
+/* Packs float weights: a transposition in words of one float or of two bf16. */
 INLINE void pack_kept(const Pack *a, int64_t panel, uint32_t *words)
 {
     const Weights *w = a->w;
-    int64_t halves = w->format == W_BF16 ? 2 : 1, kp = padded_k(w->format, w->k);
+    int64_t halves = format_of(w)->per_word, kp = padded_k(w);
     float block[BLOCK];
     uint32_t line[BLOCK];
     if (halves == 2 && a->type == BF16 && w->k % 2 == 0 && (panel + 1) * PANEL <= w->n) {
@@ -125,68 +141,69 @@ static void pack_item(const void *job, int64_t panel, int thread)
 {
     const Pack *a = job;
     const Weights *w = a->w;
-    int64_t kp = padded_k(w->format, w->k), bytes = panel_bytes(w->format, w->k, w->group), group = w->group;
+    int64_t kp = padded_k(w), bytes = panel_bytes(w);
     uint8_t *data = a->data + panel * bytes;
     float *row = pool_private(thread);
     memset(data, 0, (size_t)bytes);
-    if (w->format < W_I8) {
+    if (!format_of(w)->quantised) {
         pack_kept(a, panel, (uint32_t *)data);
         return;
     }
+    int64_t groups = kp / w->group;
     memset(row, 0, (size_t)kp * sizeof(float));
     for (int64_t lane = 0; lane < min(PANEL, w->n - panel * PANEL); lane++) {
         widen(row, at(a->source, (panel * PANEL + lane) * w->k, a->type), w->k, a->type);
-        for (int64_t g = 0; g < kp / group; g++)
-            pack_group(data + g * (bytes / (kp / group)), row + g * group, lane, group, w->format);
+        for (int64_t g = 0; g < groups; g++)
+            PACK_GROUP[w->format](data + g * (bytes / groups), row + g * w->group, lane, w->group);
     }
+}
+
+/* Weight k of a row in column `lane` of a panel. */
+INLINE float unpacked(const Weights *w, const uint8_t *panel, int64_t lane, int64_t k)
+{
+    int64_t per_word = format_of(w)->per_word, bits = 32 / per_word;
+    if (w->format == W_F32)
+        return ((const float *)panel)[k * PANEL + lane];
+    if (w->format == W_BF16)
+        return from_bf16(((const uint16_t *)panel)[k / 2 * (PANEL * 2) + lane * 2 + k % 2]);
+    const uint8_t *group = panel + k / w->group * (PANEL * 2 + w->group / per_word * PANEL * 4);
+    int64_t j = k % w->group;
+    int q = group[PANEL * 2 + j / per_word * (PANEL * 4) + lane * 4 + j % 4] >> (j % per_word / 4 * bits);
+    return from_bf16(((const uint16_t *)group)[lane]) * (float)((q & ((1 << bits) - 1)) - (1 << (bits - 1)));
 }
 
 static void unpack_item(const void *job, int64_t panel, int thread)
 {
     const Pack *a = job;
     const Weights *w = a->w;
-    int64_t kp = padded_k(w->format, w->k), bytes = panel_bytes(w->format, w->k, w->group);
-    int64_t group = w->format < W_I8 ? kp : w->group, group_bytes = bytes / (kp / group);
-    const uint8_t *data = w->data + panel * bytes;
+    const uint8_t *data = w->data + panel * panel_bytes(w);
     (void)thread;
     for (int64_t lane = 0; lane < min(PANEL, w->n - panel * PANEL); lane++)
-        for (int64_t k = 0; k < w->k; k++) {
-            const uint8_t *of = data + k / group * group_bytes;
-            int64_t j = k % group;
-            float scale = w->format < W_I8 ? 1.0f : from_bf16(((const uint16_t *)of)[lane]), x;
-            if (w->format == W_F32)
-                x = ((const float *)of)[k * PANEL + lane];
-            else if (w->format == W_BF16)
-                x = from_bf16(((const uint16_t *)of)[k / 2 * (PANEL * 2) + lane * 2 + k % 2]);
-            else if (w->format == W_I8)
-                x = scale * (float)(of[PANEL * 2 + j / 4 * (PANEL * 4) + lane * 4 + j % 4] - 128);
-            else
-                x = scale * (float)((of[PANEL * 2 + j / 8 * (PANEL * 4) + lane * 4 + j % 4] >> (j % 8 / 4 * 4) & 15) - 8);
-            a->out[(panel * PANEL + lane) * w->k + k] = x;
-        }
+        for (int64_t k = 0; k < w->k; k++)
+            a->out[(panel * PANEL + lane) * w->k + k] = unpacked(w, data, lane, k);
 }
 
 INLINE int bad_weights(const Weights *w)
 {
-    int64_t kp = padded_k(w->format, w->k);
     if (w->n < 1 || w->k < 1 || w->format < W_F32 || w->format > W_I4)
         return 1;
-    return w->format >= W_I8 && (w->k > MAX_K || w->group < 1 || kp % w->group || w->group % (w->format == W_I8 ? 4 : 8));
+    return format_of(w)->quantised
+        && (w->k > MAX_K || w->group < 1 || padded_k(w) % w->group || w->group % format_of(w)->per_word);
 }
 
-/* Weights [n, k], row-major, into panels at `data`. */
+/* Packs weights [n, k], row-major, into panels at `data`. */
 static int pack(const Weights *w, const void *source, int64_t type, uint8_t *data)
 {
     Pack job = {w, source, type, data, NULL};
     if (bad_weights(w))
         return BAD_SHAPE;
-    if (pool_reserve(0, (size_t)padded_k(w->format, w->k) * sizeof(float)))
+    if (pool_reserve(0, (size_t)padded_k(w) * sizeof(float)))
         return NO_MEMORY;
     pool_run(pack_item, &job, (w->n + PANEL - 1) / PANEL);
     return OK;
 }
 
-/* Panels back into weights [n, k] in float32. */
+/* Unpacks panels into weights [n, k] in float32. */
 static int unpack(const Weights *w, float *out)
 {
     Pack job = {w, NULL, F32, NULL, out};

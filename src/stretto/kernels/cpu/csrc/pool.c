@@ -1,8 +1,8 @@
-/* Persistent workers that spin while a step runs and sleep between steps.
+/* Worker threads that spin while a step runs and sleep between steps.
  *
- * Each thread owns a share of the items and, when done, takes from the others'. The caller never waits for a worker
- * that has not begun: on a shared machine it may be another process's turn on that core, and then the caller does the
- * work itself. A worker spins SPIN_NS for the next job and then sleeps on a futex. */
+ * Each thread owns a share of the items. When it has run them, it takes items from the others. The caller never waits
+ * for a worker that has not started: on a shared machine another process may have that core, and then the caller does
+ * the work. A worker spins for SPIN_NS until the next job comes, then sleeps on a futex. */
 #define _GNU_SOURCE
 #include "pool.h"
 
@@ -41,15 +41,15 @@ static Body body;
 static const void *job;
 static void *shared;
 static size_t shared_size;
-static _Alignas(128) atomic_uint generation; /* the number of the newest job: what workers wait for */
-static _Alignas(128) atomic_uint open_job; /* the job that may be entered, 0: none */
+static _Alignas(128) atomic_uint generation; /* number of the newest job; workers wait for it to change */
+static _Alignas(128) atomic_uint open_job; /* 1 while workers may start on the job */
 static _Alignas(128) atomic_int inside; /* workers that may be reading the job */
 static atomic_int asleep;
 static atomic_int stopping;
 
 static void after_fork(void)
 {
-    /* The child has none of the workers. The next job starts them again. */
+    /* A forked child has no workers. Its next job starts them. */
     threads = 1;
     atomic_store(&inside, 0);
     atomic_store(&asleep, 0);
@@ -133,7 +133,7 @@ static void stop(void)
 
 static int start(void)
 {
-    /* A worker waits for the job after the newest one it has not seen: 0 is never a job's number. */
+    /* A worker has seen job 0 when it starts, so no job has the number 0. */
     atomic_store(&generation, 0);
     for (; threads < wanted; threads++)
         if (pthread_create(&workers[threads], NULL, worker, (void *)(intptr_t)threads))

@@ -1,9 +1,9 @@
-/* Attention of many queries: FlashAttention's tiling (Dao et al., 2022) with a query in each lane.
+/* Attention of many queries: FlashAttention's tiling (Dao et al., 2022), with a query in each vector lane.
  *
- * Scores stand as [key][query], so the softmax runs down the lanes and nothing is transposed but the queries, once.
- * Keys and values are widened to floats; with native bf16 they stay pairs. Over a cache of int8, queries and softmax
- * weights become 16-bit levels and all products are those of integers, twice as many a cycle: of queries a scale each,
- * of weights one a lane and tile. Sums stay within 32 bits: 32767 * 127 * 512 < 2^31. */
+ * Scores are stored as [key][query], so the softmax needs no sums across lanes, and only the queries are transposed.
+ * Keys and values are widened to floats. With native bf16 products they stay pairs of bf16. With an int8 cache, queries
+ * and softmax weights are quantised to 16 bits and multiplied as integers, which doubles the products of a cycle. Each
+ * query has a scale; softmax weights have one for each lane and tile. Sums stay below 32767 * 127 * 512 < 2^31. */
 #ifndef STRETTO_PREFILL_H
 #define STRETTO_PREFILL_H
 
@@ -20,7 +20,7 @@ typedef struct {
     float *scores, *weights; /* [KEYS][PANEL]; weights in words */
     float *raw; /* [head_dim] */
     int word; /* SINGLE, PAIR_BF16 or PAIR_I16 */
-    float by_query[QUERIES], by_key[KEYS], by_value[KEYS]; /* scales of levels */
+    float by_query[QUERIES], by_key[KEYS], by_value[KEYS]; /* scales of quantised values */
     float peak[QUERIES], total[QUERIES];
     int32_t position[QUERIES];
 } Tile;
@@ -29,7 +29,7 @@ INLINE int64_t prefill_scratch(int64_t d) { return 2 * BANKS * d * PANEL + 2 * K
 
 INLINE uint16_t *half(float *words, int64_t i) { return (uint16_t *)words + i; }
 
-/* One query into its lane, as words. */
+/* Writes one query into its lane, as words. */
 INLINE void read_lane(const Attention *a, Tile *t, float *q, int64_t l)
 {
     int64_t d = a->config->head_dim;
@@ -43,7 +43,7 @@ INLINE void read_lane(const Attention *a, Tile *t, float *q, int64_t l)
     if (t->word == PAIR_BF16)
         narrow(pairs, t->raw, d, BF16);
     else
-        t->by_query[l] = quantise_wide((int16_t *)pairs, t->raw, d, MAX_Q16) * a->config->scale;
+        t->by_query[l] = quantise((int16_t *)pairs, t->raw, d, MAX_Q16) * a->config->scale;
     for (int64_t i = 0; i < d / 2; i++)
         memcpy(words + i * PANEL, pairs + 2 * i, sizeof *words);
 }
@@ -66,20 +66,20 @@ INLINE void read_lanes(const Attention *a, const Item *item, Tile *t)
     }
 }
 
-/* Two rows of values side by side, so that their products with two weights are added; the last may be alone. */
+/* Interleaves two rows of values, whose products with two weights are then added. `odd` is NULL behind the last row. */
 INLINE void pair_halves(uint32_t *restrict words, const uint16_t *even, const uint16_t *odd, int64_t d)
 {
     for (int64_t i = 0; i < d; i++)
         words[i] = even[i] | (odd ? (uint32_t)odd[i] << 16 : 0);
 }
 
-INLINE void pair_levels(uint32_t *restrict words, const int8_t *even, const int8_t *odd, int64_t d)
+INLINE void pair_q8(uint32_t *restrict words, const int8_t *even, const int8_t *odd, int64_t d)
 {
     for (int64_t i = 0; i < d; i++)
         words[i] = (uint16_t)even[i] | (odd ? (uint32_t)odd[i] << 16 : 0);
 }
 
-INLINE void widen_levels(int16_t *restrict y, const int8_t *restrict x, int64_t d)
+INLINE void widen_q8(int16_t *restrict y, const int8_t *restrict x, int64_t d)
 {
     for (int64_t i = 0; i < d; i++)
         y[i] = x[i];
@@ -103,17 +103,18 @@ INLINE void read_tile(const Attention *a, const Item *item, int64_t key, int64_t
         } else {
             t->by_key[i] = kv_scale(keys[i], d);
             t->by_value[i] = kv_scale(values[i], d);
-            widen_levels((int16_t *)half(t->keys, i * d), keys[i], d);
+            widen_q8((int16_t *)half(t->keys, i * d), keys[i], d);
             if (i % 2 == 0)
-                pair_levels(words, values[i], next, d);
+                pair_q8(words, values[i], next, d);
         }
     }
 }
 
-INLINE void hide(const Attention *a, float *scores, int64_t key, int64_t count, const int32_t *position)
+INLINE void mask(const Attention *a, float *scores, int64_t key, int64_t count, const int32_t *position)
 {
     for (int64_t i = 0; i < count; i++) {
-        int32_t at_key = (int32_t)(key + i), oldest = a->config->window > 0 ? (int32_t)min(a->config->window, INT32_MAX) : INT32_MAX;
+        int32_t at_key = (int32_t)(key + i),
+                oldest = a->config->window > 0 ? (int32_t)min(a->config->window, INT32_MAX) : INT32_MAX;
         for (int64_t l = 0; l < PANEL; l++) {
             int32_t behind = position[l] - at_key;
             scores[i * PANEL + l] = behind < 0 || behind >= oldest ? -INFINITY : scores[i * PANEL + l];
@@ -121,8 +122,8 @@ INLINE void hide(const Attention *a, float *scores, int64_t key, int64_t count, 
     }
 }
 
-/* Scores [count][PANEL] into weights; returns through `fade` what the sums so far are to be multiplied by. */
-INLINE void soften_lanes(float *restrict s, int64_t count, float *peak, float *total, float *fade)
+/* Turns scores [count][PANEL] into softmax weights. `fade` receives the factor for the sums so far. */
+INLINE void softmax_lanes(float *restrict s, int64_t count, float *peak, float *total, float *fade)
 {
     float shift[PANEL], sum[PANEL];
     for (int64_t l = 0; l < PANEL; l++) {
@@ -160,9 +161,9 @@ INLINE void pair_weights(Tile *t, int64_t count)
     }
 }
 
-/* Weights of a tile times their values' scales into pairs of levels, the largest of each lane the highest level;
- * `level` is a level's size. A value that is not finite makes all that sees it NaN. */
-INLINE void level_weights(Tile *t, int64_t count, float *restrict total, float *restrict level)
+/* Multiplies the softmax weights of a tile with the scales of their values and quantises them to pairs of 16 bits.
+ * `unit` receives the scale of each lane. A value that is not finite makes the queries that see it NaN. */
+INLINE void quantise_weights(Tile *t, int64_t count, float *restrict total, float *restrict unit)
 {
     float top[PANEL] = {0}, inverse[PANEL];
     for (int64_t i = 0; i < count; i++) {
@@ -181,27 +182,28 @@ INLINE void level_weights(Tile *t, int64_t count, float *restrict total, float *
         memset(t->scores + count * PANEL, 0, PANEL * sizeof(float));
     for (int64_t l = 0; l < PANEL; l++) {
         inverse[l] = top[l] > 1e-30f ? MAX_Q16 / top[l] : 0.0f;
-        level[l] = top[l] / MAX_Q16;
+        unit[l] = top[l] / MAX_Q16;
     }
     for (int64_t i = 0; i < (count + 1) / 2; i++) {
         uint32_t *restrict to = (uint32_t *)t->weights + i * PANEL;
         const float *even = t->scores + 2 * i * PANEL, *odd = even + PANEL;
         for (int64_t l = 0; l < PANEL; l++)
             to[l] = (uint32_t)(int32_t)(even[l] * inverse[l] + 0.5f)
-                    | (uint32_t)(int32_t)(odd[l] * inverse[l] + 0.5f) << 16;
+                  | (uint32_t)(int32_t)(odd[l] * inverse[l] + 0.5f) << 16;
     }
 }
 
-/* The softmax of a tile by itself, then of it and all before: `fade` is for the sums so far, `gain` for the tile's. */
-INLINE void soften_levels(Tile *t, int64_t count, int64_t bank, float *fade, float *gain)
+/* The softmax of a tile alone, and then of it and the tiles before. `fade` receives the factor for the sums so far,
+ * `gain` that for the sums of the tile. */
+INLINE void softmax_q16(Tile *t, int64_t count, int64_t bank, float *fade, float *gain)
 {
     float peak[PANEL], total[PANEL], *before = t->peak + bank * PANEL, *sum = t->total + bank * PANEL;
     for (int64_t l = 0; l < PANEL; l++) {
         peak[l] = -INFINITY;
         total[l] = 0;
     }
-    soften_lanes(t->scores, count, peak, total, fade);
-    level_weights(t, count, total, gain);
+    softmax_lanes(t->scores, count, peak, total, fade);
+    quantise_weights(t, count, total, gain);
     for (int64_t l = 0; l < PANEL; l++) {
         float highest = peak[l] > before[l] ? peak[l] : before[l], shift = highest == -INFINITY ? 0.0f : highest;
         float of_tile = exp_below(peak[l] - shift);
@@ -212,11 +214,11 @@ INLINE void soften_levels(Tile *t, int64_t count, int64_t bank, float *fade, flo
     }
 }
 
-/* One tile of keys for one bank of lanes, as far as they see it; `fresh`: it is their first. */
+/* Attention of one bank of lanes over one tile of keys. `fresh`: it is their first tile. */
 INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, int64_t count, int fresh)
 {
     int64_t d = a->config->head_dim, step = ROWS_FLOAT, word = t->word == SINGLE ? 1 : 2;
-    int levels = t->word == PAIR_I16;
+    int q16 = t->word == PAIR_I16;
     float fade[PANEL], gain[PANEL], *out = t->out + bank * d * PANEL;
     float *weights = t->word == SINGLE ? t->scores : t->weights;
     const float *by_query = t->by_query + bank * PANEL;
@@ -227,9 +229,9 @@ INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, 
         int rows = (int)min(step, count - i);
         words(rows, t->word, t->keys + i * d / word, d / word, 1, t->q + bank * d * PANEL, PANEL, d / word, 1, sums);
         for (int j = 0; j < rows * NV; j++) {
-            vf scale = levels ? vf_mul(vf_load(by_query + j % NV * VF), vf_set1(t->by_key[i + j / NV]))
-                              : vf_set1(a->config->scale);
-            vf_store(t->scores + i * PANEL + j * VF, vf_mul(levels ? vf_from(vi_bits(sums[j])) : sums[j], scale));
+            vf scale = q16 ? vf_mul(vf_load(by_query + j % NV * VF), vf_set1(t->by_key[i + j / NV]))
+                           : vf_set1(a->config->scale);
+            vf_store(t->scores + i * PANEL + j * VF, vf_mul(q16 ? vf_from(vi_bits(sums[j])) : sums[j], scale));
         }
     }
     if (count <= 0)
@@ -238,22 +240,22 @@ INLINE void attend_bank(const Attention *a, Tile *t, int64_t bank, int64_t key, 
         for (int64_t i = 0; i < count * PANEL; i++)
             t->scores[i] = a->config->softcap * tanh_of(t->scores[i] / a->config->softcap);
     if (a->config->window > 0 || key + count - 1 > position[0])
-        hide(a, t->scores, key, count, position);
-    if (levels)
-        soften_levels(t, count, bank, fade, gain);
+        mask(a, t->scores, key, count, position);
+    if (q16)
+        softmax_q16(t, count, bank, fade, gain);
     else
-        soften_lanes(t->scores, count, t->peak + bank * PANEL, t->total + bank * PANEL, fade);
+        softmax_lanes(t->scores, count, t->peak + bank * PANEL, t->total + bank * PANEL, fade);
     if (t->word == PAIR_BF16)
         pair_weights(t, count);
     for (int64_t i = 0; i < d; i += step) {
         int rows = (int)min(step, d - i);
-        if (!levels && !fresh)
+        if (!q16 && !fresh)
             for (int j = 0; j < rows * NV; j++)
                 sums[j] = vf_mul(vf_load(out + i * PANEL + j * VF), vf_load(fade + j % NV * VF));
-        words(rows, t->word, t->values + i, 1, d, weights, PANEL, (count + word - 1) / word, levels || fresh, sums);
+        words(rows, t->word, t->values + i, 1, d, weights, PANEL, (count + word - 1) / word, q16 || fresh, sums);
         for (int j = 0; j < rows * NV; j++) {
             float *sum = out + i * PANEL + j * VF;
-            if (levels) {
+            if (q16) {
                 vf before = fresh ? vf_zero() : vf_mul(vf_load(sum), vf_load(fade + j % NV * VF));
                 sums[j] = vf_fma(vf_from(vi_bits(sums[j])), vf_load(gain + j % NV * VF), before);
             }

@@ -1,13 +1,13 @@
-/* What is done to each token row by itself: norms, gated activations, rotations, the likeliest tokens. */
+/* Kernels that treat each token's row alone: norms, gated activations, rotary embedding, rescoring of logits. */
 #ifndef STRETTO_ROWS_H
 #define STRETTO_ROWS_H
 
 #include "pool.h"
 #include "scalar.h"
 
-#define SMALL_WORK 32768 /* elements below which waking another thread costs more than it saves */
+#define SMALL_WORK 32768 /* with fewer elements, waking another thread costs more than it saves */
 
-/* Rows per item: enough to be worth a turn, few enough to share out. */
+/* Rows per item: enough to be worth taking, few enough to balance the threads. */
 INLINE int64_t rows_per_item(int64_t m, int64_t width)
 {
     if (m * width <= SMALL_WORK || pool_threads() == 1)
@@ -57,7 +57,8 @@ static void norm_item(const void *job, int64_t item, int thread)
     }
 }
 
-/* y = RMS norm of x (+ residual, which becomes the sum), times the weight. All [m, h]. */
+/* y = RMS norm of x, times the weight [h]. x and y are [m, h]. With a residual [m, h], x is added to it first, and the
+ * norm is of the sum. */
 static int norm(const void *x, void *residual, const void *weight, void *y, int64_t m, int64_t h, float eps,
                 int64_t type)
 {
@@ -102,7 +103,7 @@ static void act_and_mul_item(const void *job, int64_t item, int thread)
     }
 }
 
-/* y [m, f] = activation(x[:, :f]) * x[:, f:]. */
+/* y [m, f] = activation(x[:, :f]) * x[:, f:], for x [m, 2f]. */
 static int act_and_mul(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type)
 {
     ActAndMul job = {x, y, m, f, activation, type, rows_per_item(m, 4 * f)};
@@ -134,7 +135,7 @@ static void cos_sin_item(const void *job, int64_t item, int thread)
         }
 }
 
-/* Cosines, then sines, of position * frequency, times the scale: turns [tokens, 2, pairs]. */
+/* Cosines, then sines, of position * frequency, times the scale: angles [tokens, 2, pairs]. */
 static int cos_sin(const Step *step, const float *frequencies, int64_t pairs, float scale, float *angles)
 {
     CosSin job = {step, frequencies, angles, pairs, rows_per_item(step->tokens, 32 * pairs), scale};
@@ -210,14 +211,16 @@ INLINE int64_t values_offset(const Step *step, const AttentionConfig *config)
     return step->blocks * config->kv_heads * step->block_size * kv_bytes(config->head_dim, step->kv_type);
 }
 
-/* qkv [tokens, (heads + 2 kv_heads) * head_dim]: normalise and rotate queries and keys, the queries in place; write
- * keys and values into their slots. `dims` of a head are rotated, by `turns` [tokens, 2, dims / 2]. */
-static int rope_and_cache(const Step *step, const AttentionConfig *config, void *qkv, const void *norms, const float *angles, int64_t dims,
-                 void *cache)
+/* Normalises and rotates the queries and keys of qkv [tokens, (heads + 2 kv_heads) * head_dim], and writes keys and
+ * values into their slots of the cache. Queries are written back to qkv. The first `dims` of a head are rotated by
+ * `angles` [tokens, 2, dims / 2]. */
+static int rope_and_cache(const Step *step, const AttentionConfig *config, void *qkv, const void *norms,
+                          const float *angles, int64_t dims, void *cache)
 {
     int64_t width = (config->heads + 2 * config->kv_heads) * config->head_dim;
     char *keys = cache, *values = keys + values_offset(step, config);
-    RopeAndCache job = {step, config, qkv, keys, values, norms, angles, dims / 2, rows_per_item(step->tokens, 2 * width)};
+    int64_t rows = rows_per_item(step->tokens, 2 * width);
+    RopeAndCache job = {step, config, qkv, keys, values, norms, angles, dims / 2, rows};
     if (dims > config->head_dim || dims % 2)
         return BAD_SHAPE;
     if (step->tokens < 1)
@@ -235,7 +238,7 @@ typedef struct {
     int64_t n, k;
 } Top;
 
-/* The heap keeps the worst of the best on top; of equals the later one is worse. */
+/* Order of the heap of best logits, whose root is the worst of them: of equal logits, the later is worse. */
 INLINE int worse(const float *v, const int64_t *at, int64_t a, int64_t b)
 {
     return v[a] < v[b] || (v[a] == v[b] && at[a] > at[b]);
@@ -277,7 +280,7 @@ static void top_item(const void *job, int64_t item, int thread)
 #pragma omp simd reduction(| : any)
         for (int64_t i = start; i < end; i++)
             any |= x[i] > v[0];
-        /* -infinity counts while fewer than k tokens are held. NaN never does. */
+        /* While the heap holds fewer than k logits, -infinity enters too. NaN never does. */
         for (int64_t i = start; (any || indices[0] == a->n) && i < end; i++)
             if (x[i] > v[0] || (x[i] == v[0] && indices[0] == a->n)) {
                 v[0] = x[i];
@@ -316,10 +319,10 @@ static void rescore_item(const void *job, int64_t item, int thread)
     }
 }
 
-/* The `count` largest logits of each row [m, n] computed anew, from x [m, k] and the weights as they were before they
- * were quantised, rows [n, k]. */
+/* Computes the `count` largest logits of each row [m, n] again, from x [m, k] and the weights before they were
+ * quantised, rows [n, k]. NaN is never among the largest. Of equal logits the first are taken. */
 static int rescore_top_k(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k, int64_t count,
-                   int64_t type, int64_t rows_type)
+                         int64_t type, int64_t rows_type)
 {
     Rescore job = {logits, x, rows, n, k, count, type, rows_type};
     if (count < 1 || count > n || k < 1)

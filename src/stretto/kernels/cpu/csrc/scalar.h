@@ -1,4 +1,4 @@
-/* Numbers and rows of numbers, written so that the compiler makes vectors of them. */
+/* Scalar functions and loops over rows, written so that the compiler vectorises them. */
 #ifndef STRETTO_SCALAR_H
 #define STRETTO_SCALAR_H
 
@@ -12,7 +12,7 @@
 #define MAX_ROWS (ROWS_INT > ROWS_FLOAT ? ROWS_INT : ROWS_FLOAT)
 #define UNROLL _Pragma("GCC unroll 16")
 #ifndef NATIVE_BF16
-#define vf_dot_pairs(sum, a, b) (sum) /* never asked for */
+#define vf_dot_pairs(sum, a, b) (sum) /* never called */
 #endif
 #ifndef NATIVE_I16
 #define vf_dot_i16(sum, a, b) (sum)
@@ -43,7 +43,7 @@ INLINE uint16_t to_bf16(float x)
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : nearest);
 }
 
-/* e^x to about 2 units in the last place; 0 below -87, infinity above 88.7, NaN stays NaN. */
+/* e^x, to about 2 units in the last place (Cephes' polynomial). 0 below -87, infinity above 88.7, NaN for NaN. */
 INLINE float exp_of(float x)
 {
     float y = x * 1.44269504f;
@@ -59,7 +59,7 @@ INLINE float exp_of(float x)
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    /* n is at most 128, and 2^128 is no float: half of the power twice. */
+    /* n may be 128, and 2^128 is not a float: multiply by half of the power twice. */
     int32_t whole = (int32_t)n, half = whole >> 1;
     float result = p * float_of((uint32_t)(half + 127) << 23) * float_of((uint32_t)(whole - half + 127) << 23);
     result = x < -87.0f ? 0.0f : result;
@@ -67,7 +67,7 @@ INLINE float exp_of(float x)
     return x != x ? x : result;
 }
 
-/* The same for x of at most 0, as softmax has it, in fewer steps. */
+/* The same with fewer operations, for the x <= 0 of a softmax. */
 INLINE float exp_below(float x)
 {
     float y = x < -87.0f ? -87.0f : x;
@@ -90,7 +90,7 @@ INLINE float tanh_of(float x)
     return copysignf((1.0f - e) / (1.0f + e), x);
 }
 
-/* Abramowitz and Stegun 7.1.26: within 1.5e-7. */
+/* Abramowitz and Stegun, 7.1.26: the error is below 1.5e-7. */
 INLINE float erf_of(float x)
 {
     float a = fabsf(x), t = 1.0f / (1.0f + 0.3275911f * a);
@@ -122,7 +122,7 @@ INLINE void narrow(void *y, const float *restrict x, int64_t n, int64_t type)
 
 INLINE void *at(const void *p, int64_t i, int64_t type) { return (char *)p + i * (int64_t)type_size(type); }
 
-/* The bits of the largest magnitude: above those of infinity when there is a NaN. */
+/* The bits of the largest magnitude. With a NaN they are greater than those of infinity. */
 INLINE uint32_t largest(const float *x, int64_t n)
 {
     uint32_t top = 0;
@@ -134,42 +134,26 @@ INLINE uint32_t largest(const float *x, int64_t n)
     return top;
 }
 
-/* What x [n] is multiplied with to become levels of at most `most`, and through `scale` what a level is worth: NaN
- * when x holds a number that is not finite, and then all levels are 0. */
-INLINE float levels_per_unit(const float *x, int64_t n, float max, float *scale)
+/* Quantises x [n] to integers q of magnitude `max` at most. Returns their scale: 0 where all of x is (nearly) 0, NaN
+ * where a number is not finite, and then all q are 0. */
+INLINE float quantise(int16_t *restrict q, const float *restrict x, int64_t n, float max)
 {
-    uint32_t top = largest(x, n);
-    int finite = top < 0x7f800000, some = float_of(top) > 1e-30f;
-    *scale = !finite ? NAN : some ? float_of(top) / max : 0.0f;
-    return finite && some ? max / float_of(top) : 0.0f;
-}
-
-/* x [n] into levels q of 8 bits; returns their scale. */
-INLINE float quantise(int8_t *restrict q, const float *restrict x, int64_t n)
-{
-    float scale, inverse = levels_per_unit(x, n, 127.0f, &scale);
-    if (inverse == 0.0f) {
-        memset(q, 0, (size_t)n);
-        return scale;
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++)
-        q[i] = (int8_t)(int32_t)((x[i] * inverse + ROUND) - ROUND);
-    return scale;
-}
-
-/* The same with levels of 16 bits, of at most `most`. */
-INLINE float quantise_wide(int16_t *restrict q, const float *restrict x, int64_t n, float max)
-{
-    float scale, inverse = levels_per_unit(x, n, max, &scale);
-    if (inverse == 0.0f) {
+    float peak = float_of(largest(x, n));
+    if (!(peak > 1e-30f && peak < INFINITY)) {
         memset(q, 0, (size_t)n * sizeof *q);
-        return scale;
+        return peak < INFINITY ? 0.0f : NAN;
     }
+    float inverse = max / peak;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++)
         q[i] = (int16_t)(int32_t)((x[i] * inverse + ROUND) - ROUND);
-    return scale;
+    return peak / max;
+}
+
+INLINE void narrow_q8(int8_t *restrict y, const int16_t *restrict q, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        y[i] = (int8_t)q[i];
 }
 
 INLINE float kv_scale(const void *row, int64_t d)
@@ -179,17 +163,17 @@ INLINE float kv_scale(const void *row, int64_t d)
     return scale;
 }
 
-/* A row of keys or values as floats, and back. */
+/* A key or value as floats, and back. */
 INLINE void widen_kv(float *restrict y, const void *row, int64_t d, int64_t type)
 {
     if (type != I8) {
         widen(y, row, d, type);
         return;
     }
-    const int8_t *levels = row;
+    const int8_t *q = row;
     float scale = kv_scale(row, d);
     for (int64_t i = 0; i < d; i++)
-        y[i] = scale * (float)levels[i];
+        y[i] = scale * (float)q[i];
 }
 
 INLINE void narrow_kv(void *row, const float *restrict x, int64_t d, int64_t type)
@@ -198,7 +182,9 @@ INLINE void narrow_kv(void *row, const float *restrict x, int64_t d, int64_t typ
         narrow(row, x, d, type);
         return;
     }
-    float scale = quantise(row, x, d);
+    int16_t q[d];
+    float scale = quantise(q, x, d, 127.0f);
+    narrow_q8(row, q, d);
     memcpy((char *)row + d, &scale, sizeof scale);
 }
 

@@ -1,4 +1,4 @@
-/* Vectors of 4 lanes in the compiler's own terms: any machine. */
+/* Vectors of 4 lanes in GCC's vector extensions, for any machine. */
 #ifndef STRETTO_VEC128_H
 #define STRETTO_VEC128_H
 
@@ -34,32 +34,32 @@ INLINE vi vi_load(const void *p)
     return a;
 }
 INLINE void vi_store(void *p, vi a) { memcpy(p, &a, sizeof a); }
-INLINE vf vf_bf16(const uint16_t *p)
-{
-    return (vf)((vu){p[0], p[1], p[2], p[3]} << 16);
-}
+INLINE vf vf_bf16(const uint16_t *p) { return (vf)((vu){p[0], p[1], p[2], p[3]} << 16); }
 INLINE vf vf_i8(const int8_t *p) { return (vf){p[0], p[1], p[2], p[3]}; }
 INLINE vf vf_even(vi pairs) { return (vf)((vu)pairs << 16); }
 INLINE vf vf_odd(vi pairs) { return (vf)((vu)pairs & 0xffff0000u); }
-#define PARTS_I8 1
-#define SPAN_I4 MAX_K /* k summed as integers: a whole group */
-INLINE vi vi_split(int kind, vi packed, int part)
+
+/* Products of quantised weights of `bits` bits, unsigned, with quantised x. See gemm.h. */
+#define PARTS(bits) (8 / (bits))
+#define X_BITS(bits) 8
+#define EXACT_K(bits) MAX_K
+INLINE vi vi_split(const int bits, vi packed, int part)
 {
-    return kind == W_I4 ? (vi)((vu)packed >> (4 * part)) & 0x0f0f0f0f : packed;
+    return bits == 8 ? packed : (vi)((vu)packed >> (bits * part)) & (0x01010101 * ((1 << bits) - 1));
 }
-INLINE vi vi_dot(int kind, vi sum, vi weights, vi x)
+INLINE vi vi_dot(const int bits, vi sum, vi weights, vi x)
 {
-    (void)kind;
+    (void)bits;
     for (int shift = 0; shift < 32; shift += 8)
         sum += ((vi)((vu)weights >> shift) & 255) * ((vi)((vu)x << (24 - shift)) >> 24);
     return sum;
 }
-INLINE vi vi_total(int kind, vi sum)
+INLINE vi vi_total(const int bits, vi sum)
 {
-    (void)kind;
+    (void)bits;
     return sum;
 }
-INLINE int32_t start_of_4(int32_t sum) { return -8 * sum; }
+INLINE int32_t first_sum(int bits, int32_t x_sum) { return (int32_t)(-(1u << (bits - 1)) * (uint32_t)x_sum); }
 
 /* Lane i of the result is the sum of the lanes of a[i]. */
 INLINE vf vf_sums(const vf *a)
@@ -72,7 +72,7 @@ INLINE vf vf_sums(const vf *a)
 
 #define ROWS_INT 2
 #define ROWS_FLOAT 2
-#define ROWS_WIDE 0 /* rows of x that leave registers for four vectors of weights */
-#define LANES 2 /* queries that share a pass over keys or values */
+#define ROWS_WIDE 0 /* up to so many rows of x, registers remain for four vectors of weights */
+#define LANES 2 /* queries that share one pass over keys or values */
 
 #endif

@@ -17,7 +17,7 @@ INLINE void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-/* The same in this order, as vi_dot. */
+/* The same, in source order: see vi_dot. */
 INLINE vf vf_sum(vf a, vf b, vf c)
 {
     c = _mm256_fmadd_ps(a, b, c);
@@ -29,39 +29,44 @@ INLINE vf vf_bf16(const uint16_t *p)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
 }
-INLINE vf vf_i8(const int8_t *p)
-{
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
-}
+INLINE vf vf_i8(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p))); }
 INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
 INLINE vi vi_set1(int32_t x) { return _mm256_set1_epi32(x); }
 INLINE vi vi_load(const void *p) { return _mm256_loadu_si256(p); }
 INLINE vf vf_even(vi pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-INLINE vf vf_odd(vi pairs)
-{
-    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
-}
+INLINE vf vf_odd(vi pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000))); }
 INLINE void vi_store(void *p, vi a) { _mm256_storeu_si256(p, a); }
 
-/* Products of full-range bytes would saturate in 16 bits, so int8 is split into even and odd bytes of 16 bits each.
- * Those of nibbles do not: 32 of k are summed in 16 bits, two sums to a lane, each of which takes back half of the
- * offset. By case analysis they stay within 15 * 127 * 16 = 30,480. */
-#define PARTS_I8 2
-#define SPAN_I4 32
-INLINE vi vi_split(int kind, vi packed, int part)
+/* Products of quantised weights of `bits` bits, unsigned, with quantised x. See gemm.h.
+ *
+ * The sum of two products of full bytes can exceed 16 bits, so 8-bit weights are split into even and odd bytes,
+ * widened to 16 bits and multiplied with 16-bit x. Products of 4-bit weights stay bytes, and 32 of k are summed in two
+ * 16-bit halves of a lane, each of which starts with half of the offset. No such sum exceeds 15 * 127 * 16 = 30,480. */
+#define PARTS(bits) 2
+#define X_BITS(bits) ((bits) == 8 ? 16 : 8)
+#define EXACT_K(bits) ((bits) == 8 ? MAX_K : 32)
+INLINE vi vi_split(const int bits, vi packed, int part)
 {
-    vi odd = _mm256_srli_epi16(packed, kind == W_I4 ? 4 : 8);
-    return kind == W_I4 ? _mm256_and_si256(part ? odd : packed, _mm256_set1_epi8(15))
-                        : part ? odd : _mm256_and_si256(packed, _mm256_set1_epi16(255));
+    vi odd = _mm256_srli_epi16(packed, bits);
+    return bits == 4 ? _mm256_and_si256(part ? odd : packed, _mm256_set1_epi8(15))
+         : part      ? odd
+                     : _mm256_and_si256(packed, _mm256_set1_epi16(255));
 }
-INLINE vi vi_dot(int kind, vi sum, vi weights, vi x)
+INLINE vi vi_dot(const int bits, vi sum, vi weights, vi x)
 {
-    sum = kind == W_I4 ? _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, x))
-                       : _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x));
-    /* Keeps the order: the compiler would start all products first, and there are no registers for them. */
+    sum = bits == 4 ? _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, x))
+                    : _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x));
+    /* Keeps source order. The compiler would start all products first, and has no registers for them. */
     __asm__ volatile("" : "+x"(sum));
     return sum;
 }
+INLINE vi vi_total(const int bits, vi sum) { return bits == 4 ? _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) : sum; }
+INLINE int32_t first_sum(int bits, int32_t x_sum)
+{
+    uint32_t sum = (uint32_t)x_sum;
+    return (int32_t)(bits == 4 ? (uint16_t)(-4u * sum) * 0x10001u : -128u * sum);
+}
+
 #define NATIVE_I16
 INLINE vi vi_bits(vf a) { return _mm256_castps_si256(a); }
 INLINE vi vi_dot_i16(vi sum, vi a, vi b)
@@ -74,14 +79,12 @@ INLINE vf vf_dot_i16(vf sum, vf a, vf b)
 {
     return _mm256_castsi256_ps(vi_dot_i16(vi_bits(sum), vi_bits(a), vi_bits(b)));
 }
-/* Bytes as numbers of 16 bits: 2 * VF of a row; VF each of two rows, side by side. */
+/* Bytes widened to 16 bits: 2 * VF of a row, or VF of each of two rows, interleaved. */
 INLINE vi vi_wide(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)); }
 INLINE vi vi_side_by_side(const int8_t *p, const int8_t *q)
 {
     return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(_mm_loadl_epi64((const void *)p), _mm_loadl_epi64((const void *)q)));
 }
-INLINE vi vi_total(int kind, vi sum) { return kind == W_I4 ? _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) : sum; }
-INLINE int32_t start_of_4(int32_t sum) { return (int32_t)((uint32_t)(uint16_t)(-4 * sum) * 0x10001u); }
 
 /* Lane i of the result is the sum of the lanes of a[i]. */
 INLINE vf vf_sums(const vf *a)
@@ -93,7 +96,7 @@ INLINE vf vf_sums(const vf *a)
 
 #define ROWS_INT 6
 #define ROWS_FLOAT 4
-#define ROWS_WIDE 2 /* rows of x that leave registers for four vectors of weights */
-#define LANES 2 /* queries that share a pass over keys or values */
+#define ROWS_WIDE 2 /* up to so many rows of x, registers remain for four vectors of weights */
+#define LANES 2 /* queries that share one pass over keys or values */
 
 #endif

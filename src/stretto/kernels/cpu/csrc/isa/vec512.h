@@ -23,31 +23,35 @@ INLINE vf vf_bf16(const uint16_t *p)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
-INLINE vf vf_i8(const int8_t *p)
-{
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
-}
+INLINE vf vf_i8(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p))); }
 INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
 INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vf vf_even(vi pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-INLINE vf vf_odd(vi pairs)
-{
-    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
-}
+INLINE vf vf_odd(vi pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000))); }
 INLINE void vi_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
-#define PARTS_I8 1
-#define SPAN_I4 MAX_K /* k summed as integers: a whole group */
-INLINE vi vi_split(int kind, vi packed, int part)
+
+/* Products of quantised weights of `bits` bits, unsigned, with quantised x. See gemm.h. */
+#define PARTS(bits) (8 / (bits))
+#define X_BITS(bits) 8
+#define EXACT_K(bits) MAX_K
+INLINE vi vi_split(const int bits, vi packed, int part)
 {
-    vi all = part ? _mm512_srli_epi16(packed, 4) : packed;
-    return kind == W_I4 ? _mm512_and_si512(all, _mm512_set1_epi8(15)) : packed;
+    vi all = part ? _mm512_srli_epi16(packed, bits) : packed;
+    return bits == 4 ? _mm512_and_si512(all, _mm512_set1_epi8(15)) : packed;
 }
-INLINE vi vi_dot(int kind, vi sum, vi weights, vi x)
+INLINE vi vi_dot(const int bits, vi sum, vi weights, vi x)
 {
-    (void)kind;
+    (void)bits;
     return _mm512_dpbusd_epi32(sum, weights, x);
 }
+INLINE vi vi_total(const int bits, vi sum)
+{
+    (void)bits;
+    return sum;
+}
+INLINE int32_t first_sum(int bits, int32_t x_sum) { return (int32_t)(-(1u << (bits - 1)) * (uint32_t)x_sum); }
+
 #define NATIVE_I16
 INLINE vi vi_bits(vf a) { return _mm512_castps_si512(a); }
 INLINE vi vi_dot_i16(vi sum, vi a, vi b) { return _mm512_dpwssd_epi32(sum, a, b); }
@@ -55,7 +59,7 @@ INLINE vf vf_dot_i16(vf sum, vf a, vf b)
 {
     return _mm512_castsi512_ps(vi_dot_i16(vi_bits(sum), vi_bits(a), vi_bits(b)));
 }
-/* Bytes as numbers of 16 bits: 2 * VF of a row; VF each of two rows, side by side. */
+/* Bytes widened to 16 bits: 2 * VF of a row, or VF of each of two rows, interleaved. */
 INLINE vi vi_wide(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p)); }
 INLINE vi vi_side_by_side(const int8_t *p, const int8_t *q)
 {
@@ -63,12 +67,6 @@ INLINE vi vi_side_by_side(const int8_t *p, const int8_t *q)
     __m128i low = _mm_unpacklo_epi8(first, second), high = _mm_unpackhi_epi8(first, second);
     return _mm512_cvtepi8_epi16(_mm256_set_m128i(high, low));
 }
-INLINE vi vi_total(int kind, vi sum)
-{
-    (void)kind;
-    return sum;
-}
-INLINE int32_t start_of_4(int32_t sum) { return -8 * sum; }
 
 INLINE vf vf_fold(vf a, vf b, int step)
 {
@@ -101,8 +99,8 @@ INLINE vf vf_sums(const vf *a)
 
 #define ROWS_INT 8
 #define ROWS_FLOAT 8
-#define ROWS_WIDE 0 /* rows of x that leave registers for four vectors of weights */
-#define LANES 4 /* queries that share a pass over keys or values */
+#define ROWS_WIDE 0 /* up to so many rows of x, registers remain for four vectors of weights */
+#define LANES 4 /* queries that share one pass over keys or values */
 #ifdef NATIVE_BF16
 INLINE vf vf_dot_pairs(vf sum, vf a, vf b)
 {
