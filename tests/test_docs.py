@@ -9,11 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+PACKAGE = ROOT / "src" / "stretto"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 DECISIONS = sorted((DOCS / "decisions").glob("*.md"))
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 ENTRY = re.compile(r"^## (.+)\n\n((?:.+\n)+)", re.MULTILINE)
+NAMED = re.compile(r"`((?:[\w-]+/)+[\w.-]*)`")
 FIELDS = ["Context", "Decision", "Figure", "Date", "Status"]
 
 
@@ -33,6 +35,14 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """A path is below the root of the repository or below `src/stretto`."""
+    made = ("site/", "application/")
+    names = [name for name in NAMED.findall(page.read_text()) if not name.startswith(made)]
+    assert not [name for name in names if not any((top / name).exists() for top in (ROOT, PACKAGE))]
 
 
 def test_every_decision_has_its_fields_in_order() -> None:
