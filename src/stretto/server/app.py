@@ -18,10 +18,11 @@ from pathlib import Path
 from msgspec import json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
@@ -145,6 +146,14 @@ class App(Starlette):
         )
         self.router.redirect_slashes = False
         self.server = server
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Starlette's stack without its outermost layer, which shows a bug's traceback: `Endpoint` catches
+        bugs already, and a layer costs 0.3 us for each token."""
+        app: ASGIApp = ExceptionMiddleware(self.router, self.exception_handlers)
+        for middleware, args, kwargs in reversed(self.user_middleware):
+            app = middleware(app, *args, **kwargs)
+        return app
 
 
 def build(

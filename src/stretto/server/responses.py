@@ -108,8 +108,8 @@ class Style:
 
 
 class ChunkTemplate:
-    """Server-sent events that differ in their delta alone. `event(delta)` equals `event_of(chunk)` of the
-    chunk with that delta, but the bytes around the delta are encoded only once.
+    """Server-sent events that differ in their delta alone. `events` equals `event_of(chunk)` of a chunk with
+    each delta, but the bytes around the delta are encoded only once.
 
     `chunk` has an empty delta. It is split at the key in front of it, which occurs once: inside a JSON string
     the key's quotes would be escaped.
@@ -125,9 +125,13 @@ class ChunkTemplate:
         self._after = after
         self._fill = style.fill
 
-    def event(self, delta: Delta) -> bytes:
-        """The event of one delta."""
-        return self._before + self._fill(delta) + self._after
+    def events(self, deltas: Sequence[OutputDelta]) -> bytes:
+        """One event for each delta."""
+        before, fill, after = self._before, self._fill, self._after
+        events = b""
+        for delta, _ in deltas:
+            events += before + fill(delta) + after
+        return events
 
 
 def event_of(chunk: ChatChunk | TextCompletion) -> bytes:
@@ -155,25 +159,24 @@ class ResponseWriter:
     def events(self, output: Output, deltas: Sequence[OutputDelta]) -> bytes:
         """The events of new deltas. The last one of an output has its finish reason and its report."""
         template = self._templates.get(output.index)
-        ends = output.finish_reason is not None
-        parts: list[bytes] = []
         if template is None:
             chunk = self._with_usage(output, self._style.chunk(self._head, ChunkPart(output.index)))
             template = self._templates[output.index] = ChunkTemplate(chunk, self._style)
             first, event = deltas[0] if deltas else (EMPTY, None)
             deltas = [(self._style.opening(output, first), event), *deltas[1:]]
-        elif ends and not deltas:
-            deltas = [(EMPTY, None)]
-        last = len(deltas) - 1 if ends else -1
-        for at, (delta, event) in enumerate(deltas):
-            if self._only_deltas and at != last:
-                parts.append(template.event(delta))
-            else:
-                parts.append(event_of(self.chunk(output, delta, event, ends=at == last)))
-        return b"".join(parts)
+        if output.finish_reason is None:
+            return self._unfinished(output, template, deltas)
+        delta, event = deltas[-1] if deltas else (EMPTY, None)
+        before = self._unfinished(output, template, deltas[:-1])
+        return before + event_of(self.chunk(output, delta, event, ends=True))
+
+    def _unfinished(self, output: Output, template: ChunkTemplate, deltas: Sequence[OutputDelta]) -> bytes:
+        if self._only_deltas:
+            return template.events(deltas)
+        return b"".join([event_of(self.chunk(output, delta, event)) for delta, event in deltas])
 
     def chunk(
-        self, output: Output, delta: Delta, event: TokenEvent | None, *, ends: bool
+        self, output: Output, delta: Delta, event: TokenEvent | None, *, ends: bool = False
     ) -> ChatChunk | TextCompletion:
         """One chunk as a wire type. `ends`: it is the last one of its output."""
         reason = output.finish_reason if ends else None

@@ -236,7 +236,7 @@ def _sampling(
     request: Generation, max_tokens: int | None, logprobs: int | None, grammar: Grammar | None
 ) -> Sampling:
     stop = request.stop or ()
-    given = {
+    given: dict[str, Any] = {
         "min_tokens": request.min_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,

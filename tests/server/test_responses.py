@@ -1,0 +1,91 @@
+"""The fast way to write a chunk and the plain way make the same bytes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import structs
+
+from stretto.protocol.openai import Delta, FunctionDelta, StreamOptions, ToolCallDelta
+from stretto.server.responses import (
+    CHAT,
+    TEXT,
+    ChunkPart,
+    ChunkTemplate,
+    ResponseHead,
+    ResponseWriter,
+    Style,
+    event_of,
+)
+from stretto.server.validation import AnswerSpec, ModelHandle
+from stretto.text.output import Output
+from stretto.text.tokenizer import TextModel
+from stretto.types import Request, Sampling, TokenEvent
+from tests.server.fake_engine import FakeEngine, FakeStream, info
+
+# A model may have any name, even one that looks like the part of a chunk where the delta goes.
+HEAD = ResponseHead("chatcmpl-1", 1_700_000_000, '"delta":{}, "text":""', "default")
+DELTAS = st.builds(Delta, content=st.text()) | st.builds(Delta, role=st.just("assistant"), content=st.text())
+CALL = ToolCallDelta(index=0, id="call-1", type="function", function=FunctionDelta(name="now", arguments="{"))
+
+
+@pytest.mark.parametrize("style", [CHAT, TEXT], ids=["chat", "text"])
+@given(delta=DELTAS, index=st.integers(0, 9))
+def test_a_template_makes_the_bytes_of_the_encoded_chunk(style: Style, delta: Delta, index: int) -> None:
+    template = ChunkTemplate(style.chunk(HEAD, ChunkPart(index)), style)
+    plain = style.chunk(HEAD, ChunkPart(index, delta))
+    assert template.events([(delta, None)]) == event_of(plain)
+    assert template.events([(delta, None)] * 3) == event_of(plain) * 3
+
+
+@pytest.mark.parametrize("delta", [Delta(), Delta(reasoning_content="hm"), Delta(tool_calls=[CALL])])
+def test_a_template_takes_reasoning_and_tool_calls(delta: Delta) -> None:
+    template = ChunkTemplate(structs.replace(CHAT.chunk(HEAD, ChunkPart(0)), usage=None), CHAT)
+    plain = structs.replace(CHAT.chunk(HEAD, ChunkPart(0, delta)), usage=None)
+    assert template.events([(delta, None)]) == event_of(plain)
+
+
+def writer(text: TextModel, style: Style, **options: bool) -> ResponseWriter:
+    spec = AnswerSpec(
+        model=ModelHandle("tiny", text, info(vocab=400)),
+        encode=list,
+        sampling=Sampling(),
+        answers=1,
+        salt="",
+        metadata=None,
+        stream=True,
+        options=StreamOptions(**options),
+        grammar_path="$.tools",
+    )
+    return ResponseWriter(style, spec, "default")
+
+
+def parsed(events: bytes) -> list[Any]:
+    return [json.loads(part.removeprefix(b"data: ")) for part in events.split(b"\n\n") if part]
+
+
+@pytest.mark.parametrize("style", [CHAT, TEXT], ids=["chat", "text"])
+def test_a_writer_says_the_same_with_its_template_and_without(style: Style, checkpoint: Path) -> None:
+    """`continuous_usage_stats` adds usage to each chunk, so the writer encodes each one plainly."""
+    text = TextModel(checkpoint)
+    seen: list[list[Any]] = []
+    for each_usage in (False, True):
+        request = Request(id=1, model="tiny", prompt=(1, 2), arrival=time.monotonic())
+        stream = FakeStream(FakeEngine(lambda request: [], {}), request, [])
+        output = Output(request, stream, text.detokenizer())
+        write = writer(text, style, continuous_usage_stats=each_usage)
+        events = b"".join(write.events(output, output.push([TokenEvent(1, id)])) for id in (300, 301, 302))
+        seen.append(
+            [
+                {k: v for k, v in chunk.items() if k not in ("usage", "id", "created")}
+                for chunk in parsed(events)
+            ]
+        )
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 3
