@@ -20,7 +20,7 @@ from serving import serving
 
 from stretto import terminal
 from stretto.bench import traces
-from stretto.bench.live import Server
+from stretto.bench.live import LoadedServer
 from stretto.bench.metrics import Sample
 from stretto.config import Tier
 from stretto.simulator.replay import CPU_TIERS, ReplayReport, Setting
@@ -59,7 +59,7 @@ def started(model: Path, schedule: str, quantise: str) -> AbstractContextManager
 
 
 async def capacity(url: str, arrivals: list[Arrival], setting: Setting) -> float:
-    server = await Server.of(url, api_key=None)
+    server = await LoadedServer.of(url, api_key=None)
     try:
         return await server.capacity(arrivals, setting, _ignore)
     finally:
@@ -67,7 +67,7 @@ async def capacity(url: str, arrivals: list[Arrival], setting: Setting) -> float
 
 
 async def replay(url: str, arrivals: list[Arrival], setting: Setting, rate: float) -> ReplayReport:
-    server = await Server.of(url, api_key=None)
+    server = await LoadedServer.of(url, api_key=None)
     try:
         return (await server.replay(arrivals, setting, rate, _ignore))[0]
     finally:

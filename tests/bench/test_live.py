@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from stretto.bench.live import Server, prompt
+from stretto.bench.live import LoadedServer, prompt
 from stretto.bench.metrics import Sample
 from stretto.bench.trace import TraceOptions, live
 from stretto.config import Tier
@@ -55,7 +55,7 @@ async def replayed(
 ) -> tuple[ReplayReport, list[RequestOutcome], list[dict[str, Any]]]:
     setting = Setting(schedule="fcfs", tiers=TIERS, mix={tier: 1.0}, context=64)
     async with serving(lambda path, _: front(work, path)) as server:
-        asked = await Server.of(server.url, api_key=None)
+        asked = await LoadedServer.of(server.url, api_key=None)
         report, outcomes = await asked.replay(ARRIVALS, setting, 60.0, quiet)
         asked.close()
     bodies = [msgspec.json.decode(body) for path, body in server.requests if path == "/v1/completions"]

@@ -37,7 +37,7 @@ REFUSALS = ("HTTP 429", "HTTP 503")
 OnDone = Callable[[Sample], None]
 
 
-class Server:
+class LoadedServer:
     """One server and the model on it that is loaded."""
 
     def __init__(self, client: Client, model: ServedModel) -> None:
@@ -45,7 +45,7 @@ class Server:
         self.model = model
 
     @classmethod
-    async def of(cls, url: str, *, api_key: str | None) -> Server:
+    async def of(cls, url: str, *, api_key: str | None) -> LoadedServer:
         """Ask a server for its first model. Raises StartError when it does not answer."""
         client = Client(url, api_key=api_key)
         return cls(client, await client.served_model())

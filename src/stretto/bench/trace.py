@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from stretto.bench.live import Server
+from stretto.bench.live import LoadedServer
 from stretto.bench.metrics import Sample
 from stretto.bench.report import ReplayRun, page
 from stretto.config import TIERS, Tier, TierName, tiers_of
@@ -90,7 +90,7 @@ async def live(
 
     Raises StartError when the server does not answer, or runs another schedule than the one named.
     """
-    server = await Server.of(url, api_key=api_key)
+    server = await LoadedServer.of(url, api_key=api_key)
     try:
         schedule = server.model.schedule
         named = options.schedules or [schedule or DEFAULT_SCHEDULE]
