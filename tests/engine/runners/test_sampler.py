@@ -1,4 +1,4 @@
-"""The sampler against a naive reference, the statistics of its draws, and what keeps a row to itself."""
+"""The sampler against a naive reference, the statistics of its draws, and the independence of rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def draw(logits: np.ndarray | list[float], seq: Sequence) -> Drawn:
 
 
 def named(ask: object) -> str:
-    """What differs from the default, as a test's name."""
+    """The fields that differ from the default, as the name of a test."""
     plain = Sampling()
     fields = ask.__struct_fields__ if isinstance(ask, Sampling) else ()
     changed = [name for name in fields if getattr(ask, name) != getattr(plain, name)]
@@ -52,7 +52,7 @@ def named(ask: object) -> str:
 
 
 def reshaped(logits: np.ndarray, seq: Sequence) -> np.ndarray:
-    """What bias, minimum and penalties make of the logits, token by token in float64."""
+    """The logits after bias, minimum and penalties, computed token by token in float64."""
     ask, final = seq.request.sampling, logits.astype(np.float64)
     output = Counter(seq.tokens[seq.prompt_len :])
     for token in range(len(final)):
@@ -162,7 +162,7 @@ def test_draws_follow_the_distribution(ask: Sampling):
     assert statistic < freedom + 4 * math.sqrt(2 * freedom)
 
 
-def test_the_numbers_that_decide_are_even_and_independent_of_seed_and_index():
+def test_random_numbers_are_uniform_and_independent_of_seed_and_index():
     bins = np.array([[int(uniform(seed, index) * 16) for index in range(500)] for seed in range(40)])
     counts = np.bincount(bins.ravel(), minlength=16)
     assert ((counts - 1250) ** 2 / 1250).sum() < 15 + 4 * math.sqrt(30)
@@ -172,15 +172,15 @@ def test_the_numbers_that_decide_are_even_and_independent_of_seed_and_index():
     assert 0 <= min(uniform(9, index) for index in range(1000)) < 0.01
 
 
-def test_the_extremes_of_the_deciding_number_stay_within_what_may_be_drawn():
+def test_the_extreme_random_numbers_draw_an_allowed_token():
     weights = np.zeros(2000, dtype=np.float32)
     weights[[3, 700, 1500]] = [1.0, 1e-6, 3e-5]
-    assert module._draw_anywhere(weights, 0.0) == 3
-    assert module._draw_anywhere(weights, module.BELOW_ONE) == 1500
+    assert module.sample_all(weights, 0.0) == 3
+    assert module.sample_all(weights, module.BELOW_ONE) == 1500
     logits = np.log(np.maximum(weights, 1e-30))
     for ask in (Sampling(top_k=2), Sampling(min_p=1e-5), Sampling(top_p=0.999999)):
-        assert module._draw_likely(logits, 0.0, ask, 0.0) == 3
-        assert module._draw_likely(logits, 0.0, ask, module.BELOW_ONE) in (3, 1500)
+        assert module.sample_filtered(logits, 0.0, ask, 0.0) == 3
+        assert module.sample_filtered(logits, 0.0, ask, module.BELOW_ONE) in (3, 1500)
 
 
 def toy_logits(tokens: list[int]) -> np.ndarray:
@@ -188,7 +188,7 @@ def toy_logits(tokens: list[int]) -> np.ndarray:
     return np.random.default_rng([len(tokens), *tokens[-3:]]).normal(size=VOCAB).astype(np.float32) * 2
 
 
-def test_a_seeded_text_does_not_depend_on_its_batch_or_on_pauses():
+def test_a_seeded_text_does_not_depend_on_its_batch_or_on_interruptions():
     asks = [
         Sampling(seed=11, temperature=0.9),
         Sampling(seed=12, top_p=0.8, repetition_penalty=1.2),
@@ -254,9 +254,9 @@ def test_histories_grow_with_their_sequences_and_end_with_them():
         drawn = draws(logits, [seq])[0]
         assert drawn == sampler()(logits, [seq])[0], f"step {step}"
         seq.tokens.append(drawn.token)
-    assert list(draws._histories) == [seq.request.id]
+    assert draws.tracked == [seq.request.id]
     draws(torch.zeros(1, VOCAB), [sequence(Sampling())])
-    assert draws._histories == {}
+    assert draws.tracked == []
 
 
 def test_logprobs_are_the_models_own():
@@ -297,7 +297,7 @@ def test_a_minimum_holds_back_what_would_end_the_text():
     assert draw(logits, sequence(careless)).token == 0
 
 
-def test_ids_beyond_the_vocabulary_hurt_nobody():
+def test_ids_beyond_the_vocabulary_are_ignored():
     ask = Sampling(
         temperature=0.0, min_tokens=3, logit_bias={VOCAB: 100.0, 10**9: 5.0, 6: 2.0}, stop_token_ids=(10**9,)
     )
@@ -317,7 +317,7 @@ def test_ids_beyond_the_vocabulary_hurt_nobody():
     ],
     ids=named,
 )
-def test_a_poisoned_row_fails_alone(ask: Sampling, poison: float):
+def test_a_row_with_nan_or_infinity_fails_alone(ask: Sampling, poison: float):
     logits = torch.tensor(np.random.default_rng(2).normal(size=(3, VOCAB)), dtype=torch.float32)
     asks = [sequence(Sampling(seed=4, top_p=0.7, logprobs=1)), sequence(ask), sequence(Sampling(seed=5))]
     sound = sampler()(logits, asks)
@@ -326,7 +326,7 @@ def test_a_poisoned_row_fails_alone(ask: Sampling, poison: float):
     assert poisoned == [sound[0], Drawn(-1), sound[2]]
 
 
-def test_rows_without_any_choice_fail_and_masked_ones_do_not():
+def test_a_row_without_an_allowed_token_fails_and_a_masked_one_does_not():
     nothing = np.full(VOCAB, -np.inf)
     for ask in (Sampling(), Sampling(temperature=0.0), Sampling(top_k=3)):
         assert draw(nothing, sequence(ask)) == Drawn(-1)
@@ -372,7 +372,7 @@ def test_a_large_vocabulary_draws_as_if_it_were_sorted(row: int):
     ):
         cumulative = np.cumsum(probabilities(logits.astype(np.float64), ask)[order])
         for fraction in (0.0, 0.123, 0.5, 0.877, 0.999):
-            token = module._draw_likely(logits, float(logits.max()), ask, fraction)
+            token = module.sample_filtered(logits, float(logits.max()), ask, fraction)
             rank = int(np.flatnonzero(order == token)[0])
             below = cumulative[rank - 1] if rank else 0.0
             # The mass of all is summed in float32: the nucleus may end one token sooner or later.
@@ -385,7 +385,7 @@ def test_a_large_vocabulary_is_inverted_by_blocks_as_a_whole(row: int):
     weights = np.exp(logits - logits.max())
     cumulative = weights.cumsum(dtype=np.float64) / weights.sum(dtype=np.float64)
     for fraction in (0.0, 0.0123, 0.25, 0.5, 0.77, 0.9999):
-        token = module._draw(logits, float(logits.max()), Sampling(), fraction)
+        token = module.sample(logits, float(logits.max()), Sampling(), fraction)
         below = cumulative[token - 1] if token else 0.0
         assert below - 1e-6 <= fraction <= cumulative[token] + 1e-6
 
@@ -394,7 +394,7 @@ def test_a_large_vocabulary_is_inverted_by_blocks_as_a_whole(row: int):
 @pytest.mark.parametrize("size", [1, 20, 64, 1024, 16384, 50_001])
 def test_the_likeliest_are_a_prefix_of_the_sorted(row: int, size: int):
     logits = big_rows()[row]
-    found = module._likeliest(logits, size)
+    found = module.top_tokens(logits, size)
     assert len(found) >= size
     assert np.array_equal(found, np.argsort(-logits, kind="stable")[: len(found)])
 
@@ -402,14 +402,14 @@ def test_the_likeliest_are_a_prefix_of_the_sorted(row: int, size: int):
 def test_few_tokens_are_compared_in_the_common_case(monkeypatch: pytest.MonkeyPatch):
     logits = big_rows()[1]
     sizes: list[int] = []
-    full = module._likeliest
+    full = module.top_tokens
 
     def counted(row: np.ndarray, size: int) -> np.ndarray:
         found = full(row, size)
         sizes.append(len(found))
         return found
 
-    monkeypatch.setattr(module, "_likeliest", counted)
+    monkeypatch.setattr(module, "top_tokens", counted)
     for ask in (
         Sampling(top_p=0.95),
         Sampling(top_k=40),
@@ -421,15 +421,15 @@ def test_few_tokens_are_compared_in_the_common_case(monkeypatch: pytest.MonkeyPa
         assert len(sizes) == 1 and sizes[0] < 200
 
 
-def test_rows_that_ask_nothing_cost_one_argmax(monkeypatch: pytest.MonkeyPatch):
+def test_greedy_rows_without_options_cost_one_argmax(monkeypatch: pytest.MonkeyPatch):
     looked: list[int] = []
-    row = Sampler._row
+    draw_row = Sampler.draw_row
 
-    def counted(self: Sampler, logits: np.ndarray, best: int, place: module._Place) -> Drawn:
-        looked.append(place.seq.request.id)
-        return row(self, logits, best, place)
+    def counted(self: Sampler, logits: np.ndarray, best: int, position: module.Position) -> Drawn:
+        looked.append(position.seq.request.id)
+        return draw_row(self, logits, best, position)
 
-    monkeypatch.setattr(Sampler, "_row", counted)
+    monkeypatch.setattr(Sampler, "draw_row", counted)
     greedy = [sequence(Sampling(temperature=0.0)) for _ in range(5)]
     logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(1))
     assert [drawn.token for drawn in sampler()(logits[:5], greedy)] == logits[:5].argmax(-1).tolist()
@@ -439,11 +439,11 @@ def test_rows_that_ask_nothing_cost_one_argmax(monkeypatch: pytest.MonkeyPatch):
     assert looked == [curious.request.id]
 
 
-def test_a_device_finds_what_the_host_finds():
+def test_the_argmax_on_a_device_equals_that_on_the_host():
     logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(6))
     logits[1, 70] = math.nan
     logits[2, [8, 9]] = 50.0
-    for here, there in zip(module._best_here(logits), module._best_there(logits), strict=True):
+    for here, there in zip(module.argmax_on_host(logits), module.argmax_on_device(logits), strict=True):
         assert np.array_equal(here, there, equal_nan=True)
 
 

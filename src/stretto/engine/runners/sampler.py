@@ -1,8 +1,8 @@
-"""Draws the next token of every row of a step, as each sequence's `Sampling` asks.
+"""Draws the next token of every row of a step, as each sequence's `Sampling` says.
 
-A row pays for what it asks and for nothing that its neighbours ask, and what it draws depends on its own
-logits, seed and position alone: not on its batch, on preemption or on how its prompt was cut. It reads
-sequences and changes none; of plans, caches and time it knows nothing.
+A draw depends only on the row's own logits, seed and position: not on its batch, on preemption or on how its
+prompt was chunked. A row pays only for the options that it uses itself. The sampler reads sequences and
+changes none. It knows no plan, no cache and no time.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from stretto.engine.sequence import Drawn, Sequence, follow
 from stretto.engine.structured.grammar import Matcher
 from stretto.types import Logprobs, Sampling
 
-Row = NDArray[np.float32]
+Logits = NDArray[np.float32]
 GREEDY_BELOW = 1e-5
-LADDER = (64, 1024, 16384)  # how many of the likeliest tokens to look at, until they settle a draw
-BLOCK = 512
+CANDIDATES = (64, 1024, 16384)  # how many of the likeliest tokens are tried in turn to settle a draw
+BLOCK = 512  # tokens whose weights are summed together
 LOW_64 = 2**64 - 1
-BELOW_ONE = 1 - 2**-48  # times any positive float64: still below it
+BELOW_ONE = 1 - 2**-48  # the product with any positive float64 is less than that number
 
 
 class Sampler:
@@ -36,63 +36,73 @@ class Sampler:
     def __init__(self, vocab: int, eos: frozenset[int], device: torch.device) -> None:
         self._vocab = vocab
         self._eos = eos
-        self._pick = _best_here if device.type == "cpu" else _best_there
-        self._histories: dict[int, _History] = {}
+        self._argmax = argmax_on_host if device.type == "cpu" else argmax_on_device
+        self._counts: dict[int, _TokenCounts] = {}
+
+    @property
+    def tracked(self) -> list[int]:
+        """The ids of the requests whose tokens are counted for their penalties."""
+        return list(self._counts)
 
     @torch.inference_mode()
     def __call__(
         self, logits: Tensor, sequences: list[Sequence], drafts: list[tuple[int, ...]] | None = None
     ) -> list[Drawn]:
-        """What each sequence draws from its rows of `logits` (float32 [R, vocab], left as they were), which
-        stand in order: one row, or with `drafts` one more for each of its guesses, were the guess accepted.
+        """Draw for each sequence from its rows of `logits` (float32 [R, vocab], not changed).
 
-        In this order, as vLLM documents its own: logit_bias, min_tokens (EOS and stop_token_ids cannot be
-        drawn yet), grammar, repetition penalty (prompt and output), frequency and presence penalty
-        (output), then greedy at temperature 0, or temperature, min_p, top_k, top_p and the draw. Logprobs
-        are those of the model's own logits, before any of it (vLLM's `raw_logprobs`).
+        A sequence has one row, and with `drafts` one more for each draft token: row n holds the logits after
+        n accepted draft tokens. The rows of a sequence are next to each other, in the order of `sequences`.
 
-        A row whose logits hold NaN or +inf, or that may draw nothing (its grammar failed), gives token -1.
+        Order of operations, as vLLM documents its own: logit_bias, min_tokens (EOS and stop_token_ids cannot
+        be drawn yet), grammar, repetition penalty (prompt and output), frequency and presence penalty
+        (output), then greedy at temperature 0, or temperature, min_p, top_k, top_p and the draw. Logprobs are
+        those of the model's own logits, before all of these (vLLM's `raw_logprobs`).
 
-        All rows share one argmax and one copy to the host. It settles the greedy ones; each other row is
-        drawn by itself on the host, in arrays of its own: that took less time than all rows in step (small
-        operations cost numpy a fraction of torch's), and makes neighbours unable to matter.
+        A row whose logits hold NaN or +inf, or for which no token is allowed, gives token -1.
+
+        All rows share one argmax and one copy to the host, which is enough for the greedy rows. Every other
+        row is drawn by itself on the host in numpy. That took less time than drawing all rows together in
+        torch, because small operations cost numpy a fraction, and no row can affect another.
         """
-        tokens, peaks = self._pick(logits)
+        tokens, peaks = self._argmax(logits)
         best: list[int] = np.where(np.isfinite(peaks), tokens, -1).tolist()
         drafts = drafts or [()] * len(sequences)
         firsts = list(accumulate((1 + len(draft) for draft in drafts), initial=0))
-        special = [place for place, seq in enumerate(sequences) if _is_special(seq)]
-        self._remember([sequences[place] for place in special])
+        single = [row for row, seq in enumerate(sequences) if _needs_own_draw(seq)]
+        self._update_counts([sequences[row] for row in single])
         result = [
             follow(draft, lambda n, first=first: Drawn(best[first + n])) if draft else Drawn(best[first])
             for draft, first in zip(drafts, firsts, strict=False)
         ]
-        if special:
+        if single:
             rows = logits.cpu().numpy()
-            with np.errstate(over="ignore", divide="ignore"):  # what grows infinite is caught in its row
-                for place in special:
-                    own = slice(firsts[place], firsts[place + 1])
-                    result[place] = self._follow(rows[own], best[own], sequences[place], drafts[place])
+            with np.errstate(over="ignore", divide="ignore"):  # an infinite result is handled by its row
+                for row in single:
+                    own = slice(firsts[row], firsts[row + 1])
+                    result[row] = self._verify(rows[own], best[own], sequences[row], drafts[row])
         return result
 
     @torch.inference_mode()
-    def draft(self, logits: Tensor, places: list[tuple[Sequence, tuple[int, ...]]]) -> list[int]:
+    def draft(self, logits: Tensor, drafts: list[tuple[Sequence, tuple[int, ...]]]) -> list[int]:
         """One draft token for each row of `logits`: what the sequence would draw after its draft tokens,
         without its grammar; 0 where nothing can be drawn."""
-        tokens, peaks = self._pick(logits)
+        tokens, peaks = self._argmax(logits)
         best: list[int] = np.where(np.isfinite(peaks), tokens, 0).tolist()
-        special = [row for row, (seq, _) in enumerate(places) if _is_special(seq)]
-        self._remember([places[row][0] for row in special])
-        if special:
+        single = [row for row, (seq, _) in enumerate(drafts) if _needs_own_draw(seq)]
+        self._update_counts([drafts[row][0] for row in single])
+        if single:
             rows = logits.cpu().numpy()
             with np.errstate(over="ignore", divide="ignore"):
-                for row in special:
-                    best[row] = max(self._row(rows[row], best[row], _Place(*places[row])).token, 0)
+                for row in single:
+                    best[row] = max(self.draw_row(rows[row], best[row], Position(*drafts[row])).token, 0)
         return best
 
-    def _follow(self, logits: Row, best: list[int], seq: Sequence, draft: tuple[int, ...]) -> Drawn:
-        """What follows `seq` and its guesses: `logits` [1 + guesses, vocab], the greatest of each at `best`,
-        -1 where they are not sound."""
+    def _verify(self, logits: Logits, best: list[int], seq: Sequence, draft: tuple[int, ...]) -> Drawn:
+        """Draw after a sequence and after each accepted draft token.
+
+        `logits` is [1 + draft tokens, vocab]. `best` holds the argmax of each row, -1 for a row with NaN or
+        +inf.
+        """
         grammar = seq.grammar.fork() if seq.grammar is not None and draft else seq.grammar
 
         def draw(accepted: int) -> Drawn:
@@ -100,65 +110,66 @@ class Sampler:
                 grammar.accept(draft[accepted - 1])
             if best[accepted] < 0:
                 return Drawn(-1)
-            return self._row(logits[accepted], best[accepted], _Place(seq, draft[:accepted], grammar))
+            return self.draw_row(logits[accepted], best[accepted], Position(seq, draft[:accepted], grammar))
 
         return follow(draft, draw)
 
-    def _row(self, logits: Row, best: int, place: _Place) -> Drawn:
-        """What comes at a place, drawn from sound `logits` [vocab] whose greatest is at `best`."""
-        sampling, token, final = place.seq.request.sampling, best, logits
-        if place.reshapes:
-            final = self._reshaped(logits, place)
+    def draw_row(self, logits: Logits, best: int, position: Position) -> Drawn:
+        """Draw one token from `logits` [vocab], which hold no NaN and no +inf. `best` is their argmax."""
+        sampling, token, final = position.seq.request.sampling, best, logits
+        if position.changes_logits:
+            final = self._changed(logits, position)
             token = int(final.argmax())
         peak = float(final[token])
         if not np.isfinite(peak):
             return Drawn(-1)
         if sampling.temperature >= GREEDY_BELOW:
-            token = _draw(final, peak, sampling, uniform(place.seq.seed, place.number))
+            token = sample(final, peak, sampling, uniform(position.seq.seed, position.index))
         if sampling.logprobs is None:
             return Drawn(token)
-        return Drawn(token, _report(logits, float(logits[best]), token, sampling.logprobs))
+        return Drawn(token, _logprobs(logits, float(logits[best]), token, sampling.logprobs))
 
-    def _remember(self, sequences: list[Sequence]) -> None:
-        """Bring the histories of those with penalties up to date, and forget all others."""
-        known, self._histories = self._histories, {}
+    def _update_counts(self, sequences: list[Sequence]) -> None:
+        """Update the token counts of the sequences with penalties, and drop those of all others."""
+        known, self._counts = self._counts, {}
         for seq in sequences:
             if _penalised(seq.request.sampling):
                 ident = seq.request.id
-                history = self._histories[ident] = known.get(ident) or _History(seq)
-                history.read(seq.tokens)
+                counts = self._counts[ident] = known.get(ident) or _TokenCounts(seq)
+                counts.update(seq.tokens)
 
-    def _reshaped(self, logits: Row, place: _Place) -> Row:
+    def _changed(self, logits: Logits, position: Position) -> Logits:
         """A copy of the logits with bias, minimum, grammar and penalties applied."""
-        final, sampling = logits.copy(), place.seq.request.sampling
+        final, sampling = logits.copy(), position.seq.request.sampling
         for token, bias in sampling.logit_bias.items():
             if 0 <= token < self._vocab:
                 final[token] += bias
-        early = self._too_early(place)
-        if place.grammar is not None:
-            final[~self._allowed(place.grammar, early)] = -np.inf
+        early = self._too_early(position)
+        if position.grammar is not None:
+            final[~self._allowed(position.grammar, early)] = -np.inf
         elif early:
             final[early] = -np.inf
-        history = self._histories.get(place.seq.request.id)
-        if history is not None:
-            ids, counts = history.with_guesses(place.ahead)
+        tracked = self._counts.get(position.seq.request.id)
+        if tracked is not None:
+            ids, counts = tracked.with_draft(position.draft)
             seen = final[ids]
             seen = np.where(seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty)
             seen -= sampling.frequency_penalty * counts
             final[ids] = seen - sampling.presence_penalty * (counts > 0)
         return final
 
-    def _too_early(self, place: _Place) -> list[int]:
+    def _too_early(self, position: Position) -> list[int]:
         """The tokens that would end the sequence before its `min_tokens`."""
-        sampling = place.seq.request.sampling
-        if place.output_len >= sampling.min_tokens:
+        sampling = position.seq.request.sampling
+        if position.output_len >= sampling.min_tokens:
             return []
         ends = sampling.stop_token_ids if sampling.ignore_eos else (*self._eos, *sampling.stop_token_ids)
         return [token for token in ends if 0 <= token < self._vocab]
 
     def _allowed(self, grammar: Matcher, early: list[int]) -> NDArray[np.bool_]:
-        """What the grammar allows, bool [vocab]: without what is too `early`, unless nothing else is left.
-        Nothing at all is allowed when the grammar failed.
+        """The tokens that the grammar allows: bool [vocab].
+
+        Tokens in `early` are left out unless no other is allowed. A grammar that failed allows no token.
         """
         bits = np.zeros(grammar.words, dtype=np.int32)
         grammar.mask_into(bits)
@@ -168,24 +179,26 @@ class Sampler:
         return later if later.any() else allowed
 
 
-class _Place(NamedTuple):
-    """Where a token is drawn: what follows `seq` and the guesses `ahead`, once `grammar` has taken those."""
+class Position(NamedTuple):
+    """Where a token is drawn: after `seq` and accepted draft tokens, which `grammar` has accepted too."""
 
     seq: Sequence
-    ahead: tuple[int, ...] = ()
+    draft: tuple[int, ...] = ()
     grammar: Matcher | None = None
 
     @property
-    def number(self) -> int:
-        return self.seq.length + len(self.ahead)
+    def index(self) -> int:
+        """The index of the token in its sequence."""
+        return self.seq.length + len(self.draft)
 
     @property
     def output_len(self) -> int:
-        return self.seq.output_len + len(self.ahead)
+        """Output tokens before it."""
+        return self.seq.output_len + len(self.draft)
 
     @property
-    def reshapes(self) -> bool:
-        """Whether the logits are changed before anything is drawn."""
+    def changes_logits(self) -> bool:
+        """Whether bias, minimum, grammar or penalties change the logits before the draw."""
         sampling = self.seq.request.sampling
         return (
             self.grammar is not None
@@ -195,9 +208,10 @@ class _Place(NamedTuple):
         )
 
 
-class _History:
-    """The distinct tokens of a sequence, and how often its output holds each. The prompt's are counted as
-    0, and kept only when a repetition penalty asks for them.
+class _TokenCounts:
+    """The distinct tokens of a sequence (`ids`), and how often its output holds each (`counts`).
+
+    Tokens of the prompt are kept, with count 0, only if the sequence has a repetition penalty.
     """
 
     __slots__ = ("_places", "_until", "counts", "ids")
@@ -210,8 +224,8 @@ class _History:
         self.ids = array("q", self._places)
         self.counts = array("q", [0] * len(self._places))
 
-    def read(self, tokens: list[int]) -> None:
-        """Count the output tokens that were not there the last time."""
+    def update(self, tokens: list[int]) -> None:
+        """Count the output tokens that are new since the last call."""
         for token in tokens[self._until :]:
             place = self._places.setdefault(token, len(self.ids))
             if place == len(self.ids):
@@ -220,10 +234,10 @@ class _History:
             self.counts[place] += 1
         self._until = len(tokens)
 
-    def with_guesses(self, ahead: tuple[int, ...]) -> tuple[NDArray[np.int64], Row]:
-        """The tokens and how often the output would hold each with the guesses accepted."""
+    def with_draft(self, draft: tuple[int, ...]) -> tuple[NDArray[np.int64], Logits]:
+        """The ids and counts as they would be with the draft tokens accepted."""
         ids, counts = np.array(self.ids), np.array(self.counts, dtype=np.float32)
-        for token, times in Counter(ahead).items():
+        for token, times in Counter(draft).items():
             if token in self._places:
                 counts[self._places[token]] += times
             else:
@@ -232,8 +246,9 @@ class _History:
 
 
 def uniform(seed: int, index: int) -> float:
-    """The number in [0, BELOW_ONE] that decides token `index` of a sequence: SplitMix64 (Steele, Lea and
-    Flood, 2014) as a counter-based generator of 48 bits.
+    """The random number in [0, BELOW_ONE] that decides token `index` of a sequence.
+
+    SplitMix64 (Steele, Lea and Flood, 2014), used as a counter-based generator of 48 bits.
     """
     return (_mix(_mix(seed) + (index + 1) * 0x9E3779B97F4A7C15) >> 16) * 2.0**-48
 
@@ -253,46 +268,50 @@ def _penalised(sampling: Sampling) -> bool:
     )
 
 
-def _is_special(seq: Sequence) -> bool:
-    """Whether the greatest logit alone does not answer it."""
+def _needs_own_draw(seq: Sequence) -> bool:
+    """Whether the argmax of the logits is not the whole result for this sequence."""
     sampling = seq.request.sampling
-    drawn = sampling.temperature >= GREEDY_BELOW or sampling.logprobs is not None
-    return drawn or _Place(seq, grammar=seq.grammar).reshapes
+    sampled = sampling.temperature >= GREEDY_BELOW or sampling.logprobs is not None
+    return sampled or Position(seq, grammar=seq.grammar).changes_logits
 
 
-def _best_here(logits: Tensor) -> tuple[NDArray[np.int64], Row]:
-    """The likeliest token of each row (the first of equals) and its logit. NaN counts as the greatest.
-    On a CPU numpy finds it in a tenth of torch's time.
+def argmax_on_host(logits: Tensor) -> tuple[NDArray[np.int64], Logits]:
+    """The argmax of each row (the first of equal ones) and its logit; NaN counts as the greatest.
+
+    On a CPU numpy takes a tenth of torch's time for it.
     """
     rows = logits.numpy()
     tokens = rows.argmax(-1)
     return tokens, rows[np.arange(len(rows)), tokens]
 
 
-def _best_there(logits: Tensor) -> tuple[NDArray[np.int64], Row]:
+def argmax_on_device(logits: Tensor) -> tuple[NDArray[np.int64], Logits]:
     """The same on a device, with one copy to the host."""
     tokens = logits.argmax(-1, keepdim=True)
     both = torch.cat([tokens.double(), logits.gather(-1, tokens).double()], dim=-1).cpu().numpy()
     return both[:, 0].astype(np.int64), both[:, 1].astype(np.float32)
 
 
-def _weights(logits: Row, peak: float, heat: float) -> Row:
-    """exp((logits - peak) / heat). numpy's exp2 takes half the time of its exp."""
+def _weights(logits: Logits, peak: float, temperature: float) -> Logits:
+    """exp((logits - peak) / temperature). numpy's exp2 takes half the time of its exp."""
     weights = logits - np.float32(peak)
-    weights *= np.float32(log2(e) / heat)
+    weights *= np.float32(log2(e) / temperature)
     return np.exp2(weights, out=weights)
 
 
-def _draw(logits: Row, peak: float, sampling: Sampling, fraction: float) -> int:
-    """One token of a row that is not greedy; `fraction` decides."""
+def sample(logits: Logits, peak: float, sampling: Sampling, fraction: float) -> int:
+    """Sample a token from `logits` [vocab], whose maximum is `peak`, by the random number `fraction`."""
     count = sampling.top_k or len(logits)
     if count >= len(logits) and sampling.min_p == 0 and sampling.top_p == 1:
-        return _draw_anywhere(_weights(logits, peak, sampling.temperature), fraction)
-    return _draw_likely(logits, peak, sampling, fraction)
+        return sample_all(_weights(logits, peak, sampling.temperature), fraction)
+    return sample_filtered(logits, peak, sampling, fraction)
 
 
-def _draw_anywhere(weights: Row, fraction: float) -> int:
-    """Invert the cumulative sum in the vocabulary's order: first by blocks, then within one."""
+def sample_all(weights: Logits, fraction: float) -> int:
+    """Sample from all tokens in proportion to `weights` [vocab].
+
+    Inverts the cumulative sum in the vocabulary's order: first over blocks, then within one.
+    """
     sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)).astype(np.float64)
     cumulative = sums.cumsum()
     target = cumulative[-1] * fraction
@@ -302,19 +321,19 @@ def _draw_anywhere(weights: Row, fraction: float) -> int:
     return block * BLOCK + int(inside.searchsorted(inside[-1] * min(max(rest, 0.0), BELOW_ONE), side="right"))
 
 
-def _draw_likely(logits: Row, peak: float, sampling: Sampling, fraction: float) -> int:
-    """Draw from what min_p, top_k and top_p leave, the likeliest first.
+def sample_filtered(logits: Logits, peak: float, sampling: Sampling, fraction: float) -> int:
+    """Sample from the tokens that min_p, top_k and top_p leave, in order of falling probability.
 
-    Exact, and mostly without sorting: the few likeliest settle it when they hold all that min_p or top_k
-    leave, or `top_p` of the mass of all; until they do, more are looked at.
+    The result is exact and mostly needs no full sort. The likeliest tokens suffice if they include all that
+    min_p or top_k leave, or hold `top_p` of the whole probability mass. If not, more of them are taken.
     """
-    heat, least, top_p = sampling.temperature, sampling.min_p, sampling.top_p
+    temperature, min_p, top_p = sampling.temperature, sampling.min_p, sampling.top_p
     count = min(sampling.top_k or len(logits), len(logits))
     total = None
-    for size in (*LADDER, len(logits)):
-        ids = _likeliest(logits, size)
-        weights = np.exp((logits[ids].astype(np.float64) - peak) / heat)
-        left = min(count, int(np.count_nonzero(weights >= least)))
+    for size in (*CANDIDATES, len(logits)):
+        ids = top_tokens(logits, size)
+        weights = np.exp((logits[ids].astype(np.float64) - peak) / temperature)
+        left = min(count, int(np.count_nonzero(weights >= min_p)))
         cumulative = weights[:left].cumsum()
         if left < len(ids) or left == count:
             mass = cumulative[-1]
@@ -322,8 +341,8 @@ def _draw_likely(logits: Row, peak: float, sampling: Sampling, fraction: float) 
             continue
         else:
             if total is None:
-                whole = _weights(logits, peak, heat)
-                total = float(whole.sum() if least == 0 else whole[whole >= least].sum())
+                whole = _weights(logits, peak, temperature)
+                total = float(whole.sum() if min_p == 0 else whole[whole >= min_p].sum())
             mass = total
         last = int(cumulative.searchsorted(top_p * mass))
         if last < left:
@@ -331,14 +350,14 @@ def _draw_likely(logits: Row, peak: float, sampling: Sampling, fraction: float) 
     raise AssertionError("the whole vocabulary settles every draw")
 
 
-def _likeliest(logits: Row, size: int) -> NDArray[np.int64]:
-    """The ids of the `size` greatest logits or some more, the greatest first, equal ones by rising id.
+def top_tokens(logits: Logits, size: int) -> NDArray[np.int64]:
+    """The ids of the `size` greatest logits or a few more, the greatest first, equal ones by rising id.
 
-    Every column of a folded row has its greatest; as many tokens as columns are at least as great as the
-    least of those. So the `size`-th greatest of four times `size` columns is a floor that `size` tokens
-    reach, and few more: the rest of a large vocabulary is never compared again.
+    The row is folded into four times `size` columns, and the maximum of each column is taken. The `size`-th
+    greatest of these maxima is a threshold that at least `size` tokens reach, and few more. Only those are
+    sorted.
     """
-    columns = 4 * max(size, LADDER[0])
+    columns = 4 * max(size, CANDIDATES[0])
     folds = len(logits) // columns
     if folds < 2:
         return np.argsort(-logits, kind="stable")
@@ -348,9 +367,9 @@ def _likeliest(logits: Row, size: int) -> NDArray[np.int64]:
     return ids[np.argsort(-logits[ids], kind="stable")]
 
 
-def _report(logits: Row, peak: float, token: int, count: int) -> Logprobs:
-    """Log-probabilities under the model's own logits. What it holds impossible (-inf) is not listed."""
+def _logprobs(logits: Logits, peak: float, token: int, count: int) -> Logprobs:
+    """The log-probability of `token` and of the `count` likeliest tokens with more than zero probability."""
     total = peak + log(float(_weights(logits, peak, 1.0).sum(dtype=np.float64)))
-    likely = _likeliest(logits, count)[:count] if count else []
+    likely = top_tokens(logits, count)[:count] if count else []
     top = ((int(ident), float(logits[ident]) - total) for ident in likely)
     return Logprobs(float(logits[token]) - total, tuple(pair for pair in top if pair[1] > -np.inf))
