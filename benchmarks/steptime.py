@@ -19,7 +19,7 @@ import msgspec
 
 from stretto.config import EngineConfig, ModelConfig
 from stretto.engine.core import EngineCore, LoadedModel
-from stretto.engine.runners.calibrate import PROBES, Bench, calibrate, fit, fits
+from stretto.engine.runners.calibrate import CALIBRATION_STEPS, Calibrator, calibrate, fit, fits
 from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.scheduler.deadline import SCHEDULES
 from stretto.engine.scheduler.types import Limits
@@ -49,8 +49,8 @@ def main() -> None:
     loader = ModelLoader(config)
     runner, limits = loader.runners[0], Limits(64, 512)
     started = time.perf_counter()
-    probes = [probe for probe in PROBES if fits(probe, runner, limits)]
-    model = calibrate(Bench(runner, limits).run, probes)
+    probes = [probe for probe in CALIBRATION_STEPS if fits(probe, runner, limits)]
+    model = calibrate(Calibrator(runner).run, probes)
     calibrated, took = model.cost, time.perf_counter() - started
     steps: list[Seen] = []
 

@@ -25,14 +25,14 @@ from engines import FORMATS, THREADS, Format, Home
 from page import Measured, Result, best_peer, ratio, write
 
 from stretto.hardware import snapshot
-from stretto.profiler.protocol import Task, Took
+from stretto.profiler.protocol import Measurement, Workload
 
-FIRST = Task(prompt_tokens=16, output_tokens=2)
+FIRST = Workload(prompt_tokens=16, output_tokens=2)
 TASKS = {
-    "short": Task(prompt_tokens=512, output_tokens=32),
-    "eight": Task(batch=8, prompt_tokens=128, output_tokens=16),
-    "long": Task(prompt_tokens=2048, output_tokens=2),
-    "far": Task(prompt_tokens=4000, output_tokens=16),
+    "short": Workload(prompt_tokens=512, output_tokens=32),
+    "eight": Workload(batch=8, prompt_tokens=128, output_tokens=16),
+    "long": Workload(prompt_tokens=2048, output_tokens=2),
+    "far": Workload(prompt_tokens=4000, output_tokens=16),
 }
 # A prompt that nobody has read in each round; the others' are read once, and then only spoken to.
 FRESH = ("short", "long")
@@ -61,9 +61,9 @@ class Engine:
     def pause(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
 
-    def run(self, task: Task) -> Took:
+    def run(self, task: Workload) -> Measurement:
         self._process.send_signal(signal.SIGCONT)
-        took = msgspec.json.decode(self._exchange(msgspec.json.encode(task) + b"\n"), type=Took)
+        took = msgspec.json.decode(self._exchange(msgspec.json.encode(task) + b"\n"), type=Measurement)
         self.pause()
         return took
 
@@ -89,7 +89,7 @@ def measure(home: Home, shape: str, formats: Sequence[Format], rounds: int) -> R
     engines = [Engine(home, shape, format) for format in formats]
     say = _progress(rounds)
     tasks = {name: task for name, task in TASKS.items() if _length(task) <= home.context(shape)}
-    seen: dict[tuple[str, str], list[Took]] = {}
+    seen: dict[tuple[str, str], list[Measurement]] = {}
     memory: dict[str, int] = {}
     try:
         for number in range(rounds):
@@ -118,7 +118,7 @@ def measure(home: Home, shape: str, formats: Sequence[Format], rounds: int) -> R
     )
 
 
-def _length(task: Task) -> int:
+def _length(task: Workload) -> int:
     return task.prompt_tokens + task.output_tokens
 
 
@@ -142,7 +142,7 @@ def _measured(
     engine: Engine,
     started: list[tuple[float, float]],
     memory: int,
-    seen: dict[tuple[str, str], list[Took]],
+    seen: dict[tuple[str, str], list[Measurement]],
 ) -> Measured:
     took = {name: each for (owner, name), each in seen.items() if owner == engine.format.name}
 
@@ -170,7 +170,7 @@ def _measured(
 
 
 def _progress(rounds: int):
-    def say(number: int, engine: str, case: str, took: Took) -> None:
+    def say(number: int, engine: str, case: str, took: Measurement) -> None:
         rate = took.decode_tokens / took.decode_ms * 1e3
         print(
             f"round {number + 1}/{rounds} {case:5} {engine:15} TTFT {took.ttft_ms:7.0f} ms, {rate:6.1f} tok/s"

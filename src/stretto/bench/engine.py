@@ -1,4 +1,4 @@
-"""Measures the engine alone, without a server: runs tasks in rounds and reports their medians.
+"""Measures the engine alone, without a server: runs workloads in rounds and reports their medians.
 
 The engine is a child process that exchanges lines of JSON (`stretto.profiler.protocol`). So its start is
 measured too, and nothing here loads torch.
@@ -21,12 +21,12 @@ from msgspec import Struct
 from stretto.config import EngineConfig
 from stretto.errors import StartError
 from stretto.hardware import snapshot
-from stretto.profiler.protocol import Parts, Ready, Task, Took
+from stretto.profiler.protocol import Measurement, ModelReady, StepProfile, Workload
 from stretto.types import ModelInfo
 
 T = TypeVar("T")
 ROUNDS = 5
-FIRST = Task(prompt_tokens=16, output_tokens=1)
+FIRST = Workload(prompt_tokens=16, output_tokens=1)
 
 
 class Figure(Struct, frozen=True, kw_only=True):
@@ -91,16 +91,16 @@ class EngineProcess:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        self.ready = self._exchange(msgspec.json.encode(config), Ready)
+        self.ready = self._exchange(msgspec.json.encode(config), ModelReady)
         self.start_s = time.perf_counter() - self.started
 
-    def run(self, task: Task) -> Took:
-        """Run one task."""
-        return self._exchange(msgspec.json.encode(task), Took)
+    def run(self, workload: Workload) -> Measurement:
+        """Run a workload."""
+        return self._exchange(msgspec.json.encode(workload), Measurement)
 
-    def apart(self) -> Parts:
-        """Measure the layers of a step one by one."""
-        return self._exchange(b"", Parts)
+    def profile_step(self) -> StepProfile:
+        """Profile one decode step."""
+        return self._exchange(b"", StepProfile)
 
     def _exchange(self, line: bytes, kind: type[T]) -> T:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -134,16 +134,16 @@ def measure(
         engine.run(FIRST)
         first_token_s = time.perf_counter() - engine.started
         cases = [
-            Task(batch=batch, prompt_tokens=context, output_tokens=output_tokens)
+            Workload(batch=batch, prompt_tokens=context, output_tokens=output_tokens)
             for context in contexts
             for batch in batches
         ]
-        seen: dict[Task, list[Took]] = {case: [] for case in cases}
+        seen: dict[Workload, list[Measurement]] = {case: [] for case in cases}
         for number in range(ROUNDS):
             for case in cases:
                 seed = number + 1 if case.batch == 1 else 0
                 seen[case].append(engine.run(msgspec.structs.replace(case, seed=seed)))
-        parts = engine.apart() if engine.ready.model.device == "cpu" else None
+        parts = engine.profile_step() if engine.ready.model.device == "cpu" else None
         return EngineReport(
             cpu=snapshot().cpu,
             load=os.getloadavg()[0],
@@ -159,7 +159,9 @@ def measure(
         )
 
 
-def _figure(case: Task, seen: Sequence[Took], model: ModelInfo, parts: Parts | None) -> Figure:
+def _figure(
+    case: Workload, seen: Sequence[Measurement], model: ModelInfo, parts: StepProfile | None
+) -> Figure:
     ttft = median(took.ttft_ms for took in seen if not took.cached_tokens)
     rate = median(took.decode_tokens / took.decode_ms * 1e3 for took in seen)
     step_ms = case.batch / rate * 1e3
@@ -175,14 +177,14 @@ def _figure(case: Task, seen: Sequence[Took], model: ModelInfo, parts: Parts | N
     )
 
 
-def _bytes_read(case: Task, model: ModelInfo, parts: Parts) -> float:
+def _bytes_read(case: Workload, model: ModelInfo, parts: StepProfile) -> float:
     """Bytes that a decode step of this case must read: all weights once, and all keys and values."""
     weights = sum(part.bytes for part in parts.parts if part.layer != "attention")
     keys = case.batch * (case.prompt_tokens + case.output_tokens / 2)
     return weights + keys * model.kv_bytes / (model.blocks * model.block_size)
 
 
-def _shares(parts: Parts) -> list[LayerShare]:
+def _shares(parts: StepProfile) -> list[LayerShare]:
     shares = [
         LayerShare(
             layer=part.layer,

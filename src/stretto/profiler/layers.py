@@ -1,7 +1,7 @@
-"""A decode step taken apart: which kind of layer takes how long, beside the bytes it cannot do without.
+"""Profiles a decode step: how long each kind of layer takes, beside the bytes that it must read.
 
-The same weights behind a table whose functions keep the time, so the plain path of the decoder is what is
-measured. For the CPU, where a call has ended when it returns.
+It wraps the functions of the kernels table with timers, over the same weights, so it measures the decoder's
+plain path. It works on the CPU only, where a kernel has ended when its call returns.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from stretto.kernels import AnyKernels, MixtureOfExperts, Mlp
 from stretto.kernels.cpu import native
 from stretto.kernels.cpu.weights import pack
 from stretto.models.decoder import Decoder, ModelWeights
-from stretto.profiler.protocol import Part
+from stretto.profiler.protocol import LayerTime
 
 HEAD, EXPERTS, ATTENTION, NORM = "head", "experts", "attention", "norm"
-# Every function of the table that is not named here is known by the weights it is called with.
+# A function of the table that is not listed here is named after the weights it is called with.
 NAMED = {
     "rope_and_cache": "rope_and_cache",
     "paged_attention": ATTENTION,
@@ -33,8 +33,11 @@ BEYOND_CACHE = (65536, 1024)
 REPETITIONS = 7
 
 
-class Apart:
-    """`decoder` computes what the given one does; meanwhile the time of each part adds up in `seconds`."""
+class LayerTimer:
+    """A timed copy of a decoder.
+
+    `decoder` computes the same as the given one, and adds the time of each kind of layer to `seconds`.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self._clock = time.perf_counter
@@ -42,26 +45,26 @@ class Apart:
         self._names = _weights_by_name(decoder.weights)
         self.seconds: dict[str, float] = defaultdict(float)
         self.bytes = _bytes_by_name(decoder.weights)
-        kernels = self._watched(decoder.kernels)
+        kernels = self._timed_table(decoder.kernels)
         self.decoder = Decoder(decoder.spec, kernels, decoder.weights, decoder.kv_dtype)
         self._token_bytes = decoder.cache_bytes_per_block(1)
 
-    def parts(self, steps: int, context: int) -> list[Part]:
-        """What a step took on average of `steps`, whose sequences read `context` keys together."""
+    def parts(self, steps: int, context: int) -> list[LayerTime]:
+        """The mean over `steps` steps, whose sequences read `context` keys in all."""
         read = self.bytes | {ATTENTION: context * self._token_bytes}
         return [
-            Part(layer=name, bytes=read.get(name, 0), ms=seconds / steps * 1e3)
+            LayerTime(layer=name, bytes=read.get(name, 0), ms=seconds / steps * 1e3)
             for name, seconds in self.seconds.items()
         ]
 
-    def _watched(self, kernels: AnyKernels) -> AnyKernels:
+    def _timed_table(self, kernels: AnyKernels) -> AnyKernels:
         kernels = replace(kernels, layers=None)
         names = [entry.name for entry in fields(kernels) if callable(getattr(kernels, entry.name))]
         timed = {name: self._timed(name, getattr(kernels, name)) for name in names if "pack" not in name}
         return replace(kernels, **timed)
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of the table may call another: the time is the outer one's."""
+        """Time a function of the table. If it calls another one, the time counts for the outer one."""
 
         def timed(*arguments: Any) -> Any:
             self._depth += 1
@@ -83,8 +86,10 @@ class Apart:
 
 
 def bandwidth() -> float:
-    """Bytes per second of reading 256 MB once, with the threads that compute: one row times float32 weights,
-    where only the reading counts; a sum where there are no C kernels."""
+    """The memory bandwidth in bytes per second, with the threads that run the model.
+
+    It times one row times 256 MiB of float32 weights, which is bound by memory, or a sum without C kernels.
+    """
     weights = torch.zeros(BEYOND_CACHE)
     library = native.load()
     if library is None:
@@ -121,7 +126,7 @@ def _weights_by_name(weights: ModelWeights) -> dict[int, str]:
 
 
 def _bytes_by_name(weights: ModelWeights) -> dict[str, int]:
-    """Of experts all are counted, though a step reads those its tokens chose."""
+    """The bytes of each kind of layer. All experts count, although a step reads only the chosen ones."""
     total: dict[str, int] = defaultdict(int)
     for name, packed in _named(weights):
         total[name] += packed.nbytes

@@ -1,6 +1,7 @@
-"""What torch and a checkpoint's headers say: `python -m stretto.profiler.probe [DIRECTORY]`, as JSON.
+"""Reports torch's view of the machine and of a checkpoint: `python -m stretto.profiler.probe [DIRECTORY]`.
 
-Run as a process of its own by `stretto doctor`, which never imports torch. It reads no weights.
+`stretto doctor`, which never imports torch, runs it as a process and reads its output (JSON). It reads the
+headers of a checkpoint and no weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from stretto.models.checkpoint import Checkpoint
 
 
 def stored(path: Path) -> Stored:
-    """Raises CheckpointError for a directory that holds no model Stretto runs."""
+    """The checkpoint in a directory. Raises CheckpointError if Stretto cannot run it."""
     spec = families.read(path)
     with Checkpoint(path) as checkpoint:
         parameters = sum(prod(entry.shape) for entry in checkpoint.entries.values())
@@ -38,7 +39,7 @@ def stored(path: Path) -> Stored:
 
 
 def main() -> None:
-    """Print what is found; a checkpoint that cannot be read is a finding too."""
+    """Print the report. A checkpoint that cannot be read is reported as `error`."""
     cuda = torch.cuda.is_available()
     gpus: list[Gpu] = []
     for device in range(torch.cuda.device_count() if cuda else 0):

@@ -1,6 +1,6 @@
-"""What can be asked of an engine that is measured alone, and what it then says.
+"""The messages of an engine process that is measured by itself: one line of JSON each way over a pipe.
 
-One line of JSON each way over a pipe, in the order of these structs: whoever asks needs no torch.
+The side that sends workloads needs no torch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from msgspec import Struct
 from stretto.types import ModelInfo
 
 
-class Task(Struct, frozen=True, kw_only=True):
-    """`batch` prompts at once, each of `prompt_tokens` random tokens and with an answer of `output_tokens`.
-    Equal seeds give equal prompts, which need not be read again while their blocks are kept."""
+class Workload(Struct, frozen=True, kw_only=True):
+    """`batch` requests at once, each with `prompt_tokens` random tokens and an answer of `output_tokens`.
+
+    Equal seeds give equal prompts, which the prefix cache may hold from an earlier workload.
+    """
 
     prompt_tokens: int
     batch: int = 1
@@ -20,10 +22,14 @@ class Task(Struct, frozen=True, kw_only=True):
     seed: int = 0
 
 
-class Took(Struct, frozen=True, kw_only=True):
-    """`ttft_ms`: until every prompt had its first token; `cached_tokens` of them were not read anew.
-    `decode_tokens` are those drawn after that, until the first answer ended, in `decode_ms`. `peak_bytes`:
-    the most memory that the process has had."""
+class Measurement(Struct, frozen=True, kw_only=True):
+    """The result of a workload.
+
+    ttft_ms: until every request had its first token
+    cached_tokens: prompt tokens that the prefix cache held
+    decode_tokens, decode_ms: tokens drawn after that until the first answer ended, and the time this took
+    peak_bytes: the peak memory of the process so far
+    """
 
     ttft_ms: float
     cached_tokens: int
@@ -32,26 +38,29 @@ class Took(Struct, frozen=True, kw_only=True):
     peak_bytes: int
 
 
-class Ready(Struct, frozen=True, kw_only=True):
-    """The model is loaded. `kernels` is the name of their table, or the device; `threads` compute."""
+class ModelReady(Struct, frozen=True, kw_only=True):
+    """The model is loaded. `kernels` names its kernels table, or its device; `threads` compute."""
 
     model: ModelInfo
     kernels: str
     threads: int
 
 
-class Part(Struct, frozen=True, kw_only=True):
-    """One kind of layer in a decode step: bytes it must read, and the milliseconds it took."""
+class LayerTime(Struct, frozen=True, kw_only=True):
+    """One kind of layer in a decode step: the bytes that it must read and the milliseconds that it took."""
 
     layer: str
     bytes: int
     ms: float
 
 
-class Parts(Struct, frozen=True, kw_only=True):
-    """A decode step taken apart. `bandwidth`: bytes per second that this process can read from memory.
-    `step_ms` is the step as it was taken apart, the time between its parts included."""
+class StepProfile(Struct, frozen=True, kw_only=True):
+    """The time of a decode step by kind of layer.
+
+    bandwidth: bytes per second that this process can read from memory
+    step_ms: the whole step while it was profiled, with the time between its layers
+    """
 
     bandwidth: float
     step_ms: float
-    parts: list[Part]
+    parts: list[LayerTime]

@@ -1,4 +1,4 @@
-"""Step times before the first request: measured on the runner, within a budget, kept for the next start."""
+"""Step times before the first request: measured on the runner within a budget, stored for the next start."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from stretto.engine.runners import calibrate as calibration
 from stretto.engine.runners.calibrate import (
     BUDGET_MS,
-    PROBES,
-    Bench,
-    Probe,
+    CALIBRATION_STEPS,
+    CalibrationStep,
+    Calibrator,
     calibrate,
     fits,
     known_times,
@@ -59,10 +59,10 @@ def metered(tmp_path: Path, *, failing: bool = False, context: int = 8192, block
 
 
 def test_calibration_finds_the_machine_and_keeps_to_its_budget():
-    rng, ran = Random(6), list[Probe]()
+    rng, ran = Random(6), list[CalibrationStep]()
     spent = 0.0
 
-    def run(probe: Probe) -> float:
+    def run(probe: CalibrationStep) -> float:
         nonlocal spent
         ran.append(probe)
         ms = SMALL_CPU(probe.load) * rng.lognormvariate(0.0, 0.03)
@@ -70,7 +70,7 @@ def test_calibration_finds_the_machine_and_keeps_to_its_budget():
         return ms
 
     model = calibrate(run)
-    assert spent <= BUDGET_MS * 1.05 and len(set(ran)) >= len(PROBES) - 3
+    assert spent <= BUDGET_MS * 1.05 and len(set(ran)) >= len(CALIBRATION_STEPS) - 3
     for seen in (StepLoad(8, 64, 8000, 64 * 300.0), StepLoad(1, 0, 300, 0.0), StepLoad(0, 90, 0, 4050.0)):
         assert model.cost(seen) == pytest.approx(SMALL_CPU(seen), rel=0.1)
     assert 0 < model.error < 0.1
@@ -79,7 +79,7 @@ def test_calibration_finds_the_machine_and_keeps_to_its_budget():
 def test_a_noisy_neighbour_does_not_spoil_a_calibration():
     quick, rng = StepCost(base=3.0, per_decode=0.5, per_prefill=0.2, per_key=1e-3, per_pair=1e-6), Random(2)
 
-    def run(probe: Probe) -> float:
+    def run(probe: CalibrationStep) -> float:
         return quick(probe.load) * (rng.uniform(2.0, 8.0) if rng.random() < 0.3 else 1.0)
 
     model = calibrate(run)
@@ -95,8 +95,8 @@ def test_calibration_of_a_machine_too_slow_for_all_probes():
 
 def test_every_probe_is_a_step_that_a_runner_can_run(tmp_path: Path):
     runner = metered(tmp_path)
-    bench = Bench(runner, LIMITS)
-    for probe in PROBES:
+    bench = Calibrator(runner)
+    for probe in CALIBRATION_STEPS:
         bench.run(probe)
         plan = runner.plans[-1]
         assert plan.load == probe.load
@@ -106,7 +106,7 @@ def test_every_probe_is_a_step_that_a_runner_can_run(tmp_path: Path):
             assert {*row.seq.kv.blocks} <= {*runner.erased}
         assert len({row.seq.slot for row in plan.rows}) == len(plan.rows)
     again = runner.plans[0].rows[0].seq
-    bench.run(PROBES[0])
+    bench.run(CALIBRATION_STEPS[0])
     assert runner.plans[-1].rows[0].seq is again
 
 
@@ -119,11 +119,11 @@ def test_a_small_model_is_asked_only_for_steps_it_can_run(tmp_path: Path):
     for plan in runner.plans:
         assert len(plan.rows) <= 4 and plan.load.decode + plan.load.prefill <= 64
         assert all(row.start + row.count <= 128 for row in plan.rows)
-    assert not fits(Probe(8, 16), runner, limits) and fits(Probe(4, 16), runner, limits)
+    assert not fits(CalibrationStep(8, 16), runner, limits) and fits(CalibrationStep(4, 16), runner, limits)
 
 
 def test_it_is_measured_once_for_a_machine_and_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Bench, "run", lambda self, probe: self._plan(probe) and SMALL_CPU(probe.load))
+    monkeypatch.setattr(Calibrator, "run", lambda self, step: self.plan(step) and SMALL_CPU(step.load))
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"12")
     folder, measured = tmp_path / "kept", list[StepCost]()
@@ -146,7 +146,7 @@ def test_it_is_measured_once_for_a_machine_and_a_checkpoint(tmp_path: Path, monk
 
 def test_a_disturbed_measurement_is_used_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     flat = StepCost(base=80.0, per_prefill=20.0)  # decodes that cost nothing: no machine is like that
-    monkeypatch.setattr(Bench, "run", lambda self, probe: flat(probe.load))
+    monkeypatch.setattr(Calibrator, "run", lambda self, step: flat(step.load))
     times = known_times(metered(tmp_path), LIMITS, machine="one", folder=tmp_path)
     assert times.cost(StepLoad(0, 96, 0, 96 * 48.0)) == pytest.approx(2000.0, rel=0.05)
     assert not list(tmp_path.glob("*.json"))
@@ -156,10 +156,10 @@ def test_a_folder_that_takes_nothing_is_no_error(tmp_path: Path, caplog: pytest.
     model, blocked = StepTime(SMALL_CPU), tmp_path / "file"
     blocked.write_text("in the way")
     save(model, blocked / "steptime.json", **MACHINE)
-    assert "not kept" in caplog.text
+    assert "cannot be stored" in caplog.text
 
 
-def test_a_failing_step_leaves_a_guess(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_failing_step_leaves_the_default_model(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     times = known_times(metered(tmp_path, failing=True), LIMITS, machine="one", folder=tmp_path)
     assert times.cost == UNKNOWN and "no memory" in caplog.text
     assert not list(tmp_path.glob("*.json"))

@@ -1,7 +1,7 @@
-"""What a runner's steps take, before the first request: measured with steps of every kind, once for a machine
-and a checkpoint, and kept on disk for the next start.
+"""Measures the step times of a runner before its first request, and stores them for the next start.
 
-It owns the made-up sequences of those steps and the file. Of queues, requests and messages it knows nothing.
+One file holds the step-time model of one machine and checkpoint. This module owns that file and the
+artificial sequences that it measures with. It knows no queue and no message.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Several
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from math import inf
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from stretto.engine.core import Runner
 from stretto.engine.runners.null import NullRunner
@@ -28,12 +28,15 @@ from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import SCALES, SMALLEST_NOISE, StepCost, StepLoad, StepTime
 from stretto.types import Request, Sampling
 
+Floats = NDArray[np.float64]
 log = logging.getLogger(__name__)
 
 
-class Probe(NamedTuple):
-    """A step to measure: `decodes` sequences that read `context` keys each, beside a prompt's chunk of
-    `prefill` tokens after its first `start`."""
+class CalibrationStep(NamedTuple):
+    """A step to measure: `decodes` sequences with a context of `context` tokens, and a chunk of a prompt.
+
+    The chunk has `prefill` tokens and comes after the first `start` tokens of its prompt.
+    """
 
     decodes: int
     context: int
@@ -46,31 +49,31 @@ class Probe(NamedTuple):
         return StepLoad(self.decodes, self.prefill, self.decodes * self.context, reading)
 
 
-PROBES = (
-    Probe(1, 16),
-    Probe(0, 0, 32),
-    Probe(8, 16),
-    Probe(1, 1024),
-    Probe(0, 0, 96),
-    Probe(4, 512),
-    Probe(0, 0, 32, 1024),
-    Probe(4, 128, 64),
-    Probe(16, 64),
-    Probe(2, 512, 16),
-    Probe(0, 0, 160),
+CALIBRATION_STEPS = (
+    CalibrationStep(1, 16),
+    CalibrationStep(0, 0, 32),
+    CalibrationStep(8, 16),
+    CalibrationStep(1, 1024),
+    CalibrationStep(0, 0, 96),
+    CalibrationStep(4, 512),
+    CalibrationStep(0, 0, 32, 1024),
+    CalibrationStep(4, 128, 64),
+    CalibrationStep(16, 64),
+    CalibrationStep(2, 512, 16),
+    CalibrationStep(0, 0, 160),
 )
-MOST_KEPT = 64  # files
-LOOP_MS = 0.05  # what a step takes when its model takes nothing
+MAX_FILES = 64
+LOOP_MS = 0.05  # of the engine's loop for one step
 REWEIGHTED = 10  # rounds of a robust fit
 BUDGET_MS = 1500.0
 ROUNDS = 5
-STRIDE = 32  # blocks from one made-up sequence's first to the next one's
-HELD = 64  # blocks that they use: two of the longest contexts then read memory of their own
-EXPLAINED = 0.2  # a fit whose usual error is above this is not kept
+STRIDE = 32  # between the first blocks of two sequences
+BLOCKS = 64  # used by all sequences: the two longest contexts then read different memory
+MAX_ERROR = 0.2  # a model with a larger usual error is used but not stored
 
 
-class Kept(Struct, frozen=True):
-    """A step-time model as it is kept on disk, and what it was measured on."""
+class StoredStepTimes(Struct, frozen=True):
+    """A step-time model on disk, with the machine and the checkpoint that it was measured on."""
 
     machine: str
     checkpoint: str
@@ -79,80 +82,81 @@ class Kept(Struct, frozen=True):
 
 
 def known_times(runner: Runner, limits: Limits, *, machine: str, folder: Path) -> StepTime:
-    """The step times of a runner that has not served yet: those kept in `folder` for this `machine` and the
-    runner's checkpoint, or else measured now, which takes `BUDGET_MS` of steps at most, and kept.
+    """The step-time model of a runner that has not served yet.
 
-    A null model says itself what it takes. A step that fails is logged and leaves a guess: the first request
-    will say what is wrong.
+    It is read from `folder` if there is one for this `machine` and checkpoint. If not, it is measured now,
+    with at most `BUDGET_MS` of steps, and stored. A null model's cost is known. A step that fails is logged,
+    and the default model is used; the first request will report the error.
     """
     if isinstance(runner, NullRunner):
         return StepTime(msgspec.structs.replace(runner.cost, base=max(runner.cost.base, LOOP_MS)))
     checkpoint = identity(runner)
     path = folder / f"{blake2b(f'{machine} {checkpoint}'.encode(), digest_size=12).hexdigest()}.json"
-    kept = load(path, machine=machine, checkpoint=checkpoint)
-    if kept is not None:
-        return kept
+    stored = load(path, machine=machine, checkpoint=checkpoint)
+    if stored is not None:
+        return stored
     try:
-        probes = [probe for probe in PROBES if fits(probe, runner, limits)]
-        model = calibrate(Bench(runner, limits).run, probes)
+        steps = [step for step in CALIBRATION_STEPS if fits(step, runner, limits)]
+        model = calibrate(Calibrator(runner).run, steps)
     except Exception:
-        log.exception("a step to measure %s failed; its step times are guessed", runner.info.name)
+        log.exception("the calibration of %s failed; default step times are used", runner.info.name)
         return StepTime()
-    if (
-        model.error <= EXPLAINED and min(model.cost.per_decode, model.cost.per_prefill) > 0
-    ):  # else something disturbed it
+    # Otherwise other work on the machine disturbed the measurement.
+    if model.error <= MAX_ERROR and min(model.cost.per_decode, model.cost.per_prefill) > 0:
         save(model, path, machine=machine, checkpoint=checkpoint)
     return model
 
 
 def identity(runner: Runner) -> str:
-    """What of a model its step times depend on: the weights' files, and how they are held and computed."""
+    """All that the step times of a model depend on: its files, its formats, its device and its kernels."""
     info = runner.info
     files = sorted(Path(info.path).glob("*.safetensors"))
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{info.path} {stamps} {info.dtype} {info.quantise} {info.device} {info.kernels} {info.block_size}"
 
 
-def fits(probe: Probe, runner: Runner, limits: Limits) -> bool:
-    """Whether the runner could be asked for this step."""
-    tokens = probe.decodes + probe.prefill
-    rows = probe.decodes + (probe.prefill > 0)
-    longest = max(probe.context, probe.start + probe.prefill)
-    room = min(runner.info.context, runner.info.blocks * runner.info.block_size)
-    return tokens <= limits.max_step_tokens and rows <= limits.max_running and longest <= room
+def fits(step: CalibrationStep, runner: Runner, limits: Limits) -> bool:
+    """Whether the runner can run this step."""
+    tokens = step.decodes + step.prefill
+    rows = step.decodes + (step.prefill > 0)
+    longest = max(step.context, step.start + step.prefill)
+    capacity = min(runner.info.context, runner.info.blocks * runner.info.block_size)
+    return tokens <= limits.max_step_tokens and rows <= limits.max_running and longest <= capacity
 
 
-class Bench:
-    """Runs probes on a runner that serves nobody yet, over blocks that nobody holds. Each probe keeps its
-    made-up sequences: met again, it is a step like any other of a stream."""
+class Calibrator:
+    """Runs calibration steps on a runner that serves no request yet.
 
-    def __init__(self, runner: Runner, limits: Limits) -> None:
+    A step that is run again uses the same sequences, as the steps of a real answer do.
+    """
+
+    def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._plans: dict[Probe, Plan] = {}
-        self._held = min(HELD, runner.info.blocks)
-        runner.erase(list(range(self._held)))  # memory that was never written is not read as other memory is
+        self._plans: dict[CalibrationStep, Plan] = {}
+        self._held = min(BLOCKS, runner.info.blocks)
+        # Memory that was never written reads faster, so it is written first.
+        runner.erase(list(range(self._held)))
 
-    def run(self, probe: Probe) -> float:
-        """The milliseconds of one such step."""
-        plan = self._plans.get(probe)
+    def run(self, step: CalibrationStep) -> float:
+        """Run a step and return its milliseconds."""
+        plan = self._plans.get(step)
         if plan is None:
-            plan = self._plans[probe] = self._plan(probe)
+            plan = self._plans[step] = self.plan(step)
             if self._runner.info.device.startswith("cuda"):
-                for _ in range(
-                    2
-                ):  # such a step is compiled, and then captured: what follows is like any other
+                for _ in range(2):  # the first launch compiles kernels, the second captures a graph
                     self._runner.launch(plan).wait()
         started = time.perf_counter()
         self._runner.launch(plan).wait()
         return (time.perf_counter() - started) * 1e3
 
-    def _plan(self, probe: Probe) -> Plan:
+    def plan(self, step: CalibrationStep) -> Plan:
+        """A plan for this step, with sequences of its own."""
         plan = Plan(self._runner.info.name)
-        for slot in range(probe.decodes):
-            plan.rows.append(Row(self._sequence(slot, probe.context), probe.context - 1, 1, True))
-        if probe.prefill:
-            seq = self._sequence(probe.decodes, probe.start + probe.prefill)
-            plan.rows.append(Row(seq, probe.start, probe.prefill, True))
+        for slot in range(step.decodes):
+            plan.rows.append(Row(self._sequence(slot, step.context), step.context - 1, 1, True))
+        if step.prefill:
+            seq = self._sequence(step.decodes, step.start + step.prefill)
+            plan.rows.append(Row(seq, step.start, step.prefill, True))
         return plan
 
     def _sequence(self, slot: int, length: int) -> Sequence:
@@ -165,58 +169,65 @@ class Bench:
         return replace(seq, slot=slot, kv=replace(seq.kv, blocks=blocks))
 
 
-def calibrate(run: Callable[[Probe], float], probes: Several[Probe] = PROBES) -> StepTime:
-    """Measure the probes, in rounds until `BUDGET_MS` of steps have run, and fit a model to them.
+def calibrate(
+    run: Callable[[CalibrationStep], float], steps: Iterable[CalibrationStep] = CALIBRATION_STEPS
+) -> StepTime:
+    """Measure the steps in rounds until `BUDGET_MS` have been spent, and fit a model to them.
 
-    `run` carries a probe out and says the milliseconds it took. The first one warms up and is not counted. A
-    probe that would exceed the budget is passed over, so a slow machine is calibrated with its short ones.
-    What disturbs a step only makes it longer, so of each probe the shortest run counts.
+    `run` runs a step and returns its milliseconds. The first run warms up and is not counted. A step that
+    would exceed the budget is skipped, so a slow machine is calibrated with the short ones. The shortest run
+    of each step counts, because disturbances only make a step longer.
     """
-    took: dict[Probe, list[float]] = {}
-    spent = run(probes[0])
-    for probe in [*probes] * ROUNDS:
-        likely = min(took[probe]) if probe in took else _fitted(took)(probe.load) if len(took) > 3 else spent
-        if spent + likely <= BUDGET_MS:
-            ms = run(probe)
-            took.setdefault(probe, []).append(ms)
+    steps = list(steps)
+    measured: dict[CalibrationStep, list[float]] = {}
+    spent = run(steps[0])
+    for step in steps * ROUNDS:
+        if step in measured:
+            expected = min(measured[step])
+        else:
+            expected = _fitted(measured)(step.load) if len(measured) > 3 else spent
+        if spent + expected <= BUDGET_MS:
+            ms = run(step)
+            measured.setdefault(step, []).append(ms)
             spent += ms
-    cost = _fitted(took)
-    runs = [(probe.load, ms) for probe, times in took.items() for ms in times]
+    cost = _fitted(measured)
+    runs = [(step.load, ms) for step, times in measured.items() for ms in times]
     return StepTime(cost, [abs(ms / max(cost(load), 1e-9) - 1.0) for load, ms in runs])
 
 
-def _fitted(took: Mapping[Probe, list[float]]) -> StepCost:
-    return fit([(probe.load, min(times)) for probe, times in took.items()])
+def _fitted(measured: Mapping[CalibrationStep, list[float]]) -> StepCost:
+    return fit([(step.load, min(times)) for step, times in measured.items()])
 
 
 def save(model: StepTime, path: Path, *, machine: str, checkpoint: str) -> None:
-    """Keep a model for the next start. Written beside and moved into place: a reader sees all or nothing. A
-    disk that takes nothing is not an error: it is measured again next time."""
-    kept = Kept(machine, checkpoint, model.cost, list(model.errors))
-    draft = path.with_suffix(f".{os.getpid()}")
+    """Store a model for the next start, in one atomic step. A file that cannot be written is only logged."""
+    stored = StoredStepTimes(machine, checkpoint, model.cost, list(model.errors))
+    temporary = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(msgspec.json.format(msgspec.json.encode(kept)))
-        draft.replace(path)
-        for old in sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)[:-MOST_KEPT]:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(stored)))
+        temporary.replace(path)
+        for old in sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)[:-MAX_FILES]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        log.warning("step times are not kept in %s: %s", path.parent, error.strerror or error)
+        log.warning("step times cannot be stored in %s: %s", path.parent, error.strerror or error)
 
 
 def load(path: Path, *, machine: str, checkpoint: str) -> StepTime | None:
-    """The model kept at `path`; None when there is none, or it is of another machine or checkpoint, or cannot
-    be read: then it is measured again."""
+    """The model stored at `path`.
+
+    None if there is none, if it cannot be read, or if it belongs to another machine or checkpoint.
+    """
     try:
-        kept = msgspec.json.decode(path.read_bytes(), type=Kept)
+        stored = msgspec.json.decode(path.read_bytes(), type=StoredStepTimes)
     except (OSError, msgspec.DecodeError):
         return None
-    usable = (kept.machine, kept.checkpoint) == (machine, checkpoint)
-    finite = all(0 <= value < inf for value in msgspec.structs.astuple(kept.cost))
-    return StepTime(kept.cost, kept.errors) if usable and finite else None
+    usable = (stored.machine, stored.checkpoint) == (machine, checkpoint)
+    finite = all(0 <= value < inf for value in msgspec.structs.astuple(stored.cost))
+    return StepTime(stored.cost, stored.errors) if usable and finite else None
 
 
-def fit(seen: Several[tuple[StepLoad, float]]) -> StepCost:
+def fit(seen: list[tuple[StepLoad, float]]) -> StepCost:
     """The cost with the least relative error by Huber's measure, so that a few outliers change little.
 
     By iteratively reweighted least squares. Raises ValueError when there are no measurements.
@@ -234,7 +245,7 @@ def fit(seen: Several[tuple[StepLoad, float]]) -> StepCost:
     return StepCost(*(theta / SCALES).tolist())
 
 
-def _positive(rows: np.ndarray, trust: np.ndarray) -> np.ndarray:
+def _positive(rows: Floats, trust: Floats) -> Floats:
     """Weighted least squares of `rows @ theta = 1` with no coefficient below zero.
 
     The most negative coefficient is left out until none is negative. This is not always the optimum of

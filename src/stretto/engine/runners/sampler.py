@@ -124,7 +124,7 @@ class Sampler:
         if not np.isfinite(peak):
             return Drawn(-1)
         if sampling.temperature >= GREEDY_BELOW:
-            token = sample(final, peak, sampling, uniform(position.seq.seed, position.index))
+            token = sample(final, peak, sampling, uniform(position.seq.seed, position.token_index))
         if sampling.logprobs is None:
             return Drawn(token)
         return Drawn(token, _logprobs(logits, float(logits[best]), token, sampling.logprobs))
@@ -187,7 +187,7 @@ class Position(NamedTuple):
     grammar: Matcher | None = None
 
     @property
-    def index(self) -> int:
+    def token_index(self) -> int:
         """The index of the token in its sequence."""
         return self.seq.length + len(self.draft)
 
