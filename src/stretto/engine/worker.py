@@ -44,7 +44,7 @@ class EngineWorker:
 
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
-        self._loader = ModelLoader(config, lambda *done: self._send(ipc.LoadProgress(*done)))
+        self._loader = ModelLoader(config, self._on_progress)
         self._limits = Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers))
         models = self._loader.models(self._limits)
         self._infos = [model.info for model in models]
@@ -116,6 +116,9 @@ class EngineWorker:
 
     def _sequence(self, request: Request, grammar: Matcher | None = None) -> Sequence:
         return Sequence.of(request, self._engine.lanes[request.model].runner.info.context, grammar)
+
+    def _on_progress(self, stage: str, done: int, total: int) -> None:
+        self._send(ipc.LoadProgress(stage, done, total))
 
     def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         self._send(ipc.StepResult(events, stats, self._snapshots() if self._admits else {}))

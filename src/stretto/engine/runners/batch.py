@@ -22,13 +22,11 @@ from stretto.kernels import Batch
 class BatchArrays:
     """The fields of `stretto.kernels.Batch` as numpy arrays, with the same shapes and types.
 
-    `unknown` lists tokens that are still being drawn, as pairs of an index into `tokens` and the sequence's
-    slot. Their entry in `tokens` is 0.
+    `by_token` is int64 [3, T]: token ids, positions and KV slots. `unknown` lists tokens that are still being
+    drawn, as pairs of an index into T and the sequence's slot. Their token id here is 0.
     """
 
-    tokens: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    slots: NDArray[np.int64]
+    by_token: NDArray[np.int64]
     query_starts: NDArray[np.int32]
     contexts: NDArray[np.int32]
     tables: NDArray[np.int32]
@@ -39,10 +37,11 @@ class BatchArrays:
 
     def to_batch(self, send: Callable[[NDArray[Any]], Tensor]) -> Batch:
         """The batch on a device. `send` copies one array there."""
+        tokens, positions, slots = send(self.by_token)
         return Batch(
-            tokens=send(self.tokens),
-            positions=send(self.positions),
-            slots=send(self.slots),
+            tokens=tokens,
+            positions=positions,
+            slots=slots,
             query_starts=send(self.query_starts),
             contexts=send(self.contexts),
             tables=send(self.tables),
@@ -53,13 +52,16 @@ class BatchArrays:
 
 
 class BatchBuilder:
-    """Builds batches for one model. Its block tables are int32 [max_running, blocks of a full context]."""
+    """Builds batches for one model. Its block tables are int32 [max_running, blocks of a full context].
+
+    A row of the tables belongs to a slot. `_written` holds for each slot the sequence whose blocks are there,
+    its number of preemptions at that time, and how many of the blocks are still valid.
+    """
 
     def __init__(self, *, max_running: int, context: int, block_size: int) -> None:
         self._block_size = block_size
         self._tables = np.zeros((max_running, -(-context // block_size)), dtype=np.int32)
-        # By slot: the sequence whose blocks the row of the tables holds, its preemptions so far, how many.
-        self._entered: dict[int, tuple[Sequence, int, int]] = {}
+        self._written: dict[int, tuple[Sequence, int, int]] = {}
 
     def build(self, rows: list[Row]) -> BatchArrays:
         """The arrays for these rows: T tokens of S rows, those of a row next to each other."""
@@ -85,9 +87,7 @@ class BatchBuilder:
         positions = np.repeat(firsts, counts) + np.arange(len(tokens))
         blocks = self._tables[np.repeat(table_rows, counts), positions // size].astype(np.int64)
         return BatchArrays(
-            tokens=np.array(tokens, dtype=np.int64),
-            positions=positions,
-            slots=blocks * size + positions % size,
+            by_token=np.array([tokens, positions, blocks * size + positions % size], dtype=np.int64),
             query_starts=starts,
             contexts=np.array(contexts, dtype=np.int32),
             tables=self._tables[table_rows, : -(-max(contexts) // size)],
@@ -100,11 +100,11 @@ class BatchBuilder:
     def _update_table(self, row: Row) -> None:
         """Write the blocks that a sequence has got since its last step into its row of the tables."""
         seq, blocks = row.seq, row.seq.kv.blocks
-        owner, preemptions, count = self._entered.get(seq.slot, (None, 0, 0))
+        owner, preemptions, count = self._written.get(seq.slot, (None, 0, 0))
         if owner is not seq or preemptions != seq.preemptions:
             count = 0
         if count < len(blocks):
             self._tables[seq.slot, count : len(blocks)] = blocks[count:]
-        # The blocks of draft tokens are written again next time: those of rejected ones are taken back.
-        certain = -(-(row.start + row.count - len(row.draft)) // self._block_size)
-        self._entered[seq.slot] = seq, seq.preemptions, certain
+        # The blocks of draft tokens are written again next time, because rejection frees them.
+        valid = -(-(row.start + row.count - len(row.draft)) // self._block_size)
+        self._written[seq.slot] = seq, seq.preemptions, valid

@@ -79,7 +79,7 @@ class DraftModel:
         """Read the rows and draw the token after each."""
         arrays = self._batches.build(rows)
         ends = arrays.query_starts[1:].astype("int64") - 1
-        batch = replace(arrays, outputs=ends).to_batch(torch.from_numpy)
+        batch = replace(arrays, outputs=ends).to_batch(torch.as_tensor)
         logits = self._decoder.logits(self._decoder.forward(batch, self._cache))
         return self._sampler.draft(logits, [(row.seq, row.draft) for row in rows])
 

@@ -11,7 +11,7 @@ from array import array
 from collections import Counter
 from itertools import accumulate
 from math import e, log, log2
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -315,10 +315,11 @@ def sample_all(weights: Logits, fraction: float) -> int:
     sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)).astype(np.float64)
     cumulative = sums.cumsum()
     target = cumulative[-1] * fraction
-    block = int(cumulative.searchsorted(target, side="right"))
+    block = int(cast("np.intp", cumulative.searchsorted(target, side="right")))
     rest = (target - cumulative[block] + sums[block]) / sums[block]
     inside = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
-    return block * BLOCK + int(inside.searchsorted(inside[-1] * min(max(rest, 0.0), BELOW_ONE), side="right"))
+    target = inside[-1] * min(max(rest, 0.0), BELOW_ONE)
+    return block * BLOCK + int(cast("np.intp", inside.searchsorted(target, side="right")))
 
 
 def sample_filtered(logits: Logits, peak: float, sampling: Sampling, fraction: float) -> int:
@@ -370,6 +371,6 @@ def top_tokens(logits: Logits, size: int) -> NDArray[np.int64]:
 def _logprobs(logits: Logits, peak: float, token: int, count: int) -> Logprobs:
     """The log-probability of `token` and of the `count` likeliest tokens with more than zero probability."""
     total = peak + log(float(_weights(logits, peak, 1.0).sum(dtype=np.float64)))
-    likely = top_tokens(logits, count)[:count] if count else []
-    top = ((int(ident), float(logits[ident]) - total) for ident in likely)
+    likely: list[int] = top_tokens(logits, count)[:count].tolist() if count else []
+    top = ((ident, float(logits[ident]) - total) for ident in likely)
     return Logprobs(float(logits[token]) - total, tuple(pair for pair in top if pair[1] > -np.inf))

@@ -1,10 +1,11 @@
 """Runs plans on the CPU, or on any device step by step: plan -> batch -> decoder -> sampler.
 
-It reads sequences and never changes one. It knows no queue, no time and no text.
+It reads sequences and changes none. It knows no queue, no time and no text.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class TorchRunner:
     def launch(self, plan: Plan) -> Finished:
         """Run the plan. One result for each row that draws, in the plan's order."""
         drawing = [row for row in plan.rows if row.draw]
-        batch = self.batches.build(plan.rows).to_batch(torch.from_numpy)
+        batch = self.batches.build(plan.rows).to_batch(torch.as_tensor)
         hidden = self.decoder.forward(batch, self._cache)
         generating = [row for row in drawing if row.seq.request.task == "generate"]
         if len(generating) == len(drawing):
@@ -70,4 +71,4 @@ def _outputs_of(task: str, rows: list[Row]) -> Tensor:
 
 def _embedding(hidden: Tensor) -> Drawn:
     vector = torch.nn.functional.normalize(hidden.float(), dim=0)
-    return Drawn(-1, embedding=tuple(vector.tolist()))
+    return Drawn(-1, embedding=tuple(np.asarray(vector).tolist()))

@@ -86,11 +86,14 @@ class Grammars:
         self._path = tokenizer_dir / "tokenizer.json"
         self._eos = eos
         self._vocab = vocab
-        self._start = lru_cache(COMPILED_GRAMMARS)(lambda grammar: compiled(self._tokenizer, grammar))
+        self._start = lru_cache(COMPILED_GRAMMARS)(self._compiled)
 
     def compile(self, grammar: Grammar) -> Matcher:
         """A matcher at the start of a text. Raises InvalidGrammar."""
         return Matcher(self._start(grammar).deep_copy(), self._tokenizer.vocab_size, self._vocab)
+
+    def _compiled(self, grammar: Grammar) -> LLMatcher:
+        return compiled(self._tokenizer, grammar)
 
     @property
     def kept(self) -> int:

@@ -82,7 +82,7 @@ def locate(tokenizer: LLTokenizer, source: str, message: str) -> str:
         schema = parsed(source)
     except InvalidGrammar:
         return path
-    fields = cast("dict[str, object]", schema) if isinstance(schema, dict) else {}
+    fields = _fields(schema)
     shared = {name: fields[name] for name in DEFINITIONS if name in fields}
     step: str | None = ""
     while step is not None:
@@ -108,21 +108,20 @@ def fails_alike(tokenizer: LLTokenizer, grammar: Grammar, message: str) -> bool:
 
 def subschemas(schema: object) -> Iterator[tuple[str, dict[str, object]]]:
     """The schemas directly inside a schema, each with the step of the path that leads to it."""
-    if not isinstance(schema, dict):
-        return
-    fields = cast("dict[str, object]", schema)
+    fields = _fields(schema)
     for name in GROUPS:
-        group = fields.get(name)
-        if isinstance(group, dict):
-            members = cast("dict[str, object]", group)
-            yield from _schemas((f".{name}.{key}", each) for key, each in members.items())
+        yield from _schemas((f".{name}.{key}", each) for key, each in _fields(fields.get(name)).items())
     for name in LISTS:
         members = fields.get(name)
         if isinstance(members, list):
-            yield from _schemas(
-                (f".{name}[{at}]", each) for at, each in enumerate(cast("list[object]", members))
-            )
+            listed = cast("list[object]", members)
+            yield from _schemas((f".{name}[{at}]", each) for at, each in enumerate(listed))
     yield from _schemas((f".{name}", fields.get(name)) for name in SINGLES)
+
+
+def _fields(value: object) -> dict[str, object]:
+    """The fields of a JSON object; none for any other value."""
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
 
 
 def _schemas(members: Iterator[tuple[str, object]]) -> Iterator[tuple[str, dict[str, object]]]:
