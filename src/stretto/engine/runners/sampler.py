@@ -100,8 +100,8 @@ class Sampler:
     def _verify(self, logits: Logits, best: list[int], seq: Sequence, draft: tuple[int, ...]) -> Drawn:
         """Draw after a sequence and after each accepted draft token.
 
-        `logits` is [1 + draft tokens, vocab]. `best` holds the argmax of each row, -1 for a row with NaN or
-        +inf.
+        `logits` is [1 + draft tokens, vocab]. `best` holds the argmax of each row, which is -1 for a row that
+        holds NaN or +inf.
         """
         grammar = seq.grammar.fork() if seq.grammar is not None and draft else seq.grammar
 
@@ -355,8 +355,8 @@ def top_tokens(logits: Logits, size: int) -> NDArray[np.int64]:
     """The ids of the `size` greatest logits or a few more, the greatest first, equal ones by rising id.
 
     The row is folded into four times `size` columns, and the maximum of each column is taken. The `size`-th
-    greatest of these maxima is a threshold that at least `size` tokens reach, and few more. Only those are
-    sorted.
+    greatest of these maxima is a threshold that at least `size` tokens reach, and few more. Only these tokens
+    are sorted.
     """
     columns = 4 * max(size, CANDIDATES[0])
     folds = len(logits) // columns
