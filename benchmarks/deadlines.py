@@ -1,9 +1,9 @@
-"""Deadlines against first come, first served, in real time on this machine: the same load on both in turn.
+"""Compares the deadline schedule with fcfs in real time on this machine: the same load on both in turn.
 
 `python benchmarks/deadlines.py MODEL_DIR TRACE [--load 1.5] [--seconds 75] [--rounds 1] [--quantise int8]`
-Each round starts a server per schedule and replays a window of the trace against it. A CPU serves a request
-of the Azure conversations in seconds, so prompts and answers are cut to a tenth, and so is the time to their
-first token that the virtual replay asks. Load 1.0 is what fcfs completes with a backlog, measured once.
+Each round starts a server for each schedule and replays a window of the trace against it. A CPU takes seconds
+for a request of the Azure conversations, so prompts, answers and the TTFT objectives are cut to a tenth. Load
+1.0 is the rate that fcfs completes with a backlog, measured once.
 """
 
 from __future__ import annotations

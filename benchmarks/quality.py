@@ -1,9 +1,9 @@
-"""What a format costs: bytes, and how far its next-token distributions are from those of float32.
+"""Measures what a weight format costs: its bytes, and how its next-token distributions differ from float32.
 
-`python -m bench.quality MODEL_DIR [--text NAME=FILE ...] [--json]` reads held-out text of the bundled model's
-tasks, and each file: plain text, or JSON lines whose strings are joined (both may be gzipped).
-KL is KL(float32 || format) in nats at every token of the text; `top1` is how often both put the same token
-first.
+`python -m benchmarks.quality MODEL_DIR [--text NAME=FILE ...] [--json]` reads held-out text of the bundled
+model's tasks, and each file: plain text, or JSON lines whose strings are joined (both may be gzipped).
+KL is KL(float32 || format) in nats at every token of the text. `top1` is how often both have the same
+likeliest token.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What guessing ahead is worth: how often guesses are right, and how much sooner answers come.
+"""Measures speculative decoding: the acceptance rate of draft tokens, and the speed-up of answers.
 
-`python -m bench.speculate replay PROMPTS.jsonl.gz [--times FILE] [--json]`: no model; reference answers by
-category, said token by token through the real loop in virtual time, by a measured step-time model.
-`python -m bench.speculate answer MODEL_DIR --prompts PROMPTS.jsonl.gz [--quantise int8] [--json]`: a chat
-model answers the prompts by category, each in turn without guesses and with those of its own text.
-`python -m bench.speculate desk [--small DIR] [--json]`: the bundled model, with and without, in turns.
-`python -m bench.speculate verify MODEL_DIR [--quantise int8] [--json]`: what checking guesses adds to a step.
+`python -m benchmarks.speculate replay PROMPTS.jsonl.gz [--times FILE] [--json]`: without a model. Reference
+answers go through the real loop in virtual time, with a measured step-time model.
+`python -m benchmarks.speculate answer MODEL_DIR --prompts PROMPTS.jsonl.gz [--quantise int8] [--json]`: a
+chat model answers the prompts, each in turn without speculation and with n-gram lookup.
+`python -m benchmarks.speculate desk [--small DIR] [--json]`: the bundled model, with and without, in turns.
+`python -m benchmarks.speculate verify MODEL_DIR [--quantise int8] [--json]`: the cost of verification.
 """
 
 from __future__ import annotations
@@ -54,8 +54,12 @@ CONTEXT, SPOKEN = 2048, 128  # at most so many tokens in all, and of an answer t
 
 
 class Gain(Struct, frozen=True):
-    """One setting. `accepted`: the share of the guesses that were right; `tokens_a_step`: of an answer;
-    `gain`: tokens per second over those without guesses, in the same run."""
+    """One setting.
+
+    accepted: the share of the draft tokens that were accepted
+    tokens_a_step: output tokens of a sequence in a step
+    gain: tokens per second divided by those without speculation, in the same run
+    """
 
     what: str
     answers: int
@@ -67,7 +71,10 @@ class Gain(Struct, frozen=True):
 
 
 class Verified(Struct, frozen=True):
-    """A step of one sequence that checks `rows` - 1 guesses, median ms, and over that of one row."""
+    """A step of one sequence that verifies `rows` - 1 draft tokens.
+
+    `ms` is the median, `ratio` the median divided by that of a step with one row.
+    """
 
     context: int
     rows: int
@@ -76,7 +83,7 @@ class Verified(Struct, frozen=True):
 
 
 class Heard:
-    """What an engine said: tokens, guesses, and steps that said something for an answer."""
+    """Counts the output tokens, draft tokens and decode rows of an engine."""
 
     def __init__(self) -> None:
         self.tokens = self.proposed = self.accepted = self.decodes = self.said = 0
@@ -95,7 +102,7 @@ class Heard:
 
 
 class Reciter(NullRunner):
-    """A null model that says what it is given: `answers` by request."""
+    """A null model that draws the given `answers`, by request id."""
 
     def __init__(self, answers: dict[int, list[int]], cost: StepCost, clock: VirtualClock) -> None:
         super().__init__(null_info(context=65536, vocab=1 << 20), cost=cost, sleep=clock.sleep)
@@ -116,7 +123,7 @@ class Asked(NamedTuple):
 
 
 def questions(path: Path) -> Iterator[Asked]:
-    """What is asked first in each line."""
+    """The first question of each line of a file."""
     with gzip.open(path, "rt") as lines:
         for line in lines:
             row: dict[str, Any] = msgspec.json.decode(line)
@@ -133,7 +140,7 @@ def words(known: dict[str, int], text: str) -> list[int]:
 
 
 def recite(asked: list[tuple[list[int], list[int]]], cost: StepCost, guess: bool) -> tuple[Heard, float]:
-    """Each prompt and answer by itself, in order; what was said and the seconds it took."""
+    """Run each prompt and its answer alone, in order. Returns the counts and the seconds of virtual time."""
     clock, heard = VirtualClock(), Heard()
     runner = Reciter({ident: answer for ident, (_, answer) in enumerate(asked)}, cost, clock)
     model = LoadedModel(runner, StepTime(cost), Speculation() if guess else None)

@@ -1,5 +1,6 @@
-"""Whether a long prompt stalls the streams beside it, in real time: four streams that bear gaps of 150 ms and
-a prompt of 2,000 tokens that arrives while they run; each schedule in turn, on one loaded model.
+"""Measures in real time how much a long prompt delays the streams beside it, with each schedule in turn.
+
+Four streams with an ITL objective of 150 ms run when a prompt of 2,000 tokens arrives.
 
 `python benchmarks/stall.py MODEL_DIR --quantise int8 --rounds 2`
 """

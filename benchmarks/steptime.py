@@ -1,6 +1,7 @@
-"""How well the step-time model knows a machine: it calibrates on a checkpoint, then serves a mixed load in
-process and compares every step with what was predicted for it: by the calibration alone, as refined since,
-and by one fit to all of them afterwards.
+"""Measures the error of the step-time model: calibrates it on a checkpoint, then serves a mixed load.
+
+The time of every step is compared with three predictions: by the calibration alone, by the model as refined
+so far, and by one fit to all steps afterwards.
 
 `python benchmarks/steptime.py MODEL_DIR --quantise int8 --seconds 40 --save FILE`
 """
@@ -32,7 +33,7 @@ SLOW = Objective(ttft_ms=20_000, itl_ms=500)
 
 
 class Seen(NamedTuple):
-    """A step of the mixed load: what it was made of, what it took, and what was predicted just before."""
+    """A step of the mixed load: its load, its milliseconds and the prediction just before it."""
 
     load: StepLoad
     ms: float
