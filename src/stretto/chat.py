@@ -5,7 +5,7 @@ This module owns the history and the commands. It knows neither model nor server
 
 from __future__ import annotations
 
-import readline  # noqa: F401 - gives `input` a line editor and a history
+import readline  # noqa: F401  # pyright: ignore[reportUnusedImport] - gives `input` a line editor
 import sys
 import time
 from collections.abc import Callable, Generator

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -35,14 +35,19 @@ from stretto.types import Sampling
 
 FAILURE, USAGE = 1, 2
 
+
+def _one_spelling(flag: str) -> str:
+    """Makes --quantize the same flag as --quantise."""
+    return flag.replace("quantize", "quantise")
+
+
 app = typer.Typer(
     help="A real-time LLM server.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    # Both spellings of --quantise work.
-    context_settings={"token_normalize_func": lambda token: token.replace("quantize", "quantise")},
+    context_settings={"token_normalize_func": _one_spelling},
 )
 bench = typer.Typer(help="Measure a server, a schedule, or the engine alone.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
@@ -368,7 +373,7 @@ async def _close(pieces: AsyncGenerator[str]) -> None:
 
 
 @contextmanager
-def _usage() -> Iterator[None]:
+def _usage() -> Generator[None]:
     """Errors in this block are errors of usage: print them and exit with 2."""
     try:
         yield

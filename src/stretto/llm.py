@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 from msgspec import Struct
@@ -182,7 +182,7 @@ class LLM:
     def _token_ids(self, prompt: object) -> Sequence[int]:
         if isinstance(prompt, str):
             return self._text.encode(prompt)
-        parts: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+        parts: list[Any] = list(cast("Sequence[Any]", prompt)) if isinstance(prompt, Sequence) else [prompt]
         if all(isinstance(part, int) for part in parts):
             return parts
         if all(isinstance(part, dict) and "role" in part for part in parts):

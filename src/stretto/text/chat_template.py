@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -49,16 +49,20 @@ def _refuse(message: str) -> str:
     raise TemplateError(message)
 
 
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = _tojson  # pyright: ignore[reportUnknownMemberType]
     globals_: dict[str, Callable[..., Any]] = {
         "raise_exception": _refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
+        "strftime_now": _now,
     }
-    environment.globals.update(globals_)
+    environment.globals.update(globals_)  # pyright: ignore[reportUnknownMemberType]
     return environment
 
 
@@ -107,7 +111,7 @@ def load(path: Path, config: dict[str, Any]) -> ChatTemplate | None:
         return None
     variables: dict[str, str] = {}
     for name, value in config.items():
-        token = value.get("content") if isinstance(value, dict) else value
+        token = cast("dict[str, Any]", value).get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(token, str):
             variables[name] = token
     return ChatTemplate(sources, variables)
@@ -120,7 +124,7 @@ def _sources(path: Path, config: dict[str, Any]) -> dict[str, str]:
     if isinstance(inline, str):
         found["default"] = inline
     elif isinstance(inline, list):
-        found.update({entry["name"]: entry["template"] for entry in inline})
+        found.update({entry["name"]: entry["template"] for entry in cast("list[dict[str, str]]", inline)})
     legacy = path / "chat_template.json"
     if legacy.is_file():
         found["default"] = json.loads(legacy.read_bytes())["chat_template"]

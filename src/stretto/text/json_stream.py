@@ -39,9 +39,9 @@ class JsonReader:
         if self.done:
             raise ValueError("text after the end of the value")
         deep = len(self._stack)
-        if self._open:
+        if inside := self._open:
             self._string(character)
-            self.in_value = deep > 1 or self._open == "text" or self._want == "comma"
+            self.in_value = deep > 1 or inside == "text"
             return
         if self._scalar:
             if character in _SCALAR:
@@ -53,7 +53,8 @@ class JsonReader:
             return
         self._structure(character)
         if not self.done and len(self._stack) <= 1 and deep <= 1:
-            self.in_value = self._open == "text" or bool(self._scalar)
+            in_text = self._open == "text"  # pyright: ignore[reportUnnecessaryComparison] - _value sets it
+            self.in_value = in_text or bool(self._scalar)
         else:
             self.in_value = deep > 1 or (deep == 1 and len(self._stack) == 2)
 

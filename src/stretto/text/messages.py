@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from msgspec import to_builtins
 
@@ -204,12 +204,12 @@ def _any_call(tools: list[Tool], single: bool) -> dict[str, Any]:
 
 def _moved(schema: Any, place: str) -> Any:
     if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
+        return [_moved(item, place) for item in cast("list[Any]", schema)]
     if isinstance(schema, dict):
         return {
             key: place + value[1:]
             if key == "$ref" and isinstance(value, str) and value.startswith("#")
             else _moved(value, place)
-            for key, value in schema.items()
+            for key, value in cast("dict[str, Any]", schema).items()
         }
     return schema

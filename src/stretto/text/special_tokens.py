@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from secrets import token_hex
-from typing import Any
+from typing import Any, cast
 
 
 class SpecialTokenGuard:
@@ -28,9 +28,10 @@ class SpecialTokenGuard:
         if isinstance(value, str):
             return self._guard_text(value)
         if isinstance(value, list):
-            return [self.guard(item) for item in value]
+            return [self.guard(item) for item in cast("list[Any]", value)]
         if isinstance(value, dict):
-            return {self._guard_text(str(key)): self.guard(item) for key, item in value.items()}
+            items = cast("dict[Any, Any]", value).items()
+            return {self._guard_text(str(key)): self.guard(item) for key, item in items}
         return value
 
     def split(self, rendered: str) -> list[str]:
@@ -59,12 +60,12 @@ def _trie(words: list[str]) -> str:
     """
     root: dict[str, Any] = {}
     for word in sorted(words):
-        node = root
+        node: dict[str, Any] | None = root
         for character in word[:-1]:
-            node = node.setdefault(character, {})
-            if not isinstance(node, dict):
+            node = cast("dict[str, Any] | None", node.setdefault(character, {}))
+            if node is None:
                 break
-        if isinstance(node, dict):
+        if node is not None:
             node[word[-1]] = None
     return _alternatives(root)
 

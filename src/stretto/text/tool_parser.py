@@ -141,7 +141,7 @@ class ToolParser:
                     rest = self._raw + text[at:]
                     self._state, self._raw = "text", ""
                     return rest
-                if self._state == "text":
+                if self._state == "text":  # pyright: ignore[reportUnnecessaryComparison] - _close sets it
                     return text[at + 1 :]
                 continue
             self._raw += character
