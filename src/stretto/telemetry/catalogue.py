@@ -153,10 +153,10 @@ PREEMPTIONS = Metric(
     MODEL,
 )
 PROPOSED = Metric(
-    Counter, "stretto_guesses_proposed", "Draft tokens verified by a step (speculative decoding).", MODEL
+    Counter, "stretto_draft_tokens_proposed", "Draft tokens verified by a step (speculative decoding).", MODEL
 )
 ACCEPTED = Metric(
-    Counter, "stretto_guesses_accepted", "Draft tokens that were the token the model drew.", MODEL
+    Counter, "stretto_draft_tokens_accepted", "Draft tokens that were the token the model drew.", MODEL
 )
 RUNNING = Metric(Gauge, "stretto_running_sequences", "Sequences in the last step.", MODEL)
 WAITING = Metric(Gauge, "stretto_waiting_sequences", "Sequences waiting for a step.", MODEL)
