@@ -15,9 +15,9 @@ from statistics import median, quantiles
 
 from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
+from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.admission import Outlook, snapshot
-from stretto.engine.scheduler.deadline import SCHEDULES
-from stretto.engine.scheduler.types import Limits, Plan, SchedulingContext
+from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import StepCost, StepTime
 from stretto.simulator.replay import CPU_TIERS, SMALL_CPU
@@ -54,7 +54,7 @@ def _planning(name: str, cost: StepCost, steps: int) -> list[float]:
     engine = _engine(timed, cost)
     for _ in range(60):
         engine.step()
-    (lane,) = engine.lanes.values()
+    (lane,) = engine.models.values()
     times.clear()
     ident = 10**6
     while len(times) < steps:
@@ -70,9 +70,8 @@ def _refusals(count: int) -> list[float]:
     engine = _engine(SCHEDULES["deadline"], FAST)
     for _ in range(60):
         engine.step()
-    (lane,) = engine.lanes.values()
     now, outlook = CLOCK(), Outlook(CPU_TIERS)
-    outlook.see(snapshot(lane.queues, LIMITS, SchedulingContext(now, lane.times, lane.ledger), 10**9))
+    outlook.see(snapshot(engine.context("null"), 10**9))
     times: list[float] = []
     for ident in range(count):
         objective = Objective(ttft_ms=1.0, on_miss="reject")
@@ -98,7 +97,7 @@ def _engine(schedule: Callable[..., Plan], cost: StepCost) -> EngineCore:
         clock=CLOCK,
         emit=lambda events, stats: None,
     )
-    (lane,) = engine.lanes.values()
+    (lane,) = engine.models.values()
     for ident in range(1, RUNNING + 1):
         engine.submit(_sequence(ident, engine, prompt=16))
     while lane.queues.waiting:

@@ -36,7 +36,7 @@ from stretto.engine.runners.draft_model import DraftModel
 from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.runners.torch import TorchRunner
-from stretto.engine.scheduler.deadline import SCHEDULES
+from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.types import Limits, Plan, Row
 from stretto.engine.sequence import Drawn, Sequence
 from stretto.engine.speculative.policy import Speculation
@@ -157,7 +157,7 @@ def recite(asked: list[tuple[list[int], list[int]]], cost: StepCost, guess: bool
 
 def decode(engine: EngineCore, request: Request, heard: Heard, clock: Callable[[], float]) -> float:
     """The seconds from the first token of an answer to its last."""
-    engine.submit(Sequence.of(request, engine.lanes[request.model].runner.info.context))
+    engine.submit(Sequence.of(request, engine.models[request.model].runner.info.context))
     before = heard.tokens
     while heard.tokens == before:
         engine.step()
@@ -327,11 +327,11 @@ def verify(path: Path, quantise: Quantise | None, rounds: int) -> list[Verified]
         request = Request(id=1, model="m", prompt=(5,) * context, arrival=0.0, sampling=sampling)
         seq = Sequence.of(request, 2048)
         seq = replace(seq, slot=0, kv=replace(seq.kv, blocks=list(range(2048 // 16))))
-        runner.launch(Plan("m", [Row(seq, 0, context, True)])).wait()
+        runner.launch(Plan("m", rows=[Row(seq, 0, context, True)])).wait()
         took: dict[int, list[float]] = {rows: [] for rows in ROWS}
         for _ in range(rounds):
             for rows in ROWS:
-                plan = Plan("m", [Row(seq, context - 1, rows, True, (7,) * (rows - 1))])
+                plan = Plan("m", rows=[Row(seq, context - 1, rows, True, (7,) * (rows - 1))])
                 started = time.perf_counter()
                 runner.launch(plan).wait()
                 took[rows].append((time.perf_counter() - started) * 1e3)

@@ -20,7 +20,7 @@ from stretto.config import EngineConfig, ModelConfig
 from stretto.engine.core import EngineCore, LoadedModel, Runner
 from stretto.engine.runners.calibrate import known_times
 from stretto.engine.runners.factory import ModelLoader
-from stretto.engine.scheduler.deadline import SCHEDULES
+from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import StepTime

@@ -22,7 +22,7 @@ from stretto.config import EngineConfig, ModelConfig
 from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.calibrate import CALIBRATION_STEPS, Calibrator, calibrate, fit, fits
 from stretto.engine.runners.factory import ModelLoader
-from stretto.engine.scheduler.deadline import SCHEDULES
+from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import StepCost, StepLoad
@@ -65,11 +65,11 @@ def main() -> None:
         clock=time.monotonic,
         emit=emit,
     )
-    (lane,) = engine.lanes.values()
+    (lane,) = engine.models.values()
     observe = model.observe
 
     def watch(load: StepLoad, ms: float) -> None:
-        steps.append(Seen(load, ms, lane.times.cost(load)))
+        steps.append(Seen(load, ms, lane.history.times.cost(load)))
         observe(load, ms)
 
     model.observe = watch  # type: ignore[method-assign]
@@ -80,7 +80,7 @@ def main() -> None:
         "kernels": runner.info.kernels,
         "calibration_s": round(took, 2),
         "calibrated": msgspec.to_builtins(calibrated),
-        "refined": msgspec.to_builtins(lane.times.cost),
+        "refined": msgspec.to_builtins(lane.history.times.cost),
         "fitted": msgspec.to_builtins(whole),
         "steps": len(steps),
         "error_calibrated": _errors(steps, calibrated),
@@ -116,7 +116,7 @@ def _serve(engine: EngineCore, vocab: int, seconds: float) -> None:
 
 
 def _active(engine: EngineCore) -> list[Sequence]:
-    (lane,) = engine.lanes.values()
+    (lane,) = engine.models.values()
     return [*lane.queues.waiting, *lane.queues.running]
 
 

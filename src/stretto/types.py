@@ -1,7 +1,7 @@
-"""The words every part of Stretto shares: a request, what it may ask, and what comes back.
+"""The types that every part of Stretto shares: a request, its options, and what comes back.
 
-Everything here crosses a process or package boundary, so it is frozen and knows no tensor and no wire format.
-Times are seconds on the machine's monotonic clock unless a name ends in `_ms`.
+They cross process and package boundaries, so they are frozen and know no tensor and no wire format. Times are
+seconds on the machine's monotonic clock unless a name ends in `_ms`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
 
 
 class Grammar(Struct, frozen=True):
-    """What the text must look like. `source` is the schema (JSON), the regex, or the JSON list of choices."""
+    """A grammar that an answer must follow. `source`: a JSON schema, a regex, or a JSON list of choices."""
 
     kind: GrammarKind
     source: str = ""
 
     @property
     def spoken(self) -> str:
-        """What its author calls it."""
+        """The name of its kind for a user."""
         return self.kind.replace("json_", "JSON ")
 
 
@@ -119,9 +119,7 @@ class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
 
 
 class Request(Struct, frozen=True, kw_only=True):
-    """One sequence to run. Built at the edge, where everything was checked: from here the type is the
-    proof.
-    """
+    """One sequence to run. Whoever makes one has checked it against the model."""
 
     id: int
     model: str
@@ -158,19 +156,18 @@ class Reason(StrEnum):
 
 
 class Finish(Struct, frozen=True, array_like=True):
-    """The end of a sequence. `queue_ms` runs from arrival to its first step; `stop_token` is what ended it;
-    `late`: a token was not out when it was due. A refusal may say after how many seconds to try again."""
+    """The end of a sequence."""
 
     reason: Reason
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int
-    queue_ms: float
-    stop_token: int | None = None
+    queue_ms: float  # from arrival to its first step
+    stop_token: int | None = None  # the token that ended it
     error: str | None = None
     preemptions: int = 0
-    late: bool = False
-    retry_after: float | None = None
+    late: bool = False  # whether a token missed its deadline
+    retry_after: float | None = None  # of a refusal: seconds after which to try again
 
 
 class Logprobs(Struct, frozen=True, array_like=True):
@@ -181,17 +178,19 @@ class Logprobs(Struct, frozen=True, array_like=True):
 
 
 class Began(Struct, frozen=True, array_like=True, gc=False):
-    """How a sequence started: `queue_ms` from arrival to its first step, the tokens of its prompt that were
-    in the cache, and `forecast_ms`: what `queue_ms` was expected to be when the request was sent."""
+    """How a sequence started."""
 
-    queue_ms: float
-    cached_tokens: int
-    forecast_ms: float | None = None
+    queue_ms: float  # from arrival to its first step
+    cached_tokens: int  # of its prompt
+    forecast_ms: float | None = None  # the `queue_ms` that was predicted when the request was sent
 
 
 class TokenEvent(Struct, frozen=True, array_like=True, gc=False):
-    """One token of one sequence, or its end, or both. The token that ends a sequence (EOS) is not sent as
-    text: it arrives as `finish.stop_token` with `token = None`. The first token has `began`."""
+    """One token of a sequence, or its end, or both.
+
+    The token that ends a sequence (EOS) arrives as `finish.stop_token`, with `token = None`. The first token
+    has `began`.
+    """
 
     id: int
     token: int | None = None
@@ -202,8 +201,10 @@ class TokenEvent(Struct, frozen=True, array_like=True, gc=False):
 
 
 class StepStats(Struct, frozen=True, array_like=True):
-    """What one step was made of and what it cost. `decode_tokens` are those it said in answers; `accepted` of
-    them had been guessed, and `proposed` guesses were checked."""
+    """What one step was made of and what it cost.
+
+    It verified `proposed` draft tokens and accepted `accepted` of them, which `decode_tokens` includes.
+    """
 
     model: str
     started: float
@@ -222,8 +223,7 @@ class StepStats(Struct, frozen=True, array_like=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """A model the engine holds. `weight_bytes` and `kv_bytes` are what it takes of the device's memory;
-    `kernels` says what computes it."""
+    """A model that the engine holds. `kernels` says which kernels compute it, and why."""
 
     name: str
     path: str
@@ -243,7 +243,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 
 
 class WorkerState(Struct, frozen=True, kw_only=True):
-    """A worker as the outside sees it: `/state`, and what a gateway chooses by."""
+    """A worker as `/state` shows it, and as a gateway chooses by."""
 
     ready: bool
     draining: bool

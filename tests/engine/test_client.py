@@ -17,9 +17,9 @@ import pytest
 
 from stretto.config import TIERS, EngineConfig, ModelConfig
 from stretto.engine.client import EngineClient, Stream
+from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.admission import Outlook, snapshot
-from stretto.engine.scheduler.fairness import Ledger
-from stretto.engine.scheduler.types import Limits, Queues, SchedulingContext
+from stretto.engine.scheduler.types import History, Limits, Queues, SchedulingContext
 from stretto.engine.step_time import StepCost, StepTime
 from stretto.errors import EngineDied, StartError
 from stretto.types import Objective, Reason, Request, Sampling, TokenEvent
@@ -205,11 +205,9 @@ async def test_a_stream_says_what_work_its_request_was_predicted_to_be():
 async def test_a_burst_sent_since_the_last_word_of_the_engine_counts():
     """Each promise of a first token takes from what is left for the next, before the engine has seen any."""
     outlook = Outlook(TIERS)
-    queues, moment = (
-        Queues(),
-        SchedulingContext(0.0, StepTime(StepCost(base=10.0, per_prefill=1.0)), Ledger()),
-    )
-    outlook.see(snapshot(queues, Limits(16, 512), moment, 0))
+    history = History(StepTime(StepCost(base=10.0, per_prefill=1.0)))
+    context = SchedulingContext("null", Queues(), BlockPool(64, 16), Limits(16, 512), history, 0.0)
+    outlook.see(snapshot(context, 0))
     promised = 0
     for ident in range(1, 20):
         asked = Request(
@@ -221,6 +219,6 @@ async def test_a_burst_sent_since_the_last_word_of_the_engine_counts():
         if forecast.feasible:
             outlook.sent(asked)
     assert 1 <= promised <= 5
-    outlook.see(snapshot(queues, Limits(16, 512), moment, 19))
+    outlook.see(snapshot(context, 19))
     forecast = outlook.forecast(asked, 0.0)
     assert forecast is not None and forecast.feasible and forecast.queue_ms == 0.0

@@ -55,7 +55,7 @@ class World:
             arrival=self.clock(),
             sampling=Sampling(**{"max_tokens": 5, "seed": ident, **sampling}),  # type: ignore[arg-type]
         )
-        self.engine.submit(Sequence.of(request, self.engine.lanes[model].runner.info.context))
+        self.engine.submit(Sequence.of(request, self.engine.models[model].runner.info.context))
 
     def finish(self) -> None:
         while self.engine.step() or not self.engine.idle:
@@ -76,7 +76,7 @@ def test_a_request_runs_to_its_limit_and_says_what_it_used():
     end = world.end(1)
     assert (end.reason, end.prompt_tokens, end.output_tokens) == (Reason.LENGTH, 40, 7)
     assert len(world.tokens(1)) == 7
-    assert world.engine.lanes["a"].pool.available == 64
+    assert world.engine.models["a"].pool.available == 64
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -171,7 +171,7 @@ class BrokenRunner(NullRunner):
 
 def test_a_failing_step_ends_only_its_requests(caplog: pytest.LogCaptureFixture):
     world = World()
-    lane = world.engine.lanes["a"]
+    lane = world.engine.models["a"]
     lane.runner = BrokenRunner(lane.runner.info, sleep=world.clock.sleep)
     lane.runner.eos = frozenset({3})
     world.submit(13, [1] * 4)
@@ -194,7 +194,7 @@ def test_min_tokens_and_ignore_eos_hold_back_the_end():
         ({"ignore_eos": True, "stop_token_ids": (3,)}, Reason.STOP, 0),
     ):
         world = World()
-        lane = world.engine.lanes["a"]
+        lane = world.engine.models["a"]
         lane.runner = BrokenRunner(lane.runner.info, sleep=world.clock.sleep)
         lane.runner.eos = frozenset({3})
         world.submit(15, [1] * 4, **sampling)
@@ -231,5 +231,5 @@ def test_every_request_ends_and_no_block_is_lost(data: st.DataObject):
         assert end.reason in (Reason.LENGTH, Reason.CANCELLED)
         if end.reason is Reason.LENGTH:
             assert end.output_tokens == len(world.tokens(ident))
-    for lane in world.engine.lanes.values():
+    for lane in world.engine.models.values():
         assert lane.pool.available == lane.pool.total

@@ -1,7 +1,7 @@
-"""The engine's loop: take what arrived, plan a step, launch it, commit what it drew, tell the outside.
+"""The engine's loop: plan a step, launch it, commit the tokens it drew, and emit them.
 
 It alone changes sequences, queues and pools. The clock and the runners are arguments, so the same loop runs
-in virtual time over `stretto.engine.runners.null`. Of texts, sockets and tensors it knows nothing.
+in virtual time over `stretto.engine.runners.null`. It knows no text, no socket and no tensor.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from msgspec.structs import replace
 
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.deadline import latest_start
-from stretto.engine.scheduler.fairness import Ledger
-from stretto.engine.scheduler.types import Limits, Plan, Queues, Row, SchedulePolicy, SchedulingContext
-from stretto.engine.sequence import TIMED, UNPLACED, Drawn, Rank, Sequence
+from stretto.engine.scheduler.types import (
+    History,
+    Limits,
+    Plan,
+    Queues,
+    Row,
+    SchedulePolicy,
+    SchedulingContext,
+)
+from stretto.engine.sequence import Drawn, Rank, Sequence
 from stretto.engine.speculative.policy import Speculation
 from stretto.engine.step_time import StepLoad, StepTime
 from stretto.types import Began, Finish, ModelInfo, Reason, StepStats, TokenEvent
@@ -31,9 +38,11 @@ NOT_A_NUMBER = "the model's output was not a number (NaN or infinite logits)"
 
 
 class Pending(Protocol):
-    """A launched step. `wait` gives one result for each of the plan's rows that draws, in order."""
+    """A launched step."""
 
-    def wait(self) -> list[Drawn]: ...
+    def wait(self) -> list[Drawn]:
+        """Wait for the step; one result for each row of the plan that draws, in order."""
+        ...
 
 
 class Runner(Protocol):
@@ -43,7 +52,9 @@ class Runner(Protocol):
     eos: frozenset[int]
     depth: int
 
-    def launch(self, plan: Plan) -> Pending: ...
+    def launch(self, plan: Plan) -> Pending:
+        """Start the plan's step. A step that fails raises here or in `wait`."""
+        ...
 
     def erase(self, blocks: list[int]) -> None:
         """Zero the KV memory of these blocks."""
@@ -70,26 +81,24 @@ class LoadedModel:
 
 @dataclass(slots=True)
 class ModelState:
-    """One model's runner, pool and queues, and what is learnt of its time. `slots` are the free rows of the
-    runner's tables; `freed`: when its last step was over."""
+    """One model while the engine serves it."""
 
     runner: Runner
     pool: BlockPool
-    slots: list[int]
-    times: StepTime
+    slots: list[int]  # the free rows of the runner's tables
+    history: History
     speculation: Speculation | None = None
     queues: Queues = field(default_factory=Queues)
-    ledger: Ledger = field(default_factory=Ledger)
-    freed: float = -inf
-    flight: deque[InFlightStep] = field(default_factory=lambda: deque[InFlightStep]())
+    freed: float = -inf  # when its last step was over
+    in_flight: deque[InFlightStep] = field(default_factory=lambda: deque[InFlightStep]())
 
     @property
     def busy(self) -> bool:
-        return bool(self.flight or self.queues.waiting or self.queues.running)
+        return bool(self.in_flight or self.queues.waiting or self.queues.running)
 
     def latest_start(self) -> float:
-        """When its next step must start for those with a due; inf when there are none."""
-        return latest_start(self.queues, self.times.cost)
+        """When its next step must start for its deadlines to be met; inf when it has none."""
+        return latest_start(self.queues, self.history.times.cost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +111,23 @@ class InFlightStep:
     load: StepLoad
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a sequence ends, and what goes with that."""
+
+    reason: Reason
+    stop_token: int | None = None
+    error: str | None = None
+    embedding: tuple[float, ...] | None = None
+    retry_after: float | None = None
+
+
 class EngineCore:
-    """All models of one device. `emit(events, stats)` is called once per step that had something to say."""
+    """All models of one device.
+
+    `emit(events, stats)` is called after each step, and whenever a sequence ends without one; then `stats` is
+    None. `share` turns the prefix cache on.
+    """
 
     def __init__(
         self,
@@ -121,164 +145,185 @@ class EngineCore:
         self._emit = emit
         self._sequences: dict[int, Sequence] = {}
         self._events: list[TokenEvent] = []
-        self.lanes = {
+        self.models = {
             model.runner.info.name: ModelState(
                 runner=model.runner,
                 pool=BlockPool(model.runner.info.blocks, model.runner.info.block_size, share=share),
                 slots=list(range(limits.max_running - 1, -1, -1)),
-                times=model.times,
+                history=History(model.times),
                 speculation=model.speculation,
             )
             for model in models
         }
-        self._turns = deque(self.lanes)
+        self._turns = deque(self.models)
 
     @property
     def idle(self) -> bool:
         """Nothing is waiting, running or in flight."""
-        return not self._sequences and not any(lane.flight for lane in self.lanes.values())
+        return not self._sequences and not any(model.in_flight for model in self.models.values())
 
     def submit(self, seq: Sequence) -> None:
-        """Queue a sequence; its request was checked against the model's context at the edge."""
-        queues = self.lanes[seq.request.model].queues
+        """Queue a sequence. Its prompt must fit the model's context."""
+        queues = self.models[seq.request.model].queues
         self._sequences[seq.request.id] = seq
         insort(queues.waiting, seq, key=_rank)
         if seq.deadline.whole < inf:
             heappush(queues.ends, (seq.deadline.whole, seq.request.id, seq))
 
     def cancel(self, ident: int) -> None:
-        """Drop a sequence now; unknown and ended ones are ignored, since a cancel may cross the end."""
+        """End a sequence now. Ignores one that is unknown or has ended: a cancel may cross the end."""
         seq = self._sequences.get(ident)
         if seq is not None:
-            self._end(seq, Reason.CANCELLED)
+            self._end(seq, Ending(Reason.CANCELLED))
 
     def step(self) -> bool:
-        """One turn of one model; False when no model had anything to run."""
-        lanes = self._by_turn()
-        considerate = [self._until(lane) for lane in lanes]
-        regardless = [inf] * (len(lanes) if len(lanes) > 1 else 0)
-        for lane, until in zip(lanes * 2, considerate + regardless, strict=False):
-            stats = self._turn(lane, until)
+        """Run one step of one model; False when no model has anything to run.
+
+        A step that keeps the deadlines of the other models comes first, then any step.
+        """
+        models = self._by_turn()
+        considerate = [self._until(model) for model in models]
+        regardless = [inf] * (len(models) if len(models) > 1 else 0)
+        for model, until in zip(models * 2, considerate + regardless, strict=False):
+            stats = self._turn(model, until)
             self._flush(stats)
             if stats is not None:
                 return True
         self._flush(None)
         return False
 
-    def _until(self, lane: ModelState) -> float:
-        """When a step of this lane must be over for the streams of the others."""
-        others = [other for other in self.lanes.values() if other is not lane and other.busy]
+    def context(self, name: str, until: float = inf) -> SchedulingContext:
+        """What a policy looks at now to plan the next step of a model, which should be over at `until`."""
+        model, now = self.models[name], self._clock()
+        return SchedulingContext(name, model.queues, model.pool, self._limits, model.history, now, until)
+
+    def _until(self, model: ModelState) -> float:
+        """When a step of this model must be over for the streams of the others."""
+        others = [other for other in self.models.values() if other is not model and other.busy]
         return min((other.latest_start() for other in others), default=inf)
 
     def _by_turn(self) -> list[ModelState]:
-        """The lanes with work: each has its turn, unless another's streams cannot wait for its step."""
-        busy = [lane for lane in map(self.lanes.__getitem__, self._turns) if lane.busy]
+        """The models with work, in turn, but first one whose streams cannot wait for the first one's step."""
+        busy = [model for model in map(self.models.__getitem__, self._turns) if model.busy]
         self._turns.rotate(-1)
         if len(busy) > 1:
             now = self._clock()
-            soonest = min(busy, key=lambda lane: lane.latest_start())
-            if now + busy[0].times.cost.decodes(1, 0) / 1e3 > soonest.latest_start():
+            soonest = min(busy, key=lambda model: model.latest_start())
+            if now + busy[0].history.times.cost.decodes(1, 0) / 1e3 > soonest.latest_start():
                 busy.remove(soonest)
                 busy.insert(0, soonest)
         return busy
 
     def check(self) -> None:
         """Raise AssertionError when a pool and the sequences that hold its blocks disagree."""
-        for lane in self.lanes.values():
-            lane.pool.check(seq.kv for seq in lane.queues.running)
-            assert all(not seq.kv.blocks for seq in lane.queues.waiting), "a waiting sequence holds blocks"
-            assert len(lane.slots) + len(lane.queues.running) == self._limits.max_running, "slots were lost"
+        for model in self.models.values():
+            model.pool.check(seq.kv for seq in model.queues.running)
+            assert all(not seq.kv.blocks for seq in model.queues.waiting), "a waiting sequence holds blocks"
+            assert len(model.slots) + len(model.queues.running) == self._limits.max_running, "slots were lost"
 
-    def _turn(self, lane: ModelState, until: float) -> StepStats | None:
-        """Launch the lane's next step, then commit those beyond its depth (all, when there is nothing to
-        run).
+    def _turn(self, model: ModelState, until: float) -> StepStats | None:
+        """Launch the model's next step, then commit the steps beyond its depth.
+
+        All steps in flight are committed when there is nothing to run.
         """
-        moment = SchedulingContext(self._clock(), lane.times, lane.ledger, until)
-        plan = self._schedule(lane.runner.info.name, lane.queues, lane.pool, self._limits, moment)
-        self._apply(lane, plan)
+        context = self.context(model.runner.info.name, until)
+        plan = self._schedule(context)
+        self._apply(model, plan)
         if plan.rows:
-            self._add_drafts(lane, plan, moment)
-            self._launch(lane, plan)
+            self._add_drafts(model, plan, context)
+            self._launch(model, plan)
         stats = None
-        while len(lane.flight) > (lane.runner.depth if plan.rows else 0):
-            stats = self._commit(lane, lane.flight.popleft())
+        while len(model.in_flight) > (model.runner.depth if plan.rows else 0):
+            stats = self._commit(model, model.in_flight.popleft())
         return stats
 
-    def _apply(self, lane: ModelState, plan: Plan) -> None:
-        """Do what the plan says to queues and blocks."""
-        now = self._clock()
+    def _apply(self, model: ModelState, plan: Plan) -> None:
+        """Do to queues and blocks what the plan says."""
         for seq in plan.end:
-            self._end(seq, Reason.DEADLINE)
+            self._end(seq, Ending(Reason.DEADLINE))
         for seq, after in plan.refuse:
-            self._end(seq, Reason.REFUSED, retry_after=after)
-        while lane.queues.ends and lane.queues.ends[0][2].ended:
-            heappop(lane.queues.ends)
-        for seq, rank in plan.place:
-            if seq.ended:
-                continue
-            if seq.rank[0] == UNPLACED and rank[0] == TIMED:
-                tier = self._limits.tiers.get(seq.request.tier)
-                lane.ledger.arrived(tier.weight if tier else 0.0, lane.times.cost.prefill(0, seq.prompt_len))
-            queue = lane.queues.waiting if seq.slot < 0 else lane.queues.running
-            queue.remove(seq)
-            seq.rank = rank
-            insort(queue, seq, key=_rank)
-        lane.ledger.promise(plan.tags, plan.owed)
+            self._end(seq, Ending(Reason.REFUSED, retry_after=after))
+        while model.queues.ends and model.queues.ends[0][2].ended:
+            heappop(model.queues.ends)
+        self._place(model, plan)
         for seq in plan.preempt:
-            lane.queues.running.remove(seq)
-            self._release(lane, seq)
-            seq.preemptions += 1
-            insort(lane.queues.waiting, seq, key=_rank)
+            self._preempt(model, seq)
+        now = self._clock()
         for seq, matched in plan.admit:
-            lane.queues.waiting.remove(seq)
-            lane.pool.adopt(seq.kv, matched)
-            seq.slot = lane.slots.pop()
-            if seq.started is None:
-                seq.started = now
-                seq.cached = seq.kv.computed
-            insort(lane.queues.running, seq, key=_rank)
+            self._admit(model, seq, matched, now)
         for row in plan.rows:
-            lane.pool.extend(row.seq.kv, row.start + row.count)
+            model.pool.extend(row.seq.kv, row.start + row.count)
 
-    def _add_drafts(self, lane: ModelState, plan: Plan, moment: SchedulingContext) -> None:
+    def _place(self, model: ModelState, plan: Plan) -> None:
+        """Give sequences their new ranks, and record the newcomers' work and the plan's promises."""
+        history = model.history
+        for seq, rank in plan.place:
+            if not seq.ended:
+                queue = model.queues.waiting if seq.slot < 0 else model.queues.running
+                queue.remove(seq)
+                seq.rank = rank
+                insort(queue, seq, key=_rank)
+        for seq in plan.newcomers:
+            if not seq.ended:
+                history.arrivals.observe(
+                    -seq.rank.negated_weight, history.times.cost.prefill(0, seq.prompt_len)
+                )
+        history.fairness.promise(plan.tags, plan.owed)
+
+    def _preempt(self, model: ModelState, seq: Sequence) -> None:
+        """Take a running sequence's blocks and slot; it waits at its old rank."""
+        model.queues.running.remove(seq)
+        self._release(model, seq)
+        seq.preemptions += 1
+        insort(model.queues.waiting, seq, key=_rank)
+
+    def _admit(self, model: ModelState, seq: Sequence, matched: list[int], now: float) -> None:
+        """Let a waiting sequence run, with the cached blocks that it adopts."""
+        model.queues.waiting.remove(seq)
+        model.pool.adopt(seq.kv, matched)
+        seq.slot = model.slots.pop()
+        if seq.started is None:
+            seq.started = now
+            seq.cached = seq.kv.computed
+        insort(model.queues.running, seq, key=_rank)
+
+    def _add_drafts(self, model: ModelState, plan: Plan, context: SchedulingContext) -> None:
         """Let the plan's decodes verify draft tokens where that is predicted to pay off."""
-        speculation = lane.speculation
+        speculation = model.speculation
         if speculation is None:
             return
-        chosen = speculation.choose(plan, lane.queues, lane.pool, self._limits, moment)
+        chosen = speculation.choose(plan, context)
         counts = chosen.by_sequence
-        if not counts:
-            return
-        for row in plan.rows:
-            lane.pool.extend(row.seq.kv, row.start + row.count + counts.get(row.seq, 0))
-        drafts = speculation.propose(chosen)
-        plan.add_drafts(drafts, lane.times.cost)
+        if counts:
+            for row in plan.rows:
+                model.pool.extend(row.seq.kv, row.start + row.count + counts.get(row.seq, 0))
+            plan.add_drafts(speculation.propose(chosen), model.history.times.cost)
 
-    def _launch(self, lane: ModelState, plan: Plan) -> None:
+    def _launch(self, model: ModelState, plan: Plan) -> None:
         load, started = plan.load, self._clock()
         try:
-            pending = lane.runner.launch(plan)
+            pending = model.runner.launch(plan)
         except Exception as error:
             self._fail(plan, error)
             return
         for row in plan.rows:
-            lane.pool.advance(row.seq.kv, row.count)
+            model.pool.advance(row.seq.kv, row.count)
             row.seq.in_flight += row.draw
-            if row.count > 1 or row.start % lane.pool.size == 0:
-                self._charge(lane, row)
-        lane.flight.append(InFlightStep(plan, pending, started, load))
+            if row.count > 1 or row.start % model.pool.size == 0:
+                self._charge(model, row)
+        model.in_flight.append(InFlightStep(plan, pending, started, load))
 
-    def _charge(self, lane: ModelState, row: Row) -> None:
-        """The tenant had this chunk, or (reckoned once a block) these decodes, or checked these guesses."""
-        cost, size = lane.times.cost, lane.pool.size
+    def _charge(self, model: ModelState, row: Row) -> None:
+        """Charge a tenant for a chunk of a prompt, a row with draft tokens, or once a block for decodes."""
+        cost, size = model.history.times.cost, model.pool.size
         if row.draft:
-            ms = cost(Plan("", [row]).load) - cost.base
+            ms = cost(Plan("", rows=[row]).load) - cost.base
         else:
             ms = cost.prefill(row.start, row.count) if row.count > 1 else size * cost.row(row.start)
-        lane.ledger.charge(row.seq.request.tenant, ms)
+        model.history.fairness.charge(row.seq.request.tenant, ms)
 
-    def _commit(self, lane: ModelState, flight: InFlightStep) -> StepStats:
-        """Append what the step drew, end what is complete, and let others share the new blocks."""
+    def _commit(self, model: ModelState, flight: InFlightStep) -> StepStats:
+        """Append the tokens that a step drew, end what is complete, and publish the new blocks."""
         drawing = [row for row in flight.plan.rows if row.draw]
         try:
             drawn = flight.pending.wait()
@@ -291,127 +336,125 @@ class EngineCore:
         for row, result in zip(drawing, drawn, strict=True):
             row.seq.in_flight -= 1
             if not row.seq.ended:
-                self._take(lane, row, result)
-                accepted += self._take_more(lane, row, result.then)
+                self._take(model, row, result)
+                accepted += self._take_more(model, row, result.then)
         for row in flight.plan.rows:
             if not row.seq.ended and row.seq.kv.blocks:
-                lane.pool.publish(row.seq.kv)
-        stats = self._stats(lane, flight, accepted)
-        lane.times.observe(flight.load, stats.ms)
-        lane.ledger.fade(self._clock())
+                model.pool.publish(row.seq.kv)
+        stats = self._stats(model, flight, accepted)
+        model.history.times.observe(flight.load, stats.ms)
+        now = self._clock()
+        model.history.fairness.fade(now)
+        model.history.arrivals.fade(now)
         return stats
 
-    def _take_more(self, lane: ModelState, row: Row, drawn: tuple[Drawn, ...]) -> int:
-        """The tokens drawn after right guesses, until one ends the sequence; how many they were. Of the wrong
-        guesses nothing is kept."""
+    def _take_more(self, model: ModelState, row: Row, drawn: tuple[Drawn, ...]) -> int:
+        """Take the tokens drawn after accepted draft tokens, until one ends the sequence; returns how many.
+
+        What the rejected draft tokens left in the KV cache is trimmed.
+        """
         seq, before = row.seq, row.seq.output_len
         for each in drawn:
             if not seq.ended:
-                self._take(lane, row, each)
+                self._take(model, row, each)
         accepted = seq.output_len - before
-        if row.draft and lane.speculation is not None:
-            lane.speculation.observe(seq, len(row.draft), len(drawn))
+        if row.draft and model.speculation is not None:
+            model.speculation.observe(seq, len(row.draft), len(drawn))
         if row.draft and not seq.ended:
-            lane.pool.trim(seq.kv, len(seq.tokens) - 1)
+            model.pool.trim(seq.kv, len(seq.tokens) - 1)
         return accepted
 
-    def _take(self, lane: ModelState, row: Row, drawn: Drawn) -> None:
-        """One drawn token: keep it, pass it on, and see whether it ends the sequence."""
+    def _take(self, model: ModelState, row: Row, drawn: Drawn) -> None:
+        """Append one drawn token, emit it, and end the sequence if it is the last."""
         seq, sampling, token = row.seq, row.seq.request.sampling, drawn.token
-        self._speak(lane, seq)
+        self._record_emission(model, seq)
         if drawn.embedding is not None:
-            self._end(seq, Reason.STOP, embedding=drawn.embedding)
+            self._end(seq, Ending(Reason.STOP, embedding=drawn.embedding))
             return
         if token < 0:
-            self._end(seq, Reason.ERROR, error=_trouble(seq) or NOT_A_NUMBER)
+            self._end(seq, Ending(Reason.ERROR, error=_trouble(seq) or NOT_A_NUMBER))
             return
-        stops = not sampling.ignore_eos and token in lane.runner.eos
+        stops = not sampling.ignore_eos and token in model.runner.eos
         if (stops or token in sampling.stop_token_ids) and seq.output_len >= sampling.min_tokens:
             seq.tokens.append(token)
-            self._end(seq, Reason.STOP, stop_token=token)
+            self._end(seq, Ending(Reason.STOP, stop_token=token))
             return
         seq.tokens.append(token)
         if seq.grammar is not None and not seq.grammar.accept(token):
-            self._end(seq, Reason.ERROR, error=_trouble(seq) or "the grammar refused the model's token")
+            self._end(
+                seq, Ending(Reason.ERROR, error=_trouble(seq) or "the grammar refused the model's token")
+            )
             return
         began = _began(seq) if seq.output_len == 1 else None
         self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs, began=began))
         if seq.grammar is not None and seq.grammar.finished:
-            self._end(seq, Reason.STOP)
+            self._end(seq, Ending(Reason.STOP))
         elif len(seq.tokens) >= seq.limit:
-            self._end(seq, Reason.LENGTH)
+            self._end(seq, Ending(Reason.LENGTH))
 
-    def _speak(self, lane: ModelState, seq: Sequence) -> None:
-        """Note when a token was out. The first one settles how fast the rest must follow to be out in all by
-        the last due."""
+    def _record_emission(self, model: ModelState, seq: Sequence) -> None:
+        """Record the time of a token. The first one sets the pace at which the whole answer is on time."""
         now = self._clock()
         if not seq.deadline.emitted and seq.deadline.whole < inf:
-            rest = lane.ledger.expected(seq.request.tier, seq.request.sampling.max_tokens)
+            rest = model.history.lengths.predict(seq.request.tier, seq.request.sampling.max_tokens)
             seq.deadline.keep_pace(now, rest)
         seq.deadline.emit(now)
 
-    def _end(
-        self,
-        seq: Sequence,
-        reason: Reason,
-        *,
-        stop_token: int | None = None,
-        error: str | None = None,
-        embedding: tuple[float, ...] | None = None,
-        retry_after: float | None = None,
-    ) -> None:
-        """End a sequence wherever it stands, and say so."""
-        lane = self.lanes[seq.request.model]
-        if reason in (Reason.STOP, Reason.LENGTH):
-            lane.ledger.ended(seq.request.tier, seq.output_len)
+    def _end(self, seq: Sequence, ending: Ending) -> None:
+        """End a sequence wherever it stands, and emit its end."""
+        model = self.models[seq.request.model]
+        if ending.reason in (Reason.STOP, Reason.LENGTH):
+            model.history.lengths.observe(seq.request.tier, seq.output_len)
         del self._sequences[seq.request.id]
         seq.ended = True
-        if lane.speculation is not None:
-            lane.speculation.forget(seq)
+        if model.speculation is not None:
+            model.speculation.forget(seq)
         if seq.slot >= 0:
-            if reason is Reason.ERROR:
-                self._erase(lane, lane.pool.forget(seq.kv))
-            lane.queues.running.remove(seq)
-            self._release(lane, seq)
+            if ending.reason is Reason.ERROR:
+                self._erase(model, model.pool.forget(seq.kv))
+            model.queues.running.remove(seq)
+            self._release(model, seq)
         else:
-            lane.queues.waiting.remove(seq)
+            model.queues.waiting.remove(seq)
         started = self._clock() if seq.started is None else seq.started
         finish = Finish(
-            reason=reason,
+            reason=ending.reason,
             prompt_tokens=seq.prompt_len,
             output_tokens=seq.output_len,
             cached_tokens=min(seq.cached, seq.prompt_len),
             queue_ms=(started - seq.request.arrival) * 1e3,
-            stop_token=stop_token,
-            error=error,
+            stop_token=ending.stop_token,
+            error=ending.error,
             preemptions=seq.preemptions,
-            late=seq.deadline.late or reason in (Reason.DEADLINE, Reason.REFUSED),
-            retry_after=retry_after,
+            late=seq.deadline.late or ending.reason in (Reason.DEADLINE, Reason.REFUSED),
+            retry_after=ending.retry_after,
         )
-        self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=embedding))
+        self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=ending.embedding))
 
-    def _erase(self, lane: ModelState, blocks: list[int]) -> None:
+    def _erase(self, model: ModelState, blocks: list[int]) -> None:
         """Zero blocks that may hold NaN, which would spread to their next owner."""
-        lane.runner.erase(blocks)
-        if lane.speculation is not None:
-            lane.speculation.erase(blocks)
+        model.runner.erase(blocks)
+        if model.speculation is not None:
+            model.speculation.erase(blocks)
 
-    def _release(self, lane: ModelState, seq: Sequence) -> None:
-        lane.pool.release(seq.kv)
-        lane.slots.append(seq.slot)
+    def _release(self, model: ModelState, seq: Sequence) -> None:
+        model.pool.release(seq.kv)
+        model.slots.append(seq.slot)
         seq.slot = -1
 
     def _fail(self, plan: Plan, error: Exception) -> None:
-        """A step that raised ends the sequences in it, and no others."""
+        """End the sequences of a step that raised, and no others."""
         log.exception("a step of %s failed", plan.model, exc_info=error)
         for row in plan.rows:
             if not row.seq.ended:
-                self._end(row.seq, Reason.ERROR, error=f"the step failed: {type(error).__name__}: {error}")
+                self._end(
+                    row.seq, Ending(Reason.ERROR, error=f"the step failed: {type(error).__name__}: {error}")
+                )
 
-    def _stats(self, lane: ModelState, flight: InFlightStep, accepted: int) -> StepStats:
+    def _stats(self, model: ModelState, flight: InFlightStep, accepted: int) -> StepStats:
         now = self._clock()
         proposed = sum(len(row.draft) for row in flight.plan.rows)
-        started, lane.freed = max(flight.started, lane.freed), now
+        started, model.freed = max(flight.started, model.freed), now
         return StepStats(
             model=flight.plan.model,
             started=started,
@@ -419,10 +462,10 @@ class EngineCore:
             decode_tokens=flight.load.decode - proposed + accepted,
             prefill_tokens=flight.load.prefill,
             context_tokens=flight.load.context,
-            running=len(lane.queues.running),
-            waiting=len(lane.queues.waiting),
-            blocks_free=lane.pool.available,
-            blocks_total=lane.pool.total,
+            running=len(model.queues.running),
+            waiting=len(model.queues.waiting),
+            blocks_free=model.pool.available,
+            blocks_total=model.pool.total,
             preempted=len(flight.plan.preempt),
             predicted_ms=flight.plan.predicted,
             proposed=proposed,
@@ -436,7 +479,7 @@ class EngineCore:
 
 
 def _began(seq: Sequence) -> Began | None:
-    """A front that ends the answer itself, at a stop string, hears of no other end."""
+    """How the sequence started. The first token carries it, because a client that cancels gets no end."""
     if seq.started is None:
         return None
     return Began((seq.started - seq.request.arrival) * 1e3, min(seq.cached, seq.prompt_len))
@@ -447,5 +490,5 @@ def _rank(seq: Sequence) -> Rank:
 
 
 def _trouble(seq: Sequence) -> str | None:
-    """What a sequence's grammar says went wrong, if anything did."""
+    """Why a sequence's grammar failed, if it did."""
     return None if seq.grammar is None else seq.grammar.error

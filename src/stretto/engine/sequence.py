@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from secrets import randbits
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from stretto.deadlines import Deadline
 from stretto.engine.kv_cache import KvState
@@ -45,8 +45,17 @@ def follow(draft: tuple[int, ...], draw: Callable[[int], Drawn]) -> Drawn:
     return replace(drawn[0], then=tuple(drawn[1:])) if len(drawn) > 1 else drawn[0]
 
 
-Rank = tuple[int, float, float, int]
-UNPLACED, TIMED, SPARE = 0, 1, 2
+UNPLACED, TIMED, BEST_EFFORT = 0, 1, 2
+
+
+class Rank(NamedTuple):
+    """Orders the queues: newcomers by arrival (UNPLACED), then sequences with a deadline (TIMED) by weight
+    and deadline, then those that take what time is left (BEST_EFFORT) by fair share."""
+
+    group: int
+    negated_weight: float
+    order: float  # the arrival, the deadline, or the virtual start time
+    ident: int
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +69,7 @@ class Sequence:
     limit: int  # it ends when it has so many tokens
     kv: KvState
     deadline: Deadline
-    rank: Rank  # orders the queues: by arrival (UNPLACED), until the scheduler places it (TIMED or SPARE)
+    rank: Rank
     grammar: Matcher | None = None
     slot: int = -1  # its row in the runner's tables; -1 while it waits
     in_flight: int = 0  # tokens that launched steps are drawing, so not in `tokens` yet
@@ -82,7 +91,7 @@ class Sequence:
             limit=min(context, wanted),
             kv=KvState(tokens, (request.tenant, request.salt)),
             deadline=Deadline.of(request.arrival, request.objective),
-            rank=(UNPLACED, 0.0, request.arrival, request.id),
+            rank=Rank(UNPLACED, 0.0, request.arrival, request.id),
             grammar=grammar,
         )
 

@@ -22,9 +22,9 @@ from stretto.config import EngineConfig, tiers_of
 from stretto.engine import ipc
 from stretto.engine.core import EngineCore
 from stretto.engine.runners.factory import ModelLoader
+from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.admission import Snapshot, snapshot
-from stretto.engine.scheduler.deadline import SCHEDULES
-from stretto.engine.scheduler.types import Limits, SchedulingContext
+from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.engine.structured.grammar import Matcher
 from stretto.errors import StrettoError
@@ -45,12 +45,12 @@ class EngineWorker:
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
         self._loader = ModelLoader(config, self._on_progress)
-        self._limits = Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers))
-        models = self._loader.models(self._limits)
+        limits = Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers))
+        models = self._loader.models(limits)
         self._infos = [model.info for model in models]
         self._engine = EngineCore(
             models,
-            limits=self._limits,
+            limits=limits,
             schedule=SCHEDULES[config.schedule],
             clock=time.monotonic,
             emit=self._emit,
@@ -115,7 +115,7 @@ class EngineWorker:
                 self._emit([TokenEvent(ident, finish=finish)], None)
 
     def _sequence(self, request: Request, grammar: Matcher | None = None) -> Sequence:
-        return Sequence.of(request, self._engine.lanes[request.model].runner.info.context, grammar)
+        return Sequence.of(request, self._engine.models[request.model].runner.info.context, grammar)
 
     def _on_progress(self, stage: str, done: int, total: int) -> None:
         self._send(ipc.LoadProgress(stage, done, total))
@@ -127,11 +127,10 @@ class EngineWorker:
         """The state of each idle model, and of each busy one whose last snapshot is older than SNAPSHOT_S."""
         now = time.monotonic()
         found: dict[str, Snapshot] = {}
-        for name, lane in self._engine.lanes.items():
-            if now >= self._snapshot_times.get(name, 0.0) + SNAPSHOT_S or not lane.busy:
+        for name, model in self._engine.models.items():
+            if now >= self._snapshot_times.get(name, 0.0) + SNAPSHOT_S or not model.busy:
                 self._snapshot_times[name] = now
-                moment = SchedulingContext(now, lane.times, lane.ledger)
-                found[name] = snapshot(lane.queues, self._limits, moment, self._newest.get(name, 0))
+                found[name] = snapshot(self._engine.context(name), self._newest.get(name, 0))
         return found
 
     def _send(self, message: ipc.FromEngine) -> None:

@@ -19,7 +19,7 @@ from stretto.config import EngineConfig, tiers_of
 from stretto.engine.core import EngineCore, LoadedModel, Runner
 from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.runners.torch import TorchRunner
-from stretto.engine.scheduler.deadline import SCHEDULES
+from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.engine.worker import end_with_parent

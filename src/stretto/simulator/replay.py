@@ -20,7 +20,7 @@ from stretto.config import Tier
 from stretto.deadlines import Deadline
 from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null_info
-from stretto.engine.scheduler.deadline import SCHEDULES
+from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import Sequence as Running
 from stretto.engine.step_time import StepCost, StepLoad, StepTime
@@ -258,7 +258,7 @@ class World:
             emit=self._emitted,
             share=share,
         )
-        (lane,) = self.engine.lanes.values()
+        (lane,) = self.engine.models.values()
         self._lane = lane
 
     def run(self, requests: Sequence[Request], outputs: Sequence[int], full: float) -> ReplayReport:
@@ -312,7 +312,7 @@ class World:
             tokens=sum(one.processed for one in outcomes),
             wasted=wasted(outcomes),
             preemptions=self._preemptions,
-            model_error=self._lane.times.error,
+            model_error=self._lane.history.times.error,
             weighted_goodput=weighted(tiers, self._setting.tiers),
             tiers=tiers,
         )

@@ -99,7 +99,7 @@ class Bench:
             chosen = asked[ident % len(asked)] if asked else {}
             sampling = Sampling(**{"max_tokens": OUTPUT, "temperature": 0.0, **chosen})  # type: ignore[arg-type]
             request = Request(id=ident, model="m", prompt=tuple(prompt), arrival=0.0, sampling=sampling)
-            engine.submit(Sequence.of(request, engine.lanes["m"].runner.info.context))
+            engine.submit(Sequence.of(request, engine.models["m"].runner.info.context))
         while engine.step() or not engine.idle:
             engine.check()
         tokens: list[list[int]] = [[] for _ in prompts]
@@ -192,7 +192,7 @@ def test_penalties_on_the_device_are_the_hosts(bench: Bench) -> None:
 
 def test_a_step_is_launched_before_the_last_one_is_read(bench: Bench) -> None:
     engine = bench.engine()
-    runner = engine.lanes["m"].runner
+    runner = engine.models["m"].runner
     calls: list[str] = []
     launch, wait = runner.launch, cuda.Launched.wait
     with pytest.MonkeyPatch.context() as patch:

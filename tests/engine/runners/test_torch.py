@@ -87,7 +87,7 @@ class Bench:
                 arrival=time.monotonic(),
                 sampling=Sampling(**fields),  # type: ignore[arg-type]
             )
-            engine.submit(Sequence.of(request, engine.lanes["m"].runner.info.context))
+            engine.submit(Sequence.of(request, engine.models["m"].runner.info.context))
         while engine.step() or not engine.idle:
             engine.check()
         ends = [event.finish for event in self.events if event.finish is not None]
@@ -191,4 +191,4 @@ def test_plans_never_exceed_the_limits(checkpoint: Path):
     engine = bench.engine(step_tokens=9)
     bench.run(engine, PROMPTS)
     assert max(step.decode_tokens + step.prefill_tokens for step in bench.steps) <= 9
-    assert isinstance(fcfs("m", engine.lanes["m"].queues, engine.lanes["m"].pool, Limits(8, 9)), Plan)
+    assert isinstance(fcfs(engine.context("m")), Plan)

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from stretto.config import Tier
 from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null_info
+from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler import deadline as schedule
 from stretto.engine.scheduler.admission import Forecast, predict, snapshot
-from stretto.engine.scheduler.deadline import SCHEDULES, reach
+from stretto.engine.scheduler.estimate import step_limit
 from stretto.engine.scheduler.moore_hodgson import tardy_jobs
-from stretto.engine.scheduler.types import Limits, Plan, SchedulingContext
-from stretto.engine.sequence import SPARE, TIMED, Sequence
+from stretto.engine.scheduler.types import Limits, Plan
+from stretto.engine.sequence import BEST_EFFORT, TIMED, Sequence
 from stretto.engine.step_time import StepCost, StepTime
 from stretto.simulator.replay import SMALL_CPU
 from stretto.types import Objective, Reason, Request, Sampling, StepStats, TokenEvent
@@ -100,7 +101,7 @@ class World:
             tenant=tenant,
         )
         self.requests[ident] = request
-        self.engine.submit(Sequence.of(request, self.engine.lanes[request.model].runner.info.context))
+        self.engine.submit(Sequence.of(request, self.engine.models[request.model].runner.info.context))
         return request
 
     def run(self, until: float = inf) -> None:
@@ -168,7 +169,7 @@ def test_first_come_first_served_does():
 def test_a_stream_that_was_early_has_earned_slack_and_dues_do_not_move():
     world = World()
     world.send(1, 10, tokens=30)
-    (seq,) = world.engine.lanes["a"].queues.waiting
+    (seq,) = world.engine.models["a"].queues.waiting
     world.engine.step()
     first, gap = seq.deadline.next - 0.04, 0.04
     while not world.engine.idle:
@@ -210,10 +211,7 @@ def test_refused_at_once_with_the_time_after_which_it_would_have_been_taken():
 
 def test_a_forecast_is_close_to_what_happens_and_says_when_to_try_again():
     def seen(world: World):
-        lane = world.engine.lanes["a"]
-        return snapshot(
-            lane.queues, world.engine._limits, SchedulingContext(world.clock(), lane.times, lane.ledger), 0
-        )
+        return snapshot(world.engine.context("a"), 0)
 
     def foretold(request: Request) -> Forecast:
         return predict(request, seen(world), TIERS[request.tier].weight, world.clock())
@@ -247,7 +245,7 @@ def test_no_work_for_a_request_whose_time_is_over():
     world.send(3, 50, tokens=500, objective=Objective(total_ms=60))
     world.run()
     assert world.reason(2) is Reason.DEADLINE and world.reason(3) is Reason.DEADLINE
-    assert world.ended_at[2] <= 0.01 + 0.03 + 2 * reach(COST) / 1e3
+    assert world.ended_at[2] <= 0.01 + 0.03 + 2 * step_limit(COST) / 1e3
     after = [plan for plan in world.plans if any(seq.request.id == 3 for seq in plan.end)]
     assert len(after) == 1 and not any(row.seq.request.id == 3 for row in after[0].rows)
     assert world.ends[3].finish is not None and world.ends[3].finish.output_tokens < 500
@@ -255,7 +253,7 @@ def test_no_work_for_a_request_whose_time_is_over():
 
 def test_a_total_is_kept_by_a_stream_without_other_dues():
     world = World()
-    world.engine.lanes["a"].ledger.ended("default", 100)
+    world.engine.models["a"].history.lengths.observe("default", 100)
     world.send(1, 100, tokens=100, objective=Objective(total_ms=400))
     for ident in range(2, 6):
         world.send(ident, 3000, tier="flex")
@@ -352,7 +350,7 @@ def test_a_step_that_nobody_waits_for_is_short_enough_for_the_next_one():
     world.send(2, 10, tier="priority")
     sent = world.clock()
     world.run()
-    assert world.stamps[2][0] - sent <= 2 * reach(COST) / 1e3
+    assert world.stamps[2][0] - sent <= 2 * step_limit(COST) / 1e3
 
 
 jobs = st.lists(
@@ -399,7 +397,7 @@ def test_a_hopeless_request_never_makes_another_late(
     good: list[tuple[int, int, int]], hopeless: list[tuple[int, int, int]]
 ):
     """Whoever was on time alone, with the time of three steps to spare, still is when hopeless ones come."""
-    spare = 3 * reach(COST)
+    spare = 3 * step_limit(COST)
     sane = [(at, prompt, tokens, "default", None) for at, prompt, tokens in good]
     alone = play(sane)
     never = Objective(ttft_ms=0.5, itl_ms=40, on_miss="late")
@@ -430,9 +428,7 @@ def test_a_priority_request_that_was_promised_is_not_late_for_looser_ones(
     for ident, (moment, size, tokens) in enumerate([*load, (10**6, 0, 0)], 1):
         if 999 not in world.requests and moment >= at:
             world.run(until=at / 1e3)
-            lane = world.engine.lanes["a"]
-            now = SchedulingContext(world.clock(), lane.times, lane.ledger)
-            seen = snapshot(lane.queues, world.engine._limits, now, 0)
+            seen = snapshot(world.engine.context("a"), 0)
             request = world.send(999, prompt, tier="priority", tokens=10)
             promised = predict(request, seen, TIERS["priority"].weight, world.clock()).feasible
         if size:
@@ -486,7 +482,7 @@ def test_every_request_ends_and_no_block_is_lost(data: st.DataObject):
         running=data.draw(st.integers(1, 6)),
         depth=data.draw(st.integers(0, 1)),
     )
-    lane = world.engine.lanes["a"]
+    lane = world.engine.models["a"]
     runner = Crashing(lane.runner.info, cost=COST, sleep=world.clock.sleep)
     runner.failing = frozenset(data.draw(st.lists(st.integers(1, 40), max_size=3)))
     runner.depth = lane.runner.depth
@@ -517,7 +513,7 @@ def test_every_request_ends_and_no_block_is_lost(data: st.DataObject):
             for seq in [*lane.queues.running, *lane.queues.waiting]:
                 due = dues.setdefault((seq.request.id, seq.output_len), seq.deadline.next)
                 assert seq.deadline.next <= due, "a due time moved later"
-                assert seq.rank[0] in (0, TIMED, SPARE)
+                assert seq.rank.group in (0, TIMED, BEST_EFFORT)
         if data.draw(st.booleans()):
             world.engine.cancel(data.draw(st.integers(1, sent)))
             world.engine.check()

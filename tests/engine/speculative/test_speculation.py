@@ -17,12 +17,11 @@ from tokenizers import Tokenizer
 
 import stretto
 from stretto.engine.core import EngineCore, LoadedModel
-from stretto.engine.kv_cache import BlockPool
 from stretto.engine.runners.draft_model import DraftModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.runners.torch import TorchRunner
-from stretto.engine.scheduler.deadline import SCHEDULES
-from stretto.engine.scheduler.types import Limits, Plan, Queues, SchedulingContext
+from stretto.engine.scheduler import SCHEDULES
+from stretto.engine.scheduler.types import Limits, Plan, SchedulingContext
 from stretto.engine.sequence import Sequence
 from stretto.engine.speculative.ngram import INDEXED_TOKENS, AcceptanceRate, NgramIndex
 from stretto.engine.speculative.policy import DraftCounts, Speculation
@@ -48,11 +47,10 @@ BLOCK, SEED = 4, 5
 COST = StepCost(base=10.0, per_decode=0.1, per_prefill=0.1)
 
 
-def as_many_as_fit(
-    plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, most: int
-) -> dict[Sequence, int]:
+def as_many_as_fit(plan: Plan, context: SchedulingContext, most: int) -> dict[Sequence, int]:
     """Up to `most` draft tokens for every decode, whatever they are worth."""
-    rows = limits.max_step_tokens - sum(row.count for row in plan.rows)
+    queues, pool = context.queues, context.pool
+    rows = context.limits.max_step_tokens - sum(row.count for row in plan.rows)
     blocks = pool.available - len(queues.running)
     chosen: dict[Sequence, int] = {}
     for row in plan.rows:
@@ -66,10 +64,8 @@ def as_many_as_fit(
 class AlwaysDrafting(Speculation):
     """Has a draft model propose three tokens in every step, whatever they are worth."""
 
-    def choose(
-        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, context: SchedulingContext
-    ) -> DraftCounts:
-        return DraftCounts(model=as_many_as_fit(plan, queues, pool, limits, 3))
+    def choose(self, plan: Plan, context: SchedulingContext) -> DraftCounts:
+        return DraftCounts(model=as_many_as_fit(plan, context, 3))
 
 
 class KnownAnswers(Speculation):
@@ -80,10 +76,8 @@ class KnownAnswers(Speculation):
         self.answers = answers
         self.wrong = cycle((9, 2, 9, 0, 1, 9))
 
-    def choose(
-        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, context: SchedulingContext
-    ) -> DraftCounts:
-        return DraftCounts(ngram=as_many_as_fit(plan, queues, pool, limits, 5))
+    def choose(self, plan: Plan, context: SchedulingContext) -> DraftCounts:
+        return DraftCounts(ngram=as_many_as_fit(plan, context, 5))
 
     def propose(self, counts: DraftCounts) -> dict[Sequence, tuple[int, ...]]:
         return {seq: self._one(seq, count) for seq, count in counts.ngram.items()}
@@ -163,7 +157,7 @@ class Desk:
         prompt = tuple(self.encode(text))
         request = Request(id=ident, model="desk", prompt=prompt, arrival=0.0, sampling=sampling)
         grammar = None if sampling.grammar is None else self.grammars.compile(sampling.grammar)
-        engine.submit(Sequence.of(request, engine.lanes["desk"].runner.info.context, grammar))
+        engine.submit(Sequence.of(request, engine.models["desk"].runner.info.context, grammar))
 
     def answers(
         self, engine: EngineCore, asks: list[tuple[str, Sampling]], first: int = 0
@@ -282,7 +276,7 @@ def test_a_shared_prefix_never_holds_a_wrong_draft_token(desk: Desk):
     answer = tokens(plain[0])
     engine = desk.engine(KnownAnswers({0: answer, 1: []}))
     same(plain, desk.answers(engine, first))
-    prompt = engine.lanes["desk"]
+    prompt = engine.models["desk"]
     request = Request(
         id=1,
         model="desk",
@@ -319,7 +313,7 @@ def test_a_cancel_between_steps_leaves_nothing_behind(desk: Desk):
     assert _end(seen[0]).reason is Reason.CANCELLED
     assert tokens(seen[0]) == tokens(plain[0])[: len(tokens(seen[0]))]
     same({ident: plain[ident] for ident in (1, 2, 3)}, seen)
-    lane = engine.lanes["desk"]
+    lane = engine.models["desk"]
     assert lane.pool.available == lane.pool.total
 
 
@@ -398,7 +392,7 @@ class World:
             sampling=Sampling(max_tokens=max_tokens, seed=ident),
             objective=objective or Objective(),
         )
-        self.engine.submit(Sequence.of(request, self.engine.lanes["a"].runner.info.context))
+        self.engine.submit(Sequence.of(request, self.engine.models["a"].runner.info.context))
 
     def finish(self) -> dict[int, list[int]]:
         while self.engine.step() or not self.engine.idle:
@@ -514,7 +508,7 @@ def test_no_block_is_lost_and_no_token_changed_whatever_happens(data: st.DataObj
     expected, seen = plain.finish(), quick.finish()
     for ident, answer in expected.items():
         assert seen[ident] == (answer[: len(seen[ident])] if ident == gone else answer)
-    pool = quick.engine.lanes["a"].pool
+    pool = quick.engine.models["a"].pool
     assert pool.available == pool.total
 
 

@@ -1,7 +1,7 @@
 """Whether a request would be on time if it came now: an answer before any work, from a snapshot.
 
-Pure: the same reckoning as the schedule's, on numbers that fit in a message, so that whoever chooses between
-models or machines can ask it without asking the engine.
+Pure. It asks the scheduler's own estimate, on numbers that fit in a message, so whoever chooses between
+models or machines can ask without asking the engine.
 """
 
 from __future__ import annotations
@@ -17,53 +17,34 @@ from msgspec import Struct
 
 from stretto.config import Tier
 from stretto.deadlines import Deadline
-from stretto.engine.scheduler.deadline import CAUTION, CROWDED, LEAST, reach
-from stretto.engine.scheduler.moore_hodgson import Job, tardy_jobs
-from stretto.engine.scheduler.types import Limits, Queues, SchedulingContext
+from stretto.engine.scheduler.estimate import Estimate, PromptWork
+from stretto.engine.scheduler.types import SchedulingContext, tier_weight
 from stretto.engine.sequence import TIMED
-from stretto.engine.step_time import StepCost
 from stretto.types import Request
 
-MOST = 64
-SOONEST_S = 0.05
-
-
-class Ahead(NamedTuple):
-    """A prompt that waits or is being read: the weight of its tier, its due, and its work, ms."""
-
-    weight: float
-    due: float
-    ms: float
+MAX_PROMPTS = 64
+SOONEST_S = 0.05  # the shortest time after which a client is told to try again
 
 
 class Snapshot(Struct, frozen=True, kw_only=True, array_like=True):
-    """An engine's work at `now`, the requests up to id `newest` among it. `load`: the share of the time that
-    its streams take at their slowest pace; `gap_ms`: the shortest pause one of them bears; `streams` and
-    `context` make its decodes; `inflow`: work above each weight that has come of late, as a share of the
-    time; `usual`: tokens of a long answer of each tier."""
+    """An engine's work at `now`. Its size is bounded."""
 
     now: float
-    newest: int
-    cost: StepCost
-    margin: float
-    load: float
-    gap_ms: float
-    streams: int
-    context: int
-    ahead: tuple[Ahead, ...]
-    inflow: dict[float, float]
-    usual: dict[str, int]
+    newest: int  # the id of the newest request that it includes
+    estimate: Estimate
+    context: int  # keys that a step reads for the streams
+    prompts: tuple[PromptWork, ...]  # by falling weight, then deadline
+    inflow: dict[float, float]  # for each weight, the share of the time that heavier arrivals take
+    lengths: dict[str, int]  # tokens of a long answer, by tier
 
 
 class Forecast(NamedTuple):
-    """When a request would start and its first token be out, after its arrival; whether the whole would be on
-    time, and if not, after how many seconds it would be, were nothing else to come (inf: never on this
-    machine)."""
+    """What would become of a request. Times count from its arrival."""
 
-    queue_ms: float
-    ttft_ms: float
-    feasible: bool
-    retry_after: float
+    queue_ms: float  # until it starts
+    ttft_ms: float  # until its first token
+    feasible: bool  # whether all of it would be on time
+    retry_after: float  # if not, seconds until it would be if nothing else came; inf: never on this machine
 
 
 class Outlook:
@@ -72,122 +53,121 @@ class Outlook:
     def __init__(self, tiers: Mapping[str, Tier]) -> None:
         self._tiers = tiers
         self._seen: Snapshot | None = None
-        self._since: list[tuple[int, Ahead]] = []
+        self._sent: list[tuple[int, PromptWork]] = []
 
     def see(self, seen: Snapshot) -> None:
-        """The engine's word replaces what was guessed of it."""
+        """Take over a snapshot, and keep only what was sent after it."""
         self._seen = seen
-        self._since = [(ident, job) for ident, job in self._since if ident > seen.newest]
+        self._sent = [(ident, work) for ident, work in self._sent if ident > seen.newest]
 
     def sent(self, request: Request) -> None:
-        """One more request is on its way to the engine."""
+        """Record that a request is on its way to the engine."""
         due, seen = Deadline.of(request.arrival, request.objective).of_token(0), self._seen
-        if seen is not None and due < inf and len(self._since) < MOST:
-            job = Ahead(self._weight(request), due, seen.cost.prefill(0, len(request.prompt)))
-            self._since.append((request.id, job))
+        if seen is not None and due < inf and len(self._sent) < MAX_PROMPTS:
+            ms = seen.estimate.cost.prefill(0, len(request.prompt))
+            self._sent.append((request.id, PromptWork(tier_weight(self._tiers, request.tier), due, ms)))
 
     def forecast(self, request: Request, now: float) -> Forecast | None:
-        """What would become of the request if it were sent now; None before the engine has said anything."""
+        """What would become of the request if it were sent now; None before the first snapshot."""
         seen = self._seen
         if seen is None:
             return None
-        if self._since:
-            ahead = sorted([*seen.ahead, *(job for _, job in self._since)], key=_by_weight)
-            seen = msgspec.structs.replace(seen, ahead=tuple(ahead))
-        return predict(request, seen, self._weight(request), now)
+        if self._sent:
+            prompts = sorted([*seen.prompts, *(work for _, work in self._sent)], key=_order)
+            seen = msgspec.structs.replace(seen, prompts=tuple(prompts))
+        return predict(request, seen, tier_weight(self._tiers, request.tier), now)
 
     def work_ms(self, request: Request) -> float:
-        """What the whole request takes of the machine, its part of what its steps cost whatever they hold
-        included, as far as one can tell; 0 when nothing is known."""
+        """The machine time that a request is predicted to take, with its share of each step's base.
+
+        0 before the first snapshot.
+        """
         seen = self._seen
         if seen is None:
             return 0.0
-        length, tokens = len(request.prompt), _tokens(request, seen)
-        base = seen.cost.base / (seen.streams + 1)
-        return seen.cost.prefill(0, length) + tokens * (base + seen.cost.row(length + tokens // 2))
-
-    def _weight(self, request: Request) -> float:
-        tier = self._tiers.get(request.tier)
-        return tier.weight if tier else 0.0
+        cost, length, tokens = seen.estimate.cost, len(request.prompt), _tokens(request, seen)
+        base = cost.base / (seen.estimate.streams + 1)
+        return cost.prefill(0, length) + tokens * (base + cost.row(length + tokens // 2))
 
 
-def snapshot(queues: Queues, limits: Limits, moment: SchedulingContext, newest: int) -> Snapshot:
-    """What `predict` needs to know of an engine that has had the requests up to id `newest`; bounded in
-    size."""
-    cost = moment.times.cost
-    weights = {name: tier.weight for name, tier in limits.tiers.items()}
-    timed = [seq for seq in queues.running if seq.rank[0] == TIMED and not seq.deadline.late]
+def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
+    """What `predict` needs to know of an engine that has had the requests up to id `newest`."""
+    times, queues, tiers = context.history.times, context.queues, context.limits.tiers
+    cost = times.cost
+    timed = [seq for seq in queues.running if seq.rank.group == TIMED and not seq.deadline.late]
     streams = [seq for seq in timed if seq.deadline.emitted]
-    waiting = (seq for seq in queues.waiting if seq.rank[0] <= TIMED and seq.deadline.next < inf)
-    prompts = [*(seq for seq in timed if not seq.deadline.emitted), *islice(waiting, MOST)]
-    ahead = [
-        Ahead(
-            weights.get(seq.request.tier, 0.0),
+    waiting = (seq for seq in queues.waiting if seq.rank.group <= TIMED and seq.deadline.next < inf)
+    prompts = [*(seq for seq in timed if not seq.deadline.emitted), *islice(waiting, MAX_PROMPTS)]
+    work = [
+        PromptWork(
+            tier_weight(tiers, seq.request.tier),
             seq.deadline.next,
             cost.prefill(seq.kv.computed, seq.length - seq.kv.computed),
         )
         for seq in prompts
     ]
-    return Snapshot(
-        now=moment.now,
-        newest=newest,
+    estimate = Estimate(
         cost=cost,
-        margin=moment.times.margin,
-        load=sum(cost.row(seq.length) / seq.deadline.target_itl_s for seq in streams) / 1e3,
-        gap_ms=min((seq.deadline.target_itl_s for seq in streams), default=inf) * 1e3,
+        margin=times.margin,
         streams=len(streams),
+        itl_ms=min((seq.deadline.target_itl_s for seq in streams), default=inf) * 1e3,
+        load=sum(cost.row(seq.length) / seq.deadline.target_itl_s for seq in streams) / 1e3,
+    )
+    weights = {0.0, *(tier.weight for tier in tiers.values())}
+    return Snapshot(
+        now=context.now,
+        newest=newest,
+        estimate=estimate,
         context=sum(seq.length for seq in streams),
-        ahead=tuple(sorted(ahead, key=_by_weight)),
-        inflow={weight: moment.ledger.inflow_above(weight) for weight in {*weights.values(), 0.0}},
-        usual={name: moment.ledger.expected(name, None) for name in limits.tiers},
+        prompts=tuple(sorted(work, key=_order)),
+        inflow={weight: context.history.arrivals.above(weight) for weight in weights},
+        lengths={name: context.history.lengths.predict(name) for name in tiers},
     )
 
 
 def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Forecast:
-    """What would become of a request of a tier of this weight that was sent `now`. It is feasible when the
-    schedule would not make it give way: its first token in time beside those of its weight and above, its
-    streams' pace, and its whole answer (of a usual length for its tier) by `total_ms`."""
-    cost, objective = seen.cost, request.objective
-    gap = min(inf if objective.itl_ms is None else objective.itl_ms, seen.gap_ms, reach(cost))
-    rate = max(1.0 / seen.margin - cost.base / gap - seen.load, LEAST / 10)
-    heavier = seen.inflow.get(weight, 0.0)
-    pace = max(rate - heavier, LEAST * rate) * (CAUTION if heavier else 1.0) * 1e3
-    begin = now + sum(job.ms for job in seen.ahead if job.weight > weight) / pace
-    deadline = Deadline.of(request.arrival, request.objective)
-    due = deadline.of_token(0)
-    own = cost.prefill(0, len(request.prompt)) / pace + cost.base / 1e3
-    jobs: list[Job] = [(job.due, job.ms / pace, 0.0) for job in seen.ahead if job.weight == weight]
-    place = bisect_right(jobs, (due, inf, 0.0))
-    jobs.insert(place, (due, own, 0.0))
-    start = begin + sum(seconds for _, seconds, _ in jobs[:place])
-    excess = tardy_jobs(jobs, begin).get(place, 0.0)
-    rest = _tokens(request, seen) - 1
-    excess = max(excess, start + own + rest * _pace(request, seen) / 1e3 - deadline.whole)
-    hopeless = now + cost.prefill(0, len(request.prompt)) / 1e3 > due
-    if not _bearable(request, seen, heavier):
+    """What would become of a request in a tier of this weight if it were sent `now`.
+
+    It is feasible when the scheduler would not defer it, the streams would keep their pace, and the whole
+    answer (of a long one's length for its tier) would be on time.
+    """
+    cost, deadline, length = (
+        seen.estimate.cost,
+        Deadline.of(request.arrival, request.objective),
+        len(request.prompt),
+    )
+    ms, due = cost.prefill(0, length), deadline.of_token(0)
+    own = PromptWork(weight, due, ms + cost.base)  # it may wait for a step, so of equals it is deferred first
+    place = bisect_right(seen.prompts, _order(own), key=_order)
+    prompts = [*seen.prompts[:place], own, *seen.prompts[place:]]
+    itl_ms = deadline.itl_s * 1e3
+    deferral = seen.estimate.defer(prompts, lambda weight: seen.inflow.get(weight, 0.0), now, itl_ms)
+    begin, pace = deferral.groups[weight]
+    before = [index for index in range(place) if prompts[index].weight == weight]
+    start = begin + sum(prompts[index].ms for index in before if index not in deferral.late_by) / pace
+    first_token = start + own.ms / pace
+    step_s = cost.decodes(seen.estimate.streams + 1, seen.context + length) / 1e3
+    last_token = first_token + (_tokens(request, seen) - 1) * step_s
+    excess = max(deferral.late_by.get(place, 0.0), first_token - due, last_token - deadline.whole, 0.0)
+    alone = not seen.estimate.streams and not seen.prompts
+    if not alone and not seen.estimate.bears(length, itl_ms, seen.inflow.get(weight, 0.0)):
         excess = max(excess, SOONEST_S)
-    after = 0.0 if excess <= 0 else inf if hopeless else max(excess, SOONEST_S)
-    queued = (start - request.arrival) * 1e3
-    return Forecast(queued, queued + own * 1e3, excess <= 0, after)
+    retry_after = 0.0
+    if excess > 0:
+        retry_after = inf if now + ms / 1e3 > due else max(excess, SOONEST_S)
+    return Forecast(
+        queue_ms=(start - request.arrival) * 1e3,
+        ttft_ms=(first_token - request.arrival) * 1e3,
+        feasible=excess <= 0,
+        retry_after=retry_after,
+    )
 
 
 def _tokens(request: Request, seen: Snapshot) -> int:
-    wanted, usual = request.sampling.max_tokens, seen.usual.get(request.tier, 1)
+    """The tokens of the answer if it is a long one of its tier."""
+    wanted, usual = request.sampling.max_tokens, seen.lengths.get(request.tier, 1)
     return max(usual if wanted is None else min(wanted, usual), 1)
 
 
-def _pace(request: Request, seen: Snapshot) -> float:
-    """Milliseconds between the tokens of this request as one more stream."""
-    return seen.cost.decodes(seen.streams + 1, seen.context + len(request.prompt))
-
-
-def _bearable(request: Request, seen: Snapshot, heavier: float) -> bool:
-    itl = request.objective.itl_ms
-    if itl is None:
-        return True
-    base = seen.cost.base / min(itl, seen.gap_ms)
-    return base + seen.load + seen.cost.row(len(request.prompt)) / itl < CROWDED / seen.margin - heavier
-
-
-def _by_weight(job: Ahead) -> tuple[float, float]:
-    return -job.weight, job.due
+def _order(work: PromptWork) -> tuple[float, float]:
+    return -work.weight, work.deadline

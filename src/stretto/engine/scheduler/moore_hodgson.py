@@ -1,6 +1,6 @@
-"""The most jobs that can be on time on one machine: who is left out so that the others are not late.
+"""Which jobs to leave out so that the most others meet their deadlines on one machine.
 
-Pure arithmetic on due times, used for prompts that wait and for streams that crowd a step.
+Pure arithmetic, used for waiting prompts and for streams that do not fit into a step.
 """
 
 from __future__ import annotations
@@ -8,36 +8,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-Job = tuple[float, float, float]  # due, seconds of work, worth: where not all fit, the least worth gives way
+# Work for one machine: its deadline, its seconds, and its worth. Of jobs that do not all fit, those of the
+# least worth are left out. A plain tuple, because the scheduler makes hundreds of them for each step.
+Job = tuple[float, float, float]
 
 
 def tardy_jobs(jobs: Sequence[Job], start: float) -> dict[int, float]:
-    """The jobs (by index) that must give way for all others to be on time, each with the seconds by which it
-    is too late.
+    """The jobs to leave out, by index, each with the seconds by which it would be late.
 
-    `jobs` are by due. Moore's algorithm for the fewest late jobs (Management Science 15, 1968), O(n log n):
-    go through by due; when one would be late, leave out the longest so far. Jobs of more worth are never left
-    out for ones of less. A job that could not be on time alone is left out at once and so delays nobody.
+    `jobs` are in order of deadline. This is the algorithm of Moore and Hodgson for the fewest late jobs
+    (Management Science 15, 1968), in O(n log n): take jobs in order; when one would be late, leave out the
+    longest so far. A job is never left out for one of less worth. A job that would be late even alone is left
+    out at once, so it delays no other.
     """
-    out: dict[int, float] = {}
     end = start
-    for due, seconds, _ in jobs:
+    for deadline, seconds, _ in jobs:
         end += seconds
-        if end > due:
+        if end > deadline:
             break
     else:
-        return out
+        return {}
+    tardy: dict[int, float] = {}
     heap: list[tuple[float, float, int]] = []
     end = start
-    for index, (due, seconds, worth) in enumerate(jobs):
-        if start + seconds > due:
-            out[index] = start + seconds - due
+    for index, (deadline, seconds, worth) in enumerate(jobs):
+        if start + seconds > deadline:
+            tardy[index] = start + seconds - deadline
             continue
         end += seconds
         heappush(heap, (worth, -seconds, index))
-        while end > due:
-            excess = end - due
-            _, shorter, victim = heappop(heap)
-            out[victim] = excess
-            end += shorter
-    return out
+        while end > deadline:
+            excess = end - deadline
+            _, negated, dropped = heappop(heap)
+            tardy[dropped] = excess
+            end += negated
+    return tardy

@@ -1,6 +1,6 @@
-"""A plan in the making: what is left of a step's time, tokens, blocks and places, and how sequences take it.
+"""A plan in the making: what is left of a step's time, tokens, blocks and slots, and how sequences take it.
 
-It knows what fits, not who comes first: that is `stretto.engine.scheduler.deadline`'s.
+It knows what fits. Who comes first is the policy's decision (`fcfs`, `deadline`).
 """
 
 from __future__ import annotations
@@ -8,166 +8,187 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import inf
 
-from stretto.engine.kv_cache import BlockPool
-from stretto.engine.scheduler.types import Limits, Plan, Queues, Row
-from stretto.engine.sequence import SPARE, TIMED, Sequence
+from stretto.engine.scheduler.types import Plan, Row, SchedulingContext
+from stretto.engine.sequence import BEST_EFFORT, TIMED, Rank, Sequence
 from stretto.engine.step_time import StepCost
+
+UNLIMITED_MS = 1e9
 
 
 @dataclass(slots=True)
 class PlanBuilder:
-    """A plan in the making. `ms`: predicted so far; `tokens`, `free`, `room`: tokens, blocks and places that
-    are left; `end`: when the step must be over; `streams`: rows of streams with a due, which stand first;
-    `full`: one without a due was not let in; `held`: all places are, by sequences that do not give way.
-    Predictions times `margin` hold for most steps, times `worst` for nearly all."""
+    """A plan and what is left for it.
 
+    A prediction times `margin` holds for most steps, times `worst` for nearly all.
+    """
+
+    context: SchedulingContext
     plan: Plan
-    queues: Queues
-    pool: BlockPool
-    limits: Limits
-    now: float
     cost: StepCost
     margin: float
     worst: float
-    ms: float
+    ms: float  # predicted so far
     tokens_left: int
-    free: int
-    room: int
-    end: float = inf
-    streams: int = 0
-    full: bool = False
-    held: bool = False
-    claimed: set[bytes] = field(default_factory=set[bytes])
+    free: int  # blocks that are left
+    slots_left: int  # sequences that may still be admitted
+    end: float = inf  # when the step must be over
+    timed_rows: int = 0  # rows of streams with a deadline, which stand first
+    full: bool = False  # whether a sequence without a deadline was turned away
+    held: bool = False  # whether all slots are taken by sequences that cannot be preempted
+    claimed: set[bytes] = field(default_factory=set[bytes])  # keys of blocks that admitted ones will compute
 
-    def left(self) -> float:
-        """Milliseconds that can still be filled without the step being late for what it ends for."""
-        return (self.end - self.now) * 1e3 / self.worst - self.ms
+    @classmethod
+    def of(cls, context: SchedulingContext, *, timed: bool) -> PlanBuilder:
+        """An empty plan. `timed`: whether its rows take time by the step-time model, or none."""
+        times, limits = context.history.times, context.limits
+        cost = times.cost if timed else StepCost()
+        return cls(
+            context=context,
+            plan=Plan(context.model),
+            cost=cost,
+            margin=times.margin,
+            worst=times.worst,
+            ms=cost.base,
+            tokens_left=limits.max_step_tokens,
+            free=context.pool.available,
+            slots_left=limits.max_running - len(context.queues.running),
+        )
 
+    @property
+    def left_ms(self) -> float:
+        """Milliseconds that can still be filled before the step would be over too late."""
+        return (self.end - self.context.now) * 1e3 / self.worst - self.ms
 
-def run(budget: PlanBuilder, seq: Sequence, ms: float) -> None:
-    """Read as much of a sequence as fits in `ms`, taking it in first when it waits."""
-    if seq.slot < 0:
-        _admit(budget, seq, ms)
-    elif seq.remaining == 1:
-        if budget.cost.row(seq.kv.computed + 1) <= ms or not budget.plan.rows:
-            go_on(budget, seq, 1)
-    else:
-        go_on(budget, seq, _chunk(budget, seq.kv.computed, seq.remaining, ms))
+    def run(self, seq: Sequence, ms: float) -> None:
+        """Compute as much of a sequence as fits in `ms`; admit it first if it waits."""
+        if seq.slot < 0:
+            self.admit(seq, ms)
+        elif seq.remaining == 1:
+            if self.cost.row(seq.kv.computed + 1) <= ms or not self.plan.rows:
+                self.proceed(seq, 1)
+        else:
+            self.proceed(seq, self._chunk(seq.kv.computed, seq.remaining, ms))
 
-
-def _chunk(budget: PlanBuilder, start: int, wanted: int, ms: float) -> int:
-    """Tokens of a prompt that fit; a step that has nothing else takes one, whatever it costs."""
-    count = min(wanted, budget.tokens_left, budget.cost.chunk(start, ms))
-    return count if budget.plan.rows else max(count, 1)
-
-
-def go_on(budget: PlanBuilder, seq: Sequence, count: int) -> None:
-    """The next `count` tokens of a running sequence, if it may still run and there are blocks for them."""
-    if seq in budget.plan.preempt:
-        return
-    need = budget.pool.blocks_for(seq.kv.computed + count) - len(seq.kv.blocks)
-    if count <= 0 or not _make_room(budget, seq, need):
-        return
-    budget.free -= need
-    _append(budget, Row(seq, seq.kv.computed, count, count == seq.remaining))
-
-
-def _admit(budget: PlanBuilder, seq: Sequence, ms: float) -> None:
-    """Take a waiting sequence in. One whose next block is being computed by another waits for it. In a
-    step in which another gives way it begins anew: what the two share is not room."""
-    pool = budget.pool
-    if _chunk(budget, 0, seq.length, ms) <= 0:
-        return
-    if budget.room <= 0 and not _make_place(budget, seq):
-        return
-    anew = bool(budget.plan.preempt)
-    matched, idle = ([], 0) if anew else pool.match(seq.kv)
-    key = pool.next_key(seq.kv, len(matched))
-    if key is not None and not anew and (key in budget.claimed or pool.expects(key)):
-        return
-    growth = len(budget.queues.running) - len(budget.plan.preempt)
-    start = len(matched) * pool.size
-    count = _chunk(budget, start, seq.length - start, ms)
-    need = pool.blocks_for(start + count) - len(matched) + idle
-    if need + growth > budget.free:
-        matched, start = [], 0
-        count = _chunk(budget, 0, seq.length, ms)
-        need = pool.blocks_for(count)
-        if seq.rank[0] != TIMED or not _make_room(budget, seq, need + growth, among=SPARE):
-            budget.full = True
+    def proceed(self, seq: Sequence, count: int) -> None:
+        """Compute the next `count` tokens of a running sequence, if there are blocks for them."""
+        if seq in self.plan.preempt:
             return
-    if count <= 0:
-        return
-    budget.free -= need
-    budget.room -= 1
-    if key is not None:
-        budget.claimed.add(key)
-    budget.plan.admit.append((seq, matched))
-    _append(budget, Row(seq, start, count, start + count == seq.length))
+        need = self.blocks_needed(seq, count)
+        if count <= 0 or not self._free_blocks(seq, need):
+            return
+        self.free -= need
+        self.append(Row(seq, seq.kv.computed, count, count == seq.remaining))
 
+    def admit(self, seq: Sequence, ms: float = UNLIMITED_MS) -> None:
+        """Admit a waiting sequence and compute as much of its prompt as fits in `ms`.
 
-def _append(budget: PlanBuilder, row: Row) -> None:
-    budget.plan.rows.append(row)
-    budget.tokens_left -= row.count
-    if row.draw and row.count == 1:
-        budget.ms += budget.cost.row(row.start + 1)
-    else:
-        budget.ms += budget.cost.prefill(row.start, row.count)
+        A prompt whose next block another sequence is computing waits for that block. In a step that preempts
+        a sequence no cached blocks are adopted: the two might share them, and then fewer would become free.
+        """
+        pool, context = self.context.pool, self.context
+        if self._chunk(0, seq.length, ms) <= 0:
+            return
+        if self.slots_left <= 0 and not self._free_slot(seq):
+            return
+        preempts = bool(self.plan.preempt)
+        matched, idle = ([], 0) if preempts else pool.match(seq.kv)
+        key = pool.next_key(seq.kv, len(matched))
+        if key is not None and not preempts and (key in self.claimed or pool.expects(key)):
+            return
+        growth = len(context.queues.running) - len(
+            self.plan.preempt
+        )  # each may need a block for its next token
+        start = len(matched) * pool.size
+        count = self._chunk(start, seq.length - start, ms)
+        need = pool.blocks_for(start + count) - len(matched) + idle
+        if need + growth > self.free:
+            matched, start = [], 0
+            count = self._chunk(0, seq.length, ms)
+            need = pool.blocks_for(count)
+            if seq.rank.group != TIMED or not self._free_blocks(seq, need + growth, among=BEST_EFFORT):
+                self.full = True
+                return
+        if count <= 0:
+            return
+        self.free -= need
+        self.slots_left -= 1
+        if key is not None:
+            self.claimed.add(key)
+        self.plan.admit.append((seq, matched))
+        self.append(Row(seq, start, count, start + count == seq.length))
 
+    def append(self, row: Row) -> None:
+        """Add a row whose blocks are accounted for."""
+        self.plan.rows.append(row)
+        self.tokens_left -= row.count
+        if row.draw and row.count == 1:
+            self.ms += self.cost.row(row.start + 1)
+        else:
+            self.ms += self.cost.prefill(row.start, row.count)
 
-def _make_room(budget: PlanBuilder, seq: Sequence, need: int, among: int = TIMED) -> bool:
-    """Whether `need` blocks are there, if looser sequences (of class `among` or beyond) give way, loosest
-    first. A tighter one never does."""
-    victims: list[Sequence] = []
-    free = budget.free
-    looser = _looser(budget, seq, among) if need > free else []
-    while need > free and looser:
-        victims.append(looser.pop())
-        free += budget.pool.freed_by(victims[-1].kv)
-    if need > free:
-        return False
-    budget.free = free
-    _preempt(budget, victims)
-    return True
+    def blocks_needed(self, seq: Sequence, count: int) -> int:
+        """Blocks that a running sequence needs beyond its own for `count` more tokens."""
+        return self.context.pool.blocks_for(seq.kv.computed + count) - len(seq.kv.blocks)
 
+    def _chunk(self, start: int, wanted: int, ms: float) -> int:
+        """Tokens of a prompt that fit in `ms`. A step that has nothing else takes one, whatever it costs."""
+        count = min(wanted, self.tokens_left, self.cost.chunk(start, ms))
+        return count if self.plan.rows else max(count, 1)
 
-def _make_place(budget: PlanBuilder, seq: Sequence) -> bool:
-    """Whether one without a due could make place for this one, which has one."""
-    budget.full = True
-    if budget.held or seq.rank[0] != TIMED:
-        return False
-    looser = _looser(budget, seq, SPARE)
-    budget.held = not looser and not seq.deadline.late
-    if looser:
-        budget.free += budget.pool.freed_by(looser[-1].kv)
-        _preempt(budget, looser[-1:])
-    return budget.room > 0
+    def _free_blocks(self, seq: Sequence, need: int, among: int = TIMED) -> bool:
+        """Whether `need` blocks are free, after preempting looser sequences of this group and beyond."""
+        preempted: list[Sequence] = []
+        free = self.free
+        looser = self._looser(seq, among) if need > free else []
+        while need > free and looser:
+            preempted.append(looser.pop())
+            free += self.context.pool.freed_by(preempted[-1].kv)
+        if need > free:
+            return False
+        self.free = free
+        self._preempt(preempted)
+        return True
 
+    def _free_slot(self, seq: Sequence) -> bool:
+        """Whether a slot is free for a sequence with a deadline, after preempting a best-effort one."""
+        self.full = True
+        if self.held or seq.rank.group != TIMED:
+            return False
+        looser = self._looser(seq, BEST_EFFORT)
+        self.held = not looser and not seq.deadline.late
+        if looser:
+            self.free += self.context.pool.freed_by(looser[-1].kv)
+            self._preempt(looser[-1:])
+        return self.slots_left > 0
 
-def _looser(budget: PlanBuilder, seq: Sequence, among: int) -> list[Sequence]:
-    """The running sequences that may give way to this one, the loosest last. None in a step that has let
-    one in on the blocks of another: what they share would not be room."""
-    plan, tightness = budget.plan, _tightness(seq)
-    if any(matched for _, matched in plan.admit):
-        return []
-    kept = {id(other) for other in (*(row.seq for row in plan.rows), *plan.preempt, *plan.end)}
-    looser = [
-        other
-        for other in budget.queues.running
-        if other.rank[0] >= among and _tightness(other) > tightness and id(other) not in kept
-    ]
-    return sorted(looser, key=_tightness)
+    def _looser(self, seq: Sequence, among: int) -> list[Sequence]:
+        """The running sequences that may be preempted for this one, the loosest last.
 
+        None in a step that has admitted a sequence with cached blocks: it may share them with these.
+        """
+        plan, tightness = self.plan, _tightness(seq)
+        if any(matched for _, matched in plan.admit):
+            return []
+        kept = {id(other) for other in (*(row.seq for row in plan.rows), *plan.preempt, *plan.end)}
+        looser = [
+            other
+            for other in self.context.queues.running
+            if other.rank.group >= among and _tightness(other) > tightness and id(other) not in kept
+        ]
+        return sorted(looser, key=_tightness)
 
-def _preempt(budget: PlanBuilder, victims: list[Sequence]) -> None:
-    budget.room += len(victims)
-    budget.plan.preempt += victims
-    timed = [seq for seq in victims if seq.rank[0] == TIMED and not seq.deadline.late]
-    budget.plan.place += [(seq, (TIMED, seq.rank[1], seq.deadline.next, seq.request.id)) for seq in timed]
+    def _preempt(self, sequences: list[Sequence]) -> None:
+        self.slots_left += len(sequences)
+        self.plan.preempt += sequences
+        for seq in sequences:
+            if seq.rank.group == TIMED and not seq.deadline.late:
+                rank = Rank(TIMED, seq.rank.negated_weight, seq.deadline.next, seq.request.id)
+                self.plan.place.append((seq, rank))
 
 
 def _tightness(seq: Sequence) -> tuple[int, float, int]:
-    """Who comes first when not all can: those with a due by the next one, then the others by place."""
+    """Who comes first when not all can: those with a deadline by the next one, then the others by rank."""
     ident = seq.request.id
-    timed = seq.rank[0] != SPARE and not seq.deadline.late
-    return (TIMED, seq.deadline.next, ident) if timed else (SPARE, seq.rank[2], ident)
+    if seq.rank.group != BEST_EFFORT and not seq.deadline.late:
+        return TIMED, seq.deadline.next, ident
+    return BEST_EFFORT, seq.rank.order, ident

@@ -1,6 +1,6 @@
-"""What the scheduler reads and what it answers with: limits, queues, the moment, and the plan of one step.
+"""What the scheduler reads and what it answers with: limits, queues, the context, and the plan of one step.
 
-Plain values; the two schedules decide over them and `stretto.engine.core` carries the plan out.
+Plain values. The policies decide over them, and `stretto.engine.core` carries the plan out.
 """
 
 from __future__ import annotations
@@ -13,56 +13,72 @@ from msgspec import Struct
 
 from stretto.config import TIERS, Tier
 from stretto.engine.kv_cache import BlockPool
-from stretto.engine.scheduler.fairness import Ledger
+from stretto.engine.scheduler.fairness import Fairness
+from stretto.engine.scheduler.lengths import AnswerLengths, ArrivalRate
 from stretto.engine.sequence import Rank, Sequence
 from stretto.engine.step_time import StepCost, StepLoad, StepTime
 
 
+def tier_weight(tiers: Mapping[str, Tier], name: str) -> float:
+    """How much an on-time request of a tier is worth; 0 for an unknown tier."""
+    tier = tiers.get(name)
+    return tier.weight if tier else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`max_running` sequences hold blocks at once; a step reads at most `max_step_tokens` tokens."""
+    """What the engine may do at once, and what each tier asks for."""
 
-    max_running: int
+    max_running: int  # sequences that hold blocks
     max_step_tokens: int
     tiers: Mapping[str, Tier] = field(default_factory=lambda: TIERS)
 
 
 @dataclass(slots=True)
 class Queues:
-    """One model's sequences, each list by rank: in order of arrival, unless the schedule placed them
-    otherwise. A preempted sequence waits at its old place. `ends` is a heap of those with a last due."""
+    """One model's sequences. A preempted sequence waits again at its old rank."""
 
-    waiting: list[Sequence] = field(default_factory=list[Sequence])
-    running: list[Sequence] = field(default_factory=list[Sequence])
+    waiting: list[Sequence] = field(default_factory=list[Sequence])  # by rank
+    running: list[Sequence] = field(default_factory=list[Sequence])  # by rank
+    # A heap of those whose whole answer has a deadline: that deadline, the request's id, the sequence.
     ends: list[tuple[float, int, Sequence]] = field(default_factory=list[tuple[float, int, Sequence]])
+
+
+@dataclass(slots=True)
+class History:
+    """What a model's past requests and steps have taught."""
+
+    times: StepTime
+    fairness: Fairness = field(default_factory=Fairness)
+    lengths: AnswerLengths = field(default_factory=AnswerLengths)
+    arrivals: ArrivalRate = field(default_factory=ArrivalRate)
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulingContext:
-    """What a schedule that knows time looks at beside the queues. `until`: when other models on the device
-    need it, so the step should be over."""
+    """All that a policy looks at to plan one step of one model."""
 
+    model: str
+    queues: Queues
+    pool: BlockPool
+    limits: Limits
+    history: History
     now: float
-    times: StepTime
-    ledger: Ledger
-    until: float = inf
+    until: float = inf  # when the step should be over, because other models on the device need it
 
 
 class Row(Struct, frozen=True, gc=False):
-    """Tokens `start` to `start + count` of a sequence; `draw`: they are its last, so the next one is
-    drawn. The last of them may be a `draft`, guesses at what follows its tokens: then one is drawn after each
-    of these too, and counts as far as the guesses were right.
-    """
+    """A part of a sequence in a step: the tokens from `start` to `start + count`."""
 
     seq: Sequence
     start: int
     count: int
-    draw: bool
-    draft: tuple[int, ...] = ()
+    draw: bool  # whether these are its last tokens, so that the next one is drawn
+    draft: tuple[int, ...] = ()  # draft tokens among `count`, at the end: a token is drawn after each of them
 
     @property
     def decodes(self) -> bool:
-        """Whether it goes on with an answer, rather than reading a prompt."""
+        """Whether it continues an answer, rather than computing a prompt."""
         return self.draw and self.count == 1 + len(self.draft)
 
     def with_draft(self, draft: tuple[int, ...]) -> Row:
@@ -72,21 +88,21 @@ class Row(Struct, frozen=True, gc=False):
 
 @dataclass(slots=True)
 class Plan:
-    """What the step does, in this order: `end` those whose time has run out, `refuse` (with the seconds after
-    which to try again), `place` (at a new rank), `preempt`, `admit` (with the blocks each can share), run
-    `rows`. `predicted`: the milliseconds it should take. `tags` and `owed` are the
-    ledger's, from now on."""
+    """What a step does, in the order of the fields."""
 
     model: str
-    rows: list[Row] = field(default_factory=list[Row])
-    preempt: list[Sequence] = field(default_factory=list[Sequence])
-    admit: list[tuple[Sequence, list[int]]] = field(default_factory=list[tuple[Sequence, list[int]]])
-    end: list[Sequence] = field(default_factory=list[Sequence])
+    end: list[Sequence] = field(default_factory=list[Sequence])  # their time has run out
+    # Refused, with the seconds after which a client may try again.
     refuse: list[tuple[Sequence, float]] = field(default_factory=list[tuple[Sequence, float]])
-    place: list[tuple[Sequence, Rank]] = field(default_factory=list[tuple[Sequence, Rank]])
-    tags: dict[str, float] = field(default_factory=dict[str, float])
-    owed: float = 0.0
-    predicted: float | None = None
+    place: list[tuple[Sequence, Rank]] = field(default_factory=list[tuple[Sequence, Rank]])  # at a new rank
+    newcomers: list[Sequence] = field(default_factory=list[Sequence])  # of `place`, those with a deadline
+    preempt: list[Sequence] = field(default_factory=list[Sequence])
+    # Admitted, with the cached blocks that each one adopts.
+    admit: list[tuple[Sequence, list[int]]] = field(default_factory=list[tuple[Sequence, list[int]]])
+    rows: list[Row] = field(default_factory=list[Row])
+    tags: dict[str, float] = field(default_factory=dict[str, float])  # for `Fairness.promise`
+    owed: float = 0.0  # for `Fairness.promise`
+    predicted: float | None = None  # milliseconds
 
     def add_drafts(self, drafts: Mapping[Sequence, tuple[int, ...]], cost: StepCost) -> None:
         """Let rows verify draft tokens too, and predict the step anew."""
@@ -96,8 +112,10 @@ class Plan:
 
     @property
     def load(self) -> StepLoad:
-        """What the step-time model needs to know of it. A guess costs what a decode does, its logits and draw
-        included, but for the keys: one reading of them serves the whole row."""
+        """What the step-time model needs to know.
+
+        A draft token costs what a decode does, except for the keys: all tokens of a row read them together.
+        """
         decode = prefill = context = 0
         reading = 0.0
         for row in self.rows:
@@ -111,4 +129,4 @@ class Plan:
         return StepLoad(decode, prefill, context, reading)
 
 
-SchedulePolicy = Callable[[str, Queues, BlockPool, Limits, SchedulingContext], Plan]
+SchedulePolicy = Callable[[SchedulingContext], Plan]

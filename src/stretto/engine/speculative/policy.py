@@ -13,8 +13,7 @@ from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Protocol
 
-from stretto.engine.kv_cache import BlockPool
-from stretto.engine.scheduler.types import Limits, Plan, Queues, Row, SchedulingContext
+from stretto.engine.scheduler.types import Plan, Row, SchedulingContext
 from stretto.engine.sequence import Sequence
 from stretto.engine.speculative.ngram import AcceptanceRate, NgramIndex
 from stretto.engine.step_time import StepCost, StepTime
@@ -79,9 +78,7 @@ class Speculation:
         """The draft model's KV memory in bytes."""
         return 0 if self._drafter is None else self._drafter.nbytes
 
-    def choose(
-        self, plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, context: SchedulingContext
-    ) -> DraftCounts:
+    def choose(self, plan: Plan, context: SchedulingContext) -> DraftCounts:
         """How many draft tokens the decodes of a plan (already applied) should verify.
 
         It maximises the predicted tokens per millisecond of the step, within the limits and the slack of the
@@ -89,7 +86,7 @@ class Speculation:
         """
         rows = [row for row in plan.rows if row.decodes and row.seq.request.task == "generate"]
         candidates = [(row, self._index(row.seq)) for row in rows]
-        budget = _budget(plan, queues, pool, limits, context)
+        budget = _budget(plan, context)
         by_model = {} if self._drafter is None else _from_model(candidates, budget, self._drafter)
         rest = [candidate for candidate in candidates if candidate[0].seq not in by_model]
         return DraftCounts(ngram=_from_ngrams(rest, budget), model=by_model)
@@ -166,32 +163,27 @@ class _StepBudget:
         self.slack_ms -= price
 
 
-def _budget(
-    plan: Plan, queues: Queues, pool: BlockPool, limits: Limits, context: SchedulingContext
-) -> _StepBudget:
+def _budget(plan: Plan, context: SchedulingContext) -> _StepBudget:
     """What the plan leaves over.
 
     One block is kept for every running sequence, so that no draft token causes a preemption. The slack is
     that of the first sequence that can still be on time.
     """
-    cost, worst = context.times.cost, context.times.worst
+    times, running, pool = context.history.times, context.queues.running, context.pool
+    cost, worst = times.cost, times.worst
     decodes = [row for row in plan.rows if row.decodes]
     ms = cost(plan.load) * worst
     end = context.now + ms / 1e3
     soonest = min(
-        (
-            seq.deadline.latest
-            for seq in queues.running
-            if not seq.deadline.late and seq.deadline.latest > end
-        ),
+        (seq.deadline.latest for seq in running if not seq.deadline.late and seq.deadline.latest > end),
         default=inf,
     )
     return _StepBudget(
         cost=cost,
         tokens=float(len(decodes)),
         ms=cost.base + sum(cost.row(row.start + 1) for row in decodes),
-        rows=limits.max_step_tokens - sum(row.count for row in plan.rows),
-        blocks=pool.available - len(queues.running),
+        rows=context.limits.max_step_tokens - sum(row.count for row in plan.rows),
+        blocks=pool.available - len(running),
         block_size=pool.size,
         slack_ms=((min(soonest, context.until) - context.now) * 1e3 - ms) / worst,
     )
