@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def plain(quantise: CudaQuantise | None) -> AnyKernels:
 
     def rounded(weight: Tensor, bias: Tensor | None) -> Dense:
         packed = held.pack(weight, None)
-        return Dense(weight if isinstance(packed, Dense) else cast(Any, packed).widened(weight.dtype), bias)
+        return Dense(weight if isinstance(packed, Dense) else packed.widened(weight.dtype), bias)
 
     return replace(REFERENCE, pack=rounded)
 

@@ -159,9 +159,9 @@ def test_wrong_usage_exits_with_2(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["serve", "nowhere"], "error: 'nowhere' is no directory here"),
-        (["run", "x", "--model", "nowhere"], "error: 'nowhere' is no directory here"),
-        (["doctor", "nowhere"], "error: 'nowhere' is no directory here"),
+        (["serve", "nowhere"], "error: 'nowhere' is neither a directory"),
+        (["run", "x", "--model", "nowhere"], "error: 'nowhere' is neither a directory"),
+        (["doctor", "nowhere"], "error: 'nowhere' is neither a directory"),
         (["chat", "http://127.0.0.1:9"], "error: http://127.0.0.1:9 does not answer"),
         (["bench", "serve", "127.0.0.1:9", "--rate", "1"], "error: 127.0.0.1:9 does not answer"),
     ],

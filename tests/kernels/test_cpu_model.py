@@ -41,13 +41,13 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize("chunk", [60, 7, 1])
-def test_the_same_logits(native: Native, checkpoint: Path, chunk: int):
+def test_logits_equal_those_of_the_reference(native: Native, checkpoint: Path, chunk: int):
     found = Driver(decoder(checkpoint, table(native))).read(PROMPT, chunk)
     wanted = Driver(decoder(checkpoint, REFERENCE)).read(PROMPT, 60)
     assert (found - wanted).norm() / wanted.norm() < 1e-4
 
 
-def test_bfloat16_is_as_near_as_torch_comes(native: Native, checkpoint: Path):
+def test_bfloat16_is_as_near_to_float32_as_torch(native: Native, checkpoint: Path):
     if "moe" in str(json.loads((checkpoint / "config.json").read_text())["model_type"]):
         pytest.skip("a router's near ties fall either way")
     found = Driver(decoder(checkpoint, table(native), torch.bfloat16)).read(PROMPT, 16)
@@ -57,7 +57,7 @@ def test_bfloat16_is_as_near_as_torch_comes(native: Native, checkpoint: Path):
 
 
 @pytest.mark.parametrize("quantise", ["int8", "int4"])
-def test_quantised_logits_are_near(
+def test_quantised_logits_are_near_the_reference(
     native: Native, checkpoint: Path, quantise: CpuQuantise, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("stretto.kernels.cpu.table.SMALLEST_QUANTISED", 32)
@@ -68,7 +68,7 @@ def test_quantised_logits_are_near(
     assert 1e-4 < off < (0.1 if quantise == "int8" else 0.8)
 
 
-def test_the_group_follows_the_row():
+def test_the_group_size_divides_the_row():
     assert fitting("int8", 1024) == ("int8", 128)
     assert fitting("int4", 1024) == ("int4", 32)
     assert fitting("int4", 24) == ("int4", 8)
@@ -76,7 +76,7 @@ def test_the_group_follows_the_row():
     assert fitting("int8", 100) == ("int8", 0)
 
 
-def test_the_table_chosen(native: Native, monkeypatch: pytest.MonkeyPatch):
+def test_the_table_depends_on_dtype_and_on_the_built_library(native: Native, monkeypatch: pytest.MonkeyPatch):
     cpu = torch.device("cpu")
     assert choose_kernels(cpu, torch.bfloat16)[0].name == f"cpu-{native.level}"
     assert choose_kernels(cpu, torch.float32, "int8")[0].name == f"cpu-{native.level}-int8"

@@ -26,7 +26,7 @@ from stretto.kernels.reference import REFERENCE
 from tests.kernels.cuda import DEVICE, GPU, TOLERANCES
 from tests.kernels.steps import Step, attention, rms, rotated, step
 
-from stretto.kernels.cuda import attention as paged, int4, linear  # isort: skip
+from stretto.kernels.cuda import attention as paged, linear, weights as formats  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
@@ -38,7 +38,7 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCES)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs one after the other, those with nothing to do as well."""
     if not GPU:
-        monkeypatch.setattr(paged, "MOST_SPLITS", 4)
+        monkeypatch.setattr(paged, "MAX_SPLITS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,9 @@ CHANGES = [{"window": 1}, {"window": 7}, {"softcap": 2.0}, {"window": 70, "softc
 
 @dtypes
 @pytest.mark.parametrize("name", STEPS)
-def test_paged_attention(kernels: AnyKernels, dtype: torch.dtype, name: str) -> None:
+def test_paged_attention_is_causal_attention_over_the_cache(
+    kernels: AnyKernels, dtype: torch.dtype, name: str
+) -> None:
     made = step(STEPS[name], KIND, dtype=dtype)
     q = queries(made, KIND, dtype)
     near(attend(kernels, made, KIND, q), plain(made, KIND, q), TOLERANCES[dtype])
@@ -111,7 +113,7 @@ def test_paged_attention(kernels: AnyKernels, dtype: torch.dtype, name: str) -> 
 @pytest.mark.parametrize("name", ["decodes far apart", "everything", "continued prompt"])
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("size", [3, 16] if GPU else [3])
-def test_paged_attention_with_windows_and_caps(
+def test_paged_attention_keeps_to_windows_and_soft_caps(
     kernels: AnyKernels, name: str, changes: dict[str, float], size: int
 ) -> None:
     kind = replace(KIND, **changes)  # type: ignore[arg-type]
@@ -121,7 +123,7 @@ def test_paged_attention_with_windows_and_caps(
 
 
 @pytest.mark.parametrize("heads", [(1, 1, 128), (4, 4, 24), (8, 1, 64), (14, 2, 96)])
-def test_paged_attention_by_heads(kernels: AnyKernels, heads: tuple[int, int, int]) -> None:
+def test_paged_attention_shares_keys_between_heads(kernels: AnyKernels, heads: tuple[int, int, int]) -> None:
     kind = replace(KIND, heads=heads[0], kv_heads=heads[1], head_dim=heads[2], scale=0.1)
     made = step(STEPS["everything"], kind)
     q = queries(made, kind, torch.float32)
@@ -146,7 +148,9 @@ def test_nothing_outside_the_window_is_read(kernels: AnyKernels, name: str) -> N
 @dtypes
 @pytest.mark.parametrize("norm", ["none", "head", "row"])
 @pytest.mark.parametrize("dims", [16, 12])
-def test_place(kernels: AnyKernels, dtype: torch.dtype, norm: str, dims: int) -> None:
+def test_rope_and_cache_rotates_queries_and_writes_keys_and_values(
+    kernels: AnyKernels, dtype: torch.dtype, norm: str, dims: int
+) -> None:
     kind = replace(KIND, norm=norm, eps=1e-5)
     frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])
     made = step([(3, 9), (1, 30), (1, 1), (5, 5)], kind, dtype=dtype)
@@ -172,7 +176,7 @@ def test_place(kernels: AnyKernels, dtype: torch.dtype, norm: str, dims: int) ->
     assert torch.equal(layer, before), "a slot of somebody else was written"
 
 
-def test_far_positions_turn_as_exactly_as_near_ones(kernels: AnyKernels) -> None:
+def test_far_positions_rotate_as_exactly_as_near_ones(kernels: AnyKernels) -> None:
     made = step([(1, 1)], KIND)
     batch, cache = there(made)
     batch.positions = torch.tensor([131071], device=DEVICE)
@@ -183,7 +187,7 @@ def test_far_positions_turn_as_exactly_as_near_ones(kernels: AnyKernels) -> None
 
 
 @dtypes
-def test_norms(kernels: AnyKernels, dtype: torch.dtype) -> None:
+def test_norm_and_add_norm_equal_their_definitions(kernels: AnyKernels, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = (torch.randn(5, 40) * torch.tensor([[1e-4], [1e-2], [1.0], [10.0], [0.0]])).to(dtype)
     y, weight = torch.randn(5, 40).to(dtype), torch.randn(40).to(dtype)
@@ -211,7 +215,9 @@ def gate(both: Tensor, activation: Activation) -> Tensor:
 
 @dtypes
 @pytest.mark.parametrize("activation", get_args(Activation))
-def test_gate(kernels: AnyKernels, dtype: torch.dtype, activation: Activation) -> None:
+def test_act_and_mul_equals_its_definition(
+    kernels: AnyKernels, dtype: torch.dtype, activation: Activation
+) -> None:
     torch.manual_seed(0)
     both = torch.randn(3, 24).to(dtype)
     near(kernels.act_and_mul(both.to(DEVICE), activation), gate(both, activation), TOLERANCES[dtype])
@@ -224,7 +230,7 @@ SHAPES = [(20, 33), (70, 300), (8, 5000)] if GPU else [(70, 33), (4, 2100)]
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 17, 64, 65] if GPU else [1, 3, 17, 65])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("biased", [True, False])
-def test_linear(
+def test_linear_equals_a_matrix_product_for_every_number_of_rows(
     kernels: AnyKernels, dtype: torch.dtype, rows: int, shape: tuple[int, int], biased: bool
 ) -> None:
     torch.manual_seed(rows)
@@ -238,12 +244,12 @@ def test_linear(
 
 
 @pytest.mark.parametrize("splits", [1, 8])
-def test_a_tile_may_be_shared_out_by_columns(kernels: AnyKernels, splits: int) -> None:
+def test_a_tile_may_be_split_by_columns(kernels: AnyKernels, splits: int) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(9, 4096), torch.randn(100, 4096)
     arrived = torch.zeros(8, dtype=torch.int32, device=DEVICE)
-    tiling = linear.Tiling(64, 64, 2, 2 * splits)
-    found = linear.tiled(x.to(DEVICE), linear.Dense(weight.to(DEVICE), None), arrived, tiling)
+    tiling = formats.Tiling(64, 64, 2, 2 * splits)
+    found = linear.skinny_gemm(x.to(DEVICE), formats.Unquantised(weight.to(DEVICE), None), arrived, tiling)
     near(found, x.double() @ weight.double().t(), 1e-5)
     assert not arrived.any()
 
@@ -274,7 +280,7 @@ LAYERS = [
 @dtypes
 @pytest.mark.parametrize("context", [30, 1, 400, 64, 65] if GPU else [70])
 @pytest.mark.parametrize("asked", LAYERS if GPU else LAYERS[1:3])
-def test_layers_at_once(
+def test_all_layers_at_once_give_the_same_numbers_as_one_by_one(
     kernels: AnyKernels, dtype: torch.dtype, context: int, asked: dict[str, object]
 ) -> None:
     """The same sums, keys and values as block by block."""
@@ -333,7 +339,9 @@ def test_layers_at_once(
 @dtypes
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("rows", [1, 9, 90])
-def test_experts(kernels: AnyKernels, dtype: torch.dtype, normalise: bool, rows: int) -> None:
+def test_experts_equal_their_definition(
+    kernels: AnyKernels, dtype: torch.dtype, normalise: bool, rows: int
+) -> None:
     torch.manual_seed(rows)
     x, logits = torch.randn(rows, 16).to(dtype), torch.randn(rows, 5).to(dtype)
     gate_up, down = torch.randn(5, 24, 16).to(dtype), torch.randn(5, 16, 12).to(dtype)
@@ -351,28 +359,28 @@ def test_experts(kernels: AnyKernels, dtype: torch.dtype, normalise: bool, rows:
 @pytest.mark.skipif(not GPU, reason="needs a GPU: the interpreter knows no FP8")
 @pytest.mark.parametrize("rows", [1, 3, 5, 33, 64, 65, 300])
 @pytest.mark.parametrize("shape", [(320, 512), (1024, 4096), (272, 5024)])
-def test_fp8(rows: int, shape: tuple[int, int]) -> None:
+def test_fp8_is_within_what_rounding_costs(rows: int, shape: tuple[int, int]) -> None:
     """Within what rounding the activations costs of the weights that FP8 can hold."""
     torch.manual_seed(rows)
     narrow = table(DEVICE, "fp8")
     x = (torch.randn(rows, shape[1]) * torch.logspace(-2, 2, rows)[:, None]).bfloat16().to(DEVICE)
     packed = narrow.pack(torch.randn(shape).bfloat16().to(DEVICE), None)
-    assert isinstance(packed, linear.Fp8) and packed.nbytes == shape[0] * (shape[1] + 4)
+    assert isinstance(packed, formats.Fp8) and packed.nbytes == shape[0] * (shape[1] + 4)
     wanted = x.double() @ (packed.weight.double() * packed.scales.double()[:, None]).t()
-    near(narrow.linear(x, packed), wanted, 4e-3 if rows <= linear.FEW else 4e-2)
+    near(narrow.linear(x, packed), wanted, 4e-3 if rows <= linear.GEMV_ROWS else 4e-2)
     gated = narrow.linear_act_and_mul(x[:, : shape[1]], packed, "silu")
-    near(gated[-1:], gate(wanted[-1:].cpu(), "silu"), 8e-3 if rows <= linear.FEW else 8e-2)
+    near(gated[-1:], gate(wanted[-1:].cpu(), "silu"), 8e-3 if rows <= linear.GEMV_ROWS else 8e-2)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 33, 64, 65, 300] if GPU else [2, 5])
 @pytest.mark.parametrize("shape", [(320, 512), (1024, 4096), (273, 5000)] if GPU else [(21, 200)])
-def test_int4(rows: int, shape: tuple[int, int]) -> None:
+def test_int4_multiplies_with_the_weights_it_represents(rows: int, shape: tuple[int, int]) -> None:
     torch.manual_seed(rows)
     dtype = torch.bfloat16 if GPU else torch.float32
     narrow = table(DEVICE, "int4")
     x = (torch.randn(rows, shape[1]) * torch.logspace(-2, 0, rows)[:, None]).to(dtype).to(DEVICE)
     bias = torch.randn(shape[0]).to(dtype).to(DEVICE)
-    packed = int4.to_int4(torch.randn(shape).to(dtype).to(DEVICE), bias)
+    packed = formats.Int4.pack(torch.randn(shape).to(dtype).to(DEVICE), bias)
     assert packed.nbytes - bias.nbytes == -(-shape[0] // 2) * -(-shape[1] // 128) * (128 + 4)
     wanted = x.double() @ packed.widened(torch.float32).double().t() + bias.double()
     near(narrow.linear(x, packed), wanted, 8e-3 if GPU else 1e-5)
@@ -382,21 +390,21 @@ def test_int4(rows: int, shape: tuple[int, int]) -> None:
         )
 
 
-def test_int4_keeps_what_four_bits_can_hold_and_is_near_the_rest() -> None:
+def test_int4_is_exact_for_four_bit_weights_and_near_others() -> None:
     torch.manual_seed(0)
     levels = torch.randint(-8, 8, (256, 200)).float()
     levels[:, ::128] = -8.0
     scales = torch.randint(1, 9, (256, 2)).float().repeat_interleave(128, 1)[:, :200]
-    exact = int4.to_int4((levels * scales).to(DEVICE)).widened(torch.float32)
+    exact = formats.Int4.pack((levels * scales).to(DEVICE), None).widened(torch.float32)
     assert torch.equal(exact.cpu(), levels * scales)
     for weight in (torch.randn(256, 200), torch.zeros(256, 200), torch.full((256, 200), 3e-4)):
-        found = int4.to_int4(weight.to(DEVICE)).widened(torch.float32).cpu()
+        found = formats.Int4.pack(weight.to(DEVICE), None).widened(torch.float32).cpu()
         assert (found - weight).norm() <= 0.1 * weight.norm()
 
 
-def test_what_int4_holds() -> None:
+def test_int4_leaves_small_matrices_and_refuses_experts() -> None:
     narrow = table(DEVICE, "int4")
-    assert isinstance(narrow.pack(torch.randn(8, 128, device=DEVICE), None), linear.Dense)
-    assert isinstance(narrow.pack(torch.randn(256, 128, device=DEVICE), None), int4.Int4)
-    with pytest.raises(StartError, match="mixtures of experts"):
+    assert isinstance(narrow.pack(torch.randn(8, 128, device=DEVICE), None), formats.Unquantised)
+    assert isinstance(narrow.pack(torch.randn(256, 128, device=DEVICE), None), formats.Int4)
+    with pytest.raises(StartError, match="mixture of experts"):
         narrow.pack_experts(torch.randn(2, 8, 4), torch.randn(2, 4, 4), "silu")

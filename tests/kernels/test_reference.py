@@ -53,7 +53,7 @@ def plain(made: Step, kind: Attention, q: Tensor) -> Tensor:
 
 
 @dtypes
-def test_linear(dtype: torch.dtype) -> None:
+def test_linear_equals_a_matrix_product(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for rows in (1, 7):
         x, weight, bias = torch.randn(rows, 33), torch.randn(20, 33), torch.randn(20)
@@ -68,7 +68,7 @@ def test_linear(dtype: torch.dtype) -> None:
 
 
 @dtypes
-def test_norms(dtype: torch.dtype) -> None:
+def test_norm_and_add_norm_equal_their_definitions(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = (
         (torch.randn(5, 40) * torch.tensor([[1e-4], [1e-2], [1.0], [10.0], [0.0]])).to(dtype),
@@ -84,7 +84,7 @@ def test_norms(dtype: torch.dtype) -> None:
 
 @dtypes
 @pytest.mark.parametrize("activation", get_args(Activation))
-def test_gate(dtype: torch.dtype, activation: Activation) -> None:
+def test_act_and_mul_equals_its_definition(dtype: torch.dtype, activation: Activation) -> None:
     torch.manual_seed(0)
     both = torch.randn(3, 24).to(dtype)
     gates, ups = both.double().chunk(2, -1)
@@ -100,7 +100,9 @@ def test_gate(dtype: torch.dtype, activation: Activation) -> None:
 @dtypes
 @pytest.mark.parametrize("norm", ["none", "head", "row"])
 @pytest.mark.parametrize("dims", [16, 12])
-def test_place(dtype: torch.dtype, norm: str, dims: int) -> None:
+def test_rope_and_cache_rotates_queries_and_writes_keys_and_values(
+    dtype: torch.dtype, norm: str, dims: int
+) -> None:
     kind = replace(KIND, norm=norm, eps=1e-5)
     made = step([(3, 9), (1, 30), (1, 1), (5, 5)], kind, dtype=dtype)
     rotation = Rotation(FREQUENCIES[: dims // 2], 1.2)
@@ -137,7 +139,7 @@ STEPS = {
 
 @dtypes
 @pytest.mark.parametrize("name", STEPS)
-def test_attend(dtype: torch.dtype, name: str) -> None:
+def test_paged_attention_is_causal_attention_over_the_cache(dtype: torch.dtype, name: str) -> None:
     made = step(STEPS[name], KIND, dtype=dtype)
     q = queries(made, KIND, dtype)
     near(attend(made, KIND, q), plain(made, KIND, q), DTYPES[dtype])
@@ -151,7 +153,9 @@ CHANGES = [{"window": 1}, {"window": 7}, {"window": 16}, {"softcap": 2.0}, {"win
 @pytest.mark.parametrize(
     "changes", [{"window": 1}, {"window": 7}, {"window": 16}, {"softcap": 2.0}, {"window": 6, "softcap": 2.0}]
 )
-def test_attend_with_windows_and_caps(name: str, size: int, changes: dict[str, float]) -> None:
+def test_paged_attention_keeps_to_windows_and_soft_caps(
+    name: str, size: int, changes: dict[str, float]
+) -> None:
     kind = replace(KIND, **changes)
     made = step(STEPS[name], kind, size=size)
     q = queries(made, kind)
@@ -159,7 +163,7 @@ def test_attend_with_windows_and_caps(name: str, size: int, changes: dict[str, f
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 1)])
-def test_attend_by_heads(heads: tuple[int, int]) -> None:
+def test_paged_attention_shares_keys_between_heads(heads: tuple[int, int]) -> None:
     kind = replace(KIND, heads=heads[0], kv_heads=heads[1])
     made = step(STEPS["everything"], kind)
     q = queries(made, kind)
@@ -182,7 +186,7 @@ def test_nothing_outside_the_window_is_read(name: str) -> None:
     near(attend(made, kind, q), plain(made, kind, q), 1e-5)
 
 
-def test_a_neighbour_that_went_wrong_stays_alone() -> None:
+def test_nan_in_one_sequence_does_not_reach_another() -> None:
     """Decodes share one call: not-a-numbers in one sequence's keys must not reach another's answer."""
     made = step([(1, 9), (1, 30), (1, 14)], KIND)
     made.cache.layers[0][:, made.batch.tables[1].long()] = torch.nan
@@ -193,7 +197,7 @@ def test_a_neighbour_that_went_wrong_stays_alone() -> None:
     near(found[[0, 2]], wanted[[0, 2]], 1e-5)
 
 
-def test_erase() -> None:
+def test_erase_zeroes_blocks_in_every_layer() -> None:
     cache = Cache.zeros(2, (5, 1, 4, 8), torch.bfloat16, CPU)
     assert cache.block_size == 4 and cache.nbytes == 2 * 2 * 5 * 4 * 8 * 2
     for layer in cache.layers:
@@ -205,17 +209,17 @@ def test_erase() -> None:
         assert layer[:, [0, 2, 4]].isnan().all()
 
 
-def test_decodes_share_calls_where_that_wastes_little() -> None:
+def test_decodes_of_similar_length_share_a_call() -> None:
     """Similar contexts: one group. Far apart: few groups, none padded beyond its bounds."""
     decodes: list[reference.Decode] = [(500 + i, i, i, 500 + i) for i in range(20)]
-    assert reference._near(decodes, 10**6) == [decodes]
+    assert reference.group_by_length(decodes, 10**6) == [decodes]
     spread: list[reference.Decode] = [(2**i, i, i, 2**i) for i in range(14)]
-    groups = reference._near(spread, 10**6)
+    groups = reference.group_by_length(spread, 10**6)
     assert sorted(chain(*groups)) == spread
     assert len(groups) == 8
     for group in groups:
         assert min(group)[0] >= min(max(group)[0] - 64, max(group)[0] * 0.75)
-    bounded = reference._near(decodes, 2000)
+    bounded = reference.group_by_length(decodes, 2000)
     assert sorted(chain(*bounded)) == decodes
     assert all(len(group) * max(group)[0] <= 2000 for group in bounded)
 
@@ -223,7 +227,7 @@ def test_decodes_share_calls_where_that_wastes_little() -> None:
 @dtypes
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("rows", [1, 9])
-def test_experts(dtype: torch.dtype, normalise: bool, rows: int) -> None:
+def test_experts_equal_their_definition(dtype: torch.dtype, normalise: bool, rows: int) -> None:
     torch.manual_seed(rows)
     x, logits = torch.randn(rows, 16).to(dtype), torch.randn(rows, 5).to(dtype)
     gate_up, down = torch.randn(5, 24, 16).to(dtype), torch.randn(5, 16, 12).to(dtype)

@@ -97,13 +97,13 @@ def test_defaults_are_the_librarys(family: str, tmp_path: Path) -> None:
     assert [layer.window for layer in spec.layers] == windows
     if spec.routing:
         experts = spec.routing
-        assert (experts.count, experts.chosen) == (reference.num_local_experts, reference.num_experts_per_tok)
+        assert (experts.count, experts.top_k) == (reference.num_local_experts, reference.num_experts_per_tok)
         assert experts.normalise == getattr(reference, "norm_topk_prob", True)
     eos = reference.eos_token_id
     assert spec.eos == (() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,))
 
 
-def test_sparse_image_config(tmp_path: Path) -> None:
+def test_an_image_config_may_leave_fields_out(tmp_path: Path) -> None:
     """As the first gemma3 checkpoints have it: the text part says only where it differs."""
     text = {
         "model_type": "gemma3_text",
@@ -223,20 +223,22 @@ def test_layers_with_a_window(tmp_path: Path) -> None:
         ({"model_type": "gemma3", "text_config": 3}, r"\$\.text_config must be an object"),
     ],
 )
-def test_refusals(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_what_is_not_implemented_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
     with pytest.raises(CheckpointError, match=says) as error:
         families.read(config(tmp_path, **{**SMALL, **changes}))
     assert str(tmp_path) in error.value.message
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b'{"model_type": '])
-def test_garbage(tmp_path: Path, content: bytes) -> None:
+def test_malformed_json_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         families.read(tmp_path)
 
 
-def test_no_config(tmp_path: Path) -> None:
+def test_a_missing_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is missing: is .* a model directory"):
         families.read(tmp_path)
 

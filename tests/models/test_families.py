@@ -59,28 +59,28 @@ def test_the_reference_is_worth_comparing_with(pair: Pair) -> None:
     assert (logits[-1] - other[-1]).norm() / logits[-1].norm() > 0.01
 
 
-def test_logits_in_one_step(pair: Pair) -> None:
+def test_logits_of_one_step_equal_those_of_transformers(pair: Pair) -> None:
     model, decoder = pair
     tokens = prompt(50)
     close(Driver(decoder).read(tokens, len(tokens)), expected(model, tokens))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 17, 49])
-def test_logits_in_chunks(pair: Pair, chunk: int) -> None:
+def test_logits_are_the_same_in_chunks(pair: Pair, chunk: int) -> None:
     model, decoder = pair
     tokens = prompt(50)
     close(Driver(decoder).read(tokens, chunk), expected(model, tokens))
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 32])
-def test_block_boundaries(pair: Pair, block_size: int) -> None:
+def test_logits_are_the_same_at_block_boundaries(pair: Pair, block_size: int) -> None:
     model, decoder = pair
     tokens = prompt(33)
     driver = Driver(decoder, block_size=block_size)
     close(driver.read(tokens, 16), expected(model, tokens))
 
 
-def test_greedy_alone(pair: Pair) -> None:
+def test_greedy_tokens_equal_those_of_transformers(pair: Pair) -> None:
     model, decoder = pair
     tokens = prompt(19)
     driver = Driver(decoder)
@@ -90,7 +90,7 @@ def test_greedy_alone(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1000, 7])
-def test_greedy_in_a_batch_of_mixed_lengths(pair: Pair, chunk: int) -> None:
+def test_greedy_tokens_are_the_same_in_a_mixed_batch(pair: Pair, chunk: int) -> None:
     """Short and long texts, read in chunks beside others that decode already."""
     model, decoder = pair
     driver = Driver(decoder, blocks=200)
@@ -100,7 +100,7 @@ def test_greedy_in_a_batch_of_mixed_lengths(pair: Pair, chunk: int) -> None:
         greedy(model, tokens, each)
 
 
-def test_logits_of_a_mixed_batch(pair: Pair) -> None:
+def test_logits_are_the_same_in_a_mixed_batch(pair: Pair) -> None:
     """A long prefill continued, a fresh one, and decodes of different lengths, in one step, rows in any
     order."""
     model, decoder = pair
@@ -114,7 +114,7 @@ def test_logits_of_a_mixed_batch(pair: Pair) -> None:
     close(found, torch.stack([expected(model, tokens[i])[-1] for i in (1, 2, 4, 3, 0)]))
 
 
-def test_a_step_that_wants_nothing(pair: Pair) -> None:
+def test_a_step_without_outputs_still_writes_the_cache(pair: Pair) -> None:
     """A chunk that does not end its prompt: keys and values are all it is for."""
     model, decoder = pair
     driver = Driver(decoder)
@@ -123,7 +123,7 @@ def test_a_step_that_wants_nothing(pair: Pair) -> None:
     close(driver.step([(text, 7)]), expected(model, text.tokens)[-1:])
 
 
-def test_prefix_reuse(pair: Pair) -> None:
+def test_a_reused_prefix_gives_the_same_logits(pair: Pair) -> None:
     """A second text points at the first one's blocks, and the first goes on undisturbed."""
     model, decoder = pair
     driver = Driver(decoder)

@@ -46,7 +46,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_loads_the_same_weights(tmp_path: Path) -> None:
     model = make("qwen3", tmp_path / "whole")
     model.save_pretrained(tmp_path / "cut", max_shard_size="100KB")
     assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) > 2
@@ -55,7 +55,9 @@ def test_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(tmp_path: Path, stored: torch.dtype, held: torch.dtype) -> None:
+def test_weights_are_converted_to_the_dtype_asked_for(
+    tmp_path: Path, stored: torch.dtype, held: torch.dtype
+) -> None:
     model = make("qwen3", tmp_path, dtype=stored, initializer_range=0.1)
     decoder = read(tmp_path, held)
     assert decoder.spec.dtype == str(stored).removeprefix("torch.")
@@ -66,7 +68,7 @@ def test_dtypes(tmp_path: Path, stored: torch.dtype, held: torch.dtype) -> None:
     close(Driver(decoder).read(prompt(30), 1), wanted, tolerance[held])
 
 
-def test_what_is_held(tmp_path: Path) -> None:
+def test_weight_bytes_and_parameters_are_counted_once(tmp_path: Path) -> None:
     """A tied embedding is held once, and the numbers reported are those of the tensors."""
     tied = make("qwen3", tmp_path / "tied")
     decoder = read(tmp_path / "tied", torch.bfloat16)
@@ -84,7 +86,7 @@ def test_a_tied_checkpoint_may_store_its_head(tmp_path: Path) -> None:
     close(Driver(read(tmp_path)).read(prompt(5), 5), expected(model, prompt(5)))
 
 
-def test_progress(checkpoint: Path) -> None:
+def test_progress_counts_bytes_up_to_the_total(checkpoint: Path) -> None:
     told: list[tuple[str, int, int]] = []
     read(checkpoint, progress=lambda *progress: told.append(progress))
     assert {stage for stage, _, _ in told} == {"weights"}
@@ -131,7 +133,9 @@ def _extra(tensors: dict[str, Tensor]) -> None:
         ),
     ],
 )
-def test_wrong_tensors(checkpoint: Path, change: Callable[[dict[str, Tensor]], None], says: str) -> None:
+def test_missing_misshapen_and_unexpected_tensors_are_refused(
+    checkpoint: Path, change: Callable[[dict[str, Tensor]], None], says: str
+) -> None:
     retensor(checkpoint, change)
     with pytest.raises(CheckpointError, match=says):
         read(checkpoint)
@@ -166,14 +170,14 @@ def entry(start: int, stop: int, shape: list[Any], dtype: str = "F32") -> dict[s
         (file_of({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12)), "b overlaps"),
     ],
 )
-def test_headers_that_lie(tmp_path: Path, content: bytes, says: str) -> None:
+def test_headers_with_wrong_sizes_are_refused(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=says) as error:
         Checkpoint(tmp_path)
     assert "model.safetensors" in error.value.message
 
 
-def test_a_truncated_file(checkpoint: Path) -> None:
+def test_a_truncated_file_is_refused(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
@@ -181,7 +185,7 @@ def test_a_truncated_file(checkpoint: Path) -> None:
         read(checkpoint)
 
 
-def test_a_file_cut_while_it_is_read(checkpoint: Path) -> None:
+def test_a_file_truncated_while_it_is_read_is_refused(checkpoint: Path) -> None:
     with Checkpoint(checkpoint) as tensors:
         with (checkpoint / "model.safetensors").open("r+b") as file:
             file.truncate(4096)
@@ -199,19 +203,19 @@ def test_a_file_cut_while_it_is_read(checkpoint: Path) -> None:
         ('{"weight_map": {"a": "gone.safetensors"}}', r"gone\.safetensors is missing"),
     ],
 )
-def test_a_wrong_index(checkpoint: Path, index: str, says: str) -> None:
+def test_a_wrong_index_is_refused(checkpoint: Path, index: str, says: str) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=says):
         read(checkpoint)
 
 
-def test_a_tensor_in_two_files(checkpoint: Path) -> None:
+def test_a_tensor_in_two_files_is_refused(checkpoint: Path) -> None:
     (checkpoint / "other.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="another file of"):
         read(checkpoint)
 
 
-def test_a_config_that_does_not_fit_the_tensors(checkpoint: Path) -> None:
+def test_a_config_that_does_not_fit_the_tensors_is_refused(checkpoint: Path) -> None:
     rewrite(checkpoint, num_hidden_layers=3)
     with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.2\."):
         read(checkpoint)
@@ -243,7 +247,7 @@ print(memory("VmHWM") - before, decoder.weight_bytes)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("held", ["bfloat16", "float32"])
-def test_peak_memory(tmp_path: Path, held: str) -> None:
+def test_loading_holds_no_weight_twice(tmp_path: Path, held: str) -> None:
     """Loading takes at most 1.3 times the weights, whether or not they change dtype on the way."""
     wide = {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 40_000, "head_dim": 64}
     make("qwen3", tmp_path, num_hidden_layers=1)

@@ -24,7 +24,7 @@ def model(path: Path, *names: str) -> Path:
     return path
 
 
-def test_a_local_directory(tmp_path: Path) -> None:
+def test_a_local_directory_is_found(tmp_path: Path) -> None:
     path = model(tmp_path / "it", "config.json", "model.safetensors", "pytorch_model.bin")
     assert resolve(str(path)) == path
 
@@ -41,14 +41,14 @@ def test_a_local_directory(tmp_path: Path) -> None:
         (["adapter_config.json", "adapter_model.safetensors"], "merge it into its base model"),
     ],
 )
-def test_directories_that_are_no_model(tmp_path: Path, names: list[str], says: str) -> None:
+def test_directories_without_a_model_are_refused(tmp_path: Path, names: list[str], says: str) -> None:
     path = model(tmp_path / "it", *names)
     with pytest.raises(CheckpointError, match=says) as error:
         resolve(str(path))
     assert str(path) in error.value.message
 
 
-def test_files_are_no_model(tmp_path: Path) -> None:
+def test_a_file_is_refused(tmp_path: Path) -> None:
     path = model(tmp_path / "it", "model.safetensors", "model.gguf")
     with pytest.raises(CheckpointError, match="give the directory"):
         resolve(str(path / "model.safetensors"))
@@ -57,13 +57,13 @@ def test_files_are_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/no/such/place", "./a/b", "../x", "a/b/c", ""])
-def test_names_of_nothing(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unknown_names_are_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError):
         resolve(name)
 
 
-def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = model(tmp_path / "it", "config.json", "model.safetensors")
     told: list[tuple[str, int, int]] = []
 
@@ -86,7 +86,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {total for _, _, total in told} <= {0, 100}
 
 
-def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fetch(name: str, **_: object) -> str:
         raise LocalEntryNotFoundError("offline")
 
@@ -96,7 +96,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         resolve("org/model")
 
 
-def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*_: Any, **__: Any) -> str:
         raise OSError(ENOSPC, "No space left on device")
 
@@ -106,7 +106,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         resolve("org/model")
 
 
-def test_the_front_may_import_it() -> None:
+def test_the_api_server_can_import_it_without_torch() -> None:
     code = "import sys, stretto.models.source; print('torch' in sys.modules, 'httpx2' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -252,4 +252,4 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy asks the system for zero pages; torch would write every one of them now.
     words = {1: numpy.int8, 2: numpy.int16, 4: numpy.int32}[dtype.itemsize]
-    return torch.from_numpy(numpy.zeros(shape, words)).view(dtype)
+    return torch.as_tensor(numpy.zeros(shape, words)).view(dtype)

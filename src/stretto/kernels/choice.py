@@ -1,5 +1,4 @@
-"""Which table runs where: Triton's kernels on a CUDA device, the C kernels on a CPU they were built for, and
-torch everywhere else."""
+"""Chooses the kernels table: Triton's on a CUDA device, the C kernels on a CPU, and torch everywhere else."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from stretto.kernels.cpu.table import table
 from stretto.kernels.cpu.weights import TYPES
 from stretto.kernels.reference import REFERENCE
 
-# Triton comes with torch for CUDA alone, so its table is imported only where there is a device for it.
+# Imported on demand: it needs Triton, which is only installed with torch for CUDA.
 CUDA = "stretto.kernels.cuda.table"
 FP8_FROM = (8, 9)
 
@@ -23,9 +22,9 @@ FP8_FROM = (8, 9)
 def choose_kernels(
     device: torch.device, dtype: torch.dtype, quantise: Quantise | None = None
 ) -> tuple[AnyKernels, str]:
-    """The table for a model computed in `dtype` on `device`, and the sentence that says why.
+    """The table for a model that computes in `dtype` on `device`, and a phrase that says why it was chosen.
 
-    Raises StartError when weights are to be quantised in a way that the device has no kernels for.
+    Raises StartError when the device has no kernels for weights quantised as asked.
     """
     if device.type == "cuda":
         _check_cuda(device, quantise)
@@ -40,7 +39,7 @@ def choose_kernels(
     elif library is None:
         kernels, why = (
             REFERENCE,
-            "the C kernels are not there, or of other sources: install gcc, then install Stretto again",
+            "the C kernels are missing or were built from other sources: install gcc, then reinstall Stretto",
         )
     else:
         return table(library, quantise), f"the C kernels, for {library.level}"
@@ -63,8 +62,8 @@ def _check_cuda(device: torch.device, quantise: Quantise | None) -> None:
 
 
 def use_threads(count: int) -> None:
-    """Compute on `count` threads. The C kernels bring their own; torch's would spin on the same cores beside
-    them, so it then has one. Raises OSError when they cannot be had.
+    """Compute on `count` threads. The C kernels have a pool of their own. Torch then gets a single thread,
+    because its threads would spin on the same cores. Raises OSError when the threads cannot be started.
     """
     library = native.load()
     if library is not None:

@@ -1,7 +1,8 @@
-"""The table in plain torch: correct on any device, and quick where torch is.
+"""The kernels table in plain torch: correct on any device, and the reference that other tables are
+tested against.
 
-It is what the other tables are tested against. Few dispatches per layer matter more here than elegance per
-operation: a step of a small model on one core is mostly dispatch. Knows no family of models.
+A step of a small model on one core spends most of its time dispatching torch operations. Hence the code makes
+few calls per layer, even where more of them would be easier to read. Knows no model family.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-# Decodes share one call while padding them to the longest wastes little, and what they gather stays in the
-# processor's own cache.
-NEAR_TOKENS = 64
-NEAR_SHARE = 0.75
+# Decodes share one attention call if their contexts are similar, so that padding to the longest wastes
+# little, and if the keys they gather fit into the processor's cache.
+SIMILAR_TOKENS = 64
+SIMILAR_SHARE = 0.75
 GATHER_ELEMENTS = 2**19
 
 Decode = tuple[int, int, int, int]
@@ -60,12 +61,14 @@ class DenseExperts:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class AttentionGroup:
     """Sequences whose attention is one call: decodes of one row each, or one prefill.
 
-    `rows`: their token rows. `blocks`: the rows of the cache, seen as [-1, block_size * head_dim], that hold
-    their keys and then their values; `gathered` is where these go, and `keys` and `values` are what of it is
-    attended to. `mask` is added to the scores, [count or 1, 1, queries, keys].
+    `rows`: their token rows.
+    `count`, `queries`: how many sequences there are, and the queries of each.
+    `blocks`: the rows of the cache, seen as [-1, block_size * head_dim], with their keys, then their values.
+    `gathered`: the buffer that these are copied to; `keys` and `values` are views of it.
+    `mask`: added to the scores, [count or 1, 1, queries, keys].
     """
 
     rows: Tensor | slice
@@ -81,18 +84,22 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TorchPlan:
-    """A step's shared arrays: cosine and signed sine [T, 1, dims] per rotation, the cache rows each token's
-    keys and values go to [T, 2 * kv_heads], and the groups of attention by window."""
+    """What the layers of a step share.
+
+    `rotations`: cosines and signed sines [T, 1, dims] of each rotary embedding.
+    `rows`: the cache rows that each token's keys and values are written to, [T, 2 * kv_heads].
+    `groups`: the attention calls for layers with each window.
+    """
 
     rotations: list[tuple[Tensor, Tensor]]
     rows: Tensor
-    groups: dict[int, list[Group]]
+    groups: dict[int, list[AttentionGroup]]
 
 
 @dataclass(frozen=True, slots=True)
-class Pages:
-    """The cache and the step's tables, as the grouping of attention reads them. `heads`: what to add to a
-    block's row for its keys, then its values, of every head: [2, 1, kv_heads, 1]."""
+class CacheReader:
+    """Finds the keys and values of a step's sequences. `heads`: what to add to the row of a block's first key
+    to get the rows of its keys, then its values, for every head: [2, 1, kv_heads, 1]."""
 
     cache: Cache
     tables: Tensor
@@ -100,18 +107,19 @@ class Pages:
 
     def group(
         self, rows: Tensor | slice, queries: int, table: Tensor, keys: slice, mask: Tensor | None
-    ) -> Group:
-        """Attention of `queries` rows per line of `table` [G, n], to the `keys` within its blocks."""
+    ) -> AttentionGroup:
+        """Attention of `queries` rows for each line of `table` [G, n], to those of its blocks' keys that
+        `keys` selects."""
         layer = self.cache.layers[0]
         _, _, kv_heads, size, head_dim = layer.shape
         blocks = (table[:, None] * kv_heads + self.heads).view(-1)
         needed = blocks.shape[0] * size * head_dim
-        # The copy goes where the last one went: fresh pages for every layer would cost more than the copying.
+        # The buffer is kept: fresh memory for every layer would cost more than the copy.
         if self.cache.scratch.numel() < needed or self.cache.scratch.dtype != layer.dtype:
             self.cache.scratch = layer.new_empty(needed * 5 // 4)
         gathered = self.cache.scratch[:needed].view(-1, size * head_dim)
         both = gathered.view(2, table.shape[0], kv_heads, -1, head_dim)[:, :, :, keys]
-        return Group(rows, table.shape[0], queries, blocks, gathered, both[0], both[1], mask)
+        return AttentionGroup(rows, table.shape[0], queries, blocks, gathered, both[0], both[1], mask)
 
 
 def linear(x: Tensor, packed: Dense) -> Tensor:
@@ -130,7 +138,7 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[T
 
 
 def _unit(x: Tensor, eps: float) -> Tensor:
-    """RMS norm without a weight. In float32 it is three operations instead of the chain torch makes of it:
+    """RMS norm without a weight. In float32 it takes three torch operations, by
     x / sqrt(mean(x * x) + eps) = sqrt(n) * x / hypot(|x|, sqrt(n * eps))."""
     size = x.shape[-1]
     if x.dtype != torch.float32:
@@ -158,14 +166,15 @@ def prepare(batch: Batch, cache: Cache, geometry: Geometry) -> TorchPlan:
     layer = cache.layers[0]
     _, blocks, kv_heads, size, _ = layer.shape
     positions = batch.positions.to(torch.float32)[:, None, None]
-    # A token's key of head h is row (block * kv_heads + h) * size + offset, its value one pool further.
+    # The key of head h is row (block * kv_heads + h) * size + offset; its value is blocks * kv_heads * size
+    # rows further.
     first = batch.slots + batch.slots.div(size, rounding_mode="floor") * (size * (kv_heads - 1))
     heads, lanes = _offsets(blocks, kv_heads, size, layer.device)
-    pages = Pages(cache, batch.tables, heads)
+    reader = CacheReader(cache, batch.tables, heads)
     return TorchPlan(
         rotations=[_rotation(rotation, positions, layer.dtype) for rotation in geometry.rotations],
         rows=first[:, None] + lanes,
-        groups={window: _groups(batch, pages, window) for window in geometry.windows},
+        groups={window: _groups(batch, reader, window) for window in geometry.windows},
     )
 
 
@@ -177,7 +186,7 @@ def _offsets(blocks: int, kv_heads: int, size: int, device: torch.device) -> tup
 
 
 def _rotation(rotation: Rotation, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # The sine of the first half is negated by negating its angle, which leaves the cosine as it is.
+    # Negating the angle of the first half negates its sine and leaves its cosine unchanged.
     angles = positions * torch.cat((-rotation.frequencies, rotation.frequencies))
     cosines, sines = angles.cos(), angles.sin()
     if rotation.scale != 1.0:
@@ -185,78 +194,81 @@ def _rotation(rotation: Rotation, positions: Tensor, dtype: torch.dtype) -> tupl
     return cosines.to(dtype), sines.to(dtype)
 
 
-def _groups(batch: Batch, pages: Pages, window: int) -> list[Group]:
-    groups: list[Group] = []
+def _groups(batch: Batch, reader: CacheReader, window: int) -> list[AttentionGroup]:
+    groups: list[AttentionGroup] = []
     decodes: list[Decode] = []
     start = 0
     for sequence, (queries, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
         if queries == 1:
             decodes.append((min(context, window or context), sequence, start, context))
         else:
-            groups.append(_prefill(pages, sequence, slice(start, start + queries), context, window))
+            groups.append(_prefill(reader, sequence, slice(start, start + queries), context, window))
         start += queries
     if decodes:
-        layer = pages.cache.layers[0]
-        for members in _near(decodes, GATHER_ELEMENTS // (2 * layer.shape[2] * layer.shape[4])):
-            groups.append(_decode(pages, members, whole=len(members) == start))
+        layer = reader.cache.layers[0]
+        for members in group_by_length(decodes, GATHER_ELEMENTS // (2 * layer.shape[2] * layer.shape[4])):
+            groups.append(_decode(reader, members, whole=len(members) == start))
     return groups
 
 
-def _near(decodes: list[Decode], budget: int) -> list[list[Decode]]:
-    """Split decodes into groups of similar length, of at most `budget` keys in all."""
+def group_by_length(decodes: list[Decode], budget: int) -> list[list[Decode]]:
+    """Split decodes into groups of similar length, each of at most `budget` keys, padding included."""
     longest, shortest = max(decodes)[0], min(decodes)[0]
-    if shortest >= min(longest - NEAR_TOKENS, longest * NEAR_SHARE) and longest * len(decodes) <= budget:
+    if (
+        shortest >= min(longest - SIMILAR_TOKENS, longest * SIMILAR_SHARE)
+        and longest * len(decodes) <= budget
+    ):
         return [decodes]
     groups: list[list[Decode]] = []
     for decode in sorted(decodes, reverse=True):
         longest = groups[-1][0][0] if groups else 0
-        near = decode[0] >= min(longest - NEAR_TOKENS, longest * NEAR_SHARE)
-        if groups and near and (len(groups[-1]) + 1) * longest <= budget:
+        similar = decode[0] >= min(longest - SIMILAR_TOKENS, longest * SIMILAR_SHARE)
+        if groups and similar and (len(groups[-1]) + 1) * longest <= budget:
             groups[-1].append(decode)
         else:
             groups.append([decode])
     return groups
 
 
-def _decode(pages: Pages, members: list[Decode], *, whole: bool) -> Group:
-    """One row each. `whole`: the step holds nothing else, so the rows are all of it, in order."""
-    size, device = pages.cache.block_size, pages.tables.device
+def _decode(reader: CacheReader, members: list[Decode], *, whole: bool) -> AttentionGroup:
+    """Decodes of one row each. `whole`: the step has no other rows."""
+    size, device = reader.cache.block_size, reader.tables.device
     if len(members) == 1:
         seen, sequence, row, context = members[0]
         first = (context - seen) // size
-        table = pages.tables[sequence : sequence + 1, first : (context - 1) // size + 1]
+        table = reader.tables[sequence : sequence + 1, first : (context - 1) // size + 1]
         skip = context - seen - first * size
-        return pages.group(slice(row, row + 1), 1, table, slice(skip, skip + seen), None)
+        return reader.group(slice(row, row + 1), 1, table, slice(skip, skip + seen), None)
     width = max((context - 1) // size - (context - seen) // size for seen, _, _, context in members) + 1
     seen, sequence, row, context = torch.tensor(members, device=device).t()[:, :, None]
     first = (context - seen).div(size, rounding_mode="floor")
-    # Columns are clamped to a sequence's own last block: padding must not read a neighbour's keys.
+    # Columns are clamped to a sequence's last block, so that padding reads no other sequence's keys.
     last = (context - 1).div(size, rounding_mode="floor")
     columns = torch.minimum(first + torch.arange(width, device=device), last)
     keys = first * size + torch.arange(width * size, device=device)
-    mask = _mask((keys >= context) | (keys < context - seen), pages)
+    mask = _mask((keys >= context) | (keys < context - seen), reader)
     rows = slice(0, len(members)) if whole else row[:, 0]
-    return pages.group(rows, 1, pages.tables[sequence, columns], slice(None), mask[:, None, None])
+    return reader.group(rows, 1, reader.tables[sequence, columns], slice(None), mask[:, None, None])
 
 
-def _prefill(pages: Pages, sequence: int, rows: slice, context: int, window: int) -> Group:
-    size, device, queries = pages.cache.block_size, pages.tables.device, rows.stop - rows.start
+def _prefill(reader: CacheReader, sequence: int, rows: slice, context: int, window: int) -> AttentionGroup:
+    size, device, queries = reader.cache.block_size, reader.tables.device, rows.stop - rows.start
     oldest = max(0, context - queries - window + 1) if window else 0
     first = oldest // size
-    table = pages.tables[sequence : sequence + 1, first : (context - 1) // size + 1]
+    table = reader.tables[sequence : sequence + 1, first : (context - 1) // size + 1]
     keys = slice(oldest - first * size, context - first * size)
     if queries == context <= (window or context):
-        return replace(pages.group(rows, queries, table, keys, None), causal=True)
+        return replace(reader.group(rows, queries, table, keys, None), causal=True)
     query = torch.arange(context - queries, context, device=device)[:, None]
     key = torch.arange(oldest, context, device=device)
     hidden = key > query
     if window:
         hidden |= key <= query - window
-    return pages.group(rows, queries, table, keys, _mask(hidden, pages))
+    return reader.group(rows, queries, table, keys, _mask(hidden, reader))
 
 
-def _mask(hidden: Tensor, pages: Pages) -> Tensor:
-    mask = torch.zeros(hidden.shape, dtype=pages.cache.layers[0].dtype, device=hidden.device)
+def _mask(hidden: Tensor, reader: CacheReader) -> Tensor:
+    mask = torch.zeros(hidden.shape, dtype=reader.cache.layers[0].dtype, device=hidden.device)
     return mask.masked_fill_(hidden, -torch.inf)
 
 
@@ -294,12 +306,12 @@ def paged_attention(q: Tensor, kind: Attention, layer: Tensor, plan: TorchPlan) 
     return out.view(q.shape[0], -1)
 
 
-def _attend(q: Tensor, kind: Attention, layer: Tensor, group: Group) -> Tensor:
-    """Queries [count * queries, heads, head_dim] of one group -> the same shape."""
+def _attend(q: Tensor, kind: Attention, layer: Tensor, group: AttentionGroup) -> Tensor:
+    """Attention of one group. `q` [count * queries, heads, head_dim] -> the same shape."""
     kv_heads, share, keys, values = kind.kv_heads, kind.heads // kind.kv_heads, group.keys, group.values
     torch.index_select(layer.view(-1, group.gathered.shape[1]), 0, group.blocks, out=group.gathered)
     if group.queries == 1:
-        # The heads that share a key are that key's queries: nothing is repeated.
+        # The heads that share a key are treated as its queries, so that keys need not be repeated.
         q = q.reshape(group.count, kv_heads, share, kind.head_dim)
         return _scores(q, keys, values, kind, group).view(-1, kind.heads, kind.head_dim)
     q = q.view(group.queries, kv_heads, share, kind.head_dim).permute(1, 2, 0, 3)
@@ -308,7 +320,7 @@ def _attend(q: Tensor, kind: Attention, layer: Tensor, group: Group) -> Tensor:
     return out.permute(2, 0, 1, 3).reshape(group.queries, kind.heads, kind.head_dim)
 
 
-def _scores(q: Tensor, keys: Tensor, values: Tensor, kind: Attention, group: Group) -> Tensor:
+def _scores(q: Tensor, keys: Tensor, values: Tensor, kind: Attention, group: AttentionGroup) -> Tensor:
     """Softmax attention of [B, N, queries, head_dim] over [B, N, keys, head_dim]."""
     if not kind.softcap:
         return F.scaled_dot_product_attention(
@@ -325,6 +337,17 @@ def _scores(q: Tensor, keys: Tensor, values: Tensor, kind: Attention, group: Gro
 
 
 def experts(x: Tensor, logits: Tensor, packed: DenseExperts, k: int, normalise: bool) -> Tensor:
+    def compute(rows: Tensor, expert: int) -> Tensor:
+        hidden = act_and_mul(F.linear(rows, packed.gate_up[expert]), packed.activation)
+        return F.linear(hidden, packed.down[expert])
+
+    return mix_experts(x, logits, k, normalise, compute)
+
+
+def mix_experts(
+    x: Tensor, logits: Tensor, k: int, normalise: bool, compute: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """As `Kernels.experts`, where `compute` applies one expert to the rows of its tokens."""
     weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(k, -1)
     if normalise:
         weights /= weights.sum(-1, keepdim=True)
@@ -337,8 +360,7 @@ def experts(x: Tensor, logits: Tensor, packed: DenseExperts, k: int, normalise: 
             continue
         picks = order[start : start + count]
         rows = picks.div(k, rounding_mode="floor")
-        hidden = act_and_mul(F.linear(x[rows], packed.gate_up[expert]), packed.activation)
-        out.index_add_(0, rows, F.linear(hidden, packed.down[expert]) * weights[picks])
+        out.index_add_(0, rows, compute(x[rows], expert) * weights[picks])
         start += count
     return out
 

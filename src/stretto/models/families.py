@@ -1,7 +1,7 @@
-"""The families of models, one row each, and how a row and a config.json make a ModelSpec.
+"""The supported model families, one row each, and how a row and a config.json give a ModelSpec.
 
-A family is data: where its tensors are called what, what its config leaves unsaid, which rules it follows. A
-field that would change the numbers and is not implemented is refused by name, never ignored.
+A family is data: the names of its tensors, the defaults of its config.json, and the rules it follows. A field
+that would change the numbers and is not implemented is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "relu": "relu",
 }
-MOST = 65_536  # layers or experts: beyond it a config is a mistake, or an attack
+MAX_COUNT = 65_536  # layers or experts; a config with more is a mistake or an attack
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Names(Struct, frozen=True, kw_only=True):
     """Tensor names of a layer, without the prefix `model.layers.N.` and without `.weight`. Parts of a fused
-    weight come in the order they are stacked; `{}` is an expert's number; None is a norm the family has
-    not."""
+    weight are in stacking order; `{}` stands for an expert's number; None: the family has no such norm."""
 
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     out: str = "self_attn.o_proj"
@@ -58,18 +57,20 @@ SANDWICH = Names(
 
 
 class Family(Struct, frozen=True, kw_only=True):
-    """A row. `defaults`: what an absent field of config.json means. `only`: fields that must have this
-    value.
+    """A row of the table of families.
 
-    `slides(fields, i)`: does layer i have a window when `layer_types` does not say? `typed`: the family
-    follows `layer_types`. A bias that is None is as the config says.
+    `defaults`: the values of fields that config.json lacks.
+    `only`: fields that must have this value.
+    `has_window(fields, i)`: whether layer i has a sliding window, if `layer_types` does not say so.
+    `uses_layer_types`: whether the family follows `layer_types`.
+    `*_bias`: whether these layers have a bias; None: as config.json says.
     """
 
     defaults: dict[str, Any] = {}
     only: dict[str, Any] = {}
     names: Names = Names()
-    slides: Callable[[Fields, int], bool] = lambda fields, layer: False
-    typed: bool = False
+    has_window: Callable[[Fields, int], bool] = lambda fields, layer: False
+    uses_layer_types: bool = False
     query_norm: Literal["none", "head", "row"] = "none"
     qkv_bias: bool | None = False
     out_bias: bool | None = False
@@ -88,7 +89,7 @@ def _if_used(fields: Fields, layer: int) -> bool:
 
 
 def _upper_if_used(fields: Fields, layer: int) -> bool:
-    return fields.flag("use_sliding_window") and layer >= fields.count("max_window_layers", least=0)
+    return fields.flag("use_sliding_window") and layer >= fields.count("max_window_layers", minimum=0)
 
 
 def _pattern(fields: Fields, layer: int) -> bool:
@@ -127,13 +128,13 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4096,
             "eos_token_id": 2,
         },
-        slides=_always,
+        has_window=_always,
     ),
-    "qwen2": Family(defaults=QWEN, slides=_upper_if_used, typed=True, qkv_bias=True),
+    "qwen2": Family(defaults=QWEN, has_window=_upper_if_used, uses_layer_types=True, qkv_bias=True),
     "qwen3": Family(
         defaults={**QWEN, "head_dim": 128},
-        slides=_upper_if_used,
-        typed=True,
+        has_window=_upper_if_used,
+        uses_layer_types=True,
         query_norm="head",
         qkv_bias=None,
         out_bias=None,
@@ -141,7 +142,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "eos_token_id": 32000},
         names=Names(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
-        slides=_always,
+        has_window=_always,
         partial_rotary=True,
     ),
     "gemma2": Family(
@@ -155,8 +156,8 @@ FAMILIES: dict[str, Family] = {
         },
         only={"use_bidirectional_attention": False},
         names=SANDWICH,
-        slides=_pattern,
-        typed=True,
+        has_window=_pattern,
+        uses_layer_types=True,
         qkv_bias=None,
         out_bias=None,
         gemma=True,
@@ -172,8 +173,8 @@ FAMILIES: dict[str, Family] = {
         },
         only={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
         names=SANDWICH,
-        slides=_pattern,
-        typed=True,
+        has_window=_pattern,
+        uses_layer_types=True,
         query_norm="head",
         qkv_bias=None,
         out_bias=None,
@@ -209,7 +210,7 @@ FAMILIES: dict[str, Family] = {
             expert_gate_up=("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
             expert_down="block_sparse_moe.experts.{}.w2",
         ),
-        slides=_always,
+        has_window=_always,
         experts=True,
     ),
     "qwen3_moe": Family(
@@ -220,7 +221,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
-        slides=_if_used,
+        has_window=_if_used,
         query_norm="head",
         qkv_bias=None,
         out_bias=None,
@@ -308,7 +309,8 @@ def _eos(path: Path, config: Fields) -> tuple[int, ...]:
     generation = path / "generation_config.json"
     value = Fields.load(generation).get("eos_token_id") if generation.exists() else None
     value = config.get("eos_token_id") if value is None else value
-    tokens = value if isinstance(value, list) else [] if value is None else [value]
+    listed = [] if value is None else [value]
+    tokens = cast("list[Any]", value) if isinstance(value, list) else listed
     if not all(isinstance(token, int) and token >= 0 for token in tokens):
         raise config.error("eos_token_id", f"must be token ids, not {value!r}")
     return tuple(tokens)
@@ -319,19 +321,19 @@ def _dtype(fields: Fields) -> StoredDtype:
     name = fields.text(key, "float32")
     if name not in ("float32", "bfloat16", "float16"):
         raise fields.error(key, f"is {name!r}; implemented are float32, bfloat16 and float16")
-    return cast(StoredDtype, name)
+    return name
 
 
 def _layers(family: Family, fields: Fields) -> tuple[Layer, ...]:
-    count = fields.count("num_hidden_layers", most=MOST)
+    count = fields.count("num_hidden_layers", maximum=MAX_COUNT)
     windowed = fields.get("sliding_window") is not None
-    slides = [family.slides(fields, layer) for layer in range(count)]
+    slides = [family.has_window(fields, layer) for layer in range(count)]
     types = fields.list("layer_types")
     if types:
         if len(types) != count or any(kind not in (FULL, SLIDING) for kind in types):
             raise fields.error("layer_types", f"must be {count} times {FULL!r} or {SLIDING!r}, not {types}")
         stated = [kind == SLIDING for kind in types]
-        if family.typed:
+        if family.uses_layer_types:
             used = not isinstance(fields.get("use_sliding_window"), bool) or fields.flag("use_sliding_window")
             slides = [slide and used for slide in stated]
         elif stated != [slide and windowed for slide in slides]:
@@ -354,7 +356,7 @@ def _routing(family: Family, fields: Fields) -> Routing | None:
     if not family.experts:
         return None
     key = "num_local_experts" if fields.get("num_local_experts") is not None else "num_experts"
-    count, top_k = fields.count(key, most=MOST), fields.count("num_experts_per_tok")
+    count, top_k = fields.count(key, maximum=MAX_COUNT), fields.count("num_experts_per_tok")
     if top_k > count:
         raise fields.error("num_experts_per_tok", f"({top_k}) is more than there are experts ({count})")
     intermediate = fields.count("moe_intermediate_size", fields.count("intermediate_size"))
@@ -376,7 +378,7 @@ def _ropes(family: Family, fields: Fields, head_dim: int) -> tuple[Rope, ...]:
         pairs = [(found if found.data else fields.object("rope_scaling"), theta)]
         if fields.get("rope_local_base_freq") is not None:
             pairs.append((Fields({}, fields.where), fields.number("rope_local_base_freq")))
-    ropes = []
+    ropes: list[Rope] = []
     for parameters, default in pairs:
         part = parameters.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
         if part != 1.0 and not (family.partial_rotary and part < 1.0):

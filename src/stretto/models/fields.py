@@ -1,11 +1,10 @@
-"""Typed reading of a JSON object that others wrote: every complaint names the file and the path to the
-field."""
+"""Typed reading of a JSON object from outside. Every error names the file and the path to the field."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -13,10 +12,10 @@ from stretto.errors import CheckpointError
 
 
 class Fields:
-    """A JSON object with defaults behind it: what an absent field means. A field that is null has no value.
+    """A JSON object, with defaults for absent fields. A field that is null has no value.
 
-    The typed getters raise CheckpointError for a field that has no value (unless given one to take), or one
-    of another type.
+    The typed getters raise CheckpointError for a field without a value, unless they are given a default, and
+    for a value of the wrong type.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class Fields:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         if not isinstance(data, dict):
             raise CheckpointError(f"{path} must hold a JSON object, not {type(data).__name__}")
-        return cls(data, f"{path}: $")
+        return cls(cast("dict[str, Any]", data), f"{path}: $")
 
     def get(self, key: str) -> Any:
         return self.data[key] if key in self.data else self.defaults.get(key)
@@ -55,10 +54,10 @@ class Fields:
             raise self.error(key, f"must be {name}, not {value!r}")
         return value
 
-    def count(self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**31) -> int:
+    def count(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = 2**31) -> int:
         value = self._typed(key, int, "a whole number", default)
-        if not least <= value <= most:
-            raise self.error(key, f"must be from {least} to {most}, not {value}")
+        if not minimum <= value <= maximum:
+            raise self.error(key, f"must be from {minimum} to {maximum}, not {value}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -113,9 +113,11 @@ class WeightReader:
         entries, rows = self.find(parts, shape, suffix), [rows for _, rows in parts]
         dtype = self._stored_dtype(entries) or self.dtype
         held = torch.empty((sum(rows), *shape), dtype=dtype, device=self.device)
-        for entry, into in zip(entries, held.split(rows), strict=True):
-            self.checkpoint.read(entry, into)
+        start = 0
+        for entry, count in zip(entries, rows, strict=True):
+            self.checkpoint.read(entry, held[start : start + count])
             self.count(entry)
+            start += count
         return held
 
     def count(self, entry: Entry) -> None:

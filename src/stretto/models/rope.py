@@ -1,4 +1,4 @@
-"""Rotary embeddings: from config.json to a spec, and from a spec to the frequencies the kernels rotate by."""
+"""Rotary embeddings: from config.json to a `Rope`, and from a `Rope` to the frequencies that kernels use."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ KINDS = {"default", "linear", "llama3", "yarn", "longrope"}
 
 
 def read(fields: Fields, config: Fields, dims: int, *, theta: float) -> Rope:
-    """The rotary embedding an object of config.json asks for. `fields` holds `rope_type` (or `type`) and its
-    parameters; `theta` counts where it has none. Raises CheckpointError for kinds and values not
-    implemented."""
+    """The rotary embedding that an object of config.json describes.
+
+    `fields` holds `rope_type` (or `type`) and its parameters; `theta` is the default of `rope_theta`. Raises
+    CheckpointError for a kind or a value that is not implemented.
+    """
     key = "rope_type" if fields.get("rope_type") is not None else "type"
     kind = fields.text(key, "default")
     if kind == "su":
@@ -63,8 +65,8 @@ def _longrope(fields: Fields, base: dict[str, Any], context: int) -> Rope:
 
 
 def rotation(rope: Rope, device: torch.device) -> Rotation:
-    """The frequencies of a rotary embedding (Su et al. 2021, arXiv 2104.09864), with its extension
-    applied."""
+    """The frequencies of a rotary embedding (Su et al. 2021, arXiv 2104.09864), extended for long contexts as
+    its kind says."""
     exponents = torch.arange(0, rope.dims, 2, dtype=torch.int64).float() / rope.dims
     frequencies = 1.0 / (rope.theta**exponents)
     scale = 1.0
@@ -80,17 +82,18 @@ def rotation(rope: Rope, device: torch.device) -> Rotation:
 
 
 def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
-    """Slow pairs are slowed by the factor, fast ones kept, those between blended (Llama 3.1's own rule)."""
-    turns = rope.original * frequencies / (2 * pi)
-    kept = ((turns - rope.low) / (rope.high - rope.low)).clamp(0, 1)
+    """Llama 3.1's rule: low frequencies are divided by the factor, high ones kept, and those
+    between blended."""
+    cycles = rope.original * frequencies / (2 * pi)
+    kept = ((cycles - rope.low) / (rope.high - rope.low)).clamp(0, 1)
     return (1 - kept) * frequencies / rope.factor + kept * frequencies
 
 
 def _yarn(rope: Rope, frequencies: Tensor) -> Tensor:
     """NTK by parts (Peng et al. 2023, arXiv 2309.00071, section 3.2)."""
 
-    def pair(turns: float) -> float:
-        return rope.dims * log(rope.original / (turns * 2 * pi)) / (2 * log(rope.theta))
+    def pair(cycles: float) -> float:
+        return rope.dims * log(rope.original / (cycles * 2 * pi)) / (2 * log(rope.theta))
 
     low, high = pair(rope.beta_fast), pair(rope.beta_slow)
     if rope.truncate:

@@ -38,7 +38,7 @@ def resolve(name: str, progress: ProgressCallback | None = None) -> Path:
     if HUB_ID.fullmatch(name) and not name.startswith("."):
         return check(_fetch(name, progress))
     raise CheckpointError(
-        f"{name!r} is no directory here, no hub id (organisation/name) and not {BUNDLED!r}, the bundled model"
+        f"{name!r} is neither a directory, nor a hub id (organisation/name), nor the bundled {BUNDLED!r}"
     )
 
 

@@ -1,7 +1,6 @@
-"""What a decoder is, as data: everything `stretto.models.decoder` needs to know about a checkpoint but its
-weights.
+"""The description of a decoder: everything that `stretto.models.decoder` needs besides the weights.
 
-Made from config.json by `stretto.models.families`; knows neither files nor tensors.
+Made from config.json by `stretto.models.families`. Knows neither files nor tensors.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 
 
 class Rope(Struct, frozen=True, kw_only=True):
-    """A rotary embedding of `dims` of a head's dimensions. `original` is the context before it was extended;
-    `short` are longrope's factors up to there. `attention` multiplies cosine and sine (None: yarn's own
-    rule)."""
+    """A rotary embedding of the first `dims` dimensions of a head.
+
+    `original`: the context length before it was extended. `short`: longrope's factors up to that length.
+    `attention`: what cosine and sine are multiplied by (None: by yarn's own rule).
+    """
 
     kind: RopeKind
     theta: float
@@ -38,8 +39,8 @@ class Rope(Struct, frozen=True, kw_only=True):
 
 
 class Layer(Struct, frozen=True):
-    """One decoder layer. `window`: keys a query sees (0: all). `rope`: which of the model's rotary
-    embeddings."""
+    """One decoder layer. `window`: how many keys a query sees (0: all). `rope`: the index of its rotary
+    embedding in `ModelSpec.ropes`. `experts`: whether it is a mixture of experts."""
 
     window: int = 0
     rope: int = 0
@@ -47,7 +48,8 @@ class Layer(Struct, frozen=True):
 
 
 class Routing(Struct, frozen=True):
-    """A mixture of experts: each token takes the `top_k` likeliest of `count`."""
+    """A mixture of experts: each token takes the `top_k` likeliest of `count` experts. `normalise`: whether
+    their weights are made to sum to 1. `intermediate`: the width of one expert."""
 
     count: int
     top_k: int
@@ -58,9 +60,13 @@ class Routing(Struct, frozen=True):
 class ModelSpec(Struct, frozen=True, kw_only=True):
     """A decoder-only transformer.
 
-    `unit_offset`: norm weights are stored minus one. `query_norm`: the norm of queries and keys, over each
-    head or the whole row. `scale` multiplies attention scores. `context` is the longest sequence the weights
-    were made for, `dtype` the one they are stored in. `eos` are the tokens that end an answer.
+    `context`: the longest sequence, in tokens, that the model was trained for.
+    `scale`: what attention scores are multiplied by.
+    `dtype`: the dtype in which the weights are stored.
+    `tied`: whether the head shares the embedding.
+    `unit_offset`: whether norm weights are stored minus one.
+    `query_norm`: the norm of queries and keys: none, over each head, or over all heads of the row.
+    `eos`: the tokens that end an answer.
     """
 
     family: str

@@ -1,4 +1,4 @@
-"""The kernels table in C: what `stretto.kernels` asks for, on the CPU, with weights kept or quantised.
+"""The kernels table in C, for the CPU. Weights are kept as they are, or quantised to int8 or int4.
 
 Checks shapes, allocates results and calls the library. Activations are float32 or bfloat16.
 """
@@ -6,8 +6,8 @@ Checks shapes, allocates results and calls the library. Activations are float32 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,22 +19,22 @@ from stretto.kernels import (
     Cache,
     Geometry,
     Kernels,
-    LayerStack,
     kv_width,
 )
 from stretto.kernels.cpu import native as c
 from stretto.kernels.cpu.native import Native, complain
-from stretto.kernels.cpu.program import CpuPlan, LayerProgram, is_programmable
+from stretto.kernels.cpu.program import CpuPlan, CpuStack, LayerProgram, is_programmable
 from stretto.kernels.cpu.weights import TYPES, PackedLinear, WeightFormat, exact_in_bfloat16, pack
+from stretto.kernels.reference import mix_experts
 
 CpuQuantise = Literal["int8", "int4"]
 GROUP = {"int8": 128, "int4": 32}
-# A router or another small matrix costs nothing to keep and much to get wrong.
+# A router or another small matrix saves nothing when quantised, and its errors matter most.
 SMALLEST_QUANTISED = 256
-# A matrix of so many outputs is the vocabulary's, whose rows int4 would blur more than speed is worth,
-# were it not for an embedding at hand to compute the likeliest of them anew.
+# A matrix with this many outputs is the vocabulary's. It is too sensitive for int4, unless an embedding is at
+# hand to compute the largest logits again.
 VOCABULARY = 30_000
-LIKELIEST = 64
+RESCORED = 64
 KV_TYPES = {**TYPES, torch.int8: c.I8}
 
 
@@ -53,32 +53,32 @@ class PackedExperts:
         return False
 
 
-@dataclass(frozen=True, slots=True)
 class CpuTable:
-    """The functions of a table and what they share. `kinds` keeps the C form of each kind of attention, and
-    the kind itself, so that its id stays its own."""
+    """The functions of the table and what they share. Not thread-safe."""
 
-    native: Native
-    quantise: CpuQuantise | None
-    kinds: dict[int, tuple[Attention, c.NativeAttention, int]] = field(default_factory=dict)
-    programs: dict[int, tuple[LayerStack[PackedLinear, Any], LayerProgram | None]] = field(
-        default_factory=dict
-    )
+    def __init__(self, native: Native, quantise: CpuQuantise | None = None) -> None:
+        self._native = native
+        self._quantise: CpuQuantise | None = quantise
+        # By the id of a Python object, which is kept too, so that no other object gets its id: the C form of
+        # an attention layer's constants, and the calls for all layers of a model (None: there is no such
+        # list).
+        self._kinds: dict[int, tuple[Attention, c.NativeAttention, int]] = {}
+        self._programs: dict[int, tuple[CpuStack, LayerProgram | None]] = {}
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         n, k = weight.shape
-        if self.quantise is None or n < SMALLEST_QUANTISED:
+        if self._quantise is None or n < SMALLEST_QUANTISED:
             exact = exact_in_bfloat16(weight)
-            return pack(self.native, weight, bias, "bfloat16" if exact else "float32")
-        quantise = "int8" if n >= VOCABULARY else self.quantise
-        return pack(self.native, weight, bias, *fitting(quantise, k))
+            return pack(self._native, weight, bias, "bfloat16" if exact else "float32")
+        quantise = "int8" if n >= VOCABULARY else self._quantise
+        return pack(self._native, weight, bias, *fitting(quantise, k))
 
     def pack_tied(self, embedding: Tensor) -> PackedLinear:
-        """The head that shares `embedding`, which stays for `rescore_top_k`."""
+        """The head that shares `embedding`, which is kept for `rescore_top_k`."""
         n, k = embedding.shape
-        if self.quantise is None or n < VOCABULARY:
+        if self._quantise is None or n < VOCABULARY:
             return self.pack(embedding, None)
-        return pack(self.native, embedding, None, *fitting(self.quantise, k))
+        return pack(self._native, embedding, None, *fitting(self._quantise, k))
 
     def rescore_top_k(self, logits: Tensor, x: Tensor, packed: PackedLinear, embedding: Tensor) -> None:
         if packed.format != "int4":
@@ -87,8 +87,8 @@ class CpuTable:
         if rows != m or embedding.shape != (n, k) or logits.dtype != torch.float32:
             raise ValueError(f"logits {(m, n)} are not of x {(rows, k)} and {tuple(embedding.shape)}")
         x, types = x.contiguous(), (TYPES[x.dtype], TYPES[embedding.dtype])
-        result = self.native.rescore_top_k(
-            logits.data_ptr(), x.data_ptr(), embedding.data_ptr(), m, n, k, min(LIKELIEST, n), *types
+        result = self._native.rescore_top_k(
+            logits.data_ptr(), x.data_ptr(), embedding.data_ptr(), m, n, k, min(RESCORED, n), *types
         )
         if result:
             complain(result, f"rescore_top_k {(m, n)}")
@@ -101,7 +101,7 @@ class CpuTable:
             )
         x = x.contiguous()
         y = x.new_empty((m, packed.n))
-        result = self.native.linear(packed.address, x.data_ptr(), y.data_ptr(), m, TYPES[x.dtype])
+        result = self._native.linear(packed.address, x.data_ptr(), y.data_ptr(), m, TYPES[x.dtype])
         if result:
             complain(result, f"linear {(m, k)} by {(packed.n, k)}")
         return y
@@ -121,7 +121,7 @@ class CpuTable:
             raise ValueError(f"x of shape {(m, h)}, {x.dtype}, does not fit a norm of {tuple(weight.shape)}")
         x, y = x.contiguous(), torch.empty_like(x)
         other = 0 if residual is None else residual.data_ptr()
-        result = self.native.norm(
+        result = self._native.norm(
             x.data_ptr(), other, weight.data_ptr(), y.data_ptr(), m, h, eps, TYPES[x.dtype]
         )
         if result:
@@ -131,11 +131,11 @@ class CpuTable:
     def act_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         m, both = gate_up.shape
         if both % 2 or gate_up.dtype not in TYPES:
-            raise ValueError(f"{(m, both)}, {gate_up.dtype}: not a gate and as many ups")
+            raise ValueError(f"{(m, both)}, {gate_up.dtype}: not as many gates as ups")
         gate_up = gate_up.contiguous()
         y = gate_up.new_empty((m, both // 2))
         code, type = c.ACTIVATIONS[activation], TYPES[gate_up.dtype]
-        if result := self.native.act_and_mul(gate_up.data_ptr(), y.data_ptr(), m, both // 2, code, type):
+        if result := self._native.act_and_mul(gate_up.data_ptr(), y.data_ptr(), m, both // 2, code, type):
             complain(result, f"act_and_mul {(m, both)}")
         return y
 
@@ -146,7 +146,8 @@ class CpuTable:
         layer = cache.layers[0]
         if layer.dtype not in KV_TYPES or not layer.is_contiguous():
             raise ValueError(
-                f"a cache of {layer.dtype}, strides {layer.stride()}: not float32, bfloat16 or int8 in a row"
+                f"a cache of {layer.dtype}, strides {layer.stride()}, is not contiguous float32, bfloat16"
+                " or int8"
             )
         _, blocks, _, size, _ = layer.shape
         tokens, (sequences, width) = batch.tokens.shape[0], batch.tables.shape
@@ -156,19 +157,19 @@ class CpuTable:
             *(tokens, sequences, width, blocks, size, c.F32, KV_TYPES[layer.dtype]),
         )
         address = ctypes.addressof(step)
-        if not all(array.is_contiguous() for array in pointers) or self.native.check(address):
+        if not all(array.is_contiguous() for array in pointers) or self._native.check(address):
             raise ValueError(
                 f"a step of {tokens} tokens in {sequences} sequences does not fit"
                 f" tables {tuple(batch.tables.shape)} and a cache of {tuple(layer.shape)}"
             )
-        turns: list[tuple[Tensor, int, int]] = []
+        rotations: list[tuple[Tensor, int, int]] = []
         for rotation in geometry.rotations:
             pairs = rotation.frequencies.shape[0]
             frequencies = rotation.frequencies.data_ptr()
-            turn = torch.empty(tokens, 2, pairs)
-            self.native.cos_sin(address, frequencies, pairs, rotation.scale, turn.data_ptr())
-            turns.append((turn, turn.data_ptr(), 2 * pairs))
-        return CpuPlan(step, address, tokens, layer.dtype, blocks, tuple(turns), batch)
+            cos_sin = torch.empty(tokens, 2, pairs)
+            self._native.cos_sin(address, frequencies, pairs, rotation.scale, cos_sin.data_ptr())
+            rotations.append((cos_sin, cos_sin.data_ptr(), 2 * pairs))
+        return CpuPlan(step, address, tokens, layer.dtype, blocks, tuple(rotations), batch)
 
     def rope_and_cache(
         self, qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: CpuPlan
@@ -178,7 +179,7 @@ class CpuTable:
         qkv = qkv.contiguous()
         norms = 0 if weights is None else weights.data_ptr()
         _, cos_sin, dims = plan.rotations[kind.rotation]
-        result = self.native.rope_and_cache(
+        result = self._native.rope_and_cache(
             plan.address, self._kind(kind), qkv.data_ptr(), norms, cos_sin, dims, layer.data_ptr()
         )
         if result:
@@ -191,7 +192,7 @@ class CpuTable:
     def paged_attention(self, q: Tensor, kind: Attention, layer: Tensor, plan: CpuPlan) -> Tensor:
         self._fits(q, (plan.tokens, kind.heads, kind.head_dim), kind, layer, plan)
         out = q.new_empty((plan.tokens, kind.heads * kind.head_dim))
-        result = self.native.paged_attention(
+        result = self._native.paged_attention(
             plan.address, self._kind(kind), q.data_ptr(), q.stride(0), layer.data_ptr(), out.data_ptr()
         )
         if result:
@@ -213,27 +214,25 @@ class CpuTable:
         step.type = TYPES[x.dtype]
 
     def _kind(self, kind: Attention) -> int:
-        """The address of a kind's C form."""
-        known = self.kinds.get(id(kind))
+        """The address of the C form of an attention layer's constants."""
+        known = self._kinds.get(id(kind))
         if known is None:
             struct = c.NativeAttention(
                 *(kind.heads, kind.kv_heads, kind.head_dim, c.NORMS[kind.norm], kind.window),
                 *(kind.scale, kind.softcap, kind.eps),
             )
-            known = self.kinds[id(kind)] = kind, struct, ctypes.addressof(struct)
+            known = self._kinds[id(kind)] = kind, struct, ctypes.addressof(struct)
         return known[2]
 
-    def layers(
-        self, residual: Tensor, stack: LayerStack[PackedLinear, Any], cache: Cache, plan: CpuPlan
-    ) -> Tensor | None:
+    def layers(self, residual: Tensor, stack: CpuStack, cache: Cache, plan: CpuPlan) -> Tensor | None:
         """All layers in one call, where the hidden state of every row is wanted, as in a step of decodes."""
         outputs = plan.batch.outputs
         if outputs is not None and outputs.shape[0] != plan.tokens:
             return None
-        known = self.programs.get(id(stack))
+        known = self._programs.get(id(stack))
         if known is None:
-            program = LayerProgram(self.native, stack, self._kind) if is_programmable(stack) else None
-            known = self.programs[id(stack)] = stack, program
+            program = LayerProgram(self._native, stack, self._kind) if is_programmable(stack) else None
+            known = self._programs[id(stack)] = stack, program
         return None if known[1] is None else known[1](residual, cache, plan)
 
     def pack_experts(self, gate_up: Tensor, down: Tensor, activation: Activation) -> PackedExperts:
@@ -241,27 +240,16 @@ class CpuTable:
         return PackedExperts(first, [self.pack(weight, None) for weight in down], activation)
 
     def experts(self, x: Tensor, logits: Tensor, packed: PackedExperts, k: int, normalise: bool) -> Tensor:
-        weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(k, -1)
-        if normalise:
-            weights /= weights.sum(-1, keepdim=True)
-        weights = weights.to(x.dtype).view(-1, 1)
-        order = chosen.view(-1).argsort(stable=True)
-        counts = torch.bincount(chosen.view(-1), minlength=logits.shape[1]).tolist()
-        out, start = torch.zeros_like(x), 0
-        for expert, count in enumerate(counts):
-            if not count:
-                continue
-            picks = order[start : start + count]
-            rows = picks.div(k, rounding_mode="floor")
-            hidden = self.act_and_mul(self.linear(x[rows], packed.gate_up[expert]), packed.activation)
-            out.index_add_(0, rows, self.linear(hidden, packed.down[expert]) * weights[picks])
-            start += count
-        return out
+        def compute(rows: Tensor, expert: int) -> Tensor:
+            hidden = self.act_and_mul(self.linear(rows, packed.gate_up[expert]), packed.activation)
+            return self.linear(hidden, packed.down[expert])
+
+        return mix_experts(x, logits, k, normalise, compute)
 
 
 def fitting(quantise: CpuQuantise, k: int) -> tuple[WeightFormat, int]:
-    """The format and group for rows of k: int8 where no int4 group divides them, a scale per row as the
-    last."""
+    """The format and the group size for rows of k weights. Falls back to int8 if no group size of int4
+    divides k, and to one scale per row if no group size does."""
     group = next((size for size in (GROUP[quantise], 32, 16, 8) if k % size == 0), 0)
     if quantise == "int4" and group:
         return "int4", group
@@ -271,8 +259,8 @@ def fitting(quantise: CpuQuantise, k: int) -> tuple[WeightFormat, int]:
 def table(
     native: Native, quantise: CpuQuantise | None = None
 ) -> Kernels[PackedLinear, PackedExperts, CpuPlan]:
-    """The table. With `quantise`, `pack` quantises weights (round to nearest for int8, least squares for
-    int4)."""
+    """The table. With `quantise`, `pack` rounds large weights: to the nearest level for int8, with the scale
+    of least squared error for int4."""
     own = CpuTable(native, quantise)
     return Kernels(
         name=f"cpu-{native.level}" + (f"-{quantise}" if quantise else ""),

@@ -1,12 +1,9 @@
-"""Attention over the paged cache: one query a sequence with its keys split over programs, and ragged chunks.
+"""Paged attention: `decode` for sequences with one query, `chunk` for those with several.
 
-Heads that share a key are rows of one matrix product. Softmax is kept online (Milakov and Gimelshein, arXiv
-1805.02867); the split over keys is Flash-Decoding's, and the last program of a head to end adds the parts up.
+Heads that share a key are rows of one matrix product. The softmax is computed online (Milakov and Gimelshein
+2018, arXiv 1805.02867). `decode` splits a sequence's keys over programs, as Flash-Decoding does (Dao et al.
+2023); the last program of a head to finish adds up the parts.
 """
-# Triton's kernels are no Python a type checker knows.
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false
-# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -21,10 +18,10 @@ from stretto.kernels import Attention, Batch
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 
 KEYS = 64
-MOST_SPLITS = 32
+MAX_SPLITS = 32
 PROGRAMS = 264  # two for each multiprocessor of a Hopper card
 CHUNK_ROWS = 128
-AT_ONCE = tl.constexpr(8)
+PARTS_AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -37,15 +34,15 @@ def _cap(scores, CAP: tl.constexpr):
 
 @triton.jit
 def _scores(queries, keys, scale, CAP: tl.constexpr, EXACT: tl.constexpr):
-    """float32 [rows, keys]; `keys` come transposed."""
+    """Scaled and capped scores, float32 [rows, keys]; `keys` are transposed."""
     return _cap(tl.dot(queries, keys, input_precision="ieee" if EXACT else "tf32") * scale, CAP)
 
 
 @triton.jit
-def _weigh(scores, values, high, total, mixed, EXACT: tl.constexpr):
-    """Take scores and values into the online softmax: the new maximum, sum of weights, and weighted sum."""
+def _accumulate(scores, values, high, total, mixed, EXACT: tl.constexpr):
+    """Add scores and values to the online softmax -> the new maximum, sum of weights, and weighted sum."""
     top = tl.maximum(high, tl.max(scores, 1))
-    # A row that has seen no key yet has nothing to be scaled by.
+    # Without a key so far the maximum is -inf, and -inf - -inf would be NaN.
     floor = tl.where(top == -float("inf"), 0.0, top)
     fade = tl.exp(high - floor)
     weights = tl.exp(scores - floor[:, None])
@@ -56,25 +53,26 @@ def _weigh(scores, values, high, total, mixed, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _take(queries, keys, values, seen, scale, high, total, mixed, CAP: tl.constexpr, EXACT: tl.constexpr):
-    """As `_weigh`, of keys that all queries see or none does."""
+def _attend(queries, keys, values, seen, scale, high, total, mixed, CAP: tl.constexpr, EXACT: tl.constexpr):
+    """As `_accumulate`, for keys that either all queries see or none does."""
     scores = tl.where(seen[None], _scores(queries, tl.trans(keys), scale, CAP, EXACT), -float("inf"))
-    return _weigh(scores, values, high, total, mixed, EXACT)
+    return _accumulate(scores, values, high, total, mixed, EXACT)
 
 
 @triton.jit
 def _combine(
     parts, stats, out, active, SHARE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Add up the parts of one sequence's heads that share keys: parts [splits, SHARE, DIM], stats [splits, 2,
-    SHARE] (maximum, sum). A thread has the same place of several parts, so that it waits for nobody."""
+    """Add up the parts of one sequence's heads that share keys: parts [splits, SHARE, DIM], stats
+    [splits, 2, SHARE] (maximum, sum). A thread handles one column of several parts, so that no thread
+    waits for another."""
     column = tl.arange(0, WIDTH)
     inside, head = column < SHARE * DIM, column // DIM
     high = tl.full((WIDTH,), -float("inf"), tl.float32)
     total = tl.where(inside, 0.0, 1.0)
     mixed = tl.zeros((WIDTH,), tl.float32)
-    for start in range(0, active, AT_ONCE):
-        split = start + tl.arange(0, AT_ONCE)[:, None]
+    for start in range(0, active, PARTS_AT_ONCE):
+        split = start + tl.arange(0, PARTS_AT_ONCE)[:, None]
         there = (split < active) & inside[None]
         spot = stats + split * 2 * SHARE + head[None]
         highs = tl.load(spot, there, -float("inf"), cache_modifier=".cg")
@@ -94,7 +92,8 @@ def _pages(
     pool, further, table, start, oldest, end, dim,
     KV_HEADS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of one head from position `start` on, as far as they are in [oldest, end)."""
+    """Keys and values of one head at the KEYS positions from `start`, and which of them are in
+    [oldest, end)."""
     key = start + tl.arange(0, KEYS)
     seen = (key >= oldest) & (key < end)
     block = tl.load(table + key // SIZE, seen, 0).to(tl.int64)
@@ -110,8 +109,8 @@ def _decode(
     DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     SPLITS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A share of the keys of one sequence that has one query, for the heads that share them. Of the step only
-    the query and the newest key and value are awaited: older ones are on their way before."""
+    """One part of the keys of a sequence that has one query, for the heads that share the keys. Only the
+    query and the newest key and value come from this step, so all older ones are loaded before `wait`."""
     release()
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row, context = tl.load(starts + seq).to(tl.int64), tl.load(contexts + seq)
@@ -141,12 +140,12 @@ def _decode(
     mixed = (
         tl.zeros((SHARE_BLOCK, DIM_BLOCK), tl.float32) + tl.where(mine, new_value.to(tl.float32), 0.0)[None]
     )
-    high, total, mixed = _take(queries, keys, values, seen, scale, high, total, mixed, CAP, EXACT)
+    high, total, mixed = _attend(queries, keys, values, seen, scale, high, total, mixed, CAP, EXACT)
     for start in range(begin + KEYS, end, KEYS):
         keys, values, seen = _pages(
             pool, further, table, start, oldest, end, dim, KV_HEADS, SIZE, DIM, KEYS
         )  # fmt: skip
-        high, total, mixed = _take(queries, keys, values, seen, scale, high, total, mixed, CAP, EXACT)
+        high, total, mixed = _attend(queries, keys, values, seen, scale, high, total, mixed, CAP, EXACT)
     there = out + (row * KV_HEADS + kv_head) * SHARE * DIM
     if active == 1:
         spot = there + head[:, None] * DIM + dim[None]
@@ -172,8 +171,8 @@ def _chunk(
     DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     TOKENS: tl.constexpr, SEQS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of TOKENS queries of one sequence, for the heads that share keys. Tiles are numbered through the
-    sequences; those with one query have none."""
+    """A tile of TOKENS queries of one sequence, for the heads that share keys. Tiles are numbered across all
+    sequences; a sequence with one query has none."""
     release()
     kv_head = tl.program_id(1)
     wait()
@@ -182,7 +181,7 @@ def _chunk(
     counts = tl.where(each < sequences, ends - tl.load(starts + each, each < sequences, 0), 0)
     tiles = tl.where(counts > 1, tl.cdiv(counts, TOKENS), 0)
     until = tl.cumsum(tiles, 0)
-    # The later tiles of a prompt read the most keys: they go first.
+    # The later tiles of a prompt read the most keys, so they are started first.
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     seq = tl.sum((until <= number).to(tl.int32), 0).to(tl.int64)
     if seq >= sequences:
@@ -215,15 +214,15 @@ def _chunk(
         if WINDOW:
             seen &= key[None] > position[:, None] - WINDOW
         scores = tl.where(seen, _scores(queries, tl.trans(keys), scale, CAP, EXACT), -float("inf"))
-        high, total, mixed = _weigh(scores, values, high, total, mixed, EXACT)
+        high, total, mixed = _accumulate(scores, values, high, total, mixed, EXACT)
     spot = out + rows[:, None] * (KV_HEADS * SHARE * DIM) + lanes
     tl.store(spot, (mixed / total[:, None]).to(out.dtype.element_ty), own)
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """Where the programs of a step's decodes meet: parts of the sums, and how many have arrived (int32 zeros,
-    left as they were)."""
+class DecodeWorkspace:
+    """What the programs of one head exchange: `parts` of the weighted sum, `stats` of the softmax, and how
+    many programs have `arrived` (int32 zeros, which are zero again afterwards)."""
 
     splits: int
     parts: Tensor
@@ -231,10 +230,10 @@ class Room:
     arrived: Tensor
 
     @classmethod
-    def of(cls, sequences: int, heads: int, layer: Tensor, arrived: Tensor) -> Room:
+    def of(cls, sequences: int, heads: int, layer: Tensor, arrived: Tensor) -> DecodeWorkspace:
         kv_heads, dim = layer.shape[2], layer.shape[4]
         splits = 1
-        while splits < MOST_SPLITS and sequences * kv_heads * splits * 2 <= PROGRAMS:
+        while splits < MAX_SPLITS and sequences * kv_heads * splits * 2 <= PROGRAMS:
             splits *= 2
         numbers = {"dtype": torch.float32, "device": layer.device}
         return cls(
@@ -245,17 +244,19 @@ class Room:
         )
 
 
-def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, room: Room) -> Tensor:
-    """Attention of the sequences that have one query, [T, heads * head_dim]; the rows of others are left
-    unwritten."""
+def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: DecodeWorkspace) -> Tensor:
+    """Attention of the sequences that have one query, [T, heads * head_dim]. The rows of other sequences are
+    not written."""
     share = kind.heads // kind.kv_heads
     out = q.new_empty(q.shape[0], kind.heads * kind.head_dim)
-    _decode[(batch.contexts.shape[0], kind.kv_heads, room.splits)](
-        q, layer, batch.tables, batch.query_starts, batch.contexts, out, room.parts, room.stats, room.arrived,
+    _decode[(batch.contexts.shape[0], kind.kv_heads, workspace.splits)](
+        q, layer, batch.tables, batch.query_starts, batch.contexts, out,
+        workspace.parts, workspace.stats, workspace.arrived,
         q.stride(0), batch.tables.stride(0), layer.shape[1], kind.scale,
         KV_HEADS=kind.kv_heads, SHARE=share, SHARE_BLOCK=pow2(share, 16), DIM=kind.head_dim,
         DIM_BLOCK=pow2(kind.head_dim, 16), SIZE=layer.shape[3], WINDOW=kind.window, CAP=kind.softcap,
-        SPLITS=room.splits, WIDTH=pow2(share * kind.head_dim), KEYS=KEYS if kind.head_dim > 64 else 2 * KEYS,
+        SPLITS=workspace.splits,
+        WIDTH=pow2(share * kind.head_dim), KEYS=KEYS if kind.head_dim > 64 else 2 * KEYS,
         EXACT=q.dtype == torch.float32,
         num_warps=4, num_stages=3 if kind.head_dim <= 128 and q.itemsize == 2 else 1, **OPTIONS,
     )  # fmt: skip
@@ -263,7 +264,7 @@ def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, room: Room) 
 
 
 def chunk(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, out: Tensor | None = None) -> Tensor:
-    """Attention of the sequences that have several queries; the rows of others in `out` are left alone."""
+    """Attention of the sequences that have several queries. The rows of others in `out` are not changed."""
     if out is None:
         out = q.new_empty(q.shape[0], kind.heads * kind.head_dim)
     share = pow2(kind.heads // kind.kv_heads)

@@ -1,13 +1,9 @@
-"""Mixtures of experts without a word from the host: tokens are sorted by expert on the device, and each tile
-of one expert's tokens is a small matrix product.
+"""Mixtures of experts that the host does not wait for: tokens are sorted by expert on the device, and each
+tile of one expert's tokens is a small matrix product.
 
-How many tiles there are depends on the routing, which the host does not know: the grid is the most there can
-be, and the programs beyond return.
+The number of tiles depends on the routing, which the host does not know. The grid therefore has the largest
+number of tiles that is possible, and programs without a tile return at once.
 """
-# Triton's kernels are no Python a type checker knows.
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false
-# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from stretto.kernels.cuda.rows import act_and_mul
 from stretto.kernels.reference import DenseExperts
 
 N_BLOCK, K_BLOCK = 64, 64
-LEAST_TILE, MOST_TILE = 16, 64
+MIN_TILE, MAX_TILE = 16, 64
 
 
 @triton.jit
@@ -30,8 +26,8 @@ def _grouped(
     EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, TILE: tl.constexpr, N_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """out[pick] = weights[expert of the pick] @ x[pick // share], for a tile of picks in `order`. `until`:
-    picks up to and with each expert."""
+    """out[pick] = weights[expert of the pick] @ x[pick // share], for a tile of picks in `order`. A pick is a
+    token's choice of an expert. `until` counts the picks of each expert and of those before it."""
     release()
     wait()
     number = tl.program_id(0)
@@ -61,9 +57,10 @@ def _grouped(
 
 
 def _each(x: Tensor, weights: Tensor, order: Tensor, counts: Tensor, share: int) -> Tensor:
-    """[picks, N]: each pick's row of x (`share` picks have one) by its expert's weights [E, N, K]."""
+    """[picks, N]: each pick's row of x times its expert's weights [E, N, K]; `share` picks have the
+    same row."""
     (experts, n, k), picks = weights.shape, order.shape[0]
-    tile = min(max(pow2(picks // experts), LEAST_TILE), MOST_TILE)
+    tile = min(max(pow2(picks // experts), MIN_TILE), MAX_TILE)
     out = x.new_empty(picks, n)
     grid = (min(picks, experts + picks // tile), triton.cdiv(n, N_BLOCK))
     _grouped[grid](

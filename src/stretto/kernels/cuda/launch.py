@@ -1,14 +1,10 @@
-"""How a kernel starts here: before the one in front of it has ended, where the device can.
+"""How kernels are launched: each starts before the one in front of it has ended, if the device can do so.
 
-Programmatic dependent launch (CUDA C++ Programming Guide): `release` lets the next kernel's programs take
-free places at once, `wait` holds until all before is done and visible. Every kernel of this package calls
-both, and touches before `wait` only weights, or what is there before a step's embedding is read: its plan,
-and the keys and values of older steps.
+This is programmatic dependent launch (CUDA C++ Programming Guide). `release` lets the next kernel's programs
+start on free multiprocessors; `wait` returns when all earlier kernels have ended and their results are
+visible. Every kernel of this package calls both. Before `wait` it may only read what no kernel of the step
+writes: weights, the plan, and keys and values of earlier steps.
 """
-# Triton's kernels are no Python a type checker knows.
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false
-# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -32,17 +28,18 @@ DEPENDENT = tl.constexpr(bool(OPTIONS))
 
 @triton.jit
 def release():
-    """Let the next kernel start as far as it can without our results."""
+    """Let the next kernel start. It must not read our results before its own `wait`."""
     if DEPENDENT:
         cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait():
-    """Until everything launched before has ended."""
+    """Wait until every kernel launched before this one has ended."""
     if DEPENDENT:
         cuda.gdc_wait()
 
 
-def pow2(size: int, least: int = 1) -> int:
-    return max(triton.next_power_of_2(size), least)
+def pow2(size: int, minimum: int = 1) -> int:
+    """The next power of two, but at least `minimum`."""
+    return max(triton.next_power_of_2(size), minimum)

@@ -1,11 +1,8 @@
-"""What happens to each token row by itself: norms, gates, rotation and the writing of keys and values.
+"""Kernels that treat each token row by itself: norms, activations, the rotary embedding, writing to
+the cache.
 
 Values are computed in float32 and rounded once, when they are stored.
 """
-# Triton's kernels are no Python a type checker knows.
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false
-# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from torch import Tensor
 from stretto.kernels import Activation, Attention, Batch, Rotation
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 
-GATE_BLOCK = 1024
+ACT_BLOCK = 1024
 
 
 @triton.jit
@@ -75,7 +72,7 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[T
 
 
 @triton.jit
-def _gate(both, out, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _act_and_mul(both, out, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
     release()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -90,15 +87,15 @@ def act_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
-    block = min(pow2(width), GATE_BLOCK)
+    block = min(pow2(width), ACT_BLOCK)
     if rows:
         grid = (rows, triton.cdiv(width, block))
-        _gate[grid](gate_up, out, width, KIND=activation, BLOCK=block, **OPTIONS)
+        _act_and_mul[grid](gate_up, out, width, KIND=activation, BLOCK=block, **OPTIONS)
     return out
 
 
 @triton.jit
-def _turn(positions, frequencies, out, pairs, scale, BLOCK: tl.constexpr):
+def _cos_sin(positions, frequencies, out, pairs, scale, BLOCK: tl.constexpr):
     release()
     wait()
     row = tl.program_id(0).to(tl.int64)
@@ -109,24 +106,25 @@ def _turn(positions, frequencies, out, pairs, scale, BLOCK: tl.constexpr):
     tl.store(out + (row * 2 + 1) * pairs + pair, tl.sin(angles) * scale, inside)
 
 
-def turn(batch: Batch, rotation: Rotation) -> Tensor:
-    """Cosines and sines of the step's tokens: float32 [T, 2, pairs]."""
+def cos_sin_table(batch: Batch, rotation: Rotation) -> Tensor:
+    """Cosines, then sines, of position * frequency for each token of the step: float32 [T, 2, pairs]."""
     tokens, pairs = batch.positions.shape[0], rotation.frequencies.shape[0]
     out = torch.empty((tokens, 2, pairs), dtype=torch.float32, device=batch.positions.device)
     block = pow2(pairs)
-    _turn[(tokens,)](
+    _cos_sin[(tokens,)](
         batch.positions, rotation.frequencies, out, pairs, rotation.scale, BLOCK=block, num_warps=1, **OPTIONS
     )
     return out
 
 
 @triton.jit
-def _place(
-    qkv, weights, turns, slots, layer, blocks, eps,
+def _rope_and_cache(
+    qkv, weights, cos_sin, slots, layer, blocks, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
     NORM: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token. Its dimensions are PAIRS firsts, as many seconds, and REST that do not turn."""
+    """One head of one token. Its dimensions are PAIRS firsts, as many seconds, and REST that are
+    not rotated."""
     release()
     token, lane = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair, rest = tl.arange(0, PAIR_BLOCK), 2 * PAIRS + tl.arange(0, REST_BLOCK)
@@ -135,20 +133,20 @@ def _place(
     wait()
     first = tl.load(here + pair, paired, 0.0).to(tl.float32)
     second = tl.load(here + PAIRS + pair, paired, 0.0).to(tl.float32)
-    still = tl.load(here + rest, resting, 0.0).to(tl.float32)
+    others = tl.load(here + rest, resting, 0.0).to(tl.float32)
     if lane < HEADS + KV_HEADS:
         if NORM:
-            square = tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(still * still, 0)
+            square = tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(others * others, 0)
             unit = tl.rsqrt(square / DIM + eps)
             scales = weights + lane * DIM
             first = first * unit * tl.load(scales + pair, paired, 0.0).to(tl.float32)
             second = second * unit * tl.load(scales + PAIRS + pair, paired, 0.0).to(tl.float32)
-            still = still * unit * tl.load(scales + rest, resting, 0.0).to(tl.float32)
-        cosine = tl.load(turns + token * 2 * PAIRS + pair, paired, 0.0)
-        sine = tl.load(turns + (token * 2 + 1) * PAIRS + pair, paired, 0.0)
-        turned = first * cosine - second * sine
+            others = others * unit * tl.load(scales + rest, resting, 0.0).to(tl.float32)
+        cosine = tl.load(cos_sin + token * 2 * PAIRS + pair, paired, 0.0)
+        sine = tl.load(cos_sin + (token * 2 + 1) * PAIRS + pair, paired, 0.0)
+        rotated = first * cosine - second * sine
         second = second * cosine + first * sine
-        first = turned
+        first = rotated
     out = here
     if lane >= HEADS:
         slot = tl.load(slots + token)
@@ -159,22 +157,22 @@ def _place(
     kind = qkv.dtype.element_ty
     tl.store(out + pair, first.to(kind), paired)
     tl.store(out + PAIRS + pair, second.to(kind), paired)
-    tl.store(out + rest, still.to(kind), resting)
+    tl.store(out + rest, others.to(kind), resting)
 
 
 def rope_and_cache(
-    qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, turns: Tensor, slots: Tensor
+    qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, cos_sin: Tensor, slots: Tensor
 ) -> Tensor:
-    """`turns` as `turn` gives them; everything else as `Kernels.place` says."""
+    """As `Kernels.rope_and_cache`; `cos_sin` as `cos_sin_table` makes it."""
     qkv = qkv.contiguous()
-    tokens, pairs = qkv.shape[0], turns.shape[2]
+    tokens, pairs = qkv.shape[0], cos_sin.shape[2]
     queries, keys = kind.heads * kind.head_dim, kind.kv_heads * kind.head_dim
     if weights is not None and kind.norm == "row":
         for part in (slice(queries), slice(queries, queries + keys)):
             _launch_norm(qkv[:, part], None, weights[part], qkv[:, part], kind.eps)
     rest = kind.head_dim - 2 * pairs
-    _place[(tokens, kind.heads + 2 * kind.kv_heads)](
-        qkv, weights, turns, slots, layer, layer.shape[1], kind.eps,
+    _rope_and_cache[(tokens, kind.heads + 2 * kind.kv_heads)](
+        qkv, weights, cos_sin, slots, layer, layer.shape[1], kind.eps,
         HEADS=kind.heads, KV_HEADS=kind.kv_heads, DIM=kind.head_dim, PAIRS=pairs, SIZE=layer.shape[3],
         NORM=weights is not None and kind.norm == "head",
         PAIR_BLOCK=pow2(pairs), REST=rest, REST_BLOCK=pow2(rest), num_warps=1, **OPTIONS,

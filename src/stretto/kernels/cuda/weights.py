@@ -1,0 +1,303 @@
+"""The weight formats of a CUDA device: what each holds, how weights are packed, and how they are widened.
+
+A format is a class with the members of `CudaWeights`. If `skinny_gemm` has to decode its weights, it also has
+a branch on `format` in that kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
+from stretto.kernels.reference import Dense
+
+SKINNY_ROWS = 64
+FP8_SKINNY_ROWS = 1024  # up to here the vendor's FP8 product costs the host more than it saves the device
+WIDE = 8192  # with this many outputs or more, the vendor's product of 16-bit weights is the faster one
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+GROUP = 128
+ZERO_POINT = 8
+# The largest magnitude of a group is represented by the lowest level, or is this much beyond it.
+CLIP_RATIOS = tuple(1.0 - i * 0.04 for i in range(8))
+ROWS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How `skinny_gemm` divides the weights: blocks of stored rows by blocks of columns.
+
+    `k_block` counts 16-bit columns; `group`, if not zero, is a fixed number of columns instead. Columns are
+    split over programs until there are `programs` of them.
+    """
+
+    n_block: int
+    k_block: int
+    stages: int
+    programs: int
+    warps: int = 4
+    group: int = 0
+
+
+FLAT = Tiling(64, 256, 3, 132)
+TALL = Tiling(128, 128, 3, 264)
+TALL_FROM = 132 * 128
+DEEP = Tiling(128, 64, 4, 0, 8)
+GROUPED = Tiling(64, GROUP, 4, 528, group=GROUP)
+
+
+class CudaWeights(Protocol):
+    """The weights [N, K] of a linear layer, and how they are best multiplied with."""
+
+    format: ClassVar[str]
+    has_gemv: ClassVar[bool]
+    """Whether `gemv` can read them."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def scales(self) -> Tensor | None: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+    def shares(self, weight: Tensor) -> bool: ...
+
+    def skinny_rows(self, dtype: torch.dtype) -> int:
+        """Up to how many rows of x, in `dtype`, `skinny_gemm` is faster than `gemm`."""
+        ...
+
+    def tiling(self, rows: int) -> Tiling:
+        """How `skinny_gemm` divides them for so many rows of x."""
+        ...
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x as `skinny_gemm` multiplies it, and the scale of each row if it is quantised."""
+        ...
+
+    def gemm(self, x: Tensor) -> Tensor:
+        """x @ weight.T + bias for any number of rows, by the vendor's library."""
+        ...
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """The weights that these represent, [N, K]."""
+        ...
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _dense_tiling(outputs: int, rows: int) -> Tiling:
+    if rows > SKINNY_ROWS:
+        return DEEP
+    return TALL if outputs >= TALL_FROM else FLAT
+
+
+@dataclass(frozen=True, slots=True)
+class Unquantised(Dense):
+    """Weights in the model's own dtype."""
+
+    format: ClassVar[str] = "dense"
+    has_gemv: ClassVar[bool] = True
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> Unquantised:
+        return cls(weight, bias)
+
+    @property
+    def scales(self) -> None:
+        return None
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[0]
+
+    def skinny_rows(self, dtype: torch.dtype) -> int:
+        return SKINNY_ROWS if self.outputs < WIDE and dtype != torch.float32 else 0
+
+    def tiling(self, rows: int) -> Tiling:
+        return _dense_tiling(self.outputs, rows)
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return x, None
+
+    def gemm(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8:
+    """`weight` e4m3 [N, K]; row n is multiplied by `scales[n]` (float32), which brings its largest magnitude
+    to 448. `gemv` widens the weights; with more rows, activations are quantised to FP8 too, row by row."""
+
+    format: ClassVar[str] = "dense"
+    has_gemv: ClassVar[bool] = True
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> Fp8:
+        scales = weight.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / FP8_MAX
+        return cls((weight.float() / scales).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales[:, 0], bias)
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.weight, self.scales, self.bias)
+
+    def shares(self, weight: Tensor) -> bool:
+        return False
+
+    def skinny_rows(self, dtype: torch.dtype) -> int:
+        return FP8_SKINNY_ROWS
+
+    def tiling(self, rows: int) -> Tiling:
+        return _dense_tiling(self.outputs, rows)
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return quantise_rows(x)
+
+    def gemm(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16 or self.weight.shape[0] % 16 or self.weight.shape[1] % 16:
+            return F.linear(x, self.widened(x.dtype), self.bias)
+        narrow, scales = quantise_rows(x)
+        return torch._scaled_mm(
+            narrow, self.weight.t(), scales[:, None], self.scales[None], bias=self.bias, out_dtype=x.dtype
+        )
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        return (self.weight.float() * self.scales[:, None]).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4:
+    """Weights of four bits. `weight` uint8 [half, K padded to groups]: a byte holds row n, and in its upper
+    four bits row n + half. `scales` float16 [groups, 2 * half]: one for GROUP columns of a row. A weight is
+    scale * (level - 8)."""
+
+    format: ClassVar[str] = "int4"
+    has_gemv: ClassVar[bool] = False
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    outputs: int
+    columns: int
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> Int4:
+        """Round weights [N, K]. Each group gets the scale, of several, that leaves the least
+        squared error."""
+        outputs, columns = weight.shape
+        parts = [_rounded(some) for some in weight.split(ROWS_AT_ONCE)]
+        levels, scales = (torch.cat(each) for each in zip(*parts, strict=True))
+        levels, scales = (F.pad(each, (0, 0, 0, outputs % 2)) for each in (levels, scales))
+        low, high = levels.chunk(2)
+        return cls(low | (high << 4), scales.t().contiguous(), bias, outputs, columns)
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.weight, self.scales, self.bias)
+
+    def shares(self, weight: Tensor) -> bool:
+        return False
+
+    def skinny_rows(self, dtype: torch.dtype) -> int:
+        return SKINNY_ROWS
+
+    def tiling(self, rows: int) -> Tiling:
+        return GROUPED
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return x, None
+
+    def gemm(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.widened(x.dtype), self.bias)
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        half, padded = self.weight.shape
+        out = torch.empty((self.outputs, self.columns), dtype=dtype, device=self.weight.device)
+        block = min(pow2(padded), 4096)
+        _widen_int4[(half, triton.cdiv(padded, block))](
+            self.weight, self.scales, out, self.outputs, self.columns, half, padded,
+            GROUP=GROUP, BLOCK=block, **OPTIONS,
+        )  # fmt: skip
+        return out
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels from 0 to 15, uint8 [N, padded], and scales [N, groups]."""
+    groups = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
+    peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best = torch.full_like(peak, torch.inf)
+    kept, scales = torch.zeros_like(groups), torch.zeros_like(peak)
+    for ratio in CLIP_RATIOS:
+        step = peak * (-ratio / ZERO_POINT)
+        levels = (groups / torch.where(step == 0, 1.0, step)).round_().clamp_(-ZERO_POINT, ZERO_POINT - 1)
+        norm = levels.square().sum(-1, keepdim=True).clamp_min_(1.0)
+        scale = ((levels * groups).sum(-1, keepdim=True) / norm).half().float()
+        error = (groups - scale * levels).square_().sum(-1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales = torch.where(better, scale, scales)
+        kept = torch.where(better, levels, kept)
+    return (kept + ZERO_POINT).to(torch.uint8).flatten(1), scales[..., 0].half()
+
+
+@triton.jit
+def _widen_int4(weight, scales, out, n, k, half, padded, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    release()
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    held = tl.load(weight + row * padded + column, column < padded, 0)
+    spot = scales + (column // GROUP).to(tl.int64) * 2 * half + row
+    low = tl.load(spot, column < padded, 0.0).to(tl.float32)
+    high = tl.load(spot + half, column < padded, 0.0).to(tl.float32)
+    wait()
+    kind = out.dtype.element_ty
+    tl.store(out + row * k + column, (((held & 15).to(tl.float32) - 8.0) * low).to(kind), column < k)
+    if row + half < n:
+        further = out + (row + half) * k + column
+        tl.store(further, (((held >> 4).to(tl.float32) - 8.0) * high).to(kind), column < k)
+
+
+@triton.jit
+def _quantise_rows(x, out, scales, k, MAX: tl.constexpr, BLOCK: tl.constexpr):
+    release()
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wait()
+    value = tl.load(x + row * k + column, column < k, 0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / MAX
+    tl.store(scales + row, scale)
+    tl.store(out + row * k + column, (value / scale).to(out.dtype.element_ty), column < k)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, K] -> e4m3 [M, K], and the float32 scale of each row."""
+    out, scales = torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
+    block = pow2(x.shape[1])
+    _quantise_rows[(x.shape[0],)](
+        x, out, scales, x.shape[1],
+        MAX=FP8_MAX, BLOCK=block, num_warps=min(max(block // 512, 1), 16), **OPTIONS,
+    )  # fmt: skip
+    return out, scales
