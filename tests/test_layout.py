@@ -200,7 +200,6 @@ def test_the_scheduler_and_the_client_load_neither_torch_nor_numpy():
     assert {name for name in loaded if outside(TREES[name]) & {"torch", "numpy"}} == set()
 
 
-@pytest.mark.xfail(reason="not reached yet", strict=False)
 def test_no_folder_is_crowded():
     counts = Counter(path.parent for path in FILES if path.name != "__init__.py")
     assert {str(folder): count for folder, count in counts.items() if count > MOST_FILES} == {}
@@ -218,7 +217,6 @@ def defined(tree: ast.Module) -> Iterator[str]:
                 yield name
 
 
-@pytest.mark.xfail(reason="not reached yet", strict=False)
 def test_one_name_has_one_meaning():
     owners: defaultdict[str, list[str]] = defaultdict(list)
     for module, tree in TREES.items():

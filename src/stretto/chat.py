@@ -1,6 +1,6 @@
-"""A chat in the terminal. The model is a function from messages to pieces of text.
+"""A chat in the terminal. A function answers the conversation with pieces of text.
 
-This module owns the history and the commands. It knows neither model nor server.
+This module owns the conversation and the commands. It knows neither the model nor the server.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from stretto import terminal
 from stretto.errors import StrettoError
 
-History = list[dict[str, Any]]
-Answer = Callable[[History], Generator[str]]
+Conversation = list[dict[str, Any]]
+Answer = Callable[[Conversation], Generator[str]]
 HELP = "/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer"
 
 
@@ -25,7 +25,7 @@ def converse(answer: Answer, name: str) -> None:
     interactive = sys.stdin.isatty() and terminal.out.is_terminal
     if interactive:
         terminal.out.print(f"[bold]{name}[/] · [dim]{HELP}[/]")
-    history: History = []
+    history: Conversation = []
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -53,7 +53,7 @@ def converse(answer: Answer, name: str) -> None:
                         history.pop()
 
 
-def _turn(answer: Answer, history: History, line: str) -> None:
+def _turn(answer: Answer, history: Conversation, line: str) -> None:
     """Answer one line. A stopped answer stays in the history up to where it was stopped."""
     history.append({"role": "user", "content": line})
     pieces: list[str] = []

@@ -81,8 +81,11 @@ class Endpoint:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body. Raises TooLarge as soon as more than `limit` bytes are announced or have come, and
-    ClientDisconnect."""
+    """The whole body.
+
+    Raises TooLarge as soon as the header announces more than `limit` bytes or more have arrived, and
+    ClientDisconnect when the client closes the connection.
+    """
     declared = request.headers.get("content-length", "0")
     too_large = TooLarge(f"the body may have {limit} bytes at most; send less")
     if not declared.isdigit() or int(declared) > limit:
@@ -98,8 +101,10 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def internal(error: BaseException) -> StrettoError:
-    """What the client learns of a bug. The log has the bug's place and not its words, which may quote a
-    prompt."""
+    """Logs where a bug raised its error, and returns the error for the client.
+
+    Neither holds the error's message, because that may quote a prompt.
+    """
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
