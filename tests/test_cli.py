@@ -231,7 +231,7 @@ def test_bench_with_prompts_prints_a_table(served: Served, tmp_path: Path) -> No
     assert ESCAPE not in done.stdout
 
 
-def test_chat_talks_to_a_server(served: Served) -> None:
+def test_chat_streams_answers_from_a_server(served: Served) -> None:
     done = stretto(
         "chat",
         served.url,

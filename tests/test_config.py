@@ -95,7 +95,7 @@ def test_a_size_is_read_with_and_without_a_unit() -> None:
     ]
 
 
-def test_the_engine_config_survives_json() -> None:
+def test_the_engine_config_survives_a_json_round_trip() -> None:
     engine = load({"kv_memory": "1GiB"}, {}, None)[1]
     assert msgspec.json.decode(msgspec.json.encode(engine), type=EngineConfig) == engine
 

@@ -30,7 +30,9 @@ def due(arrival: float, objective: Objective, stamps: list[float], index: int) -
 
 
 @given(OBJECTIVES, st.floats(0, 1e4), st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_everyone_sees_the_same_deadlines(objective: Objective, arrival: float, pauses: list[float]) -> None:
+def test_engine_simulator_and_server_compute_the_same_deadlines(
+    objective: Objective, arrival: float, pauses: list[float]
+) -> None:
     request = Request(id=1, model="m", prompt=(1,), arrival=arrival, objective=objective)
     engine, outcome = Sequence.of(request, 100).deadline, RequestOutcome.of(request)
     server, stamps = (
@@ -52,14 +54,14 @@ def test_everyone_sees_the_same_deadlines(objective: Objective, arrival: float, 
         assert engine.late is (slack < 0)
 
 
-def test_a_deadline_does_not_move_when_a_token_is_early() -> None:
+def test_an_early_token_does_not_move_later_deadlines() -> None:
     deadline = Deadline.of(10.0, Objective(ttft_ms=1000, itl_ms=100))
     deadline.emit(10.2)
     assert deadline.next == pytest.approx(11.1) == deadline.of_token(1)
     assert deadline.latest == pytest.approx(10.3), "the pause may not be longer than the objective either"
 
 
-def test_tokens_that_come_together_count_one_by_one() -> None:
+def test_tokens_emitted_together_are_judged_one_by_one() -> None:
     deadline = Deadline.of(10.0, Objective(ttft_ms=1000, itl_ms=100))
     deadline.emit(11.0, 3)
     deadline.emit(11.3)
@@ -68,7 +70,7 @@ def test_tokens_that_come_together_count_one_by_one() -> None:
     assert deadline.late
 
 
-def test_an_answer_that_ends_after_its_total_is_late() -> None:
+def test_an_answer_that_ends_after_total_ms_is_late() -> None:
     deadline = Deadline.of(10.0, Objective(total_ms=500))
     deadline.end(10.4)
     assert not deadline.late
@@ -76,7 +78,7 @@ def test_an_answer_that_ends_after_its_total_is_late() -> None:
     assert deadline.late and deadline.slack == pytest.approx(-0.1)
 
 
-def test_the_whole_answer_sets_the_pace() -> None:
+def test_total_ms_tightens_the_itl_target() -> None:
     deadline = Deadline.of(10.0, Objective(itl_ms=500, total_ms=2000))
     deadline.keep_pace(11.0, 10)
     assert deadline.target_itl_s == pytest.approx(0.1)

@@ -38,7 +38,7 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_that_a_page_names_exist(page: Path) -> None:
+def test_files_named_in_the_docs_exist(page: Path) -> None:
     """A path is below the root of the repository or below `src/stretto`."""
     made = ("site/", "application/")
     names = [name for name in NAMED.findall(page.read_text()) if not name.startswith(made)]

@@ -51,7 +51,7 @@ BASE = {
 }
 
 
-def test_a_machine_without_a_container_is_read_from_proc(tmp_path: Path) -> None:
+def test_cpu_and_memory_are_read_from_proc_outside_a_container(tmp_path: Path) -> None:
     write(tmp_path, BASE)
     seen = snapshot(tmp_path)
     assert (seen.cpu, seen.isa) == ("Test CPU 9", ("avx2", "fma", "avx512_vnni", "avx512_bf16"))
@@ -66,7 +66,7 @@ def test_two_threads_of_one_core_are_one_core(tmp_path: Path, monkeypatch: pytes
     assert (snapshot(tmp_path).cores, snapshot(tmp_path).logical_cores) == (2, 3)
 
 
-def test_container_limits_version_2_take_the_tightest_of_the_groups_around(tmp_path: Path) -> None:
+def test_cgroup_v2_limits_are_the_tightest_of_all_parents(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "0::/pod/app\n",
         "sys/fs/cgroup/pod/app/memory.max": "max\n",
@@ -81,7 +81,7 @@ def test_container_limits_version_2_take_the_tightest_of_the_groups_around(tmp_p
     assert (seen.memory, seen.available, seen.quota) == (4 * GIB, 2 * GIB, 1.5)
 
 
-def test_container_limits_version_1(tmp_path: Path) -> None:
+def test_cgroup_v1_limits_are_read(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "5:cpu,cpuacct:/box\n4:memory:/box\n",
         "sys/fs/cgroup/memory/box/memory.limit_in_bytes": f"{2 * GIB}\n",
@@ -94,7 +94,7 @@ def test_container_limits_version_1(tmp_path: Path) -> None:
     assert (seen.memory, seen.available, seen.quota) == (2 * GIB, GIB, 2.0)
 
 
-def test_the_gpus_of_the_driver_are_named(tmp_path: Path) -> None:
+def test_gpus_are_read_from_the_nvidia_driver(tmp_path: Path) -> None:
     write(tmp_path, {**BASE, "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t NVIDIA H200\n"})
     assert snapshot(tmp_path).gpus == ("NVIDIA H200",)
 
@@ -110,7 +110,7 @@ def test_the_gpus_of_the_driver_are_named(tmp_path: Path) -> None:
         ("float32", (), "cuda", "float32"),
     ],
 )
-def test_the_dtype_follows_checkpoint_device_and_instructions(
+def test_the_dtype_follows_checkpoint_device_and_instruction_set(
     checkpoint: str, isa: tuple[str, ...], device: str, dtype: str
 ) -> None:
     assert choose_dtype(machine(isa=isa), checkpoint, device=device).value == dtype
@@ -125,7 +125,7 @@ def test_threads_are_physical_cores_within_the_quota() -> None:
     assert choose_threads(machine(cores=4), asked=7).value == 7
 
 
-def test_the_device_is_cuda_where_it_is_usable() -> None:
+def test_the_device_is_cuda_when_it_is_usable() -> None:
     assert choose_device("auto", True).value == "cuda"
     assert choose_device("auto", False).value == "cpu"
     assert choose_device("cpu", True).value == "cpu"
@@ -133,23 +133,23 @@ def test_the_device_is_cuda_where_it_is_usable() -> None:
         choose_device("cuda", False)
 
 
-def test_kv_is_a_quarter_of_what_is_available() -> None:
+def test_the_kv_cache_takes_a_quarter_of_available_memory() -> None:
     plan = choose_kv(shape(), 1024 * 2**20).value
     assert (plan.blocks, plan.bytes, plan.tokens, plan.context) == (256, 256 * 2**20, 4096, 1024)
 
 
-def test_kv_is_at_most_what_max_running_contexts_need() -> None:
+def test_the_kv_cache_is_at_most_max_running_full_contexts() -> None:
     choice = choose_kv(shape(max_running=2), 1024 * 2**20)
     assert choice.value.blocks == 2 * 64
     assert choice.why == "2 contexts of 1024 tokens"
 
 
-def test_kv_exceeds_the_quarter_for_one_full_context() -> None:
+def test_the_kv_cache_exceeds_a_quarter_to_hold_one_full_context() -> None:
     plan = choose_kv(shape(context=8192), 1024 * 2**20).value
     assert (plan.blocks, plan.context) == (512, 8192)
 
 
-def test_the_models_own_context_is_cut_to_fit_with_a_reason() -> None:
+def test_the_model_context_is_reduced_to_fit_with_a_reason() -> None:
     choice = choose_kv(shape(context=131072), 1024 * 2**20)
     assert (choice.value.blocks, choice.value.context) == (768, 768 * 16)
     assert "cut from 131072 to 12288" in choice.why
@@ -157,7 +157,7 @@ def test_the_models_own_context_is_cut_to_fit_with_a_reason() -> None:
         choose_kv(shape(context=131072), 1024 * 2**20, asked_context=131072)
 
 
-def test_kv_that_is_asked_for_is_exact_or_an_error() -> None:
+def test_a_requested_kv_cache_size_is_exact_or_an_error() -> None:
     choice = choose_kv(shape(), 1024 * 2**20, asked_bytes=100 * 2**20, asked_context=512)
     assert (choice.value.blocks, choice.value.context) == (100, 512)
     with pytest.raises(StartError, match=r"is more than the 1\.00 GiB available"):
@@ -168,7 +168,7 @@ def test_kv_that_is_asked_for_is_exact_or_an_error() -> None:
         choose_kv(shape(), GIB, asked_bytes=1000)
 
 
-def test_weights_larger_than_memory_are_an_error() -> None:
+def test_weights_larger_than_memory_are_refused() -> None:
     check_fit("m", GIB, GIB)
     with pytest.raises(StartError, match=r"model m needs 2\.00 GiB .* 1\.00 GiB is available"):
         check_fit("m", 2 * GIB, GIB)

@@ -183,7 +183,7 @@ def test_no_import_inside_a_function():
     assert wrong == set()
 
 
-def test_torch_and_transformers_stay_where_they_are_allowed():
+def test_torch_and_transformers_are_imported_only_where_allowed():
     uses = {name: outside(tree) for name, tree in TREES.items()}
     assert {name for name in uses if "transformers" in uses[name] and not below(name, {"optimise"})} == set()
     assert {name for name in uses if "torch" in uses[name] and not below(name, TORCH)} == set()
@@ -200,7 +200,7 @@ def test_the_scheduler_and_the_client_load_neither_torch_nor_numpy():
     assert {name for name in loaded if outside(TREES[name]) & {"torch", "numpy"}} == set()
 
 
-def test_no_folder_is_crowded():
+def test_folders_hold_at_most_12_files():
     counts = Counter(path.parent for path in FILES if path.name != "__init__.py")
     assert {str(folder): count for folder, count in counts.items() if count > MOST_FILES} == {}
 
@@ -217,7 +217,7 @@ def defined(tree: ast.Module) -> Iterator[str]:
                 yield name
 
 
-def test_one_name_has_one_meaning():
+def test_no_class_or_alias_is_defined_twice():
     owners: defaultdict[str, list[str]] = defaultdict(list)
     for module, tree in TREES.items():
         for name in defined(tree):
@@ -232,7 +232,7 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.xfail(reason="not reached yet", strict=False)
-def test_no_docstring_ends_in_a_line_of_one_word():
+def test_no_docstring_ends_with_a_single_word_line():
     wrong = [
         f"{name}.{place}"
         for name, tree in TREES.items()
@@ -242,7 +242,7 @@ def test_no_docstring_ends_in_a_line_of_one_word():
     assert wrong == []
 
 
-def test_modules_say_what_they_own():
+def test_every_module_has_a_docstring_of_at_most_8_lines():
     texts = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items() if tree.body}
     assert {name for name, text in texts.items() if not 1 <= len(text.splitlines()) <= 8} == set()
 
@@ -268,7 +268,7 @@ WRITERS: dict[str, tuple[str, str]] = {
 }
 
 
-def test_each_field_has_one_writer():
+def test_each_engine_field_has_one_writer():
     """A field is told by its name: only `self.field` in another class is known to be another's."""
     found: defaultdict[str, set[str]] = defaultdict(set)
     for module, tree in TREES.items():
@@ -293,7 +293,7 @@ def length(function: Function) -> int:
     return (function.end_lineno or 0) - function.lineno + 1
 
 
-def test_functions_are_short():
+def test_functions_stay_within_their_line_budget():
     lengths = {
         f"{name}.{node.name}": length(node) for name, tree in TREES.items() for node in functions(tree)
     }
@@ -302,7 +302,7 @@ def test_functions_are_short():
     assert usual >= USUAL_SHARE * len(lengths)
 
 
-def test_functions_take_few_parameters():
+def test_functions_stay_within_their_parameter_budget():
     wide: dict[str, int] = {}
     for name, tree in TREES.items():
         if name.startswith(("kernels.", "cli")):  # kernel launchers; a command's parameters are its flags
@@ -315,6 +315,6 @@ def test_functions_take_few_parameters():
     assert wide == {}
 
 
-def test_files_are_short():
+def test_files_stay_within_their_line_budget():
     long = {name_of(path): len(path.read_text().splitlines()) for path in FILES}
     assert {name: lines for name, lines in long.items() if lines > LONGEST_FILE} == {}

@@ -61,7 +61,7 @@ def null() -> Iterator[LLM]:
         yield made
 
 
-def test_a_text_and_its_ids_give_the_same_answer(llm: LLM) -> None:
+def test_a_prompt_and_its_token_ids_give_the_same_answer(llm: LLM) -> None:
     ids = llm.encode("hello")
     from_text, from_ids = llm.generate(["hello"], GREEDY) + llm.generate([ids], GREEDY)
     assert from_text.token_ids == from_ids.token_ids
@@ -70,7 +70,7 @@ def test_a_text_and_its_ids_give_the_same_answer(llm: LLM) -> None:
     assert llm.generate("hello", GREEDY)[0].token_ids == from_text.token_ids
 
 
-def test_answers_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+def test_answers_are_in_the_order_of_the_prompts(llm: LLM) -> None:
     prompts = [f"prompt {number}" for number in range(12)]
     samplings = [Sampling(temperature=0.0, max_tokens=1 + number, ignore_eos=True) for number in range(12)]
     together = llm.generate(prompts, samplings)
@@ -80,7 +80,7 @@ def test_answers_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     assert llm.generate([]) == []
 
 
-def test_a_stream_gives_the_text_that_generate_gives(llm: LLM) -> None:
+def test_stream_yields_the_same_text_as_generate(llm: LLM) -> None:
     assert "".join(llm.stream("hello", GREEDY)) == llm.generate("hello", GREEDY)[0].text
     asked = [{"role": "user", "content": "hello"}]
     assert llm.chats
@@ -88,7 +88,7 @@ def test_a_stream_gives_the_text_that_generate_gives(llm: LLM) -> None:
     assert llm.chat(asked, GREEDY).token_ids == llm.generate("uhelloa", GREEDY)[0].token_ids
 
 
-def test_a_stop_string_ends_the_answer_and_is_left_out(llm: LLM) -> None:
+def test_a_stop_string_ends_the_answer_and_is_not_returned(llm: LLM) -> None:
     whole = llm.generate("hello", GREEDY)[0]
     stop = whole.text[3]
     cut = llm.generate("hello", Sampling(temperature=0.0, max_tokens=8, ignore_eos=True, stop=(stop,)))[0]
@@ -108,7 +108,7 @@ def test_n_answers_to_one_prompt_differ_and_follow_the_seed(llm: LLM) -> None:
         llm.stream("hello", asked)
 
 
-def test_logprobs_come_with_every_token_when_asked(llm: LLM) -> None:
+def test_logprobs_are_returned_for_every_token_when_requested(llm: LLM) -> None:
     answer = llm.generate("hello", Sampling(temperature=0.0, max_tokens=4, logprobs=2, ignore_eos=True))[0]
     assert answer.logprobs is not None and len(answer.logprobs) == 4
     for token, each in zip(answer.token_ids, answer.logprobs, strict=True):
@@ -117,7 +117,7 @@ def test_logprobs_come_with_every_token_when_asked(llm: LLM) -> None:
     assert llm.generate("hello", GREEDY)[0].logprobs is None
 
 
-def test_a_grammar_shapes_the_answer(llm: LLM) -> None:
+def test_a_grammar_constrains_the_answer(llm: LLM) -> None:
     asked = Sampling(temperature=1.0, seed=1, grammar=Grammar("choice", '["yes", "no"]'))
     assert llm.generate("hello", asked)[0].text in ("yes", "no")
     with pytest.raises(InvalidGrammar):
@@ -138,7 +138,7 @@ def test_a_grammar_shapes_the_answer(llm: LLM) -> None:
         ([["a"]], None, InvalidRequest, "a prompt is text"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(
+def test_invalid_input_is_refused_before_any_work(
     llm: LLM, prompt: object, sampling: object, error: type[StrettoError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -167,7 +167,7 @@ def test_closing_a_stream_cancels_it(null: LLM) -> None:
     assert null.state.active == 0
 
 
-def test_an_interrupt_cancels_the_requests(null: LLM) -> None:
+def test_a_keyboard_interrupt_cancels_the_requests(null: LLM) -> None:
     main = threading.main_thread().ident
     threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):

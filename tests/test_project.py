@@ -30,13 +30,13 @@ def test_the_workflow_runs_every_python_the_package_supports() -> None:
     assert PROJECT["project"]["requires-python"] == f">={tested[0]}"
 
 
-def test_every_job_has_a_time_limit_and_steps_that_do_something() -> None:
+def test_every_job_has_a_time_limit_and_steps_to_run() -> None:
     for name, job in parsed(".github/workflows/ci.yml")["jobs"].items():
         assert job["timeout-minutes"] <= 90, name
         assert all(("run" in step) != ("uses" in step) for step in job["steps"]), name
 
 
-def test_the_workflow_and_the_makefile_name_what_exists() -> None:
+def test_paths_in_the_workflow_and_the_makefile_exist() -> None:
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     for path in re.findall(r"\btests/[\w/.]+", workflow + MAKEFILE):
         assert (ROOT / path).exists(), path
@@ -44,7 +44,7 @@ def test_the_workflow_and_the_makefile_name_what_exists() -> None:
     assert set(re.findall(r"\bmake ([a-z]\w*)", workflow)) <= targets
 
 
-def test_hooks_run_tools_that_are_pinned() -> None:
+def test_hooks_run_pinned_tools() -> None:
     pinned = {requirement.partition("==")[0] for requirement in REQUIREMENTS}
     for hook in parsed(".pre-commit-config.yaml")["repos"][0]["hooks"]:
         assert any(tool in hook["entry"] for tool in pinned), hook["id"]
@@ -54,7 +54,7 @@ def test_development_tools_have_exact_versions() -> None:
     assert [requirement for requirement in REQUIREMENTS if "==" not in requirement] == ["triton"]
 
 
-def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_the_site_builds_without_warnings_and_loads_nothing_from_other_hosts(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],

@@ -27,12 +27,12 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_there_is_something_to_run() -> None:
+def test_the_readme_has_commands_to_run() -> None:
     assert len(BLOCKS) >= 4
 
 
 @pytest.mark.parametrize(("language", "block"), BLOCKS)
-def test_the_block_works(language: str, block: str, desk_url: str, clone: Path) -> None:
+def test_each_command_block_runs(language: str, block: str, desk_url: str, clone: Path) -> None:
     block = block.replace(ADDRESS, desk_url)
     script = block if language == "bash" else f". .venv/bin/activate\npython -c {shlex.quote(block)}"
     done = subprocess.run(
@@ -48,16 +48,16 @@ def test_the_block_works(language: str, block: str, desk_url: str, clone: Path) 
     assert '"error"' not in done.stdout
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_lead_to_existing_files() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target
 
 
-def test_every_command_it_names_exists() -> None:
+def test_every_stretto_command_in_the_readme_exists() -> None:
     named = set(re.findall(r"^\| `stretto (\w+(?: (?:serve|trace|engine))?)", README, re.MULTILINE))
     assert named == {"serve", "chat", "run", "bench serve", "bench trace", "bench engine", "doctor"}
 
 
-def test_the_ratios_of_its_table_are_those_of_the_pages() -> None:
+def test_ratios_in_the_readme_equal_those_of_the_docs() -> None:
     for ratio, page in re.findall(r"\[(\d\.\d\dx)\]\((docs/\w+\.md)", README):
         assert ratio in (ROOT / page).read_text(), (ratio, page)

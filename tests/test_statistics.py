@@ -12,7 +12,7 @@ from stretto.statistics import quantile, spread
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40)
 
 
-def test_quantiles_lie_between_values_as_numpy_has_them() -> None:
+def test_quantiles_equal_those_of_numpy() -> None:
     assert [quantile([1.0, 2.0, 3.0, 4.0], q) for q in (0, 0.5, 0.9, 1)] == pytest.approx([1, 2.5, 3.7, 4])
     assert quantile([5.0], 0.99) == 5.0
     seen = spread([4.0, 1.0, 2.0, 3.0])
@@ -21,11 +21,11 @@ def test_quantiles_lie_between_values_as_numpy_has_them() -> None:
 
 
 @given(VALUES, st.floats(0, 1))
-def test_a_quantile_is_numpys_default(values: list[float], q: float) -> None:
+def test_a_single_quantile_equals_the_default_of_numpy(values: list[float], q: float) -> None:
     assert quantile(sorted(values), q) == pytest.approx(float(np.quantile(values, q)), rel=1e-9, abs=1e-6)
 
 
-def test_no_values_have_no_distribution() -> None:
+def test_an_empty_list_has_no_distribution() -> None:
     assert spread([]) is None
     with pytest.raises(ValueError, match="no values"):
         quantile([], 0.5)

@@ -14,7 +14,7 @@ from tests.bench.serving import DONE, OK, chat, chunked, event, plain, serving, 
 CHAT = "chat/completions"
 
 
-async def test_every_event_with_text_gets_a_stamp() -> None:
+async def test_every_event_with_text_gets_a_timestamp() -> None:
     role = event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
     end = event({"choices": [{"delta": {}, "finish_reason": "stop"}]})
     answer = [OK, *chunked(role, chat("a"), chat("b"), end, usage(7, 2), DONE)]
@@ -29,7 +29,7 @@ async def test_every_event_with_text_gets_a_stamp() -> None:
     assert b"Authorization: Bearer secret\r\n" in server.heads[0]
 
 
-async def test_stamps_show_how_long_the_server_waited() -> None:
+async def test_timestamps_show_the_pauses_of_the_server() -> None:
     first, second, *rest = chunked(chat("a"), chat("b"), DONE)
     async with serving(lambda *_: [OK, 0.05, first, 0.1, second, *rest]) as server:
         client = Client(server.url)
@@ -41,7 +41,7 @@ async def test_stamps_show_how_long_the_server_waited() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-async def test_events_cut_anywhere_are_put_together(size: int) -> None:
+async def test_events_split_at_any_byte_are_reassembled(size: int) -> None:
     whole = OK + b"".join(chunked(chat("Grüße"), chat(" 🎼"), b": ping\n\n", usage(1, 2), DONE))
     pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
     async with serving(lambda *_: pieces) as server:
@@ -73,7 +73,7 @@ async def test_one_connection_serves_many_requests() -> None:
         client.close()
 
 
-async def test_a_kept_connection_the_server_closed_is_replaced() -> None:
+async def test_a_kept_alive_connection_closed_by_the_server_is_replaced() -> None:
     async with serving(lambda *_: [OK, *chunked(chat("a"), DONE), None]) as server:
         client = Client(server.url)
         for _ in range(3):
@@ -110,7 +110,7 @@ async def test_each_failure_has_a_kind_and_a_detail(
     assert detail in sample.detail
 
 
-async def test_a_server_that_does_not_listen_is_a_failed_sample() -> None:
+async def test_a_refused_connection_is_a_failed_sample() -> None:
     sample = await Client("127.0.0.1:9").sample(CHAT, b"{}")
     assert sample.error == "cannot connect"
     assert "127.0.0.1:9" in sample.detail
@@ -122,7 +122,7 @@ async def test_a_silent_server_times_out() -> None:
     assert sample.error == "timeout"
 
 
-async def test_closing_the_iterator_cuts_the_request_off() -> None:
+async def test_closing_the_iterator_closes_the_connection() -> None:
     endless = [OK] + [piece for _ in range(2000) for piece in (0.005, chunked(chat("a"))[0])]
     async with serving(lambda *_: endless) as server:
         pieces = Client(server.url).pieces(CHAT, b"{}")
@@ -142,7 +142,7 @@ async def test_the_models_of_a_server_are_listed() -> None:
             await Client(server.url).models()
 
 
-def test_an_address_may_have_a_scheme_a_port_and_a_prefix() -> None:
+def test_an_address_may_have_a_scheme_a_port_and_a_path_prefix() -> None:
     assert ServerAddress.parse("http://localhost:8000").prefix == "/v1"
     seen = ServerAddress.parse("https://api.example.org/base/v1/")
     assert (seen.tls, seen.port, seen.prefix, seen.host) == (True, 443, "/base/v1", "api.example.org")

@@ -29,7 +29,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_every_batch_and_context_is_measured(report: dict[str, Any]) -> None:
+def test_every_batch_size_and_context_is_measured(report: dict[str, Any]) -> None:
     figures = report["figures"]
     assert [(each["batch"], each["context"]) for each in figures] == [(1, 24), (3, 24), (1, 40), (3, 40)]
     assert report["threads"] == 1 and report["first_token_s"] > report["start_s"] > 0
@@ -42,7 +42,7 @@ def test_every_batch_and_context_is_measured(report: dict[str, Any]) -> None:
         assert 0 < each["mbu"] < 1
 
 
-def test_a_step_is_taken_apart(report: dict[str, Any]) -> None:
+def test_a_step_is_timed_layer_by_layer(report: dict[str, Any]) -> None:
     parts = {part["layer"]: part for part in report["parts"]}
     assert {"qkv", "out", "gate_up", "down", "head", "attention", "norm", "between"} <= set(parts)
     linears = sum(parts[name]["bytes"] for name in ("qkv", "out", "gate_up", "down", "head"))
@@ -56,7 +56,7 @@ def test_a_step_is_taken_apart(report: dict[str, Any]) -> None:
     )
 
 
-def test_the_null_model_has_no_parts_and_a_table_is_shown() -> None:
+def test_the_null_model_prints_a_table_without_layers() -> None:
     done = bench("null=null:1", "--batch", "2", "--context", "8")
     assert done.returncode == 0, done.stderr
     assert "decode tok/s" in done.stdout and "of bandwidth" in done.stdout and "qkv" not in done.stdout

@@ -95,7 +95,7 @@ async def test_a_flex_request_has_no_objective() -> None:
         ([OK, None], Reason.ERROR, 0.0, 0.0),
     ],
 )
-async def test_each_answer_is_judged_by_its_deadlines(
+async def test_each_answer_counts_as_on_time_late_or_refused(
     work: list[Piece], reason: Reason, attainment: float, wasted: float
 ) -> None:
     report, outcomes, _ = await replayed(work, "priority")
@@ -105,7 +105,7 @@ async def test_each_answer_is_judged_by_its_deadlines(
     assert tier.refused == 6 * (reason is Reason.REFUSED) and tier.overdue == 6 * (reason is Reason.DEADLINE)
 
 
-def test_prompts_are_equal_where_the_trace_shares_blocks() -> None:
+def test_prompts_share_a_prefix_where_the_trace_shares_blocks() -> None:
     one, other = (Arrival(0.0, 2 * PREFIX_BLOCK, 1, prefix=(7, block)) for block in (8, 9))
     first, second = (prompt(number, each, vocab=4000, seed=1) for number, each in enumerate((one, other)))
     assert len(first) == len(second) == 2 * PREFIX_BLOCK
@@ -116,7 +116,7 @@ def test_prompts_are_equal_where_the_trace_shares_blocks() -> None:
     )
 
 
-async def test_the_capacity_is_measured_when_no_rate_is_given() -> None:
+async def test_capacity_is_measured_when_no_rate_is_given() -> None:
     options = TraceOptions(loads=[1.0], schedules=["fcfs"], mix={"flex": 1.0}, tiers=TIERS)
     async with serving(lambda path, _: front(SLOW, path)) as server:
         ((report, _),) = await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
@@ -126,7 +126,7 @@ async def test_the_capacity_is_measured_when_no_rate_is_given() -> None:
             await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
 
 
-async def test_another_schedule_than_the_server_runs_is_refused() -> None:
+async def test_a_schedule_other_than_the_servers_is_refused() -> None:
     options = TraceOptions(loads=[1.0], schedules=["deadline"], mix={"flex": 1.0}, rate=9.0)
     async with serving(lambda path, _: front(GOOD, path)) as server:
         with pytest.raises(StartError, match="runs fcfs, which is set at its start"):
@@ -148,7 +148,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
-def test_the_command_against_a_real_server_writes_a_page(url: str, tmp_path: Path) -> None:
+def test_bench_trace_against_a_real_server_writes_a_report(url: str, tmp_path: Path) -> None:
     rows = [f"2023-11-16 18:00:{at:02}.0000000,{20 + at},4" for at in range(40)]
     trace, settings, page = tmp_path / "azure.csv", tmp_path / "tiers.toml", tmp_path / "page.html"
     trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows, ""]))

@@ -48,7 +48,7 @@ def test_burstiness_spreads_the_gaps() -> None:
     assert variation(100.0) == pytest.approx(0.1, rel=0.15)
 
 
-def test_prompts_are_read_from_every_known_shape_of_line(tmp_path: Path) -> None:
+def test_prompts_are_read_from_every_supported_file_format(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl.gz"
     rows = [
         '{"turns": ["first", "second"]}',
@@ -86,7 +86,7 @@ def test_a_file_without_valid_prompts_is_refused(tmp_path: Path, content: bytes,
         read_prompts(tmp_path / "absent")
 
 
-def test_random_prompts_keep_clear_of_special_tokens() -> None:
+def test_random_prompts_contain_no_special_tokens() -> None:
     prompts = random_prompts(20, 50, vocab=400, seed=1)
     ids = [token for prompt in prompts for token in prompt]
     assert len(ids) == 1000
@@ -94,7 +94,7 @@ def test_random_prompts_keep_clear_of_special_tokens() -> None:
     assert prompts == random_prompts(20, 50, vocab=400, seed=1) != random_prompts(20, 50, vocab=400, seed=2)
 
 
-async def test_random_tokens_are_sent_within_the_server_s_vocabulary() -> None:
+async def test_random_tokens_are_within_the_servers_vocabulary() -> None:
     seen: list[Sample] = []
     async with serving(answer) as server:
         load = Load(
@@ -122,7 +122,7 @@ def test_a_load_test_runs_on_uvloop() -> None:
     assert uvloop.run(once()) == 2
 
 
-async def test_a_file_of_prompts_is_sent_to_chat_again_and_again(tmp_path: Path) -> None:
+async def test_prompts_of_a_file_are_repeated_until_all_requests_are_sent(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\ntwo\n")
     async with serving(answer) as server:
@@ -134,7 +134,7 @@ async def test_a_file_of_prompts_is_sent_to_chat_again_and_again(tmp_path: Path)
     assert "ignore_eos" not in bodies[0]
 
 
-async def test_concurrency_is_never_exceeded_and_is_used() -> None:
+async def test_concurrency_is_reached_and_never_exceeded() -> None:
     slow: list[Piece] = [OK, 0.02, *chunked(chat("a"), DONE)]
 
     def late(path: str, body: bytes) -> list[Piece]:
@@ -161,7 +161,7 @@ async def test_failures_are_counted_by_kind() -> None:
     assert outcome.examples == {"HTTP 503 overloaded": "the queue is full"}
 
 
-async def test_a_server_that_refuses_the_warm_up_is_not_measured() -> None:
+async def test_a_failed_warm_up_request_stops_the_benchmark() -> None:
     def refuse(path: str, body: bytes) -> list[Piece]:
         return list(plain("503 Busy", BUSY)) if path == "/v1/completions" else answer(path, body)
 
@@ -202,5 +202,5 @@ def test_contradicting_settings_are_refused(wrong: dict[str, object]) -> None:
         ("http://x:1/v1/chat/completions/", ("http://x:1/v1", "chat")),
     ],
 )
-def test_an_endpoint_may_stand_behind_the_address(url: str, means: tuple[str, str | None]) -> None:
+def test_the_address_may_include_the_endpoint(url: str, means: tuple[str, str | None]) -> None:
     assert split_endpoint(url) == means

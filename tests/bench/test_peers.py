@@ -49,7 +49,7 @@ def result(page: Any) -> Any:
     )
 
 
-def test_the_best_peer_has_no_more_bits(page: Any, result: Any) -> None:
+def test_the_best_peer_has_at_most_as_many_bits(page: Any, result: Any) -> None:
     int8, int4, peer8, peer4 = result.engines
     assert page.best_peer(int8, result.engines, "decode_1") is peer4, "fewer bits may be faster"
     assert page.best_peer(int8, result.engines, "ttft_512_s") is peer8
@@ -59,7 +59,7 @@ def test_the_best_peer_has_no_more_bits(page: Any, result: Any) -> None:
     assert page.ratio(int4, peer4, "ttft_512_s") == 2.0, "less time is better"
 
 
-def test_a_page_of_all_results(page: Any, result: Any, tmp_path: Path) -> None:
+def test_the_page_lists_all_results_with_ratios(page: Any, result: Any, tmp_path: Path) -> None:
     page.write(result, tmp_path)
     page.write(msgspec.structs.replace(result, shape="other"), tmp_path)
     text = (tmp_path / "peers.md").read_text()
@@ -72,6 +72,6 @@ def test_a_page_of_all_results(page: Any, result: Any, tmp_path: Path) -> None:
     assert bars[1] == max(bars[:4]) and bars[0] == pytest.approx(bars[1] / 2, rel=0.01)
 
 
-def test_an_engine_with_no_peer_has_no_ratio(page: Any, result: Any) -> None:
+def test_an_engine_without_a_peer_has_no_ratio(page: Any, result: Any) -> None:
     alone = msgspec.structs.replace(result, engines=result.engines[:2])
     assert "| - | - |" in page.section(alone)

@@ -45,7 +45,7 @@ def test_a_replay_reports_each_tier_and_all(trace: Path) -> None:
     assert (told["schedule"], told["load"]) == ("fcfs", 0.5)
 
 
-def test_load_and_seed_decide_the_figures(trace: Path) -> None:
+def test_the_figures_depend_on_load_and_seed(trace: Path) -> None:
     asked = [str(trace), "--requests", "40", "--load", "3"]
     first = report(*asked)
     assert first["tiers"]["all"]["sent"] == 40

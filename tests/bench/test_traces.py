@@ -42,18 +42,18 @@ def write(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def test_azure(tmp_path: Path):
+def test_azure_traces_are_read(tmp_path: Path):
     first, second = read(write(tmp_path, "conv.csv.gz", AZURE))
     assert (first.at, first.prompt_tokens, first.output_tokens) == (0.0, 374, 44)
     assert second.at == pytest.approx(4.314579) and second.prefix == ()
 
 
-def test_mooncake_is_put_in_order_and_keeps_its_prefixes(tmp_path: Path):
+def test_mooncake_traces_are_sorted_and_keep_their_prefixes(tmp_path: Path):
     first, second = read(write(tmp_path, "talk.jsonl", MOONCAKE))
     assert (first.output_tokens, second.at, second.prefix) == (9, 2.0, (0, 2))
 
 
-def test_sessions_interleave_and_sub_agents_start_within_them(tmp_path: Path):
+def test_agent_sessions_are_interleaved_with_their_sub_agents(tmp_path: Path):
     arrivals = read(write(tmp_path, "agents.jsonl.gz", SESSIONS))
     assert [(one.at, one.prompt_tokens, one.tenant) for one in arrivals] == [
         (0.0, 10, "s1"),
@@ -62,7 +62,7 @@ def test_sessions_interleave_and_sub_agents_start_within_them(tmp_path: Path):
     ]
 
 
-def test_text_is_counted_in_tokens(tmp_path: Path):
+def test_the_text_of_a_trace_is_counted_in_tokens(tmp_path: Path):
     (arrival,) = read(write(tmp_path, "agent.jsonl", AGENT))
     assert (arrival.prompt_tokens, arrival.output_tokens, arrival.tenant) == (50, 1, "x")
 
@@ -117,7 +117,7 @@ def test_incomplete_servegen_files_are_refused(tmp_path: Path):
         read(write(tmp_path, "s_windows.csv", WINDOWS.replace("Gamma", "Poisson")))
 
 
-def test_a_cut_off_or_missing_file_is_refused(tmp_path: Path):
+def test_a_truncated_or_missing_file_is_refused(tmp_path: Path):
     path = write(tmp_path, "conv.csv.gz", AZURE + "\n".join(AZURE.splitlines()[1:] * 50))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InvalidRequest, match="cannot be read"):
@@ -136,7 +136,7 @@ def test_a_cut_off_or_missing_file_is_refused(tmp_path: Path):
         ("lmcache_agent_taubench.jsonl.gz", 471, 180.9),
     ],
 )
-def test_the_public_traces(name: str, count: int, span: float):
+def test_public_traces_have_their_known_length_and_span(name: str, count: int, span: float):
     arrivals = read(DATA / name)
     assert len(arrivals) == count and arrivals[-1].at == pytest.approx(span, rel=0.01)
 
@@ -145,6 +145,6 @@ def test_the_public_traces(name: str, count: int, span: float):
 @pytest.mark.parametrize(
     "name", ["servegen_m-small_windows.csv.gz", "kvcachetester_agentic_compact.jsonl.gz"]
 )
-def test_the_first_part_of_a_long_public_trace(name: str):
+def test_the_start_of_a_long_public_trace_is_read(name: str):
     arrivals = read(DATA / name, requests=500)
     assert len(arrivals) == 500 and arrivals[0].at == 0.0

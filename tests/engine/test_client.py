@@ -50,14 +50,14 @@ async def read(stream: Stream) -> list[TokenEvent]:
     return [event async for events in stream for event in events]
 
 
-async def test_a_request_goes_there_and_back(client: EngineClient):
+async def test_a_request_is_answered_by_the_engine_process(client: EngineClient):
     events = await read(client.submit(request(client)))
     assert [event.token is not None for event in events] == [True] * 5 + [False]
     assert events[-1].finish is not None and events[-1].finish.reason is Reason.LENGTH
     assert client.worker_state().active == 0 and client.worker_state().steps >= 5
 
 
-async def test_many_requests_share_steps(client: EngineClient):
+async def test_concurrent_requests_are_batched_into_shared_steps(client: EngineClient):
     seen: list[int] = []
     client.subscribe(lambda step: seen.append(step.running))
     answers = await asyncio.gather(*(read(client.submit(request(client, max_tokens=50))) for _ in range(100)))
@@ -65,7 +65,7 @@ async def test_many_requests_share_steps(client: EngineClient):
     assert max(seen) > 10
 
 
-async def test_closing_a_stream_ends_its_work(client: EngineClient):
+async def test_closing_a_stream_stops_its_decoding(client: EngineClient):
     stream = client.submit(request(client, max_tokens=8000))
     await anext(stream)
     stream.close()
@@ -79,7 +79,7 @@ async def test_closing_a_stream_ends_its_work(client: EngineClient):
     assert steps < 8000
 
 
-async def test_a_killed_engine_fails_its_streams_at_once_and_comes_back(client: EngineClient):
+async def test_a_killed_engine_fails_its_streams_at_once_and_restarts(client: EngineClient):
     streams = [client.submit(request(client, max_tokens=8000)) for _ in range(20)]
     for stream in streams:
         await anext(stream)
@@ -100,7 +100,7 @@ async def test_a_killed_engine_fails_its_streams_at_once_and_comes_back(client: 
     assert len(await read(client.submit(request(client)))) == 6
 
 
-async def test_an_engine_that_cannot_load_says_why(tmp_path: Path):
+async def test_an_engine_that_cannot_load_reports_the_reason(tmp_path: Path):
     client = EngineClient(EngineConfig(models=(ModelConfig(name="x", path=str(tmp_path)),)))
     await client.start()
     with pytest.raises(StartError, match=r"config\.json"):
@@ -108,7 +108,7 @@ async def test_an_engine_that_cannot_load_says_why(tmp_path: Path):
     await client.shutdown(1.0)
 
 
-def test_a_full_disk_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_a_start_error(monkeypatch: pytest.MonkeyPatch):
     def full(**_: str) -> str:
         raise OSError(ENOSPC, "No space left on device")
 
@@ -144,7 +144,7 @@ asyncio.run(main())
 """
 
 
-def test_the_engine_ends_when_the_front_is_killed():
+def test_the_engine_exits_when_the_api_server_is_killed():
     with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as front:
         assert front.stdout is not None
         engine = int(front.stdout.readline())
@@ -156,7 +156,7 @@ def test_the_engine_ends_when_the_front_is_killed():
         time.sleep(0.02)
 
 
-async def test_what_cannot_be_on_time_is_refused_before_the_running_step_has_ended():
+async def test_an_infeasible_request_is_refused_while_a_step_is_running():
     model = ModelConfig(name="null", path="null:300")
     client = EngineClient(EngineConfig(models=(model,), schedule="deadline"))
     await client.start()
@@ -182,7 +182,7 @@ async def test_what_cannot_be_on_time_is_refused_before_the_running_step_has_end
         await client.shutdown(1.0)
 
 
-async def test_a_stream_says_what_work_its_request_was_predicted_to_be():
+async def test_a_stream_reports_the_predicted_work_of_its_request():
     """Quotas go by it. A refused request is no work."""
     model = ModelConfig(name="null", path="null:5")
     client = EngineClient(EngineConfig(models=(model,), schedule="deadline"))
@@ -202,7 +202,7 @@ async def test_a_stream_says_what_work_its_request_was_predicted_to_be():
         await client.shutdown(1.0)
 
 
-async def test_a_burst_sent_since_the_last_word_of_the_engine_counts():
+async def test_the_forecast_counts_requests_sent_since_the_last_snapshot():
     """Each promise of a first token takes from what is left for the next, before the engine has seen any."""
     outlook = Outlook(TIERS)
     history = History(StepTime(StepCost(base=10.0, per_prefill=1.0)))

@@ -36,13 +36,13 @@ def steps(
     return errors
 
 
-def test_it_learns_a_machine_it_knows_nothing_of():
+def test_the_model_learns_an_unknown_machine():
     model = StepTime(UNKNOWN)
     assert median(steps(model, 300, Random(1))[-100:]) < 0.03
     assert model.error < 0.08
 
 
-def test_a_noisy_neighbour_does_not_poison_it():
+def test_outliers_do_not_spoil_the_model():
     model = StepTime(SMALL_CPU, [0.05] * 32)
     assert median(steps(model, 400, Random(2), outliers=0.15)[-200:]) < 0.06
 
@@ -54,7 +54,7 @@ def test_a_lasting_change_of_speed_is_learnt_within_fifty_steps():
     assert before[0] > 0.4 and median(before[-10:]) < 0.1
 
 
-def test_short_steps_are_learnt_as_long_ones_are():
+def test_short_steps_are_learnt_as_well_as_long_ones():
     """The belief changes with some milliseconds of them, and at once when they surprise it."""
     model = StepTime(UNKNOWN)
     assert median(steps(model, 400, Random(6), speed=0.005)[-100:]) < 0.04
@@ -62,7 +62,7 @@ def test_short_steps_are_learnt_as_long_ones_are():
     assert before[0] > 0.4 and median(before[-10:]) < 0.1
 
 
-def test_steps_that_are_all_alike_do_not_unlearn_the_rest():
+def test_identical_steps_do_not_erase_what_was_learnt_from_others():
     model, rng = StepTime(SMALL_CPU, [0.03] * 32), Random(5)
     alike = StepLoad(4, 0, 4000, 0.0)
     for _ in range(2000):
@@ -72,7 +72,7 @@ def test_steps_that_are_all_alike_do_not_unlearn_the_rest():
 
 
 @given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=60), st.integers(0, 9))
-def test_coefficients_stay_at_or_above_zero(times: list[float], seed: int):
+def test_coefficients_stay_non_negative(times: list[float], seed: int):
     model, rng = StepTime(), Random(seed)
     for ms in times:
         model.observe(some_load(rng), ms)
@@ -84,25 +84,25 @@ def test_coefficients_stay_at_or_above_zero(times: list[float], seed: int):
 
 
 @given(st.integers(0, 8000), st.floats(0.0, 5000.0))
-def test_the_largest_chunk_is_the_largest(start: int, ms: float):
+def test_one_token_more_than_the_largest_chunk_exceeds_the_budget(start: int, ms: float):
     count = SMALL_CPU.chunk(start, ms)
     assert SMALL_CPU.prefill(start, count) <= ms + 1e-6
     assert SMALL_CPU.prefill(start, count + 1) > ms
 
 
-def test_a_step_of_decodes_costs_its_base_and_its_rows():
+def test_a_step_of_decodes_costs_its_base_plus_its_rows():
     cost = StepCost(base=10.0, per_decode=1.0, per_prefill=1.0)
     assert cost.decodes(5, 0) == 15.0 and cost.row(0) == 1.0
 
 
-def test_a_fit_needs_a_step_and_leaves_out_what_would_be_negative():
+def test_a_fit_needs_a_step_and_sets_negative_coefficients_to_zero():
     with pytest.raises(ValueError, match="at least one"):
         fit([])
     falling = [(StepLoad(decode), 10.0 - decode / 10) for decode in range(1, 20)]
     assert fit(falling).per_decode == 0.0
 
 
-def test_a_few_disturbed_steps_do_not_bend_a_fit():
+def test_outliers_do_not_change_a_fit():
     rng = Random(8)
     seen = [(each, SMALL_CPU(each)) for each in (some_load(rng) for _ in range(20))]
     seen[3], seen[11] = (seen[3][0], seen[3][1] * 5), (seen[11][0], seen[11][1] * 3)
@@ -112,7 +112,7 @@ def test_a_few_disturbed_steps_do_not_bend_a_fit():
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=40))
-def test_a_window_knows_the_quantiles_of_its_last_values(values: list[float]):
+def test_a_window_gives_quantiles_of_its_most_recent_values(values: list[float]):
     window = Window(8)
     assert window.quantile(0.5, 7.0) == 7.0
     for value in values:
@@ -122,7 +122,7 @@ def test_a_window_knows_the_quantiles_of_its_last_values(values: list[float]):
     assert window.quantile(1.0, 0.0) == last[-1]
 
 
-def test_streams_whose_contexts_only_grow_do_not_make_it_run_away():
+def test_steadily_growing_contexts_do_not_make_the_model_diverge():
     """Each step differs a little from the last, always the same way: what is learnt of one is of no use a
     hundred steps later, and must not have been thrown away either."""
     rng = Random(6)

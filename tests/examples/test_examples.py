@@ -36,29 +36,29 @@ def parsed(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
 
 
-def test_every_example_is_listed_and_nothing_else() -> None:
+def test_the_readme_lists_exactly_the_examples() -> None:
     listed = set(re.findall(r"\]\(([\w./]+)\)", (EXAMPLES / "README.md").read_text()))
     there = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*.py")}
     assert there <= listed
     assert all((EXAMPLES / path).exists() for path in listed)
 
 
-def test_objectives_are_met_and_refused(desk_url: str) -> None:
+def test_the_objectives_example_meets_one_and_has_one_refused(desk_url: str) -> None:
     out = run("objectives.py", desk_url)
     assert "on time: True" in out
     assert "refused with 503: cannot_be_on_time" in out
 
 
-def test_structured_output_follows_its_schema(desk_url: str) -> None:
+def test_the_structured_output_example_follows_its_schema(desk_url: str) -> None:
     assert run("structured_output.py", desk_url).strip() in {"German", "Spanish", "other"}
 
 
-def test_langchain_answers_and_streams(desk_url: str) -> None:
+def test_the_langchain_example_answers_and_streams(desk_url: str) -> None:
     pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
     assert len(run("langchain_chat.py", desk_url).splitlines()) >= 2
 
 
-def test_an_offline_batch_answers_every_prompt(desk_url: str) -> None:
+def test_the_offline_batch_example_answers_every_prompt(desk_url: str) -> None:
     answers = [json.loads(line) for line in run("offline_batch.py", desk_url).splitlines()]
     assert len(answers) == 3
     assert all(answer["tokens"] >= 4 for answer in answers)

@@ -23,7 +23,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantise", [None, "int8", "int4"])
-def test_a_cpu_gets_the_c_kernels_where_they_are_built(
+def test_a_cpu_gets_the_c_kernels_when_they_are_built(
     dtype: torch.dtype, quantise: Literal["int8", "int4"] | None
 ) -> None:
     library = native.load()
@@ -34,7 +34,7 @@ def test_a_cpu_gets_the_c_kernels_where_they_are_built(
     assert why == f"the C kernels, for {library.level}"
 
 
-def test_a_dtype_without_c_kernels_gets_torch() -> None:
+def test_a_dtype_without_c_kernels_gets_the_torch_table() -> None:
     kernels, why = choose_kernels(CPU, torch.float16)
     assert kernels is REFERENCE
     assert "not in torch.float16" in why

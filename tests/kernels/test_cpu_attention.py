@@ -84,47 +84,57 @@ def agree(results, dtype: torch.dtype, exact: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (6, 1), (3, 1), (20, 1), (16, 8)])
-def test_heads(native: Native, heads: int, kv_heads: int, dtype: torch.dtype):
+def test_attention_equals_the_reference_for_every_head_grouping(
+    native: Native, heads: int, kv_heads: int, dtype: torch.dtype
+):
     kind = Attention(heads, kv_heads, 32, 0.2, norm="head")
     agree(both(native, kind, DECODES + PREFILLS, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [2, 16, 24, 64, 80, 96, 128, 256])
-def test_head_dims(native: Native, head_dim: int, dtype: torch.dtype):
+def test_attention_equals_the_reference_for_every_head_dim(native: Native, head_dim: int, dtype: torch.dtype):
     kind = Attention(4, 2, head_dim, head_dim**-0.5, norm="head")
     agree(both(native, kind, DECODES + PREFILLS, dtype), dtype)
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 64, 100])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_windows_and_soft_caps(native: Native, window: int, softcap: float):
+def test_attention_equals_the_reference_with_windows_and_soft_caps(
+    native: Native, window: int, softcap: float
+):
     kind = Attention(4, 2, 32, 0.3, window=window, softcap=softcap)
     agree(both(native, kind, DECODES + PREFILLS, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("window", [0, 5, 20])
 @pytest.mark.parametrize("heads,kv_heads", [(2, 2), (4, 2), (80, 1)])
-def test_prompts_that_fill_every_lane(native: Native, heads: int, kv_heads: int, window: int):
+def test_attention_equals_the_reference_for_prompts_of_full_tiles(
+    native: Native, heads: int, kv_heads: int, window: int
+):
     """A window that is shorter than the lanes leaves some of them nothing of a tile."""
     kind = Attention(heads, kv_heads, 32, 0.2, window=window)
     agree(both(native, kind, [(150, 150), (130, 400), (1, 9)], torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("norm", ["none", "head", "row"])
-def test_norms_and_partial_rotation(native: Native, norm: Literal["none", "head", "row"]):
+def test_attention_equals_the_reference_with_norms_and_partial_rotation(
+    native: Native, norm: Literal["none", "head", "row"]
+):
     kind = Attention(4, 2, 32, 0.3, norm=norm)
     agree(both(native, kind, DECODES + PREFILLS, torch.float32, dims=12), torch.float32)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_contexts_in_parts(native: Native, dtype: torch.dtype, threads: int):
+def test_attention_over_long_contexts_does_not_depend_on_threads(
+    native: Native, dtype: torch.dtype, threads: int
+):
     native.threads(threads)
     agree(both(native, Attention(4, 1, 64, 0.1), LONG, dtype), dtype)
 
 
-def test_scores_far_apart(native: Native):
+def test_scores_far_apart_stay_finite(native: Native):
     """Softmax neither overflows nor divides by zero."""
     kind = Attention(4, 2, 32, 60.0)
     results = both(native, kind, DECODES + PREFILLS + LONG, torch.float32)
@@ -133,7 +143,7 @@ def test_scores_far_apart(native: Native):
     agree(results, torch.float32, exact=1e-3)
 
 
-def test_a_bad_query_spoils_no_other(native: Native):
+def test_nan_in_one_query_does_not_reach_other_queries(native: Native):
     kind = Attention(4, 2, 32, 0.2)
     batch, blocks = batch_of([(1, 40), (20, 20), (1, 9)], 16)
     cache = Cache([torch.randn(2, blocks, 2, 16, 32)])
@@ -148,7 +158,7 @@ def test_a_bad_query_spoils_no_other(native: Native):
     assert torch.equal(found.view(22, -1), clean)
 
 
-def test_steps_that_point_outside_are_refused(native: Native):
+def test_batches_that_point_outside_the_cache_are_refused(native: Native):
     table, geometry = CpuTable(native, None), Geometry((Rotation(torch.rand(16)),), (0,))
     batch, blocks = batch_of([(1, 40), (20, 20)], 16)
     cache = Cache([torch.zeros(2, blocks, 2, 16, 32)])
@@ -168,7 +178,7 @@ def test_steps_that_point_outside_are_refused(native: Native):
             table.prepare(broken, cache, geometry)
 
 
-def test_shapes_that_do_not_fit_are_named(native: Native):
+def test_wrong_shapes_and_dtypes_are_refused_and_named(native: Native):
     table, kind = CpuTable(native, None), Attention(4, 2, 32, 0.2)
     batch, blocks = batch_of([(1, 40)], 16)
     cache = Cache([torch.zeros(2, blocks, 2, 16, 32)])
@@ -200,7 +210,7 @@ def levels_of(cache: Tensor) -> Tensor:
     "head_dim,window,softcap",
     [(24, 0, 0), (64, 0, 0), (64, 20, 2), (128, 0, 0), (256, 7, 0), (512, 0, 0), (520, 0, 0)],
 )
-def test_a_cache_in_fewer_bits(
+def test_a_reduced_precision_cache_is_close_to_float32(
     native: Native, kept: torch.dtype, dtype: torch.dtype, head_dim: int, window: int, softcap: float
 ):
     """Attention over what the cache keeps is that over the same numbers in float32 (beside int8, queries and
@@ -235,7 +245,7 @@ def test_a_cache_in_fewer_bits(
     "kept,last",
     [(torch.float32, 1e6), (torch.bfloat16, 1e6), (torch.int8, 1e6), (torch.int8, float("nan"))],
 )
-def test_a_value_that_comes_later_changes_nothing_for_those_before(
+def test_attention_is_not_changed_by_later_values(
     native: Native, kept: torch.dtype, last: float, queries: int
 ):
     """Not by a bit, however large it is: levels are of what a query sees."""

@@ -65,7 +65,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_starts_from_packed_weights(native: Native, tmp_path: Path, family: str) -> None:
+def test_every_family_loads_from_its_packed_weights(native: Native, tmp_path: Path, family: str) -> None:
     make(family, tmp_path / "model", dtype=torch.bfloat16)
     first = Start(native, tmp_path / "model", tmp_path / "kept", "int4")
     second = Start(native, tmp_path / "model", tmp_path / "kept", "int4")
@@ -74,7 +74,9 @@ def test_every_family_starts_from_packed_weights(native: Native, tmp_path: Path,
     assert (first.bytes, first.parameters) == (second.bytes, second.parameters)
 
 
-def test_formats_and_checkpoints_have_files_of_their_own(native: Native, model: Path, tmp_path: Path) -> None:
+def test_each_format_and_checkpoint_has_its_own_cache_file(
+    native: Native, model: Path, tmp_path: Path
+) -> None:
     Start(native, model, tmp_path / "kept", "int8")
     assert Start(native, model, tmp_path / "kept", "int4").packed_anew
     file = model / "model.safetensors"
@@ -100,7 +102,7 @@ def test_the_file_is_safetensors_with_aligned_data(native: Native, model: Path, 
 
 
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.999])
-def test_a_flipped_bit_costs_one_tensor(
+def test_a_flipped_bit_repacks_only_its_tensor(
     native: Native, model: Path, tmp_path: Path, place: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = Start(native, model, tmp_path / "kept")
@@ -137,7 +139,7 @@ def _header(content: bytes) -> bytes:
         lambda content: content[:8] + b"\xff" * 8 + content[16:],
     ],
 )
-def test_a_broken_file_is_made_again(
+def test_a_broken_file_is_written_again(
     native: Native,
     model: Path,
     tmp_path: Path,
@@ -153,7 +155,7 @@ def test_a_broken_file_is_made_again(
 
 
 @pytest.mark.parametrize("form", [["int8", 64, 64, 0], ["int8", 2**40, 64, 64], ["int4", 64, 64, 32]])
-def test_wrong_shapes_in_the_metadata_read_no_other_memory(
+def test_forged_shapes_in_the_metadata_read_no_other_memory(
     native: Native, model: Path, tmp_path: Path, form: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever can write the folder can write the right checksums too."""
@@ -168,7 +170,7 @@ def test_wrong_shapes_in_the_metadata_read_no_other_memory(
 
 
 @pytest.mark.parametrize("change", [(0, 64), (0, -64), (2**40, 0), (-64, 0)])
-def test_a_tensor_that_is_not_where_it_was_written_is_not_used(
+def test_a_tensor_with_a_changed_offset_or_length_is_packed_anew(
     native: Native, model: Path, tmp_path: Path, change: tuple[int, int]
 ) -> None:
     """Longer, shorter or elsewhere than the one whose checksum is stored."""
@@ -191,7 +193,7 @@ def test_a_tensor_that_is_not_where_it_was_written_is_not_used(
     assert again.packed_anew and torch.equal(first.logits, again.logits)
 
 
-def test_starts_at_the_same_time(native: Native, model: Path, tmp_path: Path) -> None:
+def test_concurrent_starts_share_one_cache_file(native: Native, model: Path, tmp_path: Path) -> None:
     first, second = Start(native, model, tmp_path / "a"), Start(native, model, tmp_path / "b")
     both = Folder(tmp_path / "both", LIMIT)
     for start in (first, second):
@@ -201,7 +203,7 @@ def test_starts_at_the_same_time(native: Native, model: Path, tmp_path: Path) ->
     assert len(list(both.path.iterdir())) == 1
 
 
-def test_a_folder_that_takes_nothing_is_no_error(
+def test_an_unwritable_folder_is_logged_and_not_an_error(
     native: Native, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -209,7 +211,7 @@ def test_a_folder_that_takes_nothing_is_no_error(
     assert "not kept" in caplog.text
 
 
-def test_a_full_disk_is_no_error(
+def test_a_full_disk_is_logged_and_not_an_error(
     native: Native,
     model: Path,
     tmp_path: Path,
@@ -249,7 +251,7 @@ def test_a_file_larger_than_the_limit_is_not_written(
     assert "cache_size" in caplog.text and not start.cache.file.exists()
 
 
-def test_the_checksum_sees_every_change() -> None:
+def test_the_checksum_changes_with_every_byte() -> None:
     for size in (1, 31, 32, 33, 1000):
         data = torch.randint(
             0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)

@@ -49,7 +49,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("n,k", SHAPES)
 @pytest.mark.parametrize("format", ["float32", "bfloat16"])
-def test_kept_weights(native: Native, format: WeightFormat, n: int, k: int):
+def test_unquantised_linear_equals_float64(native: Native, format: WeightFormat, n: int, k: int):
     weight, bias = drawn(n, k), drawn(n, seed=1)
     if format == "bfloat16":
         weight = weight.bfloat16().float()
@@ -68,7 +68,9 @@ def test_kept_weights(native: Native, format: WeightFormat, n: int, k: int):
 
 @pytest.mark.parametrize("n,k", SHAPES)
 @pytest.mark.parametrize("format,group", [("int8", 0), ("int8", 8), ("int4", 0), ("int4", 8)])
-def test_quantised_weights(native: Native, format: WeightFormat, group: int, n: int, k: int):
+def test_quantised_linear_equals_integer_sums_in_torch(
+    native: Native, format: WeightFormat, group: int, n: int, k: int
+):
     if group and k % group:
         pytest.skip("the group does not divide the row")
     weight, bias = drawn(n, k), drawn(n, seed=1)
@@ -86,7 +88,7 @@ def test_quantised_weights(native: Native, format: WeightFormat, group: int, n: 
 
 @pytest.mark.parametrize("k", [128, 512, 520, 4096, 65536])
 @pytest.mark.parametrize("format,sign", [("int8", 1), ("int8", -1), ("int4", 1), ("int4", -1)])
-def test_the_largest_sums_fit(native: Native, format: WeightFormat, sign: int, k: int):
+def test_the_largest_integer_sums_do_not_overflow(native: Native, format: WeightFormat, sign: int, k: int):
     weight, x = torch.ones(32, k), torch.full((3, k), float(sign))
     packed = pack(native, weight, None, format)
     wanted = x.double() @ unpack(native, packed).double().T
@@ -94,7 +96,7 @@ def test_the_largest_sums_fit(native: Native, format: WeightFormat, sign: int, k
 
 
 @pytest.mark.parametrize("format,group", [("bfloat16", 0), ("int8", 0), ("int8", 128), ("int4", 32)])
-def test_many_rows(native: Native, format: WeightFormat, group: int):
+def test_many_rows_give_the_same_results_as_few(native: Native, format: WeightFormat, group: int):
     weight = drawn(96, 256).bfloat16().float()
     packed = pack(native, weight, None, format, group)
     x = drawn(1024, 256, seed=3)
@@ -105,7 +107,7 @@ def test_many_rows(native: Native, format: WeightFormat, group: int):
 
 
 @pytest.mark.parametrize("format,group", [("bfloat16", 0), ("float32", 0), ("int8", 0), ("int4", 32)])
-def test_threads_change_nothing(native: Native, format: WeightFormat, group: int):
+def test_results_do_not_depend_on_the_number_of_threads(native: Native, format: WeightFormat, group: int):
     packed = pack(native, drawn(3000, 128), drawn(3000), format, group)
     for m in (1, 40):
         x, results = drawn(m, 128, seed=5), []
@@ -115,7 +117,7 @@ def test_threads_change_nothing(native: Native, format: WeightFormat, group: int
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_int8_keeps_each_weight_within_half_a_step(native: Native):
+def test_int8_rounds_each_weight_by_at_most_half_a_step(native: Native):
     weight = drawn(40, 64)
     for group in (0, 16):
         kept = unpack(native, pack(native, weight, None, "int8", group))
@@ -124,7 +126,7 @@ def test_int8_keeps_each_weight_within_half_a_step(native: Native):
         assert bool((off <= peaks / 127 * 0.51).all())
 
 
-def test_int4_beats_rounding_to_nearest(native: Native):
+def test_int4_error_is_below_that_of_rounding_to_nearest(native: Native):
     weight = drawn(64, 256)
     kept = unpack(native, pack(native, weight, None, "int4", 32))
     groups = weight.view(64, -1, 32)
@@ -133,7 +135,7 @@ def test_int4_beats_rounding_to_nearest(native: Native):
     assert (kept - weight).square().mean() < 0.85 * (nearest.view_as(weight) - weight).square().mean()
 
 
-def test_zeros_stay_zeros(native: Native):
+def test_zero_weights_or_inputs_give_zeros(native: Native):
     for format in ("int8", "int4", "bfloat16"):
         packed = pack(native, torch.zeros(33, 32), None, format)
         assert not run(native, drawn(3, 32), packed).any()
@@ -143,7 +145,9 @@ def test_zeros_stay_zeros(native: Native):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("format,group", [("bfloat16", 0), ("int8", 0), ("int8", 32), ("int4", 32)])
-def test_bad_numbers_spoil_their_own_row_alone(native: Native, format: WeightFormat, group: int, bad: float):
+def test_nan_and_infinity_in_one_row_do_not_reach_other_rows(
+    native: Native, format: WeightFormat, group: int, bad: float
+):
     packed = pack(native, drawn(50, 64), None, format, group)
     for m in (1, 20):
         x = drawn(m, 64, seed=9)
@@ -155,12 +159,12 @@ def test_bad_numbers_spoil_their_own_row_alone(native: Native, format: WeightFor
         assert not found[m // 2].isfinite().any()
 
 
-def test_no_rows_at_all(native: Native):
+def test_an_input_without_rows_gives_an_empty_output(native: Native):
     packed = pack(native, drawn(50, 64), None, "int8")
     assert run(native, torch.empty(0, 64), packed).shape == (0, 50)
 
 
-def test_shapes_that_do_not_fit_are_named(native: Native):
+def test_wrong_shapes_and_dtypes_are_refused_and_named(native: Native):
     packed = pack(native, drawn(50, 64), None, "int8")
     with pytest.raises(ValueError, match=r"\(2, 63\).*\(50, 64\)"):
         run(native, drawn(2, 63), packed)
@@ -178,19 +182,19 @@ def test_shapes_that_do_not_fit_are_named(native: Native):
         pack(native, torch.zeros(1, 65540), None, "int8")
 
 
-def test_a_level_this_cpu_lacks_is_refused(native: Native):
+def test_an_isa_level_that_the_cpu_lacks_is_refused(native: Native):
     with pytest.raises(ValueError, match="mmx"):
         native.use("mmx")
 
 
-def test_what_bfloat16_holds_exactly():
+def test_weights_that_bfloat16_holds_exactly_are_recognised():
     weight = drawn(8, 8)
     assert exact_in_bfloat16(weight.bfloat16().float())
     assert not exact_in_bfloat16(weight)
 
 
 @pytest.mark.parametrize("size", [1, 100, 2**21, 2**21 + 64])
-def test_memory_is_aligned_and_writable(size: int):
+def test_allocated_memory_is_aligned_and_writable(size: int):
     found = memory(size)
     assert found.shape == (size,) and found.data_ptr() % 64 == 0
     found.fill_(7)
@@ -198,7 +202,7 @@ def test_memory_is_aligned_and_writable(size: int):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_likeliest_tokens_of_a_rough_head_are_exact(native: Native, dtype: torch.dtype):
+def test_rescore_top_k_makes_the_top_logits_of_an_int4_head_exact(native: Native, dtype: torch.dtype):
     table = CpuTable(native, "int4")
     embedding, x = drawn(30_000, 64).to(dtype), drawn(3, 64, seed=4)
     head = table.pack_tied(embedding)

@@ -47,7 +47,7 @@ def test_logits_equal_those_of_the_reference(native: Native, checkpoint: Path, c
     assert (found - wanted).norm() / wanted.norm() < 1e-4
 
 
-def test_bfloat16_is_as_near_to_float32_as_torch(native: Native, checkpoint: Path):
+def test_bfloat16_logits_are_as_close_to_float32_as_those_of_torch(native: Native, checkpoint: Path):
     if "moe" in str(json.loads((checkpoint / "config.json").read_text())["model_type"]):
         pytest.skip("a router's near ties fall either way")
     found = Driver(decoder(checkpoint, table(native), torch.bfloat16)).read(PROMPT, 16)
@@ -57,7 +57,7 @@ def test_bfloat16_is_as_near_to_float32_as_torch(native: Native, checkpoint: Pat
 
 
 @pytest.mark.parametrize("quantise", ["int8", "int4"])
-def test_quantised_logits_are_near_the_reference(
+def test_quantised_logits_are_close_to_the_reference(
     native: Native, checkpoint: Path, quantise: CpuQuantise, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("stretto.kernels.cpu.table.SMALLEST_QUANTISED", 32)
@@ -68,7 +68,7 @@ def test_quantised_logits_are_near_the_reference(
     assert 1e-4 < off < (0.1 if quantise == "int8" else 0.8)
 
 
-def test_the_group_size_divides_the_row():
+def test_quantisation_falls_back_when_no_group_size_divides_the_row():
     assert fitting("int8", 1024) == ("int8", 128)
     assert fitting("int4", 1024) == ("int4", 32)
     assert fitting("int4", 24) == ("int4", 8)
@@ -76,7 +76,9 @@ def test_the_group_size_divides_the_row():
     assert fitting("int8", 100) == ("int8", 0)
 
 
-def test_the_table_depends_on_dtype_and_on_the_built_library(native: Native, monkeypatch: pytest.MonkeyPatch):
+def test_the_kernels_table_depends_on_dtype_and_on_the_built_library(
+    native: Native, monkeypatch: pytest.MonkeyPatch
+):
     cpu = torch.device("cpu")
     assert choose_kernels(cpu, torch.bfloat16)[0].name == f"cpu-{native.level}"
     assert choose_kernels(cpu, torch.float32, "int8")[0].name == f"cpu-{native.level}-int8"
@@ -91,7 +93,7 @@ def test_the_table_depends_on_dtype_and_on_the_built_library(native: Native, mon
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantise", [None, "int8"])
-def test_all_layers_at_once_give_the_same_numbers(
+def test_the_fused_layer_program_gives_the_same_logits(
     native: Native, checkpoint: Path, quantise: CpuQuantise | None, dtype: torch.dtype
 ):
     kernels = table(native, quantise)
@@ -108,7 +110,7 @@ def test_all_layers_at_once_give_the_same_numbers(
         ({"qkv": (15, 16)}, "writes rows of 16 to rows of 15"),
     ],
 )
-def test_weights_that_do_not_fit_each_other_are_named(
+def test_layer_weights_with_mismatched_shapes_are_refused_and_named(
     native: Native, changes: dict[str, tuple[int, int]], message: str
 ):
     shapes = {"qkv": (16, 16), "out": (16, 8), "gate_up": (24, 16), "down": (16, 12)} | changes

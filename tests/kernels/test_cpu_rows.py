@@ -30,7 +30,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_norms(native: Native, width: int, dtype: torch.dtype):
+def test_norm_and_add_norm_equal_the_reference(native: Native, width: int, dtype: torch.dtype):
     table, draw = CpuTable(native, None), torch.Generator().manual_seed(width)
     for rows in (1, 3, 200):
         x, residual = (torch.randn(rows, width, generator=draw).to(dtype) for _ in range(2))
@@ -44,7 +44,7 @@ def test_norms(native: Native, width: int, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", get_args(Activation))
-def test_gates(native: Native, activation: Activation, dtype: torch.dtype):
+def test_act_and_mul_equals_the_reference(native: Native, activation: Activation, dtype: torch.dtype):
     table, draw = CpuTable(native, None), torch.Generator().manual_seed(1)
     for rows, width in ((1, 1), (3, 50), (300, 64)):
         x = (4 * torch.randn(rows, 2 * width, generator=draw)).to(dtype)
@@ -53,7 +53,7 @@ def test_gates(native: Native, activation: Activation, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))
-def test_gates_at_the_ends(native: Native, activation: Activation):
+def test_act_and_mul_equals_the_reference_at_extreme_values(native: Native, activation: Activation):
     """Neither overflow nor a NaN where torch has none, and one where torch has one."""
     gates = torch.tensor([-1e30, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e18, float("nan")])
     x = torch.cat((gates, torch.ones(len(gates))))[None]
@@ -62,14 +62,14 @@ def test_gates_at_the_ends(native: Native, activation: Activation):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_a_bad_row_spoils_no_other(native: Native):
+def test_nan_in_one_row_does_not_reach_other_rows(native: Native):
     x = torch.ones(5, 64)
     x[2, 3] = float("nan")
     found = CpuTable(native, None).norm(x, torch.ones(64), 1e-6)
     assert found.isnan().any(-1).tolist() == [False, False, True, False, False]
 
 
-def test_shapes_that_do_not_fit_are_named(native: Native):
+def test_wrong_shapes_are_refused_and_named(native: Native):
     table = CpuTable(native, None)
     with pytest.raises(ValueError, match=r"\(2, 8\).*\(9,\)"):
         table.norm(torch.ones(2, 8), torch.ones(9), 1e-6)
@@ -101,7 +101,7 @@ def test_the_largest_logits_are_rescored_and_no_others(native: Native, n: int):
         assert torch.equal(rescored(native, logits, k), wanted.nonzero())
 
 
-def test_of_equal_logits_the_first_are_rescored(native: Native):
+def test_of_equal_logits_the_lowest_ids_are_rescored(native: Native):
     logits = torch.zeros(1, 200)
     logits[0, 150] = 1
     assert rescored(native, logits, 4).tolist() == [[0, 0], [0, 1], [0, 2], [0, 150]]
@@ -115,7 +115,7 @@ def test_nan_logits_are_never_rescored(native: Native):
 
 
 @pytest.mark.parametrize("count", [0, 9])
-def test_a_count_of_logits_that_does_not_fit_is_refused(native: Native, count: int):
+def test_rescoring_no_logits_or_more_than_there_are_is_refused(native: Native, count: int):
     logits, x, weights = torch.ones(2, 8), torch.ones(2, 1), torch.ones(8, 1)
     addresses = (logits.data_ptr(), x.data_ptr(), weights.data_ptr())
     assert native.rescore_top_k(*addresses, 2, 8, 1, count, F32, F32) != 0

@@ -37,14 +37,14 @@ sys.exit(0 if same and os.waitpid(child, 0)[1] == 0 else 1)
 """
 
 
-def test_a_library_of_other_sources_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_library_built_from_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     other = tmp_path / "_native.so"
     subprocess.run(["gcc", "-shared", "-x", "c", "-o", other, "-"], input=b"int other;", check=True)
     monkeypatch.setattr("stretto.kernels.cpu.native.path", lambda: other)
     assert load.__wrapped__() is None
 
 
-def test_idle_threads_sleep(native: Native):
+def test_idle_threads_use_no_cpu_time(native: Native):
     table, packed = CpuTable(native, None), pack(native, torch.ones(4096, 256), None, "int8")
     for _ in range(10):
         table.linear(torch.ones(1, 256), packed)
@@ -53,12 +53,12 @@ def test_idle_threads_sleep(native: Native):
     assert time.process_time() - before < 0.05
 
 
-def test_a_forked_process_computes_too(native: Native):
+def test_a_forked_process_can_run_the_kernels(native: Native):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], timeout=60, check=False)
     assert done.returncode == 0
 
 
-def test_callers_from_many_threads_take_turns(native: Native):
+def test_calls_from_many_threads_give_correct_results(native: Native):
     table, packed = CpuTable(native, None), pack(native, torch.eye(512), None, "bfloat16")
     wrong: list[int] = []
 
@@ -76,7 +76,7 @@ def test_callers_from_many_threads_take_turns(native: Native):
     assert not wrong
 
 
-def test_the_number_of_threads_changes_between_calls(native: Native):
+def test_the_number_of_threads_can_change_between_calls(native: Native):
     table, packed = CpuTable(native, None), pack(native, torch.eye(512), None, "bfloat16")
     x = torch.arange(512.0)[None]
     for threads in (1, 4, 2, 3, 1, 2):

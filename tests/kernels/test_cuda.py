@@ -131,7 +131,7 @@ def test_paged_attention_shares_keys_between_heads(kernels: AnyKernels, heads: t
 
 
 @pytest.mark.parametrize("name", ["decodes far apart", "everything", "continued prompt"])
-def test_nothing_outside_the_window_is_read(kernels: AnyKernels, name: str) -> None:
+def test_paged_attention_reads_no_block_outside_the_window(kernels: AnyKernels, name: str) -> None:
     kind = replace(KIND, window=6)
     made = step(STEPS[name], kind)
     used = torch.zeros(made.cache.layers[0].shape[1], dtype=torch.bool)
@@ -176,7 +176,7 @@ def test_rope_and_cache_rotates_queries_and_writes_keys_and_values(
     assert torch.equal(layer, before), "a slot of somebody else was written"
 
 
-def test_far_positions_rotate_as_exactly_as_near_ones(kernels: AnyKernels) -> None:
+def test_rope_is_exact_at_far_positions(kernels: AnyKernels) -> None:
     made = step([(1, 1)], KIND)
     batch, cache = there(made)
     batch.positions = torch.tensor([131071], device=DEVICE)
@@ -244,7 +244,9 @@ def test_linear_equals_a_matrix_product_for_every_number_of_rows(
 
 
 @pytest.mark.parametrize("splits", [1, 8])
-def test_a_tile_may_be_split_by_columns(kernels: AnyKernels, splits: int) -> None:
+def test_linear_gives_the_same_result_when_a_tile_is_split_by_columns(
+    kernels: AnyKernels, splits: int
+) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(9, 4096), torch.randn(100, 4096)
     arrived = torch.zeros(8, dtype=torch.int32, device=DEVICE)
@@ -280,7 +282,7 @@ LAYERS = [
 @dtypes
 @pytest.mark.parametrize("context", [30, 1, 400, 64, 65] if GPU else [70])
 @pytest.mark.parametrize("asked", LAYERS if GPU else LAYERS[1:3])
-def test_all_layers_at_once_give_the_same_numbers_as_one_by_one(
+def test_fused_layers_equal_separate_kernels(
     kernels: AnyKernels, dtype: torch.dtype, context: int, asked: dict[str, object]
 ) -> None:
     """The same sums, keys and values as block by block."""
@@ -359,7 +361,7 @@ def test_experts_equal_their_definition(
 @pytest.mark.skipif(not GPU, reason="needs a GPU: the interpreter knows no FP8")
 @pytest.mark.parametrize("rows", [1, 3, 5, 33, 64, 65, 300])
 @pytest.mark.parametrize("shape", [(320, 512), (1024, 4096), (272, 5024)])
-def test_fp8_is_within_what_rounding_costs(rows: int, shape: tuple[int, int]) -> None:
+def test_fp8_error_is_within_the_rounding_error_of_activations(rows: int, shape: tuple[int, int]) -> None:
     """Within what rounding the activations costs of the weights that FP8 can hold."""
     torch.manual_seed(rows)
     narrow = table(DEVICE, "fp8")
@@ -374,7 +376,7 @@ def test_fp8_is_within_what_rounding_costs(rows: int, shape: tuple[int, int]) ->
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 33, 64, 65, 300] if GPU else [2, 5])
 @pytest.mark.parametrize("shape", [(320, 512), (1024, 4096), (273, 5000)] if GPU else [(21, 200)])
-def test_int4_multiplies_with_the_weights_it_represents(rows: int, shape: tuple[int, int]) -> None:
+def test_int4_linear_equals_a_product_with_its_unpacked_weights(rows: int, shape: tuple[int, int]) -> None:
     torch.manual_seed(rows)
     dtype = torch.bfloat16 if GPU else torch.float32
     narrow = table(DEVICE, "int4")
@@ -390,7 +392,7 @@ def test_int4_multiplies_with_the_weights_it_represents(rows: int, shape: tuple[
         )
 
 
-def test_int4_is_exact_for_four_bit_weights_and_near_others() -> None:
+def test_int4_is_exact_for_four_bit_weights_and_close_for_others() -> None:
     torch.manual_seed(0)
     levels = torch.randint(-8, 8, (256, 200)).float()
     levels[:, ::128] = -8.0
@@ -402,7 +404,7 @@ def test_int4_is_exact_for_four_bit_weights_and_near_others() -> None:
         assert (found - weight).norm() <= 0.1 * weight.norm()
 
 
-def test_int4_leaves_small_matrices_and_refuses_experts() -> None:
+def test_int4_skips_small_matrices_and_refuses_experts() -> None:
     narrow = table(DEVICE, "int4")
     assert isinstance(narrow.pack(torch.randn(8, 128, device=DEVICE), None), formats.Unquantised)
     assert isinstance(narrow.pack(torch.randn(256, 128, device=DEVICE), None), formats.Int4)

@@ -63,7 +63,7 @@ def logits() -> Tensor:
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2.5
 
 
-def test_greedy_takes_the_first_of_the_largest_logits(logits: Tensor) -> None:
+def test_greedy_picks_the_first_of_equal_largest_logits(logits: Tensor) -> None:
     best = int(logits.argmax())
     assert drawn(logits, {}, {draw.TOP_K: 3}) == [best, best]
     logits[[17, 250]] = 99.0
@@ -71,11 +71,11 @@ def test_greedy_takes_the_first_of_the_largest_logits(logits: Tensor) -> None:
 
 
 @pytest.mark.parametrize("heat", [0.5, 1.0, 3.0])
-def test_temperature_scales_the_distribution(logits: Tensor, heat: float) -> None:
+def test_temperature_scales_the_logits(logits: Tensor, heat: float) -> None:
     assert drawn(logits, *spread(heat=heat)) == wanted((logits / heat).softmax(0))
 
 
-def test_top_k_keeps_the_k_likeliest(logits: Tensor) -> None:
+def test_top_k_keeps_the_k_most_likely_tokens(logits: Tensor) -> None:
     for k in (1, 2, 40, VOCAB):
         kept = torch.where(logits >= logits.topk(k).values[-1], logits.softmax(0), 0.0)
         assert drawn(logits, *spread(top_k=k)) == wanted(kept)
@@ -110,7 +110,7 @@ def test_top_p_applies_to_what_top_k_and_min_p_keep(logits: Tensor) -> None:
 PENALTIES = [(1.7, 0.0, 0.0), (1.0, 0.6, 0.0), (1.0, 0.0, 0.9), (0.8, -0.4, 0.3)]
 
 
-def test_penalties_equal_those_of_the_host(logits: Tensor) -> None:
+def test_penalties_equal_those_of_the_host_sampler(logits: Tensor) -> None:
     """Greedy and drawn, each step with what the one before it drew in its history."""
     rows = [
         {draw.REPETITION: rep, draw.FREQUENCY: often, draw.PRESENCE: ever, **heat}
@@ -142,7 +142,7 @@ def test_penalties_equal_those_of_the_host(logits: Tensor) -> None:
             text.append(token)
 
 
-def test_a_token_count_does_not_overflow(logits: Tensor) -> None:
+def test_token_counts_do_not_overflow(logits: Tensor) -> None:
     seen, known = unseen(1), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     best = int(logits.argmax())
     seen[0, best] = 2**15 - 2
@@ -150,7 +150,7 @@ def test_a_token_count_does_not_overflow(logits: Tensor) -> None:
     assert int(known[0]) == best and int(seen[0, best]) == 2**15 - 2
 
 
-def test_rows_are_independent_and_a_row_without_numbers_gives_minus_one(logits: Tensor) -> None:
+def test_rows_are_independent_and_a_row_of_nan_gives_minus_one(logits: Tensor) -> None:
     rows = torch.stack((logits, logits, logits, logits, logits.flip(0)))
     rows[1, 50], rows[2, 0], rows[3] = torch.nan, torch.inf, -torch.inf
     hot = {draw.TEMPERATURE: 1.0, draw.FRACTION: 0.3, draw.TOP_P: 0.9}
@@ -160,14 +160,14 @@ def test_rows_are_independent_and_a_row_without_numbers_gives_minus_one(logits: 
     assert found[0] == drawn(logits, hot)[0] and found[4] == drawn(logits.flip(0), hot)[0]
 
 
-def test_random_numbers_at_the_ends_select_a_possible_token(logits: Tensor) -> None:
+def test_extreme_random_numbers_draw_an_allowed_token(logits: Tensor) -> None:
     logits[100:] = -torch.inf
     ends = [{draw.TEMPERATURE: 1.0, draw.FRACTION: fraction} for fraction in (0.0, 1.0)]
     first, last = drawn(logits, *ends)
     assert first == 0 and 0 <= last < 100
 
 
-def test_a_batch_is_filled_from_its_inputs() -> None:
+def test_the_device_fills_a_batch_from_its_inputs() -> None:
     def zeros(*shape: int, kind: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=kind, device=DEVICE)
 

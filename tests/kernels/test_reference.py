@@ -171,7 +171,7 @@ def test_paged_attention_shares_keys_between_heads(heads: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_nothing_outside_the_window_is_read(name: str) -> None:
+def test_paged_attention_reads_no_block_outside_the_window(name: str) -> None:
     """Blocks wholly before the window, and blocks of nobody in the step, are poison."""
     kind = replace(KIND, window=6)
     made = step(STEPS[name], kind)
@@ -186,7 +186,7 @@ def test_nothing_outside_the_window_is_read(name: str) -> None:
     near(attend(made, kind, q), plain(made, kind, q), 1e-5)
 
 
-def test_nan_in_one_sequence_does_not_reach_another() -> None:
+def test_nan_in_one_sequence_does_not_reach_other_sequences() -> None:
     """Decodes share one call: not-a-numbers in one sequence's keys must not reach another's answer."""
     made = step([(1, 9), (1, 30), (1, 14)], KIND)
     made.cache.layers[0][:, made.batch.tables[1].long()] = torch.nan
@@ -209,7 +209,7 @@ def test_erase_zeroes_blocks_in_every_layer() -> None:
         assert layer[:, [0, 2, 4]].isnan().all()
 
 
-def test_decodes_of_similar_length_share_a_call() -> None:
+def test_decodes_of_similar_length_are_batched_together() -> None:
     """Similar contexts: one group. Far apart: few groups, none padded beyond its bounds."""
     decodes: list[reference.Decode] = [(500 + i, i, i, 500 + i) for i in range(20)]
     assert reference.group_by_length(decodes, 10**6) == [decodes]

@@ -42,7 +42,7 @@ MIXTRAL = {"model_type": "mixtral", "num_key_value_heads": 2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_old_style_of_rope_fields(family: str, tmp_path: Path) -> None:
+def test_old_rope_fields_are_read_like_new_ones(family: str, tmp_path: Path) -> None:
     """`rope_theta`, `rope_scaling` with `type`, `rope_local_base_freq` and `torch_dtype` mean the same."""
     make(family, tmp_path)
     modern = families.read(tmp_path)
@@ -63,7 +63,7 @@ def test_the_old_style_of_rope_fields(family: str, tmp_path: Path) -> None:
     assert families.read(tmp_path) == modern
 
 
-def test_the_old_style_gives_the_same_logits(tmp_path: Path) -> None:
+def test_old_rope_fields_give_the_logits_of_transformers(tmp_path: Path) -> None:
     model = make("llama-3", tmp_path)
     scaling = {**model.config.to_dict()["rope_parameters"]}
     theta = scaling.pop("rope_theta")
@@ -76,7 +76,7 @@ def test_the_old_style_gives_the_same_logits(tmp_path: Path) -> None:
     "family",
     ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe"],
 )
-def test_defaults_are_the_librarys(family: str, tmp_path: Path) -> None:
+def test_missing_fields_have_the_defaults_of_transformers(family: str, tmp_path: Path) -> None:
     """A config.json that says only its family means what transformers takes it to mean."""
     reference = transformers.AutoConfig.for_model(family)
     sizes = {k: getattr(reference, k) for k in ("hidden_size", "intermediate_size", "num_hidden_layers")}
@@ -103,7 +103,7 @@ def test_defaults_are_the_librarys(family: str, tmp_path: Path) -> None:
     assert spec.eos == (() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,))
 
 
-def test_an_image_config_may_leave_fields_out(tmp_path: Path) -> None:
+def test_a_multimodal_config_may_omit_text_fields(tmp_path: Path) -> None:
     """As the first gemma3 checkpoints have it: the text part says only where it differs."""
     text = {
         "model_type": "gemma3_text",
@@ -132,7 +132,7 @@ def test_an_image_config_may_leave_fields_out(tmp_path: Path) -> None:
     assert spec.embed_scale == 2560**0.5 and spec.scale == 256**-0.5
 
 
-def test_yarn_extends_the_context_and_longrope_keeps_to_its_own(tmp_path: Path) -> None:
+def test_yarn_extends_the_context_and_longrope_does_not(tmp_path: Path) -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
     assert families.read(config(tmp_path, **SMALL, rope_scaling=yarn)).context == 1024
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
@@ -142,14 +142,14 @@ def test_yarn_extends_the_context_and_longrope_keeps_to_its_own(tmp_path: Path) 
         assert (spec.context, spec.ropes[0].kind) == (64, "longrope")
 
 
-def test_eos_comes_from_the_generation_config(tmp_path: Path) -> None:
+def test_eos_is_read_from_the_generation_config(tmp_path: Path) -> None:
     path = config(tmp_path, **SMALL, eos_token_id=7)
     assert families.read(path).eos == (7,)
     (path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
     assert families.read(path).eos == (8, 9)
 
 
-def test_layers_with_a_window(tmp_path: Path) -> None:
+def test_sliding_windows_are_read_per_layer(tmp_path: Path) -> None:
     def windows(**fields: Any) -> list[int]:
         return [layer.window for layer in families.read(config(tmp_path, **{**SMALL, **fields})).layers]
 
@@ -223,7 +223,7 @@ def test_layers_with_a_window(tmp_path: Path) -> None:
         ({"model_type": "gemma3", "text_config": 3}, r"\$\.text_config must be an object"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(
+def test_unsupported_and_invalid_fields_are_refused_by_name(
     tmp_path: Path, changes: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(CheckpointError, match=says) as error:
@@ -243,7 +243,7 @@ def test_a_missing_config_is_refused(tmp_path: Path) -> None:
         families.read(tmp_path)
 
 
-def test_a_spec_is_data(tmp_path: Path) -> None:
+def test_a_model_spec_survives_json(tmp_path: Path) -> None:
     make("gemma3", tmp_path)
     spec = families.read(tmp_path)
     assert msgspec.json.decode(msgspec.json.encode(spec), type=ModelSpec) == spec

@@ -49,7 +49,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, load(path, dtype=torch.float32, device=CPU, kernels=REFERENCE)
 
 
-def test_the_reference_is_worth_comparing_with(pair: Pair) -> None:
+def test_reference_logits_depend_on_the_text_and_are_not_uniform(pair: Pair) -> None:
     """Logits that hardly depend on the text, or are near uniform, would agree whatever the decoder does."""
     model, _ = pair
     logits = expected(model, prompt(40))
@@ -138,7 +138,7 @@ def test_a_reused_prefix_gives_the_same_logits(pair: Pair) -> None:
     close(found[:1], expected(model, first.tokens)[-1:])
 
 
-def test_recomputing_gives_the_same_cache(pair: Pair) -> None:
+def test_recomputing_after_preemption_gives_the_same_logits(pair: Pair) -> None:
     """What preemption does: a text's blocks are given up, and read again later, generated tokens and all."""
     model, decoder = pair
     driver = Driver(decoder)

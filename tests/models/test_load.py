@@ -55,7 +55,7 @@ def test_a_sharded_checkpoint_loads_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_are_converted_to_the_dtype_asked_for(
+def test_weights_are_converted_to_the_requested_dtype(
     tmp_path: Path, stored: torch.dtype, held: torch.dtype
 ) -> None:
     model = make("qwen3", tmp_path, dtype=stored, initializer_range=0.1)
@@ -80,7 +80,7 @@ def test_weight_bytes_and_parameters_are_counted_once(tmp_path: Path) -> None:
     assert cache.nbytes == 10 * decoder.cache_bytes_per_block(8) == 10 * 2 * 4 * 2 * 32 * 8 * 2
 
 
-def test_a_tied_checkpoint_may_store_its_head(tmp_path: Path) -> None:
+def test_a_tied_checkpoint_may_store_its_output_head(tmp_path: Path) -> None:
     model = make("qwen3", tmp_path)
     retensor(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     close(Driver(read(tmp_path)).read(prompt(5), 5), expected(model, prompt(5)))
@@ -99,7 +99,7 @@ def test_progress_counts_bytes_up_to_the_total(checkpoint: Path) -> None:
     )
 
 
-def test_frequencies_stored_by_old_tools_are_skipped(checkpoint: Path) -> None:
+def test_rope_frequencies_in_a_checkpoint_are_ignored(checkpoint: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     retensor(checkpoint, lambda t: t.update({name: torch.ones(8)}))
     read(checkpoint)
@@ -185,7 +185,7 @@ def test_a_truncated_file_is_refused(checkpoint: Path) -> None:
         read(checkpoint)
 
 
-def test_a_file_truncated_while_it_is_read_is_refused(checkpoint: Path) -> None:
+def test_a_file_truncated_during_loading_is_refused(checkpoint: Path) -> None:
     with Checkpoint(checkpoint) as tensors:
         with (checkpoint / "model.safetensors").open("r+b") as file:
             file.truncate(4096)
@@ -247,7 +247,7 @@ print(memory("VmHWM") - before, decoder.weight_bytes)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("held", ["bfloat16", "float32"])
-def test_loading_holds_no_weight_twice(tmp_path: Path, held: str) -> None:
+def test_loading_never_holds_a_weight_twice(tmp_path: Path, held: str) -> None:
     """Loading takes at most 1.3 times the weights, whether or not they change dtype on the way."""
     wide = {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 40_000, "head_dim": 64}
     make("qwen3", tmp_path, num_hidden_layers=1)

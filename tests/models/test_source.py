@@ -48,7 +48,7 @@ def test_directories_without_a_model_are_refused(tmp_path: Path, names: list[str
     assert str(path) in error.value.message
 
 
-def test_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_directory_is_refused(tmp_path: Path) -> None:
     path = model(tmp_path / "it", "model.safetensors", "model.gguf")
     with pytest.raises(CheckpointError, match="give the directory"):
         resolve(str(path / "model.safetensors"))
@@ -106,7 +106,7 @@ def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         resolve("org/model")
 
 
-def test_the_api_server_can_import_it_without_torch() -> None:
+def test_importing_the_module_loads_no_torch() -> None:
     code = "import sys, stretto.models.source; print('torch' in sys.modules, 'httpx2' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

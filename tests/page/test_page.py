@@ -51,7 +51,7 @@ async def ask(page: Any, text: str = "Hi") -> None:
     await page.press("#input", "Enter")
 
 
-async def test_a_chat_streams_and_is_timed_by_keyboard_alone(page: Any) -> None:
+async def test_a_chat_by_keyboard_streams_and_shows_its_timing(page: Any) -> None:
     await page.keyboard.type("Hi")
     await page.keyboard.press("Enter")
     await page.wait_for_selector(".facts")
@@ -63,7 +63,7 @@ async def test_a_chat_streams_and_is_timed_by_keyboard_alone(page: Any) -> None:
     assert await page.evaluate("document.activeElement.id") == "input"
 
 
-async def test_objective_and_tier_are_in_the_request(page: Any) -> None:
+async def test_the_request_carries_the_chosen_objective_and_tier(page: Any) -> None:
     await page.select_option("#tier", "priority")
     assert await page.get_attribute("#itl", "placeholder") == "150 ms", "the tier's own, from the live stream"
     await page.fill("#ttft", "900")
@@ -78,7 +78,7 @@ async def test_objective_and_tier_are_in_the_request(page: Any) -> None:
     await page.wait_for_selector(".facts")
 
 
-async def test_late_tokens_are_drawn_late(page: Any, engine: FakeEngine) -> None:
+async def test_late_tokens_are_marked_in_the_timing_graph(page: Any, engine: FakeEngine) -> None:
     engine.script = lambda request: [65, 0.6, 66]
     await page.fill("#ttft", "500")
     await page.fill("#itl", "20")
@@ -89,7 +89,7 @@ async def test_late_tokens_are_drawn_late(page: Any, engine: FakeEngine) -> None
 
 
 @pytest.mark.parametrize("how", ["click", "escape"])
-async def test_stop_cancels(page: Any, engine: FakeEngine, how: str) -> None:
+async def test_stopping_an_answer_cancels_it_in_the_engine(page: Any, engine: FakeEngine, how: str) -> None:
     engine.script = lambda request: [65, 30.0, 65]
     await ask(page)
     await page.wait_for_selector(".timing-graph .mark", state="attached")
@@ -103,7 +103,9 @@ async def test_stop_cancels(page: Any, engine: FakeEngine, how: str) -> None:
     assert not engine.open, "the work ended in the engine too"
 
 
-async def test_a_refusal_says_when_to_try_again(page: Any, engine: FakeEngine, complaints: list[str]) -> None:
+async def test_a_refusal_offers_a_retry_after_the_given_time(
+    page: Any, engine: FakeEngine, complaints: list[str]
+) -> None:
     say = engine.script
     refused = Finish(Reason.REFUSED, 3, 0, 0, 0.0, retry_after=1.0)
     engine.script = lambda request: [TokenEvent(0, finish=refused)]
@@ -117,7 +119,7 @@ async def test_a_refusal_says_when_to_try_again(page: Any, engine: FakeEngine, c
     assert len(complaints) == 1 and "503" in complaints.pop()
 
 
-async def test_the_live_view_draws_what_the_server_does(page: Any, engine: FakeEngine) -> None:
+async def test_the_live_view_draws_the_steps_of_the_server(page: Any, engine: FakeEngine) -> None:
     loaded = await page.evaluate("performance.getEntriesByType('resource').map((each) => each.name).join()")
     assert "plotly.min.js" not in loaded, "the first paint does not wait for it"
     await page.focus("#tab-play")
@@ -138,7 +140,7 @@ async def test_the_live_view_draws_what_the_server_does(page: Any, engine: FakeE
     assert await page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-async def test_the_page_comes_back_with_the_server(
+async def test_the_page_reconnects_when_the_server_restarts(
     page: Any, served: Served, config: ServeConfig, app: App, engine: FakeEngine, complaints: list[str]
 ) -> None:
     app.server.gate.close()
@@ -156,7 +158,7 @@ async def test_the_page_comes_back_with_the_server(
     complaints.clear()
 
 
-async def test_colours_and_phone(page: Any) -> None:
+async def test_the_theme_is_kept_and_the_page_fits_a_phone(page: Any) -> None:
     paper = "getComputedStyle(document.body).backgroundColor"
     light = await page.evaluate(paper)
     await page.emulate_media(color_scheme="dark")
@@ -172,7 +174,7 @@ async def test_colours_and_phone(page: Any) -> None:
     assert await page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-async def test_plotly_is_packed_and_cached(served: Served) -> None:
+async def test_plotly_is_served_compressed_and_cacheable(served: Served) -> None:
     async with httpx.AsyncClient(base_url=served.url) as client:
         got = await client.get("/page/plotly.min.js")
         again = await client.get("/page/plotly.min.js", headers={"if-none-match": got.headers["etag"]})

@@ -45,7 +45,7 @@ def test_the_same_seed_makes_the_same_prompts(task: str, level: int) -> None:
     assert first != other
 
 
-def test_an_unknown_task_or_level_is_refused() -> None:
+def test_an_unknown_task_or_level_is_an_error() -> None:
     with pytest.raises(ValueError, match="level must be 1 to 4"):
         make("lookup", 5, Random(0))
     with pytest.raises(KeyError):
@@ -62,7 +62,7 @@ def corrupted(answer: str, rng: Random) -> str:
 
 
 @pytest.mark.parametrize(("task", "level"), CELLS)
-def test_the_checker_takes_its_own_answers_and_no_corrupted_one(task: str, level: int) -> None:
+def test_the_checker_accepts_correct_answers_and_no_corrupted_ones(task: str, level: int) -> None:
     rng = Random(f"{task} {level}")
     for _ in range(60):
         example = make(task, level, rng)
@@ -92,7 +92,7 @@ def arithmetic(line: str) -> bool:
 
 
 @pytest.mark.parametrize("task", ["total", "refund", "convert", "delivery"])
-def test_the_working_is_right(task: str) -> None:
+def test_every_line_of_working_is_correct(task: str) -> None:
     rng, lines = Random(task), 0
     for turn in range(800):
         for line in make(task, LEVELS[turn % 4], rng).reply.splitlines()[:-1]:
@@ -118,7 +118,7 @@ def test_no_held_out_prompt_is_in_the_training_split() -> None:
             assert prompt_text(example) not in train
 
 
-def test_a_prompt_has_one_answer_and_one_key() -> None:
+def test_equal_prompts_have_equal_answers_and_keys() -> None:
     """Otherwise a prompt could be in both splits, or be unanswerable."""
     rng = Random(12)
     seen: dict[str, tuple[str, str]] = {}
@@ -130,14 +130,14 @@ def test_a_prompt_has_one_answer_and_one_key() -> None:
     assert len(seen) > 17_000
 
 
-def test_held_out_prompts_are_the_same_every_time_and_differ() -> None:
+def test_held_out_prompts_are_reproducible_and_distinct() -> None:
     first = held_out("lookup", 2, 40)
     assert first == held_out("lookup", 2, 40)
     assert first != held_out("lookup", 2, 40, seed=1)
     assert len({prompt_text(example) for example in first}) == 40
 
 
-def test_harder_levels_are_longer() -> None:
+def test_harder_levels_have_longer_prompts() -> None:
     for task in ("lookup", "total", "extract", "translate", "urgency"):
         rng = Random(13)
         sizes = [
@@ -148,20 +148,22 @@ def test_harder_levels_are_longer() -> None:
 
 
 @given(st.text())
-def test_any_text_survives_the_tokenizer(text: str) -> None:
+def test_any_text_survives_encoding_and_decoding(text: str) -> None:
     tokenizer = Tokenizer.from_file(str(ARTEFACT / "tokenizer.json"))
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_digits_stand_alone_and_chat_tokens_are_single(tokenizer: Tokenizer) -> None:
+def test_digits_and_chat_markers_are_single_tokens(tokenizer: Tokenizer) -> None:
     for text in ("1042", " 24.90", "A-7", "x1y22"):
         tokens = tokenizer.encode(text, add_special_tokens=False).tokens
         assert all(len(token) == 1 for token in tokens if any(sign.isdigit() for sign in token)), tokens
     assert tokenizer.encode("<|user|>hi<|end|>", add_special_tokens=False).ids[-1] == END_ID
 
 
-def test_the_chat_template_is_the_same_everywhere(folder: Path, tokenizer: Tokenizer) -> None:
+def test_the_chat_template_renders_the_same_in_transformers_and_jinja(
+    folder: Path, tokenizer: Tokenizer
+) -> None:
     theirs = AutoTokenizer.from_pretrained(folder)
     plain = ImmutableSandboxedEnvironment().from_string(TEMPLATE)
     rng = Random(14)
@@ -174,7 +176,7 @@ def test_the_chat_template_is_the_same_everywhere(folder: Path, tokenizer: Token
         assert theirs(text, add_special_tokens=False)["input_ids"] == encode(tokenizer, [text])[0]
 
 
-def test_replies_and_prompts_fit(tokenizer: Tokenizer) -> None:
+def test_replies_and_conversations_fit_their_limits(tokenizer: Tokenizer) -> None:
     rng = Random(15)
     for task, level in CELLS:
         for _ in range(10):
@@ -183,7 +185,7 @@ def test_replies_and_prompts_fit(tokenizer: Tokenizer) -> None:
             assert len(encode(tokenizer, [conversation(example)])[0]) <= CONTEXT
 
 
-def test_a_batch_teaches_the_assistants_words_and_nothing_else(tokenizer: Tokenizer) -> None:
+def test_only_assistant_tokens_are_labels_of_a_batch(tokenizer: Tokenizer) -> None:
     shape = batches.Shape(4096)
     packer = batches.Packer(shape)
     rng = Random(16)
@@ -207,7 +209,9 @@ def test_a_batch_teaches_the_assistants_words_and_nothing_else(tokenizer: Tokeni
 
 
 @torch.no_grad()
-def test_the_trained_layout_is_transformers_llama(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_exported_model_gives_the_logits_of_transformers_llama(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     size = model.Size(tokenizer.get_vocab_size(), hidden=128, layers=2, heads=2, kv_heads=1, inner=192)
     ours = model.Decoder(size, torch.Generator().manual_seed(1))
     for weight in ours.parameters():
@@ -226,7 +230,7 @@ def test_the_trained_layout_is_transformers_llama(tokenizer: Tokenizer, tmp_path
         assert torch.allclose(logits[first:last], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_evaluation_counts_what_is_right() -> None:
+def test_evaluation_counts_correct_answers() -> None:
     def perfect(examples: Sequence[Example]) -> list[str]:
         return [example.reply for example in examples]
 
@@ -242,14 +246,14 @@ def test_evaluation_counts_what_is_right() -> None:
     assert "50.0" in evaluate.table(middling)
 
 
-def test_wilson_interval() -> None:
+def test_the_wilson_interval_equals_known_values() -> None:
     low, high = evaluate.wilson(90, 100)
     assert (round(low, 4), round(high, 4)) == (0.8256, 0.9448)
     assert evaluate.wilson(0, 0) == (0.0, 1.0)
     assert evaluate.wilson(50, 50)[1] == 1.0
 
 
-def test_the_artefact_is_complete_and_small() -> None:
+def test_the_bundled_model_is_complete_and_at_most_12_mb() -> None:
     names = {path.name for path in ARTEFACT.iterdir()}
     assert names == {
         "card.json",
@@ -265,14 +269,14 @@ def test_the_artefact_is_complete_and_small() -> None:
     assert theirs.num_parameters() == card["parameters"]
 
 
-def test_the_artefacts_card_keeps_the_promise() -> None:
+def test_the_model_card_reports_the_required_accuracy() -> None:
     held = json.loads((ARTEFACT / "card.json").read_text())["held_out"]
     assert held["levels"]["1"]["interval"][0] >= 0.95
     for task in TASKS:
         assert held["tasks"][task]["1"]["accuracy"] >= 0.9, task
 
 
-def test_the_artefact_answers_held_out_questions() -> None:
+def test_the_bundled_model_answers_held_out_questions() -> None:
     answer = evaluate.local(ARTEFACT)
     for task in ("lookup", "total", "chat"):
         examples = held_out(task, 1, 10, seed=1)

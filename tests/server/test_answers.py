@@ -53,7 +53,9 @@ async def streamed(client: httpx.AsyncClient, path: str = CHAT, **body: Any) -> 
     return events(response.text)
 
 
-async def test_a_chat_answer(client: httpx.AsyncClient, engine: FakeEngine, text: TextModel) -> None:
+async def test_a_chat_answer_has_text_usage_and_finish_reason(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
     answer = await whole(client)
     prompt = text.encode_chat(HELLO["messages"])
     (choice,) = answer["choices"]
@@ -72,7 +74,7 @@ async def test_a_chat_answer(client: httpx.AsyncClient, engine: FakeEngine, text
     assert not engine.open, "every stream is closed"
 
 
-async def test_the_report_says_what_the_engine_and_the_clock_say(client: httpx.AsyncClient) -> None:
+async def test_the_stretto_report_has_queue_time_ttft_and_cached_tokens(client: httpx.AsyncClient) -> None:
     answer = await whole(client)
     report = answer["stretto"]
     assert set(report) == {
@@ -88,7 +90,7 @@ async def test_the_report_says_what_the_engine_and_the_clock_say(client: httpx.A
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_an_answer_that_a_stop_string_ended_is_reported_whole(
+async def test_an_answer_ended_by_a_stop_string_still_has_a_full_report(
     client: httpx.AsyncClient, engine: FakeEngine, says: Says, path: str
 ) -> None:
     first, *rest = says("Hello, world!")
@@ -100,7 +102,7 @@ async def test_an_answer_that_a_stop_string_ended_is_reported_whole(
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_metadata_comes_back_with_the_answer(client: httpx.AsyncClient, path: str) -> None:
+async def test_metadata_is_returned_with_the_answer(client: httpx.AsyncClient, path: str) -> None:
     sent = {"order": "17", "run": "nightly"}
     assert (await whole(client, path, metadata=sent))["metadata"] == sent
     chunks = await streamed(client, path, metadata=sent, n=2)
@@ -109,7 +111,7 @@ async def test_metadata_comes_back_with_the_answer(client: httpx.AsyncClient, pa
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_one_event_per_token(client: httpx.AsyncClient, says: Says, path: str) -> None:
+async def test_a_stream_sends_one_event_per_token(client: httpx.AsyncClient, says: Says, path: str) -> None:
     ids = says("Grüße 世界 😀🎉 x")
     chunks = await streamed(client, path, max_tokens=100)
     assert len(chunks) == len(ids) + 1, "and one for the end"
@@ -123,7 +125,7 @@ async def test_one_event_per_token(client: httpx.AsyncClient, says: Says, path: 
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
-async def test_tokens_that_wait_leave_in_one_send_and_stay_one_event_each(
+async def test_tokens_queued_together_are_sent_at_once_as_separate_events(
     app: App, engine: FakeEngine, text: TextModel
 ) -> None:
     ids = ids_of(text, "Hello, world!")
@@ -143,7 +145,7 @@ async def test_tokens_that_wait_leave_in_one_send_and_stay_one_event_each(
     assert [body.count(b"data: ") for body in sent] == [1, 3, len(ids) - 4, 2]
 
 
-async def test_the_last_token_carries_the_reason_when_the_limit_ends_it(client: httpx.AsyncClient) -> None:
+async def test_the_last_token_carries_the_finish_reason_length(client: httpx.AsyncClient) -> None:
     chunks = await streamed(client, max_completion_tokens=2, stream_options={"include_usage": True})
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None, "length"]
     usage = chunks[-1]
@@ -152,7 +154,7 @@ async def test_the_last_token_carries_the_reason_when_the_limit_ends_it(client: 
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
-async def test_usage_with_every_chunk(client: httpx.AsyncClient) -> None:
+async def test_continuous_usage_stats_add_usage_to_every_chunk(client: httpx.AsyncClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = await streamed(client, TEXT, max_tokens=3, stream_options=options)
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
@@ -175,7 +177,7 @@ async def test_stop_strings_end_the_answer_and_cancel_the_sequence(
         assert stream.closed_after < len(ids)
 
 
-async def test_several_choices_and_prompts(
+async def test_n_and_lists_of_prompts_give_one_choice_each(
     client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
 ) -> None:
     engine.script = lambda request: ids_of(text, "Hello" if request.id % 2 else "The fox")
@@ -194,7 +196,7 @@ async def test_several_choices_and_prompts(
     assert [request.prompt for request in engine.requests[-3:]] == [(5, 6), (7,), (8, 9)]
 
 
-async def test_a_choice_that_stops_early_does_not_end_the_others(
+async def test_a_choice_that_stops_early_does_not_end_the_other_choices(
     client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
 ) -> None:
     long = ids_of(text, "The quick brown fox jumps over the lazy dog.")
@@ -204,14 +206,14 @@ async def test_a_choice_that_stops_early_does_not_end_the_others(
     assert not engine.open
 
 
-async def test_echo_begins_with_the_prompt(client: httpx.AsyncClient, text: TextModel) -> None:
+async def test_echo_puts_the_prompt_before_the_completion(client: httpx.AsyncClient, text: TextModel) -> None:
     for prompt in ("Say: ", text.encode("Say: ")):
         answer = await whole(client, TEXT, prompt=prompt, echo=True)
         assert answer["choices"][0]["text"] == "Say: Hello, world!"
         assert said(await streamed(client, TEXT, prompt=prompt, echo=True)) == "Say: Hello, world!"
 
 
-async def test_chat_logprobs(
+async def test_chat_logprobs_have_bytes_and_top_tokens(
     client: httpx.AsyncClient, engine: FakeEngine, says: Says, text: TextModel
 ) -> None:
     ids = says("Hi 😀")
@@ -230,7 +232,9 @@ async def test_chat_logprobs(
     assert answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
-async def test_completion_logprobs(client: httpx.AsyncClient, says: Says) -> None:
+async def test_completion_logprobs_have_tokens_and_text_offsets(
+    client: httpx.AsyncClient, says: Says
+) -> None:
     ids = says("Hello, world")
     answer = await whole(client, TEXT, logprobs=1)
     logprobs = answer["choices"][0]["logprobs"]
@@ -280,7 +284,9 @@ NAMED = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 
         ({"structured_outputs": {"choice": ["yes", "no"]}}, Grammar("choice", '["yes", "no"]')),
     ],
 )
-async def test_grammars(checkpoint: Path, engine: FakeEngine, body: dict[str, Any], grammar: Grammar) -> None:
+async def test_every_form_of_grammar_is_checked_and_reaches_the_engine(
+    checkpoint: Path, engine: FakeEngine, body: dict[str, Any], grammar: Grammar
+) -> None:
     asked: list[tuple[str, Grammar]] = []
 
     async def check(model: str, grammar: Grammar) -> None:
@@ -293,7 +299,9 @@ async def test_grammars(checkpoint: Path, engine: FakeEngine, body: dict[str, An
     assert asked == [("tiny", grammar)]
 
 
-async def test_who_asks_keeps_prefixes_apart(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_user_and_cache_salt_separate_prefix_caches(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     bodies = [
         {},
         {"user": "ann"},
@@ -306,7 +314,7 @@ async def test_who_asks_keeps_prefixes_apart(client: httpx.AsyncClient, engine: 
     assert len({request.salt for request in engine.requests}) == len(bodies)
 
 
-async def test_a_tool_call(
+async def test_a_tool_call_is_parsed_streamed_and_accepted_back(
     client: httpx.AsyncClient, engine: FakeEngine, says: Says, text: TextModel
 ) -> None:
     says('Wait.<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>')
@@ -340,7 +348,7 @@ async def test_a_tool_call(
     assert "<|start|>tool\nrain<|stop|>" in prompt
 
 
-async def test_what_is_no_call_is_content(client: httpx.AsyncClient, says: Says) -> None:
+async def test_a_malformed_tool_call_is_returned_as_content(client: httpx.AsyncClient, says: Says) -> None:
     broken = '<tool_call>{"name": "weather", "arguments": {"city": oops}}</tool_call>'
     says(broken)
     answer = await whole(client, tools=TOOLS)
@@ -349,7 +357,7 @@ async def test_what_is_no_call_is_content(client: httpx.AsyncClient, says: Says)
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_one_call_alone_when_asked_for(
+async def test_parallel_tool_calls_false_stops_after_one_call(
     client: httpx.AsyncClient, engine: FakeEngine, says: Says
 ) -> None:
     call = '<tool_call>{"name": "now"}</tool_call>'
@@ -360,7 +368,7 @@ async def test_one_call_alone_when_asked_for(
     assert len((await whole(client, tools=TOOLS))["choices"][0]["message"]["tool_calls"]) == 2
 
 
-async def test_tool_choice(
+async def test_tool_choice_named_required_and_none_shape_the_answer(
     client: httpx.AsyncClient, engine: FakeEngine, says: Says, text: TextModel
 ) -> None:
     says('{"city": "Rome"}')
@@ -389,7 +397,7 @@ async def test_tool_choice(
     assert "now" not in prompt
 
 
-async def test_tool_markers_that_are_special_tokens_are_read(tmp_path: Path) -> None:
+async def test_tool_markers_that_are_special_tokens_are_parsed(tmp_path: Path) -> None:
     template = "{% if tools %}{# [TOOL_CALLS] #}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
     path = write(tmp_path, byte_level(extra=("[TOOL_CALLS]",)), template, eos="<|stop|>")
     text = TextModel(path)
@@ -403,7 +411,7 @@ async def test_tool_markers_that_are_special_tokens_are_read(tmp_path: Path) -> 
         assert plain["choices"][0]["message"]["content"] == '[{"name": "now", "arguments": {}}]'
 
 
-async def test_reasoning_is_its_own_field(client: httpx.AsyncClient, says: Says) -> None:
+async def test_reasoning_is_returned_in_its_own_field(client: httpx.AsyncClient, says: Says) -> None:
     says("<think>\nLet me see.\n</think>\n\nHello.")
     answer = await whole(client)
     message = answer["choices"][0]["message"]
@@ -413,7 +421,7 @@ async def test_reasoning_is_its_own_field(client: httpx.AsyncClient, says: Says)
     assert (thought, said(chunks)) == ("Let me see.", "Hello.")
 
 
-async def test_a_grammar_leaves_no_room_to_think(
+async def test_a_grammar_disables_thinking_in_the_chat_template(
     client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
 ) -> None:
     await whole(client, response_format={"type": "json_object"})
@@ -422,7 +430,7 @@ async def test_a_grammar_leaves_no_room_to_think(
     assert text.decode(list(engine.requests[0].prompt)).endswith("</think>\n\n")
 
 
-async def test_reasoning_effort_is_told_to_the_template(
+async def test_reasoning_effort_none_disables_thinking_in_the_chat_template(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     await whole(client, reasoning_effort="none")
@@ -459,7 +467,7 @@ BENCHMARKS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("path", "body"), BENCHMARKS)
-async def test_benchmark_clients_read_their_tokens(
+async def test_requests_of_vllm_and_sglang_benchmarks_get_one_event_per_token(
     client: httpx.AsyncClient, path: str, body: dict[str, Any]
 ) -> None:
     limit = {} if path == CHAT else {"max_tokens": 4}
@@ -477,7 +485,7 @@ async def test_benchmark_clients_read_their_tokens(
         assert chunks == tokens, "sglang's client reads choices[0] of every line"
 
 
-async def test_messages_reach_the_template(
+async def test_messages_are_normalised_for_the_chat_template(
     client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
 ) -> None:
     messages = [
@@ -498,7 +506,7 @@ async def test_messages_reach_the_template(
     assert engine.requests[0].prompt == tuple(text.encode_chat(expected))
 
 
-async def test_special_tokens_in_a_chat_are_text_and_in_a_prompt_special(
+async def test_special_tokens_are_text_in_a_chat_and_special_in_a_raw_prompt(
     client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
 ) -> None:
     stop = text.tokenizer.token_to_id("<|stop|>")
@@ -508,7 +516,9 @@ async def test_special_tokens_in_a_chat_are_text_and_in_a_prompt_special(
     assert engine.requests[1].prompt == (stop,)
 
 
-async def test_deadline_and_engine_errors(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_engine_end_reasons_become_finish_reason_deadline_or_a_500(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     engine.script = lambda request: [5, Reason.DEADLINE]
     assert (await whole(client))["choices"][0]["finish_reason"] == "deadline"
     engine.script = lambda request: [5, Reason.ERROR]
@@ -519,7 +529,9 @@ async def test_deadline_and_engine_errors(client: httpx.AsyncClient, engine: Fak
     }  # fmt: skip
 
 
-async def test_embeddings(client: httpx.AsyncClient, engine: FakeEngine, text: TextModel) -> None:
+async def test_embeddings_are_returned_as_floats_base64_or_fewer_dimensions(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
     def script(request: Request) -> list[TokenEvent | Reason]:
         assert request.task == "embed"
         return [TokenEvent(0, embedding=(3.0, 4.0, float(len(request.prompt)))), Reason.STOP]

@@ -145,7 +145,7 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("body", "code", "param"), CHATS)
-async def test_chat_fields(
+async def test_invalid_chat_fields_are_refused_with_their_path(
     client: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any], code: str, param: str
 ) -> None:
     status = 404 if code == "model_not_found" else 400
@@ -176,14 +176,14 @@ OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "code", "param"), OTHERS)
-async def test_other_fields(
+async def test_invalid_completion_and_embedding_fields_are_refused_with_their_path(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any], code: str, param: str
 ) -> None:
     assert await refused(client, path, body) == (400, code, param)
     assert not engine.requests
 
 
-async def test_a_chat_beyond_the_context_is_refused_not_cut(
+async def test_a_chat_longer_than_the_context_is_refused_not_truncated(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     for words in (400, 4000):
@@ -208,13 +208,15 @@ BODIES = [
 
 
 @pytest.mark.parametrize("body", BODIES)
-async def test_bodies_that_are_no_json(client: httpx.AsyncClient, body: bytes) -> None:
+async def test_bodies_that_are_not_json_are_refused(client: httpx.AsyncClient, body: bytes) -> None:
     response = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_content_types_and_sizes(app: App, client: httpx.AsyncClient) -> None:
+async def test_wrong_content_types_and_oversized_bodies_are_refused(
+    app: App, client: httpx.AsyncClient
+) -> None:
     body = json.dumps(HELLO).encode()
     response = await client.post(CHAT, content=body, headers={"content-type": "text/plain"})
     assert (response.status_code, "application/json" in response.json()["error"]["message"]) == (400, True)
@@ -237,7 +239,7 @@ async def test_content_types_and_sizes(app: App, client: httpx.AsyncClient) -> N
     assert response.status_code == 413
 
 
-async def test_pages_that_are_not_there(client: httpx.AsyncClient) -> None:
+async def test_unknown_paths_and_methods_get_404_and_405(client: httpx.AsyncClient) -> None:
     for method, path, status, code in (
         ("GET", "/v2", 404, "not_found"),
         ("GET", CHAT, 405, "method_not_allowed"),
@@ -251,7 +253,7 @@ async def test_pages_that_are_not_there(client: httpx.AsyncClient) -> None:
         assert status != 405 or response.headers["allow"]
 
 
-async def test_keys(checkpoint: Path, engine: FakeEngine) -> None:
+async def test_requests_without_a_valid_api_key_get_401(checkpoint: Path, engine: FakeEngine) -> None:
     config = ServeConfig(api_keys={"sk-ann": "ann", "sk-bob": "bob"})
     app = build(config, engine, {"tiny": checkpoint})
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -273,7 +275,7 @@ async def test_keys(checkpoint: Path, engine: FakeEngine) -> None:
             assert engine.requests[-1].tenant == name
 
 
-async def test_a_bad_grammar_is_the_clients_error(checkpoint: Path, engine: FakeEngine) -> None:
+async def test_an_invalid_grammar_is_a_400_that_names_its_field(checkpoint: Path, engine: FakeEngine) -> None:
     async def check(model: str, grammar: Grammar) -> None:
         raise InvalidGrammar(f"{grammar.source} does not compile")
 
@@ -287,7 +289,9 @@ async def test_a_bad_grammar_is_the_clients_error(checkpoint: Path, engine: Fake
     assert not engine.requests
 
 
-async def test_models_that_cannot(tmp_path: Path, engine: FakeEngine) -> None:
+async def test_fields_that_a_chat_template_does_not_support_are_refused(
+    tmp_path: Path, engine: FakeEngine
+) -> None:
     bare = write(tmp_path / "bare", byte_level(), None, eos="<|stop|>")
     toolless = write(tmp_path / "toolless", byte_level(), "{{ messages[0].content }}", eos="<|stop|>")
     engine.models |= {name: info(name, vocab=400) for name in ("bare", "toolless")}
@@ -300,7 +304,9 @@ async def test_models_that_cannot(tmp_path: Path, engine: FakeEngine) -> None:
         assert (await client.post(TEXT, json={"prompt": "Hi"})).status_code == 200
 
 
-async def test_not_ready_draining_and_full(app: App, client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_requests_get_503_while_the_server_is_loading_full_or_draining(
+    app: App, client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     engine.ready = False
     for request in (
         client.post(CHAT, json=HELLO),
@@ -331,7 +337,7 @@ async def test_not_ready_draining_and_full(app: App, client: httpx.AsyncClient, 
     assert (await client.get("/state")).json()["draining"] is True
 
 
-def test_the_wait_is_computed_from_the_rate_of_first_tokens() -> None:
+def test_retry_after_follows_the_rate_of_first_tokens() -> None:
     now = [0.0]
     gate = AdmissionGate(100, clock=lambda: now[0])
     slots = [gate.reserve(1) for _ in range(100)]
@@ -349,7 +355,7 @@ def test_the_wait_is_computed_from_the_rate_of_first_tokens() -> None:
     assert gate.waiting == 99
 
 
-async def test_errors_in_the_middle_of_a_stream_are_typed_events(
+async def test_an_error_during_a_stream_is_sent_as_a_typed_event(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     for script, code in (
@@ -373,7 +379,7 @@ async def test_errors_in_the_middle_of_a_stream_are_typed_events(
         assert not engine.open
 
 
-async def test_an_engine_that_dies_between_two_choices_leaves_none_behind(
+async def test_an_engine_that_dies_between_two_choices_leaves_no_open_stream(
     app: App, client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     def script(request: Request) -> list[Item]:
@@ -387,7 +393,7 @@ async def test_an_engine_that_dies_between_two_choices_leaves_none_behind(
     assert (engine.open, app.server.gate.waiting, app.server.calls) == (set(), 0, set())
 
 
-async def test_a_bug_is_logged_without_words_of_the_request(
+async def test_an_internal_error_is_logged_without_request_content(
     client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.script = lambda request: [RuntimeError("the prompt was: secret")]
@@ -399,7 +405,7 @@ async def test_a_bug_is_logged_without_words_of_the_request(
     assert "fake_engine.py" in caplog.text
 
 
-async def test_long_texts_do_not_hold_the_loop_up(
+async def test_tokenizing_a_long_prompt_does_not_block_the_event_loop(
     app: App, client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     """Fails when work on a long prompt is done in the event loop: the loop's own heart must go on beating."""

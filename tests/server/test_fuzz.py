@@ -54,7 +54,7 @@ def operations(fuzzed: App) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("label", "mode"), CASES)
-def test_the_api_keeps_its_own_contract(
+def test_responses_match_the_openapi_document(
     label: str, mode: GenerationMode, fuzzed: App, operations: dict[str, Any]
 ) -> None:
     seen: set[int] = set()

@@ -37,7 +37,9 @@ def samples(text: bytes) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
-async def test_a_request_is_counted_once_it_ended(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_a_finished_request_is_counted_in_every_metric(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     await client.post(CHAT, json=HELLO)
     await client.post(CHAT, json=HELLO | {"max_tokens": 0})
     engine.publish(step())
@@ -67,7 +69,9 @@ async def test_a_request_is_counted_once_it_ended(client: httpx.AsyncClient, eng
     assert found["stretto_open_requests", ()] == 0
 
 
-async def test_each_request_is_counted_by_its_verdict(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_judged_requests_are_counted_by_tier_and_verdict(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     say = engine.script
     late = HELLO | {"objective": {"ttft_ms": 5}, "service_tier": "priority"}
     engine.script = lambda request: [0.03, 65]
@@ -92,7 +96,7 @@ async def test_each_request_is_counted_by_its_verdict(client: httpx.AsyncClient,
     assert found["stretto_refusals_total", ("unavailable", "priority")] == 1
 
 
-async def test_no_label_holds_a_value_that_a_client_makes_up(client: httpx.AsyncClient) -> None:
+async def test_client_supplied_values_never_become_metric_labels(client: httpx.AsyncClient) -> None:
     async def series() -> int:
         return len(samples((await client.get("/metrics")).content))
 
@@ -108,7 +112,7 @@ async def test_no_label_holds_a_value_that_a_client_makes_up(client: httpx.Async
     assert await series() == before
 
 
-def test_gaps_are_counted_by_upper_bound() -> None:
+def test_inter_token_gaps_fall_into_buckets_by_upper_bound() -> None:
     metrics = Metrics(lambda: Gauges(0, True, False, 0))
     metrics.ended(Ended("chat", "ok", 1.0, tier="flex", model="m", first=0.5, gaps=[0.01, 0.02]))
     found = samples(metrics.text())
@@ -118,7 +122,7 @@ def test_gaps_are_counted_by_upper_bound() -> None:
     assert found["stretto_e2e_seconds_sum", ("flex", "m")] == 1.0
 
 
-def test_promtool_finds_no_fault() -> None:
+def test_promtool_accepts_the_metrics() -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed (Debian package prometheus)")

@@ -29,7 +29,7 @@ async def answer(client: httpx.AsyncClient, path: str = CHAT, **body: Any) -> ht
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_the_engine_hears_the_objective(
+async def test_the_objective_and_tier_reach_the_engine(
     client: httpx.AsyncClient, engine: FakeEngine, path: str
 ) -> None:
     streamed = await answer(client, path, stream=True, objective=ASKED, service_tier="priority")
@@ -43,7 +43,7 @@ async def test_the_engine_hears_the_objective(
 @pytest.mark.parametrize(
     ("asked", "tier"), [(None, "default"), ("auto", "default"), ("priority", "priority"), ("flex", "flex")]
 )
-async def test_a_tier_is_a_named_objective(
+async def test_each_tier_sets_its_default_objective(
     client: httpx.AsyncClient, engine: FakeEngine, asked: str | None, tier: str
 ) -> None:
     whole = await answer(client, service_tier=asked)
@@ -56,7 +56,7 @@ async def test_a_tier_is_a_named_objective(
     assert whole.json()["stretto"]["on_time"] is (None if tier == "flex" else True)
 
 
-async def test_a_late_answer_says_so(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_a_late_answer_reports_on_time_false(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.script = lambda request: [0.03, 65, 66]
     late = await answer(client, objective={"ttft_ms": 5})
     soon = await answer(client, objective={"ttft_ms": 60_000})
@@ -64,7 +64,9 @@ async def test_a_late_answer_says_so(client: httpx.AsyncClient, engine: FakeEngi
     assert soon.json()["stretto"]["on_time"] is True
 
 
-async def test_out_of_time(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_an_answer_cut_off_by_its_deadline_has_finish_reason_deadline(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
     engine.script = lambda request: [65, Reason.DEADLINE]
     choice = (await answer(client, objective={"total_ms": 60_000})).json()
     assert choice["choices"][0]["finish_reason"] == "deadline"
@@ -73,7 +75,7 @@ async def test_out_of_time(client: httpx.AsyncClient, engine: FakeEngine) -> Non
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("after", "header"), [(2.3, "3"), (float("inf"), None), (None, None)])
-async def test_a_refusal_is_503(
+async def test_an_infeasible_request_gets_503_with_retry_after(
     client: httpx.AsyncClient, engine: FakeEngine, stream: bool, after: float | None, header: str | None
 ) -> None:
     end = TokenEvent(0, finish=Finish(Reason.REFUSED, 3, 0, 0, 0.0, late=True, retry_after=after))
@@ -85,7 +87,7 @@ async def test_a_refusal_is_503(
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_a_schedule_that_refuses_nobody_says_so(
+async def test_on_miss_reject_is_refused_under_the_fcfs_schedule(
     checkpoint: Path, engine: FakeEngine, path: str
 ) -> None:
     app = build(ServeConfig(schedule="fcfs"), engine, {"tiny": checkpoint})
@@ -96,7 +98,7 @@ async def test_a_schedule_that_refuses_nobody_says_so(
     assert judged.json()["stretto"]["on_time"] is True
 
 
-async def test_not_a_number_is_no_objective(client: httpx.AsyncClient) -> None:
+async def test_nan_and_infinite_objectives_are_refused(client: httpx.AsyncClient) -> None:
     for number in ("NaN", "Infinity", "-Infinity", "1e999"):
         body = f'{{"messages": [{{"role": "user", "content": "Hi"}}], "objective": {{"ttft_ms": {number}}}}}'
         refused = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
@@ -105,7 +107,7 @@ async def test_not_a_number_is_no_objective(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_objectives_hold_without_a_stream(
+async def test_objectives_are_judged_without_streaming(
     client: httpx.AsyncClient, engine: FakeEngine, path: str
 ) -> None:
     engine.script = lambda request: [65, 0.05, 66]
@@ -115,7 +117,7 @@ async def test_objectives_hold_without_a_stream(
     assert early.json()["stretto"]["on_time"] is True
 
 
-async def test_embeddings_take_a_total(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_embeddings_accept_only_total_ms(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.script = lambda request: [
         TokenEvent(0, finish=Finish(Reason.STOP, 1, 0, 0, 0.0), embedding=(1.0, 0.0))
     ]
@@ -126,7 +128,7 @@ async def test_embeddings_take_a_total(client: httpx.AsyncClient, engine: FakeEn
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "$.objective.ttft_ms")
 
 
-def test_an_answer_is_judged_by_its_deadlines() -> None:
+def test_on_time_is_judged_by_every_token_deadline() -> None:
     times = Times.of(10.0, Objective(ttft_ms=1000, itl_ms=100))
     times.mark(11.0, 3)
     times.mark(11.3, 1)
@@ -144,7 +146,7 @@ def test_an_answer_is_judged_by_its_deadlines() -> None:
     assert Times.of(10.0, Objective()).on_time is None
 
 
-def test_a_file_says_the_tiers(tmp_path: Path) -> None:
+def test_tiers_are_read_from_the_configuration_file(tmp_path: Path) -> None:
     file = tmp_path / "stretto.toml"
     file.write_text("[tiers.priority]\nttft_ms = 800\n")
     front, engine = load({}, {}, file)
@@ -163,14 +165,14 @@ def test_a_file_says_the_tiers(tmp_path: Path) -> None:
             load({}, {}, file)
 
 
-async def test_the_front_takes_the_tiers_of_its_config(checkpoint: Path, engine: FakeEngine) -> None:
+async def test_the_api_server_uses_the_tiers_of_its_config(checkpoint: Path, engine: FakeEngine) -> None:
     app = build(ServeConfig(tiers={"default": Objective(ttft_ms=123)}), engine, {"tiny": checkpoint})
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         await answer(client)
     assert engine.requests[0].objective == Objective(ttft_ms=123)
 
 
-async def test_a_tenant_beyond_its_share_of_priority_is_served_as_default(
+async def test_a_tenant_over_its_priority_quota_is_served_as_default(
     checkpoint: Path, engine: FakeEngine
 ) -> None:
     keys = {"key-of-one": "one", "key-of-two": "two"}
@@ -197,7 +199,7 @@ async def test_a_tenant_beyond_its_share_of_priority_is_served_as_default(
     assert {request.objective.ttft_ms for request in engine.requests[:3]} == {700}, "its own limits stay"
 
 
-async def test_a_real_engine_keeps_objectives() -> None:
+async def test_the_engine_process_meets_misses_and_refuses_objectives() -> None:
     """The process with the deadline schedule: one in time, one whose time is over, one refused."""
     client = EngineClient(type(NULL)(models=NULL.models, schedule="deadline"))
     await client.start()

@@ -31,7 +31,7 @@ async def ai(served: Served):
         yield client
 
 
-async def test_chat_and_completions(ai: AsyncOpenAI, says: Says) -> None:
+async def test_the_client_reads_chat_answers_completions_and_models(ai: AsyncOpenAI, says: Says) -> None:
     ids = says("Grüße 世界 😀")
     answer = await ai.chat.completions.create(model="tiny", messages=HI, temperature=0, n=1, user="ann")
     assert answer.choices[0].message.content == "Grüße 世界 😀"
@@ -50,7 +50,7 @@ async def test_chat_and_completions(ai: AsyncOpenAI, says: Says) -> None:
     assert (await ai.models.retrieve("tiny")).id == "tiny"
 
 
-async def test_streams(ai: AsyncOpenAI, says: Says) -> None:
+async def test_the_client_reads_streamed_chats_and_completions(ai: AsyncOpenAI, says: Says) -> None:
     ids = says("Grüße 世界 😀")
     stream = await ai.chat.completions.create(
         model="tiny",
@@ -74,7 +74,7 @@ async def test_streams(ai: AsyncOpenAI, says: Says) -> None:
         assert (await events.get_final_completion()).choices[0].message.content == "Grüße 世界 😀"
 
 
-async def test_the_synchronous_client(served: Served, says: Says) -> None:
+async def test_the_synchronous_client_reads_whole_and_streamed_answers(served: Served, says: Says) -> None:
     says("Hello, world!")
 
     def talk() -> tuple[str | None, str]:
@@ -86,7 +86,7 @@ async def test_the_synchronous_client(served: Served, says: Says) -> None:
     assert await asyncio.to_thread(talk) == ("Hello, world!", "Hello, world!")
 
 
-async def test_tools(ai: AsyncOpenAI, says: Says) -> None:
+async def test_the_client_reads_tool_calls_and_sends_tool_results(ai: AsyncOpenAI, says: Says) -> None:
     says(CALL)
     answer = await ai.chat.completions.create(model="tiny", messages=HI, tools=[WEATHER])
     message = answer.choices[0].message
@@ -109,7 +109,9 @@ async def test_tools(ai: AsyncOpenAI, says: Says) -> None:
     assert (final.message.content or "").strip() == "One moment."
 
 
-async def test_parsing_into_a_type(ai: AsyncOpenAI, says: Says, engine: FakeEngine) -> None:
+async def test_the_client_parses_answers_and_tool_calls_into_a_type(
+    ai: AsyncOpenAI, says: Says, engine: FakeEngine
+) -> None:
     says('{"x": 1, "y": -2}')
     answer = await ai.chat.completions.parse(model="tiny", messages=HI, response_format=Point)
     assert answer.choices[0].message.parsed == Point(x=1, y=-2)
@@ -123,7 +125,7 @@ async def test_parsing_into_a_type(ai: AsyncOpenAI, says: Says, engine: FakeEngi
     assert call.function.parsed_arguments == Point(x=3, y=4)
 
 
-async def test_embeddings(ai: AsyncOpenAI, engine: FakeEngine) -> None:
+async def test_the_client_reads_embeddings(ai: AsyncOpenAI, engine: FakeEngine) -> None:
     def script(request: Request) -> list[Item]:
         return [TokenEvent(0, embedding=(0.5, -0.25)), Reason.STOP]
 
@@ -134,7 +136,7 @@ async def test_embeddings(ai: AsyncOpenAI, engine: FakeEngine) -> None:
     assert vectors.data[0].embedding == [0.5, -0.25]
 
 
-async def test_errors_have_their_types(ai: AsyncOpenAI, engine: FakeEngine) -> None:
+async def test_the_client_raises_the_matching_error_types(ai: AsyncOpenAI, engine: FakeEngine) -> None:
     with pytest.raises(openai.NotFoundError, match="no model"):
         await ai.chat.completions.create(model="gpt-7", messages=HI)
     with pytest.raises(openai.BadRequestError) as bad:
@@ -152,7 +154,7 @@ async def test_errors_have_their_types(ai: AsyncOpenAI, engine: FakeEngine) -> N
     assert gone.value.status_code == 503
 
 
-async def test_leaving_a_stream_cancels(ai: AsyncOpenAI, engine: FakeEngine) -> None:
+async def test_closing_a_stream_cancels_the_request(ai: AsyncOpenAI, engine: FakeEngine) -> None:
     engine.script = lambda request: [item for _ in range(10_000) for item in (0.001, 300)]
     stream = await ai.chat.completions.create(model="tiny", messages=HI, stream=True)
     async for _ in stream:

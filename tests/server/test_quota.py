@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stretto.server.quota import DECAY_S, PriorityQuota
 
 
-def test_a_tenant_beyond_its_share_waits_for_it_to_fade_and_others_do_not():
+def test_a_tenant_over_its_quota_waits_and_other_tenants_do_not():
     quota = PriorityQuota(0.5)
     assert quota.allows("greedy", 0.0)
     quota.charge("greedy", 31_000.0, 0.0)
@@ -18,7 +18,7 @@ def test_a_tenant_beyond_its_share_waits_for_it_to_fade_and_others_do_not():
     assert quota.allows("greedy", 5.0), "31 s fade below 30 s within 5 s"
 
 
-def test_no_share_is_none_and_a_whole_one_is_a_minute():
+def test_a_share_of_zero_allows_nothing_and_a_share_of_one_allows_a_minute():
     assert not PriorityQuota(0.0).allows("anybody", 0.0)
     whole = PriorityQuota(1.0)
     whole.charge("one", 59_000.0, 0.0)
@@ -28,7 +28,7 @@ def test_no_share_is_none_and_a_whole_one_is_a_minute():
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(1, 5_000)), min_size=1, max_size=50))
-def test_a_tenant_that_asks_without_end_gets_its_share_in_the_long_run(asked: list[tuple[float, float]]):
+def test_work_allowed_to_a_busy_tenant_stays_within_its_share(asked: list[tuple[float, float]]):
     """What is allowed in a minute is never more than the share and one request, whatever the pattern."""
     quota, now, allowed = PriorityQuota(0.25), 0.0, list[tuple[float, float]]()
     for pause, ms in asked * 4:
@@ -41,7 +41,7 @@ def test_a_tenant_that_asks_without_end_gets_its_share_in_the_long_run(asked: li
         assert recent <= e * (0.25 * DECAY_S * 1e3 + 5_000), "work of the last minute counts at least 1/e"
 
 
-def test_tenants_without_end_take_no_memory_without_end():
+def test_the_number_of_tracked_tenants_is_bounded():
     quota = PriorityQuota(0.5, max_tenants=20)
     quota.charge("heavy", 40_000.0, 0.0)
     for index in range(30):

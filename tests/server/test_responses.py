@@ -37,7 +37,7 @@ CALL = ToolCallDelta(index=0, id="call-1", type="function", function=FunctionDel
 
 @pytest.mark.parametrize("style", [CHAT, TEXT], ids=["chat", "text"])
 @given(delta=DELTAS, index=st.integers(0, 9))
-def test_a_template_makes_the_bytes_of_the_encoded_chunk(style: Style, delta: Delta, index: int) -> None:
+def test_a_chunk_template_makes_the_same_bytes_as_the_encoder(style: Style, delta: Delta, index: int) -> None:
     template = ChunkTemplate(style.chunk(HEAD, ChunkPart(index)), style)
     plain = style.chunk(HEAD, ChunkPart(index, delta))
     assert template.events([(delta, None)]) == event_of(plain)
@@ -45,7 +45,7 @@ def test_a_template_makes_the_bytes_of_the_encoded_chunk(style: Style, delta: De
 
 
 @pytest.mark.parametrize("delta", [Delta(), Delta(reasoning_content="hm"), Delta(tool_calls=[CALL])])
-def test_a_template_takes_reasoning_and_tool_calls(delta: Delta) -> None:
+def test_a_chunk_template_encodes_reasoning_and_tool_calls(delta: Delta) -> None:
     template = ChunkTemplate(structs.replace(CHAT.chunk(HEAD, ChunkPart(0)), usage=None), CHAT)
     plain = structs.replace(CHAT.chunk(HEAD, ChunkPart(0, delta)), usage=None)
     assert template.events([(delta, None)]) == event_of(plain)
@@ -71,7 +71,9 @@ def parsed(events: bytes) -> list[Any]:
 
 
 @pytest.mark.parametrize("style", [CHAT, TEXT], ids=["chat", "text"])
-def test_a_writer_says_the_same_with_its_template_and_without(style: Style, checkpoint: Path) -> None:
+def test_a_response_writer_sends_the_same_chunks_with_and_without_a_template(
+    style: Style, checkpoint: Path
+) -> None:
     """`continuous_usage_stats` adds usage to each chunk, so the writer encodes each one plainly."""
     text = TextModel(checkpoint)
     seen: list[list[Any]] = []

@@ -52,7 +52,7 @@ def steady(request: Request) -> list[Item]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_leaves_cancels_its_request(
+async def test_a_client_that_disconnects_cancels_its_request(
     served: Served, engine: FakeEngine, stream: bool
 ) -> None:
     engine.script = steady
@@ -70,7 +70,7 @@ async def test_a_client_that_leaves_cancels_its_request(
     assert request.said <= said + 1, "within a step"
 
 
-async def test_a_client_that_leaves_before_it_said_all(served: Served, app: App) -> None:
+async def test_a_client_that_disconnects_inside_its_body_is_counted_as_gone(served: Served, app: App) -> None:
     async with connected(served) as (_, writer):
         writer.write(post(STREAM)[:-5])
         await writer.drain()
@@ -78,7 +78,7 @@ async def test_a_client_that_leaves_before_it_said_all(served: Served, app: App)
     assert not app.server.calls
 
 
-async def test_a_slow_reader_hurts_nobody(served: Served, engine: FakeEngine) -> None:
+async def test_a_slow_reader_delays_no_other_client(served: Served, engine: FakeEngine) -> None:
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     slow.connect(("127.0.0.1", served.port))
@@ -98,7 +98,9 @@ async def test_a_slow_reader_hurts_nobody(served: Served, engine: FakeEngine) ->
     await until(lambda: not engine.open)
 
 
-async def test_a_thousand_connections_at_once(served: Served, app: App, engine: FakeEngine) -> None:
+async def test_a_thousand_connections_are_all_answered_or_refused(
+    served: Served, app: App, engine: FakeEngine
+) -> None:
     """All are answered: as many as may wait get tokens, the others are told when to come back."""
     gate = asyncio.Event()
     engine.pause = lambda seconds: gate.wait()
@@ -129,7 +131,9 @@ async def last_event(reader: asyncio.StreamReader) -> Any:
     return json.loads(body.rpartition("data: ")[2].partition("\n\n")[0])
 
 
-async def test_a_signal_drains(served: Served, app: App, engine: FakeEngine) -> None:
+async def test_sigterm_finishes_running_answers_and_refuses_new_ones(
+    served: Served, app: App, engine: FakeEngine
+) -> None:
     """Running answers finish, new ones and `/ready` are refused at once, and then the server is gone."""
     finish = asyncio.Event()
     engine.pause = lambda seconds: finish.wait()
@@ -149,7 +153,9 @@ async def test_a_signal_drains(served: Served, app: App, engine: FakeEngine) -> 
     assert engine.ended
 
 
-async def test_what_does_not_finish_in_time_ends_in_a_typed_error(served: Served, engine: FakeEngine) -> None:
+async def test_answers_longer_than_the_drain_time_end_in_a_typed_error(
+    served: Served, engine: FakeEngine
+) -> None:
     engine.script = steady
     async with connected(served) as (reader, writer), httpx.AsyncClient(base_url=served.url) as client:
         writer.write(post(STREAM))
@@ -165,7 +171,7 @@ async def test_what_does_not_finish_in_time_ends_in_a_typed_error(served: Served
 
 
 @pytest.mark.parametrize("config", [ServeConfig(port=0, drain_s=3600)])
-async def test_a_second_signal_ends_at_once(served: Served, engine: FakeEngine) -> None:
+async def test_a_second_signal_stops_the_server_at_once(served: Served, engine: FakeEngine) -> None:
     engine.script = steady
     async with connected(served) as (reader, writer):
         writer.write(post(STREAM))
@@ -178,7 +184,9 @@ async def test_a_second_signal_ends_at_once(served: Served, engine: FakeEngine) 
     await asyncio.wait_for(served.task, 5)
 
 
-async def test_a_port_in_use_and_a_bad_host(served: Served, app: App, engine: FakeEngine) -> None:
+async def test_a_port_in_use_and_an_unknown_host_are_start_errors(
+    served: Served, app: App, engine: FakeEngine
+) -> None:
     with pytest.raises(StartError, match=f"port {served.port} on 127.0.0.1 is in use"):
         await lifecycle.run(ServeConfig(port=served.port), app, engine)
     with pytest.raises(StartError, match=r"--host no\.such\.host\.invalid"):
@@ -192,18 +200,18 @@ async def test_an_engine_that_cannot_load_ends_the_server(app: App, engine: Fake
     assert engine.ended
 
 
-def test_urls() -> None:
+def test_wildcard_and_ipv6_hosts_make_a_usable_url() -> None:
     assert lifecycle.url("0.0.0.0", 80) == "http://127.0.0.1:80"
     assert lifecycle.url("::1", 80) == "http://[::1]:80"
 
 
-async def test_an_upgrade_and_garbage_are_refused(served: Served) -> None:
+async def test_bytes_that_are_not_http_get_400(served: Served) -> None:
     async with connected(served) as (reader, writer):
         writer.write(b"\x16\x03\x01\x02\x00 not http\r\n\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.1 400")
 
 
-async def test_the_page_needs_nothing_from_elsewhere(served: Served) -> None:
+async def test_the_page_loads_nothing_from_other_hosts(served: Served) -> None:
     async with httpx.AsyncClient(base_url=served.url) as client:
         page = await client.get("/")
         assert page.headers["content-type"].startswith("text/html")
@@ -219,6 +227,6 @@ async def test_the_page_needs_nothing_from_elsewhere(served: Served) -> None:
         assert "http" not in page.text
 
 
-async def test_builds_need_a_tokenizer(engine: FakeEngine, tmp_path: Any) -> None:
+async def test_a_model_without_a_tokenizer_is_a_start_error(engine: FakeEngine, tmp_path: Any) -> None:
     with pytest.raises(StartError, match=r"tokenizer\.json"):
         build(ServeConfig(), engine, {"tiny": tmp_path})

@@ -46,13 +46,13 @@ def queries() -> str:
     return " ".join(target["expr"] for graph in GRAPHS for target in graph["targets"])
 
 
-def test_every_metric_has_one_name_as_prometheus_wants_it() -> None:
+def test_metric_names_are_unique_and_follow_prometheus_rules() -> None:
     names = [metric.name for metric in METRICS]
     assert len(set(names)) == len(names) > 20
     assert [name for name in names if not name.startswith("stretto_") or name.endswith("_total")] == []
 
 
-def test_the_reference_lists_every_metric_as_the_catalogue_has_it() -> None:
+def test_the_reference_page_equals_the_catalogue() -> None:
     rows = [
         f"| `{shown(metric.name)}` | {KINDS[metric.name].removeprefix('bulk')} | "
         f"{', '.join(f'`{label}`' for label in metric.labels)} | {metric.help} |"
@@ -62,17 +62,17 @@ def test_the_reference_lists_every_metric_as_the_catalogue_has_it() -> None:
     assert [line for line in lines if line.startswith("| `")] == rows
 
 
-def test_the_dashboard_queries_every_metric_that_has_a_graph_and_no_other() -> None:
+def test_the_dashboard_queries_exactly_the_metrics_with_a_graph() -> None:
     assert named(queries()) == KNOWN - WITHOUT_GRAPH
 
 
-def test_the_dashboard_keeps_its_graphs() -> None:
+def test_the_dashboard_has_every_expected_graph() -> None:
     rows = [panel["title"] for panel in BOARD["panels"] if panel["type"] == "row"]
     assert rows == ["On time", "Latency", "Load", "Steps", "Worker"]
     assert len(GRAPHS) == 22
 
 
-def test_no_graph_of_the_dashboard_lies_over_another() -> None:
+def test_dashboard_graphs_do_not_overlap() -> None:
     taken = [
         (graph["gridPos"]["x"] + x, graph["gridPos"]["y"] + y)
         for graph in GRAPHS
@@ -84,14 +84,14 @@ def test_no_graph_of_the_dashboard_lies_over_another() -> None:
     assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
 
 
-def test_the_rules_query_metrics_and_records_that_exist() -> None:
+def test_rules_query_only_existing_metrics_and_records() -> None:
     records = {rule["record"] for rule in RULES if "record" in rule}
     read = {name for rule in RULES for name in re.findall(r"stretto:\w+:\w+", rule["expr"])}
     assert set().union(*(named(rule["expr"]) for rule in RULES)) <= KNOWN
     assert read <= records == {"stretto:attainment:ratio5m", "stretto:goodput:rate5m"}
 
 
-def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
+def test_every_alert_has_a_severity_and_instructions() -> None:
     alerts = {rule["alert"]: rule for rule in RULES if "alert" in rule}
     assert alerts.keys() == {
         "StrettoPriorityLate",
@@ -107,7 +107,7 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
         assert alert["annotations"].keys() == {"summary", "description"}
 
 
-def test_a_bulk_histogram_counts_as_one_observation_after_the_other_does() -> None:
+def test_a_bulk_histogram_equals_single_observations() -> None:
     values = [0.5, 1.0, 1.5, 2.0, 99.0]
     together = BulkHistogram("together", "h", registry=None, buckets=(1.0, 2.0))
     apart = BulkHistogram("together", "h", registry=None, buckets=(1.0, 2.0))
@@ -120,7 +120,7 @@ def test_a_bulk_histogram_counts_as_one_observation_after_the_other_does() -> No
 
 
 @needs_promtool
-def test_the_rules_record_attainment_and_alert_on_late_priority_requests(tmp_path: Path) -> None:
+def test_rules_record_attainment_and_alert_on_late_priority_requests(tmp_path: Path) -> None:
     """Nine of ten priority requests are on time for a while, and cancelled requests count nowhere."""
     series = 'stretto_judged_requests_total{tier="%s",model="m",verdict="%s"}'
     case = {

@@ -38,7 +38,7 @@ def seen() -> Live:
     return World().snapshot()
 
 
-def test_rates_count_the_window_alone(seen: Live) -> None:
+def test_rates_count_only_the_window(seen: Live) -> None:
     assert seen.tokens_s == 12 / WINDOW_S
     assert seen.prefill_s == 180 / WINDOW_S
     assert seen.steps_s == 3 / WINDOW_S
@@ -60,33 +60,33 @@ def test_times_are_median_and_p99_in_milliseconds(seen: Live) -> None:
     assert seen.step_ms == (10.0, 10.0)
 
 
-def test_tokens_of_a_step_are_a_mean(seen: Live) -> None:
+def test_step_tokens_are_the_mean_of_the_window(seen: Live) -> None:
     assert seen.step_tokens == (4.0, 60.0)
 
 
-def test_the_step_time_model_is_compared_where_it_predicted(seen: Live) -> None:
+def test_model_error_uses_only_steps_with_a_prediction(seen: Live) -> None:
     assert seen.steps == ((10.0, 8.0), (10.0, 9.0))
     assert seen.model_error == pytest.approx(0.15)
 
 
-def test_attainment_counts_since_the_start_and_lately_but_no_cancelled_request(seen: Live) -> None:
+def test_attainment_covers_start_and_window_without_cancelled_requests(seen: Live) -> None:
     assert seen.tiers == {
         "default": TierAttainment(1, 2, 1, 1, 1 / WINDOW_S),
         "priority": TierAttainment(0, 1, 0, 1, 0.0),
     }
 
 
-def test_refusals_and_ends_count_since_the_start(seen: Live) -> None:
+def test_refusals_and_ended_requests_count_since_the_start(seen: Live) -> None:
     assert seen.refused == {"overloaded": 1}
     assert seen.ended == 4
 
 
-def test_the_state_of_the_worker_is_passed_on(seen: Live) -> None:
+def test_restarts_readiness_and_objectives_are_passed_on(seen: Live) -> None:
     assert (seen.restarts, seen.ready) == (2, True)
     assert seen.objectives == OBJECTIVES
 
 
-def test_a_worker_that_has_done_nothing_shows_no_times() -> None:
+def test_an_unused_worker_shows_no_times() -> None:
     empty = Recent({}, lambda: 0.0).snapshot(running=0, restarts=0, ready=False)
     assert (empty.ttft_ms, empty.itl_ms, empty.step_ms) == ((None, None),) * 3
     assert (empty.model_error, empty.tiers, empty.steps) == (None, {}, ())

@@ -46,7 +46,7 @@ def reference(path: Path):
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama"])
-def test_a_chat_encodes_as_transformers_encodes_it(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_chat_is_encoded_as_by_transformers(name: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(name)
     theirs = reference(path)
     for end in range(1, len(CHAT) + 1):
@@ -57,7 +57,7 @@ def test_a_chat_encodes_as_transformers_encodes_it(name: str, request: pytest.Fi
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama"])
-def test_a_raw_prompt_encodes_as_the_tokenizer_says(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_raw_prompt_is_encoded_as_by_the_tokenizer(name: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(name)
     theirs = reference(path)
     for prompt in ("Hello, world", "<|start|>user\nHi<|stop|>", "<s>[INST] the </s>", " "):
@@ -74,7 +74,7 @@ def test_a_raw_prompt_encodes_as_the_tokenizer_says(name: str, request: pytest.F
         "x</think>y<tool_call>z",
     ],
 )
-def test_special_tokens_that_a_user_types_are_text(chatml: Path, typed: str) -> None:
+def test_special_tokens_typed_by_a_user_are_text(chatml: Path, typed: str) -> None:
     text = TextModel(chatml)
     control = set(text.tokenizer.get_added_tokens_decoder())
     ids = text.encode_chat([{"role": "user", "content": typed}])
@@ -84,7 +84,7 @@ def test_special_tokens_that_a_user_types_are_text(chatml: Path, typed: str) -> 
     assert shown == text.tokenizer.decode(plain, skip_special_tokens=False).replace("\nx<", f"\n{typed}<")
 
 
-def test_special_tokens_in_tools_and_calls_are_text_too(chatml: Path) -> None:
+def test_special_tokens_in_tools_and_tool_calls_are_text(chatml: Path) -> None:
     text = TextModel(chatml)
     control = set(text.tokenizer.get_added_tokens_decoder())
     evil = "<|stop|>"
@@ -106,7 +106,7 @@ def test_a_special_token_typed_inside_a_word_adds_no_blank(llama: Path) -> None:
     assert text.decode(ids) == "[user] the</s>the "
 
 
-def test_a_missing_or_rejecting_template_is_the_clients_error(tmp_path: Path) -> None:
+def test_a_missing_or_failing_chat_template_is_an_invalid_request(tmp_path: Path) -> None:
     bare = TextModel(write(tmp_path / "bare", byte_level(), None, eos="<|stop|>"))
     with pytest.raises(UnsupportedField, match="no chat template"):
         bare.encode_chat(CHAT)
@@ -122,7 +122,7 @@ def test_templates_are_sandboxed(tmp_path: Path) -> None:
         TextModel(write(tmp_path, byte_level(), escape, eos="<|stop|>")).encode_chat(CHAT)
 
 
-def test_a_template_file_wins_and_generation_blocks_are_replaced_by_their_content(tmp_path: Path) -> None:
+def test_a_template_file_takes_precedence_and_generation_blocks_are_unwrapped(tmp_path: Path) -> None:
     path = write(tmp_path, byte_level(), "wrong", eos="<|stop|>")
     source = (
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
@@ -147,7 +147,7 @@ def test_the_null_tokenizer_encodes_any_text_and_decodes_any_token() -> None:
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama"])
-def test_tokens_decoded_one_by_one_give_the_tokenizers_own_text(
+def test_incremental_decoding_gives_the_text_of_the_tokenizer(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     text = TextModel(request.getfixturevalue(name))
@@ -165,7 +165,7 @@ def test_tokens_decoded_one_by_one_give_the_tokenizers_own_text(
         assert "\ufffd" not in "".join(pieces)
 
 
-def test_random_tokens_decode_as_their_bytes_do_in_utf8(chatml: Path) -> None:
+def test_random_tokens_decode_to_the_utf8_text_of_their_bytes(chatml: Path) -> None:
     text = TextModel(chatml)
     draw = random.Random(3)
     ids = [draw.randrange(text.tokenizer.get_vocab_size() + 50) for _ in range(4000)]
@@ -196,7 +196,7 @@ def test_stop_strings_do_not_depend_on_token_boundaries(chatml: Path) -> None:
             assert (out, detokenizer.stopped in stop) == (expected, True)
 
 
-def test_text_held_back_for_a_stop_string_is_flushed_at_the_end(chatml: Path) -> None:
+def test_text_buffered_for_a_stop_string_is_flushed_at_the_end(chatml: Path) -> None:
     text = TextModel(chatml)
     detokenizer = text.detokenizer(("dog!",))
     out = "".join(map(detokenizer.push, text.encode("the lazy dog")))
@@ -246,7 +246,7 @@ WORDS = ["[UNK]", "[SEP]", "the", "un", "##aff", "##able", "fox", ",", "##s"]
         (replacing(), byte_level().encode("The fox, the \u4e16 fox", add_special_tokens=False).ids),
     ],
 )
-def test_any_other_kind_of_decoder_works_through_the_library(tokenizer: Tokenizer, ids: list[int]) -> None:
+def test_other_decoders_fall_back_to_the_tokenizers_library(tokenizer: Tokenizer, ids: list[int]) -> None:
     hidden = [id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special]
     pieces = Pieces(tokenizer, hidden)
     assert not pieces.additive
@@ -259,7 +259,7 @@ def test_any_other_kind_of_decoder_works_through_the_library(tokenizer: Tokenize
     assert all(pieces[id] == tokenizer.decode([id]).encode() for id in ids)
 
 
-def test_a_character_that_the_library_holds_back_is_flushed() -> None:
+def test_a_character_buffered_by_the_library_is_flushed() -> None:
     tokenizer = replacing()
     ids = tokenizer.encode("x\u754c", add_special_tokens=False).ids[:-1]
     detokenizer = Detokenizer(Pieces(tokenizer))
@@ -268,7 +268,9 @@ def test_a_character_that_the_library_holds_back_is_flushed() -> None:
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama"])
-def test_the_fast_decoder_agrees_with_the_librarys(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_fast_decoder_agrees_with_the_tokenizers_library(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     text = TextModel(request.getfixturevalue(name))
     draw = random.Random(7)
     for sample in (

@@ -105,7 +105,7 @@ CASES: list[tuple[ToolFormat, str, str, list[list[str]]]] = [
 
 
 @pytest.mark.parametrize(("form", "text", "content", "calls"), CASES)
-def test_calls_are_found_wherever_the_text_is_cut(
+def test_tool_calls_are_found_wherever_the_text_is_split(
     form: ToolFormat, text: str, content: str, calls: list[list[str]]
 ) -> None:
     assert run(form, text) == (content, calls)
@@ -114,7 +114,7 @@ def test_calls_are_found_wherever_the_text_is_cut(
         assert run(form, text[:cut], text[cut:]) == (content, calls)
 
 
-def test_arguments_leave_as_they_are_written() -> None:
+def test_arguments_are_streamed_as_they_arrive() -> None:
     parser = ToolParser(HERMES, NAMES)
     assert heard(parser.push('<tool_call>{"name": "add", "arguments": {"a": ')) == ("", [["add", '{"a": ']])
     assert heard(parser.push("12"))[1] == [["", "12"]]
@@ -123,7 +123,7 @@ def test_arguments_leave_as_they_are_written() -> None:
     assert parser.calls == 1
 
 
-def test_a_call_that_breaks_in_its_arguments_gives_the_rest_back() -> None:
+def test_a_call_with_broken_arguments_returns_the_rest_as_content() -> None:
     parser = ToolParser(HERMES, NAMES)
     text = '<tool_call>{"name": "add", "arguments": {"a": oops}}</tool_call>'
     said = parser.push(text[:45]) + parser.push(text[45:]) + parser.flush()
@@ -135,18 +135,18 @@ def test_a_call_that_breaks_in_its_arguments_gives_the_rest_back() -> None:
     assert text.endswith(calls[0][1] + content)
 
 
-def test_forced_calls_cut_short_keep_what_they_have() -> None:
+def test_truncated_forced_calls_keep_their_partial_arguments() -> None:
     content, calls = run(FORCED, '[{"name": "add", "arguments": {"a": 1')
     assert (content, calls) == ("", [["add", '{"a": 1']])
 
 
-def test_a_named_call_is_all_arguments() -> None:
+def test_a_named_tool_choice_reads_all_text_as_arguments() -> None:
     call = NamedCallParser("add")
     said = call.push('{"a"') + call.push("") + call.push(": 1}") + call.flush()
     assert heard(said) == ("", [["add", '{"a": 1}']])
 
 
-def test_the_format_is_what_the_template_mentions() -> None:
+def test_the_tool_format_is_detected_from_the_chat_template() -> None:
     assert choose("... <tool_call> ...".__contains__) is HERMES
     assert choose("... [TOOL_CALLS] ...".__contains__) is MISTRAL
     assert choose("... <|python_tag|> ...".__contains__) is LLAMA
@@ -165,7 +165,7 @@ THOUGHTS = [
 
 
 @pytest.mark.parametrize(("opened", "text", "thought", "answer"), THOUGHTS)
-def test_reasoning_is_split_wherever_the_text_is_cut(
+def test_reasoning_is_separated_wherever_the_text_is_split(
     opened: bool, text: str, thought: str, answer: str
 ) -> None:
     for pieces in ([text], list(text), *([text[:cut], text[cut:]] for cut in range(1, len(text)))):
@@ -174,7 +174,7 @@ def test_reasoning_is_split_wherever_the_text_is_cut(
         assert ("".join(p[0] for p in parts), "".join(p[1] for p in parts)) == (thought, answer)
 
 
-def test_a_whole_answer_is_split_with_or_without_its_opening_tag() -> None:
+def test_reasoning_is_separated_with_or_without_its_opening_tag() -> None:
     assert split_whole("<think>a</think>b") == ("a", "b")
     assert split_whole("a</think>\n\nb") == ("a", "b")
     assert split_whole("b") == ("", "b")
@@ -194,7 +194,7 @@ def read(text: str) -> dict[str, str] | None:
     return None
 
 
-def test_the_json_reader_agrees_with_json() -> None:
+def test_the_json_reader_agrees_with_the_json_module() -> None:
     draw = random.Random(5)
 
     def value(depth: int = 0) -> object:

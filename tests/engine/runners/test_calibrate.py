@@ -58,7 +58,7 @@ def metered(tmp_path: Path, *, failing: bool = False, context: int = 8192, block
     return Metered(msgspec.structs.replace(info, path=str(tmp_path)), failing=failing)
 
 
-def test_calibration_finds_the_machine_and_keeps_to_its_budget():
+def test_calibration_fits_the_machine_within_its_time_budget():
     rng, ran = Random(6), list[CalibrationStep]()
     spent = 0.0
 
@@ -76,7 +76,7 @@ def test_calibration_finds_the_machine_and_keeps_to_its_budget():
     assert 0 < model.error < 0.1
 
 
-def test_a_noisy_neighbour_does_not_spoil_a_calibration():
+def test_outliers_do_not_spoil_a_calibration():
     quick, rng = StepCost(base=3.0, per_decode=0.5, per_prefill=0.2, per_key=1e-3, per_pair=1e-6), Random(2)
 
     def run(probe: CalibrationStep) -> float:
@@ -87,13 +87,13 @@ def test_a_noisy_neighbour_does_not_spoil_a_calibration():
         assert model.cost(seen) == pytest.approx(quick(seen), rel=0.15)
 
 
-def test_calibration_of_a_machine_too_slow_for_all_probes():
+def test_a_machine_too_slow_for_all_steps_is_still_calibrated():
     slow = StepCost(base=300.0, per_decode=40.0, per_prefill=60.0)
     model = calibrate(lambda probe: slow(probe.load))
     assert model.cost(StepLoad(1, 0, 100, 0.0)) == pytest.approx(340.0, rel=0.1)
 
 
-def test_every_probe_is_a_step_that_a_runner_can_run(tmp_path: Path):
+def test_every_calibration_step_is_a_valid_plan(tmp_path: Path):
     runner = metered(tmp_path)
     bench = Calibrator(runner)
     for probe in CALIBRATION_STEPS:
@@ -110,7 +110,7 @@ def test_every_probe_is_a_step_that_a_runner_can_run(tmp_path: Path):
     assert runner.plans[-1].rows[0].seq is again
 
 
-def test_a_small_model_is_asked_only_for_steps_it_can_run(tmp_path: Path):
+def test_a_small_model_runs_only_calibration_steps_within_its_limits(tmp_path: Path):
     runner, limits = metered(tmp_path, context=200, blocks=8), Limits(4, 64)
     known_times(runner, limits, machine="small", folder=tmp_path)
     assert runner.plans and {
@@ -122,7 +122,7 @@ def test_a_small_model_is_asked_only_for_steps_it_can_run(tmp_path: Path):
     assert not fits(CalibrationStep(8, 16), runner, limits) and fits(CalibrationStep(4, 16), runner, limits)
 
 
-def test_it_is_measured_once_for_a_machine_and_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_calibration_runs_once_per_machine_and_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Calibrator, "run", lambda self, step: self.plan(step) and SMALL_CPU(step.load))
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"12")
@@ -144,7 +144,7 @@ def test_it_is_measured_once_for_a_machine_and_a_checkpoint(tmp_path: Path, monk
     assert len(measured) == 3
 
 
-def test_a_disturbed_measurement_is_used_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_implausible_measurement_is_used_but_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     flat = StepCost(base=80.0, per_prefill=20.0)  # decodes that cost nothing: no machine is like that
     monkeypatch.setattr(Calibrator, "run", lambda self, step: flat(step.load))
     times = known_times(metered(tmp_path), LIMITS, machine="one", folder=tmp_path)
@@ -152,20 +152,20 @@ def test_a_disturbed_measurement_is_used_and_not_kept(tmp_path: Path, monkeypatc
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_a_folder_that_takes_nothing_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_an_unwritable_folder_is_logged_and_not_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     model, blocked = StepTime(SMALL_CPU), tmp_path / "file"
     blocked.write_text("in the way")
     save(model, blocked / "steptime.json", **MACHINE)
     assert "cannot be stored" in caplog.text
 
 
-def test_a_failing_step_leaves_the_default_model(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_failing_step_falls_back_to_the_default_model(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     times = known_times(metered(tmp_path, failing=True), LIMITS, machine="one", folder=tmp_path)
     assert times.cost == UNKNOWN and "no memory" in caplog.text
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_a_null_model_says_what_it_takes(tmp_path: Path):
+def test_a_null_model_reports_its_own_step_time(tmp_path: Path):
     clock = VirtualClock()
     runner = NullRunner(null_info(), cost=StepCost(base=20.0), sleep=clock.sleep)
     assert known_times(runner, LIMITS, machine="one", folder=tmp_path).cost == StepCost(base=20.0)
@@ -177,7 +177,7 @@ def test_a_null_model_says_what_it_takes(tmp_path: Path):
     assert free.cost(StepLoad(8, 0, 100, 0.0)) == pytest.approx(0.4, rel=0.1)
 
 
-def test_it_is_kept_for_its_machine_and_checkpoint_alone(tmp_path: Path):
+def test_stored_step_times_load_only_for_their_machine_and_checkpoint(tmp_path: Path):
     path = tmp_path / "steptime.json"
     assert load(path, **MACHINE) is None
     model = StepTime(SMALL_CPU, [0.02, 0.04])

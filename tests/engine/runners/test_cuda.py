@@ -123,7 +123,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.mark.parametrize("family", CHOSEN)
-def test_logits(family: str, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     """In the dtype that a GPU serves in, against float32 over the same weights: whole, in chunks, decoded.
     The weights are small enough that plain torch in bfloat16 stays within the tolerance, too."""
     dtype, tolerance = (torch.bfloat16, 2e-2) if GPU else (torch.float32, 1e-4)
@@ -139,7 +139,9 @@ def test_logits(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", CHOSEN if GPU else [])
-def test_greedy_tokens_are_the_references_whatever_else_happens(family: str, tmp_path: Path) -> None:
+def test_greedy_tokens_equal_transformers_batched_chunked_cached_and_preempted(
+    family: str, tmp_path: Path
+) -> None:
     model = make(family, tmp_path)
     made = Bench(tmp_path)
     alone = [made.run(made.engine(), [prompt])[0] for prompt in PROMPTS]
@@ -154,7 +156,7 @@ def test_greedy_tokens_are_the_references_whatever_else_happens(family: str, tmp
     assert sum(step.preempted for step in made.steps) > 0
 
 
-def test_answers_do_not_depend_on_company(bench: Bench) -> None:
+def test_answers_do_not_depend_on_the_batch(bench: Bench) -> None:
     """Greedy, drawn on the device, and drawn by the host, in one batch and alone; blocks that run out."""
     asked: list[dict[str, object]] = [
         {"temperature": 1.3, "top_p": 0.9, "seed": 11},
@@ -179,7 +181,7 @@ PENALISED: list[dict[str, object]] = [
 ]
 
 
-def test_penalties_on_the_device_are_the_hosts(bench: Bench) -> None:
+def test_penalties_on_the_device_equal_those_on_the_host(bench: Bench) -> None:
     """Reporting makes the host draw; blocks that run out make histories start again."""
     wanted = [
         bench.run(bench.engine(), [p], a | {"logprobs": 0})[0]
@@ -190,7 +192,7 @@ def test_penalties_on_the_device_are_the_hosts(bench: Bench) -> None:
         assert bench.run(bench.engine(blocks=20, step_tokens=7), PROMPTS[:3], *PENALISED) == wanted
 
 
-def test_a_step_is_launched_before_the_last_one_is_read(bench: Bench) -> None:
+def test_a_step_is_launched_before_the_previous_one_is_read(bench: Bench) -> None:
     engine = bench.engine()
     runner = engine.models["m"].runner
     calls: list[str] = []
@@ -208,7 +210,7 @@ def test_a_step_is_launched_before_the_last_one_is_read(bench: Bench) -> None:
         assert calls == ["launch", "wait"] * OUTPUT, "the host draws"
 
 
-def test_a_token_that_ends_an_answer_is_the_last(bench: Bench) -> None:
+def test_no_token_follows_the_end_of_an_answer(bench: Bench) -> None:
     """The step after it is under way when it is read."""
     answer = bench.run(bench.engine(), PROMPTS[:1])[0]
     assert bench.run(bench.engine(eos=answer[1]), PROMPTS[:1]) == [answer[: answer.index(answer[1])]]
@@ -217,7 +219,7 @@ def test_a_token_that_ends_an_answer_is_the_last(bench: Bench) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what is wrong on purpose
-def test_vectors_and_wrong_numbers(tmp_path: Path) -> None:
+def test_embeddings_are_unit_vectors_and_a_sequence_with_nan_fails_alone(tmp_path: Path) -> None:
     make("llama", tmp_path, **LAYERS)
     bench = Bench(tmp_path)
     engine = bench.engine()
@@ -242,7 +244,7 @@ def test_vectors_and_wrong_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_an_engine_on_a_device_is_built_of_all_this(tmp_path: Path) -> None:
+def test_an_engine_built_for_a_gpu_gives_the_greedy_tokens_of_transformers(tmp_path: Path) -> None:
     model = make("llama-3", tmp_path)
     config = EngineConfig(models=(ModelConfig(name="m", path=str(tmp_path)),), device="cuda", kv_bytes=2**24)
     (runner,) = ModelLoader(config).runners

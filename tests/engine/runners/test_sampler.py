@@ -116,7 +116,7 @@ texts = st.lists(st.integers(0, VOCAB - 1), max_size=6)
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(rows=st.lists(st.tuples(samplings, texts, texts, st.integers(0, 2**32)), min_size=1, max_size=6))
-def test_every_row_of_a_mixed_batch_is_the_reference_and_the_row_alone(rows: list[Any]):
+def test_every_row_of_a_mixed_batch_equals_the_reference_and_the_row_alone(rows: list[Any]):
     sequences = [sequence(ask, prompt, output) for ask, prompt, output, _ in rows]
     logits = np.stack([np.random.default_rng(seed).normal(size=VOCAB) * 3 for *_, seed in rows])
     batch = torch.tensor(logits, dtype=torch.float32)
@@ -172,7 +172,7 @@ def test_random_numbers_are_uniform_and_independent_of_seed_and_index():
     assert 0 <= min(uniform(9, index) for index in range(1000)) < 0.01
 
 
-def test_the_extreme_random_numbers_draw_an_allowed_token():
+def test_extreme_random_numbers_draw_an_allowed_token():
     weights = np.zeros(2000, dtype=np.float32)
     weights[[3, 700, 1500]] = [1.0, 1e-6, 3e-5]
     assert module.sample_all(weights, 0.0) == 3
@@ -188,7 +188,7 @@ def toy_logits(tokens: list[int]) -> np.ndarray:
     return np.random.default_rng([len(tokens), *tokens[-3:]]).normal(size=VOCAB).astype(np.float32) * 2
 
 
-def test_a_seeded_text_does_not_depend_on_its_batch_or_on_interruptions():
+def test_a_seeded_text_does_not_depend_on_its_batch_or_on_preemption():
     asks = [
         Sampling(seed=11, temperature=0.9),
         Sampling(seed=12, top_p=0.8, repetition_penalty=1.2),
@@ -214,13 +214,13 @@ def test_a_seeded_text_does_not_depend_on_its_batch_or_on_interruptions():
     assert write([3, 1, 0], np.random.default_rng(9)) == {index: together[index] for index in (3, 1, 0)}
 
 
-def test_unseeded_sequences_differ():
+def test_unseeded_sequences_draw_different_tokens():
     flat = torch.zeros(8, 4096)
     asks = [sequence(Sampling()) for _ in range(8)]
     assert len({drawn.token for drawn in sampler(4096)(flat, asks)}) > 4
 
 
-def test_a_token_in_flight_moves_the_draw_on():
+def test_a_token_in_flight_advances_the_random_number():
     seq = sequence(Sampling(seed=3))
     flat = np.zeros(VOCAB)
     first = draw(flat, seq).token
@@ -231,7 +231,7 @@ def test_a_token_in_flight_moves_the_draw_on():
     assert draw(flat, seq).token == second != first
 
 
-def test_penalties_change_what_was_seen_and_nothing_else():
+def test_penalties_apply_only_to_seen_tokens():
     logits = np.full(VOCAB, -9.0, dtype=np.float32)
     logits[[10, 11, 12]] = [4.0, 3.0, 2.0]
     greedy = {"temperature": 0.0}
@@ -247,7 +247,7 @@ def test_penalties_change_what_was_seen_and_nothing_else():
     assert draw(negative, sequence(Sampling(repetition_penalty=2.0, **greedy), [20], [])).token == 0
 
 
-def test_histories_grow_with_their_sequences_and_end_with_them():
+def test_token_histories_follow_their_sequences_and_are_dropped_at_the_end():
     draws, seq = sampler(), sequence(Sampling(temperature=0.0, frequency_penalty=0.3, repetition_penalty=1.1))
     for step in range(25):
         logits = torch.tensor(toy_logits(seq.tokens))[None]
@@ -259,7 +259,7 @@ def test_histories_grow_with_their_sequences_and_end_with_them():
     assert draws.tracked == []
 
 
-def test_logprobs_are_the_models_own():
+def test_logprobs_are_those_of_the_unmodified_logits():
     logits = np.random.default_rng(5).normal(size=VOCAB).astype(np.float32) * 4
     truth = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
     bare = Sampling(logprobs=4, seed=1)
@@ -277,7 +277,7 @@ def test_logprobs_are_the_models_own():
     assert alone is not None and alone.top == () and alone.chosen == pytest.approx(truth.max(), abs=1e-5)
 
 
-def test_logprobs_list_equals_by_id_and_leave_out_the_impossible():
+def test_equal_logprobs_are_ordered_by_id_and_impossible_tokens_left_out():
     logits = np.full(VOCAB, -np.inf)
     logits[[9, 4, 30]] = [1.0, 1.0, 1.0]
     drawn = draw(logits, sequence(Sampling(temperature=0.0, logprobs=20)))
@@ -286,7 +286,7 @@ def test_logprobs_list_equals_by_id_and_leave_out_the_impossible():
     assert all(value == pytest.approx(-math.log(3)) for _, value in drawn.logprobs.top)
 
 
-def test_a_minimum_holds_back_what_would_end_the_text():
+def test_min_tokens_masks_eos_and_stop_tokens():
     logits = np.zeros(VOCAB, dtype=np.float32)
     logits[[0, 7, 5, 20]] = [9.0, 8.0, 7.0, 1.0]
     ask = Sampling(temperature=0.0, min_tokens=2, stop_token_ids=(5, VOCAB + 3))
@@ -297,7 +297,7 @@ def test_a_minimum_holds_back_what_would_end_the_text():
     assert draw(logits, sequence(careless)).token == 0
 
 
-def test_ids_beyond_the_vocabulary_are_ignored():
+def test_token_ids_beyond_the_vocabulary_are_ignored():
     ask = Sampling(
         temperature=0.0, min_tokens=3, logit_bias={VOCAB: 100.0, 10**9: 5.0, 6: 2.0}, stop_token_ids=(10**9,)
     )
@@ -326,7 +326,7 @@ def test_a_row_with_nan_or_infinity_fails_alone(ask: Sampling, poison: float):
     assert poisoned == [sound[0], Drawn(-1), sound[2]]
 
 
-def test_a_row_without_an_allowed_token_fails_and_a_masked_one_does_not():
+def test_a_row_fails_only_when_no_token_is_allowed():
     nothing = np.full(VOCAB, -np.inf)
     for ask in (Sampling(), Sampling(temperature=0.0), Sampling(top_k=3)):
         assert draw(nothing, sequence(ask)) == Drawn(-1)
@@ -336,7 +336,7 @@ def test_a_row_without_an_allowed_token_fails_and_a_masked_one_does_not():
             assert draw(masked, sequence(ask)).token == 17
 
 
-def test_extreme_settings_stay_numbers():
+def test_extreme_sampling_settings_give_valid_tokens():
     logits = np.random.default_rng(3).normal(size=VOCAB).astype(np.float32)
     assert draw(logits, sequence(Sampling(temperature=1e-5))).token == int(logits.argmax())
     assert draw(logits, sequence(Sampling(temperature=1e-300))).token == int(logits.argmax())
@@ -359,7 +359,7 @@ def big_rows() -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("row", range(4))
-def test_a_large_vocabulary_draws_as_if_it_were_sorted(row: int):
+def test_a_filtered_draw_from_a_large_vocabulary_equals_sorting_it(row: int):
     logits = big_rows()[row]
     order = np.argsort(-logits, kind="stable")
     for ask in (
@@ -380,7 +380,7 @@ def test_a_large_vocabulary_draws_as_if_it_were_sorted(row: int):
 
 
 @pytest.mark.parametrize("row", range(4))
-def test_a_large_vocabulary_is_inverted_by_blocks_as_a_whole(row: int):
+def test_a_draw_from_a_large_vocabulary_inverts_the_cumulative_distribution(row: int):
     logits = big_rows()[row]
     weights = np.exp(logits - logits.max())
     cumulative = weights.cumsum(dtype=np.float64) / weights.sum(dtype=np.float64)
@@ -392,14 +392,14 @@ def test_a_large_vocabulary_is_inverted_by_blocks_as_a_whole(row: int):
 
 @pytest.mark.parametrize("row", range(4))
 @pytest.mark.parametrize("size", [1, 20, 64, 1024, 16384, 50_001])
-def test_the_likeliest_are_a_prefix_of_the_sorted(row: int, size: int):
+def test_top_tokens_are_a_prefix_of_the_sorted_vocabulary(row: int, size: int):
     logits = big_rows()[row]
     found = module.top_tokens(logits, size)
     assert len(found) >= size
     assert np.array_equal(found, np.argsort(-logits, kind="stable")[: len(found)])
 
 
-def test_few_tokens_are_compared_in_the_common_case(monkeypatch: pytest.MonkeyPatch):
+def test_common_settings_sort_few_tokens(monkeypatch: pytest.MonkeyPatch):
     logits = big_rows()[1]
     sizes: list[int] = []
     full = module.top_tokens
@@ -465,7 +465,7 @@ def guided(ask: Sampling, *tokens: int) -> Sequence:
     return replace(sequence(ask), grammar=Allowing(*tokens))  # type: ignore[arg-type]
 
 
-def test_only_what_the_grammar_allows_is_drawn():
+def test_only_tokens_that_the_grammar_allows_are_drawn():
     logits = np.random.default_rng(4).normal(size=VOCAB).astype(np.float32)
     for ask in (Sampling(temperature=0.0), Sampling(temperature=2.0), Sampling(top_k=1), Sampling(min_p=0.1)):
         assert draw(logits, guided(ask, 3, 30)).token in (3, 30)
@@ -475,7 +475,7 @@ def test_only_what_the_grammar_allows_is_drawn():
     assert sampler()(batch, [guided(Sampling(), 12), free])[1].token == int(logits.argmax())
 
 
-def test_a_minimum_yields_to_a_grammar_that_leaves_nothing_else():
+def test_min_tokens_yields_to_a_grammar_that_allows_only_the_end():
     ask = Sampling(temperature=0.0, min_tokens=5)
     logits = np.zeros(VOCAB)
     logits[7] = 5.0

@@ -111,7 +111,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kernels", TABLES, ids=lambda table: table.name)
-def test_greedy_tokens_are_the_references_whatever_else_happens(
+def test_greedy_tokens_equal_transformers_batched_chunked_cached_and_preempted(
     family: str, kernels: AnyKernels, tmp_path: Path
 ):
     model = make(family, tmp_path)
@@ -130,7 +130,7 @@ def test_greedy_tokens_are_the_references_whatever_else_happens(
     assert sum(step.preempted for step in bench.steps) > 0
 
 
-def test_seeded_requests_draw_the_same_tokens_whatever_shares_the_batch(checkpoint: Path):
+def test_seeded_requests_draw_the_same_tokens_in_any_batch(checkpoint: Path):
     bench = Bench(checkpoint)
     sampling = {"temperature": 1.3, "top_p": 0.95, "top_k": 50, "seed": 11, "repetition_penalty": 1.1}
     alone = bench.alone(**sampling)
@@ -158,7 +158,7 @@ def test_an_embedding_is_a_unit_vector_and_does_not_depend_on_chunks(checkpoint:
     assert torch.dist(whole, chunked).item() < 1e-4
 
 
-def test_a_sequence_whose_numbers_go_wrong_hurts_nobody(tmp_path: Path):
+def test_a_sequence_with_nan_fails_alone(tmp_path: Path):
     """A token whose embedding is infinite; others share its step, its beginning and, later, its blocks."""
     make("llama", tmp_path)
     bench = Bench(tmp_path)
@@ -186,7 +186,7 @@ def test_a_sequence_whose_numbers_go_wrong_hurts_nobody(tmp_path: Path):
             ] == answer
 
 
-def test_plans_never_exceed_the_limits(checkpoint: Path):
+def test_steps_never_exceed_max_step_tokens(checkpoint: Path):
     bench = Bench(checkpoint)
     engine = bench.engine(step_tokens=9)
     bench.run(engine, PROMPTS)

@@ -114,13 +114,13 @@ def write(grammars: Grammars, grammar: Grammar, tokenizer: Tokenizer, seed: int)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_text_under_json_object_is_an_object(grammars: Grammars, tokenizer: Tokenizer, seed: int):
+def test_text_under_json_object_is_a_json_object(grammars: Grammars, tokenizer: Tokenizer, seed: int):
     text = write(grammars, Grammar("json_object"), tokenizer, seed)
     assert isinstance(json.loads(text), dict), text
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_text_under_a_schema_satisfies_it(grammars: Grammars, tokenizer: Tokenizer, seed: int):
+def test_text_under_a_schema_satisfies_the_schema(grammars: Grammars, tokenizer: Tokenizer, seed: int):
     person = json.loads(write(grammars, schema(PERSON), tokenizer, seed))
     assert list(person) == ["name", "age", "mood", "tags"]
     assert (
@@ -134,19 +134,19 @@ def test_any_text_under_a_schema_satisfies_it(grammars: Grammars, tokenizer: Tok
 @pytest.mark.parametrize(
     "pattern", [r"(\d{3}-){2}[a-f]{1,4}", r"^(yes|no)( very)*$", "[^a]é+日?", r"a/b\n\\"]
 )
-def test_any_text_under_a_regex_matches_it(grammars: Grammars, tokenizer: Tokenizer, pattern: str):
+def test_text_under_a_regex_matches_the_regex(grammars: Grammars, tokenizer: Tokenizer, pattern: str):
     for seed in range(4):
         text = write(grammars, Grammar("regex", pattern), tokenizer, seed)
         assert re.fullmatch(pattern, text), text
 
 
-def test_any_text_under_a_choice_is_one(grammars: Grammars, tokenizer: Tokenizer):
+def test_text_under_a_choice_is_one_of_the_choices(grammars: Grammars, tokenizer: Tokenizer):
     choices = ["yes", "yes, please", 'a "b"\n\\c', "größe", "<end>", "a|b", "[x]{2}"]
     found = {write(grammars, Grammar("choice", json.dumps(choices)), tokenizer, seed) for seed in range(40)}
     assert found <= set(choices) and len(found) > 3
 
 
-def test_every_choice_can_be_written(grammars: Grammars, tokenizer: Tokenizer):
+def test_every_choice_can_be_generated(grammars: Grammars, tokenizer: Tokenizer):
     choices = ["yes", "yes, please", 'a "b"\n\\c', "größe 😀", "a|b", "[x]{2}", "", "  ", "#$&~-"]
     for choice in choices:
         assert follows(
@@ -154,7 +154,7 @@ def test_every_choice_can_be_written(grammars: Grammars, tokenizer: Tokenizer):
         ), choice
 
 
-def test_the_end_is_allowed_only_where_the_text_may_end(grammars: Grammars, tokenizer: Tokenizer):
+def test_eos_is_allowed_only_where_the_grammar_may_end(grammars: Grammars, tokenizer: Tokenizer):
     matcher = grammars.compile(Grammar("regex", "ab?c?"))
     assert END not in allowed(matcher) and not matcher.finished
     for token, whole in zip(spelled(tokenizer, "xaxbxc")[1::2], (False, False, True), strict=True):
@@ -165,7 +165,7 @@ def test_the_end_is_allowed_only_where_the_text_may_end(grammars: Grammars, toke
     assert stopped.finished and stopped.error is None
 
 
-def test_ids_beyond_the_tokenizer_and_special_tokens_are_never_allowed(
+def test_padding_ids_and_special_tokens_are_never_allowed(
     grammars: Grammars, tokenizer: Tokenizer, vocab: int
 ):
     matcher = grammars.compile(Grammar("regex", r"(.|\n)*"))
@@ -174,13 +174,13 @@ def test_ids_beyond_the_tokenizer_and_special_tokens_are_never_allowed(
     assert tokenizer.token_to_id("<user>") not in ids and END in ids and len(ids) > 200
 
 
-def test_a_model_narrower_than_its_tokenizer_still_has_whole_masks(directory: Path, tokenizer: Tokenizer):
+def test_masks_cover_the_tokenizer_when_the_model_has_fewer_logits(directory: Path, tokenizer: Tokenizer):
     matcher = Grammars(directory, frozenset({END}), 40).compile(Grammar("json_object"))
     assert matcher.words == -(-tokenizer.get_vocab_size() // 32)
     assert allowed(matcher)
 
 
-def test_a_matcher_is_rebuilt_by_its_tokens_and_shares_no_state(grammars: Grammars, tokenizer: Tokenizer):
+def test_replaying_tokens_rebuilds_a_matcher_without_shared_state(grammars: Grammars, tokenizer: Tokenizer):
     tokens = spelled(tokenizer, write(grammars, schema(PERSON), tokenizer, 3))
     first, masks = grammars.compile(schema(PERSON)), []
     for token in tokens:
@@ -193,7 +193,7 @@ def test_a_matcher_is_rebuilt_by_its_tokens_and_shares_no_state(grammars: Gramma
     assert first.finished
 
 
-def test_a_refused_token_ends_the_matcher_with_a_reason(grammars: Grammars, tokenizer: Tokenizer, vocab: int):
+def test_a_refused_token_ends_the_matcher_with_an_error(grammars: Grammars, tokenizer: Tokenizer, vocab: int):
     matcher = grammars.compile(Grammar("regex", "ab"))
     assert matcher.error is None
     assert not matcher.accept(spelled(tokenizer, "z")[0])
@@ -201,7 +201,7 @@ def test_a_refused_token_ends_the_matcher_with_a_reason(grammars: Grammars, toke
     assert not grammars.compile(Grammar("regex", "ab")).accept(vocab - 1)
 
 
-def test_a_mask_beyond_the_limits_ends_its_matcher_alone(
+def test_a_mask_that_exceeds_the_limits_ends_only_its_matcher(
     grammars: Grammars, tokenizer: Tokenizer, vocab: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(module, "LIMITS", module.LLParserLimits(step_lexer_fuel=300, verbose_errors=False))
@@ -250,17 +250,17 @@ def test_whitespace_between_values_is_bounded(grammars: Grammars, tokenizer: Tok
     ],
     ids=lambda value: value if isinstance(value, str) else value.kind,
 )
-def test_what_does_not_compile_says_why(grammars: Grammars, grammar: Grammar, message: str):
+def test_invalid_grammars_are_refused_with_a_reason(grammars: Grammars, grammar: Grammar, message: str):
     with pytest.raises(InvalidGrammar, match=re.escape(message)):
         grammars.compile(grammar)
 
 
-def test_true_is_any_value(grammars: Grammars, tokenizer: Tokenizer):
+def test_the_schema_true_allows_any_value(grammars: Grammars, tokenizer: Tokenizer):
     for text in ("null", "-12.5e3", '{"a": [1, true]}'):
         assert follows(grammars.compile(Grammar("json_schema", "true")), spelled(tokenizer, text))
 
 
-def test_a_model_without_a_usable_tokenizer_says_so(tmp_path: Path):
+def test_a_model_without_a_usable_tokenizer_refuses_grammars(tmp_path: Path):
     with pytest.raises(InvalidGrammar, match="tokenizer cannot follow a grammar"):
         Grammars(tmp_path, frozenset({END}), 100).compile(Grammar("json_object"))
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -268,7 +268,7 @@ def test_a_model_without_a_usable_tokenizer_says_so(tmp_path: Path):
         Grammars(tmp_path, frozenset({END}), 100).compile(Grammar("json_object"))
 
 
-def test_byte_fallback_tokenizers_are_understood(tmp_path: Path):
+def test_byte_fallback_tokenizers_are_supported(tmp_path: Path):
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for piece in [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", *'{}":,[]', "ab", "▁hi", '{"', '":']:
         vocab[piece] = len(vocab)
@@ -286,7 +286,7 @@ def test_byte_fallback_tokenizers_are_understood(tmp_path: Path):
     assert matcher.finished
 
 
-def test_compiled_grammars_are_remembered_up_to_a_bound(directory: Path, vocab: int):
+def test_the_number_of_cached_grammars_is_bounded(directory: Path, vocab: int):
     grammars = Grammars(directory, frozenset({END}), vocab)
     for number in range(module.COMPILED_GRAMMARS + 5):
         grammars.compile(Grammar("regex", f"a{{{number + 1}}}"))

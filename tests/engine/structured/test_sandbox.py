@@ -40,7 +40,7 @@ async def refusal(sandbox: GrammarSandbox, grammar: Grammar) -> str:
     return caught.value.message
 
 
-async def test_good_grammars_pass_in_one_warm_worker(sandbox: GrammarSandbox):
+async def test_valid_grammars_pass_in_one_reused_worker(sandbox: GrammarSandbox):
     assert sandbox.pid is None
     await sandbox.validate(Grammar("json_object"))
     pid = sandbox.pid
@@ -54,7 +54,7 @@ async def test_good_grammars_pass_in_one_warm_worker(sandbox: GrammarSandbox):
     assert sandbox.pid == pid
 
 
-async def test_an_error_says_where_in_the_schema(sandbox: GrammarSandbox):
+async def test_an_error_names_the_path_in_the_schema(sandbox: GrammarSandbox):
     loop = {"$defs": {"fine": {}, "loop": {"$ref": "#/$defs/loop"}}}
     for part, path, words in (
         ({"type": "array", "uniqueItems": True}, ".properties.part", '"uniqueItems" is not supported'),
@@ -86,12 +86,12 @@ BAD = [
 ]
 
 
-async def test_bad_grammars_are_refused_in_words(sandbox: GrammarSandbox):
+async def test_invalid_grammars_are_refused_with_a_reason(sandbox: GrammarSandbox):
     for grammar, words in BAD:
         assert words in await refusal(sandbox, grammar)
 
 
-async def test_explosive_patterns_are_answered_within_the_caps(sandbox: GrammarSandbox):
+async def test_exponential_patterns_end_within_the_limits(sandbox: GrammarSandbox):
     await sandbox.validate(Grammar("json_object"))
     first = sandbox.pid
     for pattern in (
@@ -108,7 +108,7 @@ async def test_explosive_patterns_are_answered_within_the_caps(sandbox: GrammarS
     assert sandbox.pid == first, "one of them took all its time or memory"
 
 
-async def test_a_grammar_that_takes_too_long_is_refused_and_the_child_replaced():
+async def test_a_grammar_that_exceeds_the_time_limit_is_refused():
     sandbox = GrammarSandbox(seconds=0.02)
     try:
         message = await refusal(sandbox, Grammar("json_schema", SLOW))
@@ -119,7 +119,7 @@ async def test_a_grammar_that_takes_too_long_is_refused_and_the_child_replaced()
         await sandbox.close()
 
 
-async def test_a_child_that_does_not_answer_is_replaced():
+async def test_a_worker_that_does_not_answer_is_replaced():
     sandbox = GrammarSandbox(seconds=2.0)
     try:
         first = await stopped(sandbox)
@@ -131,7 +131,7 @@ async def test_a_child_that_does_not_answer_is_replaced():
         await sandbox.close()
 
 
-async def test_a_refusal_for_time_is_tried_again():
+async def test_a_timeout_is_retried_after_retry_s():
     sandbox = GrammarSandbox(seconds=2.0, retry_s=0.0)
     try:
         await stopped(sandbox)
@@ -149,7 +149,7 @@ async def stopped(sandbox: GrammarSandbox) -> int:
     return sandbox.pid
 
 
-async def test_a_grammar_that_takes_too_much_memory_is_refused(sandbox: GrammarSandbox):
+async def test_a_grammar_that_exceeds_the_memory_limit_is_refused(sandbox: GrammarSandbox):
     await sandbox.validate(Grammar("choice", LARGE))
     needed = peak(sandbox)
     await sandbox.close()
@@ -179,7 +179,7 @@ async def test_a_killed_worker_is_replaced(sandbox: GrammarSandbox):
     assert sandbox.pid not in (None, first)
 
 
-async def test_a_worker_killed_while_it_works_costs_one_more_try(sandbox: GrammarSandbox):
+async def test_a_grammar_is_retried_when_its_worker_is_killed(sandbox: GrammarSandbox):
     first = await stopped(sandbox)
     waiting = asyncio.create_task(sandbox.validate(Grammar("regex", "a+")))
     await asyncio.sleep(0.05)
@@ -188,7 +188,7 @@ async def test_a_worker_killed_while_it_works_costs_one_more_try(sandbox: Gramma
     assert sandbox.pid not in (None, first)
 
 
-async def test_leaving_in_the_middle_leaves_no_half_exchange(sandbox: GrammarSandbox):
+async def test_a_cancelled_validation_does_not_mix_up_later_answers(sandbox: GrammarSandbox):
     await sandbox.validate(Grammar("json_object"))
     first = sandbox.pid
     leaving = asyncio.create_task(sandbox.validate(Grammar("json_schema", SLOW)))
@@ -200,7 +200,7 @@ async def test_leaving_in_the_middle_leaves_no_half_exchange(sandbox: GrammarSan
     assert sandbox.pid != first
 
 
-async def test_many_ask_at_once(sandbox: GrammarSandbox):
+async def test_concurrent_validations_get_their_own_results(sandbox: GrammarSandbox):
     grammars = [
         Grammar("regex", f"a{{{number}}}" if number % 2 else f"(a{{{number}}}") for number in range(40)
     ]
@@ -210,7 +210,7 @@ async def test_many_ask_at_once(sandbox: GrammarSandbox):
     assert [result is None for result in results] == [number % 2 == 1 for number in range(40)]
 
 
-async def test_results_are_remembered_up_to_a_bound():
+async def test_the_number_of_cached_results_is_bounded():
     sandbox = GrammarSandbox(seconds=5.0, remembered=3)
     try:
         for pattern in ("a", "b", "(", "a", "(", "c", "a", "b"):
@@ -221,7 +221,7 @@ async def test_results_are_remembered_up_to_a_bound():
         await sandbox.close()
 
 
-def test_it_imports_no_torch():
+def test_the_sandbox_imports_no_torch():
     code = (
         "import sys, stretto.engine.structured.sandbox;"
         " assert not {'torch', 'transformers'} & set(sys.modules)"
@@ -229,7 +229,7 @@ def test_it_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_child_ends_with_its_input():
+def test_the_worker_exits_when_its_input_closes():
     command = [sys.executable, "-m", "stretto.engine.structured.sandbox_worker", str(2**29)]
     ended = subprocess.run(command, input=b"", stdout=subprocess.PIPE, timeout=30, check=True)
     assert ended.stdout == b"null\n"
