@@ -23,8 +23,8 @@ from stretto.bench import traces
 from stretto.bench.live import LoadedServer
 from stretto.bench.metrics import Sample
 from stretto.config import Tier
-from stretto.simulator.replay import CPU_TIERS, ReplayReport, Setting
-from stretto.types import Arrival
+from stretto.simulator.report import ReplayReport
+from stretto.simulator.setting import CPU_TIERS, Arrival, Setting
 
 SHORTER = 10
 SCHEDULES = ("fcfs", "deadline")

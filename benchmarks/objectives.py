@@ -16,8 +16,9 @@ import msgspec
 
 from stretto.bench import traces
 from stretto.engine.step_time import StepCost
-from stretto.simulator.replay import SMALL_CPU, ReplayReport, Setting, capacity, replay, tiers_for
-from stretto.types import Arrival
+from stretto.simulator.replay import capacity, replay
+from stretto.simulator.report import ReplayReport
+from stretto.simulator.setting import SMALL_CPU, Arrival, Setting, tiers_for
 
 COLUMNS = "load schedule goodput ratio of_best of_all weighted priority default flex/s lost steps gap_ms"
 

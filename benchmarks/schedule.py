@@ -20,7 +20,7 @@ from stretto.engine.scheduler.admission import Outlook, snapshot
 from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import StepCost, StepTime
-from stretto.simulator.replay import CPU_TIERS, SMALL_CPU
+from stretto.simulator.setting import CPU_TIERS, SMALL_CPU
 from stretto.types import Objective, Request, Sampling
 
 RUNNING, WAITING = 256, 1000

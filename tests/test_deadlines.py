@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stretto.deadlines import Deadline
 from stretto.engine.sequence import Sequence
-from stretto.simulator.replay import RequestOutcome
+from stretto.simulator.report import RequestOutcome
 from stretto.text.output import Times
 from stretto.types import Objective, Request
 

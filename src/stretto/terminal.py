@@ -29,7 +29,7 @@ from stretto.bench.metrics import Sample
 from stretto.bench.report import COUNTS, TIMES, counts, times
 from stretto.errors import StrettoError
 from stretto.hardware import gib, process_age
-from stretto.simulator.replay import ReplayReport
+from stretto.simulator.report import ReplayReport
 from stretto.statistics import Spread
 from stretto.types import ModelInfo
 

@@ -28,7 +28,6 @@ BOUNDS: dict[str, Meta] = {
     "logprobs": Meta(ge=0, le=20),
     "n": Meta(ge=1, le=INT32_MAX),
 }
-PREFIX_BLOCK = 512
 Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
 
 
@@ -131,17 +130,6 @@ class Request(Struct, frozen=True, kw_only=True):
     salt: str = ""
     objective: Objective = Objective()
     tier: str = "default"
-
-
-class Arrival(Struct, frozen=True, array_like=True):
-    """A request of a recorded load: `at` seconds from its start, so many tokens in and out. `prefix`: ids of
-    the prompt's blocks of `PREFIX_BLOCK` tokens, equal where the beginnings are; empty: nothing is known."""
-
-    at: float
-    prompt_tokens: int
-    output_tokens: int
-    prefix: tuple[int, ...] = ()
-    tenant: str = "local"
 
 
 class Reason(StrEnum):

@@ -17,8 +17,9 @@ from stretto.bench.metrics import Sample
 from stretto.bench.trace import TraceOptions, live
 from stretto.config import Tier
 from stretto.errors import StartError
-from stretto.simulator.replay import ReplayReport, RequestOutcome, Setting
-from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason
+from stretto.simulator.report import ReplayReport, RequestOutcome
+from stretto.simulator.setting import PREFIX_BLOCK, Arrival, Setting
+from stretto.types import Objective, Reason
 from tests.bench.serving import DONE, OK, Piece, chunked, event, plain, serving, usage
 
 TIERS = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stretto.engine.runners.calibrate import fit
 from stretto.engine.step_time import UNKNOWN, StepCost, StepLoad, StepTime, Window
-from stretto.simulator.replay import SMALL_CPU
+from stretto.simulator.setting import SMALL_CPU
 
 
 def some_load(rng: Random) -> StepLoad:

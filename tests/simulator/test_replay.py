@@ -17,9 +17,11 @@ from stretto.bench.traces import read
 from stretto.config import Tier
 from stretto.engine.step_time import StepCost
 from stretto.errors import InvalidRequest
-from stretto.simulator.replay import ReplayReport, Setting, bound, capacity, replay
-from stretto.simulator.upper_bound import Work, most_on_time, with_base
-from stretto.types import Arrival, Objective, Request
+from stretto.simulator.replay import capacity, replay
+from stretto.simulator.report import ReplayReport
+from stretto.simulator.setting import Arrival, Setting
+from stretto.simulator.upper_bound import Work, bound, most_on_time, with_base
+from stretto.types import Objective, Request
 
 DATA = Path(os.environ.get("STRETTO_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "traces"
 COST = StepCost(base=5.0, per_decode=0.2, per_prefill=0.2, per_key=1e-4)
@@ -161,8 +163,10 @@ def test_nobody_beats_the_oracle(drawn: list[tuple[int, int, int, float]]):
 
     def fits(chosen: tuple[Work, ...]) -> bool:
         return all(
-            sum(one.seconds for one in chosen if one.arrival >= begin.arrival and one.due <= end.due)
-            <= end.due - begin.arrival
+            sum(
+                one.seconds for one in chosen if one.arrival >= begin.arrival and one.deadline <= end.deadline
+            )
+            <= end.deadline - begin.arrival
             for begin in chosen
             for end in chosen
         )
@@ -180,7 +184,7 @@ def test_the_base_is_charged_at_most_once_a_step(drawn: list[tuple[int, int, int
     made = [Work(float(start), float(start + span), 0.0, steps) for start, span, steps, _ in drawn]
     charged = with_base(made, 1.0)
     for instant in [one.arrival + 0.5 for one in made]:
-        there = [one.seconds / one.steps for one in charged if one.arrival <= instant <= one.due]
+        there = [one.seconds / one.steps for one in charged if one.arrival <= instant <= one.deadline]
         assert sum(there) <= 1.0 + 1e-9
 
 

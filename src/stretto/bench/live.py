@@ -19,17 +19,9 @@ import msgspec
 from stretto.bench.client import DEADLINE, Client, ServedModel
 from stretto.bench.metrics import Sample
 from stretto.errors import StartError
-from stretto.simulator.replay import (
-    ReplayReport,
-    RequestOutcome,
-    Setting,
-    by_tier,
-    planned,
-    wasted,
-    weighted,
-    within,
-)
-from stretto.types import PREFIX_BLOCK, Arrival, Objective, Reason, Request
+from stretto.simulator.report import ReplayReport, RequestOutcome, by_tier, wasted, weighted
+from stretto.simulator.setting import PREFIX_BLOCK, Arrival, Setting, planned, within
+from stretto.types import Objective, Reason, Request
 
 PATH = "completions"
 BACKLOG = 64  # requests that wait at once while the capacity is measured

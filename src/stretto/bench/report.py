@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from stretto.simulator.replay import ReplayReport, RequestOutcome
+from stretto.simulator.report import ReplayReport, RequestOutcome
 from stretto.statistics import Spread
 
 ReplayRun = tuple[ReplayReport, Sequence[RequestOutcome]]

@@ -15,8 +15,9 @@ from stretto.bench.metrics import Sample
 from stretto.bench.report import ReplayRun, page
 from stretto.config import TIERS, Tier, TierName, tiers_of
 from stretto.errors import StartError
-from stretto.simulator.replay import CPU_TIERS, Setting, capacity, replayed
-from stretto.types import Arrival, Objective
+from stretto.simulator.replay import capacity, replayed
+from stretto.simulator.setting import CPU_TIERS, Arrival, Setting
+from stretto.types import Objective
 
 DEFAULT_SCHEDULE = "deadline"
 

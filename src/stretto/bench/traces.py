@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from stretto.errors import InvalidRequest
-from stretto.types import Arrival
+from stretto.simulator.setting import Arrival
 
 T = TypeVar("T")
 Line = tuple[int, str]  # its number, from 1, and its text

@@ -25,7 +25,7 @@ from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null
 from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import Drawn
 from stretto.engine.step_time import UNKNOWN, StepCost, StepLoad, StepTime
-from stretto.simulator.replay import SMALL_CPU
+from stretto.simulator.setting import SMALL_CPU
 from stretto.types import ModelInfo
 
 MACHINE = {"machine": "two cores", "checkpoint": "small"}

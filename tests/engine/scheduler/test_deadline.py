@@ -21,7 +21,7 @@ from stretto.engine.scheduler.moore_hodgson import tardy_jobs
 from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import BEST_EFFORT, TIMED, Sequence
 from stretto.engine.step_time import StepCost, StepTime
-from stretto.simulator.replay import SMALL_CPU
+from stretto.simulator.setting import SMALL_CPU
 from stretto.types import Objective, Reason, Request, Sampling, StepStats, TokenEvent
 
 COST = StepCost(base=1.0, per_decode=0.1, per_prefill=0.05, per_key=1e-5, per_pair=1e-6)
