@@ -183,7 +183,7 @@ def test_rope_is_exact_at_far_positions(kernels: AnyKernels) -> None:
     frequencies = 1.0 / 500000.0 ** (torch.arange(8) / 8)
     plan = kernels.prepare(batch, cache, Geometry((Rotation(frequencies.to(DEVICE)),), (0,)))
     angles = (131071 * frequencies).double()
-    near(plan.turns[0][0], torch.stack((angles.cos(), angles.sin())), 1e-5)
+    near(plan.cos_sin[0][0], torch.stack((angles.cos(), angles.sin())), 1e-5)
 
 
 @dtypes

@@ -96,9 +96,9 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """A rotary position embedding. At position p, the dimensions i and i + dims / 2 of a head are rotated by
-    the angle p * frequencies[i]. `frequencies` is float32 [dims / 2]; cosine and sine are multiplied by
-    `scale`."""
+    """A rotary position embedding. At position p, the dimensions i and i + dims / 2 of a head are rotated
+    by the angle p * frequencies[i]. `frequencies` is float32 [dims / 2]; cosine and sine are multiplied
+    by `scale`."""
 
     frequencies: Tensor
     scale: float = 1.0

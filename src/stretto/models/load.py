@@ -168,8 +168,8 @@ class WeightReader:
         return embedding
 
     def _stored_dtype(self, entries: list[Entry]) -> torch.dtype | None:
-        """The dtype of these tensors in the checkpoint, if the kernels accept it and it is no wider than
-        ours."""
+        """The dtype of these tensors in the checkpoint, if the kernels accept it and it is no wider
+        than ours."""
         stored = {DTYPES[entry.dtype] for entry in entries}
         if len(stored) > 1 or not stored <= self.kernels.weight_dtypes:
             return None
@@ -197,8 +197,8 @@ class WeightReader:
 
 
 def read_weights(reader: WeightReader, spec: ModelSpec) -> ModelWeights:
-    """All weights of the model that `spec` describes. Raises CheckpointError when one is missing or
-    misshapen."""
+    """All weights of the model that `spec` describes. Raises CheckpointError when one is missing
+    or misshapen."""
     root = next((root for root in ROOTS if reader.has(f"{root}embed_tokens.weight")), "model.")
     embedding = reader.embedding(f"{root}embed_tokens", spec)
     layers = [_layer(reader, spec, f"{root}layers.{i}.", layer) for i, layer in enumerate(spec.layers)]
