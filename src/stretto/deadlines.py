@@ -47,14 +47,18 @@ class Deadline:
 
     def emit(self, now: float, count: int = 1) -> None:
         """Record that the next `count` tokens were emitted at `now`."""
-        self.slack = min(self.slack, min(self.next, self.whole) - now)
-        self.late = self.slack < -ROUNDING_S
+        # Called once for each token: comparisons cost half of what `min` does.
+        due = self.next if self.next < self.whole else self.whole
+        if due - now < self.slack:
+            self.slack = due - now
+            self.late = self.slack < -ROUNDING_S
         if self.start == inf:
             self.start = now
         self.emitted += count
         self.next = self.start + self.emitted * self.itl_s
         self.last_emission = now
-        self.latest = min(self.next, now + self.target_itl_s)
+        by_target = now + self.target_itl_s
+        self.latest = self.next if self.next < by_target else by_target
 
     def end(self, now: float) -> None:
         """Record that the answer ended at `now`, perhaps without a token."""

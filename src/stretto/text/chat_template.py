@@ -81,12 +81,12 @@ class ChatTemplate:
             }
         except TemplateError as error:
             raise CheckpointError(f"the chat template does not parse: {error}") from error
-        self._sources = sources
+        self._source = "\n".join(sources.values())
         self._variables = variables
 
     def mentions(self, word: str) -> bool:
         """Whether the source of the template contains `word`."""
-        return any(word in source for source in self._sources.values())
+        return word in self._source
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]

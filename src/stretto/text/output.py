@@ -191,7 +191,8 @@ class Output:
         Raises EngineError when the sequence failed, CannotBeOnTime when the engine refused it.
         """
         now = monotonic()
-        self.times.mark(now, sum(1 for event in events if event.token is not None))
+        # Only the last event may come without a token: it ends the sequence.
+        self.times.mark(now, len(events) - (events[-1].token is None) if events else 0)
         if self.began is None and events:
             self.began = events[0].began
         deltas: list[OutputDelta] = []
