@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import combinations, pairwise
 from math import inf
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stretto.config import Tier
-from stretto.engine.core import EngineCore, LoadedModel
+from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler import deadline as schedule
@@ -19,10 +22,11 @@ from stretto.engine.scheduler.admission import Forecast, predict, snapshot
 from stretto.engine.scheduler.estimate import step_limit
 from stretto.engine.scheduler.moore_hodgson import tardy_jobs
 from stretto.engine.scheduler.types import Limits, Plan
-from stretto.engine.sequence import BEST_EFFORT, TIMED, Sequence
+from stretto.engine.sequence import BEST_EFFORT, TIMED
 from stretto.engine.step_time import StepCost, StepTime
+from stretto.simulator.harness import World
 from stretto.simulator.setting import SMALL_CPU
-from stretto.types import Objective, Reason, Request, Sampling, StepStats, TokenEvent
+from stretto.types import Objective, Reason, Request, Sampling
 
 COST = StepCost(base=1.0, per_decode=0.1, per_prefill=0.05, per_key=1e-5, per_pair=1e-6)
 TIERS = {
@@ -32,8 +36,8 @@ TIERS = {
 }
 
 
-class World:
-    """An engine of null models under one schedule, its clock, and what a client of each request would see."""
+class TwoModels(World):
+    """Null models `a` and `b` under one schedule."""
 
     def __init__(
         self,
@@ -43,39 +47,13 @@ class World:
         running: int = 256,
         name: str = "deadline",
         depth: int = 0,
+        runner: Callable[..., NullRunner] = NullRunner,
     ) -> None:
-        self.clock = VirtualClock()
-        self.stamps: dict[int, list[float]] = {}
-        self.ends: dict[int, TokenEvent] = {}
-        self.ended_at: dict[int, float] = {}
-        self.plans: list[Plan] = []
-        self.requests: dict[int, Request] = {}
-        self._plan = SCHEDULES[name]
-        runners = [self._runner(model, blocks, cost, depth) for model in ("a", "b")]
-        self.engine = EngineCore(
-            [LoadedModel(runner, StepTime(cost, [0.0] * 16)) for runner in runners],
-            limits=Limits(running, 512, TIERS),
-            schedule=self._schedule,
-            clock=self.clock,
-            emit=self._heard,
-        )
-
-    def _runner(self, name: str, blocks: int, cost: StepCost, depth: int) -> NullRunner:
-        info = null_info(name=name, context=blocks * 16, blocks=blocks)
-        return NullRunner(info, cost=cost, sleep=self.clock.sleep, depth=depth)
-
-    def _schedule(self, *args: object) -> Plan:
-        plan = self._plan(*args)  # type: ignore[arg-type]
-        self.plans.append(plan)
-        return plan
-
-    def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
-        for event in events:
-            if event.token is not None:
-                self.stamps.setdefault(event.id, []).append(self.clock())
-            if event.finish is not None:
-                self.ends[event.id] = event
-                self.ended_at[event.id] = self.clock()
+        clock = VirtualClock()
+        infos = [null_info(name=model, context=blocks * 16, blocks=blocks) for model in "ab"]
+        runners = [runner(info, cost=cost, sleep=clock.sleep, depth=depth) for info in infos]
+        models = [LoadedModel(each, StepTime(cost, [0.0] * 16)) for each in runners]
+        super().__init__(clock, models, Limits(running, 512, TIERS), SCHEDULES[name])
 
     def send(
         self,
@@ -90,39 +68,24 @@ class World:
     ) -> Request:
         """A request for model `b` when its id is above 1,000, else for `a`. Prompts with one `first` token
         begin alike; those without share nothing."""
-        request = Request(
-            id=ident,
-            model="b" if ident > 1000 else "a",
-            prompt=(-ident if first is None else first, *range(prompt - 1)),
-            arrival=self.clock(),
-            sampling=Sampling(max_tokens=tokens, seed=ident),
-            objective=TIERS[tier].objective if objective is None else objective,
-            tier=tier,
-            tenant=tenant,
+        return self.submit(
+            Request(
+                id=ident,
+                model="b" if ident > 1000 else "a",
+                prompt=(-ident if first is None else first, *range(prompt - 1)),
+                arrival=self.clock(),
+                sampling=Sampling(max_tokens=tokens, seed=ident),
+                objective=TIERS[tier].objective if objective is None else objective,
+                tier=tier,
+                tenant=tenant,
+            )
         )
-        self.requests[ident] = request
-        self.engine.submit(Sequence.of(request, self.engine.models[request.model].runner.info.context))
-        return request
-
-    def run(self, until: float = inf) -> None:
-        """Step until nothing is left, or the clock says so."""
-        stalled = 0
-        if self.engine.idle:
-            self.engine.step()  # the end of what was cancelled is still to be told
-        while self.clock() < until and not self.engine.idle:
-            stalled = 0 if self.engine.step() else stalled + 1
-            assert stalled < 10, "requests are left and nothing is run"
-            self.engine.check()
-        if until < inf:
-            self.clock.sleep(max(until - self.clock(), 0.0))
 
     def gaps(self, ident: int) -> list[float]:
         return [(late - early) * 1e3 for early, late in pairwise(self.stamps[ident])]
 
     def reason(self, ident: int) -> Reason:
-        finish = self.ends[ident].finish
-        assert finish is not None
-        return finish.reason
+        return self.ends[ident].reason
 
     def late_by(self, ident: int) -> float:
         """Milliseconds by which its latest token was late (negative: early), reckoned from the objective."""
@@ -135,8 +98,7 @@ class World:
         return max((stamp * 1e3 - due for stamp, due in zip(stamps, dues, strict=True)), default=inf)
 
     def on_time(self, ident: int) -> bool:
-        finish = self.ends[ident].finish
-        assert finish is not None
+        finish = self.ends[ident]
         good = self.late_by(ident) <= 1e-6 and finish.reason is Reason.LENGTH
         assert finish.late is not good or finish.reason is Reason.CANCELLED, (
             "the engine's own verdict differs"
@@ -145,7 +107,7 @@ class World:
 
 
 def four_streams_and_a_long_prompt(name: str) -> World:
-    world = World(cost=SMALL_CPU, name=name)
+    world = TwoModels(cost=SMALL_CPU, name=name)
     objective = Objective(ttft_ms=3000, itl_ms=150)
     for ident in range(1, 5):
         world.send(ident, 40, tokens=150, objective=objective)
@@ -167,19 +129,19 @@ def test_first_come_first_served_does():
 
 
 def test_a_stream_that_was_early_has_earned_slack_and_dues_do_not_move():
-    world = World()
+    world = TwoModels()
     world.send(1, 10, tokens=30)
     (seq,) = world.engine.models["a"].queues.waiting
-    world.engine.step()
+    world.step()
     first, gap = seq.deadline.next - 0.04, 0.04
     while not world.engine.idle:
         assert seq.deadline.next == pytest.approx(first + gap * seq.output_len)
-        world.engine.step()
+        world.step()
     assert world.late_by(1) < -300
 
 
 def test_the_weightier_tier_goes_first_and_flex_takes_what_is_left():
-    world = World()
+    world = TwoModels()
     for ident, tier in ((1, "flex"), (2, "default"), (3, "priority")):
         world.send(ident, 500, tier=tier)
     world.run()
@@ -188,7 +150,7 @@ def test_the_weightier_tier_goes_first_and_flex_takes_what_is_left():
 
 def test_refused_at_once_with_the_time_after_which_it_would_have_been_taken():
     def world_with_work() -> World:
-        world = World()
+        world = TwoModels()
         for ident in range(1, 9):
             world.send(ident, 800, objective=Objective(ttft_ms=365, itl_ms=40))
         return world
@@ -198,8 +160,8 @@ def test_refused_at_once_with_the_time_after_which_it_would_have_been_taken():
     world.run(until=0.005)
     world.send(9, 1000, objective=tight)
     world.run(until=0.05)
-    finish = world.ends[9].finish
-    assert finish is not None and finish.reason is Reason.REFUSED and 9 not in world.stamps
+    finish = world.ends[9]
+    assert finish.reason is Reason.REFUSED and 9 not in world.stamps
     assert finish.retry_after is not None and 0 < finish.retry_after < 1.0
     world.run()
     world = world_with_work()
@@ -216,7 +178,7 @@ def test_a_forecast_is_close_to_what_happens_and_says_when_to_try_again():
     def foretold(request: Request) -> Forecast:
         return predict(request, seen(world), TIERS[request.tier].weight, world.clock())
 
-    world = World()
+    world = TwoModels()
     for ident in range(1, 6):
         world.send(ident, 1000)
     world.run(until=0.005)
@@ -238,7 +200,7 @@ def test_a_forecast_is_close_to_what_happens_and_says_when_to_try_again():
 
 
 def test_no_work_for_a_request_whose_time_is_over():
-    world = World()
+    world = TwoModels()
     world.send(1, 2000, objective=Objective(ttft_ms=10_000, itl_ms=1000))
     world.run(until=0.01)
     world.send(2, 4000, objective=Objective(total_ms=30))
@@ -248,11 +210,11 @@ def test_no_work_for_a_request_whose_time_is_over():
     assert world.ended_at[2] <= 0.01 + 0.03 + 2 * step_limit(COST) / 1e3
     after = [plan for plan in world.plans if any(seq.request.id == 3 for seq in plan.end)]
     assert len(after) == 1 and not any(row.seq.request.id == 3 for row in after[0].rows)
-    assert world.ends[3].finish is not None and world.ends[3].finish.output_tokens < 500
+    assert world.ends[3].output_tokens < 500
 
 
 def test_a_total_is_kept_by_a_stream_without_other_dues():
-    world = World()
+    world = TwoModels()
     world.engine.models["a"].history.lengths.observe("default", 100)
     world.send(1, 100, tokens=100, objective=Objective(total_ms=400))
     for ident in range(2, 6):
@@ -264,7 +226,7 @@ def test_a_total_is_kept_by_a_stream_without_other_dues():
 def test_what_has_no_due_still_progresses_when_the_rest_is_too_much(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(schedule, "PATIENCE_S", 0.2)
     monkeypatch.setattr(schedule, "BREVITY", 1.0)
-    world = World()
+    world = TwoModels()
     world.send(1, 400, tier="flex", tokens=3)
     for ident in range(2, 400):
         world.run(until=0.02 * (ident - 1))
@@ -276,7 +238,7 @@ def test_what_has_no_due_still_progresses_when_the_rest_is_too_much(monkeypatch:
 
 def test_one_tenants_burst_does_not_spend_anothers_slack():
     def others(burst: int) -> list[bool]:
-        world = World()
+        world = TwoModels()
         sent: list[int] = []
         for turn in range(60):
             world.run(until=0.1 * turn)
@@ -294,7 +256,7 @@ def test_one_tenants_burst_does_not_spend_anothers_slack():
 
 def test_when_streams_crowd_a_step_those_with_slack_wait():
     cost = StepCost(base=1.0, per_decode=1.0, per_prefill=0.01)
-    world = World(cost=cost)
+    world = TwoModels(cost=cost)
     tight, loose = Objective(ttft_ms=1000, itl_ms=8), Objective(ttft_ms=1000, itl_ms=80)
     for ident in range(1, 4):
         world.send(ident, 4, tokens=40, objective=tight)
@@ -306,12 +268,11 @@ def test_when_streams_crowd_a_step_those_with_slack_wait():
 
 
 def test_blocks_are_taken_from_the_loosest_never_from_a_tighter_one():
-    world = World(blocks=24)
+    world = TwoModels(blocks=24)
     preempted: list[tuple[int, int]] = []
     for ident, tier in ((1, "flex"), (2, "default"), (3, "priority")):
         world.send(ident, 100, tier=tier, tokens=60)
-    while world.engine.step() or not world.engine.idle:
-        world.engine.check()
+    while world.step() or not world.engine.idle:
         plan = world.plans[-1]
         for victim in plan.preempt:
             order = {"priority": 0, "default": 1, "flex": 2}
@@ -323,7 +284,7 @@ def test_blocks_are_taken_from_the_loosest_never_from_a_tighter_one():
 
 
 def test_those_without_a_due_make_place_for_one_that_has_one():
-    world = World(running=4)
+    world = TwoModels(running=4)
     for ident in range(1, 9):
         world.send(ident, 50, tier="flex", tokens=400)
     world.run(until=0.05)
@@ -333,7 +294,7 @@ def test_those_without_a_due_make_place_for_one_that_has_one():
 
 
 def test_another_models_prompt_does_not_hold_up_a_stream():
-    world = World(cost=SMALL_CPU)
+    world = TwoModels(cost=SMALL_CPU)
     world.send(1, 20, tokens=60, objective=Objective(ttft_ms=2000, itl_ms=200))
     world.run(until=0.4)
     world.send(1001, 1500, objective=Objective(ttft_ms=60_000, itl_ms=2000))
@@ -344,7 +305,7 @@ def test_another_models_prompt_does_not_hold_up_a_stream():
 
 
 def test_a_step_that_nobody_waits_for_is_short_enough_for_the_next_one():
-    world = World()
+    world = TwoModels()
     world.send(1, 4000, tier="flex")
     world.run(until=0.03)
     world.send(2, 10, tier="priority")
@@ -383,7 +344,7 @@ loads = st.lists(st.tuples(moments, prompts, st.integers(1, 12)), min_size=1, ma
 
 
 def play(load: list[tuple[int, int, int, str, Objective | None]]) -> World:
-    world = World()
+    world = TwoModels()
     for ident, (at, prompt, tokens, tier, objective) in enumerate(sorted(load, key=lambda one: one[0]), 1):
         world.run(until=at / 1e3)
         world.send(ident, prompt, tokens=tokens, tier=tier, objective=objective)
@@ -401,7 +362,7 @@ def test_a_hopeless_request_never_makes_another_late(
     sane = [(at, prompt, tokens, "default", None) for at, prompt, tokens in good]
     alone = play(sane)
     never = Objective(ttft_ms=0.5, itl_ms=40, on_miss="late")
-    world = World()
+    world = TwoModels()
     both = sorted(
         [(one[0], 0, index, one) for index, one in enumerate(sorted(sane, key=lambda one: one[0]), 1)]
     )
@@ -423,7 +384,7 @@ def test_a_priority_request_that_was_promised_is_not_late_for_looser_ones(
 ):
     """Whatever of less weight is there or comes: admission's promise to the one priority request is kept."""
     load = sorted(looser)
-    world = World()
+    world = TwoModels()
     promised = False
     for ident, (moment, size, tokens) in enumerate([*load, (10**6, 0, 0)], 1):
         if 999 not in world.requests and moment >= at:
@@ -440,12 +401,12 @@ def test_a_priority_request_that_was_promised_is_not_late_for_looser_ones(
 
 def test_a_stream_that_could_wait_goes_on_with_the_last_block():
     """It leaves its time to prompts that are pressed; what it leaves of the pool is its own again."""
-    world = World(blocks=8, running=1)
+    world = TwoModels(blocks=8, running=1)
     world.send(1, 90, tokens=24, tier="priority", objective=Objective(ttft_ms=6), first=0)
     for ident in range(2, 8):
         world.send(ident, 2, tokens=1, tier="priority", objective=Objective(), first=0)
         if ident < 5:
-            world.engine.step()
+            world.step()
     world.send(8, 2, tokens=1, tier="priority", objective=Objective(total_ms=23), first=0)
     world.run()
     assert len(world.ends) == 8
@@ -453,7 +414,7 @@ def test_a_stream_that_could_wait_goes_on_with_the_last_block():
 
 def test_tokens_that_take_longer_than_a_step_may_are_run_one_at_a_time():
     """What a step is wrongly believed to take must not keep it from being run."""
-    world = World(cost=StepCost(base=0.5, per_decode=40.0, per_prefill=30.0))
+    world = TwoModels(cost=StepCost(base=0.5, per_decode=40.0, per_prefill=30.0))
     for ident, tier in enumerate(("default", "flex", "priority"), 1):
         world.send(ident, 4, tokens=3, tier=tier)
     world.run()
@@ -461,10 +422,12 @@ def test_tokens_that_take_longer_than_a_step_may_are_run_one_at_a_time():
 
 
 class Crashing(NullRunner):
-    """Fails the steps it is told to."""
+    """Fails the steps of these numbers."""
 
-    failing: frozenset[int] = frozenset()
-    launched = 0
+    def __init__(self, *args: Any, failing: frozenset[int], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.failing = failing
+        self.launched = 0
 
     def launch(self, plan: Plan) -> Finished:
         self.launched += 1
@@ -477,16 +440,13 @@ class Crashing(NullRunner):
 @given(st.data())
 def test_every_request_ends_and_no_block_is_lost(data: st.DataObject):
     """Random objectives, tenants, pools, cancels and crashes; the invariants are checked after every step."""
-    world = World(
+    world = TwoModels(
         blocks=data.draw(st.integers(8, 24)),
         running=data.draw(st.integers(1, 6)),
         depth=data.draw(st.integers(0, 1)),
+        runner=partial(Crashing, failing=frozenset(data.draw(st.lists(st.integers(1, 40), max_size=3)))),
     )
-    lane = world.engine.models["a"]
-    runner = Crashing(lane.runner.info, cost=COST, sleep=world.clock.sleep)
-    runner.failing = frozenset(data.draw(st.lists(st.integers(1, 40), max_size=3)))
-    runner.depth = lane.runner.depth
-    lane.runner = runner
+    model = world.engine.models["a"]
     limit = st.one_of(st.none(), st.integers(1, 300).map(float))
     objectives = st.builds(
         Objective,
@@ -508,22 +468,20 @@ def test_every_request_ends_and_no_block_is_lost(data: st.DataObject):
         )
         dues: dict[tuple[int, int], float] = {}
         for _ in range(data.draw(st.integers(0, 4))):
-            world.engine.step()
-            world.engine.check()
-            for seq in [*lane.queues.running, *lane.queues.waiting]:
+            world.step()
+            for seq in [*model.queues.running, *model.queues.waiting]:
                 due = dues.setdefault((seq.request.id, seq.output_len), seq.deadline.next)
                 assert seq.deadline.next <= due, "a due time moved later"
                 assert seq.rank.group in (0, TIMED, BEST_EFFORT)
         if data.draw(st.booleans()):
-            world.engine.cancel(data.draw(st.integers(1, sent)))
-            world.engine.check()
+            world.cancel(data.draw(st.integers(1, sent)))
     world.run()
     assert len(world.ends) == sent
-    assert lane.pool.available == lane.pool.total and not lane.queues.running and not lane.queues.waiting
+    assert model.pool.available == model.pool.total and not model.queues.running and not model.queues.waiting
 
 
 def test_a_tight_request_is_seen_behind_any_number_of_lighter_ones():
-    world = World()
+    world = TwoModels()
     for ident in range(1, 200):
         world.send(ident, 50, objective=Objective(ttft_ms=90, itl_ms=1000))
     world.run(until=0.002)

@@ -30,6 +30,7 @@ from stretto.engine.structured.grammar import Grammars
 from stretto.kernels.choice import choose_kernels
 from stretto.models.decoder import Decoder
 from stretto.models.load import load
+from stretto.simulator.harness import World
 from stretto.types import (
     Finish,
     Grammar,
@@ -354,8 +355,8 @@ def test_an_equal_draft_model_is_right_at_any_temperature(desk: Desk, name: str)
     assert sum(step.accepted for step in desk.steps) > 0.9 * sum(step.proposed for step in desk.steps) > 0
 
 
-class World:
-    """Null models in virtual time, whose answers repeat every `span` tokens."""
+class Repeating(World):
+    """A null model whose answers repeat every `span` tokens."""
 
     def __init__(
         self,
@@ -365,25 +366,14 @@ class World:
         cost: StepCost = COST,
         blocks: int = 64,
         clock: VirtualClock | None = None,
-    ):
-        self.clock = clock or VirtualClock()
-        self.events: list[TokenEvent] = []
-        self.steps: list[StepStats] = []
+    ) -> None:
+        clock = clock or VirtualClock()
         info = null_info(name="a", context=blocks * 16, blocks=blocks)
-        runner = NullRunner(info, cost=cost, sleep=self.clock.sleep, span=span)
-        self.engine = EngineCore(
-            [LoadedModel(runner, StepTime(cost), speculation)],
-            limits=Limits(8, 64),
-            schedule=SCHEDULES["deadline"],
-            clock=self.clock,
-            emit=self._heard,
-        )
+        runner = NullRunner(info, cost=cost, sleep=clock.sleep, span=span)
+        models = [LoadedModel(runner, StepTime(cost), speculation)]
+        super().__init__(clock, models, Limits(8, 64), SCHEDULES["deadline"])
 
-    def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
-        self.events += events
-        self.steps += [] if stats is None else [stats]
-
-    def submit(self, ident: int, prompt: int, max_tokens: int, objective: Objective | None = None) -> None:
+    def send(self, ident: int, prompt: int, max_tokens: int, objective: Objective | None = None) -> None:
         request = Request(
             id=ident,
             model="a",
@@ -392,32 +382,28 @@ class World:
             sampling=Sampling(max_tokens=max_tokens, seed=ident),
             objective=objective or Objective(),
         )
-        self.engine.submit(Sequence.of(request, self.engine.models["a"].runner.info.context))
+        self.submit(request)
 
     def finish(self) -> dict[int, list[int]]:
-        while self.engine.step() or not self.engine.idle:
-            self.engine.check()
-        idents = {event.id for event in self.events}
-        return {
-            ident: [e.token for e in self.events if e.id == ident and e.token is not None] for ident in idents
-        }
+        self.run()
+        return {ident: self.tokens(ident) for ident in self.events}
 
     def total(self, name: str) -> int:
         return sum(getattr(step, name) for step in self.steps)
 
 
 def test_a_text_that_repeats_itself_takes_fewer_steps():
-    plain, quick = World(None, span=5), World(Speculation(), span=5)
+    plain, quick = Repeating(None, span=5), Repeating(Speculation(), span=5)
     for world in (plain, quick):
-        world.submit(1, 20, 200)
+        world.send(1, 20, 200)
     assert plain.finish() == quick.finish()
     assert quick.total("accepted") > 150 and len(quick.steps) < len(plain.steps) / 3
     assert quick.clock() < plain.clock() / 3
 
 
 def test_a_text_that_never_repeats_is_left_alone():
-    world = World(Speculation(), span=4093)
-    world.submit(1, 20, 200)
+    world = Repeating(Speculation(), span=4093)
+    world.send(1, 20, 200)
     world.finish()
     assert world.total("proposed") == 0
 
@@ -425,8 +411,8 @@ def test_a_text_that_never_repeats_is_left_alone():
 @pytest.mark.parametrize(("base", "proposes"), [(10.0, True), (0.2, False)])
 def test_draft_tokens_are_verified_only_where_they_raise_tokens_per_millisecond(base: float, proposes: bool):
     """Where rows are the whole cost, a draft token costs as much as it can gain, and is not always right."""
-    world = World(Speculation(), span=5, cost=StepCost(base=base, per_decode=10.0, per_prefill=10.0))
-    world.submit(1, 20, 400)
+    world = Repeating(Speculation(), span=5, cost=StepCost(base=base, per_decode=10.0, per_prefill=10.0))
+    world.send(1, 20, 400)
     world.finish()
     late = world.steps[len(world.steps) // 2 :]
     assert any(step.proposed for step in late) is proposes
@@ -436,9 +422,9 @@ def test_draft_tokens_keep_to_the_slack_of_other_sequences():
     """Both texts repeat. The objective of one leaves 1.5 ms beyond a plain step, for few draft tokens."""
     gaps: dict[bool, float] = {}
     for bound in (False, True):
-        world = World(Speculation(), span=5, cost=StepCost(base=10.0, per_decode=0.5, per_prefill=0.5))
-        world.submit(1, 20, 300, Objective(ttft_ms=1000, itl_ms=14.0) if bound else None)
-        world.submit(2, 20, 300)
+        world = Repeating(Speculation(), span=5, cost=StepCost(base=10.0, per_decode=0.5, per_prefill=0.5))
+        world.send(1, 20, 300, Objective(ttft_ms=1000, itl_ms=14.0) if bound else None)
+        world.send(2, 20, 300)
         world.finish()
         both = [step for step in world.steps if step.running == 2 and not step.prefill_tokens]
         gaps[bound] = max(step.ms for step in both)
@@ -479,11 +465,11 @@ class NullDrafter:
 def test_a_draft_model_is_used_where_it_pays_off(ms: float, right: bool, worth: bool):
     """Texts never repeat. The draft model saves steps of 10 ms unless it is as slow or always wrong."""
     clock = VirtualClock()
-    plain = World(None, span=4093)
-    quick = World(Speculation(NullDrafter(clock, ms, right)), span=4093, clock=clock)
+    plain = Repeating(None, span=4093)
+    quick = Repeating(Speculation(NullDrafter(clock, ms, right)), span=4093, clock=clock)
     for world in (plain, quick):
         for ident in (1, 2, 3):
-            world.submit(ident, 20, 200)
+            world.send(ident, 20, 200)
     assert plain.finish() == quick.finish()
     late = quick.steps[len(quick.steps) // 2 :]
     assert any(step.proposed for step in late) is worth
@@ -495,16 +481,15 @@ def test_a_draft_model_is_used_where_it_pays_off(ms: float, right: bool, worth: 
 def test_no_block_is_lost_and_no_token_changed_whatever_happens(data: st.DataObject):
     """Random pools, lengths, repetition and cancels."""
     span, blocks = data.draw(st.integers(1, 7)), data.draw(st.integers(8, 24))
-    plain, quick = (World(each, span=span, blocks=blocks) for each in (None, Speculation()))
+    plain, quick = (Repeating(each, span=span, blocks=blocks) for each in (None, Speculation()))
     sizes = data.draw(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=6))
     for ident, (prompt, wanted) in enumerate(sizes):
-        plain.submit(ident, prompt, wanted)
-        quick.submit(ident, prompt, wanted)
+        plain.send(ident, prompt, wanted)
+        quick.send(ident, prompt, wanted)
         for _ in range(data.draw(st.integers(0, 3))):
-            quick.engine.step()
-            quick.engine.check()
+            quick.step()
     gone = data.draw(st.integers(0, 8))
-    quick.engine.cancel(gone)
+    quick.cancel(gone)
     expected, seen = plain.finish(), quick.finish()
     for ident, answer in expected.items():
         assert seen[ident] == (answer[: len(seen[ident])] if ident == gone else answer)
