@@ -1,6 +1,8 @@
-"""For every test: torch's operators run on one thread, since two of them would spin against the servers that
-tests start on the same cores; and what those servers keep on disk goes with the tests. Where there is no GPU,
-Triton interprets: it reads that when it is first imported, by whichever test is.
+"""Settings for all tests.
+
+Torch runs on one thread, because its spinning threads would slow down the servers that tests start. Servers
+keep their caches in a temporary folder. Without a GPU, Triton runs in its interpreter. Triton reads that
+setting at its first import, so it is set here.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="module")
 def desk_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real server of the bundled model."""
+    """The URL of a server process that runs the bundled model."""
     if not (DESK / "config.json").exists():
         pytest.skip("the bundled model is not in this tree: recipes/desk makes it")
     log = tmp_path_factory.mktemp("serve") / "out"

@@ -1,4 +1,4 @@
-"""The chat loop with a model that is a function, and input that is not a terminal."""
+"""The chat loop with a fake model and without a terminal."""
 
 from __future__ import annotations
 

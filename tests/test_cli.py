@@ -1,4 +1,4 @@
-"""The command as a user runs it: what it prints and how it exits, mostly in a process of its own."""
+"""The command line: output, errors and exit codes, mostly in a separate process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def stretto(*arguments: str, stdin: str = "", **environ: str) -> subprocess.Comp
 
 
 def commands() -> dict[str, click.Command]:
-    """Every command by its full name."""
+    """All commands by their full names."""
     found: dict[str, click.Command] = {}
     todo: list[tuple[str, Any]] = [("", typer.main.get_command(cli.app))]
     while todo:
@@ -149,7 +149,7 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
 def test_wrong_usage_exits_with_2(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process: what is tested is the parsing."""
+    """The test runs in this process, because it covers only the parsing."""
     with pytest.raises(SystemExit) as exit:
         run_main(arguments)
     assert exit.value.code == 2
@@ -249,7 +249,7 @@ def test_chat_streams_answers_from_a_server(served: Served) -> None:
 
 @contextmanager
 def terminal(*arguments: str) -> Iterator[Callable[[str, str], str]]:
-    """The command on a terminal of its own: type something, then read until something else appears."""
+    """The command on its own pseudo-terminal."""
     pid, screen = pty.fork()
     if pid == 0:
         os.environ.pop("NO_COLOR", None)
@@ -258,7 +258,7 @@ def terminal(*arguments: str) -> Iterator[Callable[[str, str], str]]:
     seen = ""
 
     def type_and_wait(typed: str, until: str) -> str:
-        """What appeared, up to and with `until`."""
+        """Type a text and return the output up to and including `until`."""
         nonlocal seen
         os.write(screen, typed.encode())
         deadline = time.monotonic() + 30

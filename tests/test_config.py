@@ -1,4 +1,4 @@
-"""Where settings come from, which source wins, and what the errors of wrong ones say."""
+"""Configuration: the sources of settings, their precedence and the error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a token is due, against the rule written out, and that the engine and a client judge alike."""
+"""The deadline rule against a plain definition. Engine, simulator and server must agree on it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MS = st.none() | st.floats(1, 2000)
 OBJECTIVES = st.builds(Objective, ttft_ms=MS, itl_ms=MS, total_ms=MS)
 
 
-def due(arrival: float, objective: Objective, stamps: list[float], index: int) -> float:
-    """The rule as the glossary states it."""
+def deadline_of(arrival: float, objective: Objective, stamps: list[float], index: int) -> float:
+    """The deadline of token `index` by the definition in the glossary."""
     ttft, itl, total = objective.ttft_ms, objective.itl_ms, objective.total_ms
     whole = inf if total is None else arrival + total / 1e3
     first = inf if ttft is None else arrival + ttft / 1e3
@@ -41,7 +41,7 @@ def test_engine_simulator_and_server_compute_the_same_deadlines(
     )
     slack = inf
     for index, now in enumerate(stamps):
-        expected = due(arrival, objective, stamps, index)
+        expected = deadline_of(arrival, objective, stamps, index)
         slack = min(slack, expected - now)
         for deadline in (engine, outcome.deadline, server.deadline):
             assert min(deadline.next, deadline.whole) == pytest.approx(expected) == deadline.of_token(index)

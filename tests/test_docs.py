@@ -1,4 +1,4 @@
-"""The pages in docs/ and at the root: links lead somewhere, decisions have their form."""
+"""The pages in docs/ and at the root: links, named files and the form of decisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machines as files in a directory, and the decisions that follow from them."""
+"""Reading a machine from fake /proc and /sys files, and the settings derived from it."""
 
 from __future__ import annotations
 

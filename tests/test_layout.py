@@ -1,6 +1,6 @@
-"""The house rules, read from the source: who may import whom, where names live, who writes what, budgets.
+"""The rules of the source tree: imports, unique names, writers of engine fields and size budgets.
 
-Each test collects every offender and asserts that there is none, so one report names them all.
+Each test collects all offenders and asserts that there are none, so one report names them all.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ WIRING: dict[str, set[str]] = {
     "__init__": set(),
 }
 TORCH = ("kernels", "models", "engine", "optimise", "profiler")
-LIGHT = ("engine.client", "engine.ipc", "engine.scheduler")  # neither torch nor numpy, through others either
+# These must not load torch or NumPy, directly or indirectly.
+LIGHT = ("engine.client", "engine.ipc", "engine.scheduler")
 LONGEST_FUNCTION, USUAL_FUNCTION, USUAL_SHARE = 60, 40, 0.95
 LONGEST_FILE, MOST_PARAMETERS, MOST_FILES = 500, 6, 12
 
@@ -67,7 +68,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def name_of(path: Path) -> str:
-    """`engine.client` for src/stretto/engine/client.py; a package's `__init__` is the package."""
+    """The module name below `stretto`: `engine.client` for src/stretto/engine/client.py."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else ".".join(parts)
 
@@ -76,19 +77,19 @@ TREES = {name_of(path): ast.parse(path.read_text()) for path in FILES}
 
 
 def below(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether a module is one of these, or in one of these packages."""
+    """True if the module is one of these, or is in one of these packages."""
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def package_of(name: str) -> str:
-    """The longest row of the table that a module falls under; its first part when there is none."""
+    """The longest key of the import table that contains the module, or else its top package."""
     parts = name.split(".")
     rows = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
     return next((row for row in rows if row in MAY_IMPORT), parts[0])
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """The modules of Stretto that a module imports when it is loaded, as names below the package."""
+    """The Stretto modules that a module imports, as names below `stretto`."""
     found: set[str] = set()
     for node in ast.walk(tree):
         names: list[str] = []
@@ -103,7 +104,7 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def outside(tree: ast.AST) -> set[str]:
-    """The packages of others that a module imports."""
+    """The third-party packages that a module imports."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -114,7 +115,7 @@ def outside(tree: ast.AST) -> set[str]:
 
 
 def typing_only(tree: ast.AST) -> set[str]:
-    """Modules imported under `if TYPE_CHECKING:` alone: they draw no edge at run time."""
+    """The modules imported under `if TYPE_CHECKING:`, which are not loaded at run time."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -127,7 +128,7 @@ LOADED = {name: edges - typing_only(TREES[name]) for name, edges in EDGES.items(
 
 
 def reached(start: Iterable[str]) -> set[str]:
-    """These modules and all that they load, through every module."""
+    """These modules and everything they import, directly or indirectly."""
     seen: set[str] = set()
     todo = list(start)
     while todo:
@@ -206,7 +207,7 @@ def test_folders_hold_at_most_12_files():
 
 
 def defined(tree: ast.Module) -> Iterator[str]:
-    """The classes and type aliases of a module, but for type variables."""
+    """The classes and type aliases that a module defines, without type variables."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             yield node.name
@@ -248,7 +249,7 @@ def test_every_module_has_a_docstring_of_at_most_8_lines():
 
 
 def assigned(name: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Each field that a module assigns, with the module and, where the target is `self`, the class."""
+    """Each attribute that a module assigns, with the module, and the class when the target is `self`."""
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     own = {id(node): holder.name for holder in classes for node in ast.walk(holder)}
     for node in ast.walk(tree):
@@ -269,7 +270,7 @@ WRITERS: dict[str, tuple[str, str]] = {
 
 
 def test_each_engine_field_has_one_writer():
-    """A field is told by its name: only `self.field` in another class is known to be another's."""
+    """Fields are matched by name. Only `self.field` in another class is known to be a different field."""
     found: defaultdict[str, set[str]] = defaultdict(set)
     for module, tree in TREES.items():
         if below(module, ("engine", "deadlines", "simulator", "profiler")):
@@ -305,7 +306,7 @@ def test_functions_stay_within_their_line_budget():
 def test_functions_stay_within_their_parameter_budget():
     wide: dict[str, int] = {}
     for name, tree in TREES.items():
-        if name.startswith(("kernels.", "cli")):  # kernel launchers; a command's parameters are its flags
+        if name.startswith(("kernels.", "cli")):  # Exempt: kernel launchers and commands.
             continue
         for node in functions(tree):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

@@ -1,4 +1,4 @@
-"""The Python API over the real engine: a tiny random checkpoint, and the null model where any will do."""
+"""The Python API over a real engine, with a tiny random checkpoint or the null model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GREEDY = Sampling(temperature=0.0, max_tokens=8, ignore_eos=True)
 
 
 def tokenizer() -> Tokenizer:
-    """Three special tokens and the printable bytes: as many as the tiny checkpoints have logits."""
+    """A tokenizer of three special tokens and the printable bytes, as many as the checkpoints have logits."""
     letters = [*"<>|", *sorted(pre_tokenizers.ByteLevel.alphabet())][:VOCAB]
     made = Tokenizer(models.BPE({letter: index for index, letter in enumerate(dict.fromkeys(letters))}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

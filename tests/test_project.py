@@ -1,4 +1,4 @@
-"""The files around the package agree with each other: workflow, hooks, site, pinned tools."""
+"""The project files agree with each other: CI workflow, hooks, documentation site and pinned tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README tells people to run is run as a reader would: in a bare shell, in a folder with `.venv`."""
+"""The commands in the README run in a bare shell, in a folder with `.venv`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BARE = "/usr/local/bin:/usr/bin:/bin"
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A folder that has `.venv`, as a clone has it after `make run`."""
+    """A folder with `.venv`, like a clone after `make run`."""
     if not Path(sys.prefix, "bin", "activate").exists():
         pytest.skip("the tests run outside of a virtual environment")
     (tmp_path / ".venv").symlink_to(sys.prefix)

@@ -1,4 +1,4 @@
-"""One definition of a percentile, checked against numpy's."""
+"""The percentile functions, checked against NumPy."""
 
 from __future__ import annotations
 

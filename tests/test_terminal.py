@@ -1,4 +1,4 @@
-"""What the commands print, without colours, as standard output is no terminal."""
+"""Terminal output of the commands when standard output is not a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A scripted server: answers every request with the bytes it was given, in the pieces it was given."""
+"""A scripted HTTP server: it answers each request with prepared bytes, split where the test splits them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: 
 
 
 def chunked(*parts: bytes) -> list[bytes]:
-    """Each part as one HTTP chunk, and the end."""
+    """Encode each part as one HTTP chunk and add the terminating chunk."""
     return [b"%x\r\n%s\r\n" % (len(part), part) for part in parts] + [b"0\r\n\r\n"]
 
 
@@ -33,7 +33,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def plain(status: str, body: bytes, *headers: str) -> list[bytes]:
-    """A whole answer with a length."""
+    """A complete response with a Content-Length header."""
     head = "".join(f"{line}\r\n" for line in (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers))
     return [head.encode() + b"\r\n" + body]
 
@@ -57,7 +57,7 @@ Answer = Callable[[str, bytes], Sequence[Piece]]
 
 @asynccontextmanager
 async def serving(answer: Answer) -> AsyncIterator[Server]:
-    """`answer(path, body)` gives pieces to write; a number is seconds to wait, None closes the socket."""
+    """Run a server. `answer(path, body)` returns pieces: bytes to send, seconds to wait, or None to close."""
     server = Server(0)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

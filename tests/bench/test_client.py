@@ -1,4 +1,4 @@
-"""The client against a server that says just what the test wrote: whole, in pieces, wrongly or not at all."""
+"""The benchmark client against a scripted server: whole, split, malformed and missing responses."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_an_address_may_have_a_scheme_a_port_and_a_path_prefix() -> None:
 
 
 async def test_reading_an_event_costs_less_than_fifty_microseconds() -> None:
-    """20,000 events cost well under 50 us each, the scripted server's own work on the same core included."""
+    """The time for 20,000 events includes the scripted server, which runs on the same core."""
     blob = b"".join(chunked(*[chat("tok")] * 20_000, DONE))
     pieces = [OK] + [blob[at : at + 65536] for at in range(0, len(blob), 65536)]
     async with serving(lambda *_: pieces) as server:

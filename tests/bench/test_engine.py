@@ -1,4 +1,4 @@
-"""`stretto bench engine` as a user runs it, on a small model and on none."""
+"""The command `stretto bench engine`, on a small model and on the null model."""
 
 from __future__ import annotations
 

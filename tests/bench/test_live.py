@@ -1,4 +1,4 @@
-"""A recorded load in real time: what is sent, and how what comes back is judged."""
+"""Replaying a trace against a server: the requests that are sent and the verdict on each answer."""
 
 from __future__ import annotations
 

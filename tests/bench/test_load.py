@@ -1,4 +1,4 @@
-"""The load: its arrivals, its prompts, and that what it sends is what was asked for."""
+"""Load generation: arrivals, prompts, concurrency and the requests that are sent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def answer(path: str, body: bytes) -> list[Piece]:
 
 
 def quiet(sample: Sample) -> None:
-    """No progress to show."""
+    """Ignore progress."""
 
 
 def test_arrivals_are_poisson_at_the_rate_and_repeatable() -> None:

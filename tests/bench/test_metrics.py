@@ -1,4 +1,4 @@
-"""Every figure on a case small enough to work out by hand."""
+"""Benchmark metrics, checked on cases small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from stretto.bench.metrics import GoodputLimits, Sample, is_good, peak_concurrency, report
 
-# Three tokens at 0.1, 0.2 and 0.4 s after sending; the finish event with the last token.
+# Three tokens arrive 0.1, 0.2 and 0.4 s after sending. The last one comes with the finish event.
 THREE = Sample(started=10.0, stamps=(10.1, 10.2, 10.4), ended=10.4, prompt_tokens=7, output_tokens=3)
 ONE = Sample(started=11.0, stamps=(11.5,), ended=11.5, prompt_tokens=5, output_tokens=1)
 FAILED = Sample(started=11.0, ended=11.0, error="HTTP 503", detail="the queue is full")
@@ -24,7 +24,7 @@ def test_a_single_token_has_no_tpot_and_no_itl() -> None:
 
 
 def test_tpot_counts_tokens_where_itl_counts_events() -> None:
-    """Two tokens in one event: the server said four tokens, the client saw two events."""
+    """The server reports four tokens, but the client receives only two events."""
     sample = Sample(started=0.0, stamps=(1.0, 1.6), ended=1.6, output_tokens=4)
     assert sample.tpot == pytest.approx(0.2)
     assert sample.itls == pytest.approx([0.6])

@@ -1,4 +1,4 @@
-"""What a comparison with peers is written down as: ratios are never typed by hand, so they are tested."""
+"""The page that compares Stretto with other engines: its ratios, tables and figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PEERS = Path(__file__).parent.parent.parent / "benchmarks" / "peers"
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
-    """benchmarks/ is no package: its scripts find each other beside them."""
+    """Import the script. `benchmarks/` is not a package, so its folder is put on the import path."""
     sys.path.insert(0, str(PEERS))
     try:
         yield __import__("page")

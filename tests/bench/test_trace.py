@@ -1,4 +1,4 @@
-"""`stretto bench trace` as a user runs it, in virtual time."""
+"""The command `stretto bench trace` in virtual time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hundred requests, one a second, in Azure's columns."""
+    """A trace file in Azure's format: a hundred requests, one per second."""
     rows = [
         f"2023-11-16 18:{at // 60:02}:{at % 60:02}.0000000,{200 + 29 * (at % 40)},40" for at in range(100)
     ]

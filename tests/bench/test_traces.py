@@ -1,4 +1,4 @@
-"""Readers of recorded loads: the public files when they are there, small ones of each kind always."""
+"""Trace readers: a small file of each format, and the public traces when they are present."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine process and its client, over the null model: starting, dying, coming back, stopping."""
+"""The engine process and its client over the null model: start, crash, restart and shutdown."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ async def test_an_infeasible_request_is_refused_while_a_step_is_running():
     hopeless = Objective(ttft_ms=100, on_miss="reject")
     try:
         running = client.submit(request(client, max_tokens=3))
-        await anext(running)  # the next step is under way, and takes 300 ms
+        await anext(running)  # The next step is running and takes 300 ms.
         steps = client.worker_state().steps
         asked = msgspec.structs.replace(request(client), objective=hopeless)
         stream = client.submit(asked)
@@ -183,7 +183,7 @@ async def test_an_infeasible_request_is_refused_while_a_step_is_running():
 
 
 async def test_a_stream_reports_the_predicted_work_of_its_request():
-    """Quotas go by it. A refused request is no work."""
+    """Quotas are charged with this figure. A refused request counts as no work."""
     model = ModelConfig(name="null", path="null:5")
     client = EngineClient(EngineConfig(models=(model,), schedule="deadline"))
     await client.start()
@@ -203,7 +203,7 @@ async def test_a_stream_reports_the_predicted_work_of_its_request():
 
 
 async def test_the_forecast_counts_requests_sent_since_the_last_snapshot():
-    """Each promise of a first token takes from what is left for the next, before the engine has seen any."""
+    """Each request sent reduces the capacity left for the next one, before the engine reports a snapshot."""
     outlook = Outlook(TIERS)
     history = History(StepTime(StepCost(base=10.0, per_prefill=1.0)))
     context = SchedulingContext("null", Queues(), BlockPool(64, 16), Limits(16, 512), history, 0.0)

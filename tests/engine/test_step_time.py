@@ -1,4 +1,4 @@
-"""The step-time model: what it answers, what it learns, what it refuses to learn."""
+"""The step-time model: its predictions, its online learning and its resistance to outliers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def some_load(rng: Random) -> StepLoad:
 def steps(
     model: StepTime, count: int, rng: Random, *, speed: float = 1.0, outliers: float = 0.0
 ) -> list[float]:
-    """Let a model watch steps of a machine; its errors against the machine without noise."""
+    """Let the model observe noisy steps and return its relative errors against the noise-free machine."""
     errors: list[float] = []
     for _ in range(count):
         seen = some_load(rng)
@@ -55,7 +55,7 @@ def test_a_lasting_change_of_speed_is_learnt_within_fifty_steps():
 
 
 def test_short_steps_are_learnt_as_well_as_long_ones():
-    """The belief changes with some milliseconds of them, and at once when they surprise it."""
+    """Many short steps are needed for one update, but a surprising step causes an update at once."""
     model = StepTime(UNKNOWN)
     assert median(steps(model, 400, Random(6), speed=0.005)[-100:]) < 0.04
     before = steps(model, 60, Random(7), speed=0.01)
@@ -123,8 +123,8 @@ def test_a_window_gives_quantiles_of_its_most_recent_values(values: list[float])
 
 
 def test_steadily_growing_contexts_do_not_make_the_model_diverge():
-    """Each step differs a little from the last, always the same way: what is learnt of one is of no use a
-    hundred steps later, and must not have been thrown away either."""
+    """Each step differs a little from the previous one, always in the same direction. The model must neither
+    extrapolate without limit nor forget its other coefficients."""
     rng = Random(6)
     model = StepTime(
         StepCost(base=9.0, per_decode=9.0, per_prefill=5.0, per_key=0.005, per_pair=0.002), [0.05] * 16

@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, against a real server of the bundled model."""
+"""The examples run with the commands in their first lines, against a server of the bundled model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tests of the CUDA table run: on a GPU where there is one, else in Triton's interpreter."""
+"""Where the tests of the CUDA table run: on a GPU, or without one in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed")
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
-# The interpreter is slow, and cuts bfloat16 off instead of rounding it.
+# The interpreter is slow, and it truncates bfloat16 instead of rounding it.
 TOLERANCES = {torch.float32: 1e-5} | ({torch.float16: 2e-3, torch.bfloat16: 1.5e-2} if GPU else {})

@@ -1,7 +1,6 @@
-r"""What the tests of the C kernels share: every level this CPU has, each in turn.
+r"""A fixture that runs each test of the C kernels at every ISA level of this CPU.
 
-To run them under AddressSanitizer (it finds reads and writes outside of what a kernel was given; compiling so
-takes some minutes):
+AddressSanitizer finds reads and writes out of bounds. Compiling for it takes some minutes. To use it:
 
     CFLAGS="-fsanitize=address -g -O1" python setup.py build_ext --inplace --force
     LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
@@ -23,7 +22,7 @@ LEVELS = list(LIBRARY.levels) if LIBRARY else ["none built"]
 
 @pytest.fixture(params=LEVELS)
 def native(request: pytest.FixtureRequest) -> Iterator[Native]:
-    """The library at one level, on two threads; the best level afterwards."""
+    """The library at one ISA level, on two threads. The best level is restored afterwards."""
     if LIBRARY is None:
         pytest.skip("the C kernels are not built: no compiler at install time")
     LIBRARY.use(request.param)

@@ -1,4 +1,4 @@
-"""Steps for testing a kernels table: a batch over a scattered cache, and attention written down plainly."""
+"""Steps for testing a kernels table, and plain float64 definitions of what the kernels compute."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Step:
-    """A batch, its cache (one layer), and every sequence's keys and values so far: [context, kv_heads,
-    head_dim]."""
+    """A batch and its cache of one layer.
+
+    `keys` and `values` hold those of each sequence so far: [context, kv_heads, head_dim]."""
 
     batch: Batch
     cache: Cache
@@ -32,8 +33,9 @@ class Step:
 def step(
     sequences: list[tuple[int, int]], kind: Attention, *, dtype: torch.dtype = torch.float32, size: int = 4
 ) -> Step:
-    """`sequences` are (queries, context). The cache holds everything but the last `queries` tokens of
-    each."""
+    """Make a step over blocks in a random order. `sequences` are pairs (queries, context).
+
+    The cache already holds each sequence except its last `queries` tokens."""
     torch.manual_seed(sum(context for _, context in sequences))
     needs = [-(-context // size) for _, context in sequences]
     order = torch.randperm(sum(needs) + 2).tolist()
@@ -67,8 +69,9 @@ def step(
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, kind: Attention) -> Tensor:
-    """Causal attention of the last queries of one sequence, in float64: [queries, heads, head_dim] -> the
-    same."""
+    """Causal attention of the last queries of one sequence, in float64.
+
+    `q` and the result are [queries, heads, head_dim]."""
     queries, context = q.shape[0], keys.shape[0]
     share = kind.heads // kind.kv_heads
     out = torch.empty(q.shape, dtype=torch.float64)
@@ -90,7 +93,7 @@ def rms(x: Tensor, eps: float) -> Tensor:
 
 
 def rotated(x: Tensor, positions: Tensor, frequencies: Tensor, scale: float) -> Tensor:
-    """[T, heads, head_dim] with the first 2 * len(frequencies) dimensions of each head turned, in float64."""
+    """Rotate the first 2 * len(frequencies) dimensions of each head of [T, heads, head_dim], in float64."""
     out, half = x.double().clone(), len(frequencies)
     angles = (positions[:, None].float() * frequencies).double()[:, None]
     first, second = out[..., :half].clone(), out[..., half : 2 * half].clone()

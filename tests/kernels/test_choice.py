@@ -1,4 +1,4 @@
-"""Which kernels table is chosen for a device, and which requests are refused."""
+"""The choice of a kernels table by device and dtype, and the formats that are refused."""
 
 from __future__ import annotations
 

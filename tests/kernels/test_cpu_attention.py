@@ -1,4 +1,4 @@
-"""Rotation, KV write and paged attention at every level, against the table in torch."""
+"""RoPE, KV writes and paged attention of the C kernels at every ISA level, against the torch table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONG = [(1, 3000), (3, 2100)]
 
 
 def batch_of(work: list[tuple[int, int]], size: int) -> tuple[Batch, int]:
-    """A step of (queries, context) pairs over blocks in a scattered order, and how many blocks there are."""
+    """A batch of (queries, context) pairs over blocks in a scattered order, and the number of blocks."""
     needed = [-(-context // size) for _, context in work]
     blocks = sum(needed) + 3
     free = torch.randperm(blocks, generator=torch.Generator().manual_seed(blocks)).tolist()
@@ -53,7 +53,7 @@ def batch_of(work: list[tuple[int, int]], size: int) -> tuple[Batch, int]:
 
 
 def both(native: Native, kind: Attention, work: list[tuple[int, int]], dtype: torch.dtype, dims: int = 0):
-    """The step on both tables: (queries, attention, cache) of each."""
+    """Run the step on both tables and return (queries, attention, cache) of each."""
     draw = torch.Generator().manual_seed(kind.head_dim)
     size, table = 16, CpuTable(native, None)
     batch, blocks = batch_of(work, size)
@@ -112,7 +112,7 @@ def test_attention_equals_the_reference_with_windows_and_soft_caps(
 def test_attention_equals_the_reference_for_prompts_of_full_tiles(
     native: Native, heads: int, kv_heads: int, window: int
 ):
-    """A window that is shorter than the lanes leaves some of them nothing of a tile."""
+    """A window shorter than a tile leaves some SIMD lanes without any key of the tile."""
     kind = Attention(heads, kv_heads, 32, 0.2, window=window)
     agree(both(native, kind, [(150, 150), (130, 400), (1, 9)], torch.float32), torch.float32)
 
@@ -135,11 +135,11 @@ def test_attention_over_long_contexts_does_not_depend_on_threads(
 
 
 def test_scores_far_apart_stay_finite(native: Native):
-    """Softmax neither overflows nor divides by zero."""
+    """The softmax neither overflows nor divides by zero."""
     kind = Attention(4, 2, 32, 60.0)
     results = both(native, kind, DECODES + PREFILLS + LONG, torch.float32)
     assert results[0][1].isfinite().all()
-    # Rounding in scores of some thousands, which the exponential magnifies.
+    # The exponential magnifies rounding errors in scores of some thousands.
     agree(results, torch.float32, exact=1e-3)
 
 
@@ -199,7 +199,7 @@ def test_wrong_shapes_and_dtypes_are_refused_and_named(native: Native):
 
 
 def levels_of(cache: Tensor) -> Tensor:
-    """What an int8 cache holds, float32: without the scale that follows each row."""
+    """Dequantise an int8 cache to float32. Each row ends with its float32 scale."""
     scales = cache[..., -4:].contiguous().view(torch.float32)
     return cache[..., :-4].float() * scales
 
@@ -213,8 +213,8 @@ def levels_of(cache: Tensor) -> Tensor:
 def test_a_reduced_precision_cache_is_close_to_float32(
     native: Native, kept: torch.dtype, dtype: torch.dtype, head_dim: int, window: int, softcap: float
 ):
-    """Attention over what the cache keeps is that over the same numbers in float32 (beside int8, queries and
-    weights are levels of 16 bits), and it keeps what it is given to within half a level."""
+    """The cache rounds each value by at most half a quantisation step. Attention over it equals that over the
+    same rounded values in float32. With int8 keys, queries and weights are quantised to 16 bits."""
     kind = Attention(6, 2, head_dim, head_dim**-0.5, window=window, softcap=softcap)
     table = CpuTable(native, None)
     work = [*DECODES, *PREFILLS, *LONG]
@@ -248,7 +248,7 @@ def test_a_reduced_precision_cache_is_close_to_float32(
 def test_attention_is_not_changed_by_later_values(
     native: Native, kept: torch.dtype, last: float, queries: int
 ):
-    """Not by a bit, however large it is: levels are of what a query sees."""
+    """The result is equal bit for bit, because quantisation scales depend only on the tokens a query sees."""
     if native.level == "portable" and last != last and queries == 64:
         pytest.skip("prompts are read in floats, where nothing times what is no number is none")
     kind, table = Attention(4, 2, 64, 0.125), CpuTable(native, None)

@@ -1,4 +1,4 @@
-"""Packed weights kept on disk: the next start computes the same numbers, whatever happened to the file."""
+"""The cache of packed weights on disk: reuse, damaged files, forged metadata and the size limit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Start:
-    """One start of a model: its logits, and what its cache did."""
+    """One start of a model, with its logits and its cache."""
 
     def __init__(
         self, native: Native, path: Path, folder: Path, quantise: CpuQuantise = "int8", limit: int = LIMIT
@@ -158,7 +158,7 @@ def test_a_broken_file_is_written_again(
 def test_forged_shapes_in_the_metadata_read_no_other_memory(
     native: Native, model: Path, tmp_path: Path, form: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever can write the folder can write the right checksums too."""
+    """An attacker who can write to the folder can also write matching checksums."""
     first = Start(native, model, tmp_path / "kept")
     lied = module.Form(*form)
     monkeypatch.setattr(module, "Form", lambda *_: lied)
@@ -173,7 +173,7 @@ def test_forged_shapes_in_the_metadata_read_no_other_memory(
 def test_a_tensor_with_a_changed_offset_or_length_is_packed_anew(
     native: Native, model: Path, tmp_path: Path, change: tuple[int, int]
 ) -> None:
-    """Longer, shorter or elsewhere than the one whose checksum is stored."""
+    """The header gives the tensor another length or offset than the one whose checksum is stored."""
     first = Start(native, model, tmp_path / "kept")
     content = first.cache.file.read_bytes()
     start = data_start(content)
@@ -234,7 +234,7 @@ def test_the_least_recently_used_files_are_deleted_first(native: Native, model: 
         start = Start(native, tmp_path / f"{layers}", tmp_path / "kept")
         files.append(start.cache.file)
         os.utime(start.cache.file, (layers, layers))
-    Start(native, tmp_path / "1", tmp_path / "kept")  # used again: now the newest
+    Start(native, tmp_path / "1", tmp_path / "kept")  # It is used again, so it is now the newest.
     sizes = [file.stat().st_size for file in files]
     make("llama", tmp_path / "4", num_hidden_layers=1, seed=4)
     (tmp_path / "kept" / f".left{module.SUFFIX}.behind").touch()

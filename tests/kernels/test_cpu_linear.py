@@ -1,5 +1,8 @@
-"""Packed linears at every level: against float64 for weights kept, and against the same integer sums in
-torch for quantised ones."""
+"""Packed linear layers of the C kernels at every ISA level.
+
+Unquantised weights are compared with float64. Quantised weights are compared with the same integer sums in
+torch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ __all__ = ["native"]
 SHAPES = [(1, 1), (5, 3), (32, 64), (33, 40), (70, 264), (200, 96)]
 ROWS = [1, 2, 3, 7, 8, 9, 17, 100]
 INT_TOLERANCE = 2e-6
-WIDE_TOLERANCE = 2e-5  # of levels so fine that some lie at a half and are rounded the other way
+WIDE_TOLERANCE = 2e-5  # Steps are so fine that some values lie halfway and are rounded the other way.
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -29,14 +32,14 @@ def run(native: Native, x: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def largest_level(native: Native, packed: PackedLinear) -> int:
-    """AVX2 multiplies int8 weights in 16 bits, so activations have as many, less what a group's sum needs."""
+    """The largest quantised activation: up to 16 bits on AVX2 with int8 weights, less for large groups."""
     if native.level == "avx2" and packed.format == "int8":
         return min(2**15 - 1, (2**31 - 1) // (127 * packed.group))
     return 127
 
 
 def quantised(x: Tensor, group: int, pad: int, most: int) -> tuple[Tensor, Tensor]:
-    """Activations as the kernels quantise them: levels [m, groups, group] and scales [m, groups]."""
+    """Quantise activations as the kernels do: integers [m, groups, group] and scales [m, groups]."""
     x = torch.nn.functional.pad(x, (0, pad)).view(x.shape[0], -1, group)
     top = x.abs().amax(-1)
     inverse = torch.where(top > 0, most / top, torch.zeros(()))

@@ -1,5 +1,4 @@
-"""Whole decoders on the C kernels: the reference's logits with weights kept, near them with weights
-quantised."""
+"""Whole decoders on the C kernels: their logits, unquantised and quantised, against the torch table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms, gated activations and the rescored logits of the C kernels, at every level, against torch."""
+"""Norms, gated activations and rescored logits of the C kernels at every ISA level, against torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_act_and_mul_equals_the_reference(native: Native, activation: Activation
 
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_act_and_mul_equals_the_reference_at_extreme_values(native: Native, activation: Activation):
-    """Neither overflow nor a NaN where torch has none, and one where torch has one."""
+    """Results overflow or become NaN exactly where those of torch do."""
     gates = torch.tensor([-1e30, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e18, float("nan")])
     x = torch.cat((gates, torch.ones(len(gates))))[None]
     wanted = torch_kernels.act_and_mul(x.clone(), activation)
@@ -82,7 +82,7 @@ def test_wrong_shapes_are_refused_and_named(native: Native):
 def rescored(native: Native, logits: Tensor, k: int) -> Tensor:
     """The (row, index) of each logit that `rescore_top_k` computed again, in ascending order.
 
-    All exact logits of this test are `RESCORED`, which no rough one is.
+    Every exact logit of this test is `RESCORED`. No approximate logit has that value.
     """
     rows, n = logits.shape
     x, weights, found = torch.ones(rows, 1), torch.full((n, 1), RESCORED), logits.clone()

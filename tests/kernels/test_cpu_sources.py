@@ -1,4 +1,4 @@
-"""The C sources of the kernels: every header includes what it uses."""
+"""The C sources of the kernels: each header includes everything it uses."""
 
 from __future__ import annotations
 

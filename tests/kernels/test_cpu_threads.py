@@ -1,4 +1,4 @@
-"""The threads behind the kernels: idle ones cost nothing, a fork starts its own, and callers take turns."""
+"""The thread pool of the C kernels: idle threads, forked processes and concurrent callers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA table against its definitions in float64: on a GPU, or else in Triton's interpreter."""
+"""The CUDA table against plain definitions in float64, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCES)
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs one after the other, those with nothing to do as well."""
+    """Use few splits: the interpreter runs all programs one after another, even the empty ones."""
     if not GPU:
         monkeypatch.setattr(paged, "MAX_SPLITS", 4)
 
@@ -54,7 +54,7 @@ def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 def there(made: Step) -> tuple[Batch, Cache]:
-    """The step and its cache on the device."""
+    """Copy the batch and the cache to the device."""
     moved = {
         field.name: value.to(DEVICE) if isinstance(value, Tensor) else value
         for field in fields(made.batch)
@@ -76,7 +76,7 @@ def attend(kernels: AnyKernels, made: Step, kind: Attention, q: Tensor) -> Tenso
     placed = kernels.rope_and_cache(qkv, None, kind, cache.layers[0], plan)
     kernels.paged_attention(
         placed, kind, cache.layers[0], plan
-    )  # twice: what programs share must be left as it was
+    )  # The second run checks that shared buffers are reset.
     return kernels.paged_attention(placed, kind, cache.layers[0], plan).view(q.shape)
 
 
@@ -257,7 +257,7 @@ def test_linear_gives_the_same_result_when_a_tile_is_split_by_columns(
 
 
 def block_by_block(x: Tensor, layer: DecoderLayer[Any, Any], made: Step, rotation: Rotation) -> Tensor:
-    """What a layer is, by the reference's functions."""
+    """Compute one decoder layer with the functions of the reference table."""
     torch_ = REFERENCE
     plan = torch_.prepare(made.batch, made.cache, Geometry((rotation,), (layer.attention.window,)))
     qkv = torch_.linear(torch_.norm(x, layer.pre_attention_norm, layer.eps), layer.qkv)
@@ -285,7 +285,7 @@ LAYERS = [
 def test_fused_layers_equal_separate_kernels(
     kernels: AnyKernels, dtype: torch.dtype, context: int, asked: dict[str, object]
 ) -> None:
-    """The same sums, keys and values as block by block."""
+    """The hidden state and the written keys and values equal those of the reference functions."""
     changes = {"eps": 1e-5} | {name: value for name, value in asked.items() if name not in ("biased", "dims")}
     kind = replace(KIND, **changes)  # type: ignore[arg-type]
     made = step([(1, context)], kind, dtype=torch.float32)
@@ -295,7 +295,7 @@ def test_fused_layers_equal_separate_kernels(
     frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])[: int(asked["dims"]) // 2]  # type: ignore[call-overload]
 
     def layer(own: AnyKernels, device: torch.device, held: torch.dtype) -> DecoderLayer[Any, Any]:
-        """The same numbers, whatever they are held in."""
+        """Make a layer with the same numbers for any table, device and dtype."""
         torch.manual_seed(0)
 
         def pack(rows: int, columns: int) -> Any:
@@ -324,10 +324,10 @@ def test_fused_layers_equal_separate_kernels(
     wanted = block_by_block(
         x.float(), layer(REFERENCE, torch.device("cpu"), torch.float32), made, Rotation(frequencies, 1.2)
     )
-    # An epsilon of one keeps the final norm from hiding a common factor of all sums.
+    # With an epsilon of one, the final norm cannot hide a common factor of all values.
     final = (1 + torch.randn(48) / 9).to(dtype)
     wanted = REFERENCE.norm(wanted, final.float(), 1.0)
-    for _ in range(2):  # what programs share must be left as it was
+    for _ in range(2):  # The second run checks that shared buffers are reset.
         plan = kernels.prepare(
             batch, cache, Geometry((Rotation(frequencies.to(DEVICE), 1.2),), (kind.window,))
         )
@@ -362,7 +362,7 @@ def test_experts_equal_their_definition(
 @pytest.mark.parametrize("rows", [1, 3, 5, 33, 64, 65, 300])
 @pytest.mark.parametrize("shape", [(320, 512), (1024, 4096), (272, 5024)])
 def test_fp8_error_is_within_the_rounding_error_of_activations(rows: int, shape: tuple[int, int]) -> None:
-    """Within what rounding the activations costs of the weights that FP8 can hold."""
+    """The reference multiplies with the dequantised weights, so only the activations are rounded."""
     torch.manual_seed(rows)
     narrow = table(DEVICE, "fp8")
     x = (torch.randn(rows, shape[1]) * torch.logspace(-2, 2, rows)[:, None]).bfloat16().to(DEVICE)

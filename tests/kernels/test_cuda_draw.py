@@ -1,4 +1,4 @@
-"""Drawing on the device: what may be drawn is what the sampler on the host would draw, and as often."""
+"""Sampling on the device: the same tokens with the same probabilities as the sampler on the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOCAB, COUNT = (5000, 50) if GPU else (300, 10)
 
 
 def orders(*rows: dict[int, float]) -> Tensor:
-    """Orders by field; slots count up."""
+    """Sampling parameters for each row, by field. Row i gets slot i."""
     made = np.zeros((len(rows), draw.ORDER), dtype=np.int32)
     for index, row in enumerate(rows):
         made[index, draw.SLOT] = index
@@ -36,7 +36,7 @@ def unseen(rows: int) -> Tensor:
 
 
 def drawn(logits: Tensor, *rows: dict[int, float]) -> list[int]:
-    """One row of logits, drawn from by each order."""
+    """Draw one token from the same logits for each row of parameters."""
     known = torch.full((len(rows),), -7, device=DEVICE)
     rows_of_it = logits.repeat(len(rows), 1).to(DEVICE)
     found = draw.draw(rows_of_it, orders(*rows), known, unseen(len(rows)))
@@ -45,14 +45,14 @@ def drawn(logits: Tensor, *rows: dict[int, float]) -> list[int]:
 
 
 def spread(**fields: float) -> list[dict[int, float]]:
-    """Orders whose fractions are the middles of equal parts."""
+    """Rows of parameters whose random numbers are evenly spaced in (0, 1)."""
     names = {"heat": draw.TEMPERATURE, "top_p": draw.TOP_P, "min_p": draw.MIN_P, "top_k": draw.TOP_K}
     asked = {names[name]: value for name, value in fields.items()}
     return [{draw.TEMPERATURE: 1.0} | asked | {draw.FRACTION: (i + 0.5) / COUNT} for i in range(COUNT)]
 
 
 def wanted(probabilities: Tensor) -> list[int]:
-    """What inverting the cumulative sum in the vocabulary's order gives for the same fractions."""
+    """The tokens that inverting the cumulative sum gives for the random numbers of `spread`."""
     cumulative = list(accumulate(probabilities.double().tolist()))
     goals = [cumulative[-1] * (i + 0.5) / COUNT for i in range(COUNT)]
     return [next(place for place, until in enumerate(cumulative) if until > goal) for goal in goals]
@@ -96,7 +96,7 @@ def test_min_p_drops_unlikely_tokens(logits: Tensor) -> None:
 
 
 def test_top_p_applies_to_what_top_k_and_min_p_keep(logits: Tensor) -> None:
-    """As the host does: min_p, then top_k, then top_p of the mass of those left."""
+    """The filters apply in the order of the host: min_p, top_k, then top_p of the remaining mass."""
     weights = (logits - logits.max()).exp().double()
     weights[weights < 0.01] = 0
     weights[logits < logits.topk(30).values[-1]] = 0
@@ -111,7 +111,7 @@ PENALTIES = [(1.7, 0.0, 0.0), (1.0, 0.6, 0.0), (1.0, 0.0, 0.9), (0.8, -0.4, 0.3)
 
 
 def test_penalties_equal_those_of_the_host_sampler(logits: Tensor) -> None:
-    """Greedy and drawn, each step with what the one before it drew in its history."""
+    """Each step counts the token of the previous step. Greedy and sampled rows are tested."""
     rows = [
         {draw.REPETITION: rep, draw.FREQUENCY: often, draw.PRESENCE: ever, **heat}
         for rep, often, ever in PENALTIES

@@ -1,4 +1,4 @@
-"""The torch table against its own definitions, written down plainly in float64."""
+"""The torch table against plain definitions in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 def attend(made: Step, kind: Attention, q: Tensor) -> Tensor:
-    """Write the step's own keys and values, then attend; queries and keys are not rotated."""
+    """Write the keys and values of the step, then run attention. Queries and keys are not rotated."""
     geometry = Geometry((Rotation(torch.zeros(kind.head_dim // 2)),), (kind.window,))
     plan = REFERENCE.prepare(made.batch, made.cache, geometry)
     new = [
@@ -172,7 +172,7 @@ def test_paged_attention_shares_keys_between_heads(heads: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("name", STEPS)
 def test_paged_attention_reads_no_block_outside_the_window(name: str) -> None:
-    """Blocks wholly before the window, and blocks of nobody in the step, are poison."""
+    """Blocks before the window, and blocks that belong to no sequence of the step, hold NaN."""
     kind = replace(KIND, window=6)
     made = step(STEPS[name], kind)
     used = torch.zeros(made.cache.layers[0].shape[1], dtype=torch.bool)
@@ -187,7 +187,7 @@ def test_paged_attention_reads_no_block_outside_the_window(name: str) -> None:
 
 
 def test_nan_in_one_sequence_does_not_reach_other_sequences() -> None:
-    """Decodes share one call: not-a-numbers in one sequence's keys must not reach another's answer."""
+    """Decodes share one call, so NaN in the keys of one sequence could reach another."""
     made = step([(1, 9), (1, 30), (1, 14)], KIND)
     made.cache.layers[0][:, made.batch.tables[1].long()] = torch.nan
     q = queries(made, KIND)
@@ -210,7 +210,7 @@ def test_erase_zeroes_blocks_in_every_layer() -> None:
 
 
 def test_decodes_of_similar_length_are_batched_together() -> None:
-    """Similar contexts: one group. Far apart: few groups, none padded beyond its bounds."""
+    """Similar contexts form one group. Contexts far apart form few groups with bounded padding."""
     decodes: list[reference.Decode] = [(500 + i, i, i, 500 + i) for i in range(20)]
     assert reference.group_by_length(decodes, 10**6) == [decodes]
     spread: list[reference.Decode] = [(2**i, i, i, 2**i) for i in range(14)]

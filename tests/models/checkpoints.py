@@ -1,5 +1,7 @@
-"""Random tiny checkpoints of every family, made by the library that defines them: the reference the decoder
-must agree with. `make("qwen3", path)` saves one and returns the transformers model that wrote it."""
+"""Tiny random checkpoints of every family, made by transformers, which is the reference for the decoder.
+
+`make("qwen3", path)` saves one and returns the transformers model.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ LONGROPE = {
     "partial_rotary_factor": 0.75,
 }
 GEMMA_WINDOWS = ["sliding_attention", "full_attention"] * 2
-# Name -> (transformers class, config class, what differs from TINY). A name before a dash is the family's.
+# Name -> (transformers class, config class, differences from TINY). The part before a dash is the family.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
     "llama-3": (
@@ -145,9 +147,10 @@ IMAGES = {
 def make(
     family: str, path: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ) -> PreTrainedModel:
-    """Save a random checkpoint of `family` (a key of FAMILIES) in `path`, `overrides` replacing fields of
-    its config, and return the model, in eager float32. Norms and biases are random too: none is left at 0 or
-    1."""
+    """Save a random checkpoint of `family`, a key of FAMILIES, in `path` and return the transformers model.
+
+    `overrides` replaces fields of the config. The model computes in eager float32. Norms and biases are
+    random too, so that a decoder that ignores them fails."""
     model_class, config_class, differs = FAMILIES[family]
     fields = {**TINY, **differs, **overrides}
     if config_class == "Olmo2Config":
@@ -170,7 +173,7 @@ def make(
 
 
 def rewrite(path: Path, *drop: str, **fields: Any) -> None:
-    """Change config.json: `drop` fields, set others."""
+    """Change config.json: remove the fields in `drop` and set the others."""
     file = path / "config.json"
     config = json.loads(file.read_text())
     for name in drop:

@@ -1,5 +1,4 @@
-"""The smallest driver of a decoder: it builds batches by hand, so that tests say exactly what a step
-holds."""
+"""A minimal driver of a decoder. It builds batches by hand, so that a test controls what each step holds."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from stretto.models.decoder import Decoder
 
 @dataclass
 class Text:
-    """A sequence: its tokens, how many the cache holds, and its blocks."""
+    """A sequence: its tokens, the number of them in the cache, and its blocks."""
 
     tokens: list[int]
     blocks: list[int] = field(default_factory=list[int])
@@ -23,7 +22,7 @@ class Text:
 
 
 class Driver:
-    """A decoder with a cache whose blocks are handed out in a scattered order."""
+    """A decoder with a cache whose blocks are allocated in a scattered order."""
 
     def __init__(self, decoder: Decoder, *, blocks: int = 64, block_size: int = 4) -> None:
         self.decoder = decoder
@@ -32,13 +31,14 @@ class Driver:
         self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(7)).tolist()
 
     def text(self, tokens: list[int], *, shared: Text | None = None, reuse: int = 0) -> Text:
-        """A new sequence; its first `reuse` tokens (whole blocks) are read from the blocks of `shared`."""
+        """A new sequence. Its first `reuse` tokens, in whole blocks, share the blocks of `shared`."""
         blocks = shared.blocks[: reuse // self.size] if shared else []
         return Text(list(tokens), list(blocks), reuse)
 
     def batch(self, work: list[tuple[Text, int]], outputs: list[int] | None = None) -> Batch:
-        """The step that reads the next `count` tokens of each text. Without `outputs`: the last row of
-        each."""
+        """The batch that processes the next `count` tokens of each text.
+
+        `outputs` are the rows to compute logits for. The default is the last row of each text."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -72,12 +72,12 @@ class Driver:
         )
 
     def step(self, work: list[tuple[Text, int]], outputs: list[int] | None = None) -> Tensor:
-        """Run it: logits [R, vocab]."""
+        """Run one step and return its logits: [R, vocab]."""
         hidden = self.decoder.forward(self.batch(work, outputs), self.cache)
         return self.decoder.logits(hidden)
 
     def read(self, tokens: list[int], chunk: int) -> Tensor:
-        """Logits after every token of a text read `chunk` tokens at a time, [len(tokens), vocab]."""
+        """The logits after every token, prefilled `chunk` tokens at a time: [len(tokens), vocab]."""
         text, rows = self.text(tokens), []
         while text.done < len(tokens):
             count = min(chunk, len(tokens) - text.done)
@@ -85,8 +85,9 @@ class Driver:
         return torch.cat(rows)
 
     def greedy(self, texts: list[Text], count: int, chunk: int = 1000) -> list[list[int]]:
-        """Continue all texts together by `count` tokens, prompts read `chunk` at a time while others
-        decode."""
+        """Continue all texts together by `count` greedy tokens.
+
+        Prompts are prefilled `chunk` tokens at a time while other texts decode."""
         goals = [len(text.tokens) + count for text in texts]
         while any(len(t.tokens) < goal for t, goal in zip(texts, goals, strict=True)):
             live = [text for text, goal in zip(texts, goals, strict=True) if len(text.tokens) < goal]

@@ -1,4 +1,4 @@
-"""Reading config.json: both styles of rope fields, configs that leave things unsaid, and every refusal."""
+"""Reading config.json: old and new RoPE fields, defaults, and every refusal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MIXTRAL = {"model_type": "mixtral", "num_key_value_heads": 2}
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_old_rope_fields_are_read_like_new_ones(family: str, tmp_path: Path) -> None:
-    """`rope_theta`, `rope_scaling` with `type`, `rope_local_base_freq` and `torch_dtype` mean the same."""
+    """`rope_theta`, `rope_scaling` with `type`, `rope_local_base_freq` and `torch_dtype` are old names."""
     make(family, tmp_path)
     modern = families.read(tmp_path)
     file = tmp_path / "config.json"
@@ -77,7 +77,7 @@ def test_old_rope_fields_give_the_logits_of_transformers(tmp_path: Path) -> None
     ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe"],
 )
 def test_missing_fields_have_the_defaults_of_transformers(family: str, tmp_path: Path) -> None:
-    """A config.json that says only its family means what transformers takes it to mean."""
+    """A config.json with only a family gets the defaults of transformers."""
     reference = transformers.AutoConfig.for_model(family)
     sizes = {k: getattr(reference, k) for k in ("hidden_size", "intermediate_size", "num_hidden_layers")}
     sizes |= {"num_attention_heads": reference.num_attention_heads, "vocab_size": reference.vocab_size}
@@ -104,7 +104,7 @@ def test_missing_fields_have_the_defaults_of_transformers(family: str, tmp_path:
 
 
 def test_a_multimodal_config_may_omit_text_fields(tmp_path: Path) -> None:
-    """As the first gemma3 checkpoints have it: the text part says only where it differs."""
+    """The first gemma3 checkpoints have a text part with only the fields that differ from the defaults."""
     text = {
         "model_type": "gemma3_text",
         "hidden_size": 2560,

@@ -1,5 +1,4 @@
-"""Every family against transformers: the same logits and the same greedy tokens, however the text is cut
-up."""
+"""Every family against transformers: equal logits and greedy tokens in any chunks and batches."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
 
 
 def greedy(model: PreTrainedModel, tokens: list[int], found: list[int]) -> None:
-    """Is `found` what the reference would say after `tokens`? Each must be its likeliest after those
-    before."""
+    """Check that each token of `found` is the most likely one of the reference after those before it."""
     logits = expected(model, [*tokens, *found])
     assert found == logits[len(tokens) - 1 : -1].argmax(-1).tolist()
 
@@ -50,7 +48,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_reference_logits_depend_on_the_text_and_are_not_uniform(pair: Pair) -> None:
-    """Logits that hardly depend on the text, or are near uniform, would agree whatever the decoder does."""
+    """Logits that hardly depend on the text, or are nearly uniform, would hide errors of the decoder."""
     model, _ = pair
     logits = expected(model, prompt(40))
     assert logits.std() > 0.3
@@ -91,7 +89,7 @@ def test_greedy_tokens_equal_those_of_transformers(pair: Pair) -> None:
 
 @pytest.mark.parametrize("chunk", [1000, 7])
 def test_greedy_tokens_are_the_same_in_a_mixed_batch(pair: Pair, chunk: int) -> None:
-    """Short and long texts, read in chunks beside others that decode already."""
+    """Short and long texts are prefilled in chunks beside texts that already decode."""
     model, decoder = pair
     driver = Driver(decoder, blocks=200)
     prompts = [prompt(length, seed=length) for length in (1, 5, 23, 24, 90)]
@@ -101,8 +99,7 @@ def test_greedy_tokens_are_the_same_in_a_mixed_batch(pair: Pair, chunk: int) -> 
 
 
 def test_logits_are_the_same_in_a_mixed_batch(pair: Pair) -> None:
-    """A long prefill continued, a fresh one, and decodes of different lengths, in one step, rows in any
-    order."""
+    """One step holds a continued prefill, a new prefill and decodes of different lengths, in any order."""
     model, decoder = pair
     driver = Driver(decoder, blocks=200)
     tokens = [prompt(length, seed=length) for length in (60, 8, 21, 22, 120)]
@@ -115,7 +112,7 @@ def test_logits_are_the_same_in_a_mixed_batch(pair: Pair) -> None:
 
 
 def test_a_step_without_outputs_still_writes_the_cache(pair: Pair) -> None:
-    """A chunk that does not end its prompt: keys and values are all it is for."""
+    """A chunk that does not end its prompt only writes keys and values."""
     model, decoder = pair
     driver = Driver(decoder)
     text = driver.text(prompt(20))
@@ -124,7 +121,7 @@ def test_a_step_without_outputs_still_writes_the_cache(pair: Pair) -> None:
 
 
 def test_a_reused_prefix_gives_the_same_logits(pair: Pair) -> None:
-    """A second text points at the first one's blocks, and the first goes on undisturbed."""
+    """A second text shares the blocks of the first. The first continues unchanged."""
     model, decoder = pair
     driver = Driver(decoder)
     shared = prompt(24)
@@ -139,7 +136,7 @@ def test_a_reused_prefix_gives_the_same_logits(pair: Pair) -> None:
 
 
 def test_recomputing_after_preemption_gives_the_same_logits(pair: Pair) -> None:
-    """What preemption does: a text's blocks are given up, and read again later, generated tokens and all."""
+    """Preemption frees the blocks of a text. Later its prompt and output tokens are prefilled again."""
     model, decoder = pair
     driver = Driver(decoder)
     text = driver.text(prompt(11))

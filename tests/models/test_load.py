@@ -1,4 +1,4 @@
-"""Checkpoints on disk: shards, dtypes and memory of good ones, and the message of every bad one."""
+"""Loading checkpoints: shards, dtypes, memory, and the error for each kind of damage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read(path: Path, dtype: torch.dtype = torch.float32, progress: ProgressCallb
 
 
 def retensor(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Rewrite the tensors of a checkpoint."""
+    """Change the tensors of a checkpoint on disk."""
     file = path / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
@@ -69,7 +69,7 @@ def test_weights_are_converted_to_the_requested_dtype(
 
 
 def test_weight_bytes_and_parameters_are_counted_once(tmp_path: Path) -> None:
-    """A tied embedding is held once, and the numbers reported are those of the tensors."""
+    """A tied embedding is held once. The reported numbers are those of the tensors."""
     tied = make("qwen3", tmp_path / "tied")
     decoder = read(tmp_path / "tied", torch.bfloat16)
     assert decoder.parameters == sum(p.numel() for p in tied.parameters())
@@ -248,7 +248,7 @@ print(memory("VmHWM") - before, decoder.weight_bytes)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("held", ["bfloat16", "float32"])
 def test_loading_never_holds_a_weight_twice(tmp_path: Path, held: str) -> None:
-    """Loading takes at most 1.3 times the weights, whether or not they change dtype on the way."""
+    """Peak memory is at most 1.3 times the weights, with and without a conversion of the dtype."""
     wide = {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 40_000, "head_dim": 64}
     make("qwen3", tmp_path, num_hidden_layers=1)
     rewrite(

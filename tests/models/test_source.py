@@ -1,4 +1,4 @@
-"""Where models come from, and what a directory that is no model is told."""
+"""Where a model is loaded from: a directory or the hub, and the errors when there is none."""
 
 from __future__ import annotations
 

@@ -26,13 +26,13 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 
 @pytest.fixture
 def complaints() -> list[str]:
-    """What the browser's console said that is not as it should be."""
+    """The warnings and errors in the browser's console."""
     return []
 
 
 @pytest.fixture
 async def page(served: Served, complaints: list[str]) -> AsyncIterator[Any]:
-    """The page in a browser. Anything in the console, a refusal of the CSP among them, fails the test."""
+    """The page in a browser. Any console message, such as a CSP violation, fails the test."""
     async with api.async_playwright() as play:
         browser = await play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = await browser.new_page()

@@ -1,4 +1,4 @@
-"""The wire types: strict everywhere, complete against OpenAI's own fields, null the same as absent."""
+"""The wire types: they refuse unknown fields, cover every OpenAI field, and read null as absent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUESTS: dict[type[Wire], dict[str, Any]] = {
     CompletionRequest: {"prompt": "Hi"},
     EmbeddingRequest: {"input": "Hi"},
 }
-# What OpenAI's client can send and Stretto does not know at all: refused as unknown fields.
+# Fields that OpenAI's client can send and Stretto refuses as unknown.
 UNKNOWN = {
     ChatRequest: {"moderation", "prompt_cache_options", "prompt_cache_retention"},
     CompletionRequest: set[str](),

@@ -1,4 +1,4 @@
-"""The desk's recipe: tasks, splits, tokenizer, batches, and the artefact that the package carries."""
+"""The desk recipe: tasks, splits, tokenizer, batches and the bundled model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_unknown_task_or_level_is_an_error() -> None:
 
 
 def corrupted(answer: str, rng: Random) -> str:
-    """The answer with one letter or digit replaced by another."""
+    """Replace one letter or digit of the answer by another."""
     places = [place for place, sign in enumerate(answer) if sign.isalnum() and sign.isascii()]
     place = rng.choice(places)
     pool = "0123456789" if answer[place].isdigit() else "abcdefghijklmnopqrstuvwxyz"
@@ -84,7 +84,7 @@ def test_json_answers_are_compared_as_json() -> None:
 
 
 def arithmetic(line: str) -> bool:
-    """Whether a line of working such as `12.50 + 7.25 = 19.75` is true; in hundredths of cents."""
+    """True if a line such as `12.50 + 7.25 = 19.75` is correct. It is computed in hundredths of cents."""
     left, right = line.split(": ")[-1].split(" = ")
     first, sign, second = left.split(" ")
     a, b, c = (round(float(part) * 10_000) for part in (first, second, right))
@@ -119,7 +119,7 @@ def test_no_held_out_prompt_is_in_the_training_split() -> None:
 
 
 def test_equal_prompts_have_equal_answers_and_keys() -> None:
-    """Otherwise a prompt could be in both splits, or be unanswerable."""
+    """Otherwise a prompt could be in both splits, or have no right answer."""
     rng = Random(12)
     seen: dict[str, tuple[str, str]] = {}
     for turn in range(18_000):

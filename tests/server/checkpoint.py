@@ -1,4 +1,4 @@
-"""Tiny tokenizers with chat templates, written to disk as a checkpoint has them."""
+"""Tiny tokenizers with chat templates, saved with the file names of a checkpoint."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def byte_level(template: str | None = CHATML, extra: tuple[str, ...] = ()) -> To
 
 
 def sentencepiece() -> Tokenizer:
-    """As Llama 2's: blanks become a mark, one is put in front, unknown characters fall back to bytes."""
+    """A tokenizer like that of Llama 2: blanks become U+2581, one is prepended, bytes are the fallback."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary = {token: id for id, token in enumerate(["<unk>", "<s>", "</s>", *bytes_, "\u2581"])}
     for character in sorted(set("".join(CORPUS)) - {" ", "世"}):

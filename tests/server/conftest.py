@@ -32,7 +32,7 @@ def text(checkpoint: Path) -> TextModel:
 
 @pytest.fixture
 def engine(text: TextModel) -> FakeEngine:
-    """Says `Hello, world!` unless a test changes `script`."""
+    """A fake engine that answers `Hello, world!` unless a test changes `script`."""
     said = ids_of(text, "Hello, world!")
     return FakeEngine(lambda request: list(said), {"tiny": info(vocab=text.tokenizer.get_vocab_size())})
 
@@ -43,7 +43,7 @@ def ids_of(text: TextModel, answer: str) -> list[int]:
 
 @pytest.fixture
 def says(text: TextModel, engine: FakeEngine) -> Callable[[str], list[int]]:
-    """Makes the engine say a text, one token at a time, and returns its tokens."""
+    """A function that makes the engine answer a text, one token at a time, and returns its token ids."""
 
     def set_text(answer: str) -> list[int]:
         ids = ids_of(text, answer)
@@ -65,7 +65,7 @@ def app(config: ServeConfig, checkpoint: Path, engine: FakeEngine) -> App:
 
 @pytest.fixture
 async def client(app: App) -> AsyncIterator[httpx.AsyncClient]:
-    """Without sockets."""
+    """An HTTP client that calls the app without sockets."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield client
 

@@ -1,4 +1,4 @@
-"""An engine without a process: it says what a test tells it to, and remembers what it was asked."""
+"""A fake engine without a process: it plays a scripted answer and records the requests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def info(name: str = "tiny", *, vocab: int, context: int = 512) -> ModelInfo:
 
 
 class FakeStream:
-    """Plays one script: a token, tokens that arrive together, a pause in seconds, an end, or an exception."""
+    """A stream that plays a script of token ids, lists of ids, pauses in seconds, ends and exceptions."""
 
     def __init__(self, engine: FakeEngine, request: Request, script: Sequence[Item]) -> None:
         self.request = request
@@ -103,8 +103,9 @@ class FakeStream:
 
 @dataclass
 class FakeEngine:
-    """`script(request)` is what each request gets. `open` are the streams that nobody has closed; `work_ms`
-    is the predicted work of each request."""
+    """An engine whose `script(request)` returns the answer to each request.
+
+    `open` holds the streams that are not closed. `work_ms` is the predicted work of each request."""
 
     script: Script
     models: dict[str, ModelInfo]

@@ -1,4 +1,4 @@
-"""Reads what the server streams."""
+"""Readers of server-sent events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def events(body: str) -> list[Any]:
-    """The JSON of each event; the last one must be [DONE], which is left out."""
+    """The decoded JSON of each event. The last event must be [DONE], which is left out."""
     *chunks, done = [part.removeprefix("data: ") for part in body.split("\n\n") if part]
     assert done == "[DONE]"
     return [json.loads(chunk) for chunk in chunks]

@@ -1,4 +1,4 @@
-"""Answers, streamed and whole: text, usage, report, logprobs, stop strings, tools, reasoning, embeddings."""
+"""Answers, streamed and whole: text, usage, logprobs, stop strings, tool calls, reasoning, embeddings."""
 
 from __future__ import annotations
 

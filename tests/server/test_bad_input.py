@@ -1,4 +1,4 @@
-"""What a client may get wrong: each a clear error with the field's path, and the server as it was."""
+"""Invalid requests: each gets an error with the path of its field and leaves no work behind."""
 
 from __future__ import annotations
 
@@ -408,7 +408,7 @@ async def test_an_internal_error_is_logged_without_request_content(
 async def test_tokenizing_a_long_prompt_does_not_block_the_event_loop(
     app: App, client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
-    """Fails when work on a long prompt is done in the event loop: the loop's own heart must go on beating."""
+    """A task that wakes every millisecond must keep running while a long prompt is tokenized."""
     engine.models["tiny"] = info(vocab=1000, context=10**6)
     beats = 0
     done = False

@@ -1,4 +1,4 @@
-"""Metrics: what they count, and that Prometheus' own checker finds no fault with them."""
+"""The metrics of the API server: their values, their labels and the check by promtool."""
 
 from __future__ import annotations
 

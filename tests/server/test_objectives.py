@@ -1,4 +1,4 @@
-"""Objectives and tiers at the edge: what the engine is told, what the answer says, what is refused."""
+"""Objectives and tiers in the API server: what reaches the engine, what is reported, what is refused."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ async def test_a_tenant_over_its_priority_quota_is_served_as_default(
 
 
 async def test_the_engine_process_meets_misses_and_refuses_objectives() -> None:
-    """The process with the deadline schedule: one in time, one whose time is over, one refused."""
+    """Three requests to a real engine: one is on time, one expires and one is refused."""
     client = EngineClient(type(NULL)(models=NULL.models, schedule="deadline"))
     await client.start()
     await client.wait_ready()

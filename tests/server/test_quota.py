@@ -1,4 +1,4 @@
-"""What a tenant may ask for at priority: a share of the machine's last minute."""
+"""The priority quota: a tenant may use a share of the machine's time in the last minute."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_share_of_zero_allows_nothing_and_a_share_of_one_allows_a_minute():
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(1, 5_000)), min_size=1, max_size=50))
 def test_work_allowed_to_a_busy_tenant_stays_within_its_share(asked: list[tuple[float, float]]):
-    """What is allowed in a minute is never more than the share and one request, whatever the pattern."""
+    """Work of the last minute counts at least 1/e, so it stays below e * (share + one request)."""
     quota, now, allowed = PriorityQuota(0.25), 0.0, list[tuple[float, float]]()
     for pause, ms in asked * 4:
         now += pause

@@ -1,4 +1,4 @@
-"""The fast way to write a chunk and the plain way make the same bytes."""
+"""Chunk templates, the fast path of streaming, give the same bytes as the plain encoder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from stretto.text.tokenizer import TextModel
 from stretto.types import Request, Sampling, TokenEvent
 from tests.server.fake_engine import FakeEngine, FakeStream, info
 
-# A model may have any name, even one that looks like the part of a chunk where the delta goes.
+# A model name may look like the place of the delta in a chunk.
 HEAD = ResponseHead("chatcmpl-1", 1_700_000_000, '"delta":{}, "text":""', "default")
 DELTAS = st.builds(Delta, content=st.text()) | st.builds(Delta, role=st.just("assistant"), content=st.text())
 CALL = ToolCallDelta(index=0, id="call-1", type="function", function=FunctionDelta(name="now", arguments="{"))
@@ -74,7 +74,7 @@ def parsed(events: bytes) -> list[Any]:
 def test_a_response_writer_sends_the_same_chunks_with_and_without_a_template(
     style: Style, checkpoint: Path
 ) -> None:
-    """`continuous_usage_stats` adds usage to each chunk, so the writer encodes each one plainly."""
+    """With `continuous_usage_stats` each chunk has usage, so the writer cannot use its template."""
     text = TextModel(checkpoint)
     seen: list[list[Any]] = []
     for each_usage in (False, True):

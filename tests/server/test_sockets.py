@@ -1,4 +1,4 @@
-"""A real server on real sockets: clients that leave, read slowly or come all at once, and how it ends."""
+"""A server on real sockets: clients that disconnect, read slowly or arrive together, and shutdown."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def until(condition: Any, seconds: float = 10.0) -> None:
 
 
 def steady(request: Request) -> list[Item]:
-    """A token every few milliseconds, without end."""
+    """A script of one token every few milliseconds for a very long time."""
     return [item for _ in range(20_000) for item in (0.002, 300)]
 
 
@@ -101,7 +101,7 @@ async def test_a_slow_reader_delays_no_other_client(served: Served, engine: Fake
 async def test_a_thousand_connections_are_all_answered_or_refused(
     served: Served, app: App, engine: FakeEngine
 ) -> None:
-    """All are answered: as many as may wait get tokens, the others are told when to come back."""
+    """As many as may wait get tokens. The others get 503 with Retry-After."""
     gate = asyncio.Event()
     engine.pause = lambda seconds: gate.wait()
     engine.script = lambda request: [1.0, 300, 301]
@@ -134,7 +134,7 @@ async def last_event(reader: asyncio.StreamReader) -> Any:
 async def test_sigterm_finishes_running_answers_and_refuses_new_ones(
     served: Served, app: App, engine: FakeEngine
 ) -> None:
-    """Running answers finish, new ones and `/ready` are refused at once, and then the server is gone."""
+    """Running answers finish. New requests and `/ready` get 503 at once. Then the server exits."""
     finish = asyncio.Event()
     engine.pause = lambda seconds: finish.wait()
     engine.script = lambda request: [300, 1.0, 301, Reason.STOP]

@@ -1,4 +1,4 @@
-"""The catalogue against the files in docs/ that name its metrics: the reference, the dashboard, the rules."""
+"""The metric catalogue against the reference page, the Grafana dashboard and the Prometheus rules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ needs_promtool = pytest.mark.skipif(not promtool, reason="promtool is not instal
 
 
 def shown(name: str) -> str:
-    """The name that a query uses."""
+    """The name of a metric in a query."""
     return f"{name}_total" if KINDS[name] == "counter" else name
 
 
@@ -38,7 +38,7 @@ KNOWN = {shown(metric.name) for metric in METRICS}
 
 
 def named(query: str) -> set[str]:
-    """The metrics that a query reads."""
+    """The names of the metrics that a query reads."""
     return {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"\bstretto_\w+", query)}
 
 
@@ -121,7 +121,7 @@ def test_a_bulk_histogram_equals_single_observations() -> None:
 
 @needs_promtool
 def test_rules_record_attainment_and_alert_on_late_priority_requests(tmp_path: Path) -> None:
-    """Nine of ten priority requests are on time for a while, and cancelled requests count nowhere."""
+    """Nine of ten priority requests are on time for a while. Cancelled requests do not count."""
     series = 'stretto_judged_requests_total{tier="%s",model="m",verdict="%s"}'
     case = {
         "rule_files": [str(DOCS / "rules.yaml")],

@@ -1,4 +1,4 @@
-"""The live page's snapshot: what it counts, over which time, and what it forgets."""
+"""The snapshot for the live view: rates, times and attainment within its time window."""
 
 from __future__ import annotations
 

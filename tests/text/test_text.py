@@ -1,4 +1,4 @@
-"""Chat templates against transformers, special tokens typed by users, incremental decoding, stop strings."""
+"""Chat templates, special tokens typed by users, incremental decoding and stop strings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tool calls and reasoning, cut into pieces at every possible position."""
+"""Parsers of tool calls and reasoning, fed texts that are split at every position."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = frozenset({"weather", "add"})
 
 
 def heard(said: list[ToolEvent]) -> tuple[str, list[list[str]]]:
-    """(content, [[name, arguments], ..]) as a client that joins the deltas has it."""
+    """Join the deltas as a client does: (content, [[name, arguments], ...])."""
     content, calls = "", {}
     for part in said:
         if isinstance(part, str):

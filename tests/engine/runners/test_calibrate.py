@@ -1,4 +1,4 @@
-"""Step times before the first request: measured on the runner within a budget, stored for the next start."""
+"""Calibration of the step-time model at start: measurement, time budget and the stored result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LIMITS = Limits(64, 512)
 
 
 class Metered:
-    """A runner that only counts what it is asked for, and may fail."""
+    """A runner that records its plans instead of running them. It can be told to fail."""
 
     def __init__(self, info: ModelInfo, *, failing: bool = False) -> None:
         self.info = info
@@ -145,7 +145,7 @@ def test_calibration_runs_once_per_machine_and_checkpoint(tmp_path: Path, monkey
 
 
 def test_an_implausible_measurement_is_used_but_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    flat = StepCost(base=80.0, per_prefill=20.0)  # decodes that cost nothing: no machine is like that
+    flat = StepCost(base=80.0, per_prefill=20.0)  # Decodes cost nothing here, which no real machine does.
     monkeypatch.setattr(Calibrator, "run", lambda self, step: flat(step.load))
     times = known_times(metered(tmp_path), LIMITS, machine="one", folder=tmp_path)
     assert times.cost(StepLoad(0, 96, 0, 96 * 48.0)) == pytest.approx(2000.0, rel=0.05)

@@ -1,5 +1,8 @@
-"""The whole engine one step ahead of the host: every family, on a GPU; in Triton's interpreter where there is
-none, where graphs are run instead of replayed."""
+"""The engine with the CUDA runner, which launches a step before the host has read the previous one.
+
+On a GPU every family is tested. Without one, two families run in Triton's interpreter, and the runner
+executes each step instead of replaying a graph.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +37,15 @@ PROMPTS = [
     [3 + (7 * i * k + k) % (VOCAB - 3) for i in range(length)]
     for k, length in enumerate((5, 23, 1, 40, 12) if GPU else (5, 9, 1), 1)
 ]
-# All of them are asked where rounding would otherwise choose between two that are nearly as good.
+# All experts are used, so that rounding cannot choose between two that are nearly equal.
 EXPERTS = {"mixtral": 4, "qwen3_moe": 6}
-# The interpreter takes seconds for what a GPU does at once: there, one of each kind of block.
+# The interpreter is slow, so it runs one layer of two families.
 CHOSEN = FAMILIES if GPU else ["qwen3", "mixtral"]
 LAYERS = {} if GPU else {"num_hidden_layers": 1}
 
 
 class Instant:
-    """An event of a device that has done everything when it is asked."""
+    """A CUDA event that has always completed."""
 
     def record(self) -> None: ...
 
@@ -50,13 +53,13 @@ class Instant:
 
 
 class Interpreted(cuda.CudaRunner):
-    """Without a GPU every step is run, none replayed."""
+    """A CUDA runner without a GPU: it runs every step and captures no graph."""
 
     def _capture(self, captured: cuda.Captured) -> None: ...
 
 
 class Far(Driver):
-    """Batches go to the device."""
+    """A driver that copies its batches to the device."""
 
     def batch(self, work: list[tuple[Text, int]], outputs: list[int] | None = None) -> Batch:
         made = super().batch(work, outputs)
@@ -65,7 +68,7 @@ class Far(Driver):
 
 
 class Bench:
-    """One decoder behind a fresh engine for each run."""
+    """One decoder, and a new engine for each run."""
 
     def __init__(self, path: Path) -> None:
         self.decoder: Decoder = load(path, dtype=torch.float32, device=DEVICE, kernels=table(DEVICE))
@@ -85,15 +88,15 @@ class Bench:
             limits=Limits(6, step_tokens),
             schedule=fcfs,
             clock=time.monotonic,
-            emit=self._heard,
+            emit=self.on_events,
         )
 
-    def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+    def on_events(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         self.events += events
         self.steps += [] if stats is None else [stats]
 
     def run(self, engine: EngineCore, prompts: list[list[int]], *asked: dict[str, object]) -> list[list[int]]:
-        """What each prompt is answered when all are sent at once."""
+        """Send all prompts at once and return the output tokens of each."""
         self.events.clear()
         for ident, prompt in enumerate(prompts):
             chosen = asked[ident % len(asked)] if asked else {}
@@ -124,8 +127,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.mark.parametrize("family", CHOSEN)
 def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
-    """In the dtype that a GPU serves in, against float32 over the same weights: whole, in chunks, decoded.
-    The weights are small enough that plain torch in bfloat16 stays within the tolerance, too."""
+    """A GPU is compared in bfloat16 with the float32 reference. Texts are read whole, in chunks and token by
+    token. The weights are small enough that plain torch in bfloat16 also stays within the tolerance."""
     dtype, tolerance = (torch.bfloat16, 2e-2) if GPU else (torch.float32, 1e-4)
     every = {"num_experts_per_tok": EXPERTS[family]} if family in EXPERTS else {}
     model = make(family, tmp_path, dtype=dtype, initializer_range=0.06, **every, **LAYERS)
@@ -157,7 +160,7 @@ def test_greedy_tokens_equal_transformers_batched_chunked_cached_and_preempted(
 
 
 def test_answers_do_not_depend_on_the_batch(bench: Bench) -> None:
-    """Greedy, drawn on the device, and drawn by the host, in one batch and alone; blocks that run out."""
+    """Greedy, device-sampled and host-sampled requests run alone, in one batch and with preemption."""
     asked: list[dict[str, object]] = [
         {"temperature": 1.3, "top_p": 0.9, "seed": 11},
         {"repetition_penalty": 1.5, "logprobs": 2},
@@ -182,7 +185,7 @@ PENALISED: list[dict[str, object]] = [
 
 
 def test_penalties_on_the_device_equal_those_on_the_host(bench: Bench) -> None:
-    """Reporting makes the host draw; blocks that run out make histories start again."""
+    """Logprobs make the host sample. Preemption makes the device rebuild its token histories."""
     wanted = [
         bench.run(bench.engine(), [p], a | {"logprobs": 0})[0]
         for p, a in zip(PROMPTS, PENALISED, strict=False)
@@ -211,21 +214,21 @@ def test_a_step_is_launched_before_the_previous_one_is_read(bench: Bench) -> Non
 
 
 def test_no_token_follows_the_end_of_an_answer(bench: Bench) -> None:
-    """The step after it is under way when it is read."""
+    """The next step is already running when the host reads the last token."""
     answer = bench.run(bench.engine(), PROMPTS[:1])[0]
     assert bench.run(bench.engine(eos=answer[1]), PROMPTS[:1]) == [answer[: answer.index(answer[1])]]
     ends = [event.finish for event in bench.events if event.finish is not None]
     assert [end.reason for end in ends] == [Reason.STOP]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what is wrong on purpose
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns about the NaN that the test puts in.
 def test_embeddings_are_unit_vectors_and_a_sequence_with_nan_fails_alone(tmp_path: Path) -> None:
     make("llama", tmp_path, **LAYERS)
     bench = Bench(tmp_path)
     engine = bench.engine()
     sound = bench.run(engine, PROMPTS[:1])[0]
     poison = next(token for token in range(VOCAB) if token not in [*PROMPTS[0], *sound])
-    bench.decoder._embedding[poison] = torch.inf
+    bench.decoder.weights.embedding[poison] = torch.inf
     bench.events.clear()
     tasks = {0: (PROMPTS[0], "generate"), 1: ([5, poison, 6], "generate"), 2: (PROMPTS[1], "embed")}
     for ident, (prompt, task) in tasks.items():
@@ -254,7 +257,7 @@ def test_an_engine_built_for_a_gpu_gives_the_greedy_tokens_of_transformers(tmp_p
     made.events, made.steps = [], []
     limits = Limits(config.max_running, config.max_step_tokens)
     engine = EngineCore(
-        [LoadedModel(runner)], limits=limits, schedule=fcfs, clock=time.monotonic, emit=made._heard
+        [LoadedModel(runner)], limits=limits, schedule=fcfs, clock=time.monotonic, emit=made.on_events
     )
     for prompt, answer in zip(PROMPTS, made.run(engine, PROMPTS, {"ignore_eos": True}), strict=True):
         logits = expected(model, prompt + answer)

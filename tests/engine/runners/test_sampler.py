@@ -1,4 +1,4 @@
-"""The sampler against a naive reference, the statistics of its draws, and the independence of rows."""
+"""The sampler: a naive float64 reference, statistics of its draws, and the independence of rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def draw(logits: np.ndarray | list[float], seq: Sequence) -> Drawn:
 
 
 def named(ask: object) -> str:
-    """The fields that differ from the default, as the name of a test."""
+    """A test id made of the fields that differ from their defaults."""
     plain = Sampling()
     fields = ask.__struct_fields__ if isinstance(ask, Sampling) else ()
     changed = [name for name in fields if getattr(ask, name) != getattr(plain, name)]
@@ -52,7 +52,7 @@ def named(ask: object) -> str:
 
 
 def reshaped(logits: np.ndarray, seq: Sequence) -> np.ndarray:
-    """The logits after bias, minimum and penalties, computed token by token in float64."""
+    """The logits after bias, min_tokens and penalties, computed token by token in float64: [vocab]."""
     ask, final = seq.request.sampling, logits.astype(np.float64)
     output = Counter(seq.tokens[seq.prompt_len :])
     for token in range(len(final)):
@@ -69,7 +69,7 @@ def reshaped(logits: np.ndarray, seq: Sequence) -> np.ndarray:
 
 
 def probabilities(final: np.ndarray, ask: Sampling) -> np.ndarray:
-    """The distribution a row is drawn from, by sorting everything."""
+    """The distribution of one row after filtering, computed by sorting the whole vocabulary: [vocab]."""
     weights = np.exp((final - final.max()) / ask.temperature)
     weights[weights < ask.min_p] = 0.0
     order = np.argsort(-final, kind="stable")
@@ -81,7 +81,7 @@ def probabilities(final: np.ndarray, ask: Sampling) -> np.ndarray:
 
 
 def expected(logits: np.ndarray, seq: Sequence) -> int:
-    """The token by inverting the cumulative distribution, in the order the sampler documents."""
+    """The token found by inverting the cumulative distribution in the order that the sampler documents."""
     ask, final = seq.request.sampling, reshaped(logits, seq)
     if ask.temperature < module.GREEDY_BELOW:
         return int(final.argmax())
@@ -184,7 +184,7 @@ def test_extreme_random_numbers_draw_an_allowed_token():
 
 
 def toy_logits(tokens: list[int]) -> np.ndarray:
-    """A model: logits that depend on the tokens so far alone."""
+    """A toy model: its logits depend only on the tokens so far."""
     return np.random.default_rng([len(tokens), *tokens[-3:]]).normal(size=VOCAB).astype(np.float32) * 2
 
 
@@ -197,7 +197,7 @@ def test_a_seeded_text_does_not_depend_on_its_batch_or_on_preemption():
     ]
 
     def write(chosen: list[int], rng: np.random.Generator) -> dict[int, list[int]]:
-        """30 tokens for each; at every step some of the sequences are left out, in a new order."""
+        """Generate 30 tokens for each sequence. Each step takes a random subset in a random order."""
         draws, texts = sampler(), {index: sequence(asks[index]) for index in chosen}
         while any(seq.output_len < 30 for seq in texts.values()):
             due = [seq for seq in texts.values() if seq.output_len < 30 and rng.random() < 0.7]
@@ -375,7 +375,7 @@ def test_a_filtered_draw_from_a_large_vocabulary_equals_sorting_it(row: int):
             token = module.sample_filtered(logits, float(logits.max()), ask, fraction)
             rank = int(np.flatnonzero(order == token)[0])
             below = cumulative[rank - 1] if rank else 0.0
-            # The mass of all is summed in float32: the nucleus may end one token sooner or later.
+            # The total mass is summed in float32, so the nucleus may end one token sooner or later.
             assert below - 1e-6 <= fraction * cumulative[-1] <= cumulative[rank] + 1e-6
 
 
@@ -448,7 +448,7 @@ def test_the_argmax_on_a_device_equals_that_on_the_host():
 
 
 class Allowing:
-    """Stands in for a matcher that allows a fixed set of tokens."""
+    """A fake grammar matcher that allows a fixed set of tokens."""
 
     words = -(-VOCAB // 32) + 1
 

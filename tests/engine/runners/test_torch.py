@@ -1,7 +1,7 @@
-"""The whole engine over real decoders: what a request is answered depends on nothing but itself.
+"""The engine over real decoders: an answer depends only on its own request.
 
-Every family's greedy tokens are those of transformers, alone, in a batch of mixed lengths, with prompts read
-in chunks, with a shared beginning, and after preemption.
+The greedy tokens of every family equal those of transformers: alone, in a mixed batch, with chunked prefill,
+with prefix-cache hits and after preemption.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.models.checkpoints import FAMILIES, VOCAB, expected, make
 
 BLOCK = 4
 OUTPUT = 10
-# The table this machine would choose, and the one it would fall back to: the same one, where C was not built.
+# The kernels table chosen for this machine, and the fallback. They are the same without the C library.
 TABLES = list(
     {each.name: each for each in (REFERENCE, choose_kernels(torch.device("cpu"), torch.float32)[0])}.values()
 )
@@ -37,7 +37,7 @@ PROMPTS = [
 
 
 class Bench:
-    """One decoder behind a fresh engine of its own for each run."""
+    """One decoder, and a new engine for each run."""
 
     def __init__(self, path: Path, kernels: AnyKernels = REFERENCE) -> None:
         self.decoder = load(path, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels)
@@ -66,17 +66,17 @@ class Bench:
             limits=Limits(8, step_tokens),
             schedule=fcfs,
             clock=time.monotonic,
-            emit=self._heard,
+            emit=self.on_events,
             share=share,
         )
 
-    def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+    def on_events(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         self.events += events
         if stats is not None:
             self.steps.append(stats)
 
     def run(self, engine: EngineCore, prompts: list[list[int]], **sampling: object) -> list[list[int]]:
-        """What each prompt is answered when all are sent at once."""
+        """Send all prompts at once and return the output tokens of each."""
         self.events.clear()
         fields = {"max_tokens": OUTPUT, "temperature": 0.0, **sampling}
         for ident, prompt in enumerate(prompts):
@@ -159,14 +159,14 @@ def test_an_embedding_is_a_unit_vector_and_does_not_depend_on_chunks(checkpoint:
 
 
 def test_a_sequence_with_nan_fails_alone(tmp_path: Path):
-    """A token whose embedding is infinite; others share its step, its beginning and, later, its blocks."""
+    """The embedding of one token is infinite. Others share its step, its prefix and later its blocks."""
     make("llama", tmp_path)
     bench = Bench(tmp_path)
     sound = [PROMPTS[3], PROMPTS[1]]
     alone = [bench.run(bench.engine(), [prompt])[0] for prompt in sound]
     poison = next(token for token in range(VOCAB) if not any(token in text for text in [*sound, *alone]))
     prompts = [sound[0], [*sound[0][:20], poison, *sound[0][21:]], sound[1]]
-    bench.decoder._embedding[poison] = torch.inf
+    bench.decoder.weights.embedding[poison] = torch.inf
     engine = bench.engine(blocks=24)
     for round_ in range(3):
         bench.events.clear()

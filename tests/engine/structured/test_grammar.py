@@ -1,4 +1,4 @@
-"""Texts sampled under a grammar from random logits, with tokenizers trained here."""
+"""Grammar matchers: texts are sampled from random logits under a grammar and then parsed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def tokenizer(directory: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def vocab(tokenizer: Tokenizer) -> int:
-    """Wider than the tokenizer, as padded models are."""
+    """A vocabulary larger than the tokenizer, as in models with padded embeddings."""
     return tokenizer.get_vocab_size() + PADDED
 
 
@@ -83,12 +83,12 @@ def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def follows(matcher: Matcher, tokens: list[int]) -> bool:
-    """Whether the tokens are one whole text under the grammar."""
+    """True if the tokens form one complete text under the grammar."""
     return all(matcher.accept(token) for token in tokens) and END in allowed(matcher)
 
 
 def write(grammars: Grammars, grammar: Grammar, tokenizer: Tokenizer, seed: int) -> str:
-    """A text drawn by the sampler from random logits. Closing brackets become likelier as it grows."""
+    """Sample a text from random logits. Closing brackets become likelier with its length, so it ends."""
     vocab = tokenizer.get_vocab_size() + PADDED
     closers = [tokenizer.token_to_id(piece) for piece in '"}]']
     rng, sampler = np.random.default_rng(seed), Sampler(vocab, frozenset({END}), torch.device("cpu"))

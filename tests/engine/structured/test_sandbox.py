@@ -1,4 +1,4 @@
-"""The grammar sandbox: its error messages, its limits of time and memory, and how it replaces its child."""
+"""The grammar sandbox: error messages, time and memory limits, and the replacement of its worker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LARGE = json.dumps([f"choice number {i} of a great many" for i in range(3000)])
 
 @pytest.fixture
 async def sandbox() -> AsyncIterator[GrammarSandbox]:
-    sandbox = GrammarSandbox(seconds=5.0)  # the machine that runs the tests may be busy
+    sandbox = GrammarSandbox(seconds=5.0)  # The machine that runs the tests may be busy.
     yield sandbox
     await sandbox.close()
 
@@ -142,7 +142,7 @@ async def test_a_timeout_is_retried_after_retry_s():
 
 
 async def stopped(sandbox: GrammarSandbox) -> int:
-    """The process id of the sandbox's child, which is started and then stopped."""
+    """Start the sandbox's worker, suspend it with SIGSTOP and return its process id."""
     await sandbox.validate(Grammar("json_object"))
     assert sandbox.pid is not None
     os.kill(sandbox.pid, signal.SIGSTOP)
@@ -163,7 +163,7 @@ async def test_a_grammar_that_exceeds_the_memory_limit_is_refused(sandbox: Gramm
 
 
 def peak(sandbox: GrammarSandbox) -> int:
-    """The most address space the worker ever had, in bytes."""
+    """The peak address space of the worker, in bytes."""
     with open(f"/proc/{sandbox.pid}/status") as status:
         found = re.search(r"VmPeak:\s+(\d+) kB", status.read())
     assert found
