@@ -147,7 +147,7 @@ def test_invalid_input_is_refused_before_any_work(
 
 
 def test_a_model_that_cannot_be_served_is_an_error(tmp_path: Path, checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match="no directory here"):
+    with pytest.raises(CheckpointError, match="is neither a directory, nor a hub id"):
         LLM("nowhere")
     with pytest.raises(StartError, match="quantise: Invalid enum value 'int3'"):
         LLM("null", quantise="int3")

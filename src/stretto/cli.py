@@ -218,7 +218,7 @@ def bench_serve(
             limits=GoodputLimits.of(goodput),
             seed=seed,
         )
-    with terminal.RequestBar("requests", requests) as count:
+    with terminal.request_bar(requests) as count:
         outcome = uvloop.run(load.run(url, asked, api_key=_key(), on_done=count))
     if as_json:
         terminal.print_json(outcome)
@@ -304,7 +304,7 @@ def bench_trace(
     if url is None:
         runs = trace.virtual(arrivals, asked)
     else:
-        with terminal.RequestBar("requests", None) as count:
+        with terminal.request_bar(None) as count:
             runs = uvloop.run(trace.live(url, arrivals, asked, api_key=_key(), on_done=count))
     if report is not None:
         trace.write(report, file.name, runs)

@@ -1,6 +1,6 @@
-"""The errors that Stretto raises on purpose, as one tree, with their HTTP status and OpenAI type and code.
+"""All errors that Stretto raises for users, with their HTTP status and OpenAI's type and code.
 
-A message says what is wrong, where, and what to do. `param` is the path of the field, like `$.messages[0]`.
+A message states what is wrong, where, and what to do. `param` is the path of the field, like `$.messages[0]`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Overloaded(Unavailable):
 
 
 class CannotBeOnTime(Unavailable):
-    """The request would be late, and its objective asks to reject it then."""
+    """The request would be late, and its objective has `on_miss: reject`."""
 
     code = "cannot_be_on_time"
 

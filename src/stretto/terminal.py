@@ -6,8 +6,8 @@ Colours and progress bars appear only on a terminal. This module formats reports
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 
 import msgspec
 from rich.console import Console
@@ -73,32 +73,17 @@ class LoadingBars:
     def __enter__(self) -> LoadingBars:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
 
-class RequestBar:
-    """A progress bar over requests. `total` is None when their number is unknown."""
-
-    def __init__(self, what: str, total: int | None) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = _progress(*columns)
-        self._task = self._progress.add_task(what, total=total)
-
-    def __enter__(self) -> RequestBar:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def __call__(self, sample: Sample) -> None:
-        """Count one more finished request."""
-        self._progress.advance(self._task)
+@contextmanager
+def request_bar(total: int | None) -> Generator[Callable[[Sample], None]]:
+    """A progress bar over requests; call its value after each one. `total` is None when it is unknown."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with _progress(*columns) as progress:
+        task = progress.add_task("requests", total=total)
+        yield lambda _: progress.advance(task)
 
 
 def show_ready(url: str, models: Sequence[ModelInfo], *, locked: bool) -> None:

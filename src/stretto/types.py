@@ -1,7 +1,7 @@
-"""The types that every part of Stretto shares: a request, its options, and what comes back.
+"""The types that all of Stretto shares: requests, their options, tokens, and the state of engine and worker.
 
-They cross process and package boundaries, so they are frozen and know no tensor and no wire format. Times are
-seconds on the machine's monotonic clock unless a name ends in `_ms`.
+They are frozen, because they cross process and package boundaries. They know no tensor and no wire format.
+Times are seconds of the machine's monotonic clock unless a name ends in `_ms`.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class Grammar(Struct, frozen=True):
     source: str = ""
 
     @property
-    def spoken(self) -> str:
-        """The name of its kind for a user."""
+    def label(self) -> str:
+        """The name of the kind in messages for users."""
         return self.kind.replace("json_", "JSON ")
 
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How tokens are drawn. The engine applies everything but `stop` and `n`, which are text and fan-out.
+    """How tokens are drawn. The engine applies all options except `stop` and `n`, which its clients apply.
 
-    `top_k = 0` and `max_tokens = None` mean no limit (the context's own); `logprobs = k` reports the chosen
-    token and the k likeliest (0: the chosen one alone). Raises ValueError for values out of range.
+    `top_k = 0` means no limit, and `max_tokens = None` only that of the context. `logprobs = k` reports the
+    chosen token and the k likeliest; 0 reports only the chosen one. Raises ValueError for a wrong value.
     """
 
     max_tokens: int | None = None
@@ -103,7 +103,7 @@ def _check_within(name: str, value: float, bounds: Meta) -> None:
 
 
 class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What a request asks of latency and quality. None: no limit of that kind."""
+    """The latency and quality that a request needs. None: no limit of that kind."""
 
     ttft_ms: Milliseconds | None = None
     itl_ms: Milliseconds | None = None
@@ -118,7 +118,7 @@ class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
 
 
 class Request(Struct, frozen=True, kw_only=True):
-    """One sequence to run. Whoever makes one has checked it against the model."""
+    """One sequence to run. Its maker has validated it for the model."""
 
     id: int
     model: str
@@ -189,7 +189,7 @@ class TokenEvent(Struct, frozen=True, array_like=True, gc=False):
 
 
 class StepStats(Struct, frozen=True, array_like=True):
-    """What one step was made of and what it cost.
+    """The content and the duration of one step.
 
     It verified `proposed` draft tokens and accepted `accepted` of them, which `decode_tokens` includes.
     """
@@ -211,7 +211,7 @@ class StepStats(Struct, frozen=True, array_like=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """A model that the engine holds. `kernels` says which kernels compute it, and why."""
+    """A loaded model. `kernels` names the kernels that compute it, and the reason."""
 
     name: str
     path: str
@@ -231,7 +231,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 
 
 class WorkerState(Struct, frozen=True, kw_only=True):
-    """A worker as `/state` shows it, and as a gateway chooses by."""
+    """The state of a worker: the response of `/state`, and the input of routing."""
 
     ready: bool
     draining: bool

@@ -63,8 +63,8 @@ def test_tables_are_shown_without_json(trace: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ([], "either --virtual or --url"),
-        (["--virtual", "--url", "http://x"], "either --virtual or --url"),
+        ([], "either --virtual (simulate) or --url"),
+        (["--virtual", "--url", "http://x"], "either --virtual (simulate) or --url"),
         (["--virtual", "--load", "1;2"], "several like 0.7,1,2"),
         (["--virtual", "--config", "/nowhere.toml"], "cannot read the configuration"),
         (["--virtual", "--tiers", "gold=1"], "tiers are priority, default, flex"),

@@ -10,6 +10,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -208,29 +209,18 @@ class Connection(asyncio.Protocol):
             self._done.set_exception(error)
 
 
+@dataclass(slots=True)
 class StreamedAnswer:
     """One streamed answer as received so far. `stamps`: when each event with text arrived."""
 
-    __slots__ = (
-        "ended",
-        "error",
-        "finished",
-        "on_text",
-        "output_tokens",
-        "prompt_tokens",
-        "reason",
-        "stamps",
-    )
-
-    def __init__(self, on_text: Callable[[str], None] | None) -> None:
-        self.stamps: list[float] = []
-        self.ended = 0.0
-        self.prompt_tokens = 0
-        self.output_tokens = 0
-        self.finished = False
-        self.error: RequestFailed | None = None
-        self.reason: str | None = None
-        self.on_text = on_text
+    on_text: Callable[[str], None] | None = None
+    stamps: list[float] = field(default_factory=list[float])
+    ended: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    finished: bool = False
+    error: RequestFailed | None = None
+    reason: str | None = None
 
     def __call__(self, data: bytes, now: float) -> None:
         """Read one event."""
@@ -272,7 +262,7 @@ class Client:
 
     async def sample(self, path: str, body: bytes) -> Sample:
         """Send one streaming request and time its answer. A failure is a Sample too, never an exception."""
-        answer = StreamedAnswer(None)
+        answer = StreamedAnswer()
         started = time.perf_counter()
         try:
             await self._stream(path, body, answer)

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from statistics import median
-from types import TracebackType
 from typing import TypeVar
 
 import msgspec
@@ -119,9 +118,7 @@ class EngineProcess:
     def __enter__(self) -> EngineProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
 

@@ -42,7 +42,7 @@ class LayerTimer:
     def __init__(self, decoder: Decoder) -> None:
         self._clock = time.perf_counter
         self._depth = 0
-        self._names = _weights_by_name(decoder.weights)
+        self._names = {id(packed): name for name, packed in _named(decoder.weights)}
         self.seconds: dict[str, float] = defaultdict(float)
         self.bytes = _bytes_by_name(decoder.weights)
         kernels = self._timed_table(decoder.kernels)
@@ -119,10 +119,6 @@ def _named(weights: ModelWeights) -> list[tuple[str, Any]]:
             case MixtureOfExperts(router=router, experts=experts):
                 found += [("router", router), (EXPERTS, experts)]
     return found
-
-
-def _weights_by_name(weights: ModelWeights) -> dict[int, str]:
-    return {id(packed): name for name, packed in _named(weights)}
 
 
 def _bytes_by_name(weights: ModelWeights) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""OpenAI's wire format, as Stretto speaks it: what a client may send, and what it gets back.
+"""The types of OpenAI's API that Stretto implements: requests, responses and errors. No behaviour.
 
-Every field is implemented or refused: an unknown one is an error, and a known one that only makes sense with
-something Stretto does not do is typed `None`, so that null passes and a value does not. It knows no engine.
+Every field is implemented or refused. An unknown field is an error. A field of a feature that Stretto lacks
+is typed `None`: null is accepted, and any other value is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Metadata = Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=16)]
 
 
 class Wire(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a client sends. A field left out and a field that is null mean the same."""
+    """The base of request types. An absent field and a null field mean the same."""
 
 
 # Messages
@@ -145,7 +145,7 @@ ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
 
 
 class StructuredOutputs(Wire, frozen=True, kw_only=True):
-    """vLLM's spelling of what `response_format` cannot say. Exactly one of the fields."""
+    """vLLM's extension of `response_format`. Exactly one field is set."""
 
     json: str | dict[str, Any] | None = None
     json_object: bool | None = None
@@ -154,7 +154,7 @@ class StructuredOutputs(Wire, frozen=True, kw_only=True):
 
 
 class ObjectiveFields(Wire, frozen=True, kw_only=True):
-    """Latency that the answer should keep; what is left out is the tier's. Milliseconds, a day at most."""
+    """The latency objective of a request, in milliseconds. An absent limit is that of the tier."""
 
     ttft_ms: Milliseconds | None = None
     itl_ms: Milliseconds | None = None
@@ -164,7 +164,7 @@ class ObjectiveFields(Wire, frozen=True, kw_only=True):
 
 
 class TotalObjective(Wire, frozen=True, kw_only=True):
-    """What an embedding may ask: it has no stream of tokens."""
+    """The objective of an embedding request, which has no stream of tokens."""
 
     total_ms: Milliseconds | None = None
 
@@ -173,10 +173,10 @@ class TotalObjective(Wire, frozen=True, kw_only=True):
 
 
 class Generation(Wire, frozen=True, kw_only=True):
-    """What chat and plain completions share. `top_k` of 0 or -1 means no limit, as in vLLM.
+    """The fields that chat and plain completions share. `top_k` of 0 or -1 means no limit, as in vLLM.
 
     `user`, `safety_identifier`, `prompt_cache_key` and `cache_salt` separate the prefix cache: requests share
-    computed prompts only when all four are equal. `metadata` comes back with the answer, and is kept nowhere.
+    KV blocks only when all four are equal. The response repeats `metadata`, and the server does not store it.
     """
 
     model: str | None = None
@@ -229,7 +229,7 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
 
 
 class CompletionRequest(Generation, frozen=True, kw_only=True):
-    """A prompt is a text, token ids, or a list of either; ids are the model's own, special ones included."""
+    """A prompt is a text, token ids, or a list of either. Special token ids are allowed."""
 
     prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
     echo: bool | None = None
@@ -263,11 +263,10 @@ class Usage(Struct, frozen=True, kw_only=True):
 
 
 class AnswerReport(Struct, frozen=True, kw_only=True):
-    """Stretto's own account of an answer. What is not known, or was not asked for, is null.
+    """Stretto's measurements of one answer, all in milliseconds or tokens. An unknown value is null.
 
-    `rung` is the variant of the model that answered; `on_time`: every token was here by its due. Times are
-    milliseconds seen by the HTTP front, but `queue_ms`, which the engine measures from arrival to the
-    sequence's first step.
+    `rung`: the variant of the model that answered. `on_time`: every token met its deadline. `queue_ms`: from
+    arrival to the sequence's first step, measured by the engine. The API server measures the other times.
     """
 
     rung: str
@@ -281,7 +280,7 @@ class AnswerReport(Struct, frozen=True, kw_only=True):
 
 
 class TopLogprob(Struct, frozen=True):
-    """`bytes` are those of the token alone, which need not be whole characters."""
+    """`bytes` are the token's UTF-8 bytes, which may split a character."""
 
     token: str
     logprob: float
@@ -311,7 +310,7 @@ class FunctionDelta(Struct, frozen=True, omit_defaults=True):
 
 
 class ToolCallDelta(Struct, frozen=True, kw_only=True):
-    """A piece of a call. The first of each index has the id and the name; the arguments follow in pieces."""
+    """A part of a tool call. Only the first part of each `index` has the id and the name."""
 
     index: int
     function: FunctionDelta
@@ -336,16 +335,21 @@ class ChunkChoice(Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(Struct, frozen=True, kw_only=True):
+class AnswerFields(Struct, frozen=True, kw_only=True):
+    """The fields that all answers and chunks have. `created`: seconds since 1970."""
+
     id: str
     created: int
     model: str
+    service_tier: str | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType = UNSET
+
+
+class ChatChunk(AnswerFields, frozen=True, kw_only=True):
     choices: list[ChunkChoice]
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    service_tier: str | UnsetType = UNSET
     usage: Usage | UnsetType | None = UNSET
     stretto: AnswerReport | UnsetType = UNSET
-    metadata: dict[str, str] | UnsetType = UNSET
 
 
 class MadeCall(Struct, frozen=True, kw_only=True):
@@ -369,16 +373,11 @@ class ChatChoice(Struct, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None = None
 
 
-class ChatCompletion(Struct, frozen=True, kw_only=True):
-    id: str
-    created: int
-    model: str
+class ChatCompletion(AnswerFields, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     stretto: AnswerReport
-    metadata: dict[str, str] | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
-    service_tier: str | UnsetType = UNSET
 
 
 class TextChoice(Struct, frozen=True, kw_only=True):
@@ -388,18 +387,13 @@ class TextChoice(Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
 
 
-class TextCompletion(Struct, frozen=True, kw_only=True):
-    """Whole, or one chunk of a stream: then `usage` and `stretto` come at the end alone."""
+class TextCompletion(AnswerFields, frozen=True, kw_only=True):
+    """A whole answer or one chunk of a stream. Only the last chunks have `usage` and `stretto`."""
 
-    id: str
-    created: int
-    model: str
     choices: list[TextChoice]
     object: Literal["text_completion"] = "text_completion"
-    service_tier: str | UnsetType = UNSET
     usage: Usage | UnsetType | None = UNSET
     stretto: AnswerReport | UnsetType = UNSET
-    metadata: dict[str, str] | UnsetType = UNSET
 
 
 class Embedding(Struct, frozen=True, kw_only=True):
@@ -423,7 +417,7 @@ class EmbeddingList(Struct, frozen=True, kw_only=True):
 
 
 class ModelCard(Struct, frozen=True, kw_only=True):
-    """`max_model_len` is the context in tokens, spelled as vLLM spells it; null until the engine is ready."""
+    """`max_model_len` is the context in tokens, as in vLLM. It is null until the engine is ready."""
 
     id: str
     created: int
@@ -449,6 +443,6 @@ class ErrorBody(Struct, frozen=True):
 
 
 class Status(Struct, frozen=True):
-    """What `/health` and `/ready` say when all is well."""
+    """The response of `/health` and `/ready` on success."""
 
     status: Literal["ok", "ready"] = field(default="ok")

@@ -1,12 +1,11 @@
-"""Embeddings: texts in, one vector each out. A long list goes to the engine a few texts at a time."""
+"""Embeddings: one vector for each text. The engine gets the texts of a long list a few at a time."""
 
 from __future__ import annotations
 
 import base64
 import math
-from array import array
+import struct
 from functools import partial
-from sys import byteorder
 
 from msgspec import json
 from starlette.responses import Response
@@ -39,7 +38,7 @@ async def embed(call: Call) -> None:
         vectors: list[tuple[float, ...]] = []
         for start in range(0, len(prompts), WINDOW):
             outputs = [submit(call, request, model, ids) for ids in prompts[start : start + WINDOW]]
-            # The places in the gate serve every window, so only the last one gives them back.
+            # Each window uses the same reserved slots, so only the last one releases them.
             last = start + WINDOW >= len(prompts)
             vectors += [await _vector(output, slot if last else None) for output in outputs]
     data = [Embedding(index=at, embedding=_packed(request, each)) for at, each in enumerate(vectors)]
@@ -84,7 +83,9 @@ async def _vector(output: Output, slot: Slot | None) -> tuple[float, ...]:
 def _packed(request: EmbeddingRequest, vector: tuple[float, ...]) -> list[float] | str:
     if request.dimensions is not None:
         vector = _shortened(vector, request.dimensions)
-    return _base64(vector) if request.encoding_format == "base64" else list(vector)
+    if request.encoding_format == "base64":
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    return list(vector)
 
 
 def _shortened(vector: tuple[float, ...], dimensions: int) -> tuple[float, ...]:
@@ -95,10 +96,3 @@ def _shortened(vector: tuple[float, ...], dimensions: int) -> tuple[float, ...]:
     head = vector[:dimensions]
     norm = math.sqrt(sum(value * value for value in head))
     return tuple(value / norm for value in head) if norm else head
-
-
-def _base64(vector: tuple[float, ...]) -> str:
-    floats = array("f", vector)
-    if byteorder == "big":
-        floats.byteswap()
-    return base64.b64encode(floats.tobytes()).decode()

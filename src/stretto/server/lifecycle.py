@@ -1,7 +1,7 @@
-"""Runs the application on a socket, and ends it: the first signal drains, the second ends at once.
+"""Runs the application on a socket, and shuts it down: the first signal drains, the second stops at once.
 
-Draining: `/ready` is false and new requests are refused at once; what runs may finish for `drain_s` seconds,
-then each answer ends in a typed error. Nothing of a request's content is ever logged.
+While the server drains, `/ready` fails and new requests are refused. Running requests may finish for
+`drain_s` seconds. Then each one ends with a Draining error. The log never holds the content of a request.
 """
 
 from __future__ import annotations
@@ -25,49 +25,49 @@ from stretto.server.app import App
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
-DESCRIPTORS = 65536
-LAST_WORDS_S = 1.0
+OPEN_FILES = 65536
+LAST_EVENTS_S = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Loading(Protocol):
-    """What ending and starting need of the engine client."""
+class StartingEngine(Protocol):
+    """The methods of the engine client that starting and stopping use."""
 
     async def wait_ready(self) -> None: ...
     async def shutdown(self, grace_s: float) -> None: ...
 
 
 async def run(
-    config: ServeConfig, app: App, engine: Loading, on_ready: Callable[[str], None] | None = None
+    config: ServeConfig, app: App, engine: StartingEngine, on_ready: Callable[[str], None] | None = None
 ) -> None:
-    """Serves until a signal says to stop, then ends the engine. `on_ready` hears the URL once it answers.
+    """Serves until a signal ends it, then stops the engine. `on_ready` gets the URL when the engine is ready.
 
-    Raises StartError when the address cannot be had or the engine cannot load.
+    Raises StartError when the address cannot be used or the engine cannot load.
     """
     try:
         listener = listen(config.host, config.port)
         with listener:
             await _serve(config, app, engine, listener, on_ready)
     finally:
-        await engine.shutdown(LAST_WORDS_S)
+        await engine.shutdown(LAST_EVENTS_S)
 
 
 async def _serve(
     config: ServeConfig,
     app: App,
-    engine: Loading,
+    engine: StartingEngine,
     listener: socket.socket,
     on_ready: Callable[[str], None] | None,
 ) -> None:
-    _allow_descriptors()
-    # What lives now lives to the end: the collector need not look at it, and pauses stay short.
+    _raise_open_files_limit()
+    # All objects of this point live until the end. Frozen, they do not lengthen the collector's pauses.
     gc.collect()
     gc.freeze()
     server = _Server(app)
-    ending = _Ending(config, app, server)
+    shutdown = _Shutdown(config, app, server)
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
-        loop.add_signal_handler(number, ending.signal)
+        loop.add_signal_handler(number, shutdown.signal)
     serving = asyncio.create_task(server.serve([listener]))
     loading = asyncio.create_task(engine.wait_ready())
     try:
@@ -86,7 +86,7 @@ async def _serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address. Raises StartError that says what is in the way."""
+    """A socket that listens on the address. Raises StartError with the reason when that fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -95,7 +95,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        # Here, so that a port in use is found before anything else starts.
+        # Listening here finds a port in use before anything else starts.
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
@@ -106,21 +106,21 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url(host: str, port: int) -> str:
-    """Where a browser on this machine finds the server."""
+    """The URL of the server for a browser on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _allow_descriptors() -> None:
-    """A connection is a file descriptor, and the usual limit of 1,024 is too few."""
+def _raise_open_files_limit() -> None:
+    """Raises the limit of open files, because each connection needs one and the usual limit is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    limit = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own idea of signals."""
+    """uvicorn without its own signal handlers."""
 
     def __init__(self, app: App) -> None:
         config = uvicorn.Config(
@@ -134,7 +134,7 @@ class _Server(uvicorn.Server):
             proxy_headers=False,
             backlog=BACKLOG,
             timeout_keep_alive=60,
-            timeout_graceful_shutdown=int(LAST_WORDS_S),
+            timeout_graceful_shutdown=int(LAST_EVENTS_S),
         )
         super().__init__(config)
 
@@ -143,19 +143,19 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Ending:
-    """What signals do. `signal` is called in the event loop."""
+class _Shutdown:
+    """Shuts the server down on signals. The event loop calls `signal`."""
 
     def __init__(self, config: ServeConfig, app: App, server: uvicorn.Server) -> None:
         self._config = config
         self._api = app.server
         self._server = server
-        self._hurry = asyncio.Event()
+        self._stop_now = asyncio.Event()
         self._drain: asyncio.Task[None] | None = None
 
     def signal(self) -> None:
         if self._drain is not None:
-            self._hurry.set()
+            self._stop_now.set()
             return
         self._api.gate.close()
         log.info("draining: %d requests running", len(self._api.calls))
@@ -163,10 +163,12 @@ class _Ending:
 
     async def _end(self) -> None:
         idle = asyncio.create_task(self._api.idle())
-        hurry = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait({idle, hurry}, timeout=self._config.drain_s, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
+        stop_now = asyncio.create_task(self._stop_now.wait())
+        await asyncio.wait(
+            {idle, stop_now}, timeout=self._config.drain_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        stop_now.cancel()
         self._api.end_calls(Draining("the server shut down before the answer was complete"))
-        await asyncio.wait({idle}, timeout=LAST_WORDS_S)
+        await asyncio.wait({idle}, timeout=LAST_EVENTS_S)
         idle.cancel()
         self._server.should_exit = True

@@ -1,6 +1,6 @@
-"""Which objective and tier a request gets: from its own fields, the configured tiers and its tenant's quota.
+"""Decides the objective and the tier of a request from its fields, the configuration and the tenant's quota.
 
-Pure: it knows the wire's fields and no clock, queue or engine.
+The functions are pure: they know no clock, queue or engine.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ PRIORITY = "priority"
 
 
 class ServiceLevel(NamedTuple):
-    """The objective that a request is judged by, and the tier whose weight it has."""
+    """The objective of a request, and the tier whose weight it has."""
 
     objective: Objective
     tier: str
 
 
 class ServicePolicy(NamedTuple):
-    """What the server's configuration says about objectives."""
+    """The part of the server's configuration that objectives depend on."""
 
     tiers: Mapping[str, Tier]
     schedule: Schedule
 
 
 def requested_tier(request: Generation) -> str:
-    """The name of the tier that a request asks for."""
+    """The name of the tier in the request's `service_tier`."""
     return DEFAULT if request.service_tier in (None, "auto") else request.service_tier
 
 
@@ -41,9 +41,9 @@ def resolve_objective(
 ) -> ServiceLevel:
     """Decides a request's tier, then its objective: its own limits, and its tier's where it sets none.
 
-    A request for `priority` beyond its tenant's quota gets tier `default`. Without a stream nobody sees the
-    gaps between tokens, so the tier's `itl_ms` does not apply. Raises InvalidRequest for limits that
-    contradict each other, and for `on_miss: reject` under a schedule that never rejects.
+    A request for `priority` beyond its tenant's quota gets tier `default`. Without a stream, the tier's
+    `itl_ms` does not apply, because the client sees no gaps between tokens. Raises InvalidRequest for limits
+    that contradict each other, and for `on_miss: reject` under a schedule that never rejects.
     """
     own = request.objective or ObjectiveFields()
     if own.on_miss == "reject" and policy.schedule == "fcfs":
@@ -68,7 +68,7 @@ def resolve_objective(
 
 
 def embedding_objective(own: TotalObjective | None) -> Objective:
-    """The objective of an embedding. Tiers speak of streams, so only the request's own limit counts."""
+    """The objective of an embedding: the request's own. The limits of tiers are for streams of tokens."""
     return Objective(total_ms=None if own is None else own.total_ms)
 
 

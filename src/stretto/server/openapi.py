@@ -1,10 +1,10 @@
-"""The OpenAPI document, made from the types that requests are parsed into and answers are written from."""
+"""The OpenAPI document, generated from the wire types of requests and responses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 from msgspec import json
@@ -28,11 +28,11 @@ from stretto.types import WorkerState
 ERRORS = {
     400: "The request is malformed, out of range or not supported; `param` is the path of the field.",
     401: "No API key, or an unknown one.",
-    404: "No model of that name is held here.",
+    404: "This server has no model of that name.",
     413: "The body is too large.",
     500: "A bug, or a request that the engine could not finish.",
-    503: "Not now: the objective cannot be met, the queue is full, the engine is starting, or the server is "
-    "shutting down.",
+    503: "Unavailable: the objective cannot be met, the queue is full, the engine is starting, or the server "
+    "is shutting down. `Retry-After` says when to try again.",
 }
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
 PREFIX = "#/components/schemas/"
@@ -58,22 +58,24 @@ ROUTES = (
     _Route(
         "/v1/completions", "post", "Continue a text.", WORK, CompletionRequest, TextCompletion, TextCompletion
     ),
-    _Route("/v1/embeddings", "post", "Turn texts into vectors.", WORK, EmbeddingRequest, EmbeddingList),
-    _Route("/v1/models", "get", "The models held here.", (401,), response=ModelList),
-    _Route("/v1/models/{name}", "get", "One model.", (401, 404), response=ModelCard),
-    _Route("/health", "get", "Whether the process lives.", (), response=Status),
-    _Route("/ready", "get", "Whether requests are taken.", (503,), response=Status),
+    _Route(
+        "/v1/embeddings", "post", "Compute the embeddings of texts.", WORK, EmbeddingRequest, EmbeddingList
+    ),
+    _Route("/v1/models", "get", "List the models.", (401,), response=ModelList),
+    _Route("/v1/models/{name}", "get", "Describe one model.", (401, 404), response=ModelCard),
+    _Route("/health", "get", "Whether the process is alive.", (), response=Status),
+    _Route("/ready", "get", "Whether the server accepts requests.", (503,), response=Status),
     _Route("/state", "get", "The worker's state.", (401,), response=WorkerState),
-    _Route("/live", "get", "What happens now, twice a second.", (401,), chunk=Live),
+    _Route("/live", "get", "A stream of statistics of the last seconds, twice a second.", (401,), chunk=Live),
     _Route("/metrics", "get", "Metrics for Prometheus.", (), media=("text/plain",)),
     _Route("/openapi.json", "get", "This document.", ()),
-    _Route("/", "get", "A page to try the server on.", (), media=("text/html",)),
+    _Route("/", "get", "A web page to try the server.", (), media=("text/html",)),
 )
 
 
 @cache
 def document() -> dict[str, Any]:
-    """OpenAPI 3.1."""
+    """The document, in OpenAPI 3.1."""
     types = [part for route in ROUTES for part in (route.request, route.response, route.chunk) if part]
     _, components = json.schema_components([*types, ErrorBody], ref_template=PREFIX + "{name}")
     paths: dict[str, dict[str, Any]] = {}
@@ -83,15 +85,15 @@ def document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "Stretto",
-            "version": _version(),
-            "summary": "A real-time LLM server that speaks OpenAI's API.",
+            "version": version("stretto"),
+            "summary": "A real-time LLM server with OpenAI's API.",
         },
         "paths": paths,
         "components": {
             "schemas": components,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        # A key is asked for only where the server was started with keys.
+        # Only a server that was started with API keys requires one.
         "security": [{}, {"key": []}],
     }
 
@@ -104,7 +106,7 @@ def _operation(route: _Route) -> dict[str, Any]:
         content["application/json"] = {"schema": {"type": "object"}}
     if route.response is not None:
         content["application/json"] = {"schema": {"$ref": PREFIX + route.response.__name__}}
-    responses: dict[str, Any] = {"200": {"description": "It worked.", "content": content}}
+    responses: dict[str, Any] = {"200": {"description": "Success.", "content": content}}
     for status in route.errors:
         error: dict[str, Any] = {
             "description": ERRORS[status],
@@ -127,12 +129,12 @@ def _operation(route: _Route) -> dict[str, Any]:
 
 
 def _event(chunk: type) -> dict[str, Any]:
-    """One server-sent event. OpenAPI 3.1 cannot say what its text holds, so the description does."""
-    ends = "; at the end [DONE], or the JSON of an ErrorBody" if chunk is not Live else ""
-    says = f"The JSON of a {chunk.__name__}{ends}."
+    """The schema of a server-sent event. OpenAPI 3.1 cannot type its data; the description names the type."""
+    ends = "; the last event is [DONE], or the JSON of an ErrorBody" if chunk is not Live else ""
+    description = f"The JSON of a {chunk.__name__}{ends}."
     return {
         "type": "object",
-        "properties": {"data": {"type": "string", "description": says}},
+        "properties": {"data": {"type": "string", "description": description}},
         "required": ["data"],
     }
 
@@ -141,10 +143,3 @@ def _words(path: str) -> list[str]:
     return [word for word in path.replace("{", "").replace("}", "").replace(".", "/").split("/") if word] or [
         "page"
     ]
-
-
-def _version() -> str:
-    try:
-        return version("stretto")
-    except PackageNotFoundError:
-        return "unknown"

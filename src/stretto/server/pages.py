@@ -1,4 +1,4 @@
-"""The routes that only report, and the page at `/`: its own files, and plotly.js of the installed package."""
+"""The routes that report state, and the web page at `/` with its files and plotly.js."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIVE_S = 0.5
 FILES = files("stretto.server") / "static"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 PLOTLY = "plotly.min.js"
-# The hash of the one stylesheet that plotly.js adds to the page, for maps. Without it the browser complains.
+# The hash of a stylesheet that plotly.js adds to the page. Without it the browser reports a violation.
 MAPS = "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
 SECURITY = {
     "Content-Security-Policy": f"default-src 'none'; script-src 'self'; style-src 'self' {MAPS}; "
@@ -46,7 +46,7 @@ class Pages:
         self._server = server
 
     def routes(self) -> list[Route]:
-        """All routes that take no work."""
+        """All routes that need no engine."""
         return [
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
@@ -61,11 +61,11 @@ class Pages:
         ]
 
     async def health(self, request: Request) -> Response:
-        """Whether the process lives."""
+        """Whether the process is alive."""
         return _json(Status("ok"))
 
     async def ready(self, request: Request) -> Response:
-        """Whether requests are taken."""
+        """Whether the server accepts requests."""
         self._server.gate.ensure_open()
         return _json(Status("ready"))
 
@@ -134,7 +134,7 @@ def _json(value: object) -> Response:
 def _file(name: str, zipped: bool) -> Response:
     """A file of the page as a response, made once. Raises NotFound."""
     own = name in {file.name for file in FILES.iterdir()}
-    spec = find_spec("plotly") if name == PLOTLY else None  # found, and not imported: only its file is used
+    spec = find_spec("plotly") if name == PLOTLY else None  # not imported: only its file is used
     if not own and (spec is None or spec.origin is None):
         raise NotFound(f"the page has no file {name!r}")
     path = FILES / name if own or spec is None else Path(str(spec.origin)).parent / "package_data" / PLOTLY

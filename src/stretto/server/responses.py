@@ -46,12 +46,12 @@ EMPTY = Delta()
 
 
 class ResponseHead(NamedTuple):
-    """What all parts of one response repeat. `created`: seconds since 1970."""
+    """The fields that all chunks of one response share. `created`: seconds since 1970."""
 
     id: str
     created: int
     model: str
-    tier: str
+    service_tier: str
 
 
 class ChunkPart(NamedTuple):
@@ -309,22 +309,16 @@ def _chat_chunk(head: ResponseHead, part: ChunkPart) -> ChatChunk:
     choice = ChunkChoice(
         index=part.choice, delta=part.delta, logprobs=part.logprobs, finish_reason=part.finish_reason
     )
-    return ChatChunk(
-        id=head.id, created=head.created, model=head.model, choices=[choice], service_tier=head.tier
-    )
+    return ChatChunk(**head._asdict(), choices=[choice])
 
 
 def _text_chunk(head: ResponseHead, part: ChunkPart) -> TextCompletion:
     assert not isinstance(part.logprobs, ChatLogprobs)
+    text = _text_of(part.delta)
     choice = TextChoice(
-        index=part.choice,
-        text=_text_of(part.delta),
-        logprobs=part.logprobs,
-        finish_reason=part.finish_reason,
+        index=part.choice, text=text, logprobs=part.logprobs, finish_reason=part.finish_reason
     )
-    return TextCompletion(
-        id=head.id, created=head.created, model=head.model, choices=[choice], service_tier=head.tier
-    )
+    return TextCompletion(**head._asdict(), choices=[choice])
 
 
 def _tool_calls(kept: WholeOutput) -> list[MadeCall]:
@@ -365,15 +359,7 @@ def _whole_chat(
                 logprobs=None if part.pieces is None else chat_logprobs(part.pieces, part.events, 0),
             )
         )
-    return ChatCompletion(
-        id=head.id,
-        created=head.created,
-        model=head.model,
-        choices=choices,
-        usage=usage,
-        stretto=report,
-        service_tier=head.tier,
-    )
+    return ChatCompletion(**head._asdict(), choices=choices, usage=usage, stretto=report)
 
 
 def _whole_text(
@@ -388,15 +374,7 @@ def _whole_text(
         )
         for part in kept
     ]
-    return TextCompletion(
-        id=head.id,
-        created=head.created,
-        model=head.model,
-        choices=choices,
-        usage=usage,
-        stretto=report,
-        service_tier=head.tier,
-    )
+    return TextCompletion(**head._asdict(), choices=choices, usage=usage, stretto=report)
 
 
 CHAT = Style("chatcmpl-", b'"delta":{}', _with_role, encode, chat_logprobs, _chat_chunk, _whole_chat)

@@ -1,7 +1,7 @@
-"""Checks of a parsed request, and its prompts as token ids. It knows the model and limits, no server state.
+"""Validates a parsed request and encodes its prompts. It knows the model and the limits, and no server state.
 
-What a function here returns is correct, and nothing is checked again. Checks run in this order: fields that
-need no model, tools, sampling options, and at last, when the prompt is encoded, its length.
+A returned value is valid, and no other module checks it again. The order of the checks: fields that need no
+model, tools, sampling options, and the length of the prompt once it is encoded.
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ from stretto.text.tool_parser import NamedCallParser, ToolParser
 from stretto.types import Grammar, ModelInfo, Sampling
 
 COMPLETION_TOKENS = 16
+# Sampling options whose value in a request is the engine's.
+EQUAL_OPTIONS = (
+    *("min_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
+    *("presence_penalty", "logit_bias", "ignore_eos", "seed", "n"),
+)
 
 
 class RequestLimits(NamedTuple):
-    """How much one request may ask for: answers to each prompt, stop strings, and answers in all."""
+    """The limits of one request: answers to each prompt, stop strings, and answers to all prompts."""
 
     n: int
     stop: int
@@ -40,7 +45,7 @@ class RequestLimits(NamedTuple):
 
 
 class ModelHandle(NamedTuple):
-    """A loaded model: its name, its tokenizer and template, and what the engine says of it."""
+    """A loaded model: its name, its tokenizer and template, and the engine's description of it."""
 
     name: str
     text: TextModel
@@ -48,8 +53,11 @@ class ModelHandle(NamedTuple):
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt's token ids. `echo`: the text that its answer begins with; `thinking`: whether the prompt ends
-    inside a block of reasoning, None for a model or a request without reasoning."""
+    """A prompt's token ids.
+
+    `echo`: the text with which the answer begins. `thinking`: whether the prompt ends inside a block of
+    reasoning; None for a model or a request without reasoning.
+    """
 
     ids: tuple[int, ...]
     echo: str = ""
@@ -58,11 +66,11 @@ class EncodedPrompt(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AnswerSpec:
-    """A checked request: what to generate and what to send. `answers` counts all answers, to all prompts.
+    """A valid request: what to generate and what to send. `answers` counts the answers to all prompts.
 
-    `encode` returns the prompts; it may take long for a long text. `grammar_path` is the field that the
-    grammar comes from. `parser` makes a reader of tool calls for one answer; `single_call`: the first call
-    ends the answer.
+    `encode` returns the prompts, which takes long for a long text. `grammar_path` is the path of the field
+    that gave the grammar. `parser` makes a parser of tool calls for one answer. With `single_call`, the first
+    tool call ends the answer.
     """
 
     model: ModelHandle
@@ -78,7 +86,7 @@ class AnswerSpec:
     single_call: bool = False
 
     def answer_parser(self, thinking: bool | None) -> AnswerParser | None:
-        """What splits one answer into reasoning, content and tool calls; None if it is all content."""
+        """The parser of an answer with reasoning or tool calls. None if the answer is only content."""
         if thinking is None and self.parser is None:
             return None
         reasoning = None if thinking is None else reasoning_parser.ReasoningParser(thinking)
@@ -207,15 +215,15 @@ def cache_salt(*parts: str | None) -> str:
 def _check_options(request: Generation, prompts: int, limits: RequestLimits) -> None:
     n = request.n or 1
     if n > limits.n:
-        raise InvalidRequest(f"$.n is {n}; this server allows {limits.n}", param="$.n")
+        raise InvalidRequest(f"$.n is {n}; this server allows at most {limits.n}", param="$.n")
     stops = request.stop if isinstance(request.stop, list) else []
     if len(stops) > limits.stop:
         raise InvalidRequest(
-            f"$.stop holds {len(stops)} strings; this server allows {limits.stop}", param="$.stop"
+            f"$.stop has {len(stops)} strings; this server allows at most {limits.stop}", param="$.stop"
         )
     if prompts * n > limits.answers:
         raise InvalidRequest(
-            f"$.prompt asks for {prompts * n} answers; this server allows {limits.answers} in one request",
+            f"$.prompt needs {prompts * n} answers; this server allows at most {limits.answers} in a request",
             param="$.prompt",
         )
     if request.store:
@@ -236,23 +244,11 @@ def _sampling(
     request: Generation, max_tokens: int | None, logprobs: int | None, grammar: Grammar | None
 ) -> Sampling:
     stop = request.stop or ()
-    given: dict[str, Any] = {
-        "min_tokens": request.min_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": None if request.top_k is None else max(0, request.top_k),
-        "min_p": request.min_p,
-        "repetition_penalty": request.repetition_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "presence_penalty": request.presence_penalty,
-        "logit_bias": request.logit_bias,
-        "ignore_eos": request.ignore_eos,
-        "n": request.n,
-    }
+    given: dict[str, Any] = {name: getattr(request, name) for name in EQUAL_OPTIONS}
+    given["top_k"] = None if request.top_k is None else max(0, request.top_k)
     try:
         return Sampling(
             max_tokens=max_tokens,
-            seed=request.seed,
             logprobs=logprobs,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(request.stop_token_ids or ()),

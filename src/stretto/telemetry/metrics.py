@@ -9,7 +9,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from math import inf
 from typing import Literal, cast
 
@@ -73,7 +73,7 @@ class Metrics:
         }
         self._labelled: dict[tuple[str, Labels], AnyMetric] = {}
         self._steps: defaultdict[str, list[StepStats]] = defaultdict(list)
-        self._of(catalogue.BUILD, _version(), platform.python_version()).set(1)
+        self._of(catalogue.BUILD, version("stretto"), platform.python_version()).set(1)
 
     def ended(self, request: Ended) -> None:
         """Count a request that is over."""
@@ -151,10 +151,3 @@ class Metrics:
         self._of(catalogue.WAITING, model).set(steps[-1].waiting)
         self._of(catalogue.BLOCKS, model).set(steps[-1].blocks_total)
         self._of(catalogue.BLOCKS_FREE, model).set(steps[-1].blocks_free)
-
-
-def _version() -> str:
-    try:
-        return version("stretto")
-    except PackageNotFoundError:
-        return "unknown"

@@ -123,9 +123,9 @@ def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
         text = TRANSLATIONS[grammar.kind](_bounded(grammar))
         state = LLMatcher(tokenizer, text, log_level=0, limits=LIMITS)
     except ValueError as error:
-        raise InvalidGrammar(f"the {grammar.spoken} does not compile: {reason(str(error))}") from error
+        raise InvalidGrammar(f"the {grammar.label} does not compile: {reason(str(error))}") from error
     if state.is_error():
-        raise InvalidGrammar(f"the {grammar.spoken} does not compile: {reason(state.get_error())}")
+        raise InvalidGrammar(f"the {grammar.label} does not compile: {reason(state.get_error())}")
     return state
 
 
@@ -156,7 +156,7 @@ def _bounded(grammar: Grammar) -> str:
     longest = LONGEST.get(grammar.kind, 0)
     if len(grammar.source) > longest:
         raise InvalidGrammar(
-            f"the {grammar.spoken} has {len(grammar.source)} characters; at most {longest} are allowed"
+            f"the {grammar.label} has {len(grammar.source)} characters; at most {longest} are allowed"
         )
     return grammar.source
 

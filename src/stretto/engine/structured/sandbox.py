@@ -71,7 +71,7 @@ class GrammarSandbox:
 
     async def _compile(self, grammar: Grammar) -> tuple[str | None, float]:
         """The error of a grammar (None: it compiles), and until when this result holds."""
-        label, retry = grammar.spoken, time.monotonic() + self._retry_s
+        label, retry = grammar.label, time.monotonic() + self._retry_s
         try:
             request = msgspec.json.encode(grammar)
         except UnicodeEncodeError:
