@@ -123,7 +123,7 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["serve", "--colour", "blue"], "No such option"),
         (["serve", "--port", "x"], "unable to parse string as an integer"),
@@ -147,17 +147,17 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_wrong_usage_exits_with_2(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The test runs in this process, because it covers only the parsing."""
     with pytest.raises(SystemExit) as exit:
         run_main(arguments)
     assert exit.value.code == 2
-    assert says in re.sub(r"\s*│\s*\n?│?\s*", " ", capsys.readouterr().err)
+    assert message in re.sub(r"\s*│\s*\n?│?\s*", " ", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["serve", "nowhere"], "error: 'nowhere' is neither a directory"),
         (["run", "x", "--model", "nowhere"], "error: 'nowhere' is neither a directory"),
@@ -167,13 +167,13 @@ def test_wrong_usage_exits_with_2(
     ],
 )
 def test_failures_are_one_line_and_exit_with_1(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit:
         run_main(arguments)
     error = capsys.readouterr().err
     assert exit.value.code == 1
-    assert error.startswith(says)
+    assert error.startswith(message)
     assert error.count("\n") == 1
 
 
@@ -292,9 +292,9 @@ def test_ctrl_c_stops_the_answer_but_not_the_chat(served: Served) -> None:
 
 
 def test_run_answers_one_prompt() -> None:
-    asked = ["--model", "null", "--max-tokens", "4", "--seed", "1"]
-    plain = stretto("run", "-", *asked, stdin="hello")
-    as_json = stretto("run", "hello", *asked, "--json")
+    options = ["--model", "null", "--max-tokens", "4", "--seed", "1"]
+    plain = stretto("run", "-", *options, stdin="hello")
+    as_json = stretto("run", "hello", *options, "--json")
     answer = json.loads(as_json.stdout)
     assert (plain.returncode, as_json.returncode, as_json.stderr) == (0, 0, "")
     assert plain.stdout == answer["text"] + "\n"

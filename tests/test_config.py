@@ -34,8 +34,8 @@ def test_the_environment_can_give_one_api_key() -> None:
 def test_a_model_is_named_after_its_directory_or_hub_id(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     folder.mkdir()
-    asked = {"models": [f"{folder}/", "big=/elsewhere", "org/name"], "dtype": "float32"}
-    models = load(asked, {}, None)[1].models
+    flags = {"models": [f"{folder}/", "big=/elsewhere", "org/name"], "dtype": "float32"}
+    models = load(flags, {}, None)[1].models
     assert [model.name for model in models] == ["my-model", "big", "org/name"]
     assert [model.path for model in models] == [f"{folder}/", "/elsewhere", "org/name"]
     assert {model.dtype for model in models} == {"float32"}

@@ -191,8 +191,8 @@ def test_torch_and_transformers_are_imported_only_where_allowed():
 
 
 def test_the_server_process_never_loads_torch():
-    front = [name for name in TREES if below(name, ("server", "text", "gateway", "telemetry", "bench"))]
-    loaded = reached([*front, "cli", "llm"])
+    api_server = [name for name in TREES if below(name, ("server", "text", "gateway", "telemetry", "bench"))]
+    loaded = reached([*api_server, "cli", "llm"])
     assert {name for name in loaded if "torch" in outside(TREES[name])} == set()
 
 

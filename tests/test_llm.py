@@ -82,10 +82,10 @@ def test_answers_are_in_the_order_of_the_prompts(llm: LLM) -> None:
 
 def test_stream_yields_the_same_text_as_generate(llm: LLM) -> None:
     assert "".join(llm.stream("hello", GREEDY)) == llm.generate("hello", GREEDY)[0].text
-    asked = [{"role": "user", "content": "hello"}]
+    messages = [{"role": "user", "content": "hello"}]
     assert llm.chats
-    assert "".join(llm.stream(asked, GREEDY)) == llm.chat(asked, GREEDY).text
-    assert llm.chat(asked, GREEDY).token_ids == llm.generate("uhelloa", GREEDY)[0].token_ids
+    assert "".join(llm.stream(messages, GREEDY)) == llm.chat(messages, GREEDY).text
+    assert llm.chat(messages, GREEDY).token_ids == llm.generate("uhelloa", GREEDY)[0].token_ids
 
 
 def test_a_stop_string_ends_the_answer_and_is_not_returned(llm: LLM) -> None:
@@ -98,14 +98,14 @@ def test_a_stop_string_ends_the_answer_and_is_not_returned(llm: LLM) -> None:
 
 
 def test_n_answers_to_one_prompt_differ_and_follow_the_seed(llm: LLM) -> None:
-    asked = Sampling(n=3, seed=7, max_tokens=8, ignore_eos=True)
-    answer = llm.generate("hello", asked)[0]
+    sampling = Sampling(n=3, seed=7, max_tokens=8, ignore_eos=True)
+    answer = llm.generate("hello", sampling)[0]
     every = [answer, *answer.alternatives]
     assert len({each.text for each in every}) == 3
     third = llm.generate("hello", Sampling(seed=9, max_tokens=8, ignore_eos=True))[0]
     assert third.token_ids == every[2].token_ids, "the k-th answer has seed + k"
     with pytest.raises(InvalidRequest, match="leave n at 1"):
-        llm.stream("hello", asked)
+        llm.stream("hello", sampling)
 
 
 def test_logprobs_are_returned_for_every_token_when_requested(llm: LLM) -> None:
@@ -118,8 +118,8 @@ def test_logprobs_are_returned_for_every_token_when_requested(llm: LLM) -> None:
 
 
 def test_a_grammar_constrains_the_answer(llm: LLM) -> None:
-    asked = Sampling(temperature=1.0, seed=1, grammar=Grammar("choice", '["yes", "no"]'))
-    assert llm.generate("hello", asked)[0].text in ("yes", "no")
+    sampling = Sampling(temperature=1.0, seed=1, grammar=Grammar("choice", '["yes", "no"]'))
+    assert llm.generate("hello", sampling)[0].text in ("yes", "no")
     with pytest.raises(InvalidGrammar):
         llm.generate("hello", Sampling(grammar=Grammar("regex", "(")))
 

@@ -23,8 +23,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("qwen3")
     make("qwen3", directory)
-    asked = ["--batch", "1,3", "--context", "24,40", "--output-tokens", "6", "--threads", "1"]
-    done = bench(str(directory), *asked, "--json")
+    options = ["--batch", "1,3", "--context", "24,40", "--output-tokens", "6", "--threads", "1"]
+    done = bench(str(directory), *options, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
@@ -63,16 +63,16 @@ def test_the_null_model_prints_a_table_without_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("options", "message"),
     [
         (["--context", "9000"], "do not fit the context of 8192"),
         (["--batch", "300"], "raise kv_memory or max_running"),
     ],
 )
-def test_a_case_that_does_not_fit_is_refused(asked: list[str], said: str) -> None:
-    done = bench("null", *asked)
+def test_a_case_that_does_not_fit_is_refused(options: list[str], message: str) -> None:
+    done = bench("null", *options)
     assert (done.returncode, done.stdout) == (1, "")
-    assert said in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
 
 
 def test_goodput_limits_are_parsed_or_refused() -> None:

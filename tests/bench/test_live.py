@@ -31,19 +31,19 @@ ARRIVALS = [Arrival(float(number), 5, 2) for number in range(6)]
 STATE = {"models": [{"name": "m", "vocab": 400, "context": 64}], "schedule": "fcfs"}
 
 
-def said(text: str, reason: str | None = None) -> bytes:
+def text_event(text: str, reason: str | None = None) -> bytes:
     return event({"choices": [{"index": 0, "text": text, "finish_reason": reason}]})
 
 
-GOOD: list[Piece] = [OK, *chunked(said("a"), said("b", "length"), usage(5, 2), DONE)]
-SLOW: list[Piece] = [OK, 0.3, *chunked(said("a"), said("b", "length"), usage(5, 2), DONE)]
-NEVER: list[Piece] = [OK, *chunked(said("", "deadline"), usage(5, 0), DONE)]
-CUT: list[Piece] = [OK, *chunked(said("a"), said("", "deadline"), usage(5, 1), DONE)]
+GOOD: list[Piece] = [OK, *chunked(text_event("a"), text_event("b", "length"), usage(5, 2), DONE)]
+SLOW: list[Piece] = [OK, 0.3, *chunked(text_event("a"), text_event("b", "length"), usage(5, 2), DONE)]
+NEVER: list[Piece] = [OK, *chunked(text_event("", "deadline"), usage(5, 0), DONE)]
+CUT: list[Piece] = [OK, *chunked(text_event("a"), text_event("", "deadline"), usage(5, 1), DONE)]
 FULL = b'{"error": {"message": "no", "type": "unavailable", "code": "cannot_be_on_time"}}'
 REFUSED: list[Piece] = list(plain("503 Busy", FULL))
 
 
-def front(work: list[Piece], path: str) -> list[Piece]:
+def fake_server(work: list[Piece], path: str) -> list[Piece]:
     if path == "/v1/models":
         return list(plain("200 OK", b'{"data": [{"id": "m"}]}'))
     if path == "/state":
@@ -55,10 +55,10 @@ async def replayed(
     work: list[Piece], tier: str
 ) -> tuple[ReplayReport, list[RequestOutcome], list[dict[str, Any]]]:
     setting = Setting(schedule="fcfs", tiers=TIERS, mix={tier: 1.0}, context=64)
-    async with serving(lambda path, _: front(work, path)) as server:
-        asked = await LoadedServer.of(server.url, api_key=None)
-        report, outcomes = await asked.replay(ARRIVALS, setting, 60.0, quiet)
-        asked.close()
+    async with serving(lambda path, _: fake_server(work, path)) as server:
+        target = await LoadedServer.of(server.url, api_key=None)
+        report, outcomes = await target.replay(ARRIVALS, setting, 60.0, quiet)
+        target.close()
     bodies = [msgspec.json.decode(body) for path, body in server.requests if path == "/v1/completions"]
     return report, outcomes, bodies
 
@@ -119,17 +119,17 @@ def test_prompts_share_a_prefix_where_the_trace_shares_blocks() -> None:
 
 async def test_capacity_is_measured_when_no_rate_is_given() -> None:
     options = TraceOptions(loads=[1.0], schedules=["fcfs"], mix={"flex": 1.0}, tiers=TIERS)
-    async with serving(lambda path, _: front(SLOW, path)) as server:
+    async with serving(lambda path, _: fake_server(SLOW, path)) as server:
         ((report, _),) = await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
     assert report.capacity < len(ARRIVALS) / 0.3, "six at once, none before 0.3 s"
-    async with serving(lambda path, _: front(REFUSED, path)) as server:
+    async with serving(lambda path, _: fake_server(REFUSED, path)) as server:
         with pytest.raises(StartError, match=r"waiting requests failed .HTTP 503 cannot_be_on_time.*--rate"):
             await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
 
 
 async def test_a_schedule_other_than_the_servers_is_refused() -> None:
     options = TraceOptions(loads=[1.0], schedules=["deadline"], mix={"flex": 1.0}, rate=9.0)
-    async with serving(lambda path, _: front(GOOD, path)) as server:
+    async with serving(lambda path, _: fake_server(GOOD, path)) as server:
         with pytest.raises(StartError, match="runs fcfs, which is set at its start"):
             await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
 
@@ -154,9 +154,9 @@ def test_bench_trace_against_a_real_server_writes_a_report(url: str, tmp_path: P
     trace, settings, page = tmp_path / "azure.csv", tmp_path / "tiers.toml", tmp_path / "page.html"
     trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows, ""]))
     settings.write_text("[tiers.priority]\nttft_ms = 60000\nitl_ms = 60000\n")
-    asked = ["--tiers", "priority=0.5,flex=0.5", "--config", str(settings), "--report", str(page)]
+    options = ["--tiers", "priority=0.5,flex=0.5", "--config", str(settings), "--report", str(page)]
     load = ["--url", url, "--load", "1,2", "--rate", "40"]
-    command = [sys.executable, "-m", "stretto", "bench", "trace", str(trace), *load, *asked, "--json"]
+    command = [sys.executable, "-m", "stretto", "bench", "trace", str(trace), *load, *options, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     slow, fast = json.loads(done.stdout)

@@ -34,23 +34,23 @@ def report(*arguments: str) -> dict[str, Any]:
 
 
 def test_a_replay_reports_each_tier_and_all(trace: Path) -> None:
-    told = report(str(trace), "--load", "0.5", "--schedule", "fcfs", "--tiers", "priority=0.5,flex=0.5")
-    tiers = told["tiers"]
+    result = report(str(trace), "--load", "0.5", "--schedule", "fcfs", "--tiers", "priority=0.5,flex=0.5")
+    tiers = result["tiers"]
     assert {"priority", "default", "flex", "all"} <= set(tiers)
     assert (tiers["all"]["sent"], tiers["default"]["sent"]) == (100, 0)
     assert tiers["priority"]["sent"] + tiers["flex"]["sent"] == 100
     for tier in tiers.values():
         assert 0 <= tier["attainment"] <= 1 and tier["goodput"] >= 0
-    assert told["rate"] == pytest.approx(0.5 * told["capacity"], rel=0.05)
-    assert (told["schedule"], told["load"]) == ("fcfs", 0.5)
+    assert result["rate"] == pytest.approx(0.5 * result["capacity"], rel=0.05)
+    assert (result["schedule"], result["load"]) == ("fcfs", 0.5)
 
 
 def test_the_figures_depend_on_load_and_seed(trace: Path) -> None:
-    asked = [str(trace), "--requests", "40", "--load", "3"]
-    first = report(*asked)
+    options = [str(trace), "--requests", "40", "--load", "3"]
+    first = report(*options)
     assert first["tiers"]["all"]["sent"] == 40
-    assert first == report(*asked), "the same seed gives the same figures"
-    assert first["duration_s"] < report(*asked[:-1], "1")["duration_s"] / 2
+    assert first == report(*options), "the same seed gives the same figures"
+    assert first["duration_s"] < report(*options[:-1], "1")["duration_s"] / 2
 
 
 def test_tables_are_shown_without_json(trace: Path) -> None:
@@ -61,7 +61,7 @@ def test_tables_are_shown_without_json(trace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ([], "either --virtual (simulate) or --url"),
         (["--virtual", "--url", "http://x"], "either --virtual (simulate) or --url"),
@@ -74,10 +74,10 @@ def test_tables_are_shown_without_json(trace: Path) -> None:
         (["--virtual", "--load", "0"], "--load"),
     ],
 )
-def test_a_wrong_option_is_named(trace: Path, wrong: list[str], said: str) -> None:
+def test_a_wrong_option_is_named(trace: Path, wrong: list[str], message: str) -> None:
     done = bench(str(trace), *wrong)
     assert (done.returncode, done.stdout) == (2, "")
-    assert said in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
 
 
 def test_an_incomplete_trace_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -145,14 +145,14 @@ asyncio.run(main())
 
 
 def test_the_engine_exits_when_the_api_server_is_killed():
-    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as front:
-        assert front.stdout is not None
-        engine = int(front.stdout.readline())
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        engine = int(server.stdout.readline())
         assert Path(f"/proc/{engine}").exists()
-        front.kill()
+        server.kill()
     deadline = time.monotonic() + 5
     while Path(f"/proc/{engine}").exists() and "(zombie)" not in Path(f"/proc/{engine}/status").read_text():
-        assert time.monotonic() < deadline, "the engine outlived its front"
+        assert time.monotonic() < deadline, "the engine outlived its server"
         time.sleep(0.02)
 
 
@@ -161,18 +161,18 @@ async def test_an_infeasible_request_is_refused_while_a_step_is_running():
     client = EngineClient(EngineConfig(models=(model,), schedule="deadline"))
     await client.start()
     await client.wait_ready()
-    hopeless = Objective(ttft_ms=100, on_miss="reject")
+    infeasible = Objective(ttft_ms=100, on_miss="reject")
     try:
         running = client.submit(request(client, max_tokens=3))
         await anext(running)  # The next step is running and takes 300 ms.
         steps = client.worker_state().steps
-        asked = msgspec.structs.replace(request(client), objective=hopeless)
-        stream = client.submit(asked)
+        submitted = msgspec.structs.replace(request(client), objective=infeasible)
+        stream = client.submit(submitted)
         (event,) = await anext(stream)
         assert client.worker_state().steps == steps and client.worker_state().active == 1
         assert event.finish is not None and event.finish.reason is Reason.REFUSED
         assert event.finish.retry_after is not None and event.finish.output_tokens == 0
-        late = msgspec.structs.replace(asked, id=client.next_id(), objective=Objective(ttft_ms=100))
+        late = msgspec.structs.replace(submitted, id=client.next_id(), objective=Objective(ttft_ms=100))
         events = await read(client.submit(late))
         began, answered = events[0].began, events[-1].finish
         assert answered is not None and answered.reason is Reason.LENGTH and answered.late
@@ -190,12 +190,12 @@ async def test_a_stream_reports_the_predicted_work_of_its_request():
     await client.wait_ready()
     try:
         await read(client.submit(request(client)))
-        asked = request(client)
-        stream = client.submit(asked)
+        submitted = request(client)
+        stream = client.submit(submitted)
         await read(stream)
         assert stream.work_ms > 0
-        hopeless = Objective(ttft_ms=1e-6, on_miss="reject")
-        refused = client.submit(msgspec.structs.replace(asked, id=client.next_id(), objective=hopeless))
+        infeasible = Objective(ttft_ms=1e-6, on_miss="reject")
+        refused = client.submit(msgspec.structs.replace(submitted, id=client.next_id(), objective=infeasible))
         await read(refused)
         assert refused.work_ms == 0
     finally:
@@ -210,15 +210,15 @@ async def test_the_forecast_counts_requests_sent_since_the_last_snapshot():
     outlook.see(snapshot(context, 0))
     promised = 0
     for ident in range(1, 20):
-        asked = Request(
+        submitted = Request(
             id=ident, model="null", prompt=(1,) * 100, arrival=0.0, objective=Objective(ttft_ms=500)
         )
-        forecast = outlook.forecast(asked, 0.0)
+        forecast = outlook.forecast(submitted, 0.0)
         assert forecast is not None
         promised += forecast.feasible
         if forecast.feasible:
-            outlook.sent(asked)
+            outlook.sent(submitted)
     assert 1 <= promised <= 5
     outlook.see(snapshot(context, 19))
-    forecast = outlook.forecast(asked, 0.0)
+    forecast = outlook.forecast(submitted, 0.0)
     assert forecast is not None and forecast.feasible and forecast.queue_ms == 0.0

@@ -52,7 +52,9 @@ def batch_of(work: list[tuple[int, int]], size: int) -> tuple[Batch, int]:
     return batch, blocks
 
 
-def both(native: Native, kind: Attention, work: list[tuple[int, int]], dtype: torch.dtype, dims: int = 0):
+def run_both_tables(
+    native: Native, kind: Attention, work: list[tuple[int, int]], dtype: torch.dtype, dims: int = 0
+):
     """Run the step on both tables and return (queries, attention, cache) of each."""
     draw = torch.Generator().manual_seed(kind.head_dim)
     size, table = 16, CpuTable(native, None)
@@ -88,14 +90,14 @@ def test_attention_equals_the_reference_for_every_head_grouping(
     native: Native, heads: int, kv_heads: int, dtype: torch.dtype
 ):
     kind = Attention(heads, kv_heads, 32, 0.2, norm="head")
-    agree(both(native, kind, DECODES + PREFILLS, dtype), dtype)
+    agree(run_both_tables(native, kind, DECODES + PREFILLS, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [2, 16, 24, 64, 80, 96, 128, 256])
 def test_attention_equals_the_reference_for_every_head_dim(native: Native, head_dim: int, dtype: torch.dtype):
     kind = Attention(4, 2, head_dim, head_dim**-0.5, norm="head")
-    agree(both(native, kind, DECODES + PREFILLS, dtype), dtype)
+    agree(run_both_tables(native, kind, DECODES + PREFILLS, dtype), dtype)
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 64, 100])
@@ -104,7 +106,7 @@ def test_attention_equals_the_reference_with_windows_and_soft_caps(
     native: Native, window: int, softcap: float
 ):
     kind = Attention(4, 2, 32, 0.3, window=window, softcap=softcap)
-    agree(both(native, kind, DECODES + PREFILLS, torch.float32), torch.float32)
+    agree(run_both_tables(native, kind, DECODES + PREFILLS, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("window", [0, 5, 20])
@@ -114,7 +116,7 @@ def test_attention_equals_the_reference_for_prompts_of_full_tiles(
 ):
     """A window shorter than a tile leaves some SIMD lanes without any key of the tile."""
     kind = Attention(heads, kv_heads, 32, 0.2, window=window)
-    agree(both(native, kind, [(150, 150), (130, 400), (1, 9)], torch.float32), torch.float32)
+    agree(run_both_tables(native, kind, [(150, 150), (130, 400), (1, 9)], torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("norm", ["none", "head", "row"])
@@ -122,7 +124,7 @@ def test_attention_equals_the_reference_with_norms_and_partial_rotation(
     native: Native, norm: Literal["none", "head", "row"]
 ):
     kind = Attention(4, 2, 32, 0.3, norm=norm)
-    agree(both(native, kind, DECODES + PREFILLS, torch.float32, dims=12), torch.float32)
+    agree(run_both_tables(native, kind, DECODES + PREFILLS, torch.float32, dims=12), torch.float32)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -131,13 +133,13 @@ def test_attention_over_long_contexts_does_not_depend_on_threads(
     native: Native, dtype: torch.dtype, threads: int
 ):
     native.threads(threads)
-    agree(both(native, Attention(4, 1, 64, 0.1), LONG, dtype), dtype)
+    agree(run_both_tables(native, Attention(4, 1, 64, 0.1), LONG, dtype), dtype)
 
 
 def test_scores_far_apart_stay_finite(native: Native):
     """The softmax neither overflows nor divides by zero."""
     kind = Attention(4, 2, 32, 60.0)
-    results = both(native, kind, DECODES + PREFILLS + LONG, torch.float32)
+    results = run_both_tables(native, kind, DECODES + PREFILLS + LONG, torch.float32)
     assert results[0][1].isfinite().all()
     # The exponential magnifies rounding errors in scores of some thousands.
     agree(results, torch.float32, exact=1e-3)

@@ -53,7 +53,7 @@ def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert (found - wanted).norm() / wanted.norm() <= tolerance
 
 
-def there(made: Step) -> tuple[Batch, Cache]:
+def on_device(made: Step) -> tuple[Batch, Cache]:
     """Copy the batch and the cache to the device."""
     moved = {
         field.name: value.to(DEVICE) if isinstance(value, Tensor) else value
@@ -64,7 +64,7 @@ def there(made: Step) -> tuple[Batch, Cache]:
 
 
 def attend(kernels: AnyKernels, made: Step, kind: Attention, q: Tensor) -> Tensor:
-    batch, cache = there(made)
+    batch, cache = on_device(made)
     plan = kernels.prepare(batch, cache, Geometry((Rotation(torch.zeros(8, device=DEVICE)),), (kind.window,)))
     new = [
         slice(context - count, None)
@@ -154,7 +154,7 @@ def test_rope_and_cache_rotates_queries_and_writes_keys_and_values(
     kind = replace(KIND, norm=norm, eps=1e-5)
     frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])
     made = step([(3, 9), (1, 30), (1, 1), (5, 5)], kind, dtype=dtype)
-    batch, cache = there(made)
+    batch, cache = on_device(made)
     rotation = Rotation(frequencies[: dims // 2].to(DEVICE), 1.2)
     plan = kernels.prepare(batch, cache, Geometry((Rotation(frequencies.to(DEVICE)), rotation), (0,)))
     qkv = torch.randn(10, 10 * 16).to(dtype)
@@ -178,7 +178,7 @@ def test_rope_and_cache_rotates_queries_and_writes_keys_and_values(
 
 def test_rope_is_exact_at_far_positions(kernels: AnyKernels) -> None:
     made = step([(1, 1)], KIND)
-    batch, cache = there(made)
+    batch, cache = on_device(made)
     batch.positions = torch.tensor([131071], device=DEVICE)
     frequencies = 1.0 / 500000.0 ** (torch.arange(8) / 8)
     plan = kernels.prepare(batch, cache, Geometry((Rotation(frequencies.to(DEVICE)),), (0,)))
@@ -281,18 +281,20 @@ LAYERS = [
 
 @dtypes
 @pytest.mark.parametrize("context", [30, 1, 400, 64, 65] if GPU else [70])
-@pytest.mark.parametrize("asked", LAYERS if GPU else LAYERS[1:3])
+@pytest.mark.parametrize("options", LAYERS if GPU else LAYERS[1:3])
 def test_fused_layers_equal_separate_kernels(
-    kernels: AnyKernels, dtype: torch.dtype, context: int, asked: dict[str, object]
+    kernels: AnyKernels, dtype: torch.dtype, context: int, options: dict[str, object]
 ) -> None:
     """The hidden state and the written keys and values equal those of the reference functions."""
-    changes = {"eps": 1e-5} | {name: value for name, value in asked.items() if name not in ("biased", "dims")}
+    changes = {"eps": 1e-5} | {
+        name: value for name, value in options.items() if name not in ("biased", "dims")
+    }
     kind = replace(KIND, **changes)  # type: ignore[arg-type]
     made = step([(1, context)], kind, dtype=torch.float32)
     made.cache.layers[0] = made.cache.layers[0].to(dtype)
-    batch, cache = there(made)
+    batch, cache = on_device(made)
     made.cache.layers[0] = made.cache.layers[0].float()
-    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])[: int(asked["dims"]) // 2]  # type: ignore[call-overload]
+    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])[: int(options["dims"]) // 2]  # type: ignore[call-overload]
 
     def layer(own: AnyKernels, device: torch.device, held: torch.dtype) -> DecoderLayer[Any, Any]:
         """Make a layer with the same numbers for any table, device and dtype."""
@@ -301,7 +303,7 @@ def test_fused_layers_equal_separate_kernels(
         def pack(rows: int, columns: int) -> Any:
             weight, bias = torch.randn(rows, columns) * columns**-0.5, torch.randn(rows)
             weight, bias = (each.to(dtype).to(held).to(device) for each in (weight, bias))
-            return own.pack(weight, bias if "biased" in asked else None)
+            return own.pack(weight, bias if "biased" in options else None)
 
         def vector(count: int) -> Tensor:
             return (1 + torch.randn(count) / 9).to(dtype).to(held).to(device)

@@ -47,8 +47,8 @@ def drawn(logits: Tensor, *rows: dict[int, float]) -> list[int]:
 def spread(**fields: float) -> list[dict[int, float]]:
     """Rows of parameters whose random numbers are evenly spaced in (0, 1)."""
     names = {"heat": draw.TEMPERATURE, "top_p": draw.TOP_P, "min_p": draw.MIN_P, "top_k": draw.TOP_K}
-    asked = {names[name]: value for name, value in fields.items()}
-    return [{draw.TEMPERATURE: 1.0} | asked | {draw.FRACTION: (i + 0.5) / COUNT} for i in range(COUNT)]
+    chosen = {names[name]: value for name, value in fields.items()}
+    return [{draw.TEMPERATURE: 1.0} | chosen | {draw.FRACTION: (i + 0.5) / COUNT} for i in range(COUNT)]
 
 
 def wanted(probabilities: Tensor) -> list[int]:

@@ -162,7 +162,7 @@ def test_sliding_windows_are_read_per_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"model_type": "falcon"}, "family 'falcon', which is not one of .*qwen3_moe"),
         (
@@ -224,9 +224,9 @@ def test_sliding_windows_are_read_per_layer(tmp_path: Path) -> None:
     ],
 )
 def test_unsupported_and_invalid_fields_are_refused_by_name(
-    tmp_path: Path, changes: dict[str, Any], says: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=says) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         families.read(config(tmp_path, **{**SMALL, **changes}))
     assert str(tmp_path) in error.value.message
 

@@ -87,14 +87,14 @@ def test_a_tied_checkpoint_may_store_its_output_head(tmp_path: Path) -> None:
 
 
 def test_progress_counts_bytes_up_to_the_total(checkpoint: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    read(checkpoint, progress=lambda *progress: told.append(progress))
-    assert {stage for stage, _, _ in told} == {"weights"}
-    done = [done for _, done, _ in told]
+    calls: list[tuple[str, int, int]] = []
+    read(checkpoint, progress=lambda *progress: calls.append(progress))
+    assert {stage for stage, _, _ in calls} == {"weights"}
+    done = [done for _, done, _ in calls]
     assert done == sorted(done) and len(set(done)) > 10
     assert (
-        told[-1][1]
-        == told[-1][2]
+        calls[-1][1]
+        == calls[-1][2]
         == sum(t.nbytes for t in load_file(checkpoint / "model.safetensors").values())
     )
 
@@ -122,7 +122,7 @@ def _extra(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (_drop, r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"),
         (_reshape, r"k_proj\.weight in .*model\.safetensors has shape \[16, 64\].*must be \[32, 64\]"),
@@ -134,10 +134,10 @@ def _extra(tensors: dict[str, Tensor]) -> None:
     ],
 )
 def test_missing_misshapen_and_unexpected_tensors_are_refused(
-    checkpoint: Path, change: Callable[[dict[str, Tensor]], None], says: str
+    checkpoint: Path, change: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     retensor(checkpoint, change)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         read(checkpoint)
 
 
@@ -151,7 +151,7 @@ def entry(start: int, stop: int, shape: list[Any], dtype: str = "F32") -> dict[s
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "not a safetensors file, or is truncated"),
         (b"\x05\0\0", "not a safetensors file, or is truncated"),
@@ -170,9 +170,9 @@ def entry(start: int, stop: int, shape: list[Any], dtype: str = "F32") -> dict[s
         (file_of({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12)), "b overlaps"),
     ],
 )
-def test_headers_with_wrong_sizes_are_refused(tmp_path: Path, content: bytes, says: str) -> None:
+def test_headers_with_wrong_sizes_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=says) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         Checkpoint(tmp_path)
     assert "model.safetensors" in error.value.message
 
@@ -194,7 +194,7 @@ def test_a_file_truncated_during_loading_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "says"),
+    ("index", "message"),
     [
         ("{", "cannot be read"),
         ("{}", "weight_map must map"),
@@ -203,9 +203,9 @@ def test_a_file_truncated_during_loading_is_refused(checkpoint: Path) -> None:
         ('{"weight_map": {"a": "gone.safetensors"}}', r"gone\.safetensors is missing"),
     ],
 )
-def test_a_wrong_index_is_refused(checkpoint: Path, index: str, says: str) -> None:
+def test_a_wrong_index_is_refused(checkpoint: Path, index: str, message: str) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         read(checkpoint)
 
 

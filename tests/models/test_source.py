@@ -30,7 +30,7 @@ def test_a_local_directory_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "says"),
+    ("names", "message"),
     [
         (["config.json", "pytorch_model.bin"], "pickled weights.*never loaded.*convert it to safetensors"),
         (["config.json", "consolidated.00.pth"], "pickled weights"),
@@ -41,9 +41,9 @@ def test_a_local_directory_is_found(tmp_path: Path) -> None:
         (["adapter_config.json", "adapter_model.safetensors"], "merge it into its base model"),
     ],
 )
-def test_directories_without_a_model_are_refused(tmp_path: Path, names: list[str], says: str) -> None:
+def test_directories_without_a_model_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
     path = model(tmp_path / "it", *names)
-    with pytest.raises(CheckpointError, match=says) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         resolve(str(path))
     assert str(path) in error.value.message
 
@@ -65,7 +65,7 @@ def test_unknown_names_are_refused(name: str, monkeypatch: pytest.MonkeyPatch, t
 
 def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = model(tmp_path / "it", "config.json", "model.safetensors")
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
 
     def fetch(name: str, *, allow_patterns: list[str], tqdm_class: Callable[..., Any]) -> str:
         assert name == "org/some-model.v2"
@@ -81,9 +81,9 @@ def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert resolve("org/some-model.v2", lambda *progress: told.append(progress)) == path
-    assert told[-1] == ("download", 40, 100)
-    assert {total for _, _, total in told} <= {0, 100}
+    assert resolve("org/some-model.v2", lambda *progress: calls.append(progress)) == path
+    assert calls[-1] == ("download", 40, 100)
+    assert {total for _, _, total in calls} <= {0, 100}
 
 
 def test_an_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

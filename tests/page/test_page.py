@@ -36,7 +36,9 @@ async def page(served: Served, complaints: list[str]) -> AsyncIterator[Any]:
     async with api.async_playwright() as play:
         browser = await play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = await browser.new_page()
-        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        page.on(
+            "console", lambda message: complaints.append(message.text) if message.type == "error" else None
+        )
         page.on("pageerror", lambda error: complaints.append(str(error)))
         await page.goto(served.url)
         await page.wait_for_selector(".status.ready")
@@ -46,7 +48,7 @@ async def page(served: Served, complaints: list[str]) -> AsyncIterator[Any]:
     assert complaints == []
 
 
-async def ask(page: Any, text: str = "Hi") -> None:
+async def send(page: Any, text: str = "Hi") -> None:
     await page.fill("#input", text)
     await page.press("#input", "Enter")
 
@@ -82,7 +84,7 @@ async def test_late_tokens_are_marked_in_the_timing_graph(page: Any, engine: Fak
     engine.script = lambda request: [65, 0.6, 66]
     await page.fill("#ttft", "500")
     await page.fill("#itl", "20")
-    await ask(page)
+    await send(page)
     await page.wait_for_selector(".facts .bad")
     assert await page.locator(".timing-graph .mark.late").count() >= 1
     assert await page.inner_text("#said") == "The answer is complete, and late."
@@ -91,7 +93,7 @@ async def test_late_tokens_are_marked_in_the_timing_graph(page: Any, engine: Fak
 @pytest.mark.parametrize("how", ["click", "escape"])
 async def test_stopping_an_answer_cancels_it_in_the_engine(page: Any, engine: FakeEngine, how: str) -> None:
     engine.script = lambda request: [65, 30.0, 65]
-    await ask(page)
+    await send(page)
     await page.wait_for_selector(".timing-graph .mark", state="attached")
     await (page.click("#send") if how == "click" else page.keyboard.press("Escape"))
     await page.wait_for_selector("#send:has-text('Send')")
@@ -109,7 +111,7 @@ async def test_a_refusal_offers_a_retry_after_the_given_time(
     say = engine.script
     refused = Finish(Reason.REFUSED, 3, 0, 0, 0.0, retry_after=1.0)
     engine.script = lambda request: [TokenEvent(0, finish=refused)]
-    await ask(page)
+    await send(page)
     await page.wait_for_selector(".failed button:has-text('Try again in 1 s')")
     assert "cannot be met now" in await page.inner_text(".problem")
     engine.script = say
@@ -127,7 +129,7 @@ async def test_the_live_view_draws_the_steps_of_the_server(page: Any, engine: Fa
     await page.wait_for_selector("#idle:has-text('No requests yet')")
     await page.focus("#tab-live")
     await page.keyboard.press("ArrowLeft")
-    await ask(page)
+    await send(page)
     await page.wait_for_selector(".facts")
     stats = StepStats("tiny", 0.0, 12.0, 3, 40, 9, 4, 2, 60, 64, predicted_ms=9.0, proposed=4, accepted=3)
     engine.publish(stats)
@@ -150,11 +152,11 @@ async def test_the_page_reconnects_when_the_server_restarts(
     app.server.gate.draining = False
     again = asyncio.create_task(lifecycle.run(structs.replace(config, port=served.port), app, engine))
     await page.wait_for_selector(".status.ready")
-    await ask(page)
+    await send(page)
     await page.wait_for_selector(".facts")
     again.cancel()
     await asyncio.gather(again, return_exceptions=True)
-    assert all("Failed to load resource" in said or "net::" in said for said in complaints)
+    assert all("Failed to load resource" in message or "net::" in message for message in complaints)
     complaints.clear()
 
 

@@ -202,8 +202,8 @@ def test_only_assistant_tokens_are_labels_of_a_batch(tokenizer: Tokenizer) -> No
     )
     taught = labels[labels >= 0]
     assert (tokens[rows[: len(taught)] + 1] == taught).all()
-    said = tokenizer.decode(taught.tolist(), skip_special_tokens=False)
-    assert said == "".join(f"{reply}<|end|>" for reply in replies)
+    decoded = tokenizer.decode(taught.tolist(), skip_special_tokens=False)
+    assert decoded == "".join(f"{reply}<|end|>" for reply in replies)
     assert spans[0] == len(encode(tokenizer, [replies[0]])[0]) + 1
     assert (positions[starts[starts < shape.tokens]] == 0).all()
 

@@ -33,8 +33,8 @@ def text(checkpoint: Path) -> TextModel:
 @pytest.fixture
 def engine(text: TextModel) -> FakeEngine:
     """A fake engine that answers `Hello, world!` unless a test changes `script`."""
-    said = ids_of(text, "Hello, world!")
-    return FakeEngine(lambda request: list(said), {"tiny": info(vocab=text.tokenizer.get_vocab_size())})
+    ids = ids_of(text, "Hello, world!")
+    return FakeEngine(lambda request: list(ids), {"tiny": info(vocab=text.tokenizer.get_vocab_size())})
 
 
 def ids_of(text: TextModel, answer: str) -> list[int]:
@@ -42,15 +42,15 @@ def ids_of(text: TextModel, answer: str) -> list[int]:
 
 
 @pytest.fixture
-def says(text: TextModel, engine: FakeEngine) -> Callable[[str], list[int]]:
+def set_answer(text: TextModel, engine: FakeEngine) -> Callable[[str], list[int]]:
     """A function that makes the engine answer a text, one token at a time, and returns its token ids."""
 
-    def set_text(answer: str) -> list[int]:
+    def set_script(answer: str) -> list[int]:
         ids = ids_of(text, answer)
         engine.script = lambda request: list(ids)
         return ids
 
-    return set_text
+    return set_script
 
 
 @pytest.fixture

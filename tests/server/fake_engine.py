@@ -41,7 +41,7 @@ class FakeStream:
     def __init__(self, engine: FakeEngine, request: Request, script: Sequence[Item]) -> None:
         self.request = request
         self.closed_after: int | None = None
-        self.said = 0
+        self.emitted = 0
         self.work_ms = engine.work_ms
         self._engine = engine
         self._script = list(script)
@@ -74,8 +74,8 @@ class FakeStream:
         events: list[TokenEvent] = []
         limit = self.request.sampling.max_tokens
         for token in [item] if isinstance(item, int) else item:
-            self.said += 1
-            last = self.said == limit
+            self.emitted += 1
+            last = self.emitted == limit
             top = self.request.sampling.logprobs
             logprobs = None
             if top is not None:
@@ -93,11 +93,11 @@ class FakeStream:
 
     def _finish(self, reason: Reason) -> Finish:
         error = "the tensor caught fire" if reason is Reason.ERROR else None
-        return Finish(reason, len(self.request.prompt), self.said, 3, 1.5, error=error)
+        return Finish(reason, len(self.request.prompt), self.emitted, 3, 1.5, error=error)
 
     def close(self) -> None:
         if self.closed_after is None:
-            self.closed_after = self.said
+            self.closed_after = self.emitted
             self._engine.open.discard(self)
 
 

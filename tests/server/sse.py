@@ -13,7 +13,7 @@ def events(body: str) -> list[Any]:
     return [json.loads(chunk) for chunk in chunks]
 
 
-def said(chunks: list[Any], index: int = 0) -> str:
+def text_of(chunks: list[Any], index: int = 0) -> str:
     """The text of one choice of chat or plain completion chunks."""
     choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
     return "".join(choice.get("text") or choice.get("delta", {}).get("content", "") for choice in choices)

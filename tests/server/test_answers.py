@@ -19,9 +19,9 @@ from stretto.types import Began, Grammar, Reason, Request, Sampling, TokenEvent
 from tests.server.checkpoint import byte_level, write
 from tests.server.conftest import CHAT, HELLO, ids_of
 from tests.server.fake_engine import FakeEngine, info
-from tests.server.sse import events, said
+from tests.server.sse import events, text_of
 
-Says = Callable[[str], list[int]]
+SetAnswer = Callable[[str], list[int]]
 TEXT = "/v1/completions"
 TOOLS = [
     {
@@ -61,11 +61,11 @@ async def test_a_chat_answer_has_text_usage_and_finish_reason(
     (choice,) = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hello, world!", "refusal": None}
     assert (choice["finish_reason"], choice["logprobs"], answer["model"]) == ("stop", None, "tiny")
-    said = len(ids_of(text, "Hello, world!"))
+    output_tokens = len(ids_of(text, "Hello, world!"))
     assert answer["usage"] == {
         "prompt_tokens": len(prompt),
-        "completion_tokens": said,
-        "total_tokens": len(prompt) + said,
+        "completion_tokens": output_tokens,
+        "total_tokens": len(prompt) + output_tokens,
         "prompt_tokens_details": {"cached_tokens": 3},
     }
     (request,) = engine.requests
@@ -91,9 +91,9 @@ async def test_the_stretto_report_has_queue_time_ttft_and_cached_tokens(client: 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 async def test_an_answer_ended_by_a_stop_string_still_has_a_full_report(
-    client: httpx.AsyncClient, engine: FakeEngine, says: Says, path: str
+    client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer, path: str
 ) -> None:
-    first, *rest = says("Hello, world!")
+    first, *rest = set_answer("Hello, world!")
     engine.script = lambda request: [TokenEvent(0, first, began=Began(7.5, 2)), *rest]
     answer = await whole(client, path, stop=",")
     assert (answer["stretto"]["queue_ms"], answer["stretto"]["cached_tokens"]) == (7.5, 2)
@@ -111,11 +111,13 @@ async def test_metadata_is_returned_with_the_answer(client: httpx.AsyncClient, p
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_a_stream_sends_one_event_per_token(client: httpx.AsyncClient, says: Says, path: str) -> None:
-    ids = says("Grüße 世界 😀🎉 x")
+async def test_a_stream_sends_one_event_per_token(
+    client: httpx.AsyncClient, set_answer: SetAnswer, path: str
+) -> None:
+    ids = set_answer("Grüße 世界 😀🎉 x")
     chunks = await streamed(client, path, max_tokens=100)
     assert len(chunks) == len(ids) + 1, "and one for the end"
-    assert said(chunks) == "Grüße 世界 😀🎉 x"
+    assert text_of(chunks) == "Grüße 世界 😀🎉 x"
     assert "\ufffd" not in json.dumps(chunks, ensure_ascii=False)
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * len(ids) + ["stop"]
     if path == CHAT:
@@ -162,16 +164,16 @@ async def test_continuous_usage_stats_add_usage_to_every_chunk(client: httpx.Asy
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 async def test_stop_strings_end_the_answer_and_cancel_the_sequence(
-    client: httpx.AsyncClient, engine: FakeEngine, says: Says, path: str
+    client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer, path: str
 ) -> None:
-    ids = says("The quick brown fox jumps over the lazy dog.")
+    ids = set_answer("The quick brown fox jumps over the lazy dog.")
     for body in ({"stop": "wn f"}, {"stop": ["zebra", "wn f"]}):
         answer = await whole(client, path, **body, max_tokens=100)
         choice = answer["choices"][0]
         assert choice.get("text", choice.get("message", {}).get("content")) == "The quick bro"
         assert choice["finish_reason"] == "stop"
         chunks = await streamed(client, path, **body, max_tokens=100)
-        assert said(chunks) == "The quick bro"
+        assert text_of(chunks) == "The quick bro"
     for stream in engine.streams:
         assert stream.closed_after is not None
         assert stream.closed_after < len(ids)
@@ -187,7 +189,7 @@ async def test_n_and_lists_of_prompts_give_one_choice_each(
     assert {request.sampling.n for request in engine.requests} == {1}
     assert answer["usage"]["prompt_tokens"] == len(engine.requests[0].prompt), "a prompt counts once"
     chunks = await streamed(client, n=2)
-    assert [said(chunks, 0), said(chunks, 1)] == ["Hello", "The fox"]
+    assert [text_of(chunks, 0), text_of(chunks, 1)] == ["Hello", "The fox"]
     answer = await whole(client, TEXT, prompt=["a", "b"], n=2)
     assert [c["index"] for c in answer["choices"]] == [0, 1, 2, 3]
     assert [request.prompt for request in engine.requests[-4:]] == [tuple(text.encode(p)) for p in "aabb"]
@@ -202,7 +204,7 @@ async def test_a_choice_that_stops_early_does_not_end_the_other_choices(
     long = ids_of(text, "The quick brown fox jumps over the lazy dog.")
     engine.script = lambda request: long if request.id % 2 else ids_of(text, "Hello, world!")
     chunks = await streamed(client, n=2, stop="quick")
-    assert [said(chunks, 0), said(chunks, 1)] == ["The ", "Hello, world!"]
+    assert [text_of(chunks, 0), text_of(chunks, 1)] == ["The ", "Hello, world!"]
     assert not engine.open
 
 
@@ -210,13 +212,13 @@ async def test_echo_puts_the_prompt_before_the_completion(client: httpx.AsyncCli
     for prompt in ("Say: ", text.encode("Say: ")):
         answer = await whole(client, TEXT, prompt=prompt, echo=True)
         assert answer["choices"][0]["text"] == "Say: Hello, world!"
-        assert said(await streamed(client, TEXT, prompt=prompt, echo=True)) == "Say: Hello, world!"
+        assert text_of(await streamed(client, TEXT, prompt=prompt, echo=True)) == "Say: Hello, world!"
 
 
 async def test_chat_logprobs_have_bytes_and_top_tokens(
-    client: httpx.AsyncClient, engine: FakeEngine, says: Says, text: TextModel
+    client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer, text: TextModel
 ) -> None:
-    ids = says("Hi 😀")
+    ids = set_answer("Hi 😀")
     answer = await whole(client, logprobs=True, top_logprobs=2)
     content = answer["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(token["bytes"]) for token in content).decode() == "Hi 😀"
@@ -233,9 +235,9 @@ async def test_chat_logprobs_have_bytes_and_top_tokens(
 
 
 async def test_completion_logprobs_have_tokens_and_text_offsets(
-    client: httpx.AsyncClient, says: Says
+    client: httpx.AsyncClient, set_answer: SetAnswer
 ) -> None:
-    ids = says("Hello, world")
+    ids = set_answer("Hello, world")
     answer = await whole(client, TEXT, logprobs=1)
     logprobs = answer["choices"][0]["logprobs"]
     assert "".join(logprobs["tokens"]) == "Hello, world"
@@ -287,16 +289,16 @@ NAMED = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 
 async def test_every_form_of_grammar_is_checked_and_reaches_the_engine(
     checkpoint: Path, engine: FakeEngine, body: dict[str, Any], grammar: Grammar
 ) -> None:
-    asked: list[tuple[str, Grammar]] = []
+    checked: list[tuple[str, Grammar]] = []
 
     async def check(model: str, grammar: Grammar) -> None:
-        asked.append((model, grammar))
+        checked.append((model, grammar))
 
     app = build(ServeConfig(), engine, {"tiny": checkpoint}, check)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         await whole(client, **body)
     assert engine.requests[0].sampling.grammar == grammar
-    assert asked == [("tiny", grammar)]
+    assert checked == [("tiny", grammar)]
 
 
 async def test_user_and_cache_salt_separate_prefix_caches(
@@ -315,9 +317,9 @@ async def test_user_and_cache_salt_separate_prefix_caches(
 
 
 async def test_a_tool_call_is_parsed_streamed_and_accepted_back(
-    client: httpx.AsyncClient, engine: FakeEngine, says: Says, text: TextModel
+    client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer, text: TextModel
 ) -> None:
-    says('Wait.<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>')
+    set_answer('Wait.<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>')
     answer = await whole(client, tools=TOOLS)
     (choice,) = answer["choices"]
     assert choice["finish_reason"] == "tool_calls"
@@ -336,7 +338,7 @@ async def test_a_tool_call_is_parsed_streamed_and_accepted_back(
     assert "".join(delta["function"]["arguments"] for delta in deltas) == '{"city": "Köln"}'
     assert len(deltas) > 3
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
-    assert said(chunks) == "Wait."
+    assert text_of(chunks) == "Wait."
     follow = [
         *HELLO["messages"],
         choice["message"],
@@ -348,9 +350,11 @@ async def test_a_tool_call_is_parsed_streamed_and_accepted_back(
     assert "<|start|>tool\nrain<|stop|>" in prompt
 
 
-async def test_a_malformed_tool_call_is_returned_as_content(client: httpx.AsyncClient, says: Says) -> None:
+async def test_a_malformed_tool_call_is_returned_as_content(
+    client: httpx.AsyncClient, set_answer: SetAnswer
+) -> None:
     broken = '<tool_call>{"name": "weather", "arguments": {"city": oops}}</tool_call>'
-    says(broken)
+    set_answer(broken)
     answer = await whole(client, tools=TOOLS)
     assert answer["choices"][0]["message"]["content"] == broken
     assert "tool_calls" not in answer["choices"][0]["message"]
@@ -358,10 +362,10 @@ async def test_a_malformed_tool_call_is_returned_as_content(client: httpx.AsyncC
 
 
 async def test_parallel_tool_calls_false_stops_after_one_call(
-    client: httpx.AsyncClient, engine: FakeEngine, says: Says
+    client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer
 ) -> None:
     call = '<tool_call>{"name": "now"}</tool_call>'
-    ids = says(call + call)
+    ids = set_answer(call + call)
     answer = await whole(client, tools=TOOLS, parallel_tool_calls=False)
     assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
     assert engine.streams[0].closed_after < len(ids)
@@ -369,9 +373,9 @@ async def test_parallel_tool_calls_false_stops_after_one_call(
 
 
 async def test_tool_choice_named_required_and_none_shape_the_answer(
-    client: httpx.AsyncClient, engine: FakeEngine, says: Says, text: TextModel
+    client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer, text: TextModel
 ) -> None:
-    says('{"city": "Rome"}')
+    set_answer('{"city": "Rome"}')
     named = {"type": "function", "function": {"name": "weather"}}
     answer = await whole(client, tools=TOOLS, tool_choice=named)
     (call,) = answer["choices"][0]["message"]["tool_calls"]
@@ -379,7 +383,7 @@ async def test_tool_choice_named_required_and_none_shape_the_answer(
     grammar = engine.requests[-1].sampling.grammar
     assert grammar is not None
     assert json.loads(grammar.source) == TOOLS[0]["function"]["parameters"]
-    says('[{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "now", "arguments": {}}]')
+    set_answer('[{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "now", "arguments": {}}]')
     answer = await whole(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
     assert [c["function"]["name"] for c in answer["choices"][0]["message"]["tool_calls"]] == [
         "weather",
@@ -390,7 +394,7 @@ async def test_tool_choice_named_required_and_none_shape_the_answer(
     schema = json.loads(grammar.source)
     assert schema["$defs"]["tool0"]["properties"]["city"] == {"$ref": "#/$defs/tool0/$defs/c"}
     assert (schema["minItems"], schema["maxItems"]) == (1, 1)
-    says('<tool_call>{"name": "now"}</tool_call>')
+    set_answer('<tool_call>{"name": "now"}</tool_call>')
     answer = await whole(client, tools=TOOLS, tool_choice="none")
     assert answer["choices"][0]["message"]["content"] == '<tool_call>{"name": "now"}</tool_call>'
     prompt = text.tokenizer.decode(engine.requests[-1].prompt, skip_special_tokens=False)
@@ -411,14 +415,16 @@ async def test_tool_markers_that_are_special_tokens_are_parsed(tmp_path: Path) -
         assert plain["choices"][0]["message"]["content"] == '[{"name": "now", "arguments": {}}]'
 
 
-async def test_reasoning_is_returned_in_its_own_field(client: httpx.AsyncClient, says: Says) -> None:
-    says("<think>\nLet me see.\n</think>\n\nHello.")
+async def test_reasoning_is_returned_in_its_own_field(
+    client: httpx.AsyncClient, set_answer: SetAnswer
+) -> None:
+    set_answer("<think>\nLet me see.\n</think>\n\nHello.")
     answer = await whole(client)
     message = answer["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("Let me see.", "Hello.")
     chunks = await streamed(client)
     thought = "".join(c["choices"][0]["delta"].get("reasoning_content", "") for c in chunks)
-    assert (thought, said(chunks)) == ("Let me see.", "Hello.")
+    assert (thought, text_of(chunks)) == ("Let me see.", "Hello.")
 
 
 async def test_a_grammar_disables_thinking_in_the_chat_template(

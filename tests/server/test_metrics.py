@@ -49,12 +49,14 @@ async def test_a_finished_request_is_counted_in_every_metric(
     found = samples(response.content)
     assert found["stretto_requests_total", ("chat", "ok")] == 1
     assert found["stretto_requests_total", ("chat", "invalid_value")] == 1
-    said = engine.streams[0].said
-    assert found["stretto_tokens_total", ("output", "tiny")] == said
+    emitted = engine.streams[0].emitted
+    assert found["stretto_tokens_total", ("output", "tiny")] == emitted
     assert found["stretto_tokens_total", ("prompt", "tiny")] == len(engine.requests[0].prompt)
     assert found["stretto_tokens_total", ("cached", "tiny")] == 3
     assert found["stretto_ttft_seconds_count", USUAL] == 1
-    assert found["stretto_itl_seconds_count", USUAL] == said, "one gap less than events, the end among them"
+    assert found["stretto_itl_seconds_count", USUAL] == emitted, (
+        "one gap less than events, the end among them"
+    )
     assert found["stretto_queue_seconds_sum", USUAL] == 0.0015
     assert found["stretto_judged_requests_total", (*USUAL, "on_time")] == 1
     assert found["stretto_slack_seconds_count", USUAL] == 1

@@ -41,13 +41,14 @@ async def test_the_objective_and_tier_reach_the_engine(
 
 
 @pytest.mark.parametrize(
-    ("asked", "tier"), [(None, "default"), ("auto", "default"), ("priority", "priority"), ("flex", "flex")]
+    ("service_tier", "tier"),
+    [(None, "default"), ("auto", "default"), ("priority", "priority"), ("flex", "flex")],
 )
 async def test_each_tier_sets_its_default_objective(
-    client: httpx.AsyncClient, engine: FakeEngine, asked: str | None, tier: str
+    client: httpx.AsyncClient, engine: FakeEngine, service_tier: str | None, tier: str
 ) -> None:
-    whole = await answer(client, service_tier=asked)
-    await answer(client, service_tier=asked, stream=True)
+    whole = await answer(client, service_tier=service_tier)
+    await answer(client, service_tier=service_tier, stream=True)
     usual = TIERS[tier].objective
     assert [request.tier for request in engine.requests] == [tier, tier]
     assert engine.requests[0].objective == Objective(ttft_ms=usual.ttft_ms), "no gap is seen without a stream"
@@ -121,8 +122,8 @@ async def test_embeddings_accept_only_total_ms(client: httpx.AsyncClient, engine
     engine.script = lambda request: [
         TokenEvent(0, finish=Finish(Reason.STOP, 1, 0, 0, 0.0), embedding=(1.0, 0.0))
     ]
-    asked = {"input": "Hi", "objective": {"total_ms": 700}}
-    assert (await client.post("/v1/embeddings", json=asked)).status_code == 200
+    body = {"input": "Hi", "objective": {"total_ms": 700}}
+    assert (await client.post("/v1/embeddings", json=body)).status_code == 200
     assert engine.requests[0].objective == Objective(total_ms=700)
     bad = await client.post("/v1/embeddings", json={"input": "Hi", "objective": {"ttft_ms": 7}})
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "$.objective.ttft_ms")
@@ -149,9 +150,9 @@ def test_on_time_is_judged_by_every_token_deadline() -> None:
 def test_tiers_are_read_from_the_configuration_file(tmp_path: Path) -> None:
     file = tmp_path / "stretto.toml"
     file.write_text("[tiers.priority]\nttft_ms = 800\n")
-    front, engine = load({}, {}, file)
-    assert front.tiers == engine.tiers == {"priority": Objective(ttft_ms=800)}
-    tiers = tiers_of(front.tiers)
+    server, engine = load({}, {}, file)
+    assert server.tiers == engine.tiers == {"priority": Objective(ttft_ms=800)}
+    tiers = tiers_of(server.tiers)
     assert tiers["priority"].objective == Objective(ttft_ms=800)
     assert (tiers["priority"].weight, tiers["default"]) == (TIERS["priority"].weight, TIERS["default"])
     for wrong in (

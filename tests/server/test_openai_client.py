@@ -17,7 +17,7 @@ from tests.server.fake_engine import FakeEngine, Item
 HI = [{"role": "user", "content": "Hi"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = 'One moment. <tool_call>{"name": "weather", "arguments": {"city": "Köln"}}</tool_call>'
-Says = Callable[[str], list[int]]
+SetAnswer = Callable[[str], list[int]]
 
 
 class Point(BaseModel):
@@ -31,8 +31,10 @@ async def ai(served: Served):
         yield client
 
 
-async def test_the_client_reads_chat_answers_completions_and_models(ai: AsyncOpenAI, says: Says) -> None:
-    ids = says("Grüße 世界 😀")
+async def test_the_client_reads_chat_answers_completions_and_models(
+    ai: AsyncOpenAI, set_answer: SetAnswer
+) -> None:
+    ids = set_answer("Grüße 世界 😀")
     answer = await ai.chat.completions.create(model="tiny", messages=HI, temperature=0, n=1, user="ann")
     assert answer.choices[0].message.content == "Grüße 世界 😀"
     assert answer.choices[0].finish_reason == "stop"
@@ -50,8 +52,10 @@ async def test_the_client_reads_chat_answers_completions_and_models(ai: AsyncOpe
     assert (await ai.models.retrieve("tiny")).id == "tiny"
 
 
-async def test_the_client_reads_streamed_chats_and_completions(ai: AsyncOpenAI, says: Says) -> None:
-    ids = says("Grüße 世界 😀")
+async def test_the_client_reads_streamed_chats_and_completions(
+    ai: AsyncOpenAI, set_answer: SetAnswer
+) -> None:
+    ids = set_answer("Grüße 世界 😀")
     stream = await ai.chat.completions.create(
         model="tiny",
         messages=HI,
@@ -74,8 +78,10 @@ async def test_the_client_reads_streamed_chats_and_completions(ai: AsyncOpenAI, 
         assert (await events.get_final_completion()).choices[0].message.content == "Grüße 世界 😀"
 
 
-async def test_the_synchronous_client_reads_whole_and_streamed_answers(served: Served, says: Says) -> None:
-    says("Hello, world!")
+async def test_the_synchronous_client_reads_whole_and_streamed_answers(
+    served: Served, set_answer: SetAnswer
+) -> None:
+    set_answer("Hello, world!")
 
     def talk() -> tuple[str | None, str]:
         with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
@@ -86,19 +92,21 @@ async def test_the_synchronous_client_reads_whole_and_streamed_answers(served: S
     assert await asyncio.to_thread(talk) == ("Hello, world!", "Hello, world!")
 
 
-async def test_the_client_reads_tool_calls_and_sends_tool_results(ai: AsyncOpenAI, says: Says) -> None:
-    says(CALL)
+async def test_the_client_reads_tool_calls_and_sends_tool_results(
+    ai: AsyncOpenAI, set_answer: SetAnswer
+) -> None:
+    set_answer(CALL)
     answer = await ai.chat.completions.create(model="tiny", messages=HI, tools=[WEATHER])
     message = answer.choices[0].message
     assert message.tool_calls
     assert message.tool_calls[0].function.arguments == '{"city": "Köln"}'
-    said = [*HI, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"}]
-    says("Rain.")
-    answer = await ai.chat.completions.create(model="tiny", messages=said, tools=[WEATHER])
+    history = [*HI, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"}]
+    set_answer("Rain.")
+    answer = await ai.chat.completions.create(model="tiny", messages=history, tools=[WEATHER])
     assert answer.choices[0].message.content == "Rain."
-    said += [answer.choices[0].message.model_dump(), HI[0]]
-    assert await ai.chat.completions.create(model="tiny", messages=said, tools=[WEATHER])
-    says(CALL)
+    history += [answer.choices[0].message.model_dump(), HI[0]]
+    assert await ai.chat.completions.create(model="tiny", messages=history, tools=[WEATHER])
+    set_answer(CALL)
     async with ai.chat.completions.stream(model="tiny", messages=HI, tools=[WEATHER]) as events:
         async for _ in events:
             pass
@@ -110,15 +118,15 @@ async def test_the_client_reads_tool_calls_and_sends_tool_results(ai: AsyncOpenA
 
 
 async def test_the_client_parses_answers_and_tool_calls_into_a_type(
-    ai: AsyncOpenAI, says: Says, engine: FakeEngine
+    ai: AsyncOpenAI, set_answer: SetAnswer, engine: FakeEngine
 ) -> None:
-    says('{"x": 1, "y": -2}')
+    set_answer('{"x": 1, "y": -2}')
     answer = await ai.chat.completions.parse(model="tiny", messages=HI, response_format=Point)
     assert answer.choices[0].message.parsed == Point(x=1, y=-2)
     grammar = engine.requests[0].sampling.grammar
     assert grammar is not None
     assert grammar.kind == "json_schema"
-    says('[{"name": "Point", "arguments": {"x": 3, "y": 4}}]')
+    set_answer('[{"name": "Point", "arguments": {"x": 3, "y": 4}}]')
     tool = openai.pydantic_function_tool(Point)
     answer = await ai.chat.completions.parse(model="tiny", messages=HI, tools=[tool], tool_choice="required")
     (call,) = answer.choices[0].message.tool_calls or []

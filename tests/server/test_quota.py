@@ -28,10 +28,10 @@ def test_a_share_of_zero_allows_nothing_and_a_share_of_one_allows_a_minute():
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(1, 5_000)), min_size=1, max_size=50))
-def test_work_allowed_to_a_busy_tenant_stays_within_its_share(asked: list[tuple[float, float]]):
+def test_work_allowed_to_a_busy_tenant_stays_within_its_share(requests: list[tuple[float, float]]):
     """Work of the last minute counts at least 1/e, so it stays below e * (share + one request)."""
     quota, now, allowed = PriorityQuota(0.25), 0.0, list[tuple[float, float]]()
-    for pause, ms in asked * 4:
+    for pause, ms in requests * 4:
         now += pause
         if quota.allows("one", now):
             quota.charge("one", ms, now)

@@ -61,13 +61,13 @@ async def test_a_client_that_disconnects_cancels_its_request(
         if stream:
             await reader.readuntil(b"data: ")
         else:
-            await until(lambda: engine.streams and engine.streams[0].said > 3)
+            await until(lambda: engine.streams and engine.streams[0].emitted > 3)
         assert len(engine.open) == 1
     await until(lambda: not engine.open)
     (request,) = engine.streams
-    said = request.said
+    emitted = request.emitted
     await asyncio.sleep(0.02)
-    assert request.said <= said + 1, "within a step"
+    assert request.emitted <= emitted + 1, "within a step"
 
 
 async def test_a_client_that_disconnects_inside_its_body_is_counted_as_gone(served: Served, app: App) -> None:
@@ -84,10 +84,10 @@ async def test_a_slow_reader_delays_no_other_client(served: Served, engine: Fake
     slow.connect(("127.0.0.1", served.port))
     engine.script = lambda request: [[300] * 500 for _ in range(2000)]
     slow.sendall(post(STREAM))
-    await until(lambda: engine.streams and engine.streams[0].said > 0)
+    await until(lambda: engine.streams and engine.streams[0].emitted > 0)
     before = -1
-    while engine.streams[0].said != before:
-        before = engine.streams[0].said
+    while engine.streams[0].emitted != before:
+        before = engine.streams[0].emitted
         await asyncio.sleep(0.2)
     assert before < 1_000_000, "the server stops reading from the engine, and its buffers stay bounded"
     engine.script = lambda request: [300] * 50
@@ -177,7 +177,7 @@ async def test_a_second_signal_stops_the_server_at_once(served: Served, engine: 
         writer.write(post(STREAM))
         await reader.readuntil(b"data: ")
         os.kill(os.getpid(), signal.SIGTERM)
-        await until(lambda: served.task and engine.streams[0].said > 20)
+        await until(lambda: served.task and engine.streams[0].emitted > 20)
         assert engine.open, "an hour to drain"
         os.kill(os.getpid(), signal.SIGINT)
         assert (await last_event(reader))["error"]["code"] == "draining"

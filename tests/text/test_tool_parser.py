@@ -25,10 +25,10 @@ from stretto.text.tool_parser import (
 NAMES = frozenset({"weather", "add"})
 
 
-def heard(said: list[ToolEvent]) -> tuple[str, list[list[str]]]:
+def joined(events: list[ToolEvent]) -> tuple[str, list[list[str]]]:
     """Join the deltas as a client does: (content, [[name, arguments], ...])."""
     content, calls = "", {}
-    for part in said:
+    for part in events:
         if isinstance(part, str):
             content += part
         elif isinstance(part, AbandonedCall):
@@ -45,8 +45,8 @@ def heard(said: list[ToolEvent]) -> tuple[str, list[list[str]]]:
 
 def run(form: ToolFormat, *pieces: str) -> tuple[str, list[list[str]]]:
     parser = ToolParser(form, NAMES)
-    said = [part for piece in pieces for part in parser.push(piece)]
-    return heard(said + parser.flush())
+    events = [part for piece in pieces for part in parser.push(piece)]
+    return joined(events + parser.flush())
 
 
 WEATHER = '{"city": "São \\"Paulo\\" }{", "days": [1, 2, {"a": null}]}'
@@ -116,21 +116,21 @@ def test_tool_calls_are_found_wherever_the_text_is_split(
 
 def test_arguments_are_streamed_as_they_arrive() -> None:
     parser = ToolParser(HERMES, NAMES)
-    assert heard(parser.push('<tool_call>{"name": "add", "arguments": {"a": ')) == ("", [["add", '{"a": ']])
-    assert heard(parser.push("12"))[1] == [["", "12"]]
+    assert joined(parser.push('<tool_call>{"name": "add", "arguments": {"a": ')) == ("", [["add", '{"a": ']])
+    assert joined(parser.push("12"))[1] == [["", "12"]]
     assert parser.calls == 0
-    assert heard(parser.push("}}"))[1] == [["", "}"]]
+    assert joined(parser.push("}}"))[1] == [["", "}"]]
     assert parser.calls == 1
 
 
 def test_a_call_with_broken_arguments_returns_the_rest_as_content() -> None:
     parser = ToolParser(HERMES, NAMES)
     text = '<tool_call>{"name": "add", "arguments": {"a": oops}}</tool_call>'
-    said = parser.push(text[:45]) + parser.push(text[45:]) + parser.flush()
-    (abandoned,) = [part for part in said if isinstance(part, AbandonedCall)]
-    after = "".join(part for part in said if isinstance(part, str))
+    events = parser.push(text[:45]) + parser.push(text[45:]) + parser.flush()
+    (abandoned,) = [part for part in events if isinstance(part, AbandonedCall)]
+    after = "".join(part for part in events if isinstance(part, str))
     assert abandoned.text + after == text
-    content, calls = heard(said)
+    content, calls = joined(events)
     assert calls[0][0] == "add"
     assert text.endswith(calls[0][1] + content)
 
@@ -142,8 +142,8 @@ def test_truncated_forced_calls_keep_their_partial_arguments() -> None:
 
 def test_a_named_tool_choice_reads_all_text_as_arguments() -> None:
     call = NamedCallParser("add")
-    said = call.push('{"a"') + call.push("") + call.push(": 1}") + call.flush()
-    assert heard(said) == ("", [["add", '{"a": 1}']])
+    events = call.push('{"a"') + call.push("") + call.push(": 1}") + call.flush()
+    assert joined(events) == ("", [["add", '{"a": 1}']])
 
 
 def test_the_tool_format_is_detected_from_the_chat_template() -> None:

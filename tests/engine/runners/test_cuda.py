@@ -95,11 +95,13 @@ class Bench:
         self.events += events
         self.steps += [] if stats is None else [stats]
 
-    def run(self, engine: EngineCore, prompts: list[list[int]], *asked: dict[str, object]) -> list[list[int]]:
+    def run(
+        self, engine: EngineCore, prompts: list[list[int]], *samplings: dict[str, object]
+    ) -> list[list[int]]:
         """Send all prompts at once and return the output tokens of each."""
         self.events.clear()
         for ident, prompt in enumerate(prompts):
-            chosen = asked[ident % len(asked)] if asked else {}
+            chosen = samplings[ident % len(samplings)] if samplings else {}
             sampling = Sampling(**{"max_tokens": OUTPUT, "temperature": 0.0, **chosen})  # type: ignore[arg-type]
             request = Request(id=ident, model="m", prompt=tuple(prompt), arrival=0.0, sampling=sampling)
             engine.submit(Sequence.of(request, engine.models["m"].runner.info.context))
@@ -161,20 +163,20 @@ def test_greedy_tokens_equal_transformers_batched_chunked_cached_and_preempted(
 
 def test_answers_do_not_depend_on_the_batch(bench: Bench) -> None:
     """Greedy, device-sampled and host-sampled requests run alone, in one batch and with preemption."""
-    asked: list[dict[str, object]] = [
+    samplings: list[dict[str, object]] = [
         {"temperature": 1.3, "top_p": 0.9, "seed": 11},
         {"repetition_penalty": 1.5, "logprobs": 2},
         {},
         {"temperature": 0.8, "top_k": 20, "seed": 5},
         {"min_tokens": 2, "temperature": 1.0, "seed": 3},
     ]
-    alone = [bench.run(bench.engine(), [p], asked[i])[0] for i, p in enumerate(PROMPTS)]
+    alone = [bench.run(bench.engine(), [p], samplings[i])[0] for i, p in enumerate(PROMPTS)]
     assert all(len(answer) == OUTPUT for answer in alone)
-    assert bench.run(bench.engine(), PROMPTS, *asked[: len(PROMPTS)]) == alone
+    assert bench.run(bench.engine(), PROMPTS, *samplings[: len(PROMPTS)]) == alone
     reported = [event for event in bench.events if event.logprobs is not None]
     assert len(reported) == OUTPUT and all(event.id == 1 for event in reported)
     if GPU:
-        assert bench.run(bench.engine(blocks=20, step_tokens=7), PROMPTS, *asked) == alone
+        assert bench.run(bench.engine(blocks=20, step_tokens=7), PROMPTS, *samplings) == alone
 
 
 PENALISED: list[dict[str, object]] = [

@@ -43,50 +43,50 @@ def draw(logits: np.ndarray | list[float], seq: Sequence) -> Drawn:
     return sampler(row.shape[1])(row, [seq])[0]
 
 
-def named(ask: object) -> str:
+def case_id(sampling: object) -> str:
     """A test id made of the fields that differ from their defaults."""
     plain = Sampling()
-    fields = ask.__struct_fields__ if isinstance(ask, Sampling) else ()
-    changed = [name for name in fields if getattr(ask, name) != getattr(plain, name)]
-    return ",".join(f"{name}={getattr(ask, name)}" for name in changed) or str(ask)[:8]
+    fields = sampling.__struct_fields__ if isinstance(sampling, Sampling) else ()
+    changed = [name for name in fields if getattr(sampling, name) != getattr(plain, name)]
+    return ",".join(f"{name}={getattr(sampling, name)}" for name in changed) or str(sampling)[:8]
 
 
 def reshaped(logits: np.ndarray, seq: Sequence) -> np.ndarray:
     """The logits after bias, min_tokens and penalties, computed token by token in float64: [vocab]."""
-    ask, final = seq.request.sampling, logits.astype(np.float64)
+    sampling, final = seq.request.sampling, logits.astype(np.float64)
     output = Counter(seq.tokens[seq.prompt_len :])
     for token in range(len(final)):
-        final[token] += ask.logit_bias.get(token, 0.0)
-        ends = token in ask.stop_token_ids or (token in EOS and not ask.ignore_eos)
-        if ends and sum(output.values()) < ask.min_tokens:
+        final[token] += sampling.logit_bias.get(token, 0.0)
+        ends = token in sampling.stop_token_ids or (token in EOS and not sampling.ignore_eos)
+        if ends and sum(output.values()) < sampling.min_tokens:
             final[token] = -math.inf
         if token in seq.tokens:
-            penalty = ask.repetition_penalty
+            penalty = sampling.repetition_penalty
             final[token] = final[token] / penalty if final[token] > 0 else final[token] * penalty
-        final[token] -= ask.frequency_penalty * output[token]
-        final[token] -= ask.presence_penalty * (output[token] > 0)
+        final[token] -= sampling.frequency_penalty * output[token]
+        final[token] -= sampling.presence_penalty * (output[token] > 0)
     return final
 
 
-def probabilities(final: np.ndarray, ask: Sampling) -> np.ndarray:
+def probabilities(final: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The distribution of one row after filtering, computed by sorting the whole vocabulary: [vocab]."""
-    weights = np.exp((final - final.max()) / ask.temperature)
-    weights[weights < ask.min_p] = 0.0
+    weights = np.exp((final - final.max()) / sampling.temperature)
+    weights[weights < sampling.min_p] = 0.0
     order = np.argsort(-final, kind="stable")
-    if ask.top_k:
-        weights[order[ask.top_k :]] = 0.0
+    if sampling.top_k:
+        weights[order[sampling.top_k :]] = 0.0
     before = np.concatenate([[0.0], np.cumsum(weights[order])[:-1]])
-    weights[order[before >= ask.top_p * weights.sum()]] = 0.0
+    weights[order[before >= sampling.top_p * weights.sum()]] = 0.0
     return weights / weights.sum()
 
 
 def expected(logits: np.ndarray, seq: Sequence) -> int:
     """The token found by inverting the cumulative distribution in the order that the sampler documents."""
-    ask, final = seq.request.sampling, reshaped(logits, seq)
-    if ask.temperature < module.GREEDY_BELOW:
+    sampling, final = seq.request.sampling, reshaped(logits, seq)
+    if sampling.temperature < module.GREEDY_BELOW:
         return int(final.argmax())
-    chances = probabilities(final, ask)
-    whole = ask.top_k in (0, *range(len(final), 200)) and ask.top_p == 1 and ask.min_p == 0
+    chances = probabilities(final, sampling)
+    whole = sampling.top_k in (0, *range(len(final), 200)) and sampling.top_p == 1 and sampling.min_p == 0
     order = np.arange(len(final)) if whole else np.argsort(-final, kind="stable")
     cumulative = np.cumsum(chances[order])
     target = uniform(seq.seed, len(seq.tokens)) * cumulative[-1]
@@ -117,7 +117,7 @@ texts = st.lists(st.integers(0, VOCAB - 1), max_size=6)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(rows=st.lists(st.tuples(samplings, texts, texts, st.integers(0, 2**32)), min_size=1, max_size=6))
 def test_every_row_of_a_mixed_batch_equals_the_reference_and_the_row_alone(rows: list[Any]):
-    sequences = [sequence(ask, prompt, output) for ask, prompt, output, _ in rows]
+    sequences = [sequence(sampling, prompt, output) for sampling, prompt, output, _ in rows]
     logits = np.stack([np.random.default_rng(seed).normal(size=VOCAB) * 3 for *_, seed in rows])
     batch = torch.tensor(logits, dtype=torch.float32)
     before = batch.clone()
@@ -129,7 +129,7 @@ def test_every_row_of_a_mixed_batch_equals_the_reference_and_the_row_alone(rows:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "sampling",
     [
         Sampling(),
         Sampling(temperature=0.6),
@@ -139,16 +139,16 @@ def test_every_row_of_a_mixed_batch_equals_the_reference_and_the_row_alone(rows:
         Sampling(min_p=0.08),
         Sampling(temperature=1.3, top_k=12, top_p=0.9, min_p=0.01),
     ],
-    ids=named,
+    ids=case_id,
 )
-def test_draws_follow_the_distribution(ask: Sampling):
+def test_draws_follow_the_distribution(sampling: Sampling):
     logits = np.random.default_rng(1).normal(size=VOCAB).astype(np.float32) * 1.5
-    chances = probabilities(logits.astype(np.float64), ask)
+    chances = probabilities(logits.astype(np.float64), sampling)
     runs, tokens = 20_000, Counter[int]()
-    one, seq = torch.tensor(logits)[None].expand(500, -1).contiguous(), sequence(ask)
+    one, seq = torch.tensor(logits)[None].expand(500, -1).contiguous(), sequence(sampling)
     draws = sampler()
     for start in range(0, runs, 500):
-        sequences = [sequence(ask) for _ in range(500)]
+        sequences = [sequence(sampling) for _ in range(500)]
         for seed, seq in enumerate(sequences, start):
             seq.seed = seed
         tokens.update(drawn.token for drawn in draws(one, sequences))
@@ -178,9 +178,9 @@ def test_extreme_random_numbers_draw_an_allowed_token():
     assert module.sample_all(weights, 0.0) == 3
     assert module.sample_all(weights, module.BELOW_ONE) == 1500
     logits = np.log(np.maximum(weights, 1e-30))
-    for ask in (Sampling(top_k=2), Sampling(min_p=1e-5), Sampling(top_p=0.999999)):
-        assert module.sample_filtered(logits, 0.0, ask, 0.0) == 3
-        assert module.sample_filtered(logits, 0.0, ask, module.BELOW_ONE) in (3, 1500)
+    for sampling in (Sampling(top_k=2), Sampling(min_p=1e-5), Sampling(top_p=0.999999)):
+        assert module.sample_filtered(logits, 0.0, sampling, 0.0) == 3
+        assert module.sample_filtered(logits, 0.0, sampling, module.BELOW_ONE) in (3, 1500)
 
 
 def toy_logits(tokens: list[int]) -> np.ndarray:
@@ -189,7 +189,7 @@ def toy_logits(tokens: list[int]) -> np.ndarray:
 
 
 def test_a_seeded_text_does_not_depend_on_its_batch_or_on_preemption():
-    asks = [
+    cases = [
         Sampling(seed=11, temperature=0.9),
         Sampling(seed=12, top_p=0.8, repetition_penalty=1.2),
         Sampling(seed=13, top_k=6, frequency_penalty=0.5, presence_penalty=0.2),
@@ -198,26 +198,26 @@ def test_a_seeded_text_does_not_depend_on_its_batch_or_on_preemption():
 
     def write(chosen: list[int], rng: np.random.Generator) -> dict[int, list[int]]:
         """Generate 30 tokens for each sequence. Each step takes a random subset in a random order."""
-        draws, texts = sampler(), {index: sequence(asks[index]) for index in chosen}
+        draws, texts = sampler(), {index: sequence(cases[index]) for index in chosen}
         while any(seq.output_len < 30 for seq in texts.values()):
-            due = [seq for seq in texts.values() if seq.output_len < 30 and rng.random() < 0.7]
-            rng.shuffle(due)  # type: ignore[arg-type]
-            if due:
-                logits = torch.tensor(np.stack([toy_logits(seq.tokens) for seq in due]))
-                for seq, drawn in zip(due, draws(logits, due), strict=True):
+            batch = [seq for seq in texts.values() if seq.output_len < 30 and rng.random() < 0.7]
+            rng.shuffle(batch)  # type: ignore[arg-type]
+            if batch:
+                logits = torch.tensor(np.stack([toy_logits(seq.tokens) for seq in batch]))
+                for seq, drawn in zip(batch, draws(logits, batch), strict=True):
                     seq.tokens.append(drawn.token)
         return {index: seq.tokens for index, seq in texts.items()}
 
     together = write([0, 1, 2, 3], np.random.default_rng(0))
-    for index in range(len(asks)):
+    for index in range(len(cases)):
         assert write([index], np.random.default_rng(index)) == {index: together[index]}
     assert write([3, 1, 0], np.random.default_rng(9)) == {index: together[index] for index in (3, 1, 0)}
 
 
 def test_unseeded_sequences_draw_different_tokens():
     flat = torch.zeros(8, 4096)
-    asks = [sequence(Sampling()) for _ in range(8)]
-    assert len({drawn.token for drawn in sampler(4096)(flat, asks)}) > 4
+    cases = [sequence(Sampling()) for _ in range(8)]
+    assert len({drawn.token for drawn in sampler(4096)(flat, cases)}) > 4
 
 
 def test_a_token_in_flight_advances_the_random_number():
@@ -266,8 +266,8 @@ def test_logprobs_are_those_of_the_unmodified_logits():
     bent = Sampling(
         logprobs=4, seed=1, temperature=0.2, top_k=2, repetition_penalty=2.0, logit_bias={30: 50.0}
     )
-    for ask in (bare, bent):
-        drawn = draw(logits, sequence(ask, output=[4, 4]))
+    for sampling in (bare, bent):
+        drawn = draw(logits, sequence(sampling, output=[4, 4]))
         assert drawn.logprobs is not None
         assert drawn.logprobs.chosen == pytest.approx(truth[drawn.token], abs=1e-5)
         assert [token for token, _ in drawn.logprobs.top] == np.argsort(-truth)[:4].tolist()
@@ -289,24 +289,24 @@ def test_equal_logprobs_are_ordered_by_id_and_impossible_tokens_left_out():
 def test_min_tokens_masks_eos_and_stop_tokens():
     logits = np.zeros(VOCAB, dtype=np.float32)
     logits[[0, 7, 5, 20]] = [9.0, 8.0, 7.0, 1.0]
-    ask = Sampling(temperature=0.0, min_tokens=2, stop_token_ids=(5, VOCAB + 3))
-    assert draw(logits, sequence(ask)).token == 20
-    assert draw(logits, sequence(ask, output=[9])).token == 20
-    assert draw(logits, sequence(ask, output=[9, 9])).token == 0
+    sampling = Sampling(temperature=0.0, min_tokens=2, stop_token_ids=(5, VOCAB + 3))
+    assert draw(logits, sequence(sampling)).token == 20
+    assert draw(logits, sequence(sampling, output=[9])).token == 20
+    assert draw(logits, sequence(sampling, output=[9, 9])).token == 0
     careless = Sampling(temperature=0.0, min_tokens=2, ignore_eos=True)
     assert draw(logits, sequence(careless)).token == 0
 
 
 def test_token_ids_beyond_the_vocabulary_are_ignored():
-    ask = Sampling(
+    sampling = Sampling(
         temperature=0.0, min_tokens=3, logit_bias={VOCAB: 100.0, 10**9: 5.0, 6: 2.0}, stop_token_ids=(10**9,)
     )
-    assert draw(np.zeros(VOCAB), sequence(ask)).token == 6
+    assert draw(np.zeros(VOCAB), sequence(sampling)).token == 6
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    "ask",
+    "sampling",
     [
         Sampling(temperature=0.0),
         Sampling(),
@@ -315,25 +315,29 @@ def test_token_ids_beyond_the_vocabulary_are_ignored():
         Sampling(frequency_penalty=1.0),
         Sampling(temperature=0.0, logit_bias={11: 3.0}),
     ],
-    ids=named,
+    ids=case_id,
 )
-def test_a_row_with_nan_or_infinity_fails_alone(ask: Sampling, poison: float):
+def test_a_row_with_nan_or_infinity_fails_alone(sampling: Sampling, poison: float):
     logits = torch.tensor(np.random.default_rng(2).normal(size=(3, VOCAB)), dtype=torch.float32)
-    asks = [sequence(Sampling(seed=4, top_p=0.7, logprobs=1)), sequence(ask), sequence(Sampling(seed=5))]
-    sound = sampler()(logits, asks)
+    cases = [
+        sequence(Sampling(seed=4, top_p=0.7, logprobs=1)),
+        sequence(sampling),
+        sequence(Sampling(seed=5)),
+    ]
+    sound = sampler()(logits, cases)
     logits[1, 13] = poison
-    poisoned = sampler()(logits, asks)
+    poisoned = sampler()(logits, cases)
     assert poisoned == [sound[0], Drawn(-1), sound[2]]
 
 
 def test_a_row_fails_only_when_no_token_is_allowed():
     nothing = np.full(VOCAB, -np.inf)
-    for ask in (Sampling(), Sampling(temperature=0.0), Sampling(top_k=3)):
-        assert draw(nothing, sequence(ask)) == Drawn(-1)
+    for sampling in (Sampling(), Sampling(temperature=0.0), Sampling(top_k=3)):
+        assert draw(nothing, sequence(sampling)) == Drawn(-1)
         for floor in (-np.inf, np.finfo(np.float32).min):
             masked = np.full(VOCAB, floor)
             masked[17] = -3.0
-            assert draw(masked, sequence(ask)).token == 17
+            assert draw(masked, sequence(sampling)).token == 17
 
 
 def test_extreme_sampling_settings_give_valid_tokens():
@@ -362,7 +366,7 @@ def big_rows() -> list[np.ndarray]:
 def test_a_filtered_draw_from_a_large_vocabulary_equals_sorting_it(row: int):
     logits = big_rows()[row]
     order = np.argsort(-logits, kind="stable")
-    for ask in (
+    for sampling in (
         Sampling(top_p=0.9),
         Sampling(top_p=0.3),
         Sampling(top_k=50),
@@ -370,9 +374,9 @@ def test_a_filtered_draw_from_a_large_vocabulary_equals_sorting_it(row: int):
         Sampling(min_p=0.01),
         Sampling(temperature=0.5, min_p=1e-4, top_p=0.99),
     ):
-        cumulative = np.cumsum(probabilities(logits.astype(np.float64), ask)[order])
+        cumulative = np.cumsum(probabilities(logits.astype(np.float64), sampling)[order])
         for fraction in (0.0, 0.123, 0.5, 0.877, 0.999):
-            token = module.sample_filtered(logits, float(logits.max()), ask, fraction)
+            token = module.sample_filtered(logits, float(logits.max()), sampling, fraction)
             rank = int(np.flatnonzero(order == token)[0])
             below = cumulative[rank - 1] if rank else 0.0
             # The total mass is summed in float32, so the nucleus may end one token sooner or later.
@@ -410,14 +414,14 @@ def test_common_settings_sort_few_tokens(monkeypatch: pytest.MonkeyPatch):
         return found
 
     monkeypatch.setattr(module, "top_tokens", counted)
-    for ask in (
+    for sampling in (
         Sampling(top_p=0.95),
         Sampling(top_k=40),
         Sampling(min_p=0.05),
         Sampling(top_k=40, top_p=0.9),
     ):
         sizes.clear()
-        assert draw(logits, sequence(ask)).token >= 0
+        assert draw(logits, sequence(sampling)).token >= 0
         assert len(sizes) == 1 and sizes[0] < 200
 
 
@@ -461,23 +465,28 @@ class Allowing:
             bits[token // 32] |= np.int32(1 << token % 32)
 
 
-def guided(ask: Sampling, *tokens: int) -> Sequence:
-    return replace(sequence(ask), grammar=Allowing(*tokens))  # type: ignore[arg-type]
+def guided(sampling: Sampling, *tokens: int) -> Sequence:
+    return replace(sequence(sampling), grammar=Allowing(*tokens))  # type: ignore[arg-type]
 
 
 def test_only_tokens_that_the_grammar_allows_are_drawn():
     logits = np.random.default_rng(4).normal(size=VOCAB).astype(np.float32)
-    for ask in (Sampling(temperature=0.0), Sampling(temperature=2.0), Sampling(top_k=1), Sampling(min_p=0.1)):
-        assert draw(logits, guided(ask, 3, 30)).token in (3, 30)
-        assert draw(logits, guided(ask)) == Drawn(-1)
+    for sampling in (
+        Sampling(temperature=0.0),
+        Sampling(temperature=2.0),
+        Sampling(top_k=1),
+        Sampling(min_p=0.1),
+    ):
+        assert draw(logits, guided(sampling, 3, 30)).token in (3, 30)
+        assert draw(logits, guided(sampling)) == Drawn(-1)
     free = sequence(Sampling(temperature=0.0))
     batch = torch.tensor(np.stack([logits, logits]))
     assert sampler()(batch, [guided(Sampling(), 12), free])[1].token == int(logits.argmax())
 
 
 def test_min_tokens_yields_to_a_grammar_that_allows_only_the_end():
-    ask = Sampling(temperature=0.0, min_tokens=5)
+    sampling = Sampling(temperature=0.0, min_tokens=5)
     logits = np.zeros(VOCAB)
     logits[7] = 5.0
-    assert draw(logits, guided(ask, 7, 20)).token == 20
-    assert draw(logits, guided(ask, 7)).token == 7
+    assert draw(logits, guided(sampling, 7, 20)).token == 20
+    assert draw(logits, guided(sampling, 7)).token == 7

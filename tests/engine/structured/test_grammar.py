@@ -92,10 +92,10 @@ def write(grammars: Grammars, grammar: Grammar, tokenizer: Tokenizer, seed: int)
     vocab = tokenizer.get_vocab_size() + PADDED
     closers = [tokenizer.token_to_id(piece) for piece in '"}]']
     rng, sampler = np.random.default_rng(seed), Sampler(vocab, frozenset({END}), torch.device("cpu"))
-    ask = Sampling(seed=seed, temperature=0.8, grammar=grammar)
+    sampling = Sampling(seed=seed, temperature=0.8, grammar=grammar)
     matcher, request = (
         grammars.compile(grammar),
-        Request(id=seed, model="m", prompt=(1,), arrival=0.0, sampling=ask),
+        Request(id=seed, model="m", prompt=(1,), arrival=0.0, sampling=sampling),
     )
     seq = Sequence.of(request, 10_000, matcher)
     while not matcher.finished:
