@@ -1,6 +1,6 @@
-"""Makes a checkpoint of a known shape with random weights, for measuring: real size, real format, no sense.
+"""Makes a checkpoint of a known shape with random weights, for benchmarks that need no sensible answers.
 
-It has desk's tokenizer with made-up words for the ids beyond, so that it can be served and asked.
+It has desk's tokenizer, extended by invented words to the size of the vocabulary, so it can be served.
 `python benchmarks/checkpoint.py qwen3-0.6b DIR`
 """
 
@@ -96,9 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("directory", type=Path)
-    asked = parser.parse_args()
-    make(asked.shape, asked.directory)
-    print(asked.directory)
+    options = parser.parse_args()
+    make(options.shape, options.directory)
+    print(options.directory)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ SCHEDULES = ("fcfs", "deadline")
 
 
 def shorter(arrivals: list[Arrival]) -> list[Arrival]:
-    """The same requests with a tenth of the tokens, at the same instants."""
+    """The same requests with a tenth of the tokens, at the same times."""
     return [
         msgspec.structs.replace(
             arrival,
@@ -53,7 +53,7 @@ def tiers() -> dict[str, Tier]:
 
 
 def started(model: Path, schedule: str, quantise: str) -> AbstractContextManager[str]:
-    """A server of the model under this schedule. Gives its address."""
+    """Run a server of the model with this schedule. Yields its address."""
     weights = ["--quantise", quantise] if quantise else []
     return serving(f"model={model}", "--schedule", schedule, "--context", "4096", *weights)
 
@@ -75,11 +75,11 @@ async def replay(url: str, arrivals: list[Arrival], setting: Setting, rate: floa
 
 
 def _ignore(sample: Sample) -> None:
-    """Nothing to show while it runs."""
+    """Show no progress."""
 
 
 def show(reports: dict[str, list[ReplayReport]]) -> None:
-    """Every round of both, and the ratio of their goodput in each."""
+    """Print every round of both schedules, and the ratio of their goodput."""
     for several in reports.values():
         for report in several:
             terminal.show_replay(report)
@@ -98,26 +98,30 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--load", type=float, default=1.5)
-    parser.add_argument("--seconds", type=float, default=75.0, help="of arrivals, for each schedule")
+    parser.add_argument(
+        "--seconds", type=float, default=75.0, help="seconds of the trace to replay, for each schedule"
+    )
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--quantise", default="int8", help="int8, int4 or nothing")
-    parser.add_argument("--rate", type=float, help="requests per second of load 1.0; else measured")
+    parser.add_argument(
+        "--quantise", default="int8", help="int8, int4, or an empty string for no quantisation"
+    )
+    parser.add_argument("--rate", type=float, help="requests per second of load 1.0; default: measured")
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
-    known = shorter(traces.read(asked.trace, requests=2000))
+    options = parser.parse_args()
+    known = shorter(traces.read(options.trace, requests=2000))
     settings = {
-        name: Setting(schedule=name, load=asked.load, tiers=tiers(), context=4096) for name in SCHEDULES
+        name: Setting(schedule=name, load=options.load, tiers=tiers(), context=4096) for name in SCHEDULES
     }
     reports: dict[str, list[ReplayReport]] = {name: [] for name in SCHEDULES}
-    rate: float | None = asked.rate
-    for _ in range(asked.rounds):
+    rate: float | None = options.rate
+    for _ in range(options.rounds):
         for name in SCHEDULES:
-            with started(asked.model, name, asked.quantise) as url:
+            with started(options.model, name, options.quantise) as url:
                 if rate is None:
                     rate = asyncio.run(capacity(url, known, settings["fcfs"]))
-                window = known[: max(int(rate * asked.load * asked.seconds), 2)]
+                window = known[: max(int(rate * options.load * options.seconds), 2)]
                 reports[name].append(asyncio.run(replay(url, window, settings[name], rate)))
-    if asked.json:
+    if options.json:
         terminal.print_json(reports)
     else:
         show(reports)

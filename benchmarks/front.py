@@ -1,8 +1,8 @@
-"""What the HTTP front costs: the real server with a model that takes no time, driven over real sockets.
+"""Measures the overhead of the API server: the real server with the null model, under load over real sockets.
 
-The null model takes a known time for a step, so the TTFT a client sees beyond one step is what everything
-else adds: of 0 ms for one client and for throughput, of 10 ms for 32, who would otherwise only measure how
-fast their own closed loop can ask again.
+A step of the null model takes a known time, so TTFT minus one step is the overhead. A step takes 0 ms for one
+client and for throughput. With 32 clients it takes 10 ms, because at 0 ms they would measure only their own
+closed loop.
 `python benchmarks/front.py [--json] [--rounds N]`
 """
 
@@ -26,7 +26,7 @@ WORDS = "The order left our warehouse on Monday and should reach you within the 
 
 
 class Case(msgspec.Struct, frozen=True):
-    """A load: chat requests of some 500 characters, as many at once as `concurrency`."""
+    """A load of chat requests with about 500 characters each, `concurrency` of them at once."""
 
     name: str
     concurrency: int
@@ -89,14 +89,14 @@ def show(figures: list[Figure]) -> None:
 
 
 def _ignore(sample: Sample) -> None:
-    """Nothing to show while it runs: drawing would cost the client time."""
+    """Show no progress, because drawing it takes the client's time."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     reports: dict[str, list[LoadReport]] = {case.name: [] for case in CASES}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -105,12 +105,12 @@ def main() -> None:
     ):
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("\n".join(f"{number}. {WORDS * 6}" for number in range(64)))
-        for _ in range(asked.rounds):
+        for _ in range(options.rounds):
             for case in CASES:
                 url = slow if case.step_ms else quick
                 reports[case.name].append(uvloop.run(measure(url, prompts, case)))
     figures = [figure(case, reports[case.name]) for case in CASES]
-    if asked.json:
+    if options.json:
         terminal.print_json(figures)
     else:
         show(figures)

@@ -1,10 +1,10 @@
-"""What the CUDA path does on this GPU, with random weights.
+"""Measures the CUDA runner on this GPU, with random weights.
 
 `python benchmarks/gpu.py --json out.json`
 
-Measures the copy bandwidth, then for each model: whether its logits and greedy tokens are plain torch's,
-inter-token latency through the whole engine loop, time to the first token, and the share of the bandwidth
-floor: the weights and keys a step must read, over the copy bandwidth.
+It measures the copy bandwidth. For each model it compares logits and greedy tokens with plain torch, and
+measures TTFT and ITL through the whole engine loop. It reports ITL as a share of the bandwidth floor: the
+bytes of weights and keys that a step must read, over the copy bandwidth.
 """
 
 from __future__ import annotations
@@ -79,8 +79,10 @@ DEVICE = torch.device("cuda")
 
 
 class Made:
-    """Stands in for a checkpoint: whatever is asked for is there, and random. Matrices keep the size of what
-    they multiply; vectors scatter around one."""
+    """A fake checkpoint that has every tensor, with random values.
+
+    Matrices keep the scale of their inputs. The values of vectors are near 1.
+    """
 
     path = Path("random")
     nbytes = 0
@@ -101,7 +103,7 @@ class Made:
 
 
 def build(config: dict[str, Any], kernels: AnyKernels) -> Decoder:
-    """A decoder of that shape; the same weights every time."""
+    """A decoder of this shape. The weights are the same in each call."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         spec = families.read(Path(folder))
@@ -112,7 +114,7 @@ def build(config: dict[str, Any], kernels: AnyKernels) -> Decoder:
 
 
 def plain(quantise: CudaQuantise | None) -> AnyKernels:
-    """The torch table, over the weights that the format can hold."""
+    """The torch kernels, with weights rounded as the format rounds them."""
     held = table(DEVICE, quantise)
 
     def rounded(weight: Tensor, bias: Tensor | None) -> Dense:
@@ -123,7 +125,7 @@ def plain(quantise: CudaQuantise | None) -> AnyKernels:
 
 
 class Driver:
-    """An engine over one decoder, told what to run; `steps` are the seconds of each."""
+    """An engine for one decoder, with methods that run a workload and time it."""
 
     def __init__(self, decoder: Decoder, runner: CudaRunner) -> None:
         self.tokens: dict[int, list[int]] = {}
@@ -133,12 +135,12 @@ class Driver:
             limits=Limits(RUNNING, STEP_TOKENS),
             schedule=fcfs,
             clock=time.monotonic,
-            emit=self._heard,
+            emit=self._emit,
             share=False,
         )
         self._next = 0
 
-    def _heard(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+    def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         for event in events:
             if event.finish is not None and event.finish.error:
                 raise RuntimeError(event.finish.error)
@@ -160,7 +162,7 @@ class Driver:
         return self._next
 
     def answer(self, length: int, count: int) -> tuple[int, float]:
-        """One request alone: its id, and the seconds to its first token."""
+        """Run one request alone. Returns its id and the seconds to its first token."""
         started = time.perf_counter()
         ident, first = self.submit(length, count), inf
         while not self.engine.idle:
@@ -171,7 +173,7 @@ class Driver:
 
     def decode(self, batch: int, length: int, steps: int) -> list[float]:
         """Seconds of each step of `batch` sequences that decode together after prompts of `length`."""
-        # All must still decode when the last has read its prompt and `steps` more have run.
+        # All sequences must still decode `steps` steps after the last one has read its prompt.
         reading = -(-batch * length // (STEP_TOKENS - batch)) + 8
         idents = [self.submit(length, reading + steps) for _ in range(batch)]
         while any(len(self.tokens.get(ident, [])) < 4 for ident in idents):
@@ -189,7 +191,7 @@ class Driver:
 
 
 def one_text(tokens: list[int]) -> Batch:
-    """A step that reads a whole text and wants every row."""
+    """A step that reads a whole text and outputs the logits of every token."""
     count = len(tokens)
     every = torch.arange(count, device=DEVICE)
     return Batch(
@@ -208,20 +210,23 @@ def one_text(tokens: list[int]) -> Batch:
 def check(
     driver: Driver, decoder: Decoder, config: dict[str, Any], quantise: CudaQuantise | None
 ) -> dict[str, float]:
-    """How far the CUDA path is from plain torch: of logits, and of greedy tokens (by how much plain torch
-    likes its own choice better, in standard deviations of its logits)."""
+    """Compare the CUDA runner with plain torch, by logits and by greedy tokens.
+
+    The error of a greedy token is the difference of plain torch's logits for its own choice and for that
+    token, in standard deviations of these logits.
+    """
     ident, _ = driver.answer(64, 24)
     prompt = torch.randint(0, driver.runner.info.vocab, (64,), generator=torch.Generator().manual_seed(ident))
     text = [*prompt.tolist(), *driver.tokens[ident]]
     reference = build(config, plain(quantise))
     batch = one_text(text)
-    wanted = reference.logits(reference.forward(batch, reference.new_cache(8, BLOCK)))
+    reference_logits = reference.logits(reference.forward(batch, reference.new_cache(8, BLOCK)))
     found = decoder.logits(decoder.forward(batch, decoder.new_cache(8, BLOCK)))
-    told = wanted[63:-1]
-    chosen = told.gather(1, torch.tensor(text[64:], device=DEVICE)[:, None])[:, 0]
-    worse = (told.max(1).values - chosen) / told.std(1)
+    expected = reference_logits[63:-1]
+    chosen = expected.gather(1, torch.tensor(text[64:], device=DEVICE)[:, None])[:, 0]
+    worse = (expected.max(1).values - chosen) / expected.std(1)
     return {
-        "logits_error": float((found - wanted).norm() / wanted.norm()),
+        "logits_error": float((found - reference_logits).norm() / reference_logits.norm()),
         "greedy_equal": float((worse == 0).float().mean()),
         "greedy_worst": float(worse.max()),
     }
@@ -274,7 +279,7 @@ def measure(name: str, bandwidth: float, deadline: float) -> dict[str, Any]:
 
 
 def profile(driver: Driver) -> dict[str, int]:
-    """What the host asks of the device in ten steady steps of one sequence, by kind of call."""
+    """The calls from host to device in ten decode steps of one sequence, by kind."""
     ident = driver.submit(PROMPT, 40)
     while len(driver.tokens.get(ident, [])) < 8:
         driver.engine.step()
@@ -326,22 +331,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing new after so long")
-    asked = parser.parse_args()
-    deadline = time.monotonic() + asked.minutes * 60
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="start no measurement after this many minutes"
+    )
+    options = parser.parse_args()
+    deadline = time.monotonic() + options.minutes * 60
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "models": {}}
     bandwidth = copy_bandwidth()
     results["copy_tb_per_s"] = bandwidth / 1e12
     print(f"{results['device']}, copy {results['copy_tb_per_s']:.2f} TB/s", flush=True)
-    for name in asked.models:
+    for name in options.models:
         if time.monotonic() < deadline:
             results["models"][name] = measure(name, bandwidth, deadline)
             show(name, results["models"][name])
-            gc.collect()  # the engine and its runner hold each other
+            gc.collect()  # engine and runner reference each other
             torch.cuda.empty_cache()
-            if asked.json:
-                asked.json.write_text(json.dumps(results, indent=1))
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the CPU kernels reach of what this machine's memory and arithmetic allow, by kernel and shape.
+"""Measures the CPU kernels against the limits of this machine's memory and arithmetic, by kernel and shape.
 
 `python benchmarks/kernels.py [--json] [--shape qwen3-0.6b|qwen2.5-1.5b|desk] [--threads 2] [--level NAME]`
-Each figure is the best and the median of some repetitions over more weights than the caches hold. `share` is
-the best figure against the floor measured at the start: bytes against the bandwidth of a plain sum, products
-against the same kernel on data that stays in cache.
+Each figure is the best and the median of some repetitions over more weights than fit in the caches. `share`
+is the best figure divided by a limit measured at the start: for bytes, the bandwidth of a plain sum; for
+products, the same kernel on data in the cache.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ SHAPES = {
 
 
 class Figure(Struct, frozen=True):
-    """One measurement. `rate` is GB/s or G products/s, whichever bounds the kernel; `share` of its floor."""
+    """One measurement. `rate` is GB/s or G products/s, whichever limits the kernel; `share` of that limit."""
 
     kernel: str
     rows: int

@@ -1,9 +1,8 @@
-"""What deadlines are worth on a recorded load, in virtual time: goodput and attainment of `deadline` beside
-`fcfs`, and how near it comes to the bound that no schedule exceeds.
+"""Compares `deadline` with `fcfs` on a recorded load in virtual time: goodput, attainment, upper bound.
 
 `python benchmarks/objectives.py TRACE.csv.gz --times COST.json --loads 0.7,1,1.5,2`
-COST.json is what `benchmarks/steptime.py --save` measured (one is in `benchmarks/times`); without it, the
-package's own round figures.
+COST.json is a step-time model that `benchmarks/steptime.py --save` wrote; `benchmarks/times` has one. The
+default is the package's model of a small CPU.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ COLUMNS = "load schedule goodput ratio of_best of_all weighted priority default 
 
 
 def main() -> None:
-    asked = _arguments()
-    cost = msgspec.json.decode(asked.times.read_bytes(), type=StepCost) if asked.times else SMALL_CPU
-    arrivals = traces.read(asked.trace, requests=asked.requests)
-    setting = Setting(cost=cost, tiers=tiers_for(cost), noise=asked.noise, seed=asked.seed)
+    options = _arguments()
+    cost = msgspec.json.decode(options.times.read_bytes(), type=StepCost) if options.times else SMALL_CPU
+    arrivals = traces.read(options.trace, requests=options.requests)
+    setting = Setting(cost=cost, tiers=tiers_for(cost), noise=options.noise, seed=options.seed)
     full = capacity(arrivals, setting)
     tiers = {name: msgspec.to_builtins(tier.objective) for name, tier in setting.tiers.items()}
     print(f"{msgspec.to_builtins(cost)}\n{tiers}\nfcfs saturates at {full:.4f} requests/s")
     print(COLUMNS.replace(" ", "\t"))
     kept: list[dict[str, object]] = []
-    for load in map(float, asked.loads.split(",")):
+    for load in map(float, options.loads.split(",")):
         reports = _both(arrivals, msgspec.structs.replace(setting, load=load), full)
         for report in reports:
             print(_line(report, reports[0]), flush=True)
             kept.append(msgspec.to_builtins(report))
-    if asked.json:
-        asked.json.write_text(json.dumps(kept, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(kept, indent=1))
 
 
 def _both(arrivals: list[Arrival], setting: Setting, full: float) -> list[ReplayReport]:
@@ -50,8 +49,10 @@ def _both(arrivals: list[Arrival], setting: Setting, full: float) -> list[Replay
 
 
 def _line(report: ReplayReport, fcfs: ReplayReport) -> str:
-    """Goodput is of what has an objective, and `of_best` its share of that bound, which leaves flex out.
-    `of_all` counts flex as on time when it is over; `weighted` counts each as much as its tier weighs."""
+    """Goodput counts only requests with an objective; `of_best` is its share of the upper bound.
+
+    `of_all` also counts each finished flex request. `weighted` counts each request by its tier's weight.
+    """
     timed, whole, best = report.tiers["timed"], report.tiers["all"], report.best_goodput
     values = (
         f"{report.load:g}",
@@ -76,10 +77,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("trace", type=Path)
     parser.add_argument("--times", type=Path, help="a step-time model, JSON")
     parser.add_argument("--loads", default="0.7,1,1.5,2")
-    parser.add_argument("--requests", type=int, help="the first ones alone")
-    parser.add_argument("--noise", type=float, default=0.0, help="spread of a step's time about its cost")
+    parser.add_argument("--requests", type=int, help="replay only this many, from the start")
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="relative standard deviation of a step's time"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to write the reports")
+    parser.add_argument("--json", type=Path, help="write the reports to this file")
     return parser.parse_args()
 
 

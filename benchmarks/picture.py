@@ -4,8 +4,8 @@
         --requests 1000 --json > report.json
     python benchmarks/picture.py report.json
 
-It writes docs/images/gap.json, the figures, and docs/images/gap.svg, which follows light and dark. Without an
-argument it draws the figures again.
+It writes the figures to docs/images/gap.json and draws docs/images/gap.svg, which follows the light or dark
+theme. Without an argument it draws the stored figures again.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _parts(by_load: dict[str, dict[str, float]], objective: float) -> Iterator[s
     pitch = (WIDTH - LEFT) // len(by_load)
     for number, (load, row) in enumerate(by_load.items()):
         left = LEFT + number * pitch
-        for place, schedule in enumerate(SCHEDULES):
-            x, tall = left + place * (BAR + GAP), row[schedule] * scale
+        for index, schedule in enumerate(SCHEDULES):
+            x, tall = left + index * (BAR + GAP), row[schedule] * scale
             top, middle = BOTTOM - tall, x + BAR / 2
             yield f'<rect class="{schedule}" x="{x}" y="{top:.1f}" width="{BAR}" height="{tall:.1f}"/>'
             yield f'<text x="{middle:g}" y="{top - 5:.1f}" text-anchor="middle">{row[schedule]:,.0f}</text>'

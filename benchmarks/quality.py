@@ -1,9 +1,9 @@
-"""Measures what a weight format costs: its bytes, and how its next-token distributions differ from float32.
+"""Measures weight formats: their bytes, and the difference of their next-token distributions from float32.
 
 `python -m benchmarks.quality MODEL_DIR [--text NAME=FILE ...] [--json]` reads held-out text of the bundled
 model's tasks, and each file: plain text, or JSON lines whose strings are joined (both may be gzipped).
-KL is KL(float32 || format) in nats at every token of the text. `top1` is how often both have the same
-likeliest token.
+KL is KL(float32 || format) in nats at every token of the text. `top1` is the share of tokens at which
+both have the same likeliest token.
 """
 
 from __future__ import annotations
@@ -85,14 +85,13 @@ def logits(decoder: Decoder, tokens: list[int]) -> Tensor:
 
 
 def compare(wanted: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(wanted || found) of each row in nats, and whether both have the same largest."""
+    """KL(wanted || found) of each row in nats, and whether both have the same likeliest token."""
     sure, seen = wanted.log_softmax(-1).double(), found.log_softmax(-1).double()
     return (sure.exp() * (sure - seen)).sum(-1), wanted.argmax(-1) == found.argmax(-1)
 
 
 def desk_texts(model: Path) -> Iterator[str]:
-    """Held-out prompts of every task and level with their ideal replies, as the model's template writes
-    them."""
+    """Held-out prompts of every task and level with their ideal replies, in the model's chat template."""
     source = json.loads((model / "tokenizer_config.json").read_text()).get("chat_template")
     template = None if source is None else ImmutableSandboxedEnvironment().from_string(source)
     for index in range(1000):
@@ -106,7 +105,7 @@ def desk_texts(model: Path) -> Iterator[str]:
 
 
 def file_texts(file: Path) -> Iterator[str]:
-    """A file's records, or its paragraphs some at a time."""
+    """The records of a file, or groups of its paragraphs."""
     raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     text = raw.decode()
     if ".jsonl" in file.name:
@@ -126,7 +125,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def sequences(tokenizer: Tokenizer, texts: Iterator[str], budget: int) -> Iterator[list[int]]:
-    """Texts as tokens, until `budget` of them."""
+    """The texts as token ids, `budget` ids at most."""
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False).ids[: min(LONGEST, budget)]
         if len(ids) > 1:
@@ -150,7 +149,7 @@ def measure(
     texts: dict[str, Iterator[str]],
     tokens: int,
 ) -> dict[str, Any]:
-    """The report: per format what it takes, and per text how far it is."""
+    """The report: the bytes of each format, and its differences on each text."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     plain, _ = loaded(model, REFERENCE, torch.float32)
     held = {name: loaded(model, *how) for name, how in formats.items()}
@@ -186,37 +185,37 @@ def table_of(report: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def asked_for() -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="a directory in the Hugging Face layout")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="another text")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each text")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of each text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
-    asked = asked_for()
+    options = arguments()
     library = native.load()
     if library is None:
         sys.exit("the C kernels were not built: install gcc, then install Stretto again")
-    library.threads(asked.threads)
-    texts = {"desk": desk_texts(asked.model)}
-    for text in asked.text:
+    library.threads(options.threads)
+    texts = {"desk": desk_texts(options.model)}
+    for text in options.text:
         name, _, file = text.partition("=")
         if Path(file).exists():
             texts[name] = file_texts(Path(file))
         else:
             print(f"{name} is skipped: there is no {file}", file=sys.stderr)
-    # As they are served: beside quantised weights the KV cache is int8 too.
+    # As in the server, quantised weights come with an int8 KV cache.
     formats = {
         "none": (table(library), torch.float32),
         "int8": (table(library, "int8"), torch.int8),
         "int4": (table(library, "int4"), torch.int8),
     }
-    report = measure(asked.model, formats, texts, asked.tokens)
-    print(json.dumps(report, indent=1) if asked.json else table_of(report))
+    report = measure(options.model, formats, texts, options.tokens)
+    print(json.dumps(report, indent=1) if options.json else table_of(report))
 
 
 if __name__ == "__main__":

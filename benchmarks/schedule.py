@@ -1,5 +1,6 @@
-"""What deciding costs: microseconds of planning a step at 256 running and 1,000 waiting requests, and of
-refusing one before any work. Planning is the real schedule over the null model in virtual time.
+"""Measures the scheduler's own time: planning a step, and refusing a request before any work.
+
+The real schedules plan for the null model in virtual time, with 256 running and 1,000 waiting requests.
 
 `python benchmarks/schedule.py --steps 400`
 """
@@ -24,24 +25,23 @@ from stretto.simulator.setting import CPU_TIERS, SMALL_CPU
 from stretto.types import Objective, Request, Sampling
 
 RUNNING, WAITING = 256, 1000
-FAST = StepCost(
-    base=5.0, per_decode=0.02, per_prefill=0.02, per_key=1e-6, per_pair=1e-8
-)  # 256 streams fit in a step
+# 256 streams fit in a step.
+FAST = StepCost(base=5.0, per_decode=0.02, per_prefill=0.02, per_key=1e-6, per_pair=1e-8)
 
 
 def main() -> None:
-    asked = _arguments()
+    options = _arguments()
     report = {
-        f"{name} {machine}": _spread(_planning(name, cost, asked.steps))
+        f"{name} {machine}": _spread(_planning(name, cost, options.steps))
         for name in SCHEDULES
         for machine, cost in (("all streams fit", FAST), ("crowded", SMALL_CPU))
     }
-    report["refusal"] = _spread(_refusals(asked.steps))
+    report["refusal"] = _spread(_refusals(options.steps))
     print(json.dumps(report, indent=2))
 
 
 def _planning(name: str, cost: StepCost, steps: int) -> list[float]:
-    """Microseconds of each of `steps` plans."""
+    """The microseconds of each of `steps` plans."""
     times: list[float] = []
     plan = SCHEDULES[name]
 
@@ -54,11 +54,11 @@ def _planning(name: str, cost: StepCost, steps: int) -> list[float]:
     engine = _engine(timed, cost)
     for _ in range(60):
         engine.step()
-    (lane,) = engine.models.values()
+    (model,) = engine.models.values()
     times.clear()
     ident = 10**6
     while len(times) < steps:
-        while len(lane.queues.running) + len(lane.queues.waiting) < RUNNING + WAITING:
+        while len(model.queues.running) + len(model.queues.waiting) < RUNNING + WAITING:
             ident += 1
             engine.submit(_sequence(ident, engine))
         engine.step()
@@ -66,7 +66,7 @@ def _planning(name: str, cost: StepCost, steps: int) -> list[float]:
 
 
 def _refusals(count: int) -> list[float]:
-    """Microseconds of each of `count` forecasts against a busy engine."""
+    """The microseconds of each of `count` admission forecasts for a busy engine."""
     engine = _engine(SCHEDULES["deadline"], FAST)
     for _ in range(60):
         engine.step()
@@ -88,7 +88,7 @@ LIMITS = Limits(RUNNING, 512, CPU_TIERS)
 
 
 def _engine(schedule: Callable[..., Plan], cost: StepCost) -> EngineCore:
-    """An engine with its places taken and a long queue, in which the waiting ones are placed."""
+    """An engine with `RUNNING` running and `WAITING` waiting sequences."""
     runner = NullRunner(null_info(context=16384, blocks=65536), cost=cost, sleep=CLOCK.sleep)
     engine = EngineCore(
         [LoadedModel(runner, StepTime(cost, [0.02] * 16))],
@@ -97,10 +97,10 @@ def _engine(schedule: Callable[..., Plan], cost: StepCost) -> EngineCore:
         clock=CLOCK,
         emit=lambda events, stats: None,
     )
-    (lane,) = engine.models.values()
+    (model,) = engine.models.values()
     for ident in range(1, RUNNING + 1):
         engine.submit(_sequence(ident, engine, prompt=16))
-    while lane.queues.waiting:
+    while model.queues.waiting:
         engine.step()
     for ident in range(RUNNING + 1, RUNNING + WAITING + 1):
         engine.submit(_sequence(ident, engine))

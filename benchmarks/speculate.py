@@ -50,7 +50,7 @@ LIMITS = Limits(64, 512)
 WORDS = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
 ROWS = (1, 2, 3, 4, 5, 8)
 LONGEST = 64
-CONTEXT, SPOKEN = 2048, 128  # at most so many tokens in all, and of an answer to a prompt
+CONTEXT, MAX_ANSWER = 2048, 128  # tokens of prompt and answer, and of the answer
 
 
 class Gain(Struct, frozen=True):
@@ -82,23 +82,23 @@ class Verified(Struct, frozen=True):
     ratio: float
 
 
-class Heard:
+class TokenCounts:
     """Counts the output tokens, draft tokens and decode rows of an engine."""
 
     def __init__(self) -> None:
-        self.tokens = self.proposed = self.accepted = self.decodes = self.said = 0
+        self.tokens = self.proposed = self.accepted = self.decodes = self.emitted = 0
 
     def __call__(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         self.tokens += sum(event.token is not None for event in events)
         if stats is not None:
             self.proposed += stats.proposed
             self.accepted += stats.accepted
-            self.said += stats.decode_tokens
+            self.emitted += stats.decode_tokens
             self.decodes += stats.decode_tokens - stats.accepted
 
     def gain(self, what: str, answers: int, gain: float) -> Gain:
         accepted = self.accepted / self.proposed if self.proposed else 0.0
-        return Gain(what, answers, self.tokens, self.proposed, accepted, self.said / self.decodes, gain)
+        return Gain(what, answers, self.tokens, self.proposed, accepted, self.emitted / self.decodes, gain)
 
 
 class Reciter(NullRunner):
@@ -109,20 +109,19 @@ class Reciter(NullRunner):
         self.answers = answers
 
     def draw(self, seq: Sequence, ahead: int) -> Drawn:
-        answer, place = self.answers[seq.request.id], seq.output_len + ahead
-        return Drawn(answer[place] if place < len(answer) else 0)
+        answer, index = self.answers[seq.request.id], seq.output_len + ahead
+        return Drawn(answer[index] if index < len(answer) else 0)
 
 
-class Asked(NamedTuple):
-    """A first turn of MT-bench or Spec-Bench, a prompt of HumanEval, a question of GSM8K; `reference` is its
-    answer, where there is one."""
+class Question(NamedTuple):
+    """A question of MT-bench, Spec-Bench, HumanEval or GSM8K. `reference`: its answer, None if unknown."""
 
     category: str
     question: str
     reference: str | None
 
 
-def questions(path: Path) -> Iterator[Asked]:
+def questions(path: Path) -> Iterator[Question]:
     """The first question of each line of a file."""
     with gzip.open(path, "rt") as lines:
         for line in lines:
@@ -131,35 +130,37 @@ def questions(path: Path) -> Iterator[Asked]:
             answer = row.get("reference") or row.get("canonical_solution") or row.get("answer")
             answer = answer[0] if isinstance(answer, list) else answer
             reference = answer if isinstance(answer, str) and answer else None
-            yield Asked(row.get("category", path.name.split(".")[0]), question, reference)
+            yield Question(row.get("category", path.name.split(".")[0]), question, reference)
 
 
 def words(known: dict[str, int], text: str) -> list[int]:
-    """A word, or a run of signs, a token: about what a vocabulary of 150,000 does to English."""
+    """One token id for each word, number or run of signs, as a vocabulary of 150,000 splits English."""
     return [known.setdefault(word, len(known) + 1) for word in WORDS.findall(text)]
 
 
-def recite(asked: list[tuple[list[int], list[int]]], cost: StepCost, guess: bool) -> tuple[Heard, float]:
+def recite(
+    exchanges: list[tuple[list[int], list[int]]], cost: StepCost, speculate: bool
+) -> tuple[TokenCounts, float]:
     """Run each prompt and its answer alone, in order. Returns the counts and the seconds of virtual time."""
-    clock, heard = VirtualClock(), Heard()
-    runner = Reciter({ident: answer for ident, (_, answer) in enumerate(asked)}, cost, clock)
-    model = LoadedModel(runner, StepTime(cost), Speculation() if guess else None)
+    clock, counts = VirtualClock(), TokenCounts()
+    runner = Reciter({ident: answer for ident, (_, answer) in enumerate(exchanges)}, cost, clock)
+    model = LoadedModel(runner, StepTime(cost), Speculation() if speculate else None)
     engine = EngineCore(
-        [model], limits=LIMITS, schedule=SCHEDULES["fcfs"], clock=clock, emit=heard, share=False
+        [model], limits=LIMITS, schedule=SCHEDULES["fcfs"], clock=clock, emit=counts, share=False
     )
     seconds = 0.0
-    for ident, (prompt, answer) in enumerate(asked):
+    for ident, (prompt, answer) in enumerate(exchanges):
         sampling = Sampling(temperature=0.0, max_tokens=len(answer), ignore_eos=True)
         request = Request(id=ident, model="null", prompt=tuple(prompt), arrival=clock(), sampling=sampling)
-        seconds += decode(engine, request, heard, clock)
-    return heard, seconds
+        seconds += decode(engine, request, counts, clock)
+    return counts, seconds
 
 
-def decode(engine: EngineCore, request: Request, heard: Heard, clock: Callable[[], float]) -> float:
+def decode(engine: EngineCore, request: Request, counts: TokenCounts, clock: Callable[[], float]) -> float:
     """The seconds from the first token of an answer to its last."""
     engine.submit(Sequence.of(request, engine.models[request.model].runner.info.context))
-    before = heard.tokens
-    while heard.tokens == before:
+    before = counts.tokens
+    while counts.tokens == before:
         engine.step()
     started = clock()
     while engine.step() or not engine.idle:
@@ -168,7 +169,7 @@ def decode(engine: EngineCore, request: Request, heard: Heard, clock: Callable[[
 
 
 def replay(path: Path, cost: StepCost) -> dict[str, list[Gain]]:
-    """By tokenizer, then category; gains are of decoding, prompts apart."""
+    """The gains by tokenizer and category. They count only the time of decoding."""
     tokenizer = Tokenizer.from_file(str(DESK / "tokenizer.json"))
     known: dict[str, int] = {}
     ways = {
@@ -182,56 +183,58 @@ def replay(path: Path, cost: StepCost) -> dict[str, list[Gain]]:
             prompt, answer = encode(question), encode(reference or "")
             if prompt and len(answer) > 1:
                 by_category.setdefault(category, []).append((prompt, answer))
-        for category, asked in sorted(by_category.items()):
-            _, plain = recite(asked, cost, False)
-            heard, quick = recite(asked, cost, True)
-            result.setdefault(name, []).append(heard.gain(category, len(asked), plain / quick))
+        for category, exchanges in sorted(by_category.items()):
+            _, plain = recite(exchanges, cost, False)
+            counts, quick = recite(exchanges, cost, True)
+            result.setdefault(name, []).append(counts.gain(category, len(exchanges), plain / quick))
     return result
 
 
 def answer(
     path: Path, prompts: Path, quantise: Quantise | None, count: int, rounds: int
 ) -> dict[str, list[Gain]]:
-    """The first `count` prompts of each category, answered greedily, one at a time; gains are of decoding,
-    each answer's shortest time of `rounds`."""
+    """Answer the first `count` prompts of each category greedily, one at a time.
+
+    The gains count only the time of decoding, and of each answer the shortest of `rounds` runs.
+    """
     model = ModelConfig(name="m", path=str(path), quantise=quantise)
     config = EngineConfig(models=(model,), kv_bytes=2**28, context=CONTEXT, speculate="off")
-    text, heard = TextModel(path), Heard()
+    text, counts = TextModel(path), TokenCounts()
     (model,) = ModelLoader(config).models(LIMITS)
     engines = {
-        guess: EngineCore(
-            [LoadedModel(model.runner, model.times, Speculation() if guess else None)],
+        speculate: EngineCore(
+            [LoadedModel(model.runner, model.times, Speculation() if speculate else None)],
             limits=LIMITS,
             schedule=SCHEDULES["fcfs"],
             clock=time.monotonic,
-            emit=lambda events, stats: heard(events, stats),
+            emit=lambda events, stats: counts(events, stats),
             share=False,
         )
-        for guess in (False, True)
+        for speculate in (False, True)
     }
     by_category: dict[str, list[list[int]]] = {}
     for category, question, _ in questions(prompts):
         encoded = text.encode_chat([{"role": "user", "content": question}])
-        if len(encoded) < CONTEXT - SPOKEN:
+        if len(encoded) < CONTEXT - MAX_ANSWER:
             by_category.setdefault(category, []).append(encoded)
     ident, result = 0, list[Gain]()
-    for category, asked in sorted(by_category.items()):
+    for category, prompt_ids in sorted(by_category.items()):
         took: dict[bool, dict[int, float]] = {False: {}, True: {}}
-        guessed = Heard()
-        for number, prompt in list(enumerate(asked[:count])) * rounds:
-            for guess in (False, True):
-                heard, ident = guessed if guess else Heard(), ident + 1
+        speculated = TokenCounts()
+        for number, prompt in list(enumerate(prompt_ids[:count])) * rounds:
+            for speculate in (False, True):
+                counts, ident = speculated if speculate else TokenCounts(), ident + 1
                 request = Request(
                     id=ident,
                     model="m",
                     prompt=tuple(prompt),
                     arrival=time.monotonic(),
-                    sampling=Sampling(temperature=0.0, max_tokens=SPOKEN),
+                    sampling=Sampling(temperature=0.0, max_tokens=MAX_ANSWER),
                 )
-                seconds = decode(engines[guess], request, heard, time.monotonic)
-                took[guess][number] = min(seconds, took[guess].get(number, seconds))
+                seconds = decode(engines[speculate], request, counts, time.monotonic)
+                took[speculate][number] = min(seconds, took[speculate].get(number, seconds))
         gain = sum(took[False].values()) / sum(took[True].values())
-        result.append(guessed.gain(category, len(took[True]), gain))
+        result.append(speculated.gain(category, len(took[True]), gain))
         print(result[-1], file=sys.stderr)
     return {f"{path.name}, {quantise or 'as it is'}": result}
 
@@ -245,7 +248,7 @@ class Desk:
             models.append(ModelConfig(name="small", path=str(small)))
         config = EngineConfig(models=tuple(models), kv_bytes=2**28, context=2048, speculate="off")
         self.desk, *self._small = ModelLoader(config).models(LIMITS)
-        self.heard, self.next = Heard(), 0
+        self.counts, self.next = TokenCounts(), 0
         self.engine = self.engine_with(None)
 
     def engine_with(self, speculation: Speculation | None) -> EngineCore:
@@ -259,7 +262,7 @@ class Desk:
         )
 
     def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
-        self.heard(events, stats)
+        self.counts(events, stats)
 
     def ways(self) -> dict[str, EngineCore]:
         """An engine for each way of speculative decoding."""
@@ -271,7 +274,7 @@ class Desk:
         return {way: self.engine_with(speculation) for way, speculation in ways.items()}
 
     def run(self, prompts: list[list[int]], sampling: Sampling, batch: int) -> float:
-        """Answer all, `batch` at a time; the seconds it took."""
+        """Answer all prompts, `batch` at a time. Returns the seconds."""
         started = time.monotonic()
         for first in range(0, len(prompts), batch):
             for prompt in prompts[first : first + batch]:
@@ -287,10 +290,10 @@ class Desk:
 
 
 def desk(small: Path | None, rounds: int, count: int) -> dict[str, list[Gain]]:
-    """Held-out questions of every task, level 1; ways in turns, medians over the rounds."""
+    """The gains on held-out questions of level 1 of every task: medians over the rounds."""
     text = TextModel(DESK)
-    asked = [example for task in TASKS for example in held_out(task, 1, count)]
-    prompts = [text.encode_chat([dict(message) for message in example.messages]) for example in asked]
+    examples = [example for task in TASKS for example in held_out(task, 1, count)]
+    prompts = [text.encode_chat([dict(message) for message in example.messages]) for example in examples]
     model = Desk(small)
     settings = {
         "greedy, one at a time": (Sampling(temperature=0.0, max_tokens=LONGEST), 1),
@@ -301,17 +304,17 @@ def desk(small: Path | None, rounds: int, count: int) -> dict[str, list[Gain]]:
     for name, (sampling, batch) in settings.items():
         ways = model.ways()
         rates: dict[str, list[float]] = {way: [] for way in ways}
-        heard: dict[str, Heard] = {}
+        counts: dict[str, TokenCounts] = {}
         for _ in range(rounds + 1):
             for way, engine in ways.items():
                 model.engine = engine
-                model.heard = heard[way] = Heard()
+                model.counts = counts[way] = TokenCounts()
                 seconds = model.run(prompts, sampling, batch)
-                rates[way].append(model.heard.tokens / seconds)
+                rates[way].append(model.counts.tokens / seconds)
                 print(f"{name}, {way}: {rates[way][-1]:.0f} tokens/s", file=sys.stderr)
         rate = {way: median(each[1:]) for way, each in rates.items()}
         result[f"{name}, {rate['without']:.0f} tokens/s without"] = [
-            heard[way].gain(way, len(prompts), rate[way] / rate["without"]) for way in ways
+            counts[way].gain(way, len(prompts), rate[way] / rate["without"]) for way in ways
         ]
     return result
 
@@ -355,7 +358,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=("replay", "answer", "desk", "verify"))
     parser.add_argument("path", type=Path, nargs="?")
-    parser.add_argument("--prompts", type=Path, help="what a model is to answer")
+    parser.add_argument("--prompts", type=Path, help="JSON lines of questions for `answer`")
     parser.add_argument("--times", type=Path, default=TIMES, help="a step-time model, as JSON")
     parser.add_argument("--small", type=Path, help="a smaller model with desk's tokenizer")
     parser.add_argument("--quantise", choices=("int8", "int4"))

@@ -32,9 +32,9 @@ LONG = 99
 
 
 def main() -> None:
-    asked = _arguments()
+    options = _arguments()
     config = EngineConfig(
-        models=(ModelConfig(name="model", path=asked.model, quantise=asked.quantise),),
+        models=(ModelConfig(name="model", path=options.model, quantise=options.quantise),),
         context=4096,
         kv_bytes=2**30,
     )
@@ -42,23 +42,25 @@ def main() -> None:
     folder = cache_folder() / "step-times"
     times = known_times(loader.runners[0], LIMITS, machine=loader.machine, folder=folder)
     print(json.dumps({"machine": loader.machine, "cost": msgspec.to_builtins(times.cost)}))
-    for _ in range(asked.rounds):
+    for _ in range(options.rounds):
         for schedule in ("fcfs", "deadline"):
             fresh = StepTime(times.cost, list(times.errors))
             print(
-                json.dumps({"schedule": schedule} | _round(loader.runners[0], schedule, fresh, asked.itl_ms))
+                json.dumps(
+                    {"schedule": schedule} | _round(loader.runners[0], schedule, fresh, options.itl_ms)
+                )
             )
 
 
 def _round(runner: Runner, schedule: str, times: StepTime, itl_ms: float) -> dict[str, object]:
-    """Four streams to the end, the long prompt once each has said ten tokens. Gaps in ms, from then on."""
-    heard: dict[int, list[float]] = {}
+    """Run four streams, and send the long prompt when each has ten tokens. Report the gaps after it."""
+    times_of: dict[int, list[float]] = {}
 
     def emit(events: list[TokenEvent], stats: StepStats | None) -> None:
         now = time.monotonic()
         for event in events:
             if event.token is not None:
-                heard.setdefault(event.id, []).append(now)
+                times_of.setdefault(event.id, []).append(now)
 
     engine = EngineCore(
         [LoadedModel(runner, times)],
@@ -70,8 +72,8 @@ def _round(runner: Runner, schedule: str, times: StepTime, itl_ms: float) -> dic
     for ident in range(1, STREAMS + 1):
         engine.submit(_sequence(ident, 60, 400, Objective(ttft_ms=10_000, itl_ms=itl_ms)))
     sent = 0.0
-    while LONG not in heard:
-        if not sent and len(heard) == STREAMS and all(len(told) >= 10 for told in heard.values()):
+    while LONG not in times_of:
+        if not sent and len(times_of) == STREAMS and all(len(stamps) >= 10 for stamps in times_of.values()):
             sent = time.monotonic()
             engine.submit(_sequence(LONG, PROMPT, 2, Objective(ttft_ms=60_000)))
         engine.step()
@@ -80,8 +82,8 @@ def _round(runner: Runner, schedule: str, times: StepTime, itl_ms: float) -> dic
     while not engine.idle:
         engine.step()
     gaps = [
-        [(later - earlier) * 1e3 for earlier, later in pairwise(told) if later > sent]
-        for ident, told in sorted(heard.items())
+        [(later - earlier) * 1e3 for earlier, later in pairwise(stamps) if later > sent]
+        for ident, stamps in sorted(times_of.items())
         if ident != LONG
     ]
     every = [gap for stream in gaps for gap in stream]
@@ -89,7 +91,7 @@ def _round(runner: Runner, schedule: str, times: StepTime, itl_ms: float) -> dic
         "longest_gap_ms": [round(max(stream), 1) for stream in gaps],
         "p99_gap_ms": round(quantiles(every, n=100)[98], 1),
         "beyond": f"{sum(gap > itl_ms for gap in every)} of {len(every)}",
-        "long_ttft_s": round(heard[LONG][0] - sent, 2),
+        "long_ttft_s": round(times_of[LONG][0] - sent, 2),
         "model_error": round(times.error, 3),
     }
 

@@ -28,11 +28,11 @@ from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import StepCost, StepLoad
 from stretto.types import Objective, Request, Sampling, StepStats, TokenEvent
 
-CLIENTS = 8  # at most so many at once, each asking again after a pause
+CLIENTS = 8  # most requests at once
 SLOW = Objective(ttft_ms=20_000, itl_ms=500)
 
 
-class Seen(NamedTuple):
+class MeasuredStep(NamedTuple):
     """A step of the mixed load: its load, its milliseconds and the prediction just before it."""
 
     load: StepLoad
@@ -41,19 +41,19 @@ class Seen(NamedTuple):
 
 
 def main() -> None:
-    asked = _arguments()
+    options = _arguments()
     config = EngineConfig(
-        models=(ModelConfig(name="model", path=asked.model, quantise=asked.quantise),),
+        models=(ModelConfig(name="model", path=options.model, quantise=options.quantise),),
         context=4096,
         kv_bytes=2**30,
     )
     loader = ModelLoader(config)
     runner, limits = loader.runners[0], Limits(64, 512)
     started = time.perf_counter()
-    probes = [probe for probe in CALIBRATION_STEPS if fits(probe, runner, limits)]
-    model = calibrate(Calibrator(runner).run, probes)
+    possible = [step for step in CALIBRATION_STEPS if fits(step, runner, limits)]
+    model = calibrate(Calibrator(runner).run, possible)
     calibrated, took = model.cost, time.perf_counter() - started
-    steps: list[Seen] = []
+    steps: list[MeasuredStep] = []
 
     def emit(events: list[TokenEvent], stats: StepStats | None) -> None:
         pass
@@ -65,22 +65,22 @@ def main() -> None:
         clock=time.monotonic,
         emit=emit,
     )
-    (lane,) = engine.models.values()
+    (state,) = engine.models.values()
     observe = model.observe
 
     def watch(load: StepLoad, ms: float) -> None:
-        steps.append(Seen(load, ms, lane.history.times.cost(load)))
+        steps.append(MeasuredStep(load, ms, state.history.times.cost(load)))
         observe(load, ms)
 
     model.observe = watch  # type: ignore[method-assign]
-    _serve(engine, runner.info.vocab, asked.seconds)
+    _serve(engine, runner.info.vocab, options.seconds)
     whole = fit([(one.load, one.ms) for one in steps])
     report = {
         "machine": loader.machine,
         "kernels": runner.info.kernels,
         "calibration_s": round(took, 2),
         "calibrated": msgspec.to_builtins(calibrated),
-        "refined": msgspec.to_builtins(lane.history.times.cost),
+        "refined": msgspec.to_builtins(state.history.times.cost),
         "fitted": msgspec.to_builtins(whole),
         "steps": len(steps),
         "error_calibrated": _errors(steps, calibrated),
@@ -89,12 +89,12 @@ def main() -> None:
         "by_kind_refined": _by_kind(steps),
     }
     print(json.dumps(report, indent=2))
-    if asked.save:
-        asked.save.write_bytes(msgspec.json.format(msgspec.json.encode(whole)))
+    if options.save:
+        options.save.write_bytes(msgspec.json.format(msgspec.json.encode(whole)))
 
 
 def _serve(engine: EngineCore, vocab: int, seconds: float) -> None:
-    """A mixed load: prompts from 20 to 1,500 tokens, answers from 8 to 120, some alone and some together."""
+    """Serve a mixed load: prompts of 20 to 1,500 tokens and answers of 8 to 120, at random times."""
     rng, ident, until = Random(0), 0, time.monotonic() + seconds
     pause = 0.0
     while (now := time.monotonic()) < until:
@@ -116,15 +116,15 @@ def _serve(engine: EngineCore, vocab: int, seconds: float) -> None:
 
 
 def _active(engine: EngineCore) -> list[Sequence]:
-    (lane,) = engine.models.values()
-    return [*lane.queues.waiting, *lane.queues.running]
+    (state,) = engine.models.values()
+    return [*state.queues.waiting, *state.queues.running]
 
 
-def _errors(steps: list[Seen], cost: StepCost) -> dict[str, float]:
+def _errors(steps: list[MeasuredStep], cost: StepCost) -> dict[str, float]:
     return _spread([abs(one.ms / cost(one.load) - 1) for one in steps])
 
 
-def _by_kind(steps: list[Seen]) -> dict[str, dict[str, float]]:
+def _by_kind(steps: list[MeasuredStep]) -> dict[str, dict[str, float]]:
     kinds = {
         "decode alone": [one for one in steps if not one.load.prefill],
         "prompt alone": [one for one in steps if not one.load.decode],
@@ -146,7 +146,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--quantise", choices=["int8", "int4"])
     parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--save", type=Path, help="where to keep the fitted cost, as JSON")
+    parser.add_argument("--save", type=Path, help="write the fitted step-time model to this JSON file")
     return parser.parse_args()
 
 

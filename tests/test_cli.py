@@ -306,7 +306,7 @@ def test_doctor_reports_in_one_json_document(tmp_path: Path) -> None:
     done = stretto("doctor", str(tmp_path), "--json", STRETTO_THREADS="3")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
-    assert found["threads"] == {"value": 3, "why": "asked for"}
+    assert found["threads"] == {"value": 3, "why": "set by the user"}
     assert found["machine"]["memory"] > found["machine"]["available"] > 0
     assert found["device"]["value"] in ("cpu", "cuda")
     fit = found["model"]

@@ -114,7 +114,7 @@ def test_the_dtype_follows_checkpoint_device_and_instruction_set(
     checkpoint: str, isa: tuple[str, ...], device: str, dtype: str
 ) -> None:
     assert choose_dtype(machine(isa=isa), checkpoint, device=device).value == dtype
-    assert choose_dtype(machine(isa=isa), checkpoint, device=device, asked="float16").value == "float16"
+    assert choose_dtype(machine(isa=isa), checkpoint, device=device, requested="float16").value == "float16"
 
 
 def test_threads_are_physical_cores_within_the_quota() -> None:
@@ -122,7 +122,7 @@ def test_threads_are_physical_cores_within_the_quota() -> None:
     assert choose_threads(machine(cores=4, quota=2.5)).value == 2
     assert choose_threads(machine(cores=4, quota=0.5)).value == 1
     assert choose_threads(machine(cores=4, quota=16.0)).value == 4
-    assert choose_threads(machine(cores=4), asked=7).value == 7
+    assert choose_threads(machine(cores=4), requested=7).value == 7
 
 
 def test_the_device_is_cuda_when_it_is_usable() -> None:
@@ -154,18 +154,18 @@ def test_the_model_context_is_reduced_to_fit_with_a_reason() -> None:
     assert (choice.value.blocks, choice.value.context) == (768, 768 * 16)
     assert "cut from 131072 to 12288" in choice.why
     with pytest.raises(StartError, match="lower --context"):
-        choose_kv(shape(context=131072), 1024 * 2**20, asked_context=131072)
+        choose_kv(shape(context=131072), 1024 * 2**20, requested_context=131072)
 
 
 def test_a_requested_kv_cache_size_is_exact_or_an_error() -> None:
-    choice = choose_kv(shape(), 1024 * 2**20, asked_bytes=100 * 2**20, asked_context=512)
+    choice = choose_kv(shape(), 1024 * 2**20, requested_bytes=100 * 2**20, requested_context=512)
     assert (choice.value.blocks, choice.value.context) == (100, 512)
     with pytest.raises(StartError, match=r"is more than the 1\.00 GiB available"):
-        choose_kv(shape(), GIB, asked_bytes=2 * GIB)
+        choose_kv(shape(), GIB, requested_bytes=2 * GIB)
     with pytest.raises(StartError, match="beyond the model's own 1024"):
-        choose_kv(shape(), GIB, asked_context=2048)
+        choose_kv(shape(), GIB, requested_context=2048)
     with pytest.raises(StartError, match=r"needs 64\.0 MiB"):
-        choose_kv(shape(), GIB, asked_bytes=1000)
+        choose_kv(shape(), GIB, requested_bytes=1000)
 
 
 def test_weights_larger_than_memory_are_refused() -> None:

@@ -232,7 +232,6 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
             yield getattr(node, "name", "module"), text
 
 
-@pytest.mark.xfail(reason="not reached yet", strict=False)
 def test_no_docstring_ends_with_a_single_word_line():
     wrong = [
         f"{name}.{place}"

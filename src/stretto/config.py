@@ -239,8 +239,8 @@ def load(
         merged["api_keys"] = {key: "local"}
     for name, value in flags.items():
         merged |= _checked({name: value}, f"--{name.replace('_', '-')}", strict=False)
-    asked = ModelSettings(**_part(ModelSettings, merged))
-    merged["models"] = _named(asked)
+    settings = ModelSettings(**_part(ModelSettings, merged))
+    merged["models"] = _named(settings)
     return ServeConfig(**_part(ServeConfig, merged)), EngineConfig(**_part(EngineConfig, merged))
 
 
@@ -303,13 +303,13 @@ def _part(struct: type[Struct], merged: dict[str, Any]) -> dict[str, Any]:
     return {info.name: merged[info.encode_name] for info in fields(struct) if info.encode_name in merged}
 
 
-def _named(asked: ModelSettings) -> tuple[ModelConfig, ...]:
+def _named(settings: ModelSettings) -> tuple[ModelConfig, ...]:
     """The models with their names: NAME of `NAME=PATH`, or the directory's, or the hub id.
 
     Raises StartError when two have the same name.
     """
     models: list[ModelConfig] = []
-    for written in asked.models:
+    for written in settings.models:
         name, equals, path = written.partition("=")
         if not equals:
             path = written
@@ -318,5 +318,5 @@ def _named(asked: ModelSettings) -> tuple[ModelConfig, ...]:
             raise StartError(f"{written!r} names no model: write PATH or NAME=PATH")
         if name in {model.name for model in models}:
             raise StartError(f"two models are called {name}: give one of them another name, as NAME={path}")
-        models.append(ModelConfig(name=name, path=path, dtype=asked.dtype, quantise=asked.quantise))
+        models.append(ModelConfig(name=name, path=path, dtype=settings.dtype, quantise=settings.quantise))
     return tuple(models)

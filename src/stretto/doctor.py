@@ -75,7 +75,7 @@ def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
     available = probed.gpus[0].free if device.value == "cuda" else seen.available
     fit = None
     if model is not None and probed.stored is not None:
-        dtype = hardware.choose_dtype(seen, probed.stored.dtype, device=device.value, asked=model.dtype)
+        dtype = hardware.choose_dtype(seen, probed.stored.dtype, device=device.value, requested=model.dtype)
         own = device.value == "cpu" and probed.kernels.startswith("cpu-")
         fit = _fit(engine, model, probed.stored, available, dtype, _kv_dtype(engine, model, dtype, own))
     compiler = shutil.which("gcc")
@@ -132,7 +132,9 @@ def _kv_dtype(engine: EngineConfig, model: ModelConfig, dtype: Decision[str], ow
     """`own`: Stretto's C kernels run the model, not torch."""
     cached = hardware.CACHES if own and dtype.value in hardware.CACHES else frozenset[str]()
     quantised = model.quantise is not None
-    return hardware.choose_kv_dtype(dtype.value, quantised=quantised, asked=engine.kv_dtype, cached=cached)
+    return hardware.choose_kv_dtype(
+        dtype.value, quantised=quantised, requested=engine.kv_dtype, cached=cached
+    )
 
 
 def _token_bytes(stored: Stored, kv_dtype: str) -> int:
@@ -159,7 +161,7 @@ def _fit(
     try:
         hardware.check_fit(model.name, weights, available)
         kv = hardware.choose_kv(
-            shape, available - weights, asked_bytes=engine.kv_bytes, asked_context=engine.context
+            shape, available - weights, requested_bytes=engine.kv_bytes, requested_context=engine.context
         )
     except StartError as error:
         problem = error.message

@@ -1,7 +1,7 @@
 """A snapshot of the machine, and the decisions that follow from it: device, dtype, threads, KV memory.
 
-The engine decides and `stretto doctor` explains with the same functions. Each decision carries its reason.
-Nothing here imports torch, so what torch knows of CUDA is an argument.
+The engine and `stretto doctor` use the same functions. Each decision has a reason for the user. This module
+never imports torch: callers pass the facts about CUDA.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ GIB = 2**30
 
 
 class Machine(Struct, frozen=True, kw_only=True):
-    """What this process may use. `memory` and `available` are bytes, within the container's limit.
+    """Hardware that this process may use. `memory` and `available` are bytes, within the container's limit.
 
     `cores` counts the physical cores that the process may run on, `quota` the container's share in cores.
-    `gpus` names the NVIDIA devices of the driver, whether torch can use them or not.
+    `gpus` names the NVIDIA devices of the driver, even those that torch cannot use.
     """
 
     cpu: str
@@ -72,7 +72,7 @@ class Stored(Struct, frozen=True, kw_only=True):
 
 
 class Probed(Struct, frozen=True, kw_only=True):
-    """What only a process with torch can find out, about the machine and a checkpoint: `profiler.probe`."""
+    """Facts about the machine and a checkpoint that need torch. `stretto.profiler.probe` collects them."""
 
     cuda: bool
     isa: str
@@ -131,35 +131,35 @@ def snapshot(root: Path = Path("/")) -> Machine:
     )
 
 
-def cache_folder(asked: str = "") -> Path:
-    """The directory for what the next start reuses: `asked`, or that of the XDG Base Directory rules."""
-    if asked:
-        return Path(asked).expanduser()
+def cache_folder(requested: str = "") -> Path:
+    """The cache directory: `requested`, or the one of the XDG Base Directory Specification."""
+    if requested:
+        return Path(requested).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stretto"
 
 
-def packed_folder(asked: str = "") -> Path:
+def packed_folder(requested: str = "") -> Path:
     """The directory for quantised weights in the layout of the kernels."""
-    return cache_folder(asked) / "packed"
+    return cache_folder(requested) / "packed"
 
 
-def choose_device(asked: str, cuda_usable: bool) -> Decision[str]:
-    """The device to compute on. Raises StartError when CUDA is asked for and torch cannot use it."""
-    if asked == "cuda" and not cuda_usable:
+def choose_device(requested: str, cuda_usable: bool) -> Decision[str]:
+    """The device to compute on. Raises StartError when `requested` is `cuda` and torch cannot use it."""
+    if requested == "cuda" and not cuda_usable:
         raise StartError(
             "--device cuda: torch finds no usable CUDA device; run `stretto doctor`, or use --device cpu"
         )
-    if asked != "auto":
-        return Decision(asked, "asked for")
+    if requested != "auto":
+        return Decision(requested, "set by the user")
     if cuda_usable:
         return Decision("cuda", "a CUDA device is usable")
     return Decision("cpu", "no usable CUDA device")
 
 
-def choose_dtype(machine: Machine, checkpoint: str, *, device: str, asked: str = "auto") -> Decision[str]:
+def choose_dtype(machine: Machine, checkpoint: str, *, device: str, requested: str = "auto") -> Decision[str]:
     """The dtype to compute in, by torch's name. `checkpoint` is the dtype of the stored weights."""
-    if asked != "auto":
-        return Decision(asked, "asked for")
+    if requested != "auto":
+        return Decision(requested, "set by the user")
     if checkpoint not in ("bfloat16", "float16"):
         return Decision("float32", f"the checkpoint is {checkpoint}")
     if device != "cpu":
@@ -172,48 +172,50 @@ def choose_dtype(machine: Machine, checkpoint: str, *, device: str, asked: str =
     )
 
 
-def choose_kv_dtype(dtype: str, *, quantised: bool, asked: str, cached: frozenset[str]) -> Decision[str]:
+def choose_kv_dtype(dtype: str, *, quantised: bool, requested: str, cached: frozenset[str]) -> Decision[str]:
     """The dtype of the KV cache, for a model computed in `dtype`. The kernels can read `dtype` and `cached`.
 
-    Raises StartError when any other is asked for.
+    Raises StartError when `requested` is another dtype.
     """
-    if asked not in ("auto", dtype) and asked not in cached:
+    if requested not in ("auto", dtype) and requested not in cached:
         able = ", ".join(sorted(cached | {dtype}))
-        raise StartError(f"kv_dtype {asked}: the kernels of this model can only read {able}")
-    if asked != "auto":
-        return Decision(asked, "asked for")
+        raise StartError(f"kv_dtype {requested}: the kernels of this model can only read {able}")
+    if requested != "auto":
+        return Decision(requested, "set by the user")
     if quantised and "int8" in cached:
         return Decision("int8", "the weights are quantised, and that costs more quality than an int8 cache")
     return Decision(dtype, "the dtype that the model computes in")
 
 
-def choose_threads(machine: Machine, asked: int = 0) -> Decision[int]:
+def choose_threads(machine: Machine, requested: int = 0) -> Decision[int]:
     """The number of compute threads: the usable physical cores, or the container's quota if that is less."""
-    if asked:
-        return Decision(asked, "asked for")
+    if requested:
+        return Decision(requested, "set by the user")
     if machine.quota is not None and machine.quota < machine.cores:
         return Decision(max(1, int(machine.quota)), f"the container may use {machine.quota:g} cores")
     return Decision(machine.cores, "one per physical core this process may use")
 
 
 def choose_kv(
-    shape: KvShape, available: int, *, asked_bytes: int = 0, asked_context: int = 0
+    shape: KvShape, available: int, *, requested_bytes: int = 0, requested_context: int = 0
 ) -> Decision[KvPlan]:
     """The KV cache of one model, given the bytes that are `available` beside its weights.
 
     By default it takes a quarter of them, at most `max_running` full contexts, and more when one full context
-    needs it. The model's own context is cut to what fits. Raises StartError when `asked_bytes` or
-    `asked_context` does not fit.
+    needs it. The model's own context is cut to what fits. Raises StartError when `requested_bytes` or
+    `requested_context` does not fit.
     """
-    if asked_context > shape.context:
-        raise StartError(f"--context {asked_context} is beyond the model's own {shape.context} tokens")
-    context = asked_context or shape.context
+    if requested_context > shape.context:
+        raise StartError(f"--context {requested_context} is beyond the model's own {shape.context} tokens")
+    context = requested_context or shape.context
     one = -(-context // shape.block_size)
     most = int(available * KV_MOST) // shape.block_bytes
-    if asked_bytes:
-        if asked_bytes > available:
-            raise StartError(f"--kv-memory {gib(asked_bytes)} is more than the {gib(available)} available")
-        blocks, why = asked_bytes // shape.block_bytes, f"{gib(asked_bytes)} asked for"
+    if requested_bytes:
+        if requested_bytes > available:
+            raise StartError(
+                f"--kv-memory {gib(requested_bytes)} is more than the {gib(available)} available"
+            )
+        blocks, why = requested_bytes // shape.block_bytes, f"{gib(requested_bytes)} set by the user"
     else:
         share = int(available * KV_SHARE) // shape.block_bytes
         blocks, why = min(share, one * shape.max_running), f"a quarter of {gib(available)} available"
@@ -222,7 +224,7 @@ def choose_kv(
         elif blocks < one:
             blocks, why = min(one, most), "one full context"
     tokens = blocks * shape.block_size
-    if blocks < 1 or (asked_context and tokens < asked_context):
+    if blocks < 1 or (requested_context and tokens < requested_context):
         need, had = gib(one * shape.block_bytes), gib(blocks * shape.block_bytes)
         raise StartError(
             f"a context of {context} tokens needs {need} of KV memory, but there is only {had}:"
@@ -252,7 +254,7 @@ def process_age() -> float:
 
 
 def gib(size: int) -> str:
-    """A number of bytes as people read it: `512 KiB`, `23.4 MiB`, `1.50 GiB`."""
+    """A number of bytes as text: `512 KiB`, `23.4 MiB`, `1.50 GiB`."""
     if size >= GIB:
         return f"{size / GIB:.2f} GiB"
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"

@@ -73,7 +73,7 @@ def test_prompts_are_read_from_every_supported_file_format(tmp_path: Path) -> No
     [
         (b"ok\n{broken\n", r":2 is not JSON"),
         (b'{"text": "x"}', "has none of the fields"),
-        (b"\n\n", "holds no prompt"),
+        (b"\n\n", "has no prompt"),
         (b"\xff\xfe", "cannot read prompts"),
     ],
 )

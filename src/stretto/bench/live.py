@@ -1,7 +1,7 @@
 """Replays a recorded load against a real server in real time. Each request is sent at its recorded time.
 
-Deadlines are judged here, by when the client received each token, and count from the time at which a request
-was to be sent. Prompts are random tokens of the recorded lengths. They share beginnings where the trace does.
+A token is on time if the client received it by its deadline. Deadlines count from the recorded time of the
+request. Prompts are random tokens of the recorded lengths, with equal beginnings where the trace has them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OnDone = Callable[[Sample], None]
 
 
 class LoadedServer:
-    """One server and the model on it that is loaded."""
+    """A server under load, and the model that the requests use."""
 
     def __init__(self, client: Client, model: ServedModel) -> None:
         self._client = client

@@ -1,6 +1,6 @@
 """Loads a server with prompts from a file or with random tokens, at a rate or at a fixed concurrency.
 
-Everything random has a seed, so that a run can be repeated. Progress goes to a callback.
+All random values have a seed, so a run can be repeated. A callback gets the progress.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Load(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if (self.rate is None) == (self.concurrency is None):
-            raise StartError("give either --rate or --concurrency")
+            raise StartError("give exactly one of --rate and --concurrency")
         if self.prompts is None and self.endpoint == "chat":
             raise StartError(
                 "random token ids need the completions endpoint; give --prompts FILE to load chat"
@@ -143,7 +143,7 @@ def read_prompts(path: Path) -> list[LoadPrompt]:
         raise StartError(f"cannot read prompts from {path}: {error}") from error
     prompts = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise StartError(f"{path} holds no prompt; write one per line")
+        raise StartError(f"{path} has no prompt; write one per line")
     return prompts
 
 

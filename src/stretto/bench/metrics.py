@@ -1,7 +1,7 @@
 """The figures of a load test, computed from the times at which tokens arrived. No clock, no network.
 
 TTFT, TPOT, ITL, E2E and goodput are defined as in `vllm bench serve` and `sglang.benchmark.serving`. Where
-the two differ, the docstring says which one is followed.
+the two differ, the docstring names the one that Stretto follows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stretto.statistics import Spread, spread
 
 
 class Sample(Struct, frozen=True, kw_only=True):
-    """One request as the client saw it. All times are seconds of one clock.
+    """The client's measurements of one request. All times are seconds of one clock.
 
     `stamps`: when each event with text arrived. `ended`: when the last event with a choice arrived. `reason`:
     the finish_reason. `error`: the kind of failure, None for an answered request; `detail`: its message.
@@ -69,7 +69,7 @@ class GoodputLimits(Struct, frozen=True, kw_only=True, omit_defaults=True):
             try:
                 limits[f"{name}_ms"] = float(value)
             except ValueError:
-                raise StartError(f"--goodput: {part!r} is no limit; write it like ttft:200") from None
+                raise StartError(f"--goodput: {part!r} is not a limit; write it like ttft:200") from None
             if f"{name}_ms" not in cls.__struct_fields__ or not limits[f"{name}_ms"] > 0:
                 raise StartError(f"--goodput: {part!r} is wrong; limits are ttft, tpot and e2e, above 0 ms")
         return cls(**limits)

@@ -1,6 +1,6 @@
-"""Replayed traces as tables, and as one self-contained page with tables and plots.
+"""Formats replayed traces as tables, and as one HTML page with tables and plots.
 
-The page holds the plotting library, needs no network and follows the reader's light or dark theme.
+The page includes the plotting library, so it needs no network. It follows the browser's light or dark theme.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _section(report: ReplayReport, plots: Iterable[int]) -> str:
     facts = [
         f"{report.rate:.3g} requests/s over {report.duration_s:,.0f} s {where}",
         f"load 1 is {report.capacity:.3g} requests/s",
-        f"{report.wasted:.1%} of the computed tokens were for answers that came late or never",
+        f"{report.wasted:.1%} of the computed tokens were for answers that were late or not finished",
     ]
     if report.best_goodput:
         facts.append(f"no schedule can exceed {report.best_goodput['all']:.3g} on-time answers/s")
@@ -111,7 +111,7 @@ def _groups(outcomes: Sequence[RequestOutcome]) -> Iterator[tuple[str, list[Requ
 
 
 def _ttft(outcomes: Sequence[RequestOutcome]) -> PlotlyPart:
-    """The share of a tier's requests whose first token had come by then. One without a token never counts."""
+    """The cumulative share of a tier's requests by TTFT. A request without a token never adds to it."""
     lines = [
         _line(name, *_cumulative([one.first - one.request.arrival for one in group if one.count], len(group)))
         for name, group in _groups(outcomes)

@@ -1,6 +1,6 @@
-"""Reads public traces of LLM traffic as arrivals. The first line of a file decides which reader takes it.
+"""Reads public traces of LLM traffic as arrivals. The first line of a file determines its format.
 
-Files may be gzipped. An unknown file or an unreadable line is refused, because half a trace is another load.
+Files may be gzipped. A line that cannot be read is an error, because part of a trace is a different load.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stretto.errors import InvalidRequest
 from stretto.simulator.setting import Arrival
 
 T = TypeVar("T")
-Line = tuple[int, str]  # its number, from 1, and its text
+Line = tuple[int, str]  # the number, from 1, and the text
 AZURE = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 WINDOWS = ["client", "start_s", "rate_rps", "cv", "pattern", "param1", "param2"]
 MICROSECONDS = 1e6
@@ -35,7 +35,7 @@ MOST_TOKENS = 10**7
 def read(path: Path, *, requests: int | None = None, seed: int = 0) -> list[Arrival]:
     """The arrivals of a trace, in order and with the first at 0 seconds; at most `requests` of them.
 
-    `seed` draws what a trace holds only as distributions (ServeGen). Raises InvalidRequest that names the
+    `seed` is for a trace that records only distributions (ServeGen). Raises InvalidRequest that names the
     file and the line that cannot be read.
     """
     try:
@@ -44,7 +44,7 @@ def read(path: Path, *, requests: int | None = None, seed: int = 0) -> list[Arri
             lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
             first = next(lines, None)
             if first is None:
-                raise InvalidRequest(f"{path.name} is empty; a trace has a line for each request")
+                raise InvalidRequest(f"{path.name} is empty; write one line for each request")
             arrivals = list(islice(_reader(path, first[1])(path, first, lines, seed), requests))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path} cannot be read: {error}") from error

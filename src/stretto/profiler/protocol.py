@@ -1,6 +1,6 @@
-"""The messages of an engine process that is measured by itself: one line of JSON each way over a pipe.
+"""The messages between a benchmark and the engine process that it measures: lines of JSON over a pipe.
 
-The side that sends workloads needs no torch.
+The benchmark's side needs no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The process that measures an engine by itself: the real loop and runner, with workloads but no server.
+"""The process that measures an engine without a server: the real loop and runner, run by workloads.
 
 The first line of standard input is an `EngineConfig` (JSON). Each further line is a
 `stretto.profiler.protocol.Workload`, or empty for a profile of one step. Each gets one line as its answer.
@@ -33,8 +33,10 @@ PROFILE_PROMPT, PROFILE_STEPS = 512, 24
 
 
 class EngineProfiler:
-    """Measures one runner behind an engine's loop. Its steps verify no draft tokens, because random text
-    would measure how often a random model repeats itself."""
+    """Measures one runner behind an engine's loop.
+
+    Speculative decoding is off, because its gain on random text says nothing about real text.
+    """
 
     def __init__(self, runner: Runner, config: EngineConfig) -> None:
         self.runner = runner
@@ -153,7 +155,7 @@ def reply(value: msgspec.Struct) -> None:
 
 
 def main() -> None:
-    """Answer lines until the input ends. Exit code 1: it could not start; standard error says why."""
+    """Answer lines until the input ends. Exit code 1: it could not start; standard error has the reason."""
     end_with_parent()
     lines = sys.stdin.buffer
     given = msgspec.json.decode(lines.readline(), type=EngineConfig)

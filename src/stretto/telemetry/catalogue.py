@@ -1,7 +1,7 @@
-"""Every metric of a worker, once: type, name, help text and labels.
+"""The definition of every metric of a worker: type, name, help text and labels.
 
-`metrics` fills them. docs/metrics.md, docs/grafana.json and docs/rules.yaml name them, and a test compares.
-Labels take few values (tiers, loaded models, error codes) and never a value that a client makes up.
+`stretto.telemetry.metrics` updates them. A test compares them with docs/metrics.md, docs/grafana.json and
+docs/rules.yaml. A label has few values (tiers, models, error codes), never one that a client chooses.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ MODEL = ("model",)
 JUDGED = Metric(
     Counter,
     "stretto_judged_requests",
-    "Finished requests by what became of their objective: on_time, late, refused, failed, or cancelled (the "
+    "Finished requests by the outcome for their objective: on_time, late, refused, failed, or cancelled (the "
     "client left before a token was late). A request without an objective is on_time when it is answered. "
     "Attainment is on_time over all but cancelled.",
     ("tier", "model", "verdict"),
@@ -163,7 +163,7 @@ WAITING = Metric(Gauge, "stretto_waiting_sequences", "Sequences waiting for a st
 BLOCKS_FREE = Metric(Gauge, "stretto_kv_blocks_free", "Free blocks of the KV cache.", MODEL)
 BLOCKS = Metric(Gauge, "stretto_kv_blocks", "All blocks of the KV cache.", MODEL)
 
-# The worker, read when a scrape comes.
+# The worker, at the time of a scrape.
 OPEN = Metric(Gauge, "stretto_open_requests", "Requests being answered.")
 READY = Metric(Gauge, "stretto_engine_ready", "1 while the engine accepts requests, else 0.")
 DRAINING = Metric(Gauge, "stretto_draining", "1 while the worker shuts down, else 0.")

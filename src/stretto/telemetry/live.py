@@ -1,6 +1,6 @@
-"""The numbers of the live page: steps and finished requests of the last seconds, as one small snapshot.
+"""Statistics of the last seconds for the live page: one snapshot of steps and finished requests.
 
-Memory is bounded, and no token costs any work. The server sends the snapshot; nothing here knows HTTP.
+Memory is bounded. Work is per step and per request, never per token. This module knows no HTTP.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from stretto.types import Objective, StepStats
 WINDOW_S = 10.0
 KEPT_STEPS = 4096
 KEPT_REQUESTS = 1024
-GAPS_PER_REQUEST = 64  # A long answer must not outweigh many short ones, nor cost a long sort.
+GAPS_PER_REQUEST = 64  # bounds the weight of a long answer and the cost of sorting
 LISTED_STEPS = 120
 
 MedianP99 = tuple[float | None, float | None]
 
 
 class TierAttainment(Struct, frozen=True):
-    """One tier's requests on time, of all judged: since the start, and lately (in the window).
+    """One tier's requests on time and all that count for attainment: since the start and in the window.
 
-    `goodput`: requests on time per second of the window.
+    Names with `lately` are for the window. `goodput`: requests on time per second of the window.
     """
 
     on_time: int
@@ -93,7 +93,7 @@ class Recent:
             self._refused[request.outcome] += 1
 
     def snapshot(self, *, running: int, restarts: int, ready: bool) -> Live:
-        """The numbers now. `running`: open requests; at 0 the engine is idle, whatever its last step was."""
+        """The statistics now. `running`: open requests; if 0, the counts of the last step are outdated."""
         since = self._clock() - WINDOW_S
         steps = [stats for at, stats in self._steps if at >= since]
         requests = [request for at, request in self._requests if at >= since]

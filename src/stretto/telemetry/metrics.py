@@ -1,6 +1,6 @@
-"""Prometheus metrics of one worker: the objects that `catalogue` lists, and what is counted in them.
+"""Prometheus metrics of one worker: creates the metrics that `catalogue` lists, and counts in them.
 
-A request is counted when it ends, and steps in batches, so that no token costs a look-up of labels.
+It counts a request when it ends, and steps in batches, so no token costs a look-up of labels.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """The worker's state, which is read when a scrape comes."""
+    """The worker's state at the time of a scrape."""
 
     open_requests: int
     ready: bool

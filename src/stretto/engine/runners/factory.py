@@ -97,7 +97,7 @@ class ModelLoader:
             return NullRunner(null_info(name=model.name), cost=StepCost(base=model.null_ms), sleep=time.sleep)
         started, path = time.monotonic(), Path(model.path)
         spec = families.read(path)
-        dtype = choose_dtype(snapshot(), spec.dtype, device=self._device.type, asked=model.dtype).value
+        dtype = choose_dtype(snapshot(), spec.dtype, device=self._device.type, requested=model.dtype).value
         check_fit(model.name, _weight_bytes(path, spec.dtype, dtype), self._available())
         kernels, why = choose_kernels(self._device, getattr(torch, dtype), model.quantise)
         packs = model.quantise is not None and self._device.type == "cpu"
@@ -123,8 +123,9 @@ class ModelLoader:
 
     def _kv_dtype(self, decoder: Decoder, quantised: bool) -> torch.dtype:
         cached = frozenset(_named(dtype) for dtype in decoder.kernels.kv_dtypes)
-        asked = self._config.kv_dtype
-        choice = choose_kv_dtype(_named(decoder.dtype), quantised=quantised, asked=asked, cached=cached)
+        choice = choose_kv_dtype(
+            _named(decoder.dtype), quantised=quantised, requested=self._config.kv_dtype, cached=cached
+        )
         return getattr(torch, choice.value)
 
     def _store(self, path: Path, kernels: str) -> PackedCache | None:
@@ -175,8 +176,8 @@ class ModelLoader:
         kv = choose_kv(
             shape,
             self._available() // left,
-            asked_bytes=config.kv_bytes // len(config.models),
-            asked_context=config.context,
+            requested_bytes=config.kv_bytes // len(config.models),
+            requested_context=config.context,
         ).value
         return ModelInfo(
             name=model.name,
