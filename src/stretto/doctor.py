@@ -97,9 +97,10 @@ def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
 
 def sections(found: Diagnosis) -> list[FactSection]:
     """The diagnosis as titled sections with rows of name, value and reason."""
+    choices = {"device": found.device, "threads": found.threads, "kernels": found.kernels}
     return [
         ("This machine", _machine_rows(found)),
-        ("Choices", _choice_rows(found)),
+        ("Choices", [(name, str(choice.value), choice.why) for name, choice in choices.items()]),
         *([] if found.model is None else [(f"Model {found.model.name}", _model_rows(found.model))]),
         ("Software", [("python", found.python, ""), *((k, v, "") for k, v in found.versions.items())]),
     ]
@@ -201,14 +202,6 @@ def _machine_rows(found: Diagnosis) -> list[FactRow]:
             ("GPU", ", ".join(seen.gpus), "the installed torch cannot use it: it is built without CUDA")
         )
     return rows
-
-
-def _choice_rows(found: Diagnosis) -> list[FactRow]:
-    return [
-        ("device", found.device.value, found.device.why),
-        ("threads", str(found.threads.value), found.threads.why),
-        ("kernels", found.kernels.value, found.kernels.why),
-    ]
 
 
 def _model_rows(fit: ModelFit) -> list[FactRow]:

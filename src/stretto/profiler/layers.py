@@ -42,9 +42,12 @@ class LayerTimer:
     def __init__(self, decoder: Decoder) -> None:
         self._clock = time.perf_counter
         self._depth = 0
-        self._names = {id(packed): name for name, packed in _named(decoder.weights)}
+        self._names: dict[int, str] = {}
+        self.bytes: dict[str, int] = defaultdict(int)  # all experts count, though a step reads only some
+        for name, packed in _named(decoder.weights):
+            self._names[id(packed)] = name
+            self.bytes[name] += packed.nbytes
         self.seconds: dict[str, float] = defaultdict(float)
-        self.bytes = _bytes_by_name(decoder.weights)
         kernels = self._timed_table(decoder.kernels)
         self.decoder = Decoder(decoder.spec, kernels, decoder.weights, decoder.kv_dtype)
         self._token_bytes = decoder.cache_bytes_per_block(1)
@@ -119,11 +122,3 @@ def _named(weights: ModelWeights) -> list[tuple[str, Any]]:
             case MixtureOfExperts(router=router, experts=experts):
                 found += [("router", router), (EXPERTS, experts)]
     return found
-
-
-def _bytes_by_name(weights: ModelWeights) -> dict[str, int]:
-    """The bytes of each kind of layer. All experts count, although a step reads only the chosen ones."""
-    total: dict[str, int] = defaultdict(int)
-    for name, packed in _named(weights):
-        total[name] += packed.nbytes
-    return dict(total)
