@@ -200,7 +200,7 @@ def test_wrong_shapes_and_dtypes_are_refused_and_named(native: Native):
         table.prepare(batch, Cache([layer.half()]), Geometry((), ()))
 
 
-def levels_of(cache: Tensor) -> Tensor:
+def dequantised(cache: Tensor) -> Tensor:
     """Dequantise an int8 cache to float32. Each row ends with its float32 scale."""
     scales = cache[..., -4:].contiguous().view(torch.float32)
     return cache[..., :-4].float() * scales
@@ -232,7 +232,7 @@ def test_a_reduced_precision_cache_is_close_to_float32(
     plain = table.prepare(batch, exact, geometry)
     table.rope_and_cache(qkv.clone(), None, kind, exact.layers[0], plain)
     layer = cache.layers[0]
-    read = levels_of(layer) if kept == torch.int8 else layer.float()
+    read = dequantised(layer) if kept == torch.int8 else layer.float()
     peaks = exact.layers[0].abs().amax(-1, keepdim=True)
     steps = peaks / 127 if kept == torch.int8 else peaks / 128
     assert bool(((read - exact.layers[0]).abs() <= steps * 0.51 + 1e-6).all())

@@ -31,7 +31,7 @@ def run(native: Native, x: Tensor, packed: PackedLinear) -> Tensor:
     return CpuTable(native, None).linear(x, packed)
 
 
-def largest_level(native: Native, packed: PackedLinear) -> int:
+def largest_activation(native: Native, packed: PackedLinear) -> int:
     """The largest quantised activation: up to 16 bits on AVX2 with int8 weights, less for large groups."""
     if native.level == "avx2" and packed.format == "int8":
         return min(2**15 - 1, (2**31 - 1) // (127 * packed.group))
@@ -82,7 +82,7 @@ def test_quantised_linear_equals_integer_sums_in_torch(
     for m in ROWS:
         x = drawn(m, k, seed=2)
         pad = -k % packed.group
-        most = largest_level(native, packed)
+        most = largest_activation(native, packed)
         levels, scales = quantised(x, packed.group, pad, most)
         approximate = (levels.double() * scales[..., None].double()).flatten(1)[:, :k]
         wanted = approximate @ kept.double().T + bias

@@ -44,7 +44,7 @@ CHOSEN = FAMILIES if GPU else ["qwen3", "mixtral"]
 LAYERS = {} if GPU else {"num_hidden_layers": 1}
 
 
-class Instant:
+class CompletedEvent:
     """A CUDA event that has always completed."""
 
     def record(self) -> None: ...
@@ -58,7 +58,7 @@ class Interpreted(cuda.CudaRunner):
     def _capture(self, captured: cuda.Captured) -> None: ...
 
 
-class Far(Driver):
+class DeviceDriver(Driver):
     """A driver that copies its batches to the device."""
 
     def batch(self, work: list[tuple[Text, int]], outputs: list[int] | None = None) -> Batch:
@@ -117,7 +117,7 @@ class Bench:
 @pytest.fixture(autouse=True)
 def events(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
-        monkeypatch.setattr(torch.cuda, "Event", Instant)
+        monkeypatch.setattr(torch.cuda, "Event", CompletedEvent)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None
     tokens = [3 + 7919 * i % (VOCAB - 3) for i in range(50 if GPU else 14)]
     wanted = expected(model, tokens)
     for chunk in (len(tokens), 9, 1) if GPU else (13,):
-        found = Far(decoder).read(tokens, chunk).cpu()
+        found = DeviceDriver(decoder).read(tokens, chunk).cpu()
         assert torch.isfinite(found).all()
         assert (found - wanted).norm() / wanted.norm() <= tolerance
 
