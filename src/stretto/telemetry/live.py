@@ -27,13 +27,13 @@ MedianP99 = tuple[float | None, float | None]
 class TierAttainment(Struct, frozen=True):
     """One tier's requests on time and all that count for attainment: since the start and in the window.
 
-    Names with `lately` are for the window. `goodput`: requests on time per second of the window.
+    Names with `recent` are for the window. `goodput`: requests on time per second of the window.
     """
 
     on_time: int
     judged: int
-    lately_on_time: int
-    lately_judged: int
+    recent_on_time: int
+    recent_judged: int
     goodput: float
 
 

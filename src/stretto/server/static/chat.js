@@ -1,5 +1,5 @@
-/** The playground: a conversation, what is asked of each answer, and how it kept to it. */
-import { $, element, events, headers, refusal, spoken } from "./stream.js";
+/** The playground: a conversation, the objective of each answer, and its timing. */
+import { $, element, events, headers, refusal, duration } from "./stream.js";
 import { graph } from "./timing.js";
 
 const history = [];
@@ -7,7 +7,7 @@ const drawn = [];
 let running = null;
 let objectives = {};
 
-/** What each tier asks where the request says nothing; the live stream tells. */
+/** The default objective of each tier, from the live stream. */
 export function learn(tiers) {
   objectives = tiers;
   const usual = objectives[$("tier").value] ?? {};
@@ -27,13 +27,13 @@ function turn(who, text) {
 }
 
 function objective() {
-  const asked = {};
+  const limits = {};
   for (const name of ["ttft", "itl", "total"]) {
     const value = parseFloat($(name).value);
-    if (value > 0) asked[`${name}_ms`] = value;
+    if (value > 0) limits[`${name}_ms`] = value;
   }
-  if ($("miss").value) asked.on_miss = $("miss").value;
-  return asked;
+  if ($("miss").value) limits.on_miss = $("miss").value;
+  return limits;
 }
 
 function request() {
@@ -51,7 +51,7 @@ function request() {
   };
 }
 
-/** The facts under an answer: what it took, and whether that was in time. */
+/** The facts below an answer: its timing, its tokens, and whether it was on time. */
 function facts(report, usage, tier, seconds) {
   const list = element("dl", "facts");
   const add = (name, value, kind = "") => {
@@ -61,9 +61,9 @@ function facts(report, usage, tier, seconds) {
   };
   if (report?.on_time != null) add("verdict", report.on_time ? "On time" : "Late", report.on_time ? "good" : "bad");
   if (tier) add("tier", tier);
-  if (report?.queue_ms != null) add("waited", spoken(report.queue_ms));
-  if (report?.ttft_ms != null) add("first token", spoken(report.ttft_ms));
-  if (report?.itl_p99_ms != null) add("gap, p99", spoken(report.itl_p99_ms));
+  if (report?.queue_ms != null) add("queue time", duration(report.queue_ms));
+  if (report?.ttft_ms != null) add("first token", duration(report.ttft_ms));
+  if (report?.itl_p99_ms != null) add("gap, p99", duration(report.itl_p99_ms));
   if (usage) add("tokens", `${usage.completion_tokens}`);
   if (usage && seconds > 0) add("tokens/s", (usage.completion_tokens / seconds).toFixed(0));
   return list;
@@ -71,12 +71,12 @@ function facts(report, usage, tier, seconds) {
 
 /** Draws an answer's timing as it grows, at most once a frame, and again when the page changes its width. */
 function plotter(shown) {
-  const asked = { ...objectives[$("tier").value], ...objective() };
+  const limits = { ...objectives[$("tier").value], ...objective() };
   const arrivals = [];
   let now = null, frame = 0;
   const draw = () => {
     frame = 0;
-    const next = graph(arrivals, asked, Math.max(240, shown.box.clientWidth));
+    const next = graph(arrivals, limits, Math.max(240, shown.box.clientWidth));
     if (now) now.replaceWith(next); else shown.body.after(next);
     now = next;
   };
@@ -134,7 +134,7 @@ async function answer(shown) {
   return text;
 }
 
-/** What went wrong, and a way to try again once the server says it may be worth it. */
+/** Shows an error, and a button that sends the request again after the server's `Retry-After`. */
 function failed(shown, error) {
   shown.box.classList.add("failed");
   const note = element("p", "problem", error instanceof TypeError ? "The server cannot be reached." : error.message);
@@ -149,7 +149,7 @@ function failed(shown, error) {
   wait();
   retry.addEventListener("click", () => {
     if (running) return;
-    history.length = shown.asked;
+    history.length = shown.turnsBefore;
     shown.box.remove();
     reply();
   });
@@ -162,7 +162,7 @@ async function reply() {
   running = new AbortController();
   $("send").textContent = "Stop";
   const shown = turn("assistant", "");
-  shown.asked = history.length;
+  shown.turnsBefore = history.length;
   shown.box.classList.add("awaited");
   shown.box.setAttribute("aria-busy", "true");
   try {

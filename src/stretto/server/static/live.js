@@ -1,5 +1,5 @@
-/** The live view: what the server's one stream says now, and the last minutes of it. */
-import { $, element, events, headers, refusal, spoken } from "./stream.js";
+/** The live view: the statistics of the server's stream, now and over the last minutes. */
+import { $, element, events, headers, refusal, duration } from "./stream.js";
 
 const KEPT = 600;
 const RETRY_MS = 1500;
@@ -13,7 +13,7 @@ const number = (value) => (value == null ? "–" : value >= 10_000 ? `${(value /
 const percent = (share) => (share == null ? "–" : `${+(share * 100).toFixed(share > 0.99 ? 2 : 1)} %`);
 const line = (name, pick, colour, rest = {}) => ({ name, pick, colour, ...rest });
 
-/** Each graph: its title, what it says in words, and its lines over time; `x` replaces time. */
+/** The graphs: title, a summary in words, and lines over time. `x` replaces time. */
 const GRAPHS = [
   { id: "ttft", title: "Time to first token", unit: "ms", words: (now) => pair(now.ttft_ms),
     lines: [line("p50", (now) => now.ttft_ms[0], "one"), line("p99", (now) => now.ttft_ms[1], "two")] },
@@ -25,7 +25,7 @@ const GRAPHS = [
     lines: [line("running", (now) => now.running, "one", { fill: true }), line("waiting", (now) => now.waiting, "bad")] },
   { id: "blocks", title: "KV blocks in use", words: (now) => (now.blocks_total ? `${number(now.blocks_used)} of ${number(now.blocks_total)}` : "none"),
     lines: [line("in use", (now) => now.blocks_used, "one", { fill: true })] },
-  { id: "steps", title: "Tokens in a step", words: (now) => `${number(now.step_tokens[0])} decode, ${number(now.step_tokens[1])} prefill; ${spoken(now.step_ms[0])}`,
+  { id: "steps", title: "Tokens in a step", words: (now) => `${number(now.step_tokens[0])} decode, ${number(now.step_tokens[1])} prefill; ${duration(now.step_ms[0])}`,
     lines: [line("decode", (now) => now.step_tokens[0], "one", { stack: "step" }), line("prefill", (now) => now.step_tokens[1], "two", { stack: "step" })] },
   { id: "error", title: "Step-time model's error", unit: "%", words: (now) => (now.model_error == null ? "nothing to compare" : `${percent(now.model_error)}, median`),
     lines: [line("median", (now) => (now.model_error == null ? null : now.model_error * 100), "one")] },
@@ -35,7 +35,7 @@ const GRAPHS = [
 ];
 
 const sum = (now, field) => Object.values(now.tiers).reduce((all, tier) => all + tier[field], 0);
-const pair = (values) => (values[0] == null ? "none lately" : `${spoken(values[0])} p50, ${spoken(values[1])} p99`);
+const pair = (values) => (values[0] == null ? "no data" : `${duration(values[0])} p50, ${duration(values[1])} p99`);
 
 function lay() {
   for (const tier of TIERS) {
@@ -65,7 +65,7 @@ function words(now) {
     box.querySelector(".share").textContent = percent(share);
     box.querySelector("meter").value = share ?? 0;
     box.querySelector(".small").textContent = !kept ? "no requests yet"
-      : `on time, of ${kept.judged.toLocaleString("en")}` + (kept.lately_judged ? `; lately ${percent(kept.lately_on_time / kept.lately_judged)}` : "");
+      : `on time, of ${kept.judged.toLocaleString("en")}` + (kept.recent_judged ? `; last 10 s ${percent(kept.recent_on_time / kept.recent_judged)}` : "");
   }
   for (const graph of GRAPHS) $(`graph-${graph.id}`).querySelector(".words").textContent = graph.words(now);
   const refused = Object.entries(now.refused).map(([reason, count]) => `${count} ${reason.replaceAll("_", " ")}`).join(", ");
@@ -131,7 +131,7 @@ function later() {
   if (!drawing) drawing = requestAnimationFrame(draw);
 }
 
-/** plotly.js is large: it is fetched when the view is first looked at, and the numbers do not wait for it. */
+/** Loads plotly.js, which is large, when the view is first shown. The numbers do not wait for it. */
 export function open() {
   if (told === null) {
     told = "loading";
@@ -152,8 +152,8 @@ function keep(now) {
   if (times.length > KEPT) { times.shift(); past.shift(); }
 }
 
-/** Follows the stream for as long as the page is open, and again when the server comes back; `report(now,
- * problem)` hears of each word of it. */
+/** Reads the stream while the page is open, and reconnects after an error. Each event and each error calls
+ * `report(now, problem)`. */
 export async function follow(report) {
   lay();
   for (;;) {

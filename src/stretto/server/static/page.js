@@ -1,4 +1,4 @@
-/** Wires the page: its two views, its colours, and what the live stream says of the server. */
+/** Wires the page: its two views, its colours, and the state of the server from the live stream. */
 import { learn, models, start } from "./chat.js";
 import { follow, open, redraw } from "./live.js";
 import { $ } from "./stream.js";

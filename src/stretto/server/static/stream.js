@@ -1,4 +1,4 @@
-/** Reading what the server streams. */
+/** Reads the server's streams. */
 
 /** The JSON of each server-sent event of a response, until [DONE]. */
 export async function* events(response) {
@@ -17,7 +17,7 @@ export async function* events(response) {
   }
 }
 
-/** A refusal as an Error: `seconds` says when to try again, where the server says so. */
+/** A refusal as an Error. `seconds`: the server's `Retry-After`, if any. */
 export async function refusal(response) {
   const body = await response.json().catch(() => null);
   const error = new Error(body?.error?.message ?? `The server answered ${response.status}.`);
@@ -40,8 +40,8 @@ export function headers() {
   return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
-/** Milliseconds as one would say them. */
-export function spoken(ms) {
+/** Milliseconds as text: `23 ms`, `1.5 s`. */
+export function duration(ms) {
   if (ms == null) return "–";
   return ms >= 10_000 ? `${(ms / 1000).toFixed(0)} s` : ms >= 1000 ? `${(ms / 1000).toFixed(1)} s`
     : ms >= 10 ? `${ms.toFixed(0)} ms` : `${ms.toFixed(1)} ms`;
