@@ -6,10 +6,11 @@ models or machines can ask without asking the engine.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections.abc import Mapping
 from itertools import islice
 from math import inf
+from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -17,7 +18,8 @@ from msgspec import Struct
 
 from stretto.config import Tier
 from stretto.deadlines import Deadline
-from stretto.engine.scheduler.estimate import Estimate, PromptWork
+from stretto.engine.scheduler.estimate import Estimate
+from stretto.engine.scheduler.moore_hodgson import Job
 from stretto.engine.scheduler.types import SchedulingContext, tier_weight
 from stretto.engine.sequence import TIMED
 from stretto.types import Request
@@ -33,7 +35,7 @@ class Snapshot(Struct, frozen=True, kw_only=True, array_like=True):
     newest: int  # the id of the newest request that it includes
     estimate: Estimate
     context: int  # keys that a step reads for the streams
-    prompts: tuple[PromptWork, ...]  # by falling weight, then deadline
+    prompts: dict[float, list[Job]]  # by falling weight, then deadline; their work is in ms
     inflow: dict[float, float]  # for each weight, the share of the time that heavier arrivals take
     lengths: dict[str, int]  # tokens of a long answer, by tier
 
@@ -53,19 +55,19 @@ class Outlook:
     def __init__(self, tiers: Mapping[str, Tier]) -> None:
         self._tiers = tiers
         self._seen: Snapshot | None = None
-        self._sent: list[tuple[int, PromptWork]] = []
+        self._sent: list[tuple[int, float, Job]] = []  # id, weight, prompt
 
     def see(self, seen: Snapshot) -> None:
         """Take over a snapshot, and keep only what was sent after it."""
         self._seen = seen
-        self._sent = [(ident, work) for ident, work in self._sent if ident > seen.newest]
+        self._sent = [one for one in self._sent if one[0] > seen.newest]
 
     def sent(self, request: Request) -> None:
         """Record that a request is on its way to the engine."""
         due, seen = Deadline.of(request.arrival, request.objective).of_token(0), self._seen
         if seen is not None and due < inf and len(self._sent) < MAX_PROMPTS:
             ms = seen.estimate.cost.prefill(0, len(request.prompt))
-            self._sent.append((request.id, PromptWork(tier_weight(self._tiers, request.tier), due, ms)))
+            self._sent.append((request.id, tier_weight(self._tiers, request.tier), (due, ms, 0.0)))
 
     def forecast(self, request: Request, now: float) -> Forecast | None:
         """What would become of the request if it were sent now; None before the first snapshot."""
@@ -73,8 +75,10 @@ class Outlook:
         if seen is None:
             return None
         if self._sent:
-            prompts = sorted([*seen.prompts, *(work for _, work in self._sent)], key=_order)
-            seen = msgspec.structs.replace(seen, prompts=tuple(prompts))
+            prompts = {weight: list(jobs) for weight, jobs in seen.prompts.items()}
+            for _, weight, job in self._sent:
+                insort(prompts.setdefault(weight, []), job, key=_deadline)
+            seen = msgspec.structs.replace(seen, prompts=dict(sorted(prompts.items(), reverse=True)))
         return predict(request, seen, tier_weight(self._tiers, request.tier), now)
 
     def work_ms(self, request: Request) -> float:
@@ -98,14 +102,11 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
     streams = [seq for seq in timed if seq.deadline.emitted]
     waiting = (seq for seq in queues.waiting if seq.rank.group <= TIMED and seq.deadline.next < inf)
     prompts = [*(seq for seq in timed if not seq.deadline.emitted), *islice(waiting, MAX_PROMPTS)]
-    work = [
-        PromptWork(
-            tier_weight(tiers, seq.request.tier),
-            seq.deadline.next,
-            cost.prefill(seq.kv.computed, seq.length - seq.kv.computed),
-        )
-        for seq in prompts
-    ]
+    weights = sorted({0.0, *(tier.weight for tier in tiers.values())}, reverse=True)
+    jobs: dict[float, list[Job]] = {weight: [] for weight in weights}
+    for seq in sorted(prompts, key=lambda seq: seq.deadline.next):
+        ms = cost.prefill(seq.kv.computed, seq.length - seq.kv.computed)
+        jobs[tier_weight(tiers, seq.request.tier)].append((seq.deadline.next, ms, 0.0))
     estimate = Estimate(
         cost=cost,
         margin=times.margin,
@@ -113,13 +114,12 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         itl_ms=min((seq.deadline.target_itl_s for seq in streams), default=inf) * 1e3,
         load=sum(cost.row(seq.length) / seq.deadline.target_itl_s for seq in streams) / 1e3,
     )
-    weights = {0.0, *(tier.weight for tier in tiers.values())}
     return Snapshot(
         now=context.now,
         newest=newest,
         estimate=estimate,
         context=sum(seq.length for seq in streams),
-        prompts=tuple(sorted(work, key=_order)),
+        prompts=jobs,
         inflow={weight: context.history.arrivals.above(weight) for weight in weights},
         lengths={name: context.history.lengths.predict(name) for name in tiers},
     )
@@ -131,30 +131,33 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     It is feasible when the scheduler would not defer it, the streams would keep their pace, and the whole
     answer (of a long one's length for its tier) would be on time.
     """
-    cost, deadline, length = (
-        seen.estimate.cost,
-        Deadline.of(request.arrival, request.objective),
-        len(request.prompt),
-    )
-    ms, due = cost.prefill(0, length), deadline.of_token(0)
-    own = PromptWork(weight, due, ms + cost.base)  # it may wait for a step, so of equals it is deferred first
-    place = bisect_right(seen.prompts, _order(own), key=_order)
-    prompts = [*seen.prompts[:place], own, *seen.prompts[place:]]
-    itl_ms = deadline.itl_s * 1e3
-    deferral = seen.estimate.defer(prompts, lambda weight: seen.inflow.get(weight, 0.0), now, itl_ms)
+    estimate, length = seen.estimate, len(request.prompt)
+    deadline = Deadline.of(request.arrival, request.objective)
+    cost, itl_ms, heavier = estimate.cost, deadline.itl_s * 1e3, seen.inflow.get(weight, 0.0)
+    prefill_ms, due = cost.prefill(0, length), deadline.of_token(0)
+    own_ms = prefill_ms + cost.base  # it may wait for a step, so of equals it is deferred first
+    # Lighter prompts cannot delay it, so they are left out.
+    groups = {other: jobs for other, jobs in seen.prompts.items() if other > weight}
+    jobs = seen.prompts.get(weight, [])
+    place = bisect_right(jobs, due, key=_deadline)
+    groups[weight] = [*jobs[:place], (due, own_ms, 0.0), *jobs[place:]]
+    deferral = estimate.defer(groups, lambda weight: seen.inflow.get(weight, 0.0), now, itl_ms)
     begin, pace = deferral.groups[weight]
-    before = [index for index in range(place) if prompts[index].weight == weight]
-    start = begin + sum(prompts[index].ms for index in before if index not in deferral.late_by) / pace
-    first_token = start + own.ms / pace
-    step_s = cost.decodes(seen.estimate.streams + 1, seen.context + length) / 1e3
+    first = sum(map(len, groups.values())) - len(groups[weight])
+    ahead = sum(ms for index, (_, ms, _) in enumerate(jobs[:place], first) if index not in deferral.late_by)
+    start = begin + ahead / pace
+    first_token = start + own_ms / pace
+    step_s = cost.decodes(estimate.streams + 1, seen.context + length) / 1e3
     last_token = first_token + (_tokens(request, seen) - 1) * step_s
-    excess = max(deferral.late_by.get(place, 0.0), first_token - due, last_token - deadline.whole, 0.0)
-    alone = not seen.estimate.streams and not seen.prompts
-    if not alone and not seen.estimate.bears(length, itl_ms, seen.inflow.get(weight, 0.0)):
+    excess = max(
+        deferral.late_by.get(first + place, 0.0), first_token - due, last_token - deadline.whole, 0.0
+    )
+    alone = not estimate.streams and not any(seen.prompts.values())
+    if not alone and not estimate.bears(length, itl_ms, heavier):
         excess = max(excess, SOONEST_S)
     retry_after = 0.0
     if excess > 0:
-        retry_after = inf if now + ms / 1e3 > due else max(excess, SOONEST_S)
+        retry_after = inf if now + prefill_ms / 1e3 > due else max(excess, SOONEST_S)
     return Forecast(
         queue_ms=(start - request.arrival) * 1e3,
         ttft_ms=(first_token - request.arrival) * 1e3,
@@ -169,5 +172,4 @@ def _tokens(request: Request, seen: Snapshot) -> int:
     return max(usual if wanted is None else min(wanted, usual), 1)
 
 
-def _order(work: PromptWork) -> tuple[float, float]:
-    return -work.weight, work.deadline
+_deadline = itemgetter(0)

@@ -13,7 +13,7 @@ from itertools import repeat
 from math import inf
 from operator import attrgetter
 
-from stretto.engine.scheduler.estimate import Estimate, PromptWork, step_limit
+from stretto.engine.scheduler.estimate import Estimate, step_limit
 from stretto.engine.scheduler.moore_hodgson import Job, tardy_jobs
 from stretto.engine.scheduler.plan_builder import PlanBuilder
 from stretto.engine.scheduler.types import Plan, Queues, Row, SchedulingContext, tier_weight
@@ -151,15 +151,21 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
     running = Running()
     streams, starts, tightest, itl_s, needs = running.streams, running.starts, inf, inf, 0
     per_decode, per_key, load = builder.cost.per_decode, builder.cost.per_key, 0.0
-    now, size = builder.context.now, builder.context.pool.size
+    now, size, best_effort = builder.context.now, builder.context.pool.size, running.best_effort
     for seq in builder.context.queues.running:
-        at, deadline = seq.kv.computed, seq.deadline
+        at, rank = seq.kv.computed, seq.rank
         left = seq.remaining if seq.in_flight else len(seq.tokens) - at
         if left == 0 or (expired and seq in expired):
             continue
-        latest = deadline.latest
-        if seq.rank.group != TIMED or deadline.late or (latest < now and deadline.next < now):
-            _sort_best_effort(builder, running, seq)
+        deadline, timed = seq.deadline, rank.group == TIMED
+        if not timed or deadline.late or (deadline.latest < now and deadline.next < now):
+            if timed:
+                rank = _best_effort_rank(builder, seq, now)
+                builder.plan.place.append((seq, rank))
+            if left == 1:
+                best_effort.append(seq)
+            else:
+                running.partial_prefills.append((rank, seq))
             continue
         target = deadline.target_itl_s
         if target < itl_s:
@@ -167,8 +173,8 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
         if left == 1:
             streams.append(seq)
             starts.append(at)
-            if latest < tightest:
-                tightest = latest
+            if deadline.latest < tightest:
+                tightest = deadline.latest
             load += (per_decode + per_key * at) / target
             if at % size == 0:
                 needs += 1
@@ -177,18 +183,6 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
     running.tightest, running.shortest_itl_s, running.load = tightest, itl_s, load / 1e3
     running.context, running.needs = sum(starts) + len(starts), needs
     return running
-
-
-def _sort_best_effort(builder: PlanBuilder, running: Running, seq: Sequence) -> None:
-    """One without a deadline, or one that has just become late."""
-    rank = seq.rank
-    if rank.group == TIMED:
-        rank = _best_effort_rank(builder, seq, builder.context.now)
-        builder.plan.place.append((seq, rank))
-    if seq.remaining == 1:
-        running.best_effort.append(seq)
-    else:
-        running.partial_prefills.append((rank, seq))
 
 
 def _run_streams(builder: PlanBuilder, running: Running, *, pressed: bool) -> None:
@@ -229,7 +223,7 @@ def _run_crowded(builder: PlanBuilder, running: Running) -> None:
     jobs: list[Job] = [
         (_latest(seq, base), ms * builder.margin / 1e3, 0.0) for seq, ms in zip(streams, rows, strict=True)
     ]
-    tardy = tardy_jobs(jobs, base)
+    tardy, _ = tardy_jobs(jobs, base)
     running.best_effort += [streams[index] for index in tardy]
     for index, seq in enumerate(streams):
         if index in tardy:
@@ -257,17 +251,19 @@ def _owed_now(builder: PlanBuilder, best_effort: list[Sequence]) -> float:
 
 def _defer(builder: PlanBuilder, prompts: list[Placed], estimate: Estimate) -> dict[Sequence, float]:
     """The prompts that must be deferred, with the seconds by which each would be late."""
-    history, cost = builder.context.history, builder.cost
+    history, per_prefill, per_pair = builder.context.history, builder.cost.per_prefill, builder.cost.per_pair
     debts = history.fairness.debts if len(history.fairness.debts) > 1 else {}
-    work: list[PromptWork] = []
-    per_prefill, per_pair = cost.per_prefill, cost.per_pair
+    worth = {tenant: -(debt // DEBT_STEP_MS) for tenant, debt in debts.items()}
+    groups: dict[float, list[Job]] = {}
+    jobs: list[Job] = []
     for (_, negated_weight, order, _), seq in prompts:
         done = seq.kv.computed
         count = len(seq.tokens) - done
         ms = count * (per_prefill + per_pair * (done + count / 2))
-        worth = -(debts.get(seq.request.tenant, 0.0) // DEBT_STEP_MS) if debts else 0.0
-        work.append(PromptWork(-negated_weight, order, ms, worth))
-    late_by = estimate.defer(work, history.arrivals.above, builder.context.now).late_by
+        if -negated_weight not in groups:
+            jobs = groups[-negated_weight] = []
+        jobs.append((order, ms, worth.get(seq.request.tenant, 0.0) if worth else 0.0))
+    late_by = estimate.defer(groups, history.arrivals.above, builder.context.now).late_by
     return {prompts[index][1]: excess for index, excess in late_by.items()}
 
 
@@ -275,18 +271,21 @@ def _run_prompts(
     builder: PlanBuilder, prompts: list[Placed], deferred: dict[Sequence, float], estimate: Estimate
 ) -> None:
     """Give the rest of the step to prompts that need not be deferred."""
-    crowded = False
+    crowded, left, weight, heavier = False, builder.left_ms, -inf, 0.0
     for rank, seq in prompts:
-        if builder.left_ms <= 0 or builder.tokens_left <= 0:
+        if left <= 0 or builder.tokens_left <= 0:
             return
         if seq in deferred or (seq.slot < 0 and (crowded or builder.held)):
             continue
-        heavier = builder.context.history.arrivals.above(-rank.negated_weight)
-        itl_ms = seq.deadline.target_itl_s * 1e3
-        if seq.slot < 0 and estimate.streams and not estimate.bears(seq.length, itl_ms, heavier):
-            crowded = True
-        else:
-            builder.run(seq, builder.left_ms)
+        if seq.slot < 0 and estimate.streams:
+            if weight != -rank.negated_weight:
+                weight = -rank.negated_weight
+                heavier = builder.context.history.arrivals.above(weight)
+            if not estimate.bears(seq.length, seq.deadline.target_itl_s * 1e3, heavier):
+                crowded = True
+                continue
+        builder.run(seq, left)
+        left = builder.left_ms
 
 
 def _put_off(builder: PlanBuilder, prompts: list[Placed], deferred: dict[Sequence, float]) -> list[Sequence]:

@@ -5,10 +5,8 @@ Pure numbers that fit in a message. It knows neither sequences nor queues.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from operator import attrgetter
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -32,21 +30,13 @@ def step_limit(cost: StepCost) -> float:
     return max(LONGEST_STEP_BASES * cost.base, SHORTEST_LIMIT_MS)
 
 
-class PromptWork(NamedTuple):
-    """A prompt to compute: the weight of its tier, the deadline of its first token, and its milliseconds."""
-
-    weight: float
-    deadline: float
-    ms: float
-    worth: float = 0.0  # of equal weight, the prompt of the least worth is deferred first
-
-
 class Deferral(NamedTuple):
-    """Which prompts must be deferred, by index, with the seconds by which each would be late; and for each
-    weight when its first prompt starts, and how many milliseconds of its work are done in a second."""
+    """Which prompts must be deferred, and when the prompts of each weight start."""
 
-    late_by: dict[int, float]
-    groups: dict[float, tuple[float, float]]
+    late_by: dict[
+        int, float
+    ]  # by index over all groups, the seconds by which each deferred one would be late
+    groups: dict[float, tuple[float, float]]  # by weight: the first one's start, and work done per second, ms
 
 
 class Estimate(Struct, frozen=True, array_like=True):
@@ -68,29 +58,28 @@ class Estimate(Struct, frozen=True, array_like=True):
 
     def defer(
         self,
-        prompts: Sequence[PromptWork],
+        groups: Mapping[float, Sequence[Job]],
         heavier: Callable[[float], float],
         start: float,
         itl_ms: float = inf,
     ) -> Deferral:
-        """Which prompts cannot be on time without making more, or weightier, ones late.
+        """Which prompts cannot be on time without making more, or weightier ones, late.
 
-        `prompts` are in order of falling weight, then of deadline. A lighter prompt has the time that heavier
-        ones leave, and that heavier ones to come will leave: those take `heavier(weight)` of the time.
-        `itl_ms` is the target of a stream that may be added.
+        `groups` holds the prompts by weight, the greatest first. A job is a prompt's deadline, its
+        milliseconds and its worth. A lighter prompt has the time that heavier ones leave, and that heavier
+        ones to come will leave: those take `heavier(weight)` of the time. `itl_ms` is the target of a stream
+        that may be added.
         """
         base = self.cost.base / min(self.itl_ms, itl_ms, step_limit(self.cost))
         rate = max(1.0 / self.margin - base - self.load, LEAST_PREFILL)
-        late_by: dict[int, float] = {}
-        groups: dict[float, tuple[float, float]] = {}
+        deferral = Deferral({}, {})
         first = 0
-        for weight, group in groupby(prompts, key=attrgetter("weight")):
+        for weight, jobs in groups.items():
             share = heavier(weight)
             pace = 1e3 * max(rate - share, LEAST_LIGHTER * rate) * (CAUTION if share else 1.0)
-            jobs: list[Job] = [(due, ms / pace, worth) for _, due, ms, worth in group]
-            tardy = tardy_jobs(jobs, start)
-            groups[weight] = start, pace
-            start += sum(job[1] for place, job in enumerate(jobs) if place not in tardy)
-            late_by.update((first + place, excess) for place, excess in tardy.items())
+            deferral.groups[weight] = start, pace
+            tardy, start = tardy_jobs(jobs, start, pace)
+            for place, excess in tardy.items():
+                deferral.late_by[first + place] = excess
             first += len(jobs)
-        return Deferral(late_by, groups)
+        return deferral

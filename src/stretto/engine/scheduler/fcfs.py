@@ -25,11 +25,10 @@ def fcfs(context: SchedulingContext) -> Plan:
 def _continue_running(builder: PlanBuilder) -> None:
     """Add the running sequences, decodes first."""
     plan, running = builder.plan, builder.context.queues.running
-    ready = [seq for seq in running if seq.remaining > 0]
-    order = [seq for seq in ready if seq.remaining == 1] + [seq for seq in ready if seq.remaining > 1]
+    ready = [(left, seq) for seq in running if (left := seq.remaining) > 0]
     latest = list(running)
-    for seq in order:
-        count = min(seq.remaining, builder.tokens_left)
+    for left, seq in [one for one in ready if one[0] == 1] + [one for one in ready if one[0] > 1]:
+        count = min(left, builder.tokens_left)
         if count == 0 or seq in plan.preempt:
             continue
         need = builder.blocks_needed(seq, count)

@@ -6,32 +6,37 @@ Pure arithmetic, used for waiting prompts and for streams that do not fit into a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
-# Work for one machine: its deadline, its seconds, and its worth. Of jobs that do not all fit, those of the
-# least worth are left out. A plain tuple, because the scheduler makes hundreds of them for each step.
+# A deadline, the work until then, and its worth. A plain tuple, because a step makes a hundred of them.
 Job = tuple[float, float, float]
 
 
-def tardy_jobs(jobs: Sequence[Job], start: float) -> dict[int, float]:
-    """The jobs to leave out, by index, each with the seconds by which it would be late.
+def tardy_jobs(jobs: Sequence[Job], start: float, pace: float = 1.0) -> tuple[dict[int, float], float]:
+    """The jobs to leave out, by index, with the seconds by which each would be late; and when the others end.
 
-    `jobs` are in order of deadline. This is the algorithm of Moore and Hodgson for the fewest late jobs
-    (Management Science 15, 1968), in O(n log n): take jobs in order; when one would be late, leave out the
-    longest so far. A job is never left out for one of less worth. A job that would be late even alone is left
-    out at once, so it delays no other.
+    `jobs` are in order of deadline, and `pace` is the work done in a second. This is the algorithm of Moore
+    and Hodgson for the fewest late jobs (Management Science 15, 1968), in O(n log n): take jobs in order.
+    When one would be late, leave out the longest so far. A job is never left out for one of less worth. A job
+    that would be late even alone is left out at once, so it delays no other.
     """
     end = start
-    for deadline, seconds, _ in jobs:
-        end += seconds
+    for index, (deadline, work, _) in enumerate(jobs):
+        end += work / pace
         if end > deadline:
-            break
-    else:
-        return {}
+            return _leave_out(jobs, index, start, pace)
+    return {}, end
+
+
+def _leave_out(jobs: Sequence[Job], first: int, start: float, pace: float) -> tuple[dict[int, float], float]:
+    """`tardy_jobs`, where job `first` is the first that would be late."""
     tardy: dict[int, float] = {}
-    heap: list[tuple[float, float, int]] = []
-    end = start
-    for index, (deadline, seconds, worth) in enumerate(jobs):
+    heap = [(worth, -work / pace, index) for index, (_, work, worth) in enumerate(jobs[:first])]
+    end = start + sum([-negated for _, negated, _ in heap])
+    heapify(heap)
+    for index in range(first, len(jobs)):
+        deadline, work, worth = jobs[index]
+        seconds = work / pace
         if start + seconds > deadline:
             tardy[index] = start + seconds - deadline
             continue
@@ -42,4 +47,4 @@ def tardy_jobs(jobs: Sequence[Job], start: float) -> dict[int, float]:
             _, negated, dropped = heappop(heap)
             tardy[dropped] = excess
             end += negated
-    return tardy
+    return tardy, end

@@ -74,7 +74,7 @@ class PlanBuilder:
         if seq in self.plan.preempt:
             return
         need = self.blocks_needed(seq, count)
-        if count <= 0 or not self._free_blocks(seq, need):
+        if count <= 0 or (need > self.free and not self._free_blocks(seq, need)):
             return
         self.free -= need
         self.append(Row(seq, seq.kv.computed, count, count == seq.remaining))
