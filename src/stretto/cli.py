@@ -53,8 +53,8 @@ bench = typer.Typer(help="Measure a server, a schedule, or the engine alone.", n
 app.add_typer(bench, name="bench")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(show: bool) -> None:
+    if show:
         terminal.out.print(f"stretto {version('stretto')}")
         raise typer.Exit
 
@@ -170,11 +170,13 @@ def run(
     with _usage():
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with _loaded(model) as llm:
-        asked = [{"role": "user", "content": text}]
+        messages = [{"role": "user", "content": text}]
         if as_json:
-            terminal.print_json(llm.chat(asked, sampling) if llm.chats else llm.generate(text, sampling)[0])
+            terminal.print_json(
+                llm.chat(messages, sampling) if llm.chats else llm.generate(text, sampling)[0]
+            )
             return
-        for piece in llm.stream(asked if llm.chats else text, sampling):
+        for piece in llm.stream(messages if llm.chats else text, sampling):
             sys.stdout.write(piece)
             sys.stdout.flush()
     sys.stdout.write("\n")
@@ -206,7 +208,7 @@ def bench_serve(
     """
     url, endpoint = load.split_endpoint(url)
     with _usage():
-        asked = load.Load(
+        options = load.Load(
             requests=requests,
             rate=rate,
             concurrency=concurrency,
@@ -219,7 +221,7 @@ def bench_serve(
             seed=seed,
         )
     with terminal.request_bar(requests) as count:
-        outcome = uvloop.run(load.run(url, asked, api_key=_key(), on_done=count))
+        outcome = uvloop.run(load.run(url, options, api_key=_key(), on_done=count))
     if as_json:
         terminal.print_json(outcome)
     else:
@@ -297,15 +299,15 @@ def bench_trace(
         if virtual == (url is not None):
             raise StartError("give either --virtual (simulate) or --url (send to a server)")
         held = None if settings is None else config.load({}, {}, settings)[0].tiers
-        asked = trace.TraceOptions.parse(
+        options = trace.TraceOptions.parse(
             load=load, schedule=schedule, tiers=tiers, objectives=held, seed=seed, rate=rate
         )
     arrivals = traces.read(file, requests=requests, seed=seed)
     if url is None:
-        runs = trace.virtual(arrivals, asked)
+        runs = trace.virtual(arrivals, options)
     else:
         with terminal.request_bar(None) as count:
-            runs = uvloop.run(trace.live(url, arrivals, asked, api_key=_key(), on_done=count))
+            runs = uvloop.run(trace.live(url, arrivals, options, api_key=_key(), on_done=count))
     if report is not None:
         trace.write(report, file.name, runs)
     reports = [each for each, _ in runs]

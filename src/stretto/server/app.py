@@ -52,16 +52,16 @@ class Endpoint:
         request = Request(scope, receive)
         call: Call | None = None
         failure: StrettoError | None = None
-        gone = False
+        client_gone = False
         try:
             tenant = self.server.tenant(request.headers)
             body = await read_body(request, self.server.config.max_body_bytes)
             call = Call(self.server, request, send, body, tenant, arrival)
             await call.run(self.handler)
         except ClientDisconnect:
-            gone = True
+            client_gone = True
         except asyncio.CancelledError:
-            gone = True
+            client_gone = True
             raise
         except Exception as error:
             failure = error if isinstance(error, StrettoError) else internal(error)
@@ -70,11 +70,13 @@ class Endpoint:
             event = b"data: " + json.encode(failure.body()) + b"\n\n"
             await send({"type": "http.response.body", "body": event})
         finally:
-            self.server.ended(self._summary(call, failure, gone, arrival))
+            self.server.ended(self._summary(call, failure, client_gone, arrival))
 
-    def _summary(self, call: Call | None, failure: StrettoError | None, gone: bool, arrival: float) -> Ended:
+    def _summary(
+        self, call: Call | None, failure: StrettoError | None, client_gone: bool, arrival: float
+    ) -> Ended:
         if call is not None:
-            call.gone = call.gone or gone
+            call.client_gone = call.client_gone or client_gone
             return call.summary(self.name, failure)
         outcome = "client_gone" if failure is None else failure.code
         return Ended(self.name, outcome, time.monotonic() - arrival)

@@ -172,7 +172,7 @@ class Call:
         self.model = ""
         self.tier = ""
         self.streaming = False
-        self.gone = False
+        self.client_gone = False
         self._task = asyncio.current_task()
         self._ended = False
         self._error: StrettoError | None = None
@@ -190,7 +190,7 @@ class Call:
             self._task.uncancel()
             if self._error is not None:
                 raise self._error from None
-            self.gone = True
+            self.client_gone = True
         finally:
             watch.cancel()
             self.server.stopped(self)
@@ -223,7 +223,7 @@ class Call:
         slack = min((output.times.slack for output in outputs), default=inf)
         return Ended(
             endpoint=endpoint,
-            outcome="client_gone" if self.gone else "ok" if error is None else error.code,
+            outcome="client_gone" if self.client_gone else "ok" if error is None else error.code,
             seconds=time.monotonic() - self.arrival,
             verdict=self._verdict(error),
             tier=self.tier,
@@ -247,7 +247,7 @@ class Call:
             return "refused"
         if any(output.times.late for output in self.outputs):
             return "late"
-        if self.gone:
+        if self.client_gone:
             return "cancelled"
         if error is None:
             return "on_time"
