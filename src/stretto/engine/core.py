@@ -322,15 +322,15 @@ class EngineCore:
             ms = cost.prefill(row.start, row.count) if row.count > 1 else size * cost.row(row.start)
         model.history.fairness.charge(row.seq.request.tenant, ms)
 
-    def _commit(self, model: ModelState, flight: InFlightStep) -> StepStats:
+    def _commit(self, model: ModelState, launched: InFlightStep) -> StepStats:
         """Append the tokens that a step drew, end what is complete, and publish the new blocks."""
-        drawing = [row for row in flight.plan.rows if row.draw]
+        drawing = [row for row in launched.plan.rows if row.draw]
         try:
-            drawn = flight.pending.wait()
+            drawn = launched.pending.wait()
         except Exception as error:
             for row in drawing:
                 row.seq.in_flight -= 1
-            self._fail(flight.plan, error)
+            self._fail(launched.plan, error)
             drawing, drawn = [], []
         accepted = 0
         for row, result in zip(drawing, drawn, strict=True):
@@ -338,11 +338,11 @@ class EngineCore:
             if not row.seq.ended:
                 self._take(model, row, result)
                 accepted += self._take_more(model, row, result.then)
-        for row in flight.plan.rows:
+        for row in launched.plan.rows:
             if not row.seq.ended and row.seq.kv.blocks:
                 model.pool.publish(row.seq.kv)
-        stats = self._stats(model, flight, accepted)
-        model.history.times.observe(flight.load, stats.ms)
+        stats = self._stats(model, launched, accepted)
+        model.history.times.observe(launched.load, stats.ms)
         now = self._clock()
         model.history.fairness.fade(now)
         model.history.arrivals.fade(now)
@@ -372,7 +372,7 @@ class EngineCore:
             self._end(seq, Ending(Reason.STOP, embedding=drawn.embedding))
             return
         if token < 0:
-            self._end(seq, Ending(Reason.ERROR, error=_trouble(seq) or NOT_A_NUMBER))
+            self._end(seq, Ending(Reason.ERROR, error=_grammar_error(seq) or NOT_A_NUMBER))
             return
         stops = not sampling.ignore_eos and token in model.runner.eos
         if (stops or token in sampling.stop_token_ids) and seq.output_len >= sampling.min_tokens:
@@ -382,7 +382,8 @@ class EngineCore:
         seq.tokens.append(token)
         if seq.grammar is not None and not seq.grammar.accept(token):
             self._end(
-                seq, Ending(Reason.ERROR, error=_trouble(seq) or "the grammar refused the model's token")
+                seq,
+                Ending(Reason.ERROR, error=_grammar_error(seq) or "the grammar refused the model's token"),
             )
             return
         began = _began(seq) if seq.output_len == 1 else None
@@ -451,23 +452,23 @@ class EngineCore:
                     row.seq, Ending(Reason.ERROR, error=f"the step failed: {type(error).__name__}: {error}")
                 )
 
-    def _stats(self, model: ModelState, flight: InFlightStep, accepted: int) -> StepStats:
+    def _stats(self, model: ModelState, launched: InFlightStep, accepted: int) -> StepStats:
         now = self._clock()
-        proposed = sum(len(row.draft) for row in flight.plan.rows)
-        started, model.freed = max(flight.started, model.freed), now
+        proposed = sum(len(row.draft) for row in launched.plan.rows)
+        started, model.freed = max(launched.started, model.freed), now
         return StepStats(
-            model=flight.plan.model,
+            model=launched.plan.model,
             started=started,
             ms=(now - started) * 1e3,
-            decode_tokens=flight.load.decode - proposed + accepted,
-            prefill_tokens=flight.load.prefill,
-            context_tokens=flight.load.context,
+            decode_tokens=launched.load.decode - proposed + accepted,
+            prefill_tokens=launched.load.prefill,
+            context_tokens=launched.load.context,
             running=len(model.queues.running),
             waiting=len(model.queues.waiting),
             blocks_free=model.pool.available,
             blocks_total=model.pool.total,
-            preempted=len(flight.plan.preempt),
-            predicted_ms=flight.plan.predicted,
+            preempted=len(launched.plan.preempt),
+            predicted_ms=launched.plan.predicted,
             proposed=proposed,
             accepted=accepted,
         )
@@ -489,6 +490,6 @@ def _rank(seq: Sequence) -> Rank:
     return seq.rank
 
 
-def _trouble(seq: Sequence) -> str | None:
+def _grammar_error(seq: Sequence) -> str | None:
     """Why a sequence's grammar failed, if it did."""
     return None if seq.grammar is None else seq.grammar.error

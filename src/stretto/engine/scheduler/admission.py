@@ -64,10 +64,10 @@ class Outlook:
 
     def sent(self, request: Request) -> None:
         """Record that a request is on its way to the engine."""
-        due, seen = Deadline.of(request.arrival, request.objective).of_token(0), self._seen
-        if seen is not None and due < inf and len(self._sent) < MAX_PROMPTS:
+        first_deadline, seen = Deadline.of(request.arrival, request.objective).of_token(0), self._seen
+        if seen is not None and first_deadline < inf and len(self._sent) < MAX_PROMPTS:
             ms = seen.estimate.cost.prefill(0, len(request.prompt))
-            self._sent.append((request.id, tier_weight(self._tiers, request.tier), (due, ms, 0.0)))
+            self._sent.append((request.id, tier_weight(self._tiers, request.tier), (first_deadline, ms, 0.0)))
 
     def forecast(self, request: Request, now: float) -> Forecast | None:
         """What would become of the request if it were sent now; None before the first snapshot."""
@@ -134,13 +134,13 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     estimate, length = seen.estimate, len(request.prompt)
     deadline = Deadline.of(request.arrival, request.objective)
     cost, itl_ms, heavier = estimate.cost, deadline.itl_s * 1e3, seen.inflow.get(weight, 0.0)
-    prefill_ms, due = cost.prefill(0, length), deadline.of_token(0)
+    prefill_ms, first_deadline = cost.prefill(0, length), deadline.of_token(0)
     own_ms = prefill_ms + cost.base  # it may wait for a step, so of equals it is deferred first
     # Lighter prompts cannot delay it, so they are left out.
     groups = {other: jobs for other, jobs in seen.prompts.items() if other > weight}
     jobs = seen.prompts.get(weight, [])
-    place = bisect_right(jobs, due, key=_deadline)
-    groups[weight] = [*jobs[:place], (due, own_ms, 0.0), *jobs[place:]]
+    place = bisect_right(jobs, first_deadline, key=_deadline)
+    groups[weight] = [*jobs[:place], (first_deadline, own_ms, 0.0), *jobs[place:]]
     deferral = estimate.defer(groups, lambda weight: seen.inflow.get(weight, 0.0), now, itl_ms)
     begin, pace = deferral.groups[weight]
     first = sum(map(len, groups.values())) - len(groups[weight])
@@ -150,14 +150,17 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     step_s = cost.decodes(estimate.streams + 1, seen.context + length) / 1e3
     last_token = first_token + (_tokens(request, seen) - 1) * step_s
     excess = max(
-        deferral.late_by.get(first + place, 0.0), first_token - due, last_token - deadline.whole, 0.0
+        deferral.late_by.get(first + place, 0.0),
+        first_token - first_deadline,
+        last_token - deadline.whole,
+        0.0,
     )
     alone = not estimate.streams and not any(seen.prompts.values())
     if not alone and not estimate.bears(length, itl_ms, heavier):
         excess = max(excess, SOONEST_S)
     retry_after = 0.0
     if excess > 0:
-        retry_after = inf if now + prefill_ms / 1e3 > due else max(excess, SOONEST_S)
+        retry_after = inf if now + prefill_ms / 1e3 > first_deadline else max(excess, SOONEST_S)
     return Forecast(
         queue_ms=(start - request.arrival) * 1e3,
         ttft_ms=(first_token - request.arrival) * 1e3,
