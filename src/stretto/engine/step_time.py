@@ -130,7 +130,7 @@ class StepTime:
         self._unit = [max(v, LEAST_SHARE * largest / s) or 1.0 for v, s in zip(values, SCALES, strict=True)]
         self._slow = [value / unit for value, unit in zip(values, self._unit, strict=True)]
         self._prior = _with_target(_trust(), self._slow)
-        self._known = self._prior
+        self._known: list[list[float]] = self._prior
         self._unsolved, self._steps = 0.0, 0
 
     @property

@@ -5,6 +5,8 @@ A step of a small model on one core spends most of its time dispatching torch op
 few calls per layer, even where more of them would be easier to read. Knows no model family.
 """
 
+# torch's stubs do not type `vector_norm` and `tolist`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import functools

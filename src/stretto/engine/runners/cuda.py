@@ -5,11 +5,13 @@ first occurs. All other steps are launched kernel by kernel. It reads sequences 
 queue, no time and no text.
 """
 
+# torch's stubs do not type `tolist` and `from_numpy`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -287,7 +289,7 @@ class _Pinned:
 
 def _as_words(inputs: NDArray[np.void]) -> NDArray[np.int32]:
     """`INPUT_ROW`s as int32 [rows, ORDER], without a copy."""
-    return cast("NDArray[np.int32]", inputs.view(np.int32)).reshape(len(inputs), draw.ORDER)
+    return inputs.view(np.int32).reshape(len(inputs), draw.ORDER)
 
 
 def _send(array: NDArray[Any], device: torch.device) -> Tensor:

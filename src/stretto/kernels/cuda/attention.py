@@ -235,13 +235,8 @@ class DecodeWorkspace:
         splits = 1
         while splits < MAX_SPLITS and sequences * kv_heads * splits * 2 <= PROGRAMS:
             splits *= 2
-        numbers = {"dtype": torch.float32, "device": layer.device}
-        return cls(
-            splits,
-            torch.empty((sequences, heads, splits, dim), **numbers),
-            torch.empty((sequences, heads, splits, 2), **numbers),
-            arrived,
-        )
+        outputs = torch.empty((sequences, heads, splits, dim), dtype=torch.float32, device=layer.device)
+        return cls(splits, outputs, outputs.new_empty((sequences, heads, splits, 2)), arrived)
 
 
 def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: DecodeWorkspace) -> Tensor:
