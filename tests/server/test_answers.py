@@ -78,15 +78,18 @@ async def test_the_stretto_report_has_queue_time_ttft_and_cached_tokens(client: 
     answer = await whole(client)
     report = answer["stretto"]
     assert set(report) == {
-        "rung", "on_time", "queue_ms", "ttft_ms", "itl_p99_ms", "cached_tokens", "energy_j", "energy_source",
+        "variant", "on_time", "queue_ms", "ttft_ms", "itl_p99_ms",
+        "cached_tokens", "energy_j", "energy_source",
     }  # fmt: skip
-    assert (report["rung"], report["queue_ms"], report["cached_tokens"]) == ("tiny", 1.5, 3)
+    assert (report["variant"], report["queue_ms"], report["cached_tokens"]) == ("tiny", 1.5, 3)
     assert report["energy_j"] is report["energy_source"] is None
     assert report["on_time"] is True, "the default tier has an objective"
     assert report["ttft_ms"] > 0
     assert report["itl_p99_ms"] >= 0
     chunks = await streamed(client)
-    assert [chunk.get("stretto", {}).get("rung") for chunk in chunks] == [None] * (len(chunks) - 1) + ["tiny"]
+    assert [chunk.get("stretto", {}).get("variant") for chunk in chunks] == [None] * (len(chunks) - 1) + [
+        "tiny"
+    ]
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])

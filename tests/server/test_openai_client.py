@@ -42,7 +42,7 @@ async def test_the_client_reads_chat_answers_completions_and_models(
     assert answer.usage.completion_tokens == len(ids)
     assert answer.usage.prompt_tokens_details is not None
     assert answer.model_extra is not None
-    assert answer.model_extra["stretto"]["rung"] == "tiny"
+    assert answer.model_extra["stretto"]["variant"] == "tiny"
     plain = await ai.completions.create(model="tiny", prompt="Hi", max_tokens=100, logprobs=2)
     assert plain.choices[0].text == "Grüße 世界 😀"
     assert plain.choices[0].logprobs is not None

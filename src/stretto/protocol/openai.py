@@ -265,11 +265,11 @@ class Usage(Struct, frozen=True, kw_only=True):
 class AnswerReport(Struct, frozen=True, kw_only=True):
     """Stretto's measurements of one answer, all in milliseconds or tokens. An unknown value is null.
 
-    `rung`: the variant of the model that answered. `on_time`: every token met its deadline. `queue_ms`: from
+    `variant`: which variant of the model answered. `on_time`: every token met its deadline. `queue_ms`: from
     arrival to the sequence's first step, measured by the engine. The API server measures the other times.
     """
 
-    rung: str
+    variant: str
     on_time: bool | None = None
     queue_ms: float | None = None
     ttft_ms: float | None = None

@@ -243,7 +243,7 @@ def report_of(outputs: list[Output]) -> AnswerReport:
     on_time = [report.on_time for report in reports if report.on_time is not None]
     cached = [report.cached_tokens for report in reports if report.cached_tokens is not None]
     return AnswerReport(
-        rung=reports[0].rung,
+        variant=reports[0].variant,
         on_time=all(on_time) if on_time else None,
         queue_ms=_longest(report.queue_ms for report in reports),
         ttft_ms=_longest(report.ttft_ms for report in reports),

@@ -217,7 +217,7 @@ class Output:
         """What the client is told about the latency of this answer."""
         times, began = self.times, self.began
         return AnswerReport(
-            rung=self.request.model,
+            variant=self.request.model,
             on_time=self.times.on_time,
             queue_ms=None if began is None else round(began.queue_ms, 3),
             ttft_ms=_ms(times.ttft),
