@@ -171,6 +171,13 @@ class ServeConfig(Struct, frozen=True, kw_only=True):
         dict[str, str],
         Meta(description="API keys, as a table of key = tenant; empty: no key needed, the tenant is `local`"),
     ] = {}
+    gateway_key: Annotated[
+        str,
+        Meta(
+            description="secret of the gateways in front of this worker, which speak for their tenants; "
+            "empty: with `api_keys` no gateway may, without them any client may"
+        ),
+    ] = ""
     priority_share: Annotated[
         float,
         Meta(

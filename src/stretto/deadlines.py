@@ -34,12 +34,18 @@ class Deadline:
     late: bool = False  # whether a token was late
 
     @classmethod
-    def of(cls, arrival: float, objective: Objective) -> Deadline:
-        """The deadlines of a request that arrived at `arrival`."""
+    def of(cls, arrival: float, objective: Objective, emitted: int = 0) -> Deadline:
+        """The deadlines of a request that arrived at `arrival` and has `emitted` tokens already.
+
+        Without `ttft_ms` the deadlines of a request with tokens count from its next token.
+        """
         first = arrival + _seconds(objective.ttft_ms)
         itl_s = _seconds(objective.itl_ms)
         whole = arrival + _seconds(objective.total_ms)
-        return cls(start=first, whole=whole, itl_s=itl_s, next=first, target_itl_s=itl_s, latest=first)
+        if not emitted or first == inf:
+            return cls(start=first, whole=whole, itl_s=itl_s, next=first, target_itl_s=itl_s, latest=first)
+        due = first + emitted * itl_s
+        return cls(first, whole, itl_s, next=due, target_itl_s=itl_s, latest=due, emitted=emitted)
 
     def of_token(self, index: int) -> float:
         """When token `index` is due, `whole` included."""

@@ -118,7 +118,11 @@ class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
 
 
 class Request(Struct, frozen=True, kw_only=True):
-    """One sequence to run. Its maker has validated it for the model."""
+    """One sequence to run. Its maker has validated it for the model.
+
+    `emitted` are output tokens that another worker generated before it failed. The sequence goes on after
+    them: `sampling` counts them, and token k of the answer has the same random number on every worker.
+    """
 
     id: int
     model: str
@@ -130,6 +134,7 @@ class Request(Struct, frozen=True, kw_only=True):
     salt: str = ""
     objective: Objective = Objective()
     tier: str = "default"
+    emitted: tuple[int, ...] = ()
 
 
 class Reason(StrEnum):

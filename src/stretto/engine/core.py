@@ -169,6 +169,8 @@ class EngineCore:
         insort(queues.waiting, seq, key=_rank)
         if seq.deadline.whole < inf:
             heappush(queues.ends, (seq.deadline.whole, seq.request.id, seq))
+        if seq.request.emitted and len(seq.tokens) >= seq.limit:
+            self._end(seq, Ending(Reason.LENGTH))
 
     def cancel(self, ident: int) -> None:
         """End a sequence now. Ignores one that is unknown or has ended: a cancel may cross the end."""
@@ -386,7 +388,7 @@ class EngineCore:
                 Ending(Reason.ERROR, error=_grammar_error(seq) or "the grammar refused the model's token"),
             )
             return
-        began = _began(seq) if seq.output_len == 1 else None
+        began = _began(seq) if seq.output_len == len(seq.request.emitted) + 1 else None
         self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs, began=began))
         if seq.grammar is not None and seq.grammar.finished:
             self._end(seq, Ending(Reason.STOP))

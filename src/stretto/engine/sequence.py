@@ -81,16 +81,17 @@ class Sequence:
     @classmethod
     def of(cls, request: Request, context: int, grammar: Matcher | None = None) -> Sequence:
         """A sequence that has not run yet, in a context of at most `context` tokens."""
-        sampling, tokens = request.sampling, list(request.prompt)
-        wanted = context if sampling.max_tokens is None else len(tokens) + sampling.max_tokens
+        sampling, tokens = request.sampling, [*request.prompt, *request.emitted]
+        prompt_len = len(request.prompt)
+        wanted = context if sampling.max_tokens is None else prompt_len + sampling.max_tokens
         return cls(
             request=request,
             seed=randbits(63) if sampling.seed is None else sampling.seed,
             tokens=tokens,
-            prompt_len=len(tokens),
+            prompt_len=prompt_len,
             limit=min(context, wanted),
             kv=KvState(tokens, (request.tenant, request.salt)),
-            deadline=Deadline.of(request.arrival, request.objective),
+            deadline=Deadline.of(request.arrival, request.objective, len(request.emitted)),
             rank=Rank(UNPLACED, 0.0, request.arrival, request.id),
             grammar=grammar,
         )

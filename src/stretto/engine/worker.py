@@ -27,7 +27,7 @@ from stretto.engine.scheduler.admission import Snapshot, snapshot
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.engine.structured.grammar import Matcher
-from stretto.errors import StrettoError
+from stretto.errors import InvalidGrammar, StrettoError
 from stretto.types import Finish, Reason, Request, StepStats, TokenEvent
 
 IDLE_MS = 1000  # the longest wait for a message
@@ -109,7 +109,10 @@ class EngineWorker:
                 continue
             del self._compiling[ident]
             try:
-                self._engine.submit(self._sequence(request, future.result()))
+                grammar = future.result()
+                if not all(map(grammar.accept, request.emitted)):
+                    raise InvalidGrammar("the emitted tokens do not follow the grammar")
+                self._engine.submit(self._sequence(request, grammar))
             except StrettoError as error:
                 finish = Finish(Reason.ERROR, len(request.prompt), 0, 0, 0.0, error=error.message)
                 self._emit([TokenEvent(ident, finish=finish)], None)

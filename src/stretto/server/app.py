@@ -28,8 +28,9 @@ from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.errors import NotFound, StrettoError, TooLarge, Unauthorised, WrongMethod
 from stretto.protocol.parsing import JSON
+from stretto.protocol.relay import RELAY
 from stretto.server.embeddings import embed
-from stretto.server.generation import CHAT, COMPLETION, generate
+from stretto.server.generation import CHAT, COMPLETION, generate, relay
 from stretto.server.pages import Pages
 from stretto.server.state import Call, GrammarCheck, Server
 from stretto.telemetry.metrics import Ended
@@ -142,6 +143,7 @@ class App(Starlette):
             "/v1/chat/completions": ("chat", partial(generate, operation=CHAT)),
             "/v1/completions": ("completions", partial(generate, operation=COMPLETION)),
             "/v1/embeddings": ("embeddings", embed),
+            RELAY: ("relay", relay),
         }
         routes = [
             Route(path, Endpoint(name, server, handler), methods=["POST"])

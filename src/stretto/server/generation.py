@@ -12,14 +12,16 @@ from typing import Generic, TypeVar
 from msgspec import json
 from starlette.responses import Response
 
-from stretto.errors import EngineError
+from stretto.errors import EngineError, Unauthorised
 from stretto.protocol.openai import ChatRequest, CompletionRequest, Generation
 from stretto.protocol.parsing import JSON, parse
+from stretto.protocol.relay import RelayedRequest, mark
 from stretto.server import responses
 from stretto.server.admission_gate import Slot
+from stretto.server.embeddings import embed
 from stretto.server.objectives import PRIORITY, ServiceLevel, requested_tier, resolve_objective
 from stretto.server.responses import ResponseWriter, Style
-from stretto.server.state import Call
+from stretto.server.state import GATEWAY, LOCAL, Call
 from stretto.server.validation import (
     AnswerSpec,
     EncodedPrompt,
@@ -52,6 +54,28 @@ class Operation(Generic[R]):
 
 CHAT = Operation(json.Decoder(ChatRequest), check_chat, responses.CHAT)
 COMPLETION = Operation(json.Decoder(CompletionRequest), check_completion, responses.TEXT)
+OLDEST_MS = 600_000.0  # no gateway holds a request for longer
+RELAYED = json.Decoder(RelayedRequest)
+
+
+async def relay(call: Call) -> None:
+    """Answers a request that a gateway passes on: the same pipeline, for the gateway's tenant, with deadlines
+    that count from its arrival there. Raises StrettoError; Unauthorised for a caller that is no gateway."""
+    config = call.server.config
+    if call.tenant != (GATEWAY if config.gateway_key or config.api_keys else LOCAL):
+        raise Unauthorised("only a gateway may relay requests: give it the gateway_key of this worker")
+    relayed = parse(RELAYED, call.body, call.request.headers.get("content-type"))
+    call.body = bytes(relayed.request)
+    call.tenant = relayed.tenant
+    call.arrival -= min(max(relayed.age_ms, 0.0), OLDEST_MS) / 1e3
+    call.relayed = True
+    call.continuation = relayed.continuation
+    if relayed.operation == "embeddings":
+        await embed(call)
+    elif relayed.operation == "chat":
+        await generate(call, CHAT)
+    else:
+        await generate(call, COMPLETION)
 
 
 async def generate(call: Call, operation: Operation[R]) -> None:
@@ -71,7 +95,7 @@ async def generate(call: Call, operation: Operation[R]) -> None:
         for prompt in prompts:
             for copy, sampling in enumerate(spec.sampling.fan_out()):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)
-        writer = ResponseWriter(operation.style, spec, slo.tier)
+        writer = ResponseWriter(operation.style, spec, slo.tier, call.continuation)
         await (stream if spec.stream else answer)(call, writer, slot)
 
 
@@ -79,7 +103,8 @@ def submit(
     call: Call, spec: AnswerSpec, slo: ServiceLevel, prompt: EncodedPrompt, sampling: Sampling, *, first: bool
 ) -> None:
     """Sends one sequence to the engine; the call owns its output. `first`: of the answers to its prompt."""
-    server, model = call.server, spec.model
+    server, model, index = call.server, spec.model, len(call.outputs)
+    emitted = call.emitted(index)
     request = Request(
         id=server.engine.next_id(),
         model=model.name,
@@ -90,39 +115,60 @@ def submit(
         salt=spec.salt,
         objective=slo.objective,
         tier=slo.tier,
+        emitted=tuple(emitted.tokens),
     )
     sequence = server.engine.submit(request)
     visible = MARKERS if spec.parser else frozenset[str]()
-    call.outputs.append(
-        Output(
-            request,
-            sequence,
-            model.text.detokenizer(sampling.stop, sampling.min_tokens, visible),
-            index=len(call.outputs),
-            prompt_counts=first,
-            echo=prompt.echo,
-            parser=spec.answer_parser(prompt.thinking),
-        )
+    output = Output(
+        request,
+        sequence,
+        model.text.detokenizer(sampling.stop, sampling.min_tokens, visible),
+        index=index,
+        prompt_counts=first,
+        echo=prompt.echo,
+        parser=spec.answer_parser(prompt.thinking),
     )
+    call.outputs.append(output)
     if slo.tier == PRIORITY:
         server.quota.charge(call.tenant, sequence.work_ms, time.monotonic())
 
 
 async def stream(call: Call, writer: ResponseWriter, slot: Slot) -> None:
     """Sends the answers as server-sent events. Tokens that wait leave in one send; a client that reads slowly
-    holds up its own stream alone."""
-    running = len(call.outputs)
+    holds up its own stream alone. A gateway gets a mark after the events of each send."""
+    running = len(call.outputs) - replay(call, writer)
+    if not running:
+        await send_events(call, writer.end(call.outputs), more=False)
     async with aclosing(deltas(call.outputs, slot)) as parts:
         async for output, fresh in parts:
             body = writer.events(output, fresh)
-            running -= output.finish_reason is not None
+            complete = output.finish_reason is not None
+            running -= complete
             if not running:
                 body += writer.end(call.outputs)
-            if not call.streaming:
-                call.streaming = True
-                await call.send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-            if body:
-                await call.send({"type": "http.response.body", "body": body, "more_body": running > 0})
+            if call.relayed:
+                tokens = [event.token for _, event in fresh if event is not None and event.token is not None]
+                body += mark(output.index, tokens, complete=complete, last=not running)
+            if body or not call.streaming:
+                await send_events(call, body, more=running > 0)
+
+
+async def send_events(call: Call, body: bytes, *, more: bool) -> None:
+    """Sends a part of a stream, after the head of the response if it is the first part."""
+    if not call.streaming:
+        call.streaming = True
+        await call.send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+    await call.send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def replay(call: Call, writer: ResponseWriter) -> int:
+    """Takes the tokens that the client has from another worker; returns how many answers are complete."""
+    if call.continuation is None:
+        return 0
+    for output in call.outputs:
+        emitted = call.emitted(output.index)
+        writer.skip(output, output.replay(emitted.tokens, complete=emitted.complete))
+    return sum(output.finish_reason is not None for output in call.outputs)
 
 
 async def answer(call: Call, writer: ResponseWriter, slot: Slot) -> None:

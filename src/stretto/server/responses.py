@@ -35,6 +35,7 @@ from stretto.protocol.openai import (
     TopLogprob,
     Usage,
 )
+from stretto.protocol.relay import Continuation
 from stretto.server.validation import AnswerSpec
 from stretto.text.detokenizer import Pieces
 from stretto.text.output import Output, OutputDelta
@@ -142,9 +143,14 @@ def event_of(chunk: ChatChunk | TextCompletion) -> bytes:
 class ResponseWriter:
     """Writes one response: streamed (`events`, then `end`) or in one piece (`keep`, then `whole`)."""
 
-    def __init__(self, style: Style, spec: AnswerSpec, tier: str) -> None:
+    def __init__(
+        self, style: Style, spec: AnswerSpec, tier: str, continued: Continuation | None = None
+    ) -> None:
+        """`continued`: the stream that this one goes on with."""
         options = spec.options
-        self._head = ResponseHead(style.id_prefix + token_hex(12), int(time.time()), spec.model.name, tier)
+        ident = style.id_prefix + token_hex(12) if continued is None else continued.id
+        created = int(time.time()) if continued is None else continued.created
+        self._head = ResponseHead(ident, created, spec.model.name, tier)
         self._style = style
         self._pieces = spec.model.text.pieces
         self._metadata = spec.metadata or UNSET
@@ -160,8 +166,7 @@ class ResponseWriter:
         """The events of new deltas. The last one of an output has its finish reason and its report."""
         template = self._templates.get(output.index)
         if template is None:
-            chunk = self._with_usage(output, self._style.chunk(self._head, ChunkPart(output.index)))
-            template = self._templates[output.index] = ChunkTemplate(chunk, self._style)
+            template = self._open(output)
             first, event = deltas[0] if deltas else (EMPTY, None)
             deltas = [(self._style.opening(output, first), event), *deltas[1:]]
         if output.finish_reason is None:
@@ -169,6 +174,18 @@ class ResponseWriter:
         delta, event = deltas[-1] if deltas else (EMPTY, None)
         before = self._unfinished(output, template, deltas[:-1])
         return before + event_of(self.chunk(output, delta, event, ends=True))
+
+    def skip(self, output: Output, deltas: Sequence[OutputDelta]) -> None:
+        """Counts deltas that the client has from another worker, which has also opened the answer."""
+        if output.request.emitted:
+            self._open(output)
+        for delta, _ in deltas:
+            self._count(output, delta)
+
+    def _open(self, output: Output) -> ChunkTemplate:
+        chunk = self._with_usage(output, self._style.chunk(self._head, ChunkPart(output.index)))
+        template = self._templates[output.index] = ChunkTemplate(chunk, self._style)
+        return template
 
     def _unfinished(self, output: Output, template: ChunkTemplate, deltas: Sequence[OutputDelta]) -> bytes:
         if self._only_deltas:
@@ -210,12 +227,17 @@ class ResponseWriter:
     def _logprobs_of(
         self, output: Output, delta: Delta, event: TokenEvent | None
     ) -> ChatLogprobs | TextLogprobs | None:
-        offset = self._offsets.get(output.index, 0)
-        if isinstance(delta.content, str):
-            self._offsets[output.index] = offset + len(delta.content)
+        offset = self._count(output, delta)
         if event is None or event.logprobs is None or not self._logprobs:
             return None
         return self._style.logprobs(self._pieces, [event], offset)
+
+    def _count(self, output: Output, delta: Delta) -> int:
+        """The characters of content before this delta."""
+        offset = self._offsets.get(output.index, 0)
+        if isinstance(delta.content, str):
+            self._offsets[output.index] = offset + len(delta.content)
+        return offset
 
     def _with_usage(self, output: Output, chunk: ChatChunk | TextCompletion) -> ChatChunk | TextCompletion:
         if self._each_usage:

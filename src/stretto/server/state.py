@@ -27,6 +27,7 @@ from stretto.errors import (
     Unavailable,
     UnknownModel,
 )
+from stretto.protocol.relay import Continuation, EmittedAnswer
 from stretto.server.admission_gate import START_S, AdmissionGate
 from stretto.server.objectives import ServicePolicy
 from stretto.server.quota import PriorityQuota
@@ -41,6 +42,8 @@ T = TypeVar("T")
 GrammarCheck = Callable[[str, Grammar], Awaitable[None]]
 LONG_TEXT = 4096
 LOCAL = "local"
+GATEWAY = "gateway"
+NOTHING = EmittedAnswer()
 
 
 class Server:
@@ -73,11 +76,16 @@ class Server:
         engine.subscribe(self.recent.step)
 
     def tenant(self, headers: Headers) -> str:
-        """The tenant whose API key a request has; `local` for a server without keys. Raises Unauthorised.
+        """The tenant whose API key a request has; `local` for a server without keys, `gateway` for the key
+        of its gateways. Raises Unauthorised.
 
         A wrong key takes as long as a right one, so that the time tells nothing about the keys.
         """
         keys = self.config.api_keys
+        if self.config.gateway_key:
+            keys = keys | {self.config.gateway_key: GATEWAY}
+        if not self.config.api_keys and "authorization" not in headers:
+            return LOCAL
         if not keys:
             return LOCAL
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -169,6 +177,8 @@ class Call:
         self.tenant = tenant
         self.arrival = arrival
         self.outputs: list[Output] = []
+        self.relayed = False  # whether a gateway reads the answer
+        self.continuation: Continuation | None = None
         self.model = ""
         self.tier = ""
         self.streaming = False
@@ -203,6 +213,11 @@ class Call:
         texts = self.server.texts
         self.model = next(iter(texts)) if model is None else model if model in texts else ""
         self.tier = tier
+
+    def emitted(self, index: int) -> EmittedAnswer:
+        """What the client has of the answer with that index, from another worker."""
+        answers = () if self.continuation is None else self.continuation.answers
+        return answers[index] if index < len(answers) else NOTHING
 
     async def respond(self, response: Response) -> None:
         """Sends a response that is not a stream."""

@@ -6,7 +6,7 @@ times. It closes its stream when the text ends the answer. It knows neither HTTP
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from time import monotonic
@@ -53,9 +53,9 @@ class Times:
     gaps: list[float] = field(default_factory=list[float])  # between arrivals of tokens
 
     @classmethod
-    def of(cls, arrival: float, objective: Objective) -> Times:
-        """Of a request that arrived at `arrival`; nothing has come yet."""
-        return cls(arrival, Deadline.of(arrival, objective), objective.timed)
+    def of(cls, arrival: float, objective: Objective, emitted: int = 0) -> Times:
+        """Of a request that arrived at `arrival`; only `emitted` tokens have come yet, elsewhere."""
+        return cls(arrival, Deadline.of(arrival, objective, emitted), objective.timed)
 
     def mark(self, now: float, tokens: int) -> None:
         """Record that events with so many tokens arrived."""
@@ -179,7 +179,8 @@ class Output:
     times: Times = field(init=False)
 
     def __post_init__(self) -> None:
-        self.times = Times.of(self.request.arrival, self.request.objective)
+        request = self.request
+        self.times = Times.of(request.arrival, request.objective, len(request.emitted))
 
     @property
     def prompt_tokens(self) -> int:
@@ -195,6 +196,16 @@ class Output:
         self.times.mark(now, len(events) - (events[-1].token is None) if events else 0)
         if self.began is None and events:
             self.began = events[0].began
+        return self._deltas(events)
+
+    def replay(self, tokens: Sequence[int], *, complete: bool) -> list[OutputDelta]:
+        """The deltas of tokens that the client already has. `complete`: it has the end of the answer too."""
+        deltas = self._deltas([TokenEvent(self.request.id, token) for token in tokens])
+        if complete and self.finish_reason is None:
+            self._end("stop", deltas)
+        return deltas
+
+    def _deltas(self, events: list[TokenEvent]) -> list[OutputDelta]:
         deltas: list[OutputDelta] = []
         push, parser = self.detokenizer.push, self.parser
         for event in events:

@@ -1,0 +1,74 @@
+"""What gateway and worker say to each other: a relayed request, and the marks in a relayed stream.
+
+A gateway posts a `RelayedRequest` to the worker's RELAY path. In the stream that comes back, a mark follows
+the events of each send. It lists the tokens those events are made of, so that another worker can go on
+after them. A mark is a comment of server-sent events: the gateway removes it, and other clients ignore it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from msgspec import Raw, Struct
+
+RELAY = "/v1/relay"
+MARK = b":~"  # how a mark's line begins
+OperationName = Literal["chat", "completions", "embeddings"]
+
+
+class EmittedAnswer(Struct, frozen=True, array_like=True):
+    """The part of one answer that the client already has."""
+
+    tokens: list[int] = []
+    complete: bool = False  # whether the client has its finish reason
+
+
+class Continuation(Struct, frozen=True):
+    """A stream that began on another worker. `answers` are in the order of the response's indexes; `id` and
+    `created` are those of the chunks that the client has."""
+
+    id: str
+    created: int
+    answers: list[EmittedAnswer]
+
+
+class RelayedRequest(Struct, frozen=True):
+    """A client's request as a gateway passes it on.
+
+    `age_ms`: milliseconds since it reached the gateway, from which its deadlines count. `request` is the
+    body as the client sent it.
+    """
+
+    operation: OperationName
+    tenant: str
+    request: Raw
+    age_ms: float = 0.0
+    continuation: Continuation | None = None
+
+
+def mark(index: int, tokens: list[int], *, complete: bool, last: bool) -> bytes:
+    """The mark after events of the answer `index` that are made of `tokens`.
+
+    `complete`: the answer has its finish reason. `last`: nothing follows in the stream.
+    """
+    end = b"!" if last else b"." if complete else b""
+    return b"%b%d %b%b\n\n" % (MARK, index, " ".join(map(str, tokens)).encode(), end)
+
+
+class Mark(NamedTuple):
+    """A mark that was read. `answer` is the index of the answer."""
+
+    answer: int
+    tokens: list[int]
+    complete: bool
+    last: bool
+
+
+def read_mark(line: bytes) -> Mark:
+    """The meaning of a mark's line. Raises ValueError for a line that is no mark."""
+    text = line.strip()
+    last, complete = text.endswith(b"!"), text.endswith((b"!", b"."))
+    index, _, tokens = text[len(MARK) : len(text) - complete].partition(b" ")
+    if not text.startswith(MARK):
+        raise ValueError(f"no mark: {line[:40]!r}")
+    return Mark(int(index), [int(token) for token in tokens.split()], complete, last)

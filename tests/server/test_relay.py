@@ -1,0 +1,149 @@
+"""What a worker does for a gateway: relayed requests, marks, and answers that another worker began."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+
+from stretto.config import EngineConfig, ModelConfig, ServeConfig
+from stretto.engine.client import EngineClient
+from stretto.protocol.relay import MARK, RELAY, Mark, mark, read_mark
+from stretto.server.app import App, build
+from tests.server.fake_engine import FakeEngine
+
+DESK = Path(__file__).parents[2] / "src" / "stretto" / "desk"
+ASK: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "What is 17 + 25? Then count to ten."}],
+    "stream": True,
+    "max_tokens": 24,
+    "temperature": 1.0,
+    "seed": 7,
+    "ignore_eos": True,
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "n": {"type": "integer"}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server over a real engine with the bundled model."""
+    config = EngineConfig(models=(ModelConfig(name="desk", path=str(DESK)),), kv_bytes=64 << 20)
+    engine = EngineClient(config)
+    await engine.start()
+    await engine.wait_ready()
+    app = build(ServeConfig(port=0, schedule="deadline"), engine, {"desk": DESK})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        yield client
+    await engine.shutdown(1.0)
+
+
+async def relayed(
+    client: httpx.AsyncClient, request: dict[str, Any], continuation: dict[str, Any] | None = None
+) -> tuple[list[dict[str, Any]], list[Mark]]:
+    """The chunks and the marks of a relayed stream."""
+    body = {"operation": "chat", "tenant": "ann", "request": request, "age_ms": 1.0}
+    answer = await client.post(RELAY, json=body | {"continuation": continuation})
+    assert answer.status_code == 200, answer.text
+    events = answer.content.split(b"\n\n")[:-1]
+    marks = [read_mark(event) for event in events if event.startswith(MARK)]
+    texts = [event.removeprefix(b"data: ") for event in events if not event.startswith(MARK)]
+    assert texts.pop() == b"[DONE]"
+    return [json.loads(text) for text in texts], marks
+
+
+def parts(chunks: list[dict[str, Any]], index: int = 0) -> list[Any]:
+    """All that a client sees of one answer. A log probability is rounded: it depends a little on how much of
+    the prompt was in the prefix cache."""
+    return [
+        (choice["delta"], rounded(choice.get("logprobs")), choice["finish_reason"])
+        for chunk in chunks
+        for choice in chunk["choices"]
+        if choice["index"] == index
+    ]
+
+
+def rounded(logprobs: dict[str, Any] | None) -> list[tuple[str, float]]:
+    return [(each["token"], round(each["logprob"], 2)) for each in (logprobs or {"content": []})["content"]]
+
+
+def test_a_mark_is_read_as_it_was_written():
+    for written in (Mark(0, [1, 22], False, False), Mark(3, [], True, False), Mark(1, [5], True, True)):
+        line = mark(written.answer, written.tokens, complete=written.complete, last=written.last)
+        assert read_mark(line) == written
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "log probabilities": {"logprobs": True, "top_logprobs": 2},
+    "several answers": {"n": 3},
+    "penalties": {"frequency_penalty": 1.5, "repetition_penalty": 1.3},
+    "stop string": {"stop": ["7 "], "ignore_eos": False},
+    "schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+    "usage": {"stream_options": {"include_usage": True}},
+}
+
+
+async def test_an_answer_goes_on_after_any_mark_as_if_it_had_not_been_cut(desk: httpx.AsyncClient):
+    for name, extra in CASES.items():
+        request = ASK | extra
+        whole, marks = await relayed(desk, request)
+        for cut in sorted({0, 1, len(marks) // 2, len(marks) - 1}):
+            answers = [(list[int](), [False]) for _ in range(request.get("n", 1))]
+            for seen in marks[:cut]:
+                answers[seen.answer][0].extend(seen.tokens)
+                answers[seen.answer][1][0] |= seen.complete
+            emitted = [[tokens, complete] for tokens, (complete,) in answers]
+            rest, more = await relayed(desk, request, {"id": "chatcmpl-1", "created": 5, "answers": emitted})
+            assert {(chunk["id"], chunk["created"]) for chunk in rest} == {("chatcmpl-1", 5)}
+            for index, (tokens, _) in enumerate(answers):
+                before, after = parts(whole, index), parts(rest, index)
+                assert after == before[len(before) - len(after) :], (name, cut, index)
+                total, left = (
+                    sum(len(made.tokens) for made in some if made.answer == index) for some in (marks, more)
+                )
+                assert len(tokens) + left == total, (name, cut, index)
+            assert more[-1].last
+            assert usage(rest) == usage(whole)
+
+
+def usage(chunks: list[dict[str, Any]]) -> list[int]:
+    return [chunk["usage"]["completion_tokens"] for chunk in chunks if not chunk["choices"]]
+
+
+async def test_an_answer_at_its_limit_ends_at_once(desk: httpx.AsyncClient):
+    whole, marks = await relayed(desk, ASK)
+    tokens = [token for seen in marks for token in seen.tokens]
+    emitted = {"id": "c", "created": 1, "answers": [[tokens, False]]}
+    rest, _ = await relayed(desk, ASK, emitted)
+    assert len(tokens) == ASK["max_tokens"]
+    assert [(delta, reason) for delta, _, reason in parts(rest)] == [({}, "length")]
+    assert parts(whole)[-1][2] == "length"
+
+
+async def test_only_a_gateway_may_relay(engine: FakeEngine, checkpoint: Path):
+    body = {"operation": "chat", "tenant": "ann", "request": ASK}
+    cases: list[tuple[ServeConfig, str | None, int]] = [
+        (ServeConfig(), None, 200),
+        (ServeConfig(gateway_key="g"), None, 401),
+        (ServeConfig(gateway_key="g"), "g", 200),
+        (ServeConfig(gateway_key="g"), "x", 401),
+        (ServeConfig(api_keys={"k": "ann"}), "k", 401),
+        (ServeConfig(api_keys={"k": "ann"}, gateway_key="g"), "k", 401),
+        (ServeConfig(api_keys={"k": "ann"}, gateway_key="g"), "g", 200),
+    ]
+    for config, key, status in cases:
+        app: App = build(config, cast(EngineClient, engine), {"tiny": checkpoint})
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            answer = await client.post(RELAY, json=body, headers=headers)
+        assert answer.status_code == status, (config, key, answer.text)
+    assert engine.requests[-1].tenant == "ann"
