@@ -8,6 +8,9 @@ chat model answers the prompts, each in turn without speculation and with n-gram
 `python -m benchmarks.speculate verify MODEL_DIR [--quantise int8] [--json]`: the cost of verification.
 """
 
+# The types of tokenizers and lambdas are not known here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
 from __future__ import annotations
 
 import argparse
@@ -200,7 +203,7 @@ def answer(
     model = ModelConfig(name="m", path=str(path), quantise=quantise)
     config = EngineConfig(models=(model,), kv_bytes=2**28, context=CONTEXT, speculate="off")
     text, counts = TextModel(path), TokenCounts()
-    (model,) = ModelLoader(config).models(LIMITS)
+    (model,) = ModelLoader(config).models()
     engines = {
         speculate: EngineCore(
             [LoadedModel(model.runner, model.times, Speculation() if speculate else None)],
@@ -247,7 +250,7 @@ class Desk:
         if small is not None:
             models.append(ModelConfig(name="small", path=str(small)))
         config = EngineConfig(models=tuple(models), kv_bytes=2**28, context=2048, speculate="off")
-        self.desk, *self._small = ModelLoader(config).models(LIMITS)
+        self.desk, *self._small = ModelLoader(config).models()
         self.counts, self.next = TokenCounts(), 0
         self.engine = self.engine_with(None)
 

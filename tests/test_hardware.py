@@ -1,8 +1,10 @@
 """Reading a machine from fake /proc and /sys files, and the settings derived from it."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 from __future__ import annotations
 
 import os
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from stretto.hardware import (
     choose_device,
     choose_dtype,
     choose_kv,
+    choose_step_tokens,
     choose_threads,
     gib,
     snapshot,
@@ -176,3 +179,22 @@ def test_weights_larger_than_memory_are_refused() -> None:
 
 def test_a_number_of_bytes_is_printed_with_a_unit() -> None:
     assert [gib(512 * 1024), gib(3 * 2**20), gib(GIB * 3 // 2)] == ["512 KiB", "3.0 MiB", "1.50 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("base", "per_token", "itl", "tokens"),
+    [
+        (4.0, 0.022, 150.0, 1792),  # an 8B model on a GPU: ten bases
+        (4.0, 0.022, 20.0, 768),  # the same, where a tier asks for 20 ms between tokens
+        (4.0, 0.022, 5.0, 512),  # no fewer: the schedule shortens the steps of streams that need it
+        (40.0, 3.3, 150.0, 512),  # a CPU
+        (0.5, 0.0001, inf, 8192),
+        (20.0, 0.0, inf, 8192),
+        (200.0, 0.0, 150.0, 512),  # a step alone takes longer than the objective
+    ],
+)
+def test_the_tokens_of_a_step_follow_from_the_device_and_the_tightest_objective(
+    base: float, per_token: float, itl: float, tokens: int
+) -> None:
+    assert choose_step_tokens(0, base_ms=base, per_token_ms=per_token, itl_ms=itl).value == tokens
+    assert choose_step_tokens(96, base_ms=base, per_token_ms=per_token, itl_ms=itl).value == 96

@@ -123,7 +123,14 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     ] = 0
     block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens in a block of the KV cache")] = 16
     max_running: Annotated[int, Meta(ge=1, description="most sequences in a step")] = 256
-    max_step_tokens: Annotated[int, Meta(ge=1, description="most tokens in a step")] = 512
+    max_step_tokens: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="most tokens in a step; 0: as many as keep the fixed cost of a step below a tenth, "
+            "within the tightest ITL objective of the tiers",
+        ),
+    ] = 0
     schedule: Schedule = SCHEDULE
     speculate: Annotated[
         str,

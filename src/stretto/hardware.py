@@ -24,6 +24,9 @@ ISA = (
 )
 BF16_ISA = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 CACHES = frozenset({"float32", "bfloat16", "int8"})  # dtypes of a KV cache that the C kernels read
+FEWEST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 8192
+STEP_BASES = 10  # a longer step would gain less than a tenth, and the next request would wait for it
+STEP_TOKENS_ROUNDED = 256
 KV_SHARE = 0.25  # of the available memory, by default
 KV_MOST = 0.75  # of the available memory, when one full context needs it
 GIB = 2**30
@@ -194,6 +197,22 @@ def choose_threads(machine: Machine, requested: int = 0) -> Decision[int]:
     if machine.quota is not None and machine.quota < machine.cores:
         return Decision(max(1, int(machine.quota)), f"the container may use {machine.quota:g} cores")
     return Decision(machine.cores, "one per physical core this process may use")
+
+
+def choose_step_tokens(
+    requested: int, *, base_ms: float, per_token_ms: float, itl_ms: float
+) -> Decision[int]:
+    """The most tokens in a step, from what a step costs apart from its tokens and what a prompt's token adds.
+
+    `itl_ms` is the tightest inter-token objective of the tiers: a step must not take longer, because streams
+    wait for it. The schedule `deadline` also ends each step in time for the streams that are running.
+    """
+    if requested:
+        return Decision(requested, "set by the user")
+    ms = max(min(STEP_BASES * base_ms, itl_ms - base_ms), 0.0)
+    fitting = min(ms / max(per_token_ms, ms / MOST_STEP_TOKENS, 1e-9), MOST_STEP_TOKENS)
+    tokens = max(round(fitting / STEP_TOKENS_ROUNDED) * STEP_TOKENS_ROUNDED, FEWEST_STEP_TOKENS)
+    return Decision(tokens, f"{tokens} take about {base_ms + tokens * per_token_ms:.0f} ms")
 
 
 def choose_kv(

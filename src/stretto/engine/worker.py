@@ -18,13 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 import zmq
 
-from stretto.config import EngineConfig, tiers_of
+from stretto.config import EngineConfig
 from stretto.engine import ipc
 from stretto.engine.core import EngineCore
-from stretto.engine.runners.factory import ModelLoader
+from stretto.engine.runners.factory import ModelLoader, step_limits
 from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.admission import Snapshot, snapshot
-from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.engine.structured.grammar import Matcher
 from stretto.errors import InvalidGrammar, StrettoError
@@ -45,8 +44,8 @@ class EngineWorker:
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
         self._loader = ModelLoader(config, self._on_progress)
-        limits = Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers))
-        models = self._loader.models(limits)
+        models = self._loader.models()
+        limits = step_limits(config, models)
         self._infos = [model.info for model in models]
         self._engine = EngineCore(
             models,

@@ -24,7 +24,7 @@ from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.engine.worker import end_with_parent
 from stretto.errors import StartError, StrettoError
-from stretto.hardware import choose_threads, snapshot
+from stretto.hardware import FEWEST_STEP_TOKENS, choose_threads, snapshot
 from stretto.profiler.layers import LayerTimer, bandwidth
 from stretto.profiler.protocol import Measurement, ModelReady, StepProfile, Workload
 from stretto.types import Request, Sampling, StepStats, TokenEvent
@@ -47,7 +47,9 @@ class EngineProfiler:
         self._ended = False  # whether an answer has ended
         self.engine = EngineCore(
             [LoadedModel(self.runner)],
-            limits=Limits(config.max_running, config.max_step_tokens, tiers_of(config.tiers)),
+            limits=Limits(
+                config.max_running, config.max_step_tokens or FEWEST_STEP_TOKENS, tiers_of(config.tiers)
+            ),
             schedule=SCHEDULES[config.schedule],
             clock=time.monotonic,
             emit=self._on_step,

@@ -62,6 +62,20 @@ CALIBRATION_STEPS = (
     CalibrationStep(2, 512, 16),
     CalibrationStep(0, 0, 160),
 )
+# A GPU takes as long for 32 tokens as for one, so the cost of a prompt's token shows in longer steps only.
+GPU_CALIBRATION_STEPS = (
+    CalibrationStep(1, 16),
+    CalibrationStep(0, 0, 512),
+    CalibrationStep(32, 512),
+    CalibrationStep(0, 0, 2048),
+    CalibrationStep(1, 2048),
+    CalibrationStep(0, 0, 1024),
+    CalibrationStep(128, 64),
+    CalibrationStep(16, 512, 512),
+    CalibrationStep(0, 0, 128),
+    CalibrationStep(0, 0, 256, 2048),
+    CalibrationStep(64, 256, 1536),
+)
 MAX_FILES = 64
 LOOP_MS = 0.05  # of the engine's loop for one step
 REWEIGHTED = 10  # rounds of a robust fit
@@ -96,7 +110,8 @@ def known_times(runner: Runner, limits: Limits, *, machine: str, folder: Path) -
     if stored is not None:
         return stored
     try:
-        steps = [step for step in CALIBRATION_STEPS if fits(step, runner, limits)]
+        wanted = GPU_CALIBRATION_STEPS if runner.info.device.startswith("cuda") else CALIBRATION_STEPS
+        steps = [step for step in wanted if fits(step, runner, limits)]
         model = calibrate(Calibrator(runner).run, steps)
     except Exception:
         log.exception("the calibration of %s failed; default step times are used", runner.info.name)
@@ -143,8 +158,7 @@ class Calibrator:
         if plan is None:
             plan = self._plans[step] = self.plan(step)
             if self._runner.info.device.startswith("cuda"):
-                for _ in range(2):  # the first launch compiles kernels, the second captures a graph
-                    self._runner.launch(plan).wait()
+                self._runner.launch(plan).wait()  # the first launch of a size may compile kernels
         started = time.perf_counter()
         self._runner.launch(plan).wait()
         return (time.perf_counter() - started) * 1e3

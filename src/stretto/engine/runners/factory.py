@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from importlib import import_module
+from math import inf
 from pathlib import Path
 
 import msgspec
 import torch
 
-from stretto.config import EngineConfig, ModelConfig
+from stretto.config import EngineConfig, ModelConfig, tiers_of
 from stretto.engine.core import LoadedModel, Runner
 from stretto.engine.runners.calibrate import known_times
 from stretto.engine.runners.draft_model import DraftModel
@@ -25,6 +26,7 @@ from stretto.engine.step_time import StepCost, StepTime
 from stretto.engine.structured.grammar import Grammars
 from stretto.errors import InvalidGrammar, StartError
 from stretto.hardware import (
+    MOST_STEP_TOKENS,
     KvShape,
     cache_folder,
     check_fit,
@@ -32,6 +34,7 @@ from stretto.hardware import (
     choose_dtype,
     choose_kv,
     choose_kv_dtype,
+    choose_step_tokens,
     choose_threads,
     packed_folder,
     snapshot,
@@ -70,12 +73,13 @@ class ModelLoader:
         self._device = torch.device(choose_device(config.device, torch.cuda.is_available()).value)
         self.runners = [self._runner(model, len(config.models) - i) for i, model in enumerate(config.models)]
 
-    def models(self, limits: Limits) -> list[LoadedModel]:
+    def models(self) -> list[LoadedModel]:
         """The models with their step times, measured now if need be, and their speculative decoding.
 
         Raises StartError when `speculate` names a model that cannot draft.
         """
         small, folder = self._draft_runner(), cache_folder(self._config.cache_dir) / "step-times"
+        limits = Limits(self._config.max_running, self._config.max_step_tokens or MOST_STEP_TOKENS)
         times = {
             runner.info.name: known_times(runner, limits, machine=self.machine, folder=folder)
             for runner in self.runners
@@ -201,6 +205,19 @@ class ModelLoader:
         if self._device.type == "cuda":
             return torch.cuda.mem_get_info(self._device)[0]
         return snapshot().available
+
+
+def step_limits(config: EngineConfig, models: list[LoadedModel]) -> Limits:
+    """What the engine may do at once: the step of each model keeps the tightest objective of the tiers."""
+    tiers = tiers_of(config.tiers)
+    itl_ms = min((tier.objective.itl_ms for tier in tiers.values() if tier.objective.itl_ms), default=inf)
+    tokens = [
+        choose_step_tokens(
+            config.max_step_tokens, base_ms=cost.base, per_token_ms=cost.per_prefill, itl_ms=itl_ms
+        ).value
+        for cost in (model.times.cost for model in models)
+    ]
+    return Limits(config.max_running, min(tokens), tiers)
 
 
 def _named(dtype: torch.dtype) -> str:
