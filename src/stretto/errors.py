@@ -5,18 +5,25 @@ A message states what is wrong, where, and what to do. `param` is the path of th
 
 from __future__ import annotations
 
+LONGEST_MESSAGE, LONGEST_PARAM = 2000, 200
+
+
+def cut(text: str, most: int) -> str:
+    """At most `most` characters of a text, and how long it was. What a client sent may be megabytes long."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
 
 class StrettoError(Exception):
-    """The base of all errors. `retry_after` is in seconds."""
+    """The base of all errors. `retry_after` is in seconds. A long message or path is cut."""
 
     status = 500
     type = "server_error"
     code = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = cut(message, LONGEST_MESSAGE)
+        self.param = None if param is None else cut(param, LONGEST_PARAM)
+        super().__init__(self.message)
         self.retry_after = retry_after
 
     def body(self) -> dict[str, dict[str, str | None]]:

@@ -13,6 +13,8 @@ from msgspec import Meta, Struct, field, structs
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice"]
 INT32_MAX = 2**31 - 1
+# The most characters of a grammar's source.
+LONGEST_GRAMMAR: dict[GrammarKind, int] = {"regex": 2**12, "choice": 2**17, "json_schema": 2**17}
 # The range of each sampling option, for the wire types and for `Sampling`. msgspec reads a Meta by itself.
 BOUNDS: dict[str, Meta] = {
     "max_tokens": Meta(ge=1, le=INT32_MAX),
@@ -21,7 +23,7 @@ BOUNDS: dict[str, Meta] = {
     "top_p": Meta(gt=0, le=1),
     "top_k": Meta(ge=0, le=INT32_MAX),
     "min_p": Meta(ge=0, le=1),
-    "repetition_penalty": Meta(gt=0, le=100),
+    "repetition_penalty": Meta(ge=0.01, le=100),  # less would overflow a logit
     "frequency_penalty": Meta(ge=-2, le=2),
     "presence_penalty": Meta(ge=-2, le=2),
     "logit_bias": Meta(ge=-100, le=100),

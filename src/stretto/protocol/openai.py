@@ -10,19 +10,25 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
+from stretto.protocol.limits import up_to
 from stretto.types import BOUNDS, INT32_MAX, Milliseconds
 
 Positive = Annotated[int, Meta(ge=1, le=INT32_MAX)]
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
-StopString = Annotated[str, Meta(min_length=1)]
+TokenIds = Annotated[list[TokenId], up_to("token_ids")]
+StopString = Annotated[str, up_to("stop_string", min_length=1)]
+Identifier = Annotated[str, up_to("identifier")]
+UserKey = Annotated[str, up_to("user")]
+ModelName = Annotated[str, up_to("model")]
+Description = Annotated[str, up_to("description")]
 Bias = Annotated[float, BOUNDS["logit_bias"]]
 MaxTokens = Annotated[int, BOUNDS["max_tokens"]]
 TopLogprobs = Annotated[int, BOUNDS["logprobs"]]
-ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_\-]{1,64}$", min_length=1, max_length=64)]
+ToolName = Annotated[str, up_to("tool_name", pattern=r"^[a-zA-Z0-9_\-]{1,64}$", min_length=1)]
 Empty = Annotated[list[Any], Meta(max_length=0)]
-MetadataKey = Annotated[str, Meta(max_length=64)]
-MetadataValue = Annotated[str, Meta(max_length=512)]
-Metadata = Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=16)]
+MetadataKey = Annotated[str, up_to("metadata_key")]
+MetadataValue = Annotated[str, up_to("metadata_value")]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], up_to("metadata")]
 
 
 class Wire(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -43,49 +49,52 @@ class RefusalPart(Wire, frozen=True, kw_only=True, tag_field="type", tag="refusa
 class CalledFunction(Wire, frozen=True, kw_only=True):
     """`arguments` is a JSON object written as a string, as the model wrote it."""
 
-    name: str
-    arguments: str
+    name: Identifier
+    arguments: Annotated[str, up_to("arguments")]
 
 
 class ToolCall(Wire, frozen=True, kw_only=True):
-    id: str
+    id: Identifier
     function: CalledFunction
     type: Literal["function"] = "function"
     index: int | None = None
 
 
+TextParts = Annotated[list[TextPart], up_to("parts")]
+
+
 class SystemMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="system"):
-    content: str | list[TextPart]
-    name: str | None = None
+    content: str | TextParts
+    name: Identifier | None = None
 
 
 class DeveloperMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="developer"):
-    content: str | list[TextPart]
-    name: str | None = None
+    content: str | TextParts
+    name: Identifier | None = None
 
 
 class UserMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="user"):
-    content: str | list[TextPart]
-    name: str | None = None
+    content: str | TextParts
+    name: Identifier | None = None
 
 
 class AssistantMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="assistant"):
     """An earlier answer. Every field that a response carries may come back in the next request."""
 
-    content: str | list[TextPart | RefusalPart] | None = None
-    name: str | None = None
+    content: str | Annotated[list[TextPart | RefusalPart], up_to("parts")] | None = None
+    name: Identifier | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], up_to("tool_calls")] | None = None
     annotations: Empty | None = None
     audio: None = None
     function_call: None = None
 
 
 class ToolMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="tool"):
-    content: str | list[TextPart]
-    tool_call_id: str
-    name: str | None = None
+    content: str | TextParts
+    tool_call_id: Identifier
+    name: Identifier | None = None
 
 
 Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
@@ -98,7 +107,7 @@ class Function(Wire, frozen=True, kw_only=True):
     """`parameters` is a JSON schema. `strict` needs a `tool_choice` that forces a call."""
 
     name: ToolName
-    description: str | None = None
+    description: Description | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -109,7 +118,7 @@ class Tool(Wire, frozen=True, kw_only=True):
 
 
 class ChosenFunction(Wire, frozen=True, kw_only=True):
-    name: str
+    name: Identifier
 
 
 class ChosenTool(Wire, frozen=True, kw_only=True):
@@ -131,9 +140,9 @@ class JsonObjectFormat(Wire, frozen=True, kw_only=True, tag_field="type", tag="j
 
 
 class NamedSchema(Wire, frozen=True, kw_only=True):
-    name: str
+    name: Identifier
     schema: dict[str, Any]
-    description: str | None = None
+    description: Description | None = None
     strict: bool | None = None
 
 
@@ -144,13 +153,16 @@ class JsonSchemaFormat(Wire, frozen=True, kw_only=True, tag_field="type", tag="j
 ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
 
 
+Choice = Annotated[str, up_to("schema", min_length=1)]
+
+
 class StructuredOutputs(Wire, frozen=True, kw_only=True):
     """vLLM's extension of `response_format`. Exactly one field is set."""
 
-    json: str | dict[str, Any] | None = None
+    json: Annotated[str, up_to("schema")] | dict[str, Any] | None = None
     json_object: bool | None = None
-    regex: str | None = None
-    choice: Annotated[list[StopString], Meta(min_length=1)] | None = None
+    regex: Annotated[str, up_to("regex")] | None = None
+    choice: Annotated[list[Choice], up_to("choices", min_length=1)] | None = None
 
 
 class ObjectiveFields(Wire, frozen=True, kw_only=True):
@@ -179,7 +191,7 @@ class Generation(Wire, frozen=True, kw_only=True):
     KV blocks only when all four are equal. The response repeats `metadata`, and the server does not store it.
     """
 
-    model: str | None = None
+    model: ModelName | None = None
     max_tokens: MaxTokens | None = None
     min_tokens: Annotated[int, BOUNDS["min_tokens"]] | None = None
     temperature: Annotated[float, BOUNDS["temperature"]] | None = None
@@ -188,38 +200,38 @@ class Generation(Wire, frozen=True, kw_only=True):
     min_p: Annotated[float, BOUNDS["min_p"]] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, BOUNDS["n"]] | None = None
-    stop: StopString | list[StopString] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: StopString | Annotated[list[StopString], up_to("stop")] | None = None
+    stop_token_ids: Annotated[list[TokenId], up_to("stop_token_ids")] | None = None
     ignore_eos: bool | None = None
     presence_penalty: Annotated[float, BOUNDS["presence_penalty"]] | None = None
     frequency_penalty: Annotated[float, BOUNDS["frequency_penalty"]] | None = None
     repetition_penalty: Annotated[float, BOUNDS["repetition_penalty"]] | None = None
-    logit_bias: dict[int, Bias] | None = None
+    logit_bias: Annotated[dict[int, Bias], up_to("logit_bias")] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     service_tier: Literal["auto", "default", "priority", "flex"] | None = None
     objective: ObjectiveFields | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    cache_salt: str | None = None
+    user: UserKey | None = None
+    safety_identifier: UserKey | None = None
+    prompt_cache_key: UserKey | None = None
+    cache_salt: UserKey | None = None
     metadata: Metadata | None = None
     store: bool | None = None
 
 
 class ChatRequest(Generation, frozen=True, kw_only=True):
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[Message], up_to("messages", min_length=1)]
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], up_to("tools")] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    modalities: list[Literal["text"]] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], up_to("variables")] | None = None
+    modalities: Annotated[list[Literal["text"]], up_to("modalities")] | None = None
     audio: None = None
     function_call: None = None
     functions: None = None
@@ -231,7 +243,7 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
 class CompletionRequest(Generation, frozen=True, kw_only=True):
     """A prompt is a text, token ids, or a list of either. Special token ids are allowed."""
 
-    prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    prompt: str | Annotated[list[str | TokenId | TokenIds], up_to("token_ids", min_length=1)]
     echo: bool | None = None
     logprobs: TopLogprobs | None = None
     best_of: Positive | None = None
@@ -239,12 +251,12 @@ class CompletionRequest(Generation, frozen=True, kw_only=True):
 
 
 class EmbeddingRequest(Wire, frozen=True, kw_only=True):
-    input: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
-    model: str | None = None
+    input: str | Annotated[list[str | TokenId | TokenIds], up_to("token_ids", min_length=1)]
+    model: ModelName | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Positive | None = None
-    user: str | None = None
-    cache_salt: str | None = None
+    user: UserKey | None = None
+    cache_salt: UserKey | None = None
     objective: TotalObjective | None = None
 
 

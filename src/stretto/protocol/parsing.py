@@ -1,60 +1,151 @@
-"""Request bodies -> wire types. An error names the wrong field by its path, as `$.messages[0].content`."""
+"""Request bodies -> wire types. An error names the wrong field by its path, as `$.messages[0].content`.
+
+Half a surrogate pair in a string becomes U+FFFD: JavaScript sends one when it cuts an emoji in two.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
-from msgspec import DecodeError, ValidationError, json
+from msgspec import DecodeError, Raw, ValidationError, json
 
-from stretto.errors import InvalidRequest, TooLarge, UnsupportedField
+from stretto.errors import InvalidRequest, TooLarge, UnsupportedField, cut
+from stretto.protocol.limits import LIMITS, Limit
 
 T = TypeVar("T")
 JSON = "application/json"
 # Decoding takes 0.1 us for each list or object and blocks the event loop.
-MAX_CONTAINERS = 100_000
-_PLACE = re.compile(r"(.*?)(?: - at (?:`(?:key|value)` in )?`(\$.*)`)?", re.DOTALL)
+MAX_CONTAINERS = LIMITS["containers"].most
+TEXT_FIELDS = ("messages", "prompt", "input")  # their size is limited by the context
+LONGEST_PROBLEM = 200
+_PLACE = re.compile(r"(?:`(?:key|value)` in )?`(\$.*)`", re.DOTALL)
 _FIELD = re.compile(r"`(.*)`$", re.DOTALL)
+_TOO_LONG = re.compile(r"Expected `(str|array|object)` of length <= (\d+)")
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]|(\[\.\.\.\])")
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+_TOKEN = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[\[\]{}]', re.DOTALL)
+_FIELDS = json.Decoder(dict[str, Raw])
 
 
 def parse(decoder: json.Decoder[T], body: bytes, content_type: str | None = None) -> T:
     """Decodes a request body. `content_type` is the value of that header, None if it was not sent.
 
-    Raises InvalidRequest for a malformed body or a wrong value, UnsupportedField for a field or a value that
-    this server does not implement, and TooLarge for more than MAX_CONTAINERS lists and objects.
+    Raises InvalidRequest for a malformed body and for a value that is wrong or beyond its limit,
+    UnsupportedField for a field or a value that this server does not implement, and TooLarge for more than
+    MAX_CONTAINERS lists and objects.
     """
     # A browser sends JSON to another origin only if a CORS preflight allows it. Requiring this content type
     # therefore stops web pages from using a server on loopback.
     if content_type is not None and content_type.partition(";")[0].strip().lower() != JSON:
         raise InvalidRequest(f"the content type must be {JSON}, not {content_type}")
-    if len(body) > MAX_CONTAINERS and body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
-        raise TooLarge(f"the body contains more than {MAX_CONTAINERS} lists and objects; send fewer")
+    if len(body) > MAX_CONTAINERS:
+        _check_size(body)
     try:
         return decoder.decode(body)
     except ValidationError as error:
-        raise _error_with_path(str(error)) from error
+        problem = _error_with_path(str(error), body)
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+        problem = InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}")
     except DecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise InvalidRequest("the JSON of the body is nested too deeply; flatten it") from error
+        if (whole := _without_half_pairs(body)) != body:
+            return parse(decoder, whole, content_type)
+        problem = InvalidRequest(f"the body is not valid JSON: {error}")
+    except RecursionError:
+        problem = _too_deep(body)
+    # Raised here, so that it does not hold the decoder's error and with it the frames of the decoder.
+    raise problem
 
 
-def _error_with_path(message: str) -> InvalidRequest:
+def _check_size(body: bytes) -> None:
+    """Raises TooLarge or InvalidRequest for a large body that would take long to decode."""
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        raise TooLarge(f"the body contains more than {MAX_CONTAINERS} lists and objects; send fewer")
+    try:
+        fields = _FIELDS.decode(body)
+    except (DecodeError, UnicodeDecodeError, RecursionError):
+        return  # decoding it whole says what is wrong
+    for name, raw in fields.items():
+        path = cut(f"$.{name}", LONGEST_PROBLEM)
+        size = len(memoryview(raw))
+        if (
+            name in ("stop_token_ids", "logit_bias")
+            and (commas := bytes(raw).count(b",")) >= LIMITS[name].most
+        ):
+            raise LIMITS[name].error(path, commas + 1)
+        if name not in TEXT_FIELDS and size > LIMITS["field_bytes"].most:
+            raise LIMITS["field_bytes"].error(path, size)
+
+
+def _without_half_pairs(body: bytes) -> bytes:
+    """The JSON with U+FFFD for each escaped half of a surrogate pair."""
+    # `\\ud83d` is a backslash and letters, so escaped backslashes are hidden from the search. NUL is free for
+    # that: JSON has none.
+    return _HALF_PAIR.sub(rb"\\ufffd", body.replace(rb"\\", b"\0\0")).replace(b"\0\0", rb"\\")
+
+
+def _too_deep(body: bytes) -> InvalidRequest:
+    """The error for a body that is nested too deeply to be decoded; it names the field at the top."""
+    path, depth, most = "$", 0, LIMITS["depth"].most
+    for token in _TOKEN.finditer(body):
+        if token[2] and depth == 1:
+            path = cut(f"$.{token[1][1:-1].decode(errors='replace')}", LONGEST_PROBLEM)
+        depth += (token[0] in (b"[", b"{")) - (token[0] in (b"]", b"}"))
+        if depth > most + 1:
+            break
+    return InvalidRequest(
+        f"{path} has more than {most} levels of nesting; at most {most} are allowed", param=path
+    )
+
+
+def _error_with_path(message: str, body: bytes) -> InvalidRequest:
     """The error for a message of msgspec, which ends in the path of the wrong field unless that is `$`."""
-    match = _PLACE.fullmatch(message)
-    problem, path = (match[1], match[2] or "$") if match else (message, "$")
+    problem, _, where = message.rpartition(" - at ")
+    place = _PLACE.fullmatch(where)
+    problem, path = (problem, place[1]) if place else (message, "$")
     field = _FIELD.search(problem)
     if problem.startswith("Object contains unknown field") and field:
-        name = f"{path}.{field[1]}"
+        name = f"{path}.{cut(field[1], LONGEST_PROBLEM)}"
         return UnsupportedField(f"{name} is not a field that this server supports; leave it out", param=name)
     if problem.startswith("Object missing required field") and field:
         name = f"{path}.{field[1]}"
         return InvalidRequest(f"{name} is missing", param=name)
-    lower = problem[0].lower() + problem[1:]
+    if beyond := _TOO_LONG.match(problem):
+        unit = "characters" if beyond[1] == "str" else "entries"
+        most = int(beyond[2])
+        return Limit(most, unit, path).error(path, _length(body, path, most, keys="`key` in" in message))
+    lower = cut(problem[0].lower() + problem[1:], LONGEST_PROBLEM)
     if problem.startswith(("Invalid value", "Invalid enum value")):
         return UnsupportedField(f"{path}: {lower}, or a value this server does not support", param=path)
     if problem.startswith("Expected `null`"):
         return UnsupportedField(f"{path} is not supported by this server; leave it out", param=path)
     return InvalidRequest(f"{path}: {lower}", param=path)
+
+
+def _length(body: bytes, path: str, most: int, *, keys: bool) -> int:
+    """The length of the value at a path of msgspec, which does not name the keys of a map: of the first one
+    that is longer than `most`. `keys`: the path leads to a map, and one of its keys is too long."""
+    try:
+        values = [json.decode(body)]
+    except (DecodeError, UnicodeDecodeError, RecursionError):
+        values = []  # the rest of the body is malformed
+    for name, index, _ in _STEP.findall(path):
+        values = [each for value in values for each in _at(value, name, index)]
+    if keys:
+        values = [key for value in values if isinstance(value, dict) for key in cast("dict[str, Any]", value)]
+    lengths = (len(cast("str | list[Any]", each)) for each in values if isinstance(each, str | list | dict))
+    return next((length for length in lengths if length > most), most + 1)
+
+
+def _at(value: object, name: str, index: str) -> list[Any]:
+    """The members of a value at one step of a path; none where a name that came twice hides them."""
+    if isinstance(value, list):
+        members = cast("list[Any]", value)
+        return members[int(index) :][:1] if index else []
+    fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    if name:
+        return [fields[name]] if name in fields else []
+    return list(fields.values())

@@ -10,7 +10,7 @@ from functools import partial
 from msgspec import json
 from starlette.responses import Response
 
-from stretto.errors import EngineError, InvalidRequest
+from stretto.errors import CannotBeOnTime, EngineError, InvalidRequest
 from stretto.protocol.openai import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from stretto.protocol.parsing import JSON, parse
 from stretto.server.admission_gate import Slot
@@ -75,6 +75,12 @@ async def _vector(output: Output, slot: Slot | None) -> tuple[float, ...]:
         output.push([event for event in events if event.finish is not None])
         if output.finish_reason is not None:
             break
+    if vector is None and output.finish_reason == "deadline":
+        raise CannotBeOnTime(
+            "the embeddings were not ready within $.objective.total_ms; allow more time, or send fewer texts",
+            param="$.objective.total_ms",
+            retry_after=1.0,
+        )
     if vector is None:
         raise EngineError("the engine ended the sequence without an embedding")
     return vector

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 from stretto.errors import InvalidRequest, UnsupportedField
+from stretto.protocol.limits import LIMITS, check_json
 from stretto.protocol.openai import (
     ChatRequest,
     CompletionRequest,
@@ -23,7 +24,14 @@ from stretto.protocol.openai import (
 )
 from stretto.text import messages, reasoning_parser
 from stretto.text.output import AnswerParser
-from stretto.text.prompts import RawPrompt, check_length, check_sampling_ids, check_token_ids, encode_prompts
+from stretto.text.prompts import (
+    RawPrompt,
+    check_length,
+    check_sampling_ids,
+    check_size,
+    check_token_ids,
+    encode_prompts,
+)
 from stretto.text.tokenizer import TextModel
 from stretto.text.tool_parser import NamedCallParser, ToolParser
 from stretto.types import Grammar, ModelInfo, Sampling
@@ -97,6 +105,7 @@ class AnswerSpec:
 def check_chat(request: ChatRequest, model: ModelHandle, limits: RequestLimits) -> AnswerSpec:
     """Checks a chat request. Raises InvalidRequest and its subclasses."""
     _check_options(request, 1, limits)
+    _check_untyped(request)
     tools = messages.calls(request, model.text)
     grammar = _grammar(request)
     if tools.grammar is not None:
@@ -124,6 +133,7 @@ def check_completion(request: CompletionRequest, model: ModelHandle, limits: Req
     """Checks a request to continue raw prompts. Raises InvalidRequest and its subclasses."""
     inputs = split_inputs(request.prompt, "$.prompt")
     _check_options(request, len(inputs), limits)
+    _check_schemas(request)
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise UnsupportedField(
             "$.best_of must equal n: this server does not rank candidates", param="$.best_of"
@@ -171,6 +181,7 @@ def _encode_chat(
 ) -> list[EncodedPrompt]:
     text = model.text
     rendered = text.render(messages.messages(request, text), tools, variables)
+    check_size(rendered, text, model.info, "$.messages")
     ids = tuple(text.encode_rendered(rendered))
     check_token_ids(ids, model.info, "$.messages")
     check_length(len(ids), sampling.max_tokens or 1, model.info, "$.messages")
@@ -194,12 +205,15 @@ def _encode_completion(
 
 
 def split_inputs(prompt: str | Sequence[str | int | list[int]], path: str) -> list[RawPrompt]:
-    """One text or list of token ids for each prompt. Raises InvalidRequest for a list that mixes kinds."""
+    """One text or list of token ids for each prompt. Raises InvalidRequest for a list that mixes kinds or has
+    too many prompts."""
     if isinstance(prompt, str):
         return [prompt]
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return [cast("list[int]", prompt)]
+    if len(prompt) > LIMITS["prompts"].most:
+        raise LIMITS["prompts"].error(path, len(prompt))
     if len(kinds) > 1:
         raise InvalidRequest(
             f"{path} mixes texts, token ids and lists of token ids; send one kind", param=path
@@ -230,6 +244,23 @@ def _check_options(request: Generation, prompts: int, limits: RequestLimits) -> 
         raise UnsupportedField("$.store: this server stores no answers; leave it out", param="$.store")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("$.stream_options needs stream: true", param="$.stream_options")
+
+
+def _check_untyped(request: ChatRequest) -> None:
+    """Raises InvalidRequest where a field without a type is nested too deeply or has too many members."""
+    _check_schemas(request)
+    if request.chat_template_kwargs is not None:
+        check_json(request.chat_template_kwargs, "$.chat_template_kwargs")
+    for at, tool in enumerate(request.tools or ()):
+        if tool.function.parameters is not None:
+            check_json(tool.function.parameters, f"$.tools[{at}].function.parameters")
+
+
+def _check_schemas(request: Generation) -> None:
+    if isinstance(request.response_format, JsonSchemaFormat):
+        check_json(request.response_format.json_schema.schema, "$.response_format.json_schema.schema")
+    if request.structured_outputs is not None:
+        check_json(request.structured_outputs.json, "$.structured_outputs.json")
 
 
 def _chat_limit(request: ChatRequest) -> int | None:

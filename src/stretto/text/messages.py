@@ -10,6 +10,7 @@ from typing import Any, cast
 from msgspec import to_builtins
 
 from stretto.errors import InvalidRequest, UnsupportedField
+from stretto.protocol.limits import check_json
 from stretto.protocol.openai import (
     AssistantMessage,
     ChatRequest,
@@ -79,13 +80,16 @@ def _assistant(message: AssistantMessage, path: str, thinks: bool) -> dict[str, 
 
 
 def _called(call: ToolCall, path: str) -> dict[str, Any]:
+    where = f"{path}.function.arguments"
     try:
         arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
+    except ValueError:
         arguments = None
+    except RecursionError:
+        raise InvalidRequest(f"{where} is nested too deeply; flatten it", param=where) from None
     if not isinstance(arguments, dict):
-        where = f"{path}.function.arguments"
         raise InvalidRequest(f"{where} must be a string that contains a JSON object", param=where)
+    check_json(cast("dict[str, Any]", arguments), where)
     return {
         "id": call.id,
         "type": "function",

@@ -23,11 +23,26 @@ def encode_prompts(
     """
     encoded: list[tuple[int, ...]] = []
     for index, prompt in enumerate(prompts):
-        ids = tuple(text.encode(prompt) if isinstance(prompt, str) else prompt)
+        where = path if len(prompts) == 1 else f"{path}[{index}]"
+        if isinstance(prompt, str):
+            check_size(prompt, text, info, where)
+            prompt = text.encode(prompt)
+        check_length(len(prompt), 0, info, where)
+        ids = tuple(prompt)
         check_token_ids(ids, info, path)
-        check_length(len(ids), 0, info, path if len(prompts) == 1 else f"{path}[{index}]")
         encoded.append(ids)
     return encoded
+
+
+def check_size(prompt: str, text: TextModel, info: ModelInfo, path: str) -> None:
+    """Raises ContextExceeded for a text whose size alone proves that it exceeds the context."""
+    # A character has at most four bytes, and a token at least one.
+    if 4 * len(prompt) > info.context and (least := text.least_tokens(prompt)) > info.context:
+        raise ContextExceeded(
+            f"{path} has {len(prompt)} characters, so at least {least} tokens, but the model's context is"
+            f" {info.context} for prompt and answer together, and prompts are never cut: send a shorter one",
+            param=path,
+        )
 
 
 def check_token_ids(ids: Sequence[int], info: ModelInfo, path: str) -> None:

@@ -7,6 +7,7 @@ special tokens count as such. Sampling defaults in generation_config.json are ig
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from string import ascii_lowercase
@@ -46,8 +47,7 @@ class TextModel:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a raw prompt, with its special tokens and the tokenizer's own BOS or EOS."""
-        # The batch call, even for one text: it releases the interpreter lock and computes no offsets.
-        return self.tokenizer.encode_batch_fast([text])[0].ids
+        return _encoded(self.tokenizer, [text], special=True)
 
     def encode_chat(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
@@ -70,10 +70,22 @@ class TextModel:
     def encode_rendered(self, rendered: str) -> list[int]:
         """The ids of what `render` returned."""
         first, *rest = self._guard.split(rendered)
-        ids = self.tokenizer.encode_batch_fast([first], add_special_tokens=False)[0].ids
-        for piece in rest:
-            ids += self._continuing_tokenizer().encode_batch_fast([piece], add_special_tokens=False)[0].ids
-        return ids
+        ids = _encoded(self.tokenizer, [first])
+        return ids + _encoded(self._continuing_tokenizer(), rest) if rest else ids
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens a raw prompt, or what `render` returned, has at least. 0: this tokenizer allows no
+        such statement. It takes microseconds, and encoding may take seconds."""
+        longest = self._longest_token
+        if longest is None:
+            return 0
+        pieces = self._guard.split(text)
+        size = sum(len(piece) if piece.isascii() else len(_whole(piece).encode()) for piece in pieces)
+        return max(len(pieces), -(-size // longest))
+
+    @cached_property
+    def _longest_token(self) -> int | None:
+        return longest_token(json.loads(self.tokenizer.to_str()))
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -103,6 +115,67 @@ class TextModel:
                 whole[part] = _without_prefix(whole[part])
             self._continuation = Tokenizer.from_str(json.dumps(whole))
         return self._continuation
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -> list[int]:
+    """The ids of all texts, one after the other. Half a surrogate pair counts as U+FFFD."""
+    # The batch call, even for one text: it releases the interpreter lock and computes no offsets.
+    try:
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=special)
+    except TypeError:  # what the bindings raise for text that is not Unicode
+        encoded = tokenizer.encode_batch_fast([_whole(text) for text in texts], add_special_tokens=special)
+    return encoded[0].ids if len(encoded) == 1 else [id for each in encoded for id in each.ids]
+
+
+def _whole(text: str) -> str:
+    """The text, with U+FFFD for half a surrogate pair."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# How many bytes of text may become one byte when a normalizer composes it: U+212A becomes K, and three Hangul
+# letters become one syllable; for NFKC, a mathematical letter becomes a Latin one.
+SHRINK = {"NFC": 3, "NFD": 3, "NFKC": 4, "NFKD": 4, "Prepend": 1, "ByteLevel": 1}
+KEEPS_ALL = {"ByteLevel", "Metaspace", "Digits", "Split", "Punctuation"}
+
+
+def longest_token(tokenizer: dict[str, Any]) -> int | None:
+    """The most bytes of text that one token stands for, by a tokenizer.json. None if there is no such number,
+    because a token may stand for a text of any length, or text may be dropped."""
+    model, added = tokenizer["model"], tokenizer["added_tokens"]
+    normal = _steps(tokenizer["normalizer"], "normalizers")
+    splits = _steps(tokenizer["pre_tokenizer"], "pretokenizers")
+    vocabulary: dict[str, int] = model["vocab"] if model["type"] == "BPE" else {}
+    byte_level = any(step["type"] == "ByteLevel" for step in normal + splits)
+    if byte_level:
+        alphabet = set(BYTE_ALPHABET)
+    else:
+        alphabet = {f"<0x{byte:02X}>" for byte in range(256)} if model.get("byte_fallback") else {""}
+    blank = any(token["lstrip"] or token["rstrip"] for token in added)
+    if not alphabet <= vocabulary.keys() or blank:
+        return None
+    if any(step["type"] not in KEEPS_ALL or step.get("behavior") == "Removed" for step in splits):
+        return None
+    shrink = 1
+    for step in normal:
+        by = SHRINK.get(step["type"], 0)
+        if step["type"] == "Replace":
+            by = int(
+                len(step["content"].encode())
+                >= len(step["pattern"].get("String", step["content"] + " ").encode())
+            )
+        shrink *= by
+    longest = max(map(len, vocabulary)) if byte_level else max(len(each.encode()) for each in vocabulary)
+    longest = max(longest, *(len(token["content"].encode()) for token in added), 0)
+    return longest * shrink or None
+
+
+def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, without the sequences around them."""
+    if step is None:
+        return []
+    return (
+        [inner for each in step[key] for inner in _steps(each, key)] if step["type"] == "Sequence" else [step]
+    )
 
 
 def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -17,14 +17,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
 from stretto.errors import InvalidGrammar
-from stretto.types import Grammar, GrammarKind
+from stretto.types import LONGEST_GRAMMAR, Grammar, GrammarKind
 
 # With llguidance's own limits one mask may take tens of milliseconds while every stream waits. With these it
 # takes about ten.
 LIMITS = LLParserLimits(
     max_items_in_row=5_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
 )
-LONGEST: dict[GrammarKind, int] = {"regex": 2**12, "choice": 2**17, "json_schema": 2**17}
 WHITESPACE = r"[ \n\r\t]{1,40}"  # bounded, because a confused model would emit blanks until its limit
 COMPILED_GRAMMARS = 32  # kept for each model
 
@@ -153,7 +152,7 @@ def reason(error: str) -> str:
 
 
 def _bounded(grammar: Grammar) -> str:
-    longest = LONGEST.get(grammar.kind, 0)
+    longest = LONGEST_GRAMMAR.get(grammar.kind, 0)
     if len(grammar.source) > longest:
         raise InvalidGrammar(
             f"the {grammar.label} has {len(grammar.source)} characters; at most {longest} are allowed"

@@ -1,0 +1,112 @@
+"""The bound of a text's tokens that needs no encoding: never above the number of tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+
+from stretto.errors import ContextExceeded
+from stretto.text.prompts import check_size
+from stretto.text.tokenizer import SHRINK, TextModel, longest_token
+from tests.server.checkpoint import CHATML, CORPUS, byte_level, sentencepiece, write
+from tests.server.fake_engine import info
+
+
+def bound(tokenizer: Tokenizer) -> int | None:
+    return longest_token(json.loads(tokenizer.to_str()))
+
+
+def composing(form: Any) -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.normalizer = form
+    return tokenizer
+
+
+SOUND = {
+    "byte level": byte_level,
+    "sentencepiece": sentencepiece,
+    "NFC": lambda: composing(normalizers.NFC()),
+    "NFKC": lambda: composing(normalizers.NFKC()),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_text_never_has_fewer_tokens_than_stated(name: str, tmp_path: Path) -> None:
+    text = TextModel(
+        write(tmp_path, SOUND[name](), CHATML, eos="<|stop|>" if name != "sentencepiece" else "</s>")
+    )
+    draw = random.Random(5)
+    pool = [
+        *CORPUS[:4],
+        "<|stop|>",
+        "</tool_call>",
+        " ",
+        "\u212a",
+        "\u1112\u1161\u11ab",
+        "\U0001d400",
+        "e\u0301",
+        "\ud83d",
+    ]
+    for _ in range(300):
+        typed = "".join(draw.choices(pool, k=draw.randrange(1, 40)))
+        chat = text.render([{"role": "user", "content": typed}], None, {})
+        assert 0 < text.least_tokens(chat) <= len(text.encode_rendered(chat))
+        assert 0 < text.least_tokens(typed) <= len(text.encode(typed))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_no_character_shrinks_by_more_than_the_table_says(form: Any) -> None:
+    """Every character, and the longest way to write every character that is composed."""
+    for code in range(sys.maxunicode + 1):
+        if not 0xD800 <= code < 0xE000:
+            character = chr(code)
+            shortest = len(unicodedata.normalize(form, character).encode())
+            longest = max(len(character.encode()), len(unicodedata.normalize("NFD", character).encode()))
+            assert longest <= SHRINK[form] * shortest
+
+
+def swallowing() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("<pad>", rstrip=True)])  # pyright: ignore[reportUnknownMemberType]
+    return tokenizer
+
+
+def dropping() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), tokenizer.pre_tokenizer]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        swallowing(),
+        dropping(),
+        composing(normalizers.Strip()),
+        composing(normalizers.Replace("a", "")),
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")),
+        Tokenizer(models.BPE({"a": 0}, [], unk_token="a", fuse_unk=True)),
+    ],
+)
+def test_a_tokenizer_that_may_drop_text_has_no_bound(tokenizer: Tokenizer) -> None:
+    assert bound(tokenizer) is None
+
+
+def test_a_text_that_is_too_long_is_refused_without_encoding(tmp_path: Path) -> None:
+    text = TextModel(write(tmp_path, byte_level(), CHATML, eos="<|stop|>"))
+    del text.tokenizer  # so that encoding fails
+    text.__dict__["_longest_token"] = 16
+    model = info(vocab=600, context=512)
+    for prompt in ("a " * 2_000_000, text.render([{"role": "user", "content": "<|stop|>" * 513}], None, {})):
+        with pytest.raises(ContextExceeded, match=r"\$\.prompt has .* so at least"):
+            check_size(prompt, text, model, "$.prompt")
+    check_size("a" * 16 * 512, text, model, "$.prompt")
