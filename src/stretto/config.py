@@ -153,6 +153,14 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
             description="disk space for quantised weights, like 8GiB; the oldest are deleted; 0: keep none",
         ),
     ] = field(default=20 * 2**30, name="cache_size")
+    engine_timeout_s: Annotated[
+        float,
+        Meta(
+            ge=1,
+            description="seconds without a sign of life after which the engine is stopped and started again;"
+            " loading, and a single step, may take ten times as long",
+        ),
+    ] = field(default=30.0, name="engine_timeout")
     tiers: Tiers = {}
 
 

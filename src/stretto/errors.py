@@ -129,6 +129,12 @@ class EngineDied(Unavailable):
     code = "engine_died"
 
 
+class EngineStalled(Unavailable):
+    """The engine process runs and does not respond. It goes on, or is started again after a while."""
+
+    code = "engine_stalled"
+
+
 class EngineError(StrettoError):
     """The engine could not finish this request. Other requests are not affected."""
 

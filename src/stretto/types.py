@@ -145,6 +145,7 @@ class Reason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    INVALID = "invalid"  # the model cannot run this request; `Finish.error` says why
     DEADLINE = "deadline"
     REFUSED = "refused"
     ERROR = "error"
@@ -215,6 +216,32 @@ class StepStats(Struct, frozen=True, array_like=True):
     predicted_ms: float | None = None
     proposed: int = 0
     accepted: int = 0
+
+
+class QueueState(Struct, frozen=True, array_like=True):
+    """What one model runs and holds at one moment: sequences and blocks of its KV cache."""
+
+    running: int
+    waiting: int
+    blocks_free: int
+    blocks_total: int
+
+
+EngineState = Literal["loading", "ready", "stalled", "restarting", "failing"]
+
+
+class EngineHealth(Struct, frozen=True, kw_only=True):
+    """The state of the engine process, as `/health` shows it.
+
+    `loading`: its models are being loaded. `ready`: it takes requests. `stalled`: it does not respond.
+    `restarting`: it ended, and is about to be started again. `failing`: so many starts in a row (`failures`)
+    have failed that somebody should look; it is tried on. `reason` is one sentence, empty when it is ready.
+    """
+
+    state: EngineState
+    reason: str = ""
+    restarts: int = 0
+    failures: int = 0
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from msgspec import structs
 
-from stretto.errors import EngineDied, StartError
-from stretto.types import Finish, Logprobs, ModelInfo, Reason, Request, StepStats, TokenEvent, WorkerState
+from stretto.errors import EngineDied, StartError, Unavailable
+from stretto.types import (
+    EngineHealth,
+    Finish,
+    Logprobs,
+    ModelInfo,
+    Reason,
+    Request,
+    StepStats,
+    TokenEvent,
+    WorkerState,
+)
 
 Item = int | list[int] | float | Reason | Exception | TokenEvent
 Script = Callable[[Request], Sequence[Item]]
@@ -111,15 +122,25 @@ class FakeEngine:
     models: dict[str, ModelInfo]
     ready: bool = True
     restarts: int = 0
-    observers: list[Callable[[StepStats], None]] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)
-    streams: list[FakeStream] = field(default_factory=list)
-    open: set[FakeStream] = field(default_factory=set)
-    pause: Callable[[float], object] = asyncio.sleep
+    observers: list[Callable[[StepStats], None]] = field(default_factory=list[Any])
+    requests: list[Request] = field(default_factory=list[Any])
+    streams: list[FakeStream] = field(default_factory=list[Any])
+    open: set[FakeStream] = field(default_factory=set[Any])
+    pause: Callable[[float], Awaitable[object]] = asyncio.sleep
     failure: str | None = None
     ended: bool = False
     work_ms: float = 0.0
-    _ids: count = field(default_factory=lambda: count(1))
+    last: dict[str, StepStats] = field(default_factory=dict[str, StepStats])
+    _ids: count[int] = field(default_factory=lambda: count(1))
+
+    def unavailable(self) -> Unavailable | None:
+        return None if self.ready else Unavailable("the engine is loading; try again soon", retry_after=2.0)
+
+    def health(self) -> EngineHealth:
+        return EngineHealth(state="ready" if self.ready else "loading", restarts=self.restarts)
+
+    def queues(self) -> dict[str, StepStats]:
+        return self.last
 
     async def wait_ready(self) -> None:
         if self.failure is not None:
@@ -136,6 +157,7 @@ class FakeEngine:
 
     def publish(self, stats: StepStats) -> None:
         """Call every subscriber, as the client does after a step."""
+        self.last[stats.model] = stats
         for observe in self.observers:
             observe(stats)
 

@@ -1,33 +1,45 @@
-"""The server's side of the engine: starts the engine process, sends it requests and delivers their events.
+"""The server's side of the engine: keeps an engine process running, sends it requests, delivers events.
 
-When the engine process ends unasked, every open stream ends in `EngineDied` and a new process is started. It
-runs in one event loop and never imports torch.
+When the engine process ends unasked, every open stream ends in an error and a new process is started, however
+often that happens. It runs in one event loop and never imports torch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
-from pathlib import Path
 
 import msgspec
 import zmq
 
 from stretto.config import EngineConfig, tiers_of
 from stretto.engine import ipc
+from stretto.engine.heartbeat import BEAT_S, Watch
+from stretto.engine.process import ChildProcess
+from stretto.engine.runtime_folder import RuntimeFolder
 from stretto.engine.scheduler.admission import Forecast, Outlook
-from stretto.errors import EngineDied, StartError
-from stretto.types import Finish, ModelInfo, Reason, Request, StepStats, TokenEvent, WorkerState
+from stretto.errors import EngineDied, EngineStalled, StartError, Unavailable
+from stretto.types import (
+    EngineHealth,
+    EngineState,
+    Finish,
+    ModelInfo,
+    QueueState,
+    Reason,
+    Request,
+    StepStats,
+    TokenEvent,
+    WorkerState,
+)
 
 log = logging.getLogger(__name__)
-RESTART_S = (0.0, 0.5, 2.0, 5.0)
+RESTART_S = (0.0, 0.5, 2.0, 5.0, 15.0, 30.0)  # the pause before a start, by the failures in a row before it
+FAILING = 5  # failures in a row after which `/health` says so; it is tried again all the same
+SOON_S = 2.0  # after which a refused client may try again
 
 
 class Stream:
@@ -37,16 +49,20 @@ class Stream:
     `work_ms` the work; a request that was not sent has none.
     """
 
-    __slots__ = ("_client", "_error", "_events", "_finished", "_id", "_waiter", "forecast_ms", "work_ms")
+    __slots__ = (
+        *("_client", "_error", "_events", "_finished", "_waiter"),
+        *("begun", "forecast_ms", "request", "work_ms"),
+    )
 
     def __init__(
-        self, client: EngineClient, ident: int, forecast_ms: float | None = None, work_ms: float = 0.0
+        self, client: EngineClient, request: Request, forecast_ms: float | None = None, work_ms: float = 0.0
     ) -> None:
         self._client = client
-        self._id = ident
+        self.request = request
+        self.begun = False  # whether an event has arrived
         self._events: list[TokenEvent] = []
         self._finished = False
-        self._error: EngineDied | None = None
+        self._error: Unavailable | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.forecast_ms = forecast_ms
         self.work_ms = work_ms
@@ -55,7 +71,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> list[TokenEvent]:
-        """Raises EngineDied after the last event when the engine process has ended."""
+        """Raises EngineDied or EngineStalled after the last event when the engine has failed."""
         while not self._events:
             if self._error is not None:
                 raise self._error
@@ -69,11 +85,12 @@ class Stream:
     def close(self) -> None:
         """Cancel the request unless it has ended. Calling it again does nothing."""
         if not self._finished and self._error is None:
-            self._client.cancel(self._id)
+            self._client.cancel(self.request.id)
         self._finished = True
 
     def push(self, event: TokenEvent) -> None:
         """Add an event; called by the client."""
+        self.begun = True
         if event.finish is not None:
             self._finished = True
         if event.began is not None:
@@ -82,7 +99,7 @@ class Stream:
         self._events.append(event)
         self._wake()
 
-    def fail(self, error: EngineDied) -> None:
+    def fail(self, error: Unavailable) -> None:
         """End the stream in an error; called by the client."""
         self._error = error
         self._wake()
@@ -93,9 +110,10 @@ class Stream:
 
 
 class EngineClient:
-    """One engine process, its open streams and what it last reported.
+    """The engine process, its open streams and what it last reported.
 
     `on_progress(stage, done, total)` is called while the engine loads. It is called again after a restart.
+    Raises StartError when there is no place for the engine's socket.
     """
 
     def __init__(
@@ -103,35 +121,45 @@ class EngineClient:
     ) -> None:
         self._config = config
         self._on_progress = on_progress
-        self._folder = _folder()
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._folder = RuntimeFolder()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._process: ChildProcess | None = None
         self._streams: dict[int, Stream] = {}
-        self._outbox: list[bytes] = []
         self._ids = count(1)
         self._started = time.monotonic()
         self._loaded = asyncio.Event()  # or failed to load: then `_failure` is set
         self._failure: str | None = None
-        self._closing = False
+        self._closing = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._outlooks: dict[str, Outlook] = {}
         self._steps = 0
-        self._last_steps: dict[str, StepStats] = {}
+        self._last_step: StepStats | None = None
+        self._queues: dict[str, QueueState | StepStats] = {}
         self._subscribers: list[Callable[[StepStats], None]] = []
-        self.ready = False
+        self._state: EngineState = "loading"
+        self._reason = "the engine is loading"
+        self._cause: str | None = None  # why this process ends, when that is known before its end
+        self._failures = 0  # starts in a row
         self.restarts = 0
         self.models: dict[str, ModelInfo] = {}
 
     @property
     def pid(self) -> int | None:
         """The process id of the engine, None while it does not run."""
-        return None if self._process is None or self._process.returncode is not None else self._process.pid
+        return None if self._process is None else self._process.pid
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are accepted."""
+        return self._state == "ready"
 
     async def start(self) -> None:
-        """Start the engine process. Returns before its models are loaded."""
-        await self._spawn()
-        self._supervisor = asyncio.create_task(self._supervise())
+        """Start the engine process. Returns before its models are loaded. Raises StartError."""
+        try:
+            process = await self._spawn()
+        except (OSError, zmq.ZMQError) as error:
+            raise StartError(f"the engine process cannot be started: {error}") from error
+        self._supervisor = asyncio.create_task(self._supervise(process))
 
     def subscribe(self, observer: Callable[[StepStats], None]) -> None:
         """Call `observer` with the statistics of every step from now on."""
@@ -147,37 +175,57 @@ class EngineClient:
         """A request id that this client has not given before."""
         return next(self._ids)
 
+    def unavailable(self) -> Unavailable | None:
+        """The error of a request that comes now; None while requests are accepted."""
+        if self._state == "ready":
+            return None
+        first = self._state == "loading" and not self.restarts
+        kind = EngineStalled if self._state == "stalled" else Unavailable if first else EngineDied
+        return kind(f"{self._reason}; try again soon", retry_after=SOON_S)
+
+    def health(self) -> EngineHealth:
+        """The state of the engine process, and why it is so."""
+        return EngineHealth(
+            state=self._state, reason=self._reason, restarts=self.restarts, failures=self._failures
+        )
+
     def submit(self, request: Request) -> Stream:
         """Send a request to the engine.
 
         A request with `on_miss="reject"` that is predicted to be late is not sent: its stream holds only the
-        refusal. Raises EngineDied while no engine is ready.
+        refusal. Raises Unavailable, EngineDied or EngineStalled while the engine takes no requests.
         """
-        if not self.ready:
-            raise EngineDied("the engine is starting; try again in a moment", retry_after=1.0)
+        problem = self.unavailable()
+        if problem is not None:
+            raise problem
         outlook = self._outlooks[request.model]
         forecast = outlook.forecast(request, time.monotonic())
         if forecast is None:
-            stream = Stream(self, request.id)
+            stream = Stream(self, request)
         elif request.objective.on_miss == "reject" and not forecast.feasible:
-            stream = Stream(self, request.id)
+            stream = Stream(self, request)
             stream.push(_refusal(request, forecast))
             return stream
         else:
-            stream = Stream(self, request.id, forecast.queue_ms, outlook.work_ms(request))
+            stream = Stream(self, request, forecast.queue_ms, outlook.work_ms(request))
+        self._send(ipc.Submit(request))  # first, because what cannot be encoded raises here
+        if forecast is not None:
             outlook.sent(request)
         self._streams[request.id] = stream
-        self._send(ipc.Submit(request))
         return stream
 
     def cancel(self, ident: int) -> None:
         """End a request in the engine. Its stream gets no more events."""
-        if self._streams.pop(ident, None) is not None and self.ready:
+        if self._streams.pop(ident, None) is not None:
             self._send(ipc.Cancel([ident]))
+
+    def queues(self) -> dict[str, QueueState | StepStats]:
+        """What each model runs and holds now, by its name; empty while no engine is loaded."""
+        return self._queues
 
     def worker_state(self) -> WorkerState:
         """A snapshot for `/state`. `draining` is always False: only the server knows it."""
-        last = max(self._last_steps.values(), key=lambda step: step.started, default=None)
+        queues = self._queues.values()
         return WorkerState(
             ready=self.ready,
             draining=False,
@@ -186,131 +234,141 @@ class EngineClient:
             engine_restarts=self.restarts,
             models=tuple(self.models.values()),
             active=len(self._streams),
-            running=sum(step.running for step in self._last_steps.values()),
-            waiting=sum(step.waiting for step in self._last_steps.values()),
-            blocks_free=sum(step.blocks_free for step in self._last_steps.values()),
+            running=sum(queue.running for queue in queues),
+            waiting=sum(queue.waiting for queue in queues),
+            blocks_free=sum(queue.blocks_free for queue in queues),
             blocks_total=sum(info.blocks for info in self.models.values()),
             steps=self._steps,
             schedule=self._config.schedule,
-            last_step=last,
+            last_step=self._last_step,
         )
 
     async def shutdown(self, grace_s: float) -> None:
         """Ask the engine to stop and kill it after `grace_s` seconds. Open streams end in EngineDied."""
-        self._closing = True
-        if self.ready:
-            self._send(ipc.Stop())
-            self._flush()
-        if self._process is not None and self._process.returncode is None:
+        self._closing.set()
+        process = self._process
+        if process is not None:
+            if self.ready:
+                self._send(ipc.Stop())
+                process.flush()
             try:
-                await asyncio.wait_for(self._process.wait(), grace_s if self.ready else 0.0)
+                await asyncio.wait_for(process.wait(), grace_s if self.ready else 0.0)
             except TimeoutError:
-                with suppress(ProcessLookupError):  # it may end just now
-                    self._process.kill()
-                await self._process.wait()
+                process.kill()
         if self._supervisor is not None:
             await self._supervisor
         self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()
 
-    async def _spawn(self) -> None:
-        """Start a process with a socket of its own, so that no message of a dead engine is read."""
-        self._outbox.clear()
+    async def _spawn(self) -> ChildProcess:
+        """Start a process. Raises OSError or ZMQError when that fails."""
         self._outlooks = {model.name: Outlook(tiers_of(self._config.tiers)) for model in self._config.models}
-        address = f"ipc://{self._folder}/engine-{self.restarts}"
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set(zmq.LINGER, 0)
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
-        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._drain)
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "stretto.engine",
-            "stretto.engine.worker",
-            address,
-            stdin=asyncio.subprocess.PIPE,
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(self._config))
-        self._process.stdin.write_eof()
+        self._cause = None
+        address = self._folder.ensure() / f"engine-{self.restarts}"
+        self._process = await ChildProcess.start(self._config, address, self._context, self._handle)
+        return self._process
 
-    async def _supervise(self) -> None:
-        """Start the engine again whenever it ends unasked, and end its streams in EngineDied.
+    async def _supervise(self, process: ChildProcess) -> None:
+        """Attend to the engine process until the client closes, and start a new one whenever it has ended.
 
-        While it ends before it is ready, the pauses between two starts grow as in `RESTART_S`.
+        An end before the models are loaded is a failure, and so is a start that does not succeed. The pauses
+        grow with the failures in a row, as in `RESTART_S`. Only the first load is not tried again: then
+        `wait_ready` raises.
         """
-        failures = 0
-        while True:
-            assert self._process is not None
-            code = await self._process.wait()
-            self._drain()
-            failures = 0 if self.ready else failures + 1
-            self.ready = False
-            self._close_socket()
-            self._fail_streams(code)
-            if not self._loaded.is_set():
-                self._failure = self._failure or f"the engine process ended while loading (exit code {code})"
-                self._loaded.set()
-                return
-            if self._closing:
-                return
-            pause = RESTART_S[min(failures, len(RESTART_S) - 1)]
-            log.error("the engine ended (exit code %s); starting it again in %.1f s", code, pause)
-            await asyncio.sleep(pause)
-            if self._closing:
+        cause = await self._attend(process)
+        if not self._loaded.is_set():
+            self._failure = cause
+            self._loaded.set()
+            return
+        while not self._closing.is_set():
+            pause = RESTART_S[min(self._failures, len(RESTART_S) - 1)]
+            log.error(
+                "%s; starting it again in %.1f s (failed starts in a row: %d)", cause, pause, self._failures
+            )
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), pause)
                 return
             self.restarts += 1
-            await self._spawn()
+            try:
+                cause = await self._attend(await self._spawn())
+            except Exception as error:  # whatever it is, the supervision goes on
+                self._failures += 1
+                cause = f"the engine process cannot be started: {error}"
+                self._change("restarting", cause)
 
-    def _close_socket(self) -> None:
-        if self._socket is not None:
-            asyncio.get_running_loop().remove_reader(self._socket.fileno())
-            self._socket.close()
-            self._socket = None
+    async def _attend(self, process: ChildProcess) -> str:
+        """Watch a process until it ends, and then fail its streams. Returns why it ended."""
+        if self._failures < FAILING:
+            self._change("loading", "the engine is loading")
+        ending, watch = asyncio.create_task(process.wait()), Watch(self._config.engine_timeout_s)
+        try:
+            while not ending.done():
+                if self._closing.is_set() and not self.ready:
+                    process.kill()
+                await asyncio.wait({ending}, timeout=BEAT_S)
+                self._look(process, watch)
+        finally:
+            process.kill()
+            process.close()
+            loaded, self._queues, self._process = bool(self._queues), {}, None
+            self._failures = 0 if loaded else self._failures + 1
+        cause = self._cause or f"the engine ended (exit code {ending.result()})"
+        self._change("restarting", cause)
+        self._fail_streams(EngineDied(f"{cause} before the answer was complete", retry_after=SOON_S))
+        return cause
 
-    def _fail_streams(self, code: int) -> None:
+    def _look(self, process: ChildProcess, watch: Watch) -> None:
+        """Judge the process by its heartbeats, BEAT_S after the last time."""
+        loaded = self._state in ("ready", "stalled")
+        verdict = watch.tick(process.newest_beat(), process.cpu_s(), loaded=loaded)
+        if verdict == "well":
+            if self._state == "stalled":
+                log.warning("the engine responds again")
+                self._change("ready", "")
+        elif verdict == "stalled":
+            if self._state == "ready":
+                log.error("%s; requests are refused until it does", watch.reason)
+            self._change("stalled", watch.reason)
+            self._refuse_unbegun()
+        else:
+            self._cause = self._cause or f"{watch.reason} and was stopped"
+            self._change("restarting", self._cause)
+            self._fail_streams(
+                EngineStalled(f"{self._cause} before the answer was complete", retry_after=SOON_S)
+            )
+            process.kill()
+
+    def _change(self, state: EngineState, reason: str) -> None:
+        if state == "restarting" and self._failures >= FAILING:
+            state, reason = "failing", f"{reason}; {self._failures} starts in a row have failed"
+        self._state, self._reason = state, reason
+
+    def _fail_streams(self, error: Unavailable) -> None:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.fail(
-                EngineDied(f"the engine ended (exit code {code}) before the answer did", retry_after=2.0)
-            )
+            stream.fail(error)
+
+    def _refuse_unbegun(self) -> None:
+        """End the requests that rather want a refusal than to be late, as far as nothing of them has come."""
+        for stream in list(self._streams.values()):
+            if not stream.begun and stream.request.objective.on_miss == "reject":
+                stream.fail(EngineStalled(f"{self._reason}; try again soon", retry_after=SOON_S))
+                self.cancel(stream.request.id)
 
     def _send(self, message: ipc.ToEngine) -> None:
-        """Queue a message until the event loop's next turn.
-
-        Requests that arrive together are sent together, so that one step of the engine can run all of them.
-        """
-        if not self._outbox:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._outbox.append(ipc.encode(message))
-
-    def _flush(self) -> None:
-        outbox, self._outbox = self._outbox, []
-        if self._socket is None:
-            return
-        try:
-            for message in outbox:
-                self._socket.send(message, zmq.NOBLOCK)
-        except zmq.Again:
-            return  # The engine has just died, and `_supervise` is about to end every stream.
-        # The socket's descriptor is edge-triggered, and sending may consume the edge of an arrived message.
-        self._drain()
-
-    def _drain(self) -> None:
-        """Handle every message that has arrived."""
-        while self._socket is not None and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-            self._handle(ipc.decode_from_engine(self._socket.recv(zmq.NOBLOCK)))
+        if self._process is not None:
+            self._process.send(ipc.encode(message))
 
     def _handle(self, message: ipc.FromEngine) -> None:
         match message:
-            case ipc.StepResult(events, stats, snapshots):
+            case ipc.StepResult(events, stats, snapshots, queues):
                 self._deliver(events)
                 for model, snapshot in snapshots.items():
                     self._outlooks[model].see(snapshot)
+                self._queues |= queues
                 if stats is not None:
                     self._steps += 1
-                    self._last_steps[stats.model] = stats
+                    self._last_step = self._queues[stats.model] = stats
                     for observe in self._subscribers:
                         observe(stats)
             case ipc.LoadProgress(stage, done, total):
@@ -318,12 +376,11 @@ class EngineClient:
                     self._on_progress(stage, done, total)
             case ipc.Ready(models):
                 self.models = {info.name: info for info in models}
-                self.ready = True
+                self._failures = 0
+                self._change("ready", "")
                 self._loaded.set()
             case ipc.Failed(text):
-                self._failure = text
-                if self._loaded.is_set():  # the first failure is raised by `wait_ready`
-                    log.error("the engine cannot start: %s", text)
+                self._cause = text
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         streams = self._streams
@@ -342,14 +399,3 @@ def _refusal(request: Request, forecast: Forecast) -> TokenEvent:
         Reason.REFUSED, len(request.prompt), 0, 0, waited, late=True, retry_after=forecast.retry_after
     )
     return TokenEvent(request.id, finish=finish)
-
-
-def _folder() -> Path:
-    """A folder for the sockets. Raises StartError when it cannot be made, for example on a full disk."""
-    try:
-        return Path(tempfile.mkdtemp(prefix="stretto-"))
-    except OSError as error:
-        reason = error.strerror or error
-        raise StartError(
-            f"no folder for the engine's socket: {reason}; free some space, or set TMPDIR"
-        ) from error

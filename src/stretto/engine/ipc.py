@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Struct
 
 from stretto.engine.scheduler.admission import Snapshot
-from stretto.types import ModelInfo, Request, StepStats, TokenEvent
+from stretto.types import ModelInfo, QueueState, Request, StepStats, TokenEvent
 
 
 class Submit(Struct, frozen=True, tag="submit", array_like=True):
@@ -49,12 +49,14 @@ class StepResult(Struct, frozen=True, tag="step", array_like=True):
     """The events of one step and its statistics (None: no model ran).
 
     `snapshots`: by model name, the state of the queues for admission. They are sent at most every
-    `worker.SNAPSHOT_S` seconds for a model with work.
+    `worker.SNAPSHOT_S` seconds for a model with work. `queues`: by model name, what has changed without a
+    step of the model, as when clients leave.
     """
 
     events: list[TokenEvent]
     stats: StepStats | None
     snapshots: dict[str, Snapshot] = {}
+    queues: dict[str, QueueState] = {}
 
 
 ToEngine = Submit | Cancel | Stop
@@ -63,3 +65,15 @@ FromEngine = LoadProgress | Ready | Failed | StepResult
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+class _Sender(Struct):
+    id: int
+
+
+def sender(raw: bytes) -> int | None:
+    """The id of the request in a `Submit` that does not decode, as far as it can be found."""
+    try:
+        return msgspec.msgpack.decode(raw, type=tuple[str, _Sender])[1].id
+    except msgspec.DecodeError:
+        return None

@@ -1,14 +1,13 @@
 """The engine process: loads the models, then runs the engine loop until it is told to stop.
 
-`stretto.engine.client` starts it with the address of a socket as argument and an `EngineConfig` (JSON) on
-standard input. It ends when its parent does.
+`stretto.engine.process` starts it with an `EngineConfig` (JSON) on standard input. The arguments are the
+address to listen at and the descriptor of the socket for heartbeats. It ends when its server does.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import signal
 import sys
 import time
@@ -21,13 +20,16 @@ import zmq
 from stretto.config import EngineConfig
 from stretto.engine import ipc
 from stretto.engine.core import EngineCore
+from stretto.engine.heartbeat import Pulse
 from stretto.engine.runners.factory import ModelLoader, step_limits
 from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.admission import Snapshot, snapshot
 from stretto.engine.sequence import Sequence
 from stretto.engine.structured.grammar import Matcher
-from stretto.errors import InvalidGrammar, StrettoError
-from stretto.types import Finish, Reason, Request, StepStats, TokenEvent
+from stretto.errors import InvalidGrammar, InvalidRequest, StrettoError
+from stretto.types import Finish, QueueState, Reason, Request, StepStats, TokenEvent
+
+log = logging.getLogger(__name__)
 
 IDLE_MS = 1000  # the longest wait for a message
 COMPILING_MS = 1  # the same while a grammar compiles
@@ -60,21 +62,23 @@ class EngineWorker:
         self._admits = config.schedule == "deadline"
         self._newest: dict[str, int] = {}
         self._snapshot_times: dict[str, float] = {}
+        self._queues: dict[str, QueueState] = {}
         self._stopped = False
         self._checked = True
 
-    def run(self) -> None:
+    def run(self, pulse: Pulse) -> None:
         """Serve until a `Stop` message arrives."""
         self._emit([], None)
         self._send(ipc.Ready(self._infos))
         while not self._stopped:
-            for message in self._inbox():
-                self._handle(message)
+            pulse.turns += 1
+            for raw in self._inbox():
+                self._handle(raw)
             self._collect_compiled()
             if self._engine.step():
                 self._checked = False
 
-    def _inbox(self) -> Iterator[ipc.ToEngine]:
+    def _inbox(self) -> Iterator[bytes]:
         """The messages that have arrived. Waits for one when there is nothing to run."""
         if self._engine.idle:
             waited = self._socket.poll(COMPILING_MS if self._compiling else IDLE_MS)
@@ -82,24 +86,54 @@ class EngineWorker:
                 self._engine.check()
                 self._checked = True
         while self._socket.poll(0):
-            yield ipc.decode_to_engine(self._socket.recv(zmq.NOBLOCK))
+            yield self._socket.recv(zmq.NOBLOCK)
 
-    def _handle(self, message: ipc.ToEngine) -> None:
+    def _handle(self, raw: bytes) -> None:
+        """Do what a message asks for. A request that fails ends alone: no exception of it leaves here."""
+        try:
+            message: ipc.ToEngine = ipc.decode_to_engine(raw)
+        except Exception as error:
+            self._reject(ipc.sender(raw), error)
+            return
         match message:
             case ipc.Submit(request):
-                self._newest[request.model] = request.id
-                grammar = request.sampling.grammar
-                if grammar is None:
-                    self._engine.submit(self._sequence(request))
-                else:
-                    future = self._compilers.submit(self._loader.grammars(request.model).compile, grammar)
-                    self._compiling[request.id] = request, future
+                try:
+                    self._submit(request)
+                except Exception as error:
+                    self._reject(request.id, error)
             case ipc.Cancel(ids):
                 for ident in ids:
                     self._compiling.pop(ident, None)
                     self._engine.cancel(ident)
             case ipc.Stop():
                 self._stopped = True
+
+    def _submit(self, request: Request) -> None:
+        """Queue a request, or compile its grammar first. Raises InvalidRequest if the model cannot run it."""
+        info, grammar = self._engine.models[request.model].runner.info, request.sampling.grammar
+        # The server has checked this. A wrong id would fail a step for everybody, so it is checked here too.
+        if not 0 < len(request.prompt) <= info.context:
+            raise InvalidRequest(
+                f"the prompt has {len(request.prompt)} tokens; 1 to {info.context} can be run"
+            )
+        if min(request.prompt) < 0 or max(request.prompt) >= info.vocab:
+            raise InvalidRequest(f"the prompt holds a token id beyond the model's own, 0 to {info.vocab - 1}")
+        self._newest[request.model] = request.id
+        if grammar is None:
+            self._engine.submit(self._sequence(request))
+        else:
+            future = self._compilers.submit(self._loader.grammars(request.model).compile, grammar)
+            self._compiling[request.id] = request, future
+
+    def _reject(self, ident: int | None, error: BaseException) -> None:
+        """End a request that has not run in an error. Without an id there is nobody to tell."""
+        known = isinstance(error, StrettoError)
+        if not known:
+            log.error("a request was not run: %s", type(error).__name__, exc_info=error)
+        if ident is not None:
+            text = error.message if known else f"the engine could not run the request: {type(error).__name__}"
+            reason = Reason.INVALID if known and error.status < 500 else Reason.ERROR
+            self._emit([TokenEvent(ident, finish=Finish(reason, 0, 0, 0, 0.0, error=text))], None)
 
     def _collect_compiled(self) -> None:
         """Queue the requests whose grammar has compiled, and end those whose grammar is invalid."""
@@ -112,9 +146,8 @@ class EngineWorker:
                 if not all(map(grammar.accept, request.emitted)):
                     raise InvalidGrammar("the emitted tokens do not follow the grammar")
                 self._engine.submit(self._sequence(request, grammar))
-            except StrettoError as error:
-                finish = Finish(Reason.ERROR, len(request.prompt), 0, 0, 0.0, error=error.message)
-                self._emit([TokenEvent(ident, finish=finish)], None)
+            except BaseException as error:  # a panic in the compiler is no Exception
+                self._reject(ident, error)
 
     def _sequence(self, request: Request, grammar: Matcher | None = None) -> Sequence:
         return Sequence.of(request, self._engine.models[request.model].runner.info.context, grammar)
@@ -123,7 +156,20 @@ class EngineWorker:
         self._send(ipc.LoadProgress(stage, done, total))
 
     def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
-        self._send(ipc.StepResult(events, stats, self._snapshots() if self._admits else {}))
+        snapshots = self._snapshots() if self._admits else {}
+        self._send(ipc.StepResult(events, stats, snapshots, self._changed_queues(stats)))
+
+    def _changed_queues(self, stats: StepStats | None) -> dict[str, QueueState]:
+        """The queues that are not as they were sent last; `stats` tell those of their own model."""
+        changed: dict[str, QueueState] = {}
+        for name, model in self._engine.models.items():
+            queues, pool = model.queues, model.pool
+            state = QueueState(len(queues.running), len(queues.waiting), pool.available, pool.total)
+            if state != self._queues.get(name):
+                self._queues[name] = state
+                if stats is None or stats.model != name:
+                    changed[name] = state
+        return changed
 
     def _snapshots(self) -> dict[str, Snapshot]:
         """The state of each idle model, and of each busy one whose last snapshot is older than SNAPSHOT_S."""
@@ -140,11 +186,9 @@ class EngineWorker:
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends; ignore the signals that the parent handles."""
-    parent = os.getppid()
+    """Have the kernel kill this process when its parent ends, even while it is stopped. Ignore the signals
+    that the parent handles."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the parent process has ended")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -152,12 +196,16 @@ def end_with_parent() -> None:
 def main() -> None:
     """Run one engine. Exit code 1: it could not start, and has sent the reason over the socket."""
     end_with_parent()
+    pulse = Pulse(int(sys.argv[2]))  # it notices a parent that had ended before
     logging.basicConfig(format="%(asctime)s engine %(levelname)s %(message)s")
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.set_hwm(0)
-    socket.connect(sys.argv[1])
+    try:
+        socket.bind(f"ipc://{sys.argv[1]}")
+    except zmq.ZMQError as error:
+        sys.exit(f"the engine cannot listen at {sys.argv[1]}: {error}")
     try:
         worker = EngineWorker(config, socket)
     except StrettoError as error:
@@ -165,7 +213,7 @@ def main() -> None:
         socket.close(linger=1000)
         context.term()
         sys.exit(1)
-    worker.run()
+    worker.run(pulse)
     socket.close(linger=100)
     context.term()
 

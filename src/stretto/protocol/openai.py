@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType, field
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from stretto.protocol.limits import up_to
-from stretto.types import BOUNDS, INT32_MAX, Milliseconds
+from stretto.types import BOUNDS, INT32_MAX, EngineHealth, Milliseconds
 
 Positive = Annotated[int, Meta(ge=1, le=INT32_MAX)]
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
@@ -455,6 +455,13 @@ class ErrorBody(Struct, frozen=True):
 
 
 class Status(Struct, frozen=True):
-    """The response of `/health` and `/ready` on success."""
+    """The response of `/ready` on success."""
 
-    status: Literal["ok", "ready"] = field(default="ok")
+    status: Literal["ready"] = "ready"
+
+
+class Health(Struct, frozen=True, kw_only=True):
+    """The response of `/health`, which any live process gives. `degraded`: its engine takes no requests."""
+
+    status: Literal["ok", "degraded"]
+    engine: EngineHealth

@@ -14,22 +14,22 @@ LONGEST_WAIT_S = 60.0
 class AdmissionGate:
     """Limits the sequences that wait for their first token. A request asks once, through `reserve`.
 
-    `limit`: sequences that may wait at once; `drain_s`: seconds that a shutdown may take; `ready`: whether
-    the engine takes requests; `clock`: monotonic seconds.
+    `limit`: sequences that may wait at once; `drain_s`: seconds that a shutdown may take; `unavailable`: the
+    error while the engine takes no requests, else None; `clock`: monotonic seconds.
     """
 
     def __init__(
         self,
         limit: int,
         drain_s: float = 0.0,
-        ready: Callable[[], bool] = lambda: True,
+        unavailable: Callable[[], Unavailable | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.waiting = 0
         self.draining = False
         self._limit = limit
         self._drain_s = drain_s
-        self._ready = ready
+        self._unavailable = unavailable
         self._clock = clock
         self._last_first_token = 0.0
         self._interval = 0.0
@@ -39,11 +39,13 @@ class AdmissionGate:
         self.draining = True
 
     def ensure_open(self) -> None:
-        """Raises Draining during a shutdown and Unavailable while the engine starts."""
+        """Raises Draining during a shutdown, and Unavailable or EngineStalled while the engine takes no
+        requests, with the reason."""
         if self.draining:
             raise Draining("the server is shutting down; ask another one", retry_after=self._drain_s)
-        if not self._ready():
-            raise Unavailable("the engine is starting; try again soon", retry_after=START_S)
+        problem = self._unavailable()
+        if problem is not None:
+            raise problem
 
     def reserve(self, count: int) -> Slot:
         """Admits `count` sequences. Use the slot in a `with` block: it gives back what is left of it.

@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from stretto.errors import NotFound
-from stretto.protocol.openai import ModelCard, ModelList, Status
+from stretto.protocol.openai import Health, ModelCard, ModelList, Status
 from stretto.protocol.parsing import JSON
 from stretto.server import openapi
 from stretto.server.state import Server
@@ -61,13 +61,15 @@ class Pages:
         ]
 
     async def health(self, request: Request) -> Response:
-        """Whether the process is alive."""
-        return _json(Status("ok"))
+        """Whether the process is alive, and the state of its engine with the reason."""
+        engine = self._server.engine.health()
+        status = "ok" if engine.state in ("loading", "ready") else "degraded"
+        return _json(Health(status=status, engine=engine))
 
     async def ready(self, request: Request) -> Response:
         """Whether the server accepts requests."""
         self._server.gate.ensure_open()
-        return _json(Status("ready"))
+        return _json(Status())
 
     async def metrics(self, request: Request) -> Response:
         """Metrics for Prometheus."""

@@ -64,7 +64,7 @@ class Server:
         self.limits = RequestLimits(config.max_n, config.max_stop, config.max_waiting)
         self.policy = ServicePolicy(tiers, config.schedule)
         self.quota = PriorityQuota(config.priority_share)
-        self.gate = AdmissionGate(config.max_waiting, config.drain_s, lambda: engine.ready)
+        self.gate = AdmissionGate(config.max_waiting, config.drain_s, engine.unavailable)
         self.metrics = Metrics(self._gauges)
         self.recent = Recent({name: tier.objective for name, tier in tiers.items()})
         self.calls: set[Call] = set()
@@ -157,7 +157,8 @@ class Server:
         self.recent.ended(request)
 
     def _gauges(self) -> Gauges:
-        return Gauges(len(self.calls), self.engine.ready, self.gate.draining, self.engine.restarts)
+        engine = self.engine
+        return Gauges(len(self.calls), engine.ready, self.gate.draining, engine.restarts, engine.queues())
 
 
 class Call:

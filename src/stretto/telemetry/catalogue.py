@@ -158,7 +158,7 @@ PROPOSED = Metric(
 ACCEPTED = Metric(
     Counter, "stretto_draft_tokens_accepted", "Draft tokens that were the token the model drew.", MODEL
 )
-RUNNING = Metric(Gauge, "stretto_running_sequences", "Sequences in the last step.", MODEL)
+RUNNING = Metric(Gauge, "stretto_running_sequences", "Sequences that run.", MODEL)
 WAITING = Metric(Gauge, "stretto_waiting_sequences", "Sequences waiting for a step.", MODEL)
 BLOCKS_FREE = Metric(Gauge, "stretto_kv_blocks_free", "Free blocks of the KV cache.", MODEL)
 BLOCKS = Metric(Gauge, "stretto_kv_blocks", "All blocks of the KV cache.", MODEL)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import inf
 from typing import Literal, cast
@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from stretto.telemetry import catalogue
 from stretto.telemetry.catalogue import METRICS, AnyMetric, M, Metric
-from stretto.types import StepStats
+from stretto.types import QueueState, StepStats
 
 Labels = tuple[str, ...]
 Verdict = Literal["on_time", "late", "refused", "failed", "cancelled"]
@@ -57,6 +57,7 @@ class Gauges:
     ready: bool
     draining: bool
     restarts: int
+    queues: Mapping[str, QueueState | StepStats] = field(default_factory=dict[str, QueueState | StepStats])
 
 
 class Metrics:
@@ -119,6 +120,11 @@ class Metrics:
         restarts = self._of(catalogue.RESTARTS)
         restarts.reset()
         restarts.inc(now.restarts)
+        for model, queue in now.queues.items():
+            self._of(catalogue.RUNNING, model).set(queue.running)
+            self._of(catalogue.WAITING, model).set(queue.waiting)
+            self._of(catalogue.BLOCKS, model).set(queue.blocks_total)
+            self._of(catalogue.BLOCKS_FREE, model).set(queue.blocks_free)
         return generate_latest(self._registry)
 
     def _of(self, metric: Metric[M], *labels: str) -> M:
@@ -147,7 +153,3 @@ class Metrics:
         self._of(catalogue.PREEMPTIONS, model).inc(sum(step.preempted for step in steps))
         self._of(catalogue.PROPOSED, model).inc(sum(step.proposed for step in steps))
         self._of(catalogue.ACCEPTED, model).inc(sum(step.accepted for step in steps))
-        self._of(catalogue.RUNNING, model).set(steps[-1].running)
-        self._of(catalogue.WAITING, model).set(steps[-1].waiting)
-        self._of(catalogue.BLOCKS, model).set(steps[-1].blocks_total)
-        self._of(catalogue.BLOCKS_FREE, model).set(steps[-1].blocks_free)

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Protocol
 
 from stretto.deadlines import Deadline
-from stretto.errors import CannotBeOnTime, EngineError
+from stretto.errors import CannotBeOnTime, EngineError, InvalidRequest
 from stretto.protocol.openai import AnswerReport, Delta, FinishReason
 from stretto.statistics import quantile
 from stretto.text.detokenizer import Detokenizer
@@ -242,6 +242,8 @@ class Output:
         self.times.end(monotonic(), cut=finish.reason is Reason.DEADLINE)
         if finish.reason is Reason.REFUSED:
             raise _refusal(finish)
+        if finish.reason is Reason.INVALID:
+            raise InvalidRequest(finish.error or "the model cannot run this request")
         reason = FINISH.get(finish.reason)
         if reason is None:
             raise EngineError(finish.error or f"the engine ended the sequence: {finish.reason.value}")
