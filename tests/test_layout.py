@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "stretto"
 FILES = sorted(ROOT.rglob("*.py"))
-GROUND = {"types", "errors", "config", "hardware", "deadlines", "statistics"}
+GROUND = {"types", "errors", "config", "hardware", "deadlines", "statistics", "queueing"}
 SCHEDULING = {"engine.scheduler", "engine.sequence", "engine.kv_cache", "engine.step_time"}
 SERVING = GROUND | {"protocol", "text", "telemetry", "privacy", "energy", "ladder"}
 SERVING |= {"engine.client", "engine.scheduler.admission"}
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deadlines": {"types"},
     "hardware": {"errors", "types"},
     "config": {"errors", "types"},
+    "queueing": {"errors"},
     "protocol": GROUND,
     "telemetry": GROUND,
     "energy": GROUND,

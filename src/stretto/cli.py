@@ -130,7 +130,9 @@ async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.Loa
     try:
         await client.start()
         models = {model.name: Path(model.path) for model in engine.models}
-        application = api.build(front, client, models, lambda _, grammar: sandbox.validate(grammar))
+        application = api.build(
+            front, client, models, lambda _, grammar, tenant: sandbox.validate(grammar, tenant)
+        )
         await server.run(front, application, client, announce)
     finally:
         await sandbox.close()

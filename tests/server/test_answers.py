@@ -294,7 +294,7 @@ async def test_every_form_of_grammar_is_checked_and_reaches_the_engine(
 ) -> None:
     checked: list[tuple[str, Grammar]] = []
 
-    async def check(model: str, grammar: Grammar) -> None:
+    async def check(model: str, grammar: Grammar, tenant: str) -> None:
         checked.append((model, grammar))
 
     app = build(ServeConfig(), engine, {"tiny": checkpoint}, check)

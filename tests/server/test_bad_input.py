@@ -276,7 +276,7 @@ async def test_requests_without_a_valid_api_key_get_401(checkpoint: Path, engine
 
 
 async def test_an_invalid_grammar_is_a_400_that_names_its_field(checkpoint: Path, engine: FakeEngine) -> None:
-    async def check(model: str, grammar: Grammar) -> None:
+    async def check(model: str, grammar: Grammar, tenant: str) -> None:
         raise InvalidGrammar(f"{grammar.source} does not compile")
 
     app = build(ServeConfig(), engine, {"tiny": checkpoint}, check)

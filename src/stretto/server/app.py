@@ -173,8 +173,8 @@ def build(
 ) -> App:
     """The application for `models`, name -> checkpoint; the first one is the default.
 
-    `check_grammar(model, grammar)` raises InvalidGrammar for a grammar that does not compile. Reads each
-    model's tokenizer; raises CheckpointError.
+    `check_grammar(model, grammar, tenant)` raises InvalidGrammar for a grammar that does not compile. Reads
+    each model's tokenizer; raises CheckpointError.
     """
     texts = {name: TextModel(path) for name, path in models.items()}
     return App(Server(config, engine, texts, check_grammar))

@@ -34,7 +34,7 @@ async def embed(call: Call) -> None:
     inputs = split_inputs(request.input, "$.input")
     with server.gate.reserve(min(len(inputs), WINDOW)) as slot:
         encode = partial(encode_prompts, model.text, inputs, model.info, "$.input")
-        prompts = await server.run_text(len(call.body), encode)
+        prompts = await server.run_text(call, encode)
         vectors: list[tuple[float, ...]] = []
         for start in range(0, len(prompts), WINDOW):
             outputs = [submit(call, request, model, ids) for ids in prompts[start : start + WINDOW]]

@@ -90,8 +90,8 @@ async def generate(call: Call, operation: Operation[R]) -> None:
             request, server.policy, lambda: server.quota.allows(call.tenant, time.monotonic())
         )
         call.tier = slo.tier
-        await server.check_grammar(model.name, spec.sampling.grammar, spec.grammar_path)
-        prompts = await server.run_text(len(call.body), spec.encode)
+        await server.check_grammar(call, spec.sampling.grammar, spec.grammar_path)
+        prompts = await server.run_text(call, spec.encode)
         for prompt in prompts:
             for copy, sampling in enumerate(spec.sampling.fan_out()):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)

@@ -28,6 +28,7 @@ from stretto.errors import (
     UnknownModel,
 )
 from stretto.protocol.relay import Continuation, EmittedAnswer
+from stretto.queueing.turns import Turns
 from stretto.server.admission_gate import START_S, AdmissionGate
 from stretto.server.objectives import ServicePolicy
 from stretto.server.quota import PriorityQuota
@@ -39,16 +40,17 @@ from stretto.text.tokenizer import TextModel
 from stretto.types import Grammar, WorkerState
 
 T = TypeVar("T")
-GrammarCheck = Callable[[str, Grammar], Awaitable[None]]
-LONG_TEXT = 4096
+GrammarCheck = Callable[[str, Grammar, str], Awaitable[None]]
+LONG_TEXT = 4096  # bytes of a body that holds up the event loop
+VERY_LONG_TEXT = 2**18  # bytes of a body that may hold up a thread for seconds
 LOCAL = "local"
 GATEWAY = "gateway"
 NOTHING = EmittedAnswer()
 
 
 class Server:
-    """What all calls share. `check_grammar(model, grammar)` compiles a grammar in a sandbox; None leaves that
-    to the engine. `texts` are the models' tokenizers by name; the first model is the default."""
+    """What all calls share. `check_grammar(model, grammar, tenant)` compiles a grammar in a sandbox; None
+    leaves that to the engine. `texts` are the models' tokenizers by name; the first model is the default."""
 
     def __init__(
         self,
@@ -71,7 +73,8 @@ class Server:
         self.created = int(time.time())
         self._check_grammar = check_grammar
         self._idle = asyncio.Event()
-        self._threads = ThreadPoolExecutor(2, "text")
+        self._long = TextThread("long prompts", 256)
+        self._very_long = TextThread("very long prompts", 16)
         engine.subscribe(self.metrics.step)
         engine.subscribe(self.recent.step)
 
@@ -110,21 +113,26 @@ class Server:
             raise Unavailable(f"the model {name} is not loaded yet; try again soon", retry_after=START_S)
         return ModelHandle(name, self.texts[name], info)
 
-    async def check_grammar(self, model: str, grammar: Grammar | None, path: str) -> None:
+    async def check_grammar(self, call: Call, grammar: Grammar | None, path: str) -> None:
         """Raises InvalidGrammar, with the path of the field it comes from, for one that does not compile."""
         if grammar is None or self._check_grammar is None:
             return
         try:
-            await self._check_grammar(model, grammar)
+            await self._check_grammar(call.model, grammar, call.tenant)
         except InvalidGrammar as error:
             error.param = path
             raise
 
-    async def run_text(self, size: int, work: Callable[[], T]) -> T:
-        """`work()`, in a thread if `size` bytes of text would hold up the event loop."""
+    async def run_text(self, call: Call, work: Callable[[], T]) -> T:
+        """`work()`, in a thread if the text of the call's body would hold up the event loop.
+
+        Very long texts have a thread of their own, so that no other text waits for one. Raises Overloaded
+        when too many texts wait.
+        """
+        size = len(call.body)
         if size <= LONG_TEXT:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await (self._long if size <= VERY_LONG_TEXT else self._very_long).run(call.tenant, work)
 
     def worker_state(self) -> WorkerState:
         """The engine's state, and whether this server drains."""
@@ -159,6 +167,19 @@ class Server:
     def _gauges(self) -> Gauges:
         engine = self.engine
         return Gauges(len(self.calls), engine.ready, self.gate.draining, engine.restarts, engine.queues())
+
+
+class TextThread:
+    """A thread that turns text into tokens. Tenants take turns, and `limit` texts may wait."""
+
+    def __init__(self, kind: str, limit: int) -> None:
+        self._turns = Turns(kind, limit=limit)
+        self._thread = ThreadPoolExecutor(1, kind.replace(" ", "-"))
+
+    async def run(self, tenant: str, work: Callable[[], T]) -> T:
+        """`work()` in the thread. Raises Overloaded when too much waits for it."""
+        async with self._turns.turn(tenant):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 class Call:

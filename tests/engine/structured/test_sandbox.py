@@ -15,7 +15,7 @@ from contextlib import suppress
 import pytest
 
 from stretto.engine.structured.sandbox import GrammarSandbox
-from stretto.errors import InvalidGrammar
+from stretto.errors import InvalidGrammar, Overloaded
 from stretto.types import Grammar
 
 SLOW = json.dumps({"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(3000)}})
@@ -42,7 +42,7 @@ async def refusal(sandbox: GrammarSandbox, grammar: Grammar) -> str:
 
 async def test_valid_grammars_pass_in_one_reused_worker(sandbox: GrammarSandbox):
     assert sandbox.pid is None
-    await sandbox.validate(Grammar("json_object"))
+    await sandbox.validate(Grammar("json_schema", "{}"))
     pid = sandbox.pid
     for grammar in (
         Grammar("regex", r"\d+(,\d+)*"),
@@ -92,7 +92,7 @@ async def test_invalid_grammars_are_refused_with_a_reason(sandbox: GrammarSandbo
 
 
 async def test_exponential_patterns_end_within_the_limits(sandbox: GrammarSandbox):
-    await sandbox.validate(Grammar("json_object"))
+    await sandbox.validate(Grammar("json_schema", "{}"))
     first = sandbox.pid
     for pattern in (
         r"(a{1,1000}){1,1000}",
@@ -143,7 +143,7 @@ async def test_a_timeout_is_retried_after_retry_s():
 
 async def stopped(sandbox: GrammarSandbox) -> int:
     """Start the sandbox's worker, suspend it with SIGSTOP and return its process id."""
-    await sandbox.validate(Grammar("json_object"))
+    await sandbox.validate(Grammar("json_schema", "{}"))
     assert sandbox.pid is not None
     os.kill(sandbox.pid, signal.SIGSTOP)
     return sandbox.pid
@@ -171,7 +171,7 @@ def peak(sandbox: GrammarSandbox) -> int:
 
 
 async def test_a_killed_worker_is_replaced(sandbox: GrammarSandbox):
-    await sandbox.validate(Grammar("json_object"))
+    await sandbox.validate(Grammar("json_schema", "{}"))
     first = sandbox.pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
@@ -189,7 +189,7 @@ async def test_a_grammar_is_retried_when_its_worker_is_killed(sandbox: GrammarSa
 
 
 async def test_a_cancelled_validation_does_not_mix_up_later_answers(sandbox: GrammarSandbox):
-    await sandbox.validate(Grammar("json_object"))
+    await sandbox.validate(Grammar("json_schema", "{}"))
     first = sandbox.pid
     leaving = asyncio.create_task(sandbox.validate(Grammar("json_schema", SLOW)))
     await asyncio.sleep(0.01)
@@ -233,3 +233,49 @@ def test_the_worker_exits_when_its_input_closes():
     command = [sys.executable, "-m", "stretto.engine.structured.sandbox_worker", str(2**29)]
     ended = subprocess.run(command, input=b"", stdout=subprocess.PIPE, timeout=30, check=True)
     assert ended.stdout == b"null\n"
+
+
+async def test_known_grammars_and_other_tenants_do_not_wait_behind_slow_ones() -> None:
+    """Forty slow regexes of one tenant: each takes the child for as long as it may."""
+    sandbox = GrammarSandbox(seconds=0.3, waiting=64, patience_s=60)
+    known, unknown = schema({"type": "integer"}), schema({"type": "string"})
+    try:
+        await sandbox.validate(known)
+        slow = [
+            asyncio.create_task(sandbox.validate(Grammar("json_schema", SLOW + " " * at), "greedy"))
+            for at in range(40)
+        ]
+        await asyncio.sleep(0.05)
+        compilations = sandbox.compilations
+        for grammar in (Grammar("json_object"), known):
+            await asyncio.wait_for(sandbox.validate(grammar, "greedy"), 0.1)
+        assert sandbox.compilations == compilations
+        await sandbox.validate(unknown, "other")
+        assert sandbox.compilations <= compilations + 3
+        ended = [task.exception() for task in slow if task.done()]
+        assert sum(isinstance(error, Overloaded) for error in ended) >= 7, "of one tenant 32 may wait"
+    finally:
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        await sandbox.close()
+
+
+async def test_equal_grammars_that_wait_are_compiled_once(sandbox: GrammarSandbox) -> None:
+    grammar = schema({"type": "array", "items": {"type": "integer"}})
+    await asyncio.gather(*(sandbox.validate(grammar) for _ in range(8)))
+    assert sandbox.compilations == 1
+
+
+async def test_no_grammar_waits_longer_than_the_patience() -> None:
+    sandbox = GrammarSandbox(seconds=5.0, patience_s=0.05)
+    try:
+        running = asyncio.create_task(sandbox.validate(Grammar("json_schema", SLOW)))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await sandbox.validate(schema({"type": "string"}))
+        assert caught.value.retry_after
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    finally:
+        await sandbox.close()

@@ -7,6 +7,7 @@ line of JSON in each direction over the child's standard input and output.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -14,10 +15,15 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 import msgspec
 
 from stretto.errors import InvalidGrammar, Unavailable
-from stretto.types import Grammar
+from stretto.queueing.turns import Turns
+from stretto.types import Grammar, GrammarKind
 
 START_S = 30.0
 FOREVER = float("inf")
+GrammarResult = tuple[
+    str | None, float
+]  # the error of a grammar (None: it compiles), and until when this holds
+GrammarKey = tuple[GrammarKind, bytes]
 
 
 class GrammarSandbox:
@@ -25,11 +31,19 @@ class GrammarSandbox:
 
     `seconds` and `memory` (bytes of address space) limit one grammar. A grammar that exceeds either is
     refused and the child is replaced. `remembered` results are kept; a refusal for time or memory is kept for
-    `retry_s` seconds only, because it may be due to a busy machine. Grammars are compiled one at a time.
+    `retry_s` seconds only, because it may be due to a busy machine. Grammars are compiled one at a time, and
+    tenants take turns; `waiting` may wait, each for `patience_s`. A grammar with a known result never waits.
     """
 
     def __init__(
-        self, *, seconds: float = 1.0, memory: int = 2**29, remembered: int = 512, retry_s: float = 30.0
+        self,
+        *,
+        seconds: float = 1.0,
+        memory: int = 2**29,
+        remembered: int = 512,
+        retry_s: float = 30.0,
+        waiting: int = 256,
+        patience_s: float = 5.0,
     ) -> None:
         self.compilations = 0
         self._seconds = seconds
@@ -37,29 +51,45 @@ class GrammarSandbox:
         self._remembered = remembered
         self._retry_s = retry_s
         self._worker: Process | None = None
-        self._lock = asyncio.Lock()
-        self._results: dict[Grammar, tuple[str | None, float]] = {}
+        self._turns = Turns("grammars", limit=waiting, patience_s=patience_s)
+        self._results: dict[GrammarKey, GrammarResult] = {}
 
     @property
     def pid(self) -> int | None:
         """The process id of the child, None while there is none."""
         return None if self._worker is None else self._worker.pid
 
-    async def validate(self, grammar: Grammar) -> None:
+    async def validate(self, grammar: Grammar, tenant: str = "local") -> None:
         """Return when the grammar compiles within the limits.
 
-        Raises InvalidGrammar, which says what is wrong and where, and Unavailable when no child process can
-        be started.
+        Raises InvalidGrammar, which says what is wrong and where, Overloaded when too many grammars wait, and
+        Unavailable when no child process can be started.
         """
-        async with self._lock:
-            error, until = self._results.pop(grammar, (None, 0.0))
-            if time.monotonic() >= until:
-                error, until = await self._compile(grammar)
-            self._results[grammar] = error, until
-            if len(self._results) > self._remembered:
-                del self._results[next(iter(self._results))]
-        if error is not None:
-            raise InvalidGrammar(error)
+        if grammar.kind == "json_object":
+            return  # it is ours, and compiles
+        # A digest, because a grammar may have 100 kB.
+        key = grammar.kind, hashlib.blake2b(grammar.source.encode(errors="surrogatepass")).digest()
+        result = self._known(key)
+        if result is None:
+            async with self._turns.turn(tenant):
+                # The same grammar may have been compiled while this one waited.
+                result = self._known(key) or await self._compile(grammar)
+            self._remember(key, result)
+        if result[0] is not None:
+            raise InvalidGrammar(result[0])
+
+    def _known(self, key: GrammarKey) -> GrammarResult | None:
+        """The result for a grammar, if it still holds. Known results outlive those not asked for."""
+        result = self._results.pop(key, None)
+        if result is None or time.monotonic() >= result[1]:
+            return None
+        self._results[key] = result
+        return result
+
+    def _remember(self, key: GrammarKey, result: GrammarResult) -> None:
+        self._results[key] = result
+        if len(self._results) > self._remembered:
+            del self._results[next(iter(self._results))]
 
     async def close(self) -> None:
         """End the child process; another call of `validate` would start a new one."""
@@ -69,7 +99,7 @@ class GrammarSandbox:
                 worker.kill()
             await worker.communicate()
 
-    async def _compile(self, grammar: Grammar) -> tuple[str | None, float]:
+    async def _compile(self, grammar: Grammar) -> GrammarResult:
         """The error of a grammar (None: it compiles), and until when this result holds."""
         label, retry = grammar.label, time.monotonic() + self._retry_s
         try:
