@@ -31,6 +31,7 @@ from stretto.errors import StartError, StrettoError, Unavailable
 from stretto.llm import LLM, locate
 from stretto.server import app as api
 from stretto.server import lifecycle as server
+from stretto.telemetry import log
 from stretto.types import Sampling
 
 FAILURE, USAGE = 1, 2
@@ -121,6 +122,7 @@ def serve(
 
 async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.LoadingBars) -> None:
     """The engine process starts first, as importing torch takes longest; the server is built meanwhile."""
+    log.configure("server", front.log_level)
     client, sandbox = EngineClient(engine, on_progress=loading), GrammarSandbox()
 
     def announce(url: str) -> None:

@@ -63,6 +63,11 @@ Schedule = Annotated[
     ),
 ]
 SCHEDULE: Schedule = "deadline"
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    Meta(description="the least severe lines in the log on standard error, of API server and engine"),
+]
+LOG_LEVEL: LogLevel = "info"
 
 
 def tiers_of(objectives: Mapping[TierName, Objective]) -> dict[str, Tier]:
@@ -162,10 +167,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         ),
     ] = field(default=30.0, name="engine_timeout")
     tiers: Tiers = {}
+    log_level: LogLevel = LOG_LEVEL
 
 
 class ServeConfig(Struct, frozen=True, kw_only=True):
-    """Settings of the API server. `schedule` and `tiers` are also the engine's.
+    """Settings of the API server. `schedule`, `tiers` and `log_level` are also the engine's.
 
     Raises StartError for a tier with `on_miss = "reject"` when the schedule is `fcfs`, which rejects nothing.
     """
@@ -202,8 +208,13 @@ class ServeConfig(Struct, frozen=True, kw_only=True):
             "further requests get tier default",
         ),
     ] = 0.5
+    access_log: Annotated[
+        bool,
+        Meta(description="write one JSON line for each request to standard output, without content or keys"),
+    ] = False
     schedule: Schedule = SCHEDULE
     tiers: Tiers = {}
+    log_level: LogLevel = LOG_LEVEL
 
     def __post_init__(self) -> None:
         for name, objective in self.tiers.items():

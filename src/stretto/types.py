@@ -137,6 +137,7 @@ class Request(Struct, frozen=True, kw_only=True):
     objective: Objective = Objective()
     tier: str = "default"
     emitted: tuple[int, ...] = ()
+    request_id: str = ""  # of the HTTP request, for log lines
 
 
 class Reason(StrEnum):

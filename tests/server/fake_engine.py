@@ -122,6 +122,7 @@ class FakeEngine:
     models: dict[str, ModelInfo]
     ready: bool = True
     restarts: int = 0
+    pid: int | None = None
     observers: list[Callable[[StepStats], None]] = field(default_factory=list[Any])
     requests: list[Request] = field(default_factory=list[Any])
     streams: list[FakeStream] = field(default_factory=list[Any])

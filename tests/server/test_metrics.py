@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from dataclasses import replace
@@ -16,7 +17,19 @@ from tests.server.conftest import CHAT, HELLO
 from tests.server.fake_engine import FakeEngine
 
 USUAL = ("default", "tiny")
-ORDER = ("endpoint", "outcome", "kind", "reason", "tier", "model", "verdict", "le", "version", "python")
+ORDER = (
+    "endpoint",
+    "outcome",
+    "kind",
+    "reason",
+    "tier",
+    "model",
+    "verdict",
+    "status",
+    "le",
+    "version",
+    "python",
+)
 
 
 def step(**changes: float) -> StepStats:
@@ -47,8 +60,8 @@ async def test_a_finished_request_is_counted_in_every_metric(
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     found = samples(response.content)
-    assert found["stretto_requests_total", ("chat", "ok")] == 1
-    assert found["stretto_requests_total", ("chat", "invalid_value")] == 1
+    assert found["stretto_requests_total", ("chat", "ok", *USUAL, "200")] == 1
+    assert found["stretto_requests_total", ("chat", "invalid_value", "unknown", "unknown", "400")] == 1
     emitted = engine.streams[0].emitted
     assert found["stretto_tokens_total", ("output", "tiny")] == emitted
     assert found["stretto_tokens_total", ("prompt", "tiny")] == len(engine.requests[0].prompt)
@@ -96,6 +109,47 @@ async def test_judged_requests_are_counted_by_tier_and_verdict(
     assert found["stretto_lateness_seconds_count", ("priority", "tiny")] == 1
     assert found["stretto_refusals_total", ("cannot_be_on_time", "default")] == 1
     assert found["stretto_refusals_total", ("unavailable", "priority")] == 1
+
+
+async def test_requests_are_counted_by_status_and_never_under_a_made_up_model(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    """A stream that fails has begun with status 200. An unknown model makes no series of its own."""
+    await client.post(CHAT, json=HELLO | {"model": "made-up", "service_tier": "flex"})
+    engine.script = lambda request: [65, Reason.ERROR]
+    await client.post(CHAT, json=HELLO | {"stream": True})
+    await client.post(CHAT, json=HELLO)
+    found = samples((await client.get("/metrics")).content)
+    counted = {labels: n for (name, labels), n in found.items() if name == "stretto_requests_total"}
+    assert counted == {
+        ("chat", "model_not_found", "flex", "unknown", "404"): 1,
+        ("chat", "engine_error", *USUAL, "200"): 1,
+        ("chat", "engine_error", *USUAL, "500"): 1,
+    }
+    assert not [labels for _, labels in found if "" in labels or "made-up" in labels]
+
+
+async def test_the_usual_metrics_of_both_processes_are_there(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    """A process of this test stands for the engine. Without an engine only the server's metrics are there."""
+    usual = ("cpu_seconds_total", "resident_memory_bytes", "virtual_memory_bytes", "start_time_seconds")
+    names = [f"process_{name}" for name in (*usual, "open_fds", "max_fds")]
+    child = await asyncio.create_subprocess_exec("sleep", "60")
+    engine.pid = child.pid
+    found = samples((await client.get("/metrics")).content)
+    child.kill()
+    await child.wait()
+    assert all(found[name, ()] > 0 for name in names)
+    assert all((f"stretto_engine_{name}", ()) in found for name in names)
+    engine_bytes = found["stretto_engine_process_resident_memory_bytes", ()]
+    assert engine_bytes < 16 * 2**20 < found["process_resident_memory_bytes", ()]
+    gone = samples((await client.get("/metrics")).content)
+    engine.pid = None
+    none = samples((await client.get("/metrics")).content)
+    for later in (gone, none):
+        assert later["process_open_fds", ()] > 0
+        assert not [name for name, _ in later if name.startswith("stretto_engine_process")]
 
 
 async def test_client_supplied_values_never_become_metric_labels(client: httpx.AsyncClient) -> None:

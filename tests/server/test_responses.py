@@ -63,7 +63,7 @@ def writer(text: TextModel, style: Style, **options: bool) -> ResponseWriter:
         options=StreamOptions(**options),
         grammar_path="$.tools",
     )
-    return ResponseWriter(style, spec, "default")
+    return ResponseWriter(style, spec, "default", "made-up-id")
 
 
 def parsed(events: bytes) -> list[Any]:

@@ -447,7 +447,8 @@ class EngineCore:
 
     def _fail(self, plan: Plan, error: Exception) -> None:
         """End the sequences of a step that raised, and no others."""
-        log.exception("a step of %s failed", plan.model, exc_info=error)
+        requests = ",".join([row.seq.request.request_id for row in plan.rows])
+        log.error("a step of %s failed", plan.model, exc_info=error, extra={"request_id": requests})
         for row in plan.rows:
             if not row.seq.ended:
                 self._end(

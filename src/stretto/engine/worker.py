@@ -27,6 +27,7 @@ from stretto.engine.scheduler.admission import Snapshot, snapshot
 from stretto.engine.sequence import Sequence
 from stretto.engine.structured.grammar import Matcher
 from stretto.errors import InvalidGrammar, InvalidRequest, StrettoError
+from stretto.telemetry.log import configure
 from stretto.types import Finish, QueueState, Reason, Request, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
@@ -197,8 +198,8 @@ def main() -> None:
     """Run one engine. Exit code 1: it could not start, and has sent the reason over the socket."""
     end_with_parent()
     pulse = Pulse(int(sys.argv[2]))  # it notices a parent that had ended before
-    logging.basicConfig(format="%(asctime)s engine %(levelname)s %(message)s")
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    configure("engine", config.log_level)
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.set_hwm(0)

@@ -29,10 +29,12 @@ from stretto.engine.client import EngineClient
 from stretto.errors import NotFound, StrettoError, TooLarge, Unauthorised, WrongMethod
 from stretto.protocol.parsing import JSON
 from stretto.protocol.relay import RELAY
+from stretto.server.edge.exchange import KEY, Exchange, ExchangeLayer
 from stretto.server.embeddings import embed
 from stretto.server.generation import CHAT, COMPLETION, generate, relay
 from stretto.server.pages import Pages
-from stretto.server.state import Call, GrammarCheck, Server
+from stretto.server.state import Call, GrammarCheck, Server, status_of
+from stretto.telemetry.log import describe
 from stretto.telemetry.metrics import Ended
 from stretto.text.tokenizer import TextModel
 
@@ -54,9 +56,11 @@ class Endpoint:
         call: Call | None = None
         failure: StrettoError | None = None
         client_gone = False
+        exchange: Exchange = scope[KEY]
         try:
-            tenant = self.server.tenant(request.headers)
+            tenant = exchange.tenant = self.server.tenant(request.headers)
             body = await read_body(request, self.server.config.max_body_bytes)
+            exchange.bytes_in = len(body)
             call = Call(self.server, request, send, body, tenant, arrival)
             await call.run(self.handler)
         except ClientDisconnect:
@@ -71,16 +75,14 @@ class Endpoint:
             event = b"data: " + json.encode(failure.body()) + b"\n\n"
             await send({"type": "http.response.body", "body": event})
         finally:
-            self.server.ended(self._summary(call, failure, client_gone, arrival))
-
-    def _summary(
-        self, call: Call | None, failure: StrettoError | None, client_gone: bool, arrival: float
-    ) -> Ended:
-        if call is not None:
-            call.client_gone = call.client_gone or client_gone
-            return call.summary(self.name, failure)
-        outcome = "client_gone" if failure is None else failure.code
-        return Ended(self.name, outcome, time.monotonic() - arrival)
+            if call is not None:
+                call.client_gone = call.client_gone or client_gone
+                exchange.ended = call.summary(self.name, failure)
+            else:
+                outcome = "client_gone" if failure is None else failure.code
+                status = status_of(failure, exchange, client_gone=client_gone)
+                exchange.ended = Ended(self.name, outcome, time.monotonic() - arrival, status=status)
+            self.server.ended(exchange.ended)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -108,11 +110,7 @@ def internal(error: BaseException) -> StrettoError:
 
     Neither holds the error's message, because that may quote a prompt.
     """
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    where = "an unknown place" if place is None else f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}"
-    log.error("a request failed with %s at %s", type(error).__name__, where)
+    log.error("a request failed with %s", describe(error))
     return StrettoError("an error inside the server; its log names the place")
 
 
@@ -162,7 +160,8 @@ class App(Starlette):
         app: ASGIApp = ExceptionMiddleware(self.router, self.exception_handlers)
         for middleware, args, kwargs in reversed(self.user_middleware):
             app = middleware(app, *args, **kwargs)
-        return app
+        routes = [route for route in self.routes if isinstance(route, Route)]
+        return ExchangeLayer(app, routes, self.server.access_log)
 
 
 def build(

@@ -59,6 +59,7 @@ def submit(call: Call, request: EmbeddingRequest, model: ModelHandle, ids: tuple
         tenant=call.tenant,
         salt=cache_salt(request.user, request.cache_salt),
         objective=embedding_objective(request.objective),
+        request_id=call.exchange.id,
     )
     output = Output(sequence, call.server.engine.submit(sequence), model.text.detokenizer())
     call.outputs.append(output)

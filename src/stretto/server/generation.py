@@ -95,7 +95,7 @@ async def generate(call: Call, operation: Operation[R]) -> None:
         for prompt in prompts:
             for copy, sampling in enumerate(spec.sampling.fan_out()):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)
-        writer = ResponseWriter(operation.style, spec, slo.tier, call.continuation)
+        writer = ResponseWriter(operation.style, spec, slo.tier, call.exchange.id, call.continuation)
         await (stream if spec.stream else answer)(call, writer, slot)
 
 
@@ -116,6 +116,7 @@ def submit(
         objective=slo.objective,
         tier=slo.tier,
         emitted=tuple(emitted.tokens),
+        request_id=call.exchange.id,
     )
     sequence = server.engine.submit(request)
     visible = MARKERS if spec.parser else frozenset[str]()

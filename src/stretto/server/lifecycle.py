@@ -15,13 +15,14 @@ import signal
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import uvicorn
 
 from stretto.config import ServeConfig
 from stretto.errors import Draining, StartError
 from stretto.server.app import App
+from stretto.telemetry.log import describe
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
@@ -50,6 +51,8 @@ async def run(
             await _serve(config, app, engine, listener, on_ready)
     finally:
         await engine.shutdown(LAST_EVENTS_S)
+        if app.server.access_log is not None:
+            app.server.access_log.close()
 
 
 async def _serve(
@@ -66,6 +69,7 @@ async def _serve(
     server = _Server(app)
     shutdown = _Shutdown(config, app, server)
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_log_failure)
     for number in SIGNALS:
         loop.add_signal_handler(number, shutdown.signal)
     serving = asyncio.create_task(server.serve([listener]))
@@ -117,6 +121,11 @@ def _raise_open_files_limit() -> None:
     limit = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def _log_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Logs an error that no task awaited. asyncio's own line has its message, which may quote a prompt."""
+    log.error("a task of the server failed with %s", describe(context.get("exception")))
 
 
 class _Server(uvicorn.Server):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from secrets import token_hex
 from typing import NamedTuple
 
 from msgspec import UNSET, UnsetType, json, structs
@@ -144,11 +143,16 @@ class ResponseWriter:
     """Writes one response: streamed (`events`, then `end`) or in one piece (`keep`, then `whole`)."""
 
     def __init__(
-        self, style: Style, spec: AnswerSpec, tier: str, continued: Continuation | None = None
+        self,
+        style: Style,
+        spec: AnswerSpec,
+        tier: str,
+        request_id: str,
+        continued: Continuation | None = None,
     ) -> None:
         """`continued`: the stream that this one goes on with."""
         options = spec.options
-        ident = style.id_prefix + token_hex(12) if continued is None else continued.id
+        ident = style.id_prefix + request_id if continued is None else continued.id
         created = int(time.time()) if continued is None else continued.created
         self._head = ResponseHead(ident, created, spec.model.name, tier)
         self._style = style

@@ -30,10 +30,12 @@ from stretto.errors import (
 from stretto.protocol.relay import Continuation, EmittedAnswer
 from stretto.queueing.turns import Turns
 from stretto.server.admission_gate import START_S, AdmissionGate
+from stretto.server.edge.exchange import KEY, LEFT, Exchange
 from stretto.server.objectives import ServicePolicy
 from stretto.server.quota import PriorityQuota
 from stretto.server.validation import ModelHandle, RequestLimits
 from stretto.telemetry.live import Recent
+from stretto.telemetry.log import LineWriter
 from stretto.telemetry.metrics import Ended, Gauges, Metrics, Verdict
 from stretto.text.output import Output
 from stretto.text.tokenizer import TextModel
@@ -46,6 +48,7 @@ VERY_LONG_TEXT = 2**18  # bytes of a body that may hold up a thread for seconds
 LOCAL = "local"
 GATEWAY = "gateway"
 NOTHING = EmittedAnswer()
+STDOUT = 1
 
 
 class Server:
@@ -67,6 +70,7 @@ class Server:
         self.policy = ServicePolicy(tiers, config.schedule)
         self.quota = PriorityQuota(config.priority_share)
         self.gate = AdmissionGate(config.max_waiting, config.drain_s, engine.unavailable)
+        self.access_log = LineWriter(STDOUT) if config.access_log else None
         self.metrics = Metrics(self._gauges)
         self.recent = Recent({name: tier.objective for name, tier in tiers.items()})
         self.calls: set[Call] = set()
@@ -166,7 +170,15 @@ class Server:
 
     def _gauges(self) -> Gauges:
         engine = self.engine
-        return Gauges(len(self.calls), engine.ready, self.gate.draining, engine.restarts, engine.queues())
+        return Gauges(
+            len(self.calls),
+            engine.ready,
+            self.gate.draining,
+            engine.restarts,
+            engine.queues(),
+            engine_pid=engine.pid,
+            log_dropped=0 if self.access_log is None else self.access_log.dropped,
+        )
 
 
 class TextThread:
@@ -198,6 +210,7 @@ class Call:
         self.body = body
         self.tenant = tenant
         self.arrival = arrival
+        self.exchange: Exchange = request.scope[KEY]
         self.outputs: list[Output] = []
         self.relayed = False  # whether a gateway reads the answer
         self.continuation: Continuation | None = None
@@ -275,6 +288,9 @@ class Call:
             ),
             slack=None if slack == inf else slack,
             gaps=_gaps(outputs),
+            status=status_of(error, self.exchange, client_gone=self.client_gone),
+            variant=outputs[0].request.model if outputs else "",
+            finish_reason=_finish_reason(outputs),
         )
 
     def _verdict(self, error: StrettoError | None) -> Verdict | None:
@@ -294,6 +310,18 @@ class Call:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
         self.end(None)
+
+
+def status_of(error: StrettoError | None, exchange: Exchange, *, client_gone: bool) -> int:
+    """The status of a response that has begun, or that is about to begin with `error`."""
+    if exchange.status is not None:
+        return exchange.status
+    return LEFT if client_gone or error is None else error.status
+
+
+def _finish_reason(outputs: Sequence[Output]) -> str | None:
+    """The reason of the answer; of several answers, their different reasons. None when none has ended."""
+    return ",".join(sorted({output.finish_reason for output in outputs if output.finish_reason})) or None
 
 
 def _gaps(outputs: Sequence[Output]) -> Sequence[float]:

@@ -116,8 +116,10 @@ FORECAST_ERROR = Metric(
 REQUESTS = Metric(
     Counter,
     "stretto_requests",
-    "Finished requests by endpoint and outcome: ok, client_gone, or an error code.",
-    ("endpoint", "outcome"),
+    "Finished requests by endpoint, outcome (ok, client_gone, or an error code), model, tier and HTTP status "
+    "(499: the client left before a response). A stream that has begun keeps status 200. Model and tier are "
+    "`unknown` for a request that was refused before they were read, or that names none of this server.",
+    ("endpoint", "outcome", "model", "tier", "status"),
 )
 TOKENS = Metric(
     Counter,
@@ -167,6 +169,11 @@ BLOCKS = Metric(Gauge, "stretto_kv_blocks", "All blocks of the KV cache.", MODEL
 OPEN = Metric(Gauge, "stretto_open_requests", "Requests being answered.")
 READY = Metric(Gauge, "stretto_engine_ready", "1 while the engine accepts requests, else 0.")
 DRAINING = Metric(Gauge, "stretto_draining", "1 while the worker shuts down, else 0.")
+LOG_DROPPED = Metric(
+    Counter,
+    "stretto_access_log_dropped",
+    "Lines of the access log that were lost, because standard output was slow or could not be written.",
+)
 RESTARTS = Metric(Counter, "stretto_engine_restarts", "Restarts of the engine process.")
 BUILD = Metric(
     Gauge, "stretto_build_info", "Always 1. The labels are the running versions.", ("version", "python")

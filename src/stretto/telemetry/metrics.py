@@ -13,7 +13,7 @@ from importlib.metadata import version
 from math import inf
 from typing import Literal, cast
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 
 from stretto.telemetry import catalogue
 from stretto.telemetry.catalogue import METRICS, AnyMetric, M, Metric
@@ -22,15 +22,17 @@ from stretto.types import QueueState, StepStats
 Labels = tuple[str, ...]
 Verdict = Literal["on_time", "late", "refused", "failed", "cancelled"]
 STEPS_TOGETHER = 64
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
     """One request after its end. Times are seconds, and None where the event never happened.
 
-    `verdict`: what became of its objective; None for a request that was never valid. `queued`: until a step
-    read the prompt; `forecast`: the prediction of it. `first`: until the first token. `slack`: the smallest
-    time by which a token was ahead of its deadline, negative when one was late. `gaps`: between tokens.
+    `verdict`: what became of its objective; None for a request that was never valid. `model` is the one asked
+    for and `variant` the one that answered, both empty for an unknown one. `queued`: until a step read the
+    prompt; `forecast`: the prediction of it. `first`: until the first token. `slack`: the smallest time by
+    which a token was ahead of its deadline, negative when one was late. `gaps`: between tokens.
     """
 
     endpoint: str
@@ -47,6 +49,9 @@ class Ended:
     first: float | None = None
     slack: float | None = None
     gaps: Sequence[float] = ()
+    status: int = 200
+    variant: str = ""
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,8 @@ class Gauges:
     draining: bool
     restarts: int
     queues: Mapping[str, QueueState | StepStats] = field(default_factory=dict[str, QueueState | StepStats])
+    engine_pid: int | None = None
+    log_dropped: int = 0
 
 
 class Metrics:
@@ -67,11 +74,15 @@ class Metrics:
 
     def __init__(self, now: Callable[[], Gauges]) -> None:
         self._now = now
+        self._engine_pid: int | None = None
         self._registry = CollectorRegistry(auto_describe=False)
         self._metrics = {
             metric.name: metric.create(metric.name, metric.help, metric.labels, registry=self._registry)
             for metric in METRICS
         }
+        ProcessCollector(registry=self._registry)
+        engine = "stretto_engine"
+        ProcessCollector(engine, pid=lambda: self._engine_pid or "none", registry=self._registry)
         self._labelled: dict[tuple[str, Labels], AnyMetric] = {}
         self._steps: defaultdict[str, list[StepStats]] = defaultdict(list)
         self._of(catalogue.BUILD, version("stretto"), platform.python_version()).set(1)
@@ -79,10 +90,12 @@ class Metrics:
     def ended(self, request: Ended) -> None:
         """Count a request that is over."""
         tier, model = request.tier, request.model
-        self._of(catalogue.REQUESTS, request.endpoint, request.outcome).inc()
-        self._of(catalogue.TOKENS, "prompt", model).inc(request.prompt_tokens)
-        self._of(catalogue.TOKENS, "output", model).inc(request.output_tokens)
-        self._of(catalogue.TOKENS, "cached", model).inc(request.cached_tokens)
+        labels = (request.endpoint, request.outcome, model or UNKNOWN, tier or UNKNOWN, str(request.status))
+        self._of(catalogue.REQUESTS, *labels).inc()
+        if request.prompt_tokens:
+            self._of(catalogue.TOKENS, "prompt", model).inc(request.prompt_tokens)
+            self._of(catalogue.TOKENS, "output", model).inc(request.output_tokens)
+            self._of(catalogue.TOKENS, "cached", model).inc(request.cached_tokens)
         if request.verdict is not None:
             self._of(catalogue.JUDGED, tier, model, request.verdict).inc()
         if request.verdict == "refused":
@@ -114,12 +127,14 @@ class Metrics:
         for model in self._steps:
             self._count_steps(model)
         now = self._now()
+        self._engine_pid = now.engine_pid
         self._of(catalogue.OPEN).set(now.open_requests)
         self._of(catalogue.READY).set(now.ready)
         self._of(catalogue.DRAINING).set(now.draining)
-        restarts = self._of(catalogue.RESTARTS)
-        restarts.reset()
-        restarts.inc(now.restarts)
+        for metric, value in ((catalogue.RESTARTS, now.restarts), (catalogue.LOG_DROPPED, now.log_dropped)):
+            counter = self._of(metric)
+            counter.reset()
+            counter.inc(value)
         for model, queue in now.queues.items():
             self._of(catalogue.RUNNING, model).set(queue.running)
             self._of(catalogue.WAITING, model).set(queue.waiting)

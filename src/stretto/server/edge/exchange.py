@@ -1,0 +1,113 @@
+"""The outermost layer around the application: the id of each HTTP request, and the line of the access log.
+
+The id is the client's `x-request-id` if that is a plain token, and otherwise a new one. It is in every
+response and in every log line of the request, and the engine gets it with each sequence.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import Any
+
+from msgspec import json
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stretto.statistics import quantile
+from stretto.telemetry.access import Access
+from stretto.telemetry.log import LineWriter, request_id, timestamp
+from stretto.telemetry.metrics import Ended
+
+HEADER = b"x-request-id"
+TOKEN = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,64}")
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+LEFT = 499  # in logs and metrics: the client left before a response
+KEY = "stretto.exchange"  # of an Exchange in the ASGI scope
+encode = json.Encoder().encode
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One HTTP request and its response. Whoever answers the request fills in what it learns.
+
+    Called with an ASGI message, it sends the message on, after adding the id to the headers of the response.
+    """
+
+    id: str
+    onward: Send
+    arrival: float = field(default_factory=time.monotonic)
+    tenant: str | None = None
+    bytes_in: int = 0
+    bytes_out: int = 0
+    status: int | None = None
+    ended: Ended | None = None
+
+    def __call__(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.body":
+            self.bytes_out += len(message.get("body", b""))
+        elif message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (HEADER, self.id.encode())]
+        return self.onward(message)
+
+
+def id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The client's id if it is a token of at most 64 characters, else a new one."""
+    for name, value in headers:
+        if name == HEADER and TOKEN.fullmatch(value):
+            return value.decode()
+    return token_hex(12)
+
+
+class ExchangeLayer:
+    """Wraps the application. Without `log` there is no access log."""
+
+    def __init__(self, app: ASGIApp, routes: Sequence[Route], log: LineWriter | None) -> None:
+        self._app = app
+        self._log = log
+        self._templates: dict[tuple[Callable[..., Any] | None, bool], str] = {
+            (route.endpoint, "{" in route.path): route.path for route in routes
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = scope[KEY] = Exchange(id_of(scope["headers"]), send)
+        request_id.set(exchange.id)  # each request has a task, and so a context, of its own
+        try:
+            await self._app(scope, receive, exchange)
+        finally:
+            if self._log is not None:
+                self._log.write(encode(self._line(exchange, scope)))
+
+    def _line(self, exchange: Exchange, scope: Scope) -> Access:
+        ended = exchange.ended or Ended("", "", 0.0)
+        gaps = ended.gaps
+        return Access(
+            time=timestamp(time.time()),
+            request_id=exchange.id,
+            tenant=exchange.tenant,
+            method=scope["method"] if scope["method"] in METHODS else "other",
+            route=self._templates.get((scope.get("endpoint"), bool(scope.get("path_params")))),
+            model=ended.model or None,
+            tier=ended.tier or None,
+            variant=ended.variant or None,
+            status=LEFT if exchange.status is None else exchange.status,
+            outcome=ended.outcome or None,
+            finish_reason=ended.finish_reason,
+            queue_ms=_ms(ended.queued),
+            ttft_ms=_ms(ended.first),
+            itl_p99_ms=_ms(quantile(sorted(gaps), 0.99) if gaps else None),
+            total_ms=round((time.monotonic() - exchange.arrival) * 1e3, 3),
+            prompt_tokens=ended.prompt_tokens,
+            cached_tokens=ended.cached_tokens,
+            completion_tokens=ended.output_tokens,
+            bytes_in=exchange.bytes_in,
+            bytes_out=exchange.bytes_out,
+        )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 3)
