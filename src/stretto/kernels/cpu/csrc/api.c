@@ -56,51 +56,15 @@ EXPORTED int stretto_threads(int count) { return pool_resize(count); }
 
 EXPORTED int64_t stretto_packed_bytes(const Weights *w) { return (w->n + PANEL - 1) / PANEL * panel_bytes(w); }
 
-#define LOCKED(call) \
-    pool_enter(); \
-    int result = level->call; \
-    pool_leave(); \
-    return result
-
-EXPORTED int stretto_pack(const Weights *w, const void *source, int64_t type, uint8_t *data)
-{
-    LOCKED(pack(w, source, type, data));
-}
-
-EXPORTED int stretto_unpack(const Weights *w, float *out) { LOCKED(unpack(w, out)); }
-
-EXPORTED int stretto_linear(const Weights *w, const void *x, void *y, int64_t m, int64_t type)
-{
-    LOCKED(linear(w, x, y, m, type));
-}
-
-EXPORTED int stretto_norm(const void *x, void *residual, const void *weight, void *y, int64_t m, int64_t h, float eps,
-                          int64_t type)
-{
-    LOCKED(norm(x, residual, weight, y, m, h, eps, type));
-}
-
-EXPORTED int stretto_act_and_mul(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type)
-{
-    LOCKED(act_and_mul(x, y, m, f, activation, type));
-}
-
-EXPORTED int stretto_cos_sin(const Step *step, const float *frequencies, int64_t pairs, float scale, float *angles)
-{
-    LOCKED(cos_sin(step, frequencies, pairs, scale, angles));
-}
-
-EXPORTED int stretto_rope_and_cache(const Step *step, const AttentionConfig *config, void *qkv, const void *norms,
-                                    const float *angles, int64_t dims, void *cache)
-{
-    LOCKED(rope_and_cache(step, config, qkv, norms, angles, dims, cache));
-}
-
-EXPORTED int stretto_paged_attention(const Step *step, const AttentionConfig *config, const void *q, int64_t ldq,
-                                     const void *cache, void *out)
-{
-    LOCKED(paged_attention(step, config, q, ldq, cache, out));
-}
+#define EXPORT_KERNEL(kernel, parameters, arguments) \
+    EXPORTED int stretto_##kernel parameters \
+    { \
+        pool_enter(); \
+        int result = level->kernel arguments; \
+        pool_leave(); \
+        return result; \
+    }
+EACH_KERNEL(EXPORT_KERNEL)
 
 /* OK if every index of the step points into its arrays and the cache. */
 EXPORTED int stretto_check(const Step *step)
@@ -119,12 +83,6 @@ EXPORTED int stretto_check(const Step *step)
                 return BAD_SHAPE;
     }
     return OK;
-}
-
-EXPORTED int stretto_rescore_top_k(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k,
-                                   int64_t count, int64_t type, int64_t rows_type)
-{
-    LOCKED(rescore_top_k(logits, x, rows, m, n, k, count, type, rows_type));
 }
 
 static int run_call(const Call *a, const Run *run)

@@ -64,21 +64,35 @@ typedef struct {
     const int64_t *dims; /* of a head that are rotated, for each rotation */
 } Run;
 
+/* The kernels: name, parameters, and the names of these. Each returns OK or what went wrong. */
+#define EACH_KERNEL(CASE) \
+    CASE(pack, (const Weights *w, const void *source, int64_t type, uint8_t *data), (w, source, type, data)) \
+    CASE(unpack, (const Weights *w, float *out), (w, out)) \
+    CASE(linear, (const Weights *w, const void *x, void *y, int64_t m, int64_t type), (w, x, y, m, type)) \
+    CASE(norm, \
+         (const void *x, void *residual, const void *weight, void *y, int64_t m, int64_t h, float eps, int64_t type), \
+         (x, residual, weight, y, m, h, eps, type)) \
+    CASE(act_and_mul, (const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type), \
+         (x, y, m, f, activation, type)) \
+    CASE(cos_sin, (const Step *step, const float *frequencies, int64_t pairs, float scale, float *angles), \
+         (step, frequencies, pairs, scale, angles)) \
+    CASE(rope_and_cache, \
+         (const Step *step, const AttentionConfig *config, void *qkv, const void *norms, const float *angles, \
+          int64_t dims, void *cache), \
+         (step, config, qkv, norms, angles, dims, cache)) \
+    CASE(paged_attention, \
+         (const Step *step, const AttentionConfig *config, const void *q, int64_t ldq, const void *cache, void *out), \
+         (step, config, q, ldq, cache, out)) \
+    CASE(rescore_top_k, \
+         (float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k, int64_t count, \
+          int64_t type, int64_t rows_type), \
+         (logits, x, rows, m, n, k, count, type, rows_type))
+
+/* The kernels of one instruction set. */
 typedef struct {
     const char *name;
-    int (*pack)(const Weights *w, const void *source, int64_t type, uint8_t *data);
-    int (*unpack)(const Weights *w, float *out);
-    int (*linear)(const Weights *w, const void *x, void *y, int64_t m, int64_t type);
-    int (*norm)(const void *x, void *residual, const void *weight, void *y, int64_t m, int64_t h, float eps,
-                int64_t type);
-    int (*act_and_mul)(const void *x, void *y, int64_t m, int64_t f, int64_t activation, int64_t type);
-    int (*cos_sin)(const Step *step, const float *frequencies, int64_t pairs, float scale, float *angles);
-    int (*rope_and_cache)(const Step *step, const AttentionConfig *config, void *qkv, const void *norms,
-                          const float *angles, int64_t dims, void *cache);
-    int (*paged_attention)(const Step *step, const AttentionConfig *config, const void *q, int64_t ldq,
-                           const void *cache, void *out);
-    int (*rescore_top_k)(float *logits, const void *x, const void *rows, int64_t m, int64_t n, int64_t k, int64_t count,
-                         int64_t type, int64_t rows_type);
+#define KERNEL_POINTER(kernel, parameters, arguments) int(*kernel) parameters;
+    EACH_KERNEL(KERNEL_POINTER)
 } Level;
 
 INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

@@ -181,8 +181,6 @@ INLINE void value_lanes(const int lanes, const int64_t type, const float *p, con
         value_span(lanes, 1, type, p, rows, count, width, out, d, next);
 }
 
-#ifdef NATIVE_I16
-#define HAS_I16 1
 /* The same two with integers. `scales` are those of the quantised queries, or softmax weights. */
 INLINE void score_q16(const int lanes, const int16_t *q, const float *scales, const void *const *rows, int64_t count,
                       int64_t width, float *scores, const Prefetch *next)
@@ -247,11 +245,6 @@ INLINE void value_q16(const int lanes, const int16_t *p, const float *scales, co
         EACH_LANE(KEEP_Q16)
     }
 }
-#else
-#define HAS_I16 0
-#define score_q16(lanes, q, scales, rows, count, width, scores, next) (void)0
-#define value_q16(lanes, p, scales, rows, count, width, out, next) (void)(scales)
-#endif
 
 /* Turns the scores of one query into softmax weights, and rescales its output so far. */
 INLINE void softmax_row(const Attention *a, float *restrict s, Running *run, int64_t key, float *restrict out,

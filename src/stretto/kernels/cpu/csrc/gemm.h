@@ -111,51 +111,22 @@ INLINE void tile_panel(const int rows, const int bits, const int split, const Li
         tile_integers(rows, wide, bits, split, a, panel, tile, from, out);
 }
 
-/* Sums with weights in bf16 pairs and x in floats. Vectors as in tile_integers. */
-INLINE void tile_pairs(const int rows, const int wide, const Linear *a, const uint8_t *panel, int64_t row,
-                       const int from, vf *out)
-{
-    const int slots = wide ? 2 * rows : rows, vectors = wide ? 4 : 2;
-    const float *x = (const float *)a->x + row * a->kp;
-    const uint8_t *data = panel + from * VF * 4;
-    int64_t kp = a->kp;
-    vf low0, low1, low2, low3, low4, low5, low6, low7, high0, high1, high2, high3, high4, high5, high6, high7;
-#define ZERO(n) low##n = high##n = vf_zero();
-    EACH_SLOT(ZERO)
-    for (int64_t k = 0; k < kp; k += 2, data += PANEL * 4) {
-        UNROLL
-        for (int odd = 0; odd < 2; odd++) {
-            vf weights[4];
-            UNROLL
-            for (int v = 0; v < vectors; v++) {
-                vi pairs = vi_load(data + v * VF * 4);
-                weights[v] = odd ? vf_odd(pairs) : vf_even(pairs);
-            }
-#define SUM_HALF(n) \
-    if (n < slots) { \
-        vf word = vf_set1(x[n % rows * kp + k + odd]); \
-        low##n = vf_sum(weights[n < rows ? 0 : 2], word, low##n); \
-        high##n = vf_sum(weights[n < rows ? 1 : 3], word, high##n); \
-    }
-            EACH_SLOT(SUM_HALF)
-        }
-    }
-#define KEEP(n) \
-    if (n < slots) { \
-        out[n % rows * NV + from + n / rows * 2] = low##n; \
-        out[n % rows * NV + from + n / rows * 2 + 1] = high##n; \
-    }
-    EACH_SLOT(KEEP)
-}
-
-/* The content of a word: a float, or two numbers whose products are added. */
-enum { SINGLE, PAIR_BF16, PAIR_I16 };
+/* The content of a word of weights: a float, two numbers whose products are added, or two bf16 that are widened and
+ * multiplied with two floats. */
+enum { SINGLE, PAIR_BF16, PAIR_I16, WIDENED };
 
 INLINE vf word_sum(const int content, vf sum, vf a, vf b)
 {
     return content == PAIR_BF16 ? vf_dot_pairs(sum, a, b)
-         : content == PAIR_I16  ? vf_dot_i16(sum, a, b)
+         : content == PAIR_I16  ? (vf)vi_dot_i16(vi_bits(sum), vi_bits(a), vi_bits(b))
                                 : vf_sum(a, b, sum);
+}
+
+INLINE vf word_part(const int content, const float *words, int part)
+{
+    if (content != WIDENED)
+        return vf_load(words);
+    return part ? vf_odd(vi_load(words)) : vf_even(vi_load(words));
 }
 
 /* sums[r][PANEL] += sum over k of a[r * by_row + k * by_k] * b[k * ldb + 0..PANEL), in words of one content. `fresh`:
@@ -163,37 +134,34 @@ INLINE vf word_sum(const int content, vf sum, vf a, vf b)
 INLINE void tile_words(const int rows, const int wide, const int content, const float *a, int64_t by_row, int64_t by_k,
                        const float *b, int64_t ldb, int64_t k, int fresh, const int from, vf *sums)
 {
-    const int slots = wide ? 2 * rows : rows, vectors = wide ? 4 : 2;
+    const int slots = wide ? 2 * rows : rows, vectors = wide ? 4 : 2, parts = content == WIDENED ? 2 : 1;
     vf low0, low1, low2, low3, low4, low5, low6, low7, high0, high1, high2, high3, high4, high5, high6, high7;
 #define LOAD(n) \
     low##n = n < slots && !fresh ? sums[n % rows * NV + from + n / rows * 2] : vf_zero(); \
     high##n = n < slots && !fresh ? sums[n % rows * NV + from + n / rows * 2 + 1] : vf_zero();
     EACH_SLOT(LOAD)
     for (b += from * VF; k > 0; k--, a += by_k, b += ldb) {
-        vf weights[4];
         UNROLL
-        for (int v = 0; v < vectors; v++)
-            weights[v] = vf_load(b + v * VF);
+        for (int part = 0; part < parts; part++) {
+            vf weights[4];
+            UNROLL
+            for (int v = 0; v < vectors; v++)
+                weights[v] = word_part(content, b + v * VF, part);
 #define SUM_WORD(n) \
     if (n < slots) { \
-        vf word = vf_set1(a[n % rows * by_row]), first = weights[n < rows ? 0 : 2], \
-           second = weights[n < rows ? 1 : 3]; \
-        low##n = word_sum(content, low##n, first, word); \
-        high##n = word_sum(content, high##n, second, word); \
+        vf word = vf_set1(a[n % rows * by_row + part]); \
+        low##n = word_sum(content, low##n, weights[n < rows ? 0 : 2], word); \
+        high##n = word_sum(content, high##n, weights[n < rows ? 1 : 3], word); \
     }
-        EACH_SLOT(SUM_WORD)
+            EACH_SLOT(SUM_WORD)
+        }
     }
-    vf *out = sums;
+#define KEEP(n) \
+    if (n < slots) { \
+        sums[n % rows * NV + from + n / rows * 2] = low##n; \
+        sums[n % rows * NV + from + n / rows * 2 + 1] = high##n; \
+    }
     EACH_SLOT(KEEP)
-}
-
-/* The same for whole panels. */
-INLINE void pairs_panel(const int rows, const Linear *a, const uint8_t *panel, int64_t row, vf *out)
-{
-    const int wide = rows <= ROWS_WIDE;
-    UNROLL
-    for (int from = 0; from < NV; from += wide ? 4 : 2)
-        tile_pairs(rows, wide, a, panel, row, from, out);
 }
 
 INLINE void words_panel(const int rows, const int content, const float *a, int64_t by_row, int64_t by_k, const float *b,
@@ -223,26 +191,23 @@ static void words(int rows, int content, const float *a, int64_t by_row, int64_t
 #define SINGLES(n) WORDS_OF(SINGLE, n)
 #define PAIRS_BF16(n) WORDS_OF(PAIR_BF16, n)
 #define PAIRS_I16(n) WORDS_OF(PAIR_I16, n)
-#ifdef NATIVE_BF16
-    if (content == PAIR_BF16) {
+#define WIDENEDS(n) WORDS_OF(WIDENED, n)
+    if (HAS_BF16 && content == PAIR_BF16)
         switch (rows) {
             EACH_UP_TO_8(PAIRS_BF16)
         }
-        return;
-    }
-#endif
-#ifdef NATIVE_I16
-    if (content == PAIR_I16) {
+    else if (HAS_I16 && content == PAIR_I16)
         switch (rows) {
             EACH_UP_TO_8(PAIRS_I16)
         }
-        return;
-    }
-#endif
-    (void)content;
-    switch (rows) {
-        EACH_UP_TO_8(SINGLES)
-    }
+    else if (content == WIDENED)
+        switch (rows) {
+            EACH_UP_TO_8(WIDENEDS)
+        }
+    else
+        switch (rows) {
+            EACH_UP_TO_8(SINGLES)
+        }
 }
 
 /* Sums of `rows` rows of x from `row` on with a panel, for each format. `split`: see split_panel. */
@@ -254,15 +219,10 @@ static void tile_f32(const Linear *a, const uint8_t *panel, int split, int rows,
 
 static void tile_bf16(const Linear *a, const uint8_t *panel, int split, int rows, int64_t row, vf *out)
 {
-#define PAIRS(n) ROWS_CASE(ROWS_FLOAT, n, pairs_panel(FLOATS(n), a, panel, row, out))
-    int64_t k = a->kp / 2;
+    int64_t by_k = a->to_pairs ? 1 : 2, by_row = a->kp / 2 * by_k;
+    const float *x = (const float *)a->x + row * by_row;
     (void)split;
-    if (a->to_pairs)
-        words(rows, PAIR_BF16, (const float *)a->x + row * k, k, 1, (const float *)panel, PANEL, k, 1, out);
-    else
-        switch (rows) {
-            EACH_UP_TO_8(PAIRS)
-        }
+    words(rows, a->to_pairs ? PAIR_BF16 : WIDENED, x, by_row, by_k, (const float *)panel, PANEL, a->kp / 2, 1, out);
 }
 
 INLINE void tile_integer(const int bits, const Linear *a, const uint8_t *panel, int split, int rows, int64_t row,
@@ -437,9 +397,7 @@ static int prepare(Linear *a)
 {
     int64_t format = a->w->format, kp = a->kp, rows = a->m;
     int quantised = FORMATS[format].quantised;
-#ifdef NATIVE_BF16
-    a->to_pairs = format == W_BF16 && a->type == BF16;
-#endif
+    a->to_pairs = HAS_BF16 && format == W_BF16 && a->type == BF16;
     int in_place = !quantised && kp == a->w->k && (a->to_pairs ? BF16 : F32) == a->type;
     size_t bytes = 0, scales = 0, first_sums = 0, own = 0;
     if (quantised) {

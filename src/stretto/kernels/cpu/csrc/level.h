@@ -7,19 +7,8 @@
 #include "pack.h"
 #include "rows.h"
 
+#define KERNEL_ENTRY(kernel, parameters, arguments) .kernel = kernel,
 /* Defines `level_<set>`, the table of its kernels. */
-#define DEFINE_LEVEL(set) \
-    const Level level_##set = { \
-        .name = #set, \
-        .pack = pack, \
-        .unpack = unpack, \
-        .linear = linear, \
-        .norm = norm, \
-        .act_and_mul = act_and_mul, \
-        .cos_sin = cos_sin, \
-        .rope_and_cache = rope_and_cache, \
-        .paged_attention = paged_attention, \
-        .rescore_top_k = rescore_top_k, \
-    }
+#define DEFINE_LEVEL(set) const Level level_##set = {.name = #set, EACH_KERNEL(KERNEL_ENTRY)}
 
 #endif

@@ -270,14 +270,12 @@ static void prefill(const Attention *a, const Item *item, float *scratch)
     int64_t banks = (lanes + PANEL - 1) / PANEL, bank_size = d * PANEL;
     Tile t;
     t.word = SINGLE;
-#ifdef NATIVE_BF16
-    if (a->step->kv_type == BF16 && a->step->type == BF16 && d % 2 == 0 && d <= LONGEST_SUM)
-        t.word = PAIR_BF16;
-#endif
-#ifdef NATIVE_I16
-    if (a->step->kv_type == I8 && d % 2 == 0 && d <= LONGEST_SUM)
-        t.word = PAIR_I16;
-#endif
+    if (d % 2 == 0 && d <= LONGEST_SUM) {
+        if (HAS_BF16 && a->step->kv_type == BF16 && a->step->type == BF16)
+            t.word = PAIR_BF16;
+        if (HAS_I16 && a->step->kv_type == I8)
+            t.word = PAIR_I16;
+    }
     t.q = scratch;
     t.out = t.q + BANKS * bank_size;
     t.keys = t.out + BANKS * bank_size;

@@ -27,13 +27,16 @@ typedef struct {
     float eps;
 } Norm;
 
-INLINE float mean_square(const float *x, int64_t h)
+/* The RMS norm of one row of h elements, in place. */
+INLINE void normalise(float *restrict row, const float *restrict weight, int64_t h, float eps)
 {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < h; i++)
-        sum += x[i] * x[i];
-    return sum / (float)h;
+        sum += row[i] * row[i];
+    float scale = 1.0f / sqrtf(sum / (float)h + eps);
+    for (int64_t i = 0; i < h; i++)
+        row[i] *= scale * weight[i];
 }
 
 static void norm_item(const void *job, int64_t item, int thread)
@@ -50,9 +53,7 @@ static void norm_item(const void *job, int64_t item, int thread)
                 row[i] += other[i];
             narrow(sum, row, a->h, a->type);
         }
-        float scale = 1.0f / sqrtf(mean_square(row, a->h) + a->eps);
-        for (int64_t i = 0; i < a->h; i++)
-            row[i] *= scale * weight[i];
+        normalise(row, weight, a->h, a->eps);
         narrow(at(a->y, t * a->h, a->type), row, a->h, a->type);
     }
 }
@@ -153,13 +154,6 @@ typedef struct {
     int64_t pairs, rows;
 } RopeAndCache;
 
-INLINE void norm_heads(float *restrict lanes, const float *restrict weight, int64_t n, float eps)
-{
-    float scale = 1.0f / sqrtf(mean_square(lanes, n) + eps);
-    for (int64_t i = 0; i < n; i++)
-        lanes[i] *= scale * weight[i];
-}
-
 INLINE void rotate_halves(float *restrict low, float *restrict high, const float *restrict angle_row, int64_t pairs)
 {
     for (int64_t i = 0; i < pairs; i++) {
@@ -189,12 +183,12 @@ static void rope_and_cache_item(const void *job, int64_t item, int thread)
             }
         widen(lanes, row, width, step->type);
         if (config->norm == NORM_ROW) {
-            norm_heads(lanes, weight, heads * d, config->eps);
-            norm_heads(lanes + heads * d, weight + heads * d, config->kv_heads * d, config->eps);
+            normalise(lanes, weight, heads * d, config->eps);
+            normalise(lanes + heads * d, weight + heads * d, config->kv_heads * d, config->eps);
         }
         for (int64_t h = 0; h < rotated; h++) {
             if (config->norm == NORM_HEAD)
-                norm_heads(lanes + h * d, weight + h * d, d, config->eps);
+                normalise(lanes + h * d, weight + h * d, d, config->eps);
             rotate_halves(lanes + h * d, lanes + h * d + a->pairs, a->angles + 2 * t * a->pairs, a->pairs);
         }
         narrow(row, lanes, heads * d, step->type);
@@ -232,65 +226,44 @@ static int rope_and_cache(const Step *step, const AttentionConfig *config, void 
 }
 
 typedef struct {
-    const float *logits;
-    float *values;
-    int64_t *indices;
-    int64_t n, k;
-} Top;
+    float value;
+    int64_t index;
+} Logit;
 
-/* Order of the heap of best logits, whose root is the worst of them: of equal logits, the later is worse. */
-INLINE int worse(const float *v, const int64_t *at, int64_t a, int64_t b)
-{
-    return v[a] < v[b] || (v[a] == v[b] && at[a] > at[b]);
-}
+/* Order of the heap of largest logits, whose root is the worst of them: of equal logits, the later is worse. */
+INLINE int worse(Logit a, Logit b) { return a.value < b.value || (a.value == b.value && a.index > b.index); }
 
-INLINE void swap_top(float *v, int64_t *at, int64_t a, int64_t b)
-{
-    float value = v[a];
-    int64_t index = at[a];
-    v[a] = v[b], at[a] = at[b];
-    v[b] = value, at[b] = index;
-}
-
-INLINE void sift(float *v, int64_t *at, int64_t n)
+INLINE void sift(Logit *heap, int64_t n)
 {
     for (int64_t i = 0, child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && worse(v, at, child + 1, child))
+        if (child + 1 < n && worse(heap[child + 1], heap[child]))
             child++;
-        if (!worse(v, at, child, i))
+        if (!worse(heap[child], heap[i]))
             return;
-        swap_top(v, at, i, child);
+        Logit moved = heap[i];
+        heap[i] = heap[child];
+        heap[child] = moved;
     }
 }
 
-static void top_item(const void *job, int64_t item, int thread)
+/* Puts the k largest of x [n] into a heap. A place for which no number was found has the index n. */
+INLINE void find_largest(const float *x, int64_t n, Logit *heap, int64_t k)
 {
-    const Top *a = job;
-    const float *x = a->logits + item * a->n;
-    float *v = a->values + item * a->k;
-    int64_t *indices = a->indices + item * a->k, k = a->k;
-    (void)thread;
-    for (int64_t i = 0; i < k; i++) {
-        v[i] = -INFINITY;
-        indices[i] = a->n;
-    }
-    for (int64_t start = 0; start < a->n; start += 64) {
-        int64_t end = min(a->n, start + 64);
+    for (int64_t i = 0; i < k; i++)
+        heap[i] = (Logit){-INFINITY, n};
+    for (int64_t start = 0; start < n; start += 64) {
+        int64_t end = min(n, start + 64);
+        float least = heap[0].value;
         int any = 0;
 #pragma omp simd reduction(| : any)
         for (int64_t i = start; i < end; i++)
-            any |= x[i] > v[0];
+            any |= x[i] > least;
         /* While the heap holds fewer than k logits, -infinity enters too. NaN never does. */
-        for (int64_t i = start; (any || indices[0] == a->n) && i < end; i++)
-            if (x[i] > v[0] || (x[i] == v[0] && indices[0] == a->n)) {
-                v[0] = x[i];
-                indices[0] = i;
-                sift(v, indices, k);
+        for (int64_t i = start; (any || heap[0].index == n) && i < end; i++)
+            if (x[i] > heap[0].value || (x[i] == heap[0].value && heap[0].index == n)) {
+                heap[0] = (Logit){x[i], i};
+                sift(heap, k);
             }
-    }
-    for (int64_t left = k - 1; left > 0; left--) {
-        swap_top(v, indices, 0, left);
-        sift(v, indices, left);
     }
 }
 
@@ -303,19 +276,19 @@ typedef struct {
 static void rescore_item(const void *job, int64_t item, int thread)
 {
     const Rescore *a = job;
-    float *x = pool_private(thread), *row = x + a->k, *values = row + a->k, *logits = a->logits + item * a->n;
-    int64_t *indices = (int64_t *)(values + round_up(a->count, 2));
-    Top best = {logits, values, indices, a->n, a->count};
-    top_item(&best, 0, thread);
+    Logit *heap = pool_private(thread);
+    float *x = (float *)(heap + a->count), *row = x + a->k, *logits = a->logits + item * a->n;
+    find_largest(logits, a->n, heap, a->count);
     widen(x, at(a->x, item * a->k, a->type), a->k, a->type);
-    for (int64_t i = 0; i < a->count && indices[i] < a->n; i++) {
-        const void *of = at(a->rows, indices[i] * a->k, a->rows_type);
+    for (int64_t i = 0; i < a->count; i++) {
         float sum = 0;
-        widen(row, of, a->k, a->rows_type);
+        if (heap[i].index == a->n)
+            continue;
+        widen(row, at(a->rows, heap[i].index * a->k, a->rows_type), a->k, a->rows_type);
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < a->k; j++)
             sum += x[j] * row[j];
-        logits[indices[i]] = sum;
+        logits[heap[i].index] = sum;
     }
 }
 
@@ -327,7 +300,7 @@ static int rescore_top_k(float *logits, const void *x, const void *rows, int64_t
     Rescore job = {logits, x, rows, n, k, count, type, rows_type};
     if (count < 1 || count > n || k < 1)
         return BAD_SHAPE;
-    if (pool_reserve(0, (size_t)(2 * k + round_up(count, 2)) * sizeof(float) + (size_t)count * sizeof(int64_t)))
+    if (pool_reserve(0, (size_t)count * sizeof(Logit) + (size_t)(2 * k) * sizeof(float)))
         return NO_MEMORY;
     pool_run(rescore_item, &job, m);
     return OK;

@@ -11,12 +11,14 @@
 #define NV (PANEL / VF)
 #define MAX_ROWS (ROWS_INT > ROWS_FLOAT ? ROWS_INT : ROWS_FLOAT)
 #define UNROLL _Pragma("GCC unroll 16")
-#ifndef NATIVE_BF16
-#define vf_dot_pairs(sum, a, b) (sum) /* never called */
+/* Nothing calls the products that an instruction set does not have. */
+#if !HAS_BF16
+#define vf_dot_pairs(sum, a, b) ((void)(a), (void)(b), (sum))
 #endif
-#ifndef NATIVE_I16
-#define vf_dot_i16(sum, a, b) (sum)
-#define vi_bits(a) vi_zero()
+#if !HAS_I16
+#define vi_dot_i16(sum, a, b) ((void)(a), (void)(b), (sum))
+#define vi_wide(p) ((void)(p), vi_zero())
+#define vi_side_by_side(p, q) ((void)(p), (void)(q), vi_zero())
 #endif
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to the nearest integer */
 
