@@ -7,6 +7,7 @@ import os
 from math import inf
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from stretto.errors import StartError
@@ -14,6 +15,7 @@ from stretto.hardware import (
     GIB,
     KvShape,
     Machine,
+    cache_folder,
     check_fit,
     choose_device,
     choose_dtype,
@@ -21,6 +23,8 @@ from stretto.hardware import (
     choose_step_tokens,
     choose_threads,
     gib,
+    home,
+    packed_folder,
     snapshot,
 )
 
@@ -145,6 +149,31 @@ def test_the_kv_cache_is_at_most_max_running_full_contexts() -> None:
     choice = choose_kv(shape(max_running=2), 1024 * 2**20)
     assert choice.value.blocks == 2 * 64
     assert choice.why == "2 contexts of 1024 tokens"
+
+
+def test_the_kv_cache_of_a_small_model_is_what_its_sequences_can_use() -> None:
+    """The bundled model (5.2 M parameters, 3 KiB for a token) took 1.5 GiB on a machine with 20 GiB."""
+    desk = KvShape(block_bytes=48 * 2**10, block_size=16, context=2048, max_running=256)
+    choice = choose_kv(desk, 20 * GIB)
+    assert (choice.value.bytes, choice.value.context) == (192 * 2**20, 2048)
+    assert choice.why == "256 sequences of 256 tokens"
+    few = choose_kv(msgspec.structs.replace(desk, max_running=32), 20 * GIB)
+    assert (few.value.tokens, few.why) == (8 * 2048, "8 contexts of 2048 tokens")
+
+
+def test_a_user_without_a_home_directory_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: int) -> object:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert cache_folder() is None and packed_folder() is None and home() is None
+    assert cache_folder("/somewhere") == Path("/somewhere")
+    with pytest.raises(StartError, match=r"cache_dir ~/x: .*write the whole path"):
+        cache_folder("~/x")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_folder() == Path("/cache/stretto")
 
 
 def test_the_kv_cache_exceeds_a_quarter_to_hold_one_full_context() -> None:

@@ -117,7 +117,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         int,
         Meta(
             ge=0,
-            description="size of the KV cache, like 2GiB (a bare number is GiB); 0: a quarter of free memory",
+            description="size of the KV cache, like 2GiB (a bare number is GiB); 0: by context and"
+            " max_running, at most a quarter of free memory",
         ),
     ] = field(default=0, name="kv_memory")
     kv_dtype: Annotated[

@@ -82,7 +82,7 @@ def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
     return Diagnosis(
         machine=seen,
         compiler=compiler and _output([compiler, "--version"]).partition("\n")[0],
-        disk_free=shutil.disk_usage(Path.home()).free,
+        disk_free=shutil.disk_usage(hardware.home() or Path.cwd()).free,
         packed=_packed(engine),
         python=platform.python_version(),
         versions={package: version(package) for package in PACKAGES},
@@ -125,7 +125,9 @@ def _output(command: list[str]) -> str:
 
 def _packed(engine: EngineConfig) -> CacheUsage:
     folder = hardware.packed_folder(engine.cache_dir)
-    sizes = [file.stat().st_size for file in folder.glob("*.packed")]
+    if folder is None:
+        return CacheUsage("kept nowhere: set cache_dir, as this user has no home directory", 0, 0, 0)
+    sizes = [file.stat().st_size for file in folder.glob("*.packed.safetensors")]
     return CacheUsage(str(folder), len(sizes), sum(sizes), engine.cache_bytes)
 
 
@@ -151,7 +153,7 @@ def _fit(
     dtype: Decision[str],
     kv_dtype: Decision[str],
 ) -> ModelFit:
-    weights = stored.bytes * WIDTHS[dtype.value] // WIDTHS[stored.dtype]
+    weights = stored.parameters * WIDTHS[dtype.value]
     shape = KvShape(
         block_bytes=_token_bytes(stored, kv_dtype.value) * engine.block_size,
         block_size=engine.block_size,

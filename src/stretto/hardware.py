@@ -28,6 +28,8 @@ FEWEST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 8192
 STEP_BASES = 10  # a longer step would gain less than a tenth, and the next request would wait for it
 STEP_TOKENS_ROUNDED = 256
 KV_SHARE = 0.25  # of the available memory, by default
+USUAL_PART = 8  # a usual sequence has at most an eighth of the context
+FULL_CONTEXTS = 8  # that fit beside each other
 KV_MOST = 0.75  # of the available memory, when one full context needs it
 GIB = 2**30
 
@@ -134,16 +136,33 @@ def snapshot(root: Path = Path("/")) -> Machine:
     )
 
 
-def cache_folder(requested: str = "") -> Path:
-    """The cache directory: `requested`, or the one of the XDG Base Directory Specification."""
+def home() -> Path | None:
+    """The user's home directory; None for a user without one, as containers have them."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def cache_folder(requested: str = "") -> Path | None:
+    """The cache directory: `requested`, or the one of the XDG Base Directory Specification.
+
+    None when neither is there: nothing is cached then. Raises StartError for `~` without a home directory.
+    """
     if requested:
-        return Path(requested).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stretto"
+        try:
+            return Path(requested).expanduser()
+        except RuntimeError as error:
+            raise StartError(f"cache_dir {requested}: {error}; write the whole path") from error
+    own = home()
+    base = os.environ.get("XDG_CACHE_HOME") or (own and own / ".cache")
+    return Path(base) / "stretto" if base else None
 
 
-def packed_folder(requested: str = "") -> Path:
-    """The directory for quantised weights in the layout of the kernels."""
-    return cache_folder(requested) / "packed"
+def packed_folder(requested: str = "") -> Path | None:
+    """The directory for quantised weights in the layout of the kernels; None: they are not kept."""
+    folder = cache_folder(requested)
+    return folder and folder / "packed"
 
 
 def choose_device(requested: str, cuda_usable: bool) -> Decision[str]:
@@ -220,7 +239,8 @@ def choose_kv(
 ) -> Decision[KvPlan]:
     """The KV cache of one model, given the bytes that are `available` beside its weights.
 
-    By default it takes a quarter of them, at most `max_running` full contexts, and more when one full context
+    By default it takes what can use it: `max_running` sequences with an eighth of the context each, or a few
+    full contexts if that is more. It takes at most a quarter of the memory, and more when one full context
     needs it. The model's own context is cut to what fits. Raises StartError when `requested_bytes` or
     `requested_context` does not fit.
     """
@@ -237,10 +257,15 @@ def choose_kv(
         blocks, why = requested_bytes // shape.block_bytes, f"{gib(requested_bytes)} set by the user"
     else:
         share = int(available * KV_SHARE) // shape.block_bytes
-        blocks, why = min(share, one * shape.max_running), f"a quarter of {gib(available)} available"
-        if blocks == one * shape.max_running:
-            why = f"{shape.max_running} contexts of {context} tokens"
-        elif blocks < one:
+        each = -(-context // USUAL_PART // shape.block_size)
+        full = min(shape.max_running, FULL_CONTEXTS)
+        used = max(each * shape.max_running, one * full)
+        blocks, why = share, f"a quarter of {gib(available)} available"
+        if used <= share:
+            blocks, why = used, f"{full} contexts of {context} tokens"
+            if used > one * full:
+                why = f"{shape.max_running} sequences of {each * shape.block_size} tokens"
+        elif share < one:
             blocks, why = min(one, most), "one full context"
     tokens = blocks * shape.block_size
     if blocks < 1 or (requested_context and tokens < requested_context):

@@ -93,6 +93,7 @@ def show_ready(url: str, models: Sequence[ModelInfo], *, locked: bool) -> None:
             f"[bold]{model.name}[/] · {model.family}, {model.parameters / 1e6:,.1f} M parameters"
             f" · {model.dtype} on {model.device} · context {model.context:,}"
             f" · KV cache {gib(model.kv_bytes)}, {model.blocks * model.block_size:,} tokens"
+            + (f" ({model.kv_why})" if model.kv_why else "")
         )
     out.print(f"[bold green]ready[/] in {process_age():.1f} s · {url}")
     key = " -H 'Authorization: Bearer KEY'" if locked else ""

@@ -246,7 +246,8 @@ class EngineHealth(Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """A loaded model. `kernels` names the kernels that compute it, and the reason."""
+    """A loaded model. `kernels` names the kernels that compute it, and the reason; `kv_why` is the reason for
+    the size of its KV cache."""
 
     name: str
     path: str
@@ -263,6 +264,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     blocks: int
     load_s: float
     kernels: str = ""
+    kv_why: str = ""
 
 
 class WorkerState(Struct, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """The loop and its schedule over the null model, in virtual time."""
 
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 from typing import Any
@@ -148,7 +149,7 @@ class BrokenRunner(NullRunner):
         if 13 in idents:
             raise RuntimeError("no more memory")
         drawn = super().launch(plan).drawn
-        special = {14: Drawn(-1), 15: Drawn(3)}
+        special = {14: Drawn(-1), 15: Drawn(3), 17: Drawn(-1, embedding=(1.0, float("nan")))}
         return Finished([special.get(ident, result) for ident, result in zip(idents, drawn, strict=True)])
 
 
@@ -159,7 +160,9 @@ def test_a_failing_step_ends_only_its_requests(caplog: pytest.LogCaptureFixture)
     world.send(14, [1] * 4)
     world.send(15, [1] * 4)
     world.send(16, [1] * 4)
+    world.send(17, [1] * 4)
     world.run()
+    assert world.ends[17].reason is Reason.ERROR and "NaN" in world.ends[17].error, "an embedding"
     assert world.ends[13].reason is Reason.ERROR and "no more memory" in world.ends[13].error
     assert world.ends[14].reason is Reason.ERROR and "NaN" in world.ends[14].error
     assert (world.ends[15].reason, world.ends[15].stop_token) == (Reason.STOP, 3)

@@ -1,5 +1,7 @@
 """Loading checkpoints: shards, dtypes, memory, and the error for each kind of damage."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 import json
@@ -21,6 +23,7 @@ from stretto.models.checkpoint import Checkpoint
 from stretto.models.decoder import Decoder
 from stretto.models.load import load
 from stretto.models.source import ProgressCallback
+from stretto.profiler import probe
 from tests.models.checkpoints import expected, make, rewrite
 from tests.models.stepping import Driver
 from tests.models.test_families import close, prompt
@@ -210,9 +213,33 @@ def test_a_wrong_index_is_refused(checkpoint: Path, index: str, message: str) ->
 
 
 def test_a_tensor_in_two_files_is_refused(checkpoint: Path) -> None:
-    (checkpoint / "other.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    for name in ("one", "two"):
+        (checkpoint / f"{name}.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    (checkpoint / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="another file of"):
         read(checkpoint)
+
+
+def test_files_beside_the_whole_model_are_neither_read_nor_counted(checkpoint: Path) -> None:
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "consolidated.safetensors").write_bytes(whole)
+    with Checkpoint(checkpoint) as tensors:
+        assert [file.name for file, _ in tensors.files] == ["model.safetensors"]
+        assert tensors.nbytes < len(whole)
+    read(checkpoint)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_of_the_weights_is_that_of_the_file_when_the_config_does_not_say(
+    tmp_path: Path, stored: torch.dtype
+) -> None:
+    make("qwen3", tmp_path, dtype=stored)
+    rewrite(tmp_path, "dtype", "torch_dtype")
+    with Checkpoint(tmp_path) as tensors:
+        assert tensors.dtype == str(stored).removeprefix("torch.")
+        assert tensors.nbytes == tensors.parameters * stored.itemsize
+    found = probe.stored(tmp_path)
+    assert (found.dtype, found.bytes) == (tensors.dtype, tensors.nbytes)
 
 
 def test_a_config_that_does_not_fit_the_tensors_is_refused(checkpoint: Path) -> None:

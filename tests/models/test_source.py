@@ -1,5 +1,7 @@
 """Where a model is loaded from: a directory or the hub, and the errors when there is none."""
 
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 import subprocess
@@ -67,7 +69,9 @@ def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = model(tmp_path / "it", "config.json", "model.safetensors")
     calls: list[tuple[str, int, int]] = []
 
-    def fetch(name: str, *, allow_patterns: list[str], tqdm_class: Callable[..., Any]) -> str:
+    def fetch(
+        name: str, *, allow_patterns: list[str], ignore_patterns: list[str], tqdm_class: Callable[..., Any]
+    ) -> str:
         assert name == "org/some-model.v2"
         assert "*.safetensors" in allow_patterns and not any("bin" in each for each in allow_patterns)
         bar = tqdm_class(disable=True, name="huggingface_hub.snapshot_download", total=0, unit="B")

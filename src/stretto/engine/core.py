@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from math import inf
+from math import inf, isfinite
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -370,7 +370,7 @@ class EngineCore:
         """Append one drawn token, emit it, and end the sequence if it is the last."""
         seq, sampling, token = row.seq, row.seq.request.sampling, drawn.token
         self._record_emission(model, seq)
-        if drawn.embedding is not None:
+        if drawn.embedding is not None and isfinite(sum(drawn.embedding)):
             self._end(seq, Ending(Reason.STOP, embedding=drawn.embedding))
             return
         if token < 0:

@@ -9,6 +9,7 @@ import mmap
 import os
 from dataclasses import dataclass
 from hashlib import blake2b
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from stretto.errors import CheckpointError
 from stretto.models.fields import Fields
+from stretto.models.spec import StoredDtype
 
 # The format: a little-endian length of 8 bytes, a JSON header of that length, then the data.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES: dict[str, StoredDtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 WIDTHS = {  # bytes of an element
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -31,7 +34,7 @@ WIDTHS = {  # bytes of an element
 MAX_HEADER = 100 * 2**20
 STAGE = 8 * 2**20
 SAMPLES, SAMPLE = 16, 16384
-INDEX = "model.safetensors.index.json"
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,16 @@ class Checkpoint:
             self.close()
             raise
         self.nbytes = sum(entry.nbytes for entry in self.entries.values())
+        self.parameters = sum(prod(entry.shape) for entry in self.entries.values())
+
+    @property
+    def dtype(self) -> StoredDtype:
+        """The dtype of most of its weights, for a config.json that does not say so."""
+        sizes = {name: 0 for name in DTYPES}
+        for entry in self.entries.values():
+            if entry.dtype in sizes:
+                sizes[entry.dtype] += entry.nbytes
+        return DTYPE_NAMES[max(sizes, key=sizes.__getitem__)]
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -171,13 +184,14 @@ def identity(path: Path) -> str:
 
 
 def _files(path: Path) -> list[Path]:
+    """The files that hold the weights. Others may lie beside them: adapters, an optimiser's state, copies."""
     index = path / INDEX
     if index.exists():
         names = Fields.load(index).object("weight_map").data.values()
         if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise CheckpointError(f"{index}: $.weight_map must map tensors to files beside it")
         return [path / name for name in sorted(set(names))]
-    files = sorted(path.glob("*.safetensors"))
+    files = [path / WHOLE] if (path / WHOLE).exists() else sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path} has no *.safetensors")
     return files

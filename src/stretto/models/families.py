@@ -316,9 +316,11 @@ def _eos(path: Path, config: Fields) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _dtype(fields: Fields) -> StoredDtype:
+def _dtype(fields: Fields) -> StoredDtype | None:
     key = "dtype" if fields.get("dtype") is not None else "torch_dtype"
-    name = fields.text(key, "float32")
+    if fields.get(key) is None:
+        return None
+    name = fields.text(key)
     if name not in ("float32", "bfloat16", "float16"):
         raise fields.error(key, f"is {name!r}; implemented are float32, bfloat16 and float16")
     return name

@@ -6,6 +6,7 @@ Imports no torch, because the API server uses it too. Does not read the files.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable
 from errno import ENOSPC
@@ -21,6 +22,8 @@ ProgressCallback = Callable[[str, int, int], None]
 BUNDLED = "desk"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+# In these patterns * also matches a slash. Weights in folders, and in another layout, are never read.
+UNWANTED = ["*/*.safetensors", "*/*.json", "*/*.model", "*/tokenizer*", "consolidated*", "optimizer*"]
 
 
 def resolve(name: str, progress: ProgressCallback | None = None) -> Path:
@@ -32,7 +35,7 @@ def resolve(name: str, progress: ProgressCallback | None = None) -> Path:
     """
     if name == BUNDLED:
         return check(Path(str(files("stretto"))) / BUNDLED)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves a `~` that means no directory as it is
     if path.exists():
         return check(path)
     if HUB_ID.fullmatch(name) and not name.startswith("."):
@@ -72,7 +75,7 @@ def _fetch(name: str, progress: ProgressCallback | None) -> Path:
     fetch = cast(Callable[..., str], cast(Any, huggingface_hub).snapshot_download)
     bar = None if progress is None else _bar(progress)
     try:
-        return Path(fetch(name, allow_patterns=WANTED, tqdm_class=bar))
+        return Path(fetch(name, allow_patterns=WANTED, ignore_patterns=UNWANTED, tqdm_class=bar))
     except huggingface_hub.errors.GatedRepoError as error:
         raise CheckpointError(f"{name} is gated: accept its terms on the hub, then set HF_TOKEN") from error
     except huggingface_hub.errors.RepositoryNotFoundError as error:

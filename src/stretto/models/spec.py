@@ -62,7 +62,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 
     `context`: the longest sequence, in tokens, that the model was trained for.
     `scale`: what attention scores are multiplied by.
-    `dtype`: the dtype in which the weights are stored.
+    `dtype`: the dtype in which the weights are stored, by config.json; None: it does not say so.
     `tied`: whether the head shares the embedding.
     `unit_offset`: whether norm weights are stored minus one.
     `query_norm`: the norm of queries and keys: none, over each head, or over all heads of the row.
@@ -82,7 +82,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     eps: float
     scale: float
     activation: Activation
-    dtype: StoredDtype
+    dtype: StoredDtype | None
     tied: bool
     unit_offset: bool = False
     query_norm: Literal["none", "head", "row"] = "none"

@@ -7,7 +7,6 @@ headers of a checkpoint and no weights.
 from __future__ import annotations
 
 import sys
-from math import prod
 from pathlib import Path
 
 import msgspec
@@ -24,11 +23,10 @@ def stored(path: Path) -> Stored:
     """The checkpoint in a directory. Raises CheckpointError if Stretto cannot run it."""
     spec = families.read(path)
     with Checkpoint(path) as checkpoint:
-        parameters = sum(prod(entry.shape) for entry in checkpoint.entries.values())
-        nbytes = checkpoint.nbytes
+        dtype, parameters, nbytes = spec.dtype or checkpoint.dtype, checkpoint.parameters, checkpoint.nbytes
     return Stored(
         family=spec.family,
-        dtype=spec.dtype,
+        dtype=dtype,
         context=spec.context,
         vocab=spec.vocab,
         parameters=parameters,

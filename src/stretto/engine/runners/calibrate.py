@@ -95,18 +95,19 @@ class StoredStepTimes(Struct, frozen=True):
     errors: list[float]
 
 
-def known_times(runner: Runner, limits: Limits, *, machine: str, folder: Path) -> StepTime:
+def known_times(runner: Runner, limits: Limits, *, machine: str, folder: Path | None) -> StepTime:
     """The step-time model of a runner that has not served yet.
 
-    It is read from `folder` if there is one for this `machine` and checkpoint. If not, it is measured now,
-    with at most `BUDGET_MS` of steps, and stored. A null model's cost is known. A step that fails is logged,
-    and the default model is used; the first request will report the error.
+    It is read from `folder` (None: nothing is kept) if there is one for this `machine` and checkpoint. If
+    not, it is measured now, with at most `BUDGET_MS` of steps, and stored. A null model's cost is known. A
+    step that fails is logged, and the default model is used; the first request will report the error.
     """
     if isinstance(runner, NullRunner):
         return StepTime(msgspec.structs.replace(runner.cost, base=max(runner.cost.base, LOOP_MS)))
     checkpoint = identity(runner)
-    path = folder / f"{blake2b(f'{machine} {checkpoint}'.encode(), digest_size=12).hexdigest()}.json"
-    stored = load(path, machine=machine, checkpoint=checkpoint)
+    name = f"{blake2b(f'{machine} {checkpoint}'.encode(), digest_size=12).hexdigest()}.json"
+    path = folder and folder / name
+    stored = path and load(path, machine=machine, checkpoint=checkpoint)
     if stored is not None:
         return stored
     try:
@@ -117,7 +118,7 @@ def known_times(runner: Runner, limits: Limits, *, machine: str, folder: Path) -
         log.exception("the calibration of %s failed; default step times are used", runner.info.name)
         return StepTime()
     # Otherwise other work on the machine disturbed the measurement.
-    if model.error <= MAX_ERROR and min(model.cost.per_decode, model.cost.per_prefill) > 0:
+    if path and model.error <= MAX_ERROR and min(model.cost.per_decode, model.cost.per_prefill) > 0:
         save(model, path, machine=machine, checkpoint=checkpoint)
     return model
 

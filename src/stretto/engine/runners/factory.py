@@ -43,7 +43,7 @@ from stretto.kernels.choice import choose_kernels, use_threads
 from stretto.kernels.cpu import native
 from stretto.kernels.cpu.cache import Folder, PackedCache
 from stretto.models import families
-from stretto.models.checkpoint import identity
+from stretto.models.checkpoint import Checkpoint, identity
 from stretto.models.decoder import Decoder
 from stretto.models.load import load
 from stretto.models.source import ProgressCallback
@@ -78,7 +78,8 @@ class ModelLoader:
 
         Raises StartError when `speculate` names a model that cannot draft.
         """
-        small, folder = self._draft_runner(), cache_folder(self._config.cache_dir) / "step-times"
+        small, cache = self._draft_runner(), cache_folder(self._config.cache_dir)
+        folder = cache and cache / "step-times"
         limits = Limits(self._config.max_running, self._config.max_step_tokens or MOST_STEP_TOKENS)
         times = {
             runner.info.name: known_times(runner, limits, machine=self.machine, folder=folder)
@@ -101,8 +102,10 @@ class ModelLoader:
             return NullRunner(null_info(name=model.name), cost=StepCost(base=model.null_ms), sleep=time.sleep)
         started, path = time.monotonic(), Path(model.path)
         spec = families.read(path)
-        dtype = choose_dtype(snapshot(), spec.dtype, device=self._device.type, requested=model.dtype).value
-        check_fit(model.name, _weight_bytes(path, spec.dtype, dtype), self._available())
+        with Checkpoint(path) as checkpoint:
+            stored, parameters = spec.dtype or checkpoint.dtype, checkpoint.parameters
+        dtype = choose_dtype(snapshot(), stored, device=self._device.type, requested=model.dtype).value
+        check_fit(model.name, parameters * getattr(torch, dtype).itemsize, self._available())
         kernels, why = choose_kernels(self._device, getattr(torch, dtype), model.quantise)
         packs = model.quantise is not None and self._device.type == "cpu"
         store = self._store(path, kernels.name) if packs else None
@@ -134,10 +137,10 @@ class ModelLoader:
 
     def _store(self, path: Path, kernels: str) -> PackedCache | None:
         """The weights of this checkpoint that an earlier start packed for these kernels."""
-        library = native.load()
-        if library is None or not self._config.cache_bytes:
+        library, kept = native.load(), packed_folder(self._config.cache_dir)
+        if library is None or kept is None or not self._config.cache_bytes:
             return None
-        folder = Folder(packed_folder(self._config.cache_dir), self._config.cache_bytes)
+        folder = Folder(kept, self._config.cache_bytes)
         return PackedCache.open(library, folder, f"{kernels} {identity(path)}")
 
     def _draft_runner(self) -> TorchRunner | None:
@@ -182,7 +185,7 @@ class ModelLoader:
             self._available() // left,
             requested_bytes=config.kv_bytes // len(config.models),
             requested_context=config.context,
-        ).value
+        )
         return ModelInfo(
             name=model.name,
             path=model.path,
@@ -190,14 +193,15 @@ class ModelLoader:
             dtype=_named(decoder.dtype),
             quantise=model.quantise,
             device=str(self._device),
-            context=kv.context,
+            context=kv.value.context,
             vocab=spec.vocab,
             parameters=decoder.parameters,
             weight_bytes=decoder.weight_bytes,
-            kv_bytes=kv.bytes,
+            kv_bytes=kv.value.bytes,
             block_size=config.block_size,
-            blocks=kv.blocks,
+            blocks=kv.value.blocks,
             load_s=0.0,
+            kv_why=kv.why,
         )
 
     def _available(self) -> int:
@@ -222,9 +226,3 @@ def step_limits(config: EngineConfig, models: list[LoadedModel]) -> Limits:
 
 def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _weight_bytes(path: Path, stored: str, held: str) -> int:
-    """The bytes that a checkpoint's weights will take, computed from the size of its files."""
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return size * getattr(torch, held).itemsize // getattr(torch, stored).itemsize
