@@ -1,7 +1,7 @@
 """Chat templates: messages -> the text of the prompt, by the checkpoint's own Jinja template.
 
-A template comes with a checkpoint and is not trusted. It runs in Jinja's immutable sandbox, where it can
-format the values it is given and nothing else. This module knows no tokenizer.
+A template comes with a checkpoint and is not trusted. It runs in the sandbox of `template_sandbox`, where it
+can format the values it is given and nothing else. This module knows no tokenizer.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from stretto.errors import CheckpointError, InvalidRequest
+from stretto.errors import CheckpointError, InvalidRequest, cut
+from stretto.text.template_sandbox import TemplateEnvironment, check_json_arguments
 
-TEMPLATE_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError)
+LONGEST_REASON = 300
 
 
 class _Generation(Extension):
@@ -40,21 +40,26 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML, and no model was trained on that.
+    check_json_arguments(value, indent)
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
+class _Refusal(TemplateError):
+    """What a template says of messages that it rejects."""
+
+
 def _refuse(message: str) -> str:
-    raise TemplateError(message)
+    raise _Refusal(message)
 
 
 def _now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> TemplateEnvironment:
+    environment = TemplateEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson  # pyright: ignore[reportUnknownMemberType]
@@ -74,12 +79,16 @@ class ChatTemplate:
 
         Raises CheckpointError when a source is not valid Jinja.
         """
-        environment = _environment()
+        self._environment = environment = _environment()
         try:
             self._templates: dict[str, Template] = {
                 name: environment.from_string(source) for name, source in sources.items()
             }
-        except TemplateError as error:
+        except TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"the chat template does not parse: line {error.lineno}: {error}"
+            ) from error
+        except (TemplateError, RecursionError) as error:
             raise CheckpointError(f"the chat template does not parse: {error}") from error
         self._source = "\n".join(sources.values())
         self._variables = variables
@@ -91,17 +100,32 @@ class ChatTemplate:
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
     ) -> str:
-        """The text of the prompt. Raises InvalidRequest with the template's message when it rejects them."""
+        """The text of the prompt.
+
+        Raises InvalidRequest with the template's message when it rejects them, and with the line when the
+        template fails or takes too much time or memory.
+        """
         template = self._templates.get("tool_use") if tools else None
         template = template or self._templates["default"]
         values = {"add_generation_prompt": True, "documents": None, **self._variables, **variables}
         try:
-            return template.render({**values, "messages": messages, "tools": tools})
-        except (TemplateError, *TEMPLATE_ERRORS) as error:
-            reason = str(error) or type(error).__name__
-            raise InvalidRequest(
-                f"the model's chat template rejects these messages: {reason}", param="$.messages"
-            ) from error
+            return self._environment.render(template, {**values, "messages": messages, "tools": tools})
+        except _Refusal as error:
+            reason = f"rejects these messages: {error}"
+        except Exception as error:  # a template may raise whatever an expression of Python can
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            reason = f"fails at line {_line(error)}: {kind}{cut(str(error), LONGEST_REASON)}"
+        raise InvalidRequest(f"the model's chat template {reason}", param="$.messages")
+
+
+def _line(error: Exception) -> int:
+    """The line of the template that raised an error."""
+    line, place = 0, error.__traceback__
+    while place is not None:
+        if place.tb_frame.f_code.co_filename == "<template>":
+            line = place.tb_lineno
+        place = place.tb_next
+    return line
 
 
 def load(path: Path, config: dict[str, Any]) -> ChatTemplate | None:
