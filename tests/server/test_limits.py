@@ -14,6 +14,7 @@ from stretto.errors import InvalidRequest
 from stretto.protocol.limits import LIMITS, check_json, reference
 from stretto.protocol.openai import ChatRequest, CompletionRequest
 from stretto.protocol.parsing import parse
+from stretto.protocol.relay import RelayedRequest
 from tests.server.conftest import CHAT, HELLO
 
 CHATS = wire.Decoder(ChatRequest)
@@ -233,3 +234,12 @@ def test_half_a_surrogate_pair_is_read_as_the_replacement_character(written: byt
     request = parse(CHATS, rb'{"user":"%s","messages":[%s]}' % (half, message))
     assert request.user == "\ufffd"
     assert request.messages[0].content == read
+
+
+def test_a_relayed_request_may_be_as_large_as_a_prompt() -> None:
+    request = {
+        "operation": "chat",
+        "tenant": "a",
+        "request": {"messages": [USER | {"content": "x" * 2_000_000}]},
+    }
+    assert parse(wire.Decoder(RelayedRequest), json.dumps(request).encode()).operation == "chat"

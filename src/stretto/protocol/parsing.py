@@ -17,7 +17,8 @@ T = TypeVar("T")
 JSON = "application/json"
 # Decoding takes 0.1 us for each list or object and blocks the event loop.
 MAX_CONTAINERS = LIMITS["containers"].most
-TEXT_FIELDS = ("messages", "prompt", "input")  # their size is limited by the context
+# The context limits their size; a relayed request has them inside.
+TEXT_FIELDS = ("messages", "prompt", "input", "request", "continuation")
 LONGEST_PROBLEM = 200
 _PLACE = re.compile(r"(?:`(?:key|value)` in )?`(\$.*)`", re.DOTALL)
 _FIELD = re.compile(r"`(.*)`$", re.DOTALL)
