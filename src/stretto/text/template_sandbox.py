@@ -229,7 +229,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            _check_format(left, "%", right if isinstance(right, tuple) else [right])
+            _check_format(
+                left, "%", cast("tuple[object, ...]", right if isinstance(right, tuple) else (right,))
+            )
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             if left.bit_length() * abs(right) > LARGEST_BITS:
                 raise TemplateLimit("it computes too large a number")
