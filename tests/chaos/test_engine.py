@@ -7,44 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.chaos.load import BODY, STREAMS, show, streams
 from tests.server_process import ServerProcess, Streamed, serving, stream
 
-STREAMS = 32
+pytestmark = pytest.mark.slow
+
 STOPPED_S = 10.0
-BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 600}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with serving(tmp_path_factory.mktemp("chaos"), "null=null:20") as started:
         yield started
-
-
-@asynccontextmanager
-async def streams(server: ServerProcess) -> AsyncGenerator[list[Streamed]]:
-    """Streams that have all begun. They are read to their ends afterwards."""
-    seen = [Streamed() for _ in range(STREAMS)]
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client, asyncio.TaskGroup() as group:
-        for each in seen:
-            group.create_task(stream(client, BODY, each))
-        while not all(each.arrivals for each in seen):
-            await asyncio.sleep(0.01)
-        yield seen
-
-
-def show(text: str) -> None:
-    sys.stdout.write(f"\n{text}\n")
 
 
 async def test_all_streams_of_a_killed_engine_end_typed_and_the_server_recovers(
