@@ -28,6 +28,9 @@ from stretto.config import EngineConfig, ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.engine.structured.sandbox import GrammarSandbox
 from stretto.errors import StartError, StrettoError, Unavailable
+from stretto.gateway import lifecycle as gateway
+from stretto.gateway import settings as gateway_settings
+from stretto.gateway.app import Gateway
 from stretto.llm import LLM, locate
 from stretto.server import app as api
 from stretto.server import lifecycle as server
@@ -139,6 +142,25 @@ async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.Loa
     finally:
         await sandbox.close()
         await client.shutdown(0.0)
+
+
+@app.command("gateway")
+def gateway_command(
+    ctx: typer.Context,
+    workers: Annotated[
+        list[str] | None, typer.Option("--worker", help="URL of a worker, as URL or SITE=URL; repeat it")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--config", help="a TOML file of settings")] = None,
+    host: Annotated[str | None, setting("host")] = None,
+    port: Annotated[int | None, setting("port")] = None,
+) -> None:
+    """Put many workers behind one address: routing by deadline, and failover in the middle of an answer."""
+    given = {
+        name: value for name, value in ctx.params.items() if value not in (None, [], ()) and name != "file"
+    }
+    with _usage():
+        settings = gateway_settings.load(given, os.environ, file)
+    uvloop.run(gateway.run(Gateway(settings), typer.echo))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any
 
 from msgspec import structs
 
+from stretto.engine.scheduler.admission import Snapshot
 from stretto.errors import EngineDied, StartError, Unavailable
 from stretto.types import (
     EngineHealth,
@@ -131,6 +132,7 @@ class FakeEngine:
     failure: str | None = None
     ended: bool = False
     work_ms: float = 0.0
+    boot: str = "first"
     last: dict[str, StepStats] = field(default_factory=dict[str, StepStats])
     _ids: count[int] = field(default_factory=lambda: count(1))
 
@@ -173,6 +175,9 @@ class FakeEngine:
         self.streams.append(stream)
         self.open.add(stream)
         return stream
+
+    def snapshots(self) -> dict[str, Snapshot]:
+        return {}
 
     def worker_state(self) -> WorkerState:
         return WorkerState(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
+from secrets import token_hex
 
 import msgspec
 import zmq
@@ -21,7 +22,7 @@ from stretto.engine import ipc
 from stretto.engine.heartbeat import BEAT_S, Watch
 from stretto.engine.process import ChildProcess
 from stretto.engine.runtime_folder import RuntimeFolder
-from stretto.engine.scheduler.admission import Forecast, Outlook
+from stretto.engine.scheduler.admission import Forecast, Outlook, Snapshot
 from stretto.errors import EngineDied, EngineStalled, StartError, Unavailable
 from stretto.types import (
     EngineHealth,
@@ -122,6 +123,7 @@ class EngineClient:
         self._config = config
         self._on_progress = on_progress
         self._folder = RuntimeFolder()
+        self._name = token_hex(8)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._process: ChildProcess | None = None
         self._streams: dict[int, Stream] = {}
@@ -222,6 +224,15 @@ class EngineClient:
     def queues(self) -> dict[str, QueueState | StepStats]:
         """What each model runs and holds now, by its name; empty while no engine is loaded."""
         return self._queues
+
+    @property
+    def boot(self) -> str:
+        """Changes with each start of the engine process."""
+        return f"{self._name}-{self.restarts}"
+
+    def snapshots(self) -> dict[str, Snapshot]:
+        """The last snapshot of each model's scheduler; none before the first, or under the schedule fcfs."""
+        return {name: seen for name, outlook in self._outlooks.items() if (seen := outlook.seen) is not None}
 
     def worker_state(self) -> WorkerState:
         """A snapshot for `/state`. `draining` is always False: only the server knows it."""

@@ -1,8 +1,9 @@
-"""What gateway and worker say to each other: a relayed request, and the marks in a relayed stream.
+"""What gateway and worker say to each other: reports, relayed requests, and the marks in a relayed stream.
 
-A gateway posts a `RelayedRequest` to the worker's RELAY path. In the stream that comes back, a mark follows
-the events of each send. It lists the tokens those events are made of, so that another worker can go on
-after them. A mark is a comment of server-sent events: the gateway removes it, and other clients ignore it.
+A gateway asks for a `WorkerReport` many times a second. It posts a `RelayedRequest` to the worker's RELAY
+path. In the stream that comes back, a mark follows the events of each send and lists the tokens they are
+made of, so that another worker can go on after them. A mark is a comment of server-sent events: the gateway
+removes it, and other clients ignore it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,29 @@ from typing import Literal, NamedTuple
 
 from msgspec import Raw, Struct
 
+from stretto.config import Tier
+from stretto.types import ModelInfo
+
 RELAY = "/v1/relay"
 MARK = b":~"  # how a mark's line begins
 OperationName = Literal["chat", "completions", "embeddings"]
+
+
+class WorkerReport(Struct, frozen=True):
+    """What a worker tells gateways about itself, as msgpack in answer to a GET of the RELAY path.
+
+    `now`: the worker's monotonic clock. `boot`: changes with each start of its engine, which empties the KV
+    cache. `snapshots`: by model, the scheduler's `admission.Snapshot`; none under the schedule fcfs.
+    """
+
+    now: float
+    boot: str
+    ready: bool
+    draining: bool
+    models: tuple[ModelInfo, ...]
+    tiers: dict[str, Tier]
+    snapshots: dict[str, Raw]
+    version: int = 1
 
 
 class EmittedAnswer(Struct, frozen=True, array_like=True):

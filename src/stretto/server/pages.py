@@ -11,7 +11,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-from msgspec import json
+from msgspec import json, msgpack
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -19,10 +19,12 @@ from starlette.routing import Route
 from stretto.errors import NotFound
 from stretto.protocol.openai import Health, ModelCard, ModelList, Status
 from stretto.protocol.parsing import JSON
+from stretto.protocol.relay import RELAY
 from stretto.server import openapi
 from stretto.server.state import Server
 
 LIVE_S = 0.5
+MSGPACK = "application/msgpack"
 FILES = files("stretto.server") / "static"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 PLOTLY = "plotly.min.js"
@@ -58,6 +60,7 @@ class Pages:
             Route("/state", self.state),
             Route("/live", self.live),
             Route("/metrics", self.metrics),
+            Route(RELAY, self.report, methods=["GET"]),
         ]
 
     async def health(self, request: Request) -> Response:
@@ -75,6 +78,11 @@ class Pages:
         """Metrics for Prometheus."""
         metrics = self._server.metrics
         return Response(metrics.text(), media_type=metrics.content_type)
+
+    async def report(self, request: Request) -> Response:
+        """The worker's state for gateways, as msgpack."""
+        self._server.tenant(request.headers)
+        return Response(msgpack.encode(self._server.report()), media_type=MSGPACK)
 
     async def state(self, request: Request) -> Response:
         """The worker's state."""

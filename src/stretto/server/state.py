@@ -11,7 +11,7 @@ from http import HTTPStatus
 from math import inf
 from typing import TypeVar
 
-from msgspec import structs
+from msgspec import Raw, msgpack, structs
 from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -27,7 +27,7 @@ from stretto.errors import (
     Unavailable,
     UnknownModel,
 )
-from stretto.protocol.relay import Continuation, EmittedAnswer
+from stretto.protocol.relay import Continuation, EmittedAnswer, WorkerReport
 from stretto.queueing.turns import Turns
 from stretto.server.admission_gate import START_S, AdmissionGate
 from stretto.server.edge.exchange import KEY, LEFT, Exchange
@@ -141,6 +141,19 @@ class Server:
     def worker_state(self) -> WorkerState:
         """The engine's state, and whether this server drains."""
         return structs.replace(self.engine.worker_state(), draining=self.gate.draining)
+
+    def report(self) -> WorkerReport:
+        """What gateways need to know."""
+        encode = msgpack.Encoder().encode
+        return WorkerReport(
+            now=time.monotonic(),
+            boot=self.engine.boot,
+            ready=self.engine.ready,
+            draining=self.gate.draining,
+            models=tuple(self.engine.models.values()),
+            tiers=dict(self.policy.tiers),
+            snapshots={name: Raw(encode(seen)) for name, seen in self.engine.snapshots().items()},
+        )
 
     def end_calls(self, error: StrettoError) -> None:
         """Ends all calls with `error`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Mapping
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from operator import itemgetter
 from typing import NamedTuple
@@ -56,6 +56,21 @@ class Outlook:
         self._tiers = tiers
         self._seen: Snapshot | None = None
         self._sent: list[tuple[int, float, Job]] = []  # id, weight, prompt
+
+    @property
+    def seen(self) -> Snapshot | None:
+        """The last snapshot."""
+        return self._seen
+
+    @property
+    def backlog_ms(self) -> float:
+        """The work of all prompts that wait there, as far as they have deadlines."""
+        waiting = () if self._seen is None else chain.from_iterable(self._seen.prompts.values())
+        return sum(ms for _, ms, _ in waiting) + sum(job[1] for _, _, job in self._sent)
+
+    def prefill_ms(self, tokens: int) -> float:
+        """The work of a prompt of so many tokens; 0 before the first snapshot."""
+        return 0.0 if self._seen is None else self._seen.estimate.cost.prefill(0, tokens)
 
     def see(self, seen: Snapshot) -> None:
         """Take over a snapshot, and keep only what was sent after it."""

@@ -1,0 +1,241 @@
+"""The workers: who they are, what they last reported, and whether they are well.
+
+One task for each worker asks for its report over a connection of its own. That is also its heartbeat: a
+worker that does not report for SILENT_S is lost, and its streams are told so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec import DecodeError, ValidationError, json, msgpack, structs
+
+from stretto.engine.scheduler.admission import Outlook, Snapshot
+from stretto.errors import StartError
+from stretto.gateway.health import Breaker
+from stretto.gateway.router import Router, WorkerView
+from stretto.gateway.upstream import Address, Head, Pool, UpstreamConnection, WorkerLost
+from stretto.protocol.openai import ModelList
+from stretto.protocol.relay import RELAY, WorkerReport
+from stretto.types import ModelInfo
+
+log = logging.getLogger(__name__)
+POLL_S = 0.05  # between two reports of a worker
+PLAIN_POLL_S = 1.0  # the same for a worker that is no Stretto
+SILENT_S = 0.5  # without a report, a worker is lost
+CONNECT_S = 1.0
+MOST_REPORT_BYTES = 4 << 20
+SENT_UNSEEN_S = 0.03  # a report may miss what arrived at the worker so shortly before
+VERSION = 1
+BYTES_PER_TOKEN = 3.0  # of a prompt, until answers have told
+
+
+class NotAReport(WorkerLost):
+    """The worker's answer is no report of a version that this gateway knows."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker. `streams` hold a function for each stream on it, to call when the worker is lost."""
+
+    name: str
+    address: Address
+    pool: Pool
+    view: WorkerView
+    breaker: Breaker = field(default_factory=Breaker)
+    plain: bool = False  # an OpenAI server of another kind: no reports, no failover in mid-answer
+    boot: str = ""
+    draining: bool = False  # by its own report
+    held: bool = False  # an operator lets it have no new requests
+    tiers: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    models: dict[str, ModelInfo | None] = field(default_factory=dict[str, ModelInfo | None])
+    bytes_per_token: float = BYTES_PER_TOKEN
+    error: str = "no report yet"
+    streams: set[Callable[[], None]] = field(default_factory=set[Callable[[], None]])
+    lease: float | None = None  # when a worker that joined by itself must have renewed; None: configured
+    task: asyncio.Task[None] | None = None
+    _sent: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+
+    def lost(self) -> None:
+        """Tells all its streams that it is gone."""
+        for tell in list(self.streams):
+            tell()
+
+    def sent(self, ident: int) -> None:
+        """A request with that id is on its way to the worker."""
+        self._sent.append((time.monotonic(), ident))
+
+    def sent_before(self, when: float) -> int:
+        """The newest id that the worker had at `when`; forgets the older ones."""
+        newest = 0
+        while self._sent and self._sent[0][0] < when:
+            newest = self._sent.pop(0)[1]
+        return newest
+
+
+class Registry:
+    """All workers, and the router that they are views of."""
+
+    def __init__(self, router: Router, headers: Mapping[str, str]) -> None:
+        self.router = router
+        self.workers: dict[str, Worker] = {}
+        self._headers = headers
+
+    def join(self, url: str, site: str = "", *, name: str = "", lease: float | None = None) -> Worker:
+        """Adds a worker, or renews its lease. Raises StartError for a wrong URL."""
+        try:
+            address = Address.of(url)
+        except ValueError as error:
+            raise StartError(str(error)) from error
+        name = name or f"{address.host}:{address.port}{address.path}"
+        known = self.workers.get(name)
+        if known is not None:
+            known.lease = lease if known.lease is not None else None
+            return known
+        view = WorkerView(name, site, usable=False)
+        worker = Worker(name, address, Pool(address, headers=self._headers), view, lease=lease)
+        self.workers[name] = worker
+        self.router.workers[name] = view
+        worker.task = asyncio.create_task(self._watch(worker))
+        return worker
+
+    def leave(self, name: str) -> None:
+        """Removes a worker. Its streams go on elsewhere."""
+        worker = self.workers.pop(name, None)
+        if worker is None:
+            return
+        del self.router.workers[name]
+        self.router.prefixes.forget(name)
+        if worker.task is not None:
+            worker.task.cancel()
+        worker.pool.close()
+        worker.lost()
+
+    def close(self) -> None:
+        """Forgets all workers."""
+        for name in list(self.workers):
+            self.leave(name)
+
+    def failed(self, worker: Worker, reason: str, *, lost: bool) -> None:
+        """A request failed on a worker."""
+        worker.breaker.fail(time.monotonic(), lost=lost)
+        worker.error = reason
+        self._judge(worker)
+
+    def succeeded(self, worker: Worker) -> None:
+        """A worker has answered a request."""
+        worker.breaker.succeed(time.monotonic())
+
+    async def _watch(self, worker: Worker) -> None:
+        """Asks for reports until the worker leaves."""
+        connection: UpstreamConnection | None = None
+        last = time.monotonic()
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(SILENT_S if connection is not None else CONNECT_S):
+                        if connection is None or not connection.reusable:
+                            connection = await worker.pool.acquire(CONNECT_S)
+                        await self._ask(worker, connection)
+                    last = time.monotonic()
+                except (WorkerLost, TimeoutError, OSError) as error:
+                    if connection is not None:
+                        connection.close()
+                    connection = None
+                    self._silent(worker, str(error) or f"no report for {SILENT_S} s", last)
+                self._judge(worker)
+                if worker.lease is not None and time.monotonic() > worker.lease:
+                    log.warning("worker %s: its lease is over", worker.name)
+                    self.leave(worker.name)
+                await asyncio.sleep(PLAIN_POLL_S if worker.plain else POLL_S)
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _silent(self, worker: Worker, reason: str, last: float) -> None:
+        """No report came. A plain worker is known to be lost only by its connections."""
+        now = time.monotonic()
+        if worker.view.usable:
+            log.warning("worker %s is lost: %s", worker.name, reason)
+        worker.error = reason
+        worker.breaker.fail(now, lost=True)
+        if now - last >= SILENT_S or not worker.plain:
+            worker.lost()
+
+    async def _ask(self, worker: Worker, connection: UpstreamConnection) -> None:
+        """One report. Raises WorkerLost."""
+        asked = time.monotonic()
+        path = "/v1/models" if worker.plain else RELAY
+        head = await connection.exchange(worker.pool.request("GET", path, {}))
+        body = await connection.read_all(MOST_REPORT_BYTES)
+        now = time.monotonic()
+        worker.pool.note_round_trip(now - asked)
+        if not worker.plain and head.status == 404:
+            worker.plain = True
+            await self._ask(worker, connection)
+            return
+        if head.status != 200:
+            raise WorkerLost(f"its report has the status {head.status}")
+        if worker.plain:
+            self._see_models(worker, body)
+        else:
+            self._see(worker, head, body, asked, now)
+        worker.error = ""
+        if worker.breaker.pause and worker.breaker.state(now) != "open":
+            worker.breaker.succeed(now)
+
+    def _see_models(self, worker: Worker, body: bytes) -> None:
+        try:
+            names = [card.id for card in json.decode(body, type=ModelList).data]
+        except (DecodeError, ValidationError) as error:
+            raise NotAReport("its list of models is no list of models") from error
+        worker.models = dict.fromkeys(names)
+        worker.view.outlooks = {name: worker.view.outlooks.get(name) or Outlook({}) for name in names}
+        worker.view.seen = float("-inf")
+
+    def _see(self, worker: Worker, head: Head, body: bytes, asked: float, now: float) -> None:
+        """Takes over a report."""
+        try:
+            report = msgpack.decode(body, type=WorkerReport)
+            seen = {name: msgpack.decode(raw, type=Snapshot) for name, raw in report.snapshots.items()}
+        except (DecodeError, ValidationError) as error:
+            raise NotAReport(f"its report cannot be read: {error}") from error
+        if report.version != VERSION:
+            raise NotAReport(f"its report has version {report.version}, and this gateway knows {VERSION}")
+        view = worker.view
+        if worker.boot and report.boot != worker.boot:
+            self.router.prefixes.forget(worker.name)
+            view.outlooks = {}
+        worker.boot = report.boot
+        worker.draining = report.draining or not report.ready
+        worker.tiers = report.tiers
+        worker.models = {info.name: info for info in report.models}
+        view.round_trip = worker.pool.round_trip
+        view.offset = report.now - (asked + now) / 2
+        view.seen = now
+        view.pieces = _pieces(report.models, worker.bytes_per_token)
+        newest = worker.sent_before(asked - SENT_UNSEEN_S)
+        outlooks = {name: view.outlooks.get(name) or Outlook(report.tiers) for name in worker.models}
+        for name, snapshot in seen.items():
+            if name in outlooks:
+                outlooks[name].see(structs.replace(snapshot, newest=newest))
+        view.outlooks = outlooks
+
+    def _judge(self, worker: Worker) -> None:
+        """Whether the router may use the worker now, and how much."""
+        now = time.monotonic()
+        worker.view.usable = worker.breaker.state(now) != "open" and not (
+            worker.draining or worker.held or not worker.models
+        )
+        worker.view.weight = worker.breaker.weight(now)
+
+
+def _pieces(models: tuple[ModelInfo, ...], bytes_per_token: float) -> int:
+    """How many pieces of prompts the KV caches of these models hold."""
+    tokens = sum(info.blocks * info.block_size for info in models)
+    return max(1, int(tokens * bytes_per_token / 512))

@@ -1,0 +1,253 @@
+"""HTTP/1.1 to the workers: pooled connections, bodies as they arrive, backpressure, and cancellation.
+
+Parsing is httptools', as in the server. Nothing here knows what a request means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from stretto.errors import Unavailable
+
+HIGH_WATER = 256 * 1024  # bytes that wait for the reader before the socket is paused
+IDLE_S = 30.0  # an idle connection is closed after this, because a worker may close it soon too
+MAX_IDLE = 256  # connections kept open to one worker
+
+
+class WorkerLost(Unavailable):
+    """The connection to a worker failed, or the worker broke HTTP."""
+
+    code = "worker_lost"
+
+
+class Address(NamedTuple):
+    """Where a worker listens."""
+
+    host: str
+    port: int
+    tls: bool
+    path: str  # in front of every path, without a slash at its end
+
+    @classmethod
+    def of(cls, url: str) -> Address:
+        """Raises ValueError for a text that is no http or https URL."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is no URL of a worker: write http://HOST:PORT")
+        tls = parts.scheme == "https"
+        return cls(parts.hostname, parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"))
+
+
+@dataclass(slots=True)
+class Head:
+    """The status line and the headers of a response."""
+
+    status: int
+    headers: dict[str, str]
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection. It carries one exchange at a time."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.idle_since = 0.0
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._head: asyncio.Future[Head] | None = None
+        self._status_headers: dict[str, str] = {}
+        self._chunks: deque[bytes] = deque()
+        self._waiting = 0
+        self._paused = False
+        self._done = True
+        self._error: WorkerLost | None = None
+        self._arrived: asyncio.Future[None] | None = None
+
+    async def exchange(self, request: bytes) -> Head:
+        """Sends a request and waits for the head of its response. Raises WorkerLost."""
+        assert self._transport is not None and self._done
+        self._parser = httptools.HttpResponseParser(self)
+        self._status_headers, self._done = {}, False
+        self._head = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        try:
+            return await self._head
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    async def read(self) -> bytes:
+        """What has arrived of the body since the last call; empty at its end. Raises WorkerLost."""
+        while not self._chunks:
+            if self._done:
+                return b""
+            if self._error is not None:
+                raise self._error
+            self._arrived = asyncio.get_running_loop().create_future()
+            await self._arrived
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._waiting = 0
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        return data
+
+    async def read_all(self, limit: int) -> bytes:
+        """The whole body. Raises WorkerLost, also for more than `limit` bytes."""
+        chunks: list[bytes] = []
+        size = 0
+        while chunk := await self.read():
+            size += len(chunk)
+            if size > limit:
+                self.close()
+                raise WorkerLost(f"a worker answered more than {limit} bytes")
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the exchange is over and the connection can carry another one."""
+        return self.open and self._done
+
+    def close(self) -> None:
+        """Closes the connection. The worker takes that as the end of its client, and cancels the work."""
+        self.open = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    def lose(self) -> None:
+        """The worker is known to be lost: ends the exchange in WorkerLost."""
+        self._fail("the worker does not answer")
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail("the worker closed the connection")
+
+    def data_received(self, data: bytes) -> None:
+        if self._parser is None or self._done:
+            self._fail("the worker sent bytes that nobody asked for")
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._fail("the worker's response is not HTTP/1.1")
+            return
+        if self._waiting > HIGH_WATER and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._status_headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None
+        if self._head is not None and not self._head.done():
+            self._head.set_result(Head(self._parser.get_status_code(), self._status_headers))
+
+    def on_body(self, body: bytes) -> None:
+        self._chunks.append(body)
+        self._waiting += len(body)
+        self._wake()
+
+    def on_message_complete(self) -> None:
+        assert self._parser is not None
+        self._done = True
+        self.open = self.open and self._parser.should_keep_alive()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
+
+    def _fail(self, reason: str) -> None:
+        self.open = False
+        self._error = WorkerLost(reason)
+        if self._head is not None and not self._head.done():
+            self._head.set_exception(self._error)
+            self._head.exception()  # it may be that nobody waits any more
+        self._wake()
+        if self._transport is not None:
+            self._transport.abort()
+
+
+@dataclass(slots=True)
+class Pool:
+    """The connections to one worker, and how long its network takes.
+
+    `round_trip`: seconds to open a connection, smoothed, which is one round trip of the network.
+    """
+
+    address: Address
+    tls: ssl.SSLContext | None = None
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    round_trip: float = 0.0
+    _idle: list[UpstreamConnection] = field(default_factory=list[UpstreamConnection])
+
+    async def acquire(self, within: float) -> UpstreamConnection:
+        """An idle connection, or a new one. Raises WorkerLost when none can be made `within` seconds."""
+        now = time.monotonic()
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.open and now - connection.idle_since < IDLE_S:
+                return connection
+            connection.close()
+        return await self._connect(within)
+
+    def release(self, connection: UpstreamConnection) -> None:
+        """Gives a connection back. One whose exchange is not over is closed, which cancels the exchange."""
+        if connection.reusable and len(self._idle) < MAX_IDLE:
+            connection.idle_since = time.monotonic()
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def request(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
+        """The bytes of a request to this worker."""
+        address = self.address
+        lines = [f"{method} {address.path}{path} HTTP/1.1", f"Host: {address.host}:{address.port}"]
+        lines += [f"{name}: {value}" for name, value in {**self.headers, **headers}.items()]
+        lines.append(f"Content-Length: {len(body)}")
+        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+    def close(self) -> None:
+        """Closes all idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    async def _connect(self, within: float) -> UpstreamConnection:
+        loop, address, began = asyncio.get_running_loop(), self.address, time.monotonic()
+        try:
+            async with asyncio.timeout(within):
+                _, connection = await loop.create_connection(
+                    UpstreamConnection,
+                    address.host,
+                    address.port,
+                    ssl=(self.tls or ssl.create_default_context()) if address.tls else None,
+                )
+        except ssl.SSLCertVerificationError as error:
+            raise WorkerLost(
+                f"the certificate of {address.host} is not valid: {error.verify_message}"
+            ) from error
+        except (OSError, TimeoutError) as error:
+            raise WorkerLost(
+                f"no connection to {address.host}:{address.port}: {error or 'timeout'}"
+            ) from error
+        self.note_round_trip(time.monotonic() - began)
+        return connection
+
+    def note_round_trip(self, seconds: float) -> None:
+        """Smooths the round trip; a shorter one counts at once, because only queueing makes it longer."""
+        known = self.round_trip
+        self.round_trip = seconds if not known or seconds < known else known + 0.1 * (seconds - known)

@@ -1,0 +1,229 @@
+"""A gateway on a real socket, in front of workers with fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+import uvicorn
+
+from benchmarks import failover
+from stretto.config import ServeConfig
+from stretto.engine.client import EngineClient
+from stretto.errors import EngineDied, StartError
+from stretto.gateway import lifecycle, settings
+from stretto.gateway.app import Gateway
+from stretto.gateway.settings import GatewayConfig
+from stretto.server import lifecycle as worker_lifecycle
+from stretto.server.app import build
+from tests.server.checkpoint import CHATML, byte_level, write
+from tests.server.fake_engine import FakeEngine, info
+
+CHAT = "/v1/chat/completions"
+ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+KEY = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("tiny"), byte_level(), CHATML, eos="<|stop|>")
+
+
+def fake(*script: Any) -> FakeEngine:
+    """An engine that plays the script for every request, without what a continued request already has."""
+    return FakeEngine(lambda request: list(script)[len(request.emitted) :], {"tiny": info(vocab=400)})
+
+
+@asynccontextmanager
+async def running(run: Any, *arguments: Any) -> AsyncGenerator[str]:
+    """A server task; yields its URL."""
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(run(*arguments, ready.set_result))
+    await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        yield ready.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def cluster(
+    checkpoint: Path, *engines: FakeEngine, **extra: Any
+) -> AsyncGenerator[tuple[httpx.AsyncClient, Gateway]]:
+    """Workers over these engines, and a client of the gateway in front of them."""
+    async with AsyncExitStack() as stack:
+        urls: list[str] = []
+        for engine in engines:
+            config = ServeConfig(port=0, drain_s=0.3, gateway_key=extra.get("gateway_key", ""))
+            app = build(config, cast(EngineClient, engine), {"tiny": checkpoint})
+            urls.append(await stack.enter_async_context(running(worker_lifecycle.run, config, app, engine)))
+        gateway = Gateway(GatewayConfig(workers=tuple(urls), port=0, drain_s=0.3, **extra), seed=0)
+        url = await stack.enter_async_context(running(lifecycle.run, gateway))
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
+        for _ in range(200):
+            usable = [each.view.usable for each in gateway.registry.workers.values()]
+            if len(usable) == len(engines) and all(usable):
+                break
+            await asyncio.sleep(0.02)
+        yield client, gateway
+
+
+def text_of(answer: httpx.Response) -> str:
+    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert answer.text.count("data: [DONE]") == 1 and ":~" not in answer.text, answer.text
+    return "".join(
+        choice["delta"].get("content") or "" for event in events for choice in json.loads(event)["choices"]
+    )
+
+
+async def test_streams_and_whole_answers_pass(checkpoint: Path):
+    async with cluster(checkpoint, fake(10, 11, 12)) as (client, _):
+        streamed = await client.post(CHAT, json=ASK)
+        whole = await client.post(CHAT, json=ASK | {"stream": False})
+        assert text_of(streamed) == whole.json()["choices"][0]["message"]["content"]
+        assert streamed.headers["content-type"] == "text/event-stream; charset=utf-8"
+        models = (await client.get("/v1/models")).json()
+        assert [card["id"] for card in models["data"]] == ["tiny"]
+        assert (await client.get("/ready")).status_code == 200
+
+
+async def test_the_workers_errors_reach_the_client(checkpoint: Path):
+    async with cluster(checkpoint, fake(10)) as (client, _):
+        wrong = await client.post(CHAT, json=ASK | {"temperature": "hot"})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "$.temperature")
+        unknown = await client.post(CHAT, json=ASK | {"model": "gpt-9"})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+        for body in (b"", b"[1]", b'{"a":1},"tenant":"root"', b"{", b"[" * 5000):
+            answer = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
+            assert answer.status_code == 400, body
+        assert (await client.get("/nothing")).status_code == 404
+        assert (await client.get(CHAT)).status_code == 405
+
+
+async def test_without_workers_requests_are_refused_at_once(checkpoint: Path):
+    async with cluster(checkpoint, gateway_key="secret") as (client, _):
+        answer = await client.post(CHAT, json=ASK)
+        assert answer.status_code == 503 and "retry-after" in answer.headers
+        assert (await client.get("/ready")).status_code == 503
+
+
+async def test_an_engine_that_dies_in_mid_answer_is_replaced_by_another_worker(checkpoint: Path):
+    dying = fake(10, 11, EngineDied("the engine ended"))
+    healthy = fake(10, 11, 12, 13)
+    async with cluster(checkpoint, dying, healthy, route="round-robin") as (client, gateway):
+        answers = [await client.post(CHAT, json=ASK) for _ in range(2)]
+        assert len({text_of(answer) for answer in answers}) == 1
+        assert gateway.relay.failovers == 1
+        assert healthy.requests[-1].emitted in ((10, 11), ()) and dying.requests[0].emitted == ()
+
+
+async def test_a_client_that_leaves_cancels_the_work(checkpoint: Path):
+    engine = fake(10, 30.0)
+    async with cluster(checkpoint, engine) as (client, gateway):
+        async with client.stream("POST", CHAT, json=ASK) as answer:
+            async for _ in answer.aiter_bytes():
+                break
+        for _ in range(100):
+            if not engine.open and not gateway.active:
+                break
+            await asyncio.sleep(0.02)
+        assert not engine.open and not gateway.active
+        assert [each.view.active for each in gateway.registry.workers.values()] == [0]
+
+
+async def test_a_drained_worker_gets_no_new_requests(checkpoint: Path):
+    engines = fake(10), fake(10)
+    async with cluster(checkpoint, *engines, gateway_key="secret") as (client, gateway):
+        name = next(iter(gateway.registry.workers))
+        assert (await client.post(f"/v1/workers/{name}/drain")).status_code == 401
+        assert (await client.post(f"/v1/workers/{name}/drain", headers=KEY)).status_code == 200
+        await asyncio.sleep(0.2)
+        for _ in range(4):
+            await client.post(CHAT, json=ASK)
+        assert (len(engines[0].requests), len(engines[1].requests)) == (0, 4)
+        await client.post(f"/v1/workers/{name}/undrain", headers=KEY)
+        await client.delete(f"/v1/workers/{list(gateway.registry.workers)[1]}", headers=KEY)
+        await asyncio.sleep(0.2)
+        await client.post(CHAT, json=ASK)
+        assert len(engines[0].requests) == 1
+
+
+async def test_tenants_have_keys_at_the_gateway_and_reach_the_engine(checkpoint: Path):
+    engine = fake(10)
+    async with cluster(checkpoint, engine, gateway_key="secret", api_keys={"k-ann": "ann"}) as (client, _):
+        assert (await client.post(CHAT, json=ASK)).status_code == 401
+        answer = await client.post(CHAT, json=ASK, headers={"Authorization": "Bearer k-ann"})
+        assert answer.status_code == 200 and engine.requests[-1].tenant == "ann"
+
+
+async def test_a_server_of_another_kind_is_a_worker_too(checkpoint: Path):
+    async def plain(scope: Any, receive: Any, send: Any) -> None:
+        body, status = b'{"error":{}}', 404
+        if scope["path"] == "/v1/models":
+            body, status = b'{"object":"list","data":[{"id":"other","created":1}]}', 200
+        elif scope["path"] == CHAT:
+            body, status = b'{"choices":[],"by":"other"}', 200
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"content-type", b"application/json")],
+            }
+        )
+        await send({"type": "http.response.body", "body": body})
+
+    server = uvicorn.Server(uvicorn.Config(plain, port=0, log_level="error", lifespan="off"))
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    gateway = Gateway(GatewayConfig(workers=(f"http://127.0.0.1:{port}",), port=0))
+    async with running(lifecycle.run, gateway) as url, httpx.AsyncClient(base_url=url) as client:
+        for _ in range(100):
+            if (await client.get("/ready")).status_code == 200:
+                break
+            await asyncio.sleep(0.02)
+        answer = await client.post(CHAT, json=ASK | {"stream": False})
+        assert answer.json() == {"choices": [], "by": "other"}
+    server.should_exit = True
+    await task
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "message"),
+    [
+        ({}, {}, "a gateway needs workers"),
+        ({"workers": ["u"], "port": 70000}, {}, "--port"),
+        ({"workers": ["u"]}, {"STRETTO_ROUTE": "best"}, "STRETTO_ROUTE"),
+    ],
+)
+def test_wrong_settings_are_named(flags: dict[str, Any], environ: dict[str, str], message: str):
+    with pytest.raises(StartError, match=message):
+        settings.load(flags, environ, None)
+
+
+def test_settings_come_from_flags_environment_and_file(tmp_path: Path):
+    file = tmp_path / "gateway.toml"
+    file.write_text('workers = ["http://a:1"]\nroute = "sticky"\nport = 1\n[api_keys]\nk = "ann"\n')
+    read = settings.load({"port": 3}, {"STRETTO_PORT": "2", "STRETTO_GATEWAY_KEY": "g"}, file)
+    assert (read.workers, read.route, read.port) == (("http://a:1",), "sticky", 3)
+    assert (read.gateway_key, read.api_keys) == ("g", {"k": "ann"})
+    file.write_text("rout = 1\n")
+    with pytest.raises(StartError, match=r"unknown setting rout; did you mean route\?"):
+        settings.load({}, {}, file)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+async def test_no_stream_is_lost_wrong_or_repeated_when_a_worker_fails(how: str):
+    options = failover.parser().parse_args(
+        ["--rounds", "1", "--streams", "8", "--workers", "2", "--how", how]
+    )
+    counts = await failover.measure(options)
+    assert (counts.lost, counts.wrong) == (0, 0) and counts.running > 0

@@ -1,0 +1,140 @@
+"""The pure parts of the gateway: prefixes, breaker, hedging, and what a client has of a stream."""
+
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stretto.gateway.health import FAILURES, FIRST_PAUSE_S, LONGEST_PAUSE_S, SLOW_START_S, Breaker
+from stretto.gateway.hedge import FEW, Errors, HedgeBudget
+from stretto.gateway.prefixes import PIECE, PrefixIndex, keys_of
+from stretto.gateway.progress import Progress
+from stretto.protocol.relay import EmittedAnswer, mark
+
+EVENT = b'data: {"id":"c1","created":7,"choices":[]}\n\n'
+
+
+def test_equal_beginnings_of_one_owner_have_equal_keys():
+    one, other = bytes(PIECE) * 3 + b"x" * PIECE, bytes(PIECE) * 3 + b"y" * PIECE
+    assert keys_of(one, "ann", "m")[:3] == keys_of(other, "ann", "m")[:3]
+    assert keys_of(one, "ann", "m")[3] != keys_of(other, "ann", "m")[3]
+    assert not set(keys_of(one, "ann", "m")) & set(keys_of(one, "bob", "m"))
+    assert keys_of(b"short", "ann", "m") == []
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.integers(1, 6)), max_size=30))
+def test_the_index_matches_no_more_than_was_added(adds: list[tuple[str, int, int]]):
+    index, held = PrefixIndex(), dict[str, set[int]]()
+    for worker, start, count in adds:
+        keys = [start * 100 + piece for piece in range(count)]
+        index.add(worker, keys, capacity=1000)
+        held.setdefault(worker, set()).update(keys)
+    for start in range(4):
+        keys = [start * 100 + piece for piece in range(6)]
+        found = index.match(keys)
+        for worker, keys_held in held.items():
+            run = next((count for count, key in enumerate(keys) if key not in keys_held), len(keys))
+            assert found.get(worker, 0) == run
+
+
+def test_a_full_index_forgets_the_least_recent_end_first():
+    index = PrefixIndex()
+    index.add("a", [1, 2, 3], capacity=4)
+    index.add("a", [7, 8], capacity=4)
+    assert index.match([1, 2, 3]) == {"a": 2}
+    assert index.match([7, 8]) == {"a": 2}
+    index.forget("a")
+    assert index.match([7, 8]) == {}
+
+
+def test_the_breaker_opens_after_failures_in_a_row_and_lets_one_request_try():
+    breaker = Breaker()
+    for _ in range(FAILURES - 1):
+        breaker.fail(0.0)
+    breaker.succeed(0.0)
+    assert breaker.state(0.0) == "closed"
+    for _ in range(FAILURES):
+        breaker.fail(1.0)
+    assert breaker.state(1.0) == "open"
+    assert breaker.state(1.0 + FIRST_PAUSE_S) == "half-open"
+    breaker.try_one(1.0 + FIRST_PAUSE_S)
+    assert breaker.state(1.0 + FIRST_PAUSE_S) == "open"
+    breaker.succeed(2.0)
+    assert breaker.state(2.0) == "closed"
+    assert breaker.weight(2.0) < 0.2 and breaker.weight(2.0 + SLOW_START_S) == 1.0
+
+
+def test_the_pause_of_a_lost_worker_doubles_up_to_a_limit():
+    breaker = Breaker()
+    pauses: list[float] = []
+    for _ in range(10):
+        breaker.fail(0.0, lost=True)
+        pauses.append(breaker.pause)
+    assert pauses[0] == FIRST_PAUSE_S and pauses[1] == 2 * FIRST_PAUSE_S and pauses[-1] == LONGEST_PAUSE_S
+
+
+def test_a_second_attempt_starts_when_a_miss_is_likely_and_not_before():
+    errors = Errors()
+    assert errors.wait_before(1.0, 2.0, 0.5) == inf
+    for step in range(90):
+        errors.add(1.0, 1.0 + step / 900)  # nearly all answers come within 1.1 times the prediction
+    for _ in range(10):
+        errors.add(1.0, 10.0)
+    wait = errors.wait_before(1.0, 2.0, 0.5)
+    assert 1.0 < wait < 1.1
+    assert errors.miss_chance(1.0, 2.0, 0.0) < 0.2 < 0.5 < errors.miss_chance(1.0, 2.0, wait)
+    assert errors.wait_before(1.0, 20.0, 0.5) == 10.0  # only a wait longer than all before is a sign
+    few = Errors()
+    for _ in range(FEW - 1):
+        few.add(1.0, 10.0)
+    assert few.wait_before(1.0, 2.0, 0.5) == inf
+
+
+def test_hedges_stay_within_their_share():
+    budget, spent = HedgeBudget(0.05), 0
+    for _ in range(1000):
+        budget.earn()
+        spent += budget.spend()
+    assert 40 <= spent <= 50
+
+
+@given(st.integers(1, 40))
+def test_a_stream_reaches_the_client_whole_however_it_is_cut(size: int):
+    stream = (
+        EVENT + mark(0, [5, 6], complete=False, last=False)
+        + EVENT + EVENT + mark(1, [8], complete=True, last=False)
+        + EVENT + b"data: [DONE]\n\n" + mark(0, [9], complete=True, last=True)
+    )  # fmt: skip
+    progress, passed = Progress(), b""
+    for start in range(0, len(stream), size):
+        passed += progress.push(stream[start : start + size])
+    assert passed == EVENT * 4 + b"data: [DONE]\n\n"
+    assert progress.ended
+    continuation = progress.continuation()
+    assert continuation is not None and (continuation.id, continuation.created) == ("c1", 7)
+    assert continuation.answers == [EmittedAnswer([5, 6, 9], True), EmittedAnswer([8], True)]
+
+
+def test_events_without_their_mark_are_held_back_and_dropped_with_the_worker():
+    progress = Progress()
+    assert progress.push(EVENT + mark(0, [1], complete=False, last=False) + EVENT) == EVENT
+    progress.lost()
+    continuation = progress.continuation()
+    assert continuation is not None and continuation.answers == [EmittedAnswer([1], False)]
+    assert progress.push(EVENT + mark(0, [2], complete=False, last=False)) == EVENT
+
+
+@pytest.mark.parametrize(("code", "retriable"), [("engine_died", True), ("invalid_value", False)])
+def test_an_error_at_the_end_of_a_stream_says_whether_another_worker_may_go_on(code: str, retriable: bool):
+    progress = Progress()
+    event = b'data: {"error":{"message":"m","type":"t","param":null,"code":"%b"}}\n\n' % code.encode()
+    assert progress.push(EVENT + mark(0, [1], complete=False, last=False) + event) == EVENT
+    assert progress.error() == (event, retriable)
+
+
+def test_a_malformed_mark_is_an_error():
+    with pytest.raises(ValueError):
+        Progress().push(EVENT + b":~x y\n\n")
