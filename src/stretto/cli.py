@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import typer
@@ -37,6 +37,7 @@ from stretto.server import lifecycle as server
 from stretto.telemetry import log
 from stretto.types import Sampling
 
+T = TypeVar("T")
 FAILURE, USAGE = 1, 2
 
 
@@ -248,10 +249,7 @@ def bench_serve(
         )
     with terminal.request_bar(requests) as count:
         outcome = uvloop.run(load.run(url, options, api_key=_key(), on_done=count))
-    if as_json:
-        terminal.print_json(outcome)
-    else:
-        terminal.show_outcome(outcome)
+    _print(outcome, terminal.show_outcome, as_json)
     if not outcome.report.completed:
         raise typer.Exit(FAILURE)
 
@@ -276,10 +274,7 @@ def bench_engine(
     with terminal.LoadingBars() as loading:
         engine = msgspec.structs.replace(engine, models=locate(engine.models, loading))
     report = alone.measure(engine, batches, contexts, output_tokens)
-    if as_json:
-        terminal.print_json(report)
-    else:
-        terminal.show_engine(report)
+    _print(report, terminal.show_engine, as_json)
 
 
 def _numbers(flag: str, text: str) -> list[int]:
@@ -357,10 +352,7 @@ def examine(
     with terminal.LoadingBars() as loading:
         located = locate(engine.models, loading)[0] if model else None
     found = doctor.diagnose(engine, located)
-    if as_json:
-        terminal.print_json(found)
-    else:
-        terminal.show_facts(doctor.sections(found))
+    _print(found, lambda found: terminal.show_facts(doctor.sections(found)), as_json)
     if found.model is not None and found.model.problem is not None:
         raise typer.Exit(FAILURE)
 
@@ -408,6 +400,10 @@ def _usage() -> Generator[None]:
     except (StartError, ValueError) as error:
         terminal.print_error(error if isinstance(error, StartError) else StartError(str(error)))
         raise typer.Exit(USAGE) from error
+
+
+def _print(report: T, show: Callable[[T], None], as_json: bool) -> None:
+    terminal.print_json(report) if as_json else show(report)
 
 
 def _key() -> str | None:

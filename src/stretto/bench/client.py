@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
@@ -280,6 +280,29 @@ class Client:
             prompt_tokens=answer.prompt_tokens,
             output_tokens=answer.output_tokens or len(answer.stamps),
         )
+
+    async def samples(
+        self,
+        path: str,
+        timed: Sequence[tuple[float, bytes]],
+        on_done: Callable[[Sample], None],
+        concurrency: int | None = None,
+    ) -> list[Sample]:
+        """Send each body at its time, in seconds from now, or later when `concurrency` requests are open.
+
+        `on_done` is called with each sample. The result is in the order of the bodies.
+        """
+        start, queue = time.perf_counter(), iter(enumerate(timed))
+        found: dict[int, Sample] = {}
+
+        async def work() -> None:
+            for number, (instant, body) in queue:
+                await asyncio.sleep(start + instant - time.perf_counter())
+                found[number] = await self.sample(path, body)
+                on_done(found[number])
+
+        await asyncio.gather(*(work() for _ in range(min(concurrency or len(timed), len(timed)))))
+        return [found[number] for number in range(len(timed))]
 
     async def pieces(self, path: str, body: bytes) -> AsyncGenerator[str]:
         """The text of one streamed answer as it comes. Closing the iterator cancels. Raises RequestFailed."""

@@ -6,7 +6,6 @@ request. Prompts are random tokens of the recorded lengths, with equal beginning
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -97,22 +96,21 @@ class LoadedServer:
         self, requests: Sequence[Request], arrivals: Sequence[Arrival], seed: int, on_done: OnDone
     ) -> tuple[list[Sample], float]:
         """Send each request at its time. Returns the samples, in seconds from the start, and the duration."""
-        bodies = [
-            self._body(request, arrival, seed) for request, arrival in zip(requests, arrivals, strict=True)
+        timed = [
+            (request.arrival, self._body(request, arrival, seed))
+            for request, arrival in zip(requests, arrivals, strict=True)
         ]
         started = time.perf_counter()
-
-        async def one(request: Request, body: bytes) -> Sample:
-            await asyncio.sleep(started + request.arrival - time.perf_counter())
-            sample = await self._client.sample(PATH, body)
-            on_done(sample)
-            stamps = tuple(stamp - started for stamp in sample.stamps)
-            return msgspec.structs.replace(sample, stamps=stamps, ended=sample.ended - started)
-
-        samples = await asyncio.gather(
-            *(one(request, body) for request, body in zip(requests, bodies, strict=True))
-        )
-        return samples, time.perf_counter() - started
+        samples = await self._client.samples(PATH, timed, on_done)
+        duration = time.perf_counter() - started
+        return [
+            msgspec.structs.replace(
+                sample,
+                stamps=tuple(stamp - started for stamp in sample.stamps),
+                ended=sample.ended - started,
+            )
+            for sample in samples
+        ], duration
 
     def _body(self, request: Request, arrival: Arrival, seed: int) -> bytes:
         body: dict[str, Any] = {

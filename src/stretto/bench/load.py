@@ -5,10 +5,9 @@ All random values have a seed, so a run can be repeated. A callback gets the pro
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate, cycle, islice
 from pathlib import Path
 from random import Random
@@ -101,8 +100,11 @@ async def run(url: str, load: Load, *, api_key: str | None, on_done: Callable[[S
             sample = await client.sample(PATHS[endpoint], body)
             if sample.error is not None:
                 raise StartError(f"the warm-up request failed: {sample.error}: {sample.detail}")
-        started = time.perf_counter()
-        samples = await _drive(client, load, PATHS[endpoint], bodies, on_done)
+        times = [0.0] * len(bodies)
+        if load.rate is not None:
+            times = arrivals(len(bodies), load.rate, seed=load.seed, burstiness=load.burstiness)
+        timed, started = list(zip(times, bodies, strict=True)), time.perf_counter()
+        samples = await client.samples(PATHS[endpoint], timed, on_done, load.concurrency)
         duration = max(sample.ended for sample in samples) - started
     finally:
         client.close()
@@ -195,27 +197,3 @@ def _body(prompt: LoadPrompt, load: Load, model: str, endpoint: EndpointName) ->
         # An answer to random tokens may end anywhere. This gives all answers the same length.
         body["ignore_eos"] = True
     return msgspec.json.encode(body)
-
-
-async def _drive(
-    client: Client, load: Load, path: str, bodies: Sequence[bytes], on_done: Callable[[Sample], None]
-) -> list[Sample]:
-    """Send all bodies.
-
-    Each task sends the next one; at a rate, each body has a task that waits for its time.
-    """
-    start = time.perf_counter()
-    times = [0.0] * len(bodies)
-    if load.rate is not None:
-        times = arrivals(len(bodies), load.rate, seed=load.seed, burstiness=load.burstiness)
-    queue = iter(zip(times, bodies, strict=True))
-    samples: list[Sample] = []
-
-    async def work() -> None:
-        for instant, body in queue:
-            await asyncio.sleep(start + instant - time.perf_counter())
-            samples.append(await client.sample(path, body))
-            on_done(samples[-1])
-
-    await asyncio.gather(*(work() for _ in range(min(load.concurrency or len(bodies), len(bodies)))))
-    return samples

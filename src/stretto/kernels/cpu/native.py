@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 LEVELS = 4
 F32, BF16, I8 = 0, 1, 2
@@ -21,50 +22,47 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
+def _fields(*, pointers: str = "", integers: str = "", floats: str = "") -> tuple[tuple[str, type], ...]:
+    """The fields of a structure: names with spaces between them, by type."""
+    typed = ((pointers, _POINTER), (integers, _INT), (floats, _FLOAT))
+    return tuple((name, kind) for names, kind in typed for name in names.split())
+
+
 class NativeWeights(ctypes.Structure):
     """`Weights` of csrc/api.h."""
 
-    _fields_ = (
-        *((name, _POINTER) for name in ("data", "bias")),
-        *((name, _INT) for name in ("n", "k", "group", "format")),
-    )
+    _fields_ = _fields(pointers="data bias", integers="n k group format")
 
 
 class NativeStep(ctypes.Structure):
     """`Step` of csrc/api.h."""
 
-    _fields_ = (
-        *((name, _POINTER) for name in ("positions", "slots", "tables", "starts", "contexts")),
-        *(
-            (name, _INT)
-            for name in ("tokens", "sequences", "width", "blocks", "block_size", "type", "kv_type")
-        ),
+    _fields_ = _fields(
+        pointers="positions slots tables starts contexts",
+        integers="tokens sequences width blocks block_size type kv_type",
     )
 
 
 class NativeAttention(ctypes.Structure):
     """`AttentionConfig` of csrc/api.h."""
 
-    _fields_ = (
-        *((name, _INT) for name in ("heads", "kv_heads", "head_dim", "norm", "window")),
-        *((name, _FLOAT) for name in ("scale", "softcap", "eps")),
-    )
+    _fields_ = _fields(integers="heads kv_heads head_dim norm window", floats="scale softcap eps")
 
 
 class NativeCall(ctypes.Structure):
     """`Call` of csrc/api.h."""
 
-    _fields_ = (
-        *((name, _POINTER) for name in ("of", "config")),
-        *((name, _INT) for name in ("call", "source", "target", "width", "layer", "rotation", "activation")),
-        ("eps", _FLOAT),
+    _fields_ = _fields(
+        pointers="of config",
+        integers="call source target width layer rotation activation",
+        floats="eps",
     )
 
 
 class NativeRun(ctypes.Structure):
     """`Run` of csrc/api.h."""
 
-    _fields_ = tuple((name, _POINTER) for name in ("step", "buffers", "layers", "angles", "dims"))
+    _fields_ = _fields(pointers="step buffers layers angles dims")
 
 
 _FUNCTIONS: dict[str, tuple[type, ...]] = {
@@ -76,7 +74,6 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {
     "cos_sin": (_POINTER, _POINTER, _INT, _FLOAT, _POINTER),
     "rope_and_cache": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
     "paged_attention": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER),
-    "check": (_POINTER,),
     "run": (_POINTER, _INT, _POINTER),
     "rescore_top_k": (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT),
 }
@@ -90,7 +87,8 @@ def path() -> Path | None:
 
 
 class Native:
-    """The loaded library. Its functions return 0, or a code that `complain` turns into an exception.
+    """The loaded library. Its functions raise ValueError for a shape that they do not compute, and
+    MemoryError without memory for their workspace. `check` returns whether a step is wrong.
 
     All code of a process shares its threads and its level, the instruction set in use. `levels` maps the
     levels that this CPU supports, fastest first, to their numbers.
@@ -100,7 +98,7 @@ class Native:
         self._library = library
         library.stretto_level.restype = ctypes.c_char_p
         library.stretto_packed_bytes.restype = _INT
-        library.stretto_packed_bytes.argtypes = (_POINTER,)
+        library.stretto_packed_bytes.argtypes = library.stretto_check.argtypes = (_POINTER,)
         names = [library.stretto_level(number) for number in range(LEVELS)]
         self.levels: dict[str, int] = {
             name.decode(): number for number, name in enumerate(names) if name is not None
@@ -116,7 +114,7 @@ class Native:
         self.rope_and_cache = self._function("rope_and_cache")
         self.paged_attention = self._function("paged_attention")
         self.rescore_top_k = self._function("rescore_top_k")
-        self.check = self._function("check")
+        self.check: Callable[[int], int] = library.stretto_check
         self.run = self._function("run")
         self.packed_bytes: Callable[[int], int] = library.stretto_packed_bytes
 
@@ -134,7 +132,19 @@ class Native:
     def _function(self, name: str) -> Callable[..., int]:
         function = self._library[f"stretto_{name}"]
         function.argtypes = _FUNCTIONS[name]
+        function.errcheck = _raise
         return function
+
+
+def _raise(result: int, function: Any, arguments: tuple[float, ...]) -> int:
+    """Raise what a result other than 0 means. The message gives the numbers among the arguments."""
+    if result:
+        typed = zip(function.argtypes, arguments, strict=True)
+        numbers = [value for kind, value in typed if kind is not _POINTER]
+        if result == _NO_MEMORY:
+            raise MemoryError(f"no memory for the workspace of {function.__name__} {numbers}")
+        raise ValueError(f"{function.__name__} {numbers}: no kernel for this shape")
+    return result
 
 
 @cache
@@ -147,10 +157,3 @@ def load() -> Native | None:
         return Native(ctypes.CDLL(str(found)))
     except (OSError, AttributeError):
         return None
-
-
-def complain(result: int, what: str) -> None:
-    """Raise what a result other than 0 means. `what` names the function and its shapes."""
-    if result == _NO_MEMORY:
-        raise MemoryError(f"no memory for the workspace of {what}")
-    raise ValueError(f"{what}: no kernel for this shape")

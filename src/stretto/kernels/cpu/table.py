@@ -22,7 +22,7 @@ from stretto.kernels import (
     kv_width,
 )
 from stretto.kernels.cpu import native as c
-from stretto.kernels.cpu.native import Native, complain
+from stretto.kernels.cpu.native import Native
 from stretto.kernels.cpu.program import CpuPlan, CpuStack, LayerProgram, is_programmable
 from stretto.kernels.cpu.weights import TYPES, PackedLinear, WeightFormat, exact_in_bfloat16, pack
 from stretto.kernels.reference import mix_experts
@@ -87,11 +87,9 @@ class CpuTable:
         if rows != m or embedding.shape != (n, k) or logits.dtype != torch.float32:
             raise ValueError(f"logits {(m, n)} are not of x {(rows, k)} and {tuple(embedding.shape)}")
         x, types = x.contiguous(), (TYPES[x.dtype], TYPES[embedding.dtype])
-        result = self._native.rescore_top_k(
+        self._native.rescore_top_k(
             logits.data_ptr(), x.data_ptr(), embedding.data_ptr(), m, n, k, min(RESCORED, n), *types
         )
-        if result:
-            complain(result, f"rescore_top_k {(m, n)}")
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         m, k = x.shape
@@ -101,9 +99,7 @@ class CpuTable:
             )
         x = x.contiguous()
         y = x.new_empty((m, packed.n))
-        result = self._native.linear(packed.address, x.data_ptr(), y.data_ptr(), m, TYPES[x.dtype])
-        if result:
-            complain(result, f"linear {(m, k)} by {(packed.n, k)}")
+        self._native.linear(packed.address, x.data_ptr(), y.data_ptr(), m, TYPES[x.dtype])
         return y
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -121,11 +117,7 @@ class CpuTable:
             raise ValueError(f"x of shape {(m, h)}, {x.dtype}, does not fit a norm of {tuple(weight.shape)}")
         x, y = x.contiguous(), torch.empty_like(x)
         other = 0 if residual is None else residual.data_ptr()
-        result = self._native.norm(
-            x.data_ptr(), other, weight.data_ptr(), y.data_ptr(), m, h, eps, TYPES[x.dtype]
-        )
-        if result:
-            complain(result, f"norm {(m, h)}")
+        self._native.norm(x.data_ptr(), other, weight.data_ptr(), y.data_ptr(), m, h, eps, TYPES[x.dtype])
         return y
 
     def act_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
@@ -135,8 +127,7 @@ class CpuTable:
         gate_up = gate_up.contiguous()
         y = gate_up.new_empty((m, both // 2))
         code, type = c.ACTIVATIONS[activation], TYPES[gate_up.dtype]
-        if result := self._native.act_and_mul(gate_up.data_ptr(), y.data_ptr(), m, both // 2, code, type):
-            complain(result, f"act_and_mul {(m, both)}")
+        self._native.act_and_mul(gate_up.data_ptr(), y.data_ptr(), m, both // 2, code, type)
         return y
 
     def linear_act_and_mul(self, x: Tensor, packed: PackedLinear, activation: Activation) -> Tensor:
@@ -179,24 +170,17 @@ class CpuTable:
         qkv = qkv.contiguous()
         norms = 0 if weights is None else weights.data_ptr()
         _, cos_sin, dims = plan.rotations[kind.rotation]
-        result = self._native.rope_and_cache(
+        self._native.rope_and_cache(
             plan.address, self._kind(kind), qkv.data_ptr(), norms, cos_sin, dims, layer.data_ptr()
         )
-        if result:
-            complain(
-                result,
-                f"rope_and_cache {tuple(qkv.shape)}, {kind.heads} heads of {kind.head_dim}, {dims} rotated",
-            )
         return qkv.view(plan.tokens, lanes, kind.head_dim)[:, : kind.heads]
 
     def paged_attention(self, q: Tensor, kind: Attention, layer: Tensor, plan: CpuPlan) -> Tensor:
         self._fits(q, (plan.tokens, kind.heads, kind.head_dim), kind, layer, plan)
         out = q.new_empty((plan.tokens, kind.heads * kind.head_dim))
-        result = self._native.paged_attention(
+        self._native.paged_attention(
             plan.address, self._kind(kind), q.data_ptr(), q.stride(0), layer.data_ptr(), out.data_ptr()
         )
-        if result:
-            complain(result, f"paged_attention {tuple(q.shape)} with {kind.kv_heads} KV heads")
         return out
 
     def _fits(self, x: Tensor, shape: tuple[int, ...], kind: Attention, layer: Tensor, plan: CpuPlan) -> None:

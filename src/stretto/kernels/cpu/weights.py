@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from stretto.kernels.cpu.native import BF16, F32, FORMATS, Native, NativeWeights, complain
+from stretto.kernels.cpu.native import BF16, F32, FORMATS, Native, NativeWeights
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 TYPES = {torch.float32: F32, torch.bfloat16: BF16}
@@ -72,8 +72,7 @@ def pack(
     data = memory(packed_bytes(native, form))
     packed = adopt(native, form, data, None if bias is None else bias.float().contiguous())
     weight = weight.contiguous()
-    if result := native.pack(packed.address, weight.data_ptr(), TYPES[weight.dtype], data.data_ptr()):
-        complain(result, f"pack {(n, k)} as {format}")
+    native.pack(packed.address, weight.data_ptr(), TYPES[weight.dtype], data.data_ptr())
     return packed
 
 
@@ -107,8 +106,7 @@ def adopt(native: Native, form: Form, data: Tensor, bias: Tensor | None) -> Pack
 def unpack(native: Native, packed: PackedLinear) -> Tensor:
     """The weights [N, K], float32, that the kernels multiply with."""
     out = torch.empty(packed.n, packed.k)
-    if result := native.unpack(packed.address, out.data_ptr()):
-        complain(result, f"unpack {(packed.n, packed.k)}")
+    native.unpack(packed.address, out.data_ptr())
     return out
 
 
