@@ -66,7 +66,7 @@ def test_nan_in_one_row_does_not_reach_other_rows(native: Native):
     x = torch.ones(5, 64)
     x[2, 3] = float("nan")
     found = CpuTable(native, None).norm(x, torch.ones(64), 1e-6)
-    assert found.isnan().any(-1).tolist() == [False, False, True, False, False]
+    assert torch.equal(found.isnan().any(-1), torch.tensor([False, False, True, False, False]))
 
 
 def test_wrong_shapes_are_refused_and_named(native: Native):
@@ -104,14 +104,14 @@ def test_the_largest_logits_are_rescored_and_no_others(native: Native, n: int):
 def test_of_equal_logits_the_lowest_ids_are_rescored(native: Native):
     logits = torch.zeros(1, 200)
     logits[0, 150] = 1
-    assert rescored(native, logits, 4).tolist() == [[0, 0], [0, 1], [0, 2], [0, 150]]
+    assert torch.equal(rescored(native, logits, 4), torch.tensor([[0, 0], [0, 1], [0, 2], [0, 150]]))
 
 
 def test_nan_logits_are_never_rescored(native: Native):
     logits = torch.full((2, 100), float("nan"))
     logits[0, 70] = -3.0
     logits[0, 90] = -float("inf")
-    assert rescored(native, logits, 3).tolist() == [[0, 70], [0, 90]]
+    assert torch.equal(rescored(native, logits, 3), torch.tensor([[0, 70], [0, 90]]))
 
 
 @pytest.mark.parametrize("count", [0, 9])
