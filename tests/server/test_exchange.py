@@ -65,6 +65,22 @@ async def test_an_id_that_is_no_plain_token_is_replaced(client: httpx.AsyncClien
     assert re.fullmatch(r"[0-9a-f]{24}", answer.headers[HEADER])
 
 
+async def test_a_bug_in_a_page_is_a_typed_error_with_an_id_and_its_text_is_nowhere(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("SECRET")
+
+    monkeypatch.setattr(engine, "worker_state", broken)
+    answer = await client.get("/state", headers={HEADER: "abc"})
+    assert (answer.status_code, answer.headers[HEADER]) == (500, "abc")
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "RuntimeError at " in caplog.text and "SECRET" not in caplog.text + answer.text
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_the_engine_and_the_id_of_the_answer_have_the_request_id(
     client: httpx.AsyncClient, engine: FakeEngine, stream: bool

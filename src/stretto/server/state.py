@@ -334,6 +334,8 @@ def status_of(error: StrettoError | None, exchange: Exchange, *, client_gone: bo
 
 def _finish_reason(outputs: Sequence[Output]) -> str | None:
     """The reason of the answer; of several answers, their different reasons. None when none has ended."""
+    if len(outputs) == 1:
+        return outputs[0].finish_reason
     return ",".join(sorted({output.finish_reason for output in outputs if output.finish_reason})) or None
 
 

@@ -14,6 +14,8 @@ from secrets import token_hex
 from typing import Any
 
 from msgspec import json
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +29,7 @@ TOKEN = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,64}")
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 LEFT = 499  # in logs and metrics: the client left before a response
 KEY = "stretto.exchange"  # of an Exchange in the ASGI scope
+ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 encode = json.Encoder().encode
 
 
@@ -64,11 +67,18 @@ def id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 class ExchangeLayer:
-    """Wraps the application. Without `log` there is no access log."""
+    """Wraps the application. Without `log` there is no access log.
 
-    def __init__(self, app: ASGIApp, routes: Sequence[Route], log: LineWriter | None) -> None:
+    `answer` makes the response to an error that the application raised. It takes the place of Starlette's
+    layers for errors, each of which costs time for each token.
+    """
+
+    def __init__(
+        self, app: ASGIApp, routes: Sequence[Route], log: LineWriter | None, answer: ErrorAnswer
+    ) -> None:
         self._app = app
         self._log = log
+        self._answer = answer
         self._templates: dict[tuple[Callable[..., Any] | None, bool], str] = {
             (route.endpoint, "{" in route.path): route.path for route in routes
         }
@@ -78,6 +88,11 @@ class ExchangeLayer:
         request_id.set(exchange.id)  # each request has a task, and so a context, of its own
         try:
             await self._app(scope, receive, exchange)
+        except Exception as error:
+            if exchange.status is not None:
+                raise
+            response = await self._answer(Request(scope), error)
+            await response(scope, receive, exchange)
         finally:
             if self._log is not None:
                 self._log.write(encode(self._line(exchange, scope)))
