@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import resource
 import subprocess
 from collections import Counter
@@ -21,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.chaos.load import BODY, STREAMS, show, streams
 from tests.server_process import ServerProcess, serving
+from tests.telemetry.test_log import TIME
 
 pytestmark = pytest.mark.slow
 CHAT = "/v1/chat/completions"
@@ -172,7 +174,10 @@ async def test_a_full_disk_for_the_caches_and_an_engine_without_memory_hurt_no_r
         full_disk(cache) as (environ, command),
         serving(tmp_path, "desk", "--quantise", "int8", command=command, environ=environ) as server,
     ):
-        assert "not kept" in server.log.read_text() or "cannot be stored" in server.log.read_text()
+        log = server.log.read_text()
+        assert re.search(rf"^{TIME} warning engine \S+: .*(not kept|cannot be stored)", log, re.MULTILINE), (
+            log
+        )
         first = await outcomes(server, [asked] * 20)
         engine = server.engine
         with limited(engine, resource.RLIMIT_AS, virtual_bytes(engine)):

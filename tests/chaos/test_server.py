@@ -6,6 +6,7 @@ Run with `-s` to see the figures: how each stream ended, and how soon.
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 
 from tests.chaos.load import STREAMS, show, streams
 from tests.server_process import ServerProcess, Streamed, serving
+from tests.telemetry.test_log import LINE
 
 pytestmark = pytest.mark.slow
 STOPPED_S = 3.0
@@ -91,6 +93,8 @@ def test_an_engine_that_is_killed_again_and_again_comes_back(server: ServerProce
         engines.append(server.engine)
     took = server.wait_ready(60)
     show(f"three kills, two of them while the engine loads: ready again after {took:.1f} s")
+    lines = [line for line in server.log.read_text().splitlines() if "starting it again" in line]
+    assert len(lines) >= 3 and all(re.fullmatch(LINE, line) for line in lines), lines
 
 
 async def test_a_terminated_server_finishes_what_it_can_and_ends_the_rest_typed(tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ import pytest
 
 from stretto.telemetry.log import LONGEST_LINE, LineFormat, LineWriter, request_id, timestamp
 
-LINE = re.compile(
-    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (debug|info|warning|error|critical) server \S+: .*"
-)
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+LINE = re.compile(rf"{TIME} (debug|info|warning|error|critical) server \S+: .*")
 
 
 def line(message: str, *args: object, error: BaseException | None = None, **extra: str) -> str:

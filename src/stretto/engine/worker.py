@@ -101,7 +101,7 @@ class EngineWorker:
                 try:
                     self._submit(request)
                 except Exception as error:
-                    self._reject(request.id, error)
+                    self._reject(request.id, error, request.request_id)
             case ipc.Cancel(ids):
                 for ident in ids:
                     self._compiling.pop(ident, None)
@@ -126,11 +126,11 @@ class EngineWorker:
             future = self._compilers.submit(self._loader.grammars(request.model).compile, grammar)
             self._compiling[request.id] = request, future
 
-    def _reject(self, ident: int | None, error: BaseException) -> None:
+    def _reject(self, ident: int | None, error: BaseException, request_id: str = "") -> None:
         """End a request that has not run in an error. Without an id there is nobody to tell."""
         known = isinstance(error, StrettoError)
         if not known:
-            log.error("a request was not run: %s", type(error).__name__, exc_info=error)
+            log.error("a request was not run", exc_info=error, extra={"request_id": request_id})
         if ident is not None:
             text = error.message if known else f"the engine could not run the request: {type(error).__name__}"
             reason = Reason.INVALID if known and error.status < 500 else Reason.ERROR
@@ -148,7 +148,7 @@ class EngineWorker:
                     raise InvalidGrammar("the emitted tokens do not follow the grammar")
                 self._engine.submit(self._sequence(request, grammar))
             except BaseException as error:  # a panic in the compiler is no Exception
-                self._reject(ident, error)
+                self._reject(ident, error, request.request_id)
 
     def _sequence(self, request: Request, grammar: Matcher | None = None) -> Sequence:
         return Sequence.of(request, self._engine.models[request.model].runner.info.context, grammar)
