@@ -1,0 +1,147 @@
+"""Compares the gateway's ways to choose a worker, in virtual time on a recorded load.
+
+    python benchmarks/routing.py TRACE [--workers 8] [--load 1.0] [--requests 4000] [--routes deadline,sticky]
+
+Every worker is the real engine with the schedule `deadline` over a null model in virtual time. The gateway's
+real router places each request at its arrival, from reports of at most 50 ms ago. The load is a multiple
+of what the workers can serve together under fcfs. Prefixes are those of the trace. Prints one row a route:
+attainment, goodput, TTFT p50, p99 and maximum, and the share of prompt tokens that were in a prefix cache,
+beside the share that one cache without limits would have held.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+from random import Random
+from typing import cast
+
+from msgspec import structs
+
+from stretto.bench import traces
+from stretto.engine.scheduler.admission import Outlook, snapshot
+from stretto.engine.sequence import Sequence as EngineSequence
+from stretto.gateway.router import Ask, Method, Router, WorkerView
+from stretto.simulator.replay import Outcomes, TraceWorld, capacity
+from stretto.simulator.report import RequestOutcome, by_tier
+from stretto.simulator.setting import PREFIX_BLOCK, Arrival, Setting, planned, within
+from stretto.types import Request
+
+ROUTES: tuple[Method, ...] = ("round-robin", "least-load", "two-choices", "sticky", "deadline")
+REPORT_S = 0.05
+BLOCK = 16  # tokens of a KV block of the null model
+
+
+class SimulatedWorker:
+    """One engine in virtual time, and the gateway's view of it."""
+
+    def __init__(self, name: str, setting: Setting, outcomes: Outcomes) -> None:
+        self.world = TraceWorld(setting, outcomes, share=True)
+        pieces = setting.blocks * BLOCK // PREFIX_BLOCK
+        self.view = WorkerView(name, outlooks={"null": Outlook(setting.tiers)}, pieces=pieces)
+        self._outcomes = outcomes
+        self._running: set[int] = set()
+        self._newest = 0
+        self._reported = -inf
+
+    def advance(self, now: float) -> None:
+        """Run until `now`, and report if the last report is old."""
+        if self.world.clock() < now:
+            self.world.run(until=now)
+        ended = {ident for ident in self._running if self._outcomes[ident].reason is not None}
+        self._running -= ended
+        self.view.active -= len(ended)
+        if now >= self._reported + REPORT_S:
+            self._reported = self.view.seen = now
+            self.view.outlooks["null"].see(snapshot(self.world.engine.context("null"), self._newest))
+
+    def submit(self, request: Request, length: int) -> None:
+        """Send a request to the engine; it ends when it has `length` tokens."""
+        self._running.add(request.id)
+        self._newest = request.id
+        self.world.engine.submit(EngineSequence.of(request, length))
+
+
+def run(route: Method, load: list[tuple[Request, Arrival]], setting: Setting, workers: int) -> list[str]:
+    """Replay the load over the workers with one route; returns its row."""
+    outcomes = {request.id: RequestOutcome.of(request) for request, _ in load}
+    pool = {f"w{number}": SimulatedWorker(f"w{number}", setting, outcomes) for number in range(workers)}
+    router = Router(route, Random(1).randrange)
+    router.workers = {name: worker.view for name, worker in pool.items()}
+    for request, arrival in load:
+        for worker in pool.values():
+            worker.advance(request.arrival)
+        lengths = cast("tuple[int, ...]", range(len(request.prompt)))
+        placed = router.place(
+            Ask(structs.replace(request, prompt=lengths), keys_of(arrival), PREFIX_BLOCK), request.arrival
+        )
+        assert placed is not None
+        total = min(arrival.prompt_tokens + arrival.output_tokens, setting.context)
+        pool[placed.worker.name].submit(request, total)
+    for worker in pool.values():
+        worker.world.run()
+    timed = by_tier(list(outcomes.values()), setting.tiers, load[-1][0].arrival)["timed"]
+    ttft = timed.ttft_ms
+    assert ttft is not None
+    asked = sum(len(one.request.prompt) for one in outcomes.values())
+    read = sum(one.processed - max(one.count - 1, 0) for one in outcomes.values())
+    times = [f"{value / 1e3:.2f}" for value in (ttft.p50, ttft.p99, ttft.max)]
+    return [route, f"{timed.attainment:.1%}", f"{timed.goodput:.3f}", *times, f"{1 - read / asked:.1%}"]
+
+
+def keys_of(arrival: Arrival) -> tuple[int, ...]:
+    """The keys of the prompt's blocks, each of which covers everything before it."""
+    keys: list[int] = []
+    key = hash(arrival.tenant)
+    for block in arrival.prefix:
+        key = hash((key, block))
+        keys.append(key)
+    return tuple(keys)
+
+
+def reuse_of_one_cache(load: Sequence[tuple[Request, Arrival]]) -> float:
+    """The share of the prompts' tokens that one cache without limits would hold."""
+    seen: set[int] = set()
+    held = asked = 0
+    for request, arrival in load:
+        keys = keys_of(arrival)
+        known = next((index for index, key in enumerate(keys) if key not in seen), len(keys))
+        held += min(known * PREFIX_BLOCK, len(request.prompt) - 1)
+        asked += len(request.prompt)
+        seen.update(keys)
+    return held / asked
+
+
+def main() -> None:
+    """Run the routes and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--load", type=float, default=1.0)
+    parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--routes", default=",".join(ROUTES))
+    options = parser.parse_args()
+    setting = Setting(load=options.load * options.workers, noise=0.05)
+    arrivals = [within(each, setting) for each in traces.read(options.trace, requests=options.requests)]
+    rate = capacity(arrivals, setting, most=500)
+    load = list(zip(planned(arrivals, setting, rate), arrivals, strict=True))
+    print(
+        f"{len(load)} requests, {options.workers} workers, load {options.load}; one cache without limits ",
+        end="",
+    )
+    print(f"would hold {reuse_of_one_cache(load):.1%} of the prompts")
+    heads = ("route", "on time", "goodput/s", "TTFT p50 s", "p99", "max", "cached")
+    print(("{:>12}" * len(heads)).format(*heads))
+    for route in options.routes.split(","):
+        print(
+            ("{:>12}" * len(heads)).format(*run(cast(Method, route), load, setting, options.workers)),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
