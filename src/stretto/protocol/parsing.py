@@ -48,17 +48,16 @@ def parse(decoder: json.Decoder[T], body: bytes, content_type: str | None = None
     try:
         return decoder.decode(body)
     except ValidationError as error:
-        problem = _error_with_path(str(error), body)
+        raise _error_with_path(str(error), body) from None
     except UnicodeDecodeError as error:
-        problem = InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}")
+        raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except DecodeError as error:
-        if (whole := _without_half_pairs(body)) != body:
-            return parse(decoder, whole, content_type)
-        problem = InvalidRequest(f"the body is not valid JSON: {error}")
+        whole = _without_half_pairs(body)
+        if whole == body:
+            raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:
-        problem = _too_deep(body)
-    # Raised here, so that it does not hold the decoder's error and with it the frames of the decoder.
-    raise problem
+        raise _too_deep(body) from None
+    return parse(decoder, whole, content_type)
 
 
 def _check_size(body: bytes) -> None:

@@ -82,6 +82,8 @@ class Endpoint:
                 status = status_of(failure, exchange, client_gone=client_gone)
                 exchange.ended = Ended(self.name, outcome, time.monotonic() - arrival, status=status)
             self.server.ended(exchange.ended)
+            # The error holds this frame. Without the way back, it is freed at once, and the body with it.
+            failure = None
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -91,17 +93,20 @@ async def read_body(request: Request, limit: int) -> bytes:
     ClientDisconnect when the client closes the connection.
     """
     declared = request.headers.get("content-length", "0")
-    too_large = TooLarge(f"the body may have {limit} bytes at most; send less")
     if not declared.isdigit() or int(declared) > limit:
-        raise too_large
+        raise _too_large(limit)
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
-            raise too_large
+            raise _too_large(limit)
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body may have {limit} bytes at most; send less")
 
 
 def internal(error: BaseException) -> StrettoError:
