@@ -92,8 +92,9 @@ async def generate(call: Call, operation: Operation[R]) -> None:
         call.tier = slo.tier
         await server.check_grammar(call, spec.sampling.grammar, spec.grammar_path)
         prompts = await server.run_text(call, spec.encode)
+        samplings = spec.sampling.fan_out()
         for prompt in prompts:
-            for copy, sampling in enumerate(spec.sampling.fan_out()):
+            for copy, sampling in enumerate(samplings):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)
         writer = ResponseWriter(operation.style, spec, slo.tier, call.exchange.id, call.continuation)
         await (stream if spec.stream else answer)(call, writer, slot)
@@ -128,6 +129,7 @@ def submit(
         prompt_counts=first,
         echo=prompt.echo,
         parser=spec.answer_parser(prompt.thinking),
+        grammar_path=None if sampling.grammar is None else spec.grammar_path,
     )
     call.outputs.append(output)
     if slo.tier == PRIORITY:
