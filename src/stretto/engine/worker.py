@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 from stretto.config import EngineConfig
+from stretto.disk.files import loading
 from stretto.engine import ipc
 from stretto.engine.core import EngineCore
 from stretto.engine.heartbeat import Pulse
@@ -232,7 +233,8 @@ def main() -> None:
     except zmq.ZMQError as error:
         sys.exit(f"the engine cannot listen at {sys.argv[1]}: {error}")
     try:
-        worker = EngineWorker(config, socket)
+        with loading("the engine", "please report this"):
+            worker = EngineWorker(config, socket)
     except StrettoError as error:
         socket.send(ipc.encode(ipc.Failed(error.message)))
         socket.close(linger=1000)
