@@ -64,7 +64,7 @@ async def relay(call: Call) -> None:
     config = call.server.config
     if call.tenant != (GATEWAY if config.gateway_key or config.api_keys else LOCAL):
         raise Unauthorised("only a gateway may relay requests: give it the gateway_key of this worker")
-    relayed = parse(RELAYED, call.body, call.request.headers.get("content-type"))
+    relayed = parse(RELAYED, call.body)
     call.body = bytes(relayed.request)
     call.tenant = relayed.tenant
     call.arrival -= min(max(relayed.age_ms, 0.0), OLDEST_MS) / 1e3
@@ -81,7 +81,7 @@ async def relay(call: Call) -> None:
 async def generate(call: Call, operation: Operation[R]) -> None:
     """Answers one request. Raises StrettoError; `call.streaming` says whether a stream had begun."""
     server = call.server
-    request = parse(operation.decoder, call.body, call.request.headers.get("content-type"))
+    request = parse(operation.decoder, call.body)
     call.label(request.model, requested_tier(request))
     model = server.model(request.model)
     spec = operation.check(request, model, server.limits)
