@@ -87,6 +87,8 @@ def tiers_of(objectives: Mapping[TierName, Objective]) -> dict[str, Tier]:
 class ModelConfig(Struct, frozen=True, kw_only=True):
     """One model to serve. `path` is a directory in the Hugging Face layout.
 
+    `exclude`: matrices that `quantise` leaves in a wider format, as a ladder names them.
+
     The path `null` is the null model, whose steps take no time; with `null:20` they take 20 milliseconds.
     """
 
@@ -94,6 +96,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     path: str
     dtype: ComputeDtype = "auto"
     quantise: Quantise | None = None
+    exclude: tuple[str, ...] = ()
 
     @property
     def null_ms(self) -> float | None:

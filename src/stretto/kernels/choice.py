@@ -17,6 +17,8 @@ from stretto.kernels.reference import REFERENCE
 # Imported on demand: it needs Triton, which is only installed with torch for CUDA.
 CUDA = "stretto.kernels.cuda.table"
 FP8_FROM = (8, 9)
+# The format of a matrix that is left out of quantisation. None: as it is in the checkpoint.
+WIDER: dict[Quantise, Quantise | None] = {"int4": "int8", "int8": None, "fp8": None}
 
 
 def choose_kernels(
@@ -48,6 +50,12 @@ def choose_kernels(
             f"--quantise {quantise}: only the C kernels on a CPU read quantised weights, and {why}"
         )
     return kernels, why
+
+
+def choose_wider(device: torch.device, dtype: torch.dtype, quantise: Quantise) -> AnyKernels:
+    """The table that packs the matrices which a model quantised so leaves in a wider format."""
+    wider = WIDER[quantise] if device.type == "cpu" else None
+    return choose_kernels(device, dtype, wider)[0]
 
 
 def _check_cuda(device: torch.device, quantise: Quantise | None) -> None:

@@ -60,7 +60,7 @@ class Checkpoint:
         self.files: list[tuple[Path, int]] = []
         self.entries: dict[str, Entry] = {}
         try:
-            for file in _files(path):
+            for file in weight_files(path):
                 self._open(file)
         except BaseException:
             self.close()
@@ -179,8 +179,11 @@ def identity(path: Path) -> str:
     return seen.hexdigest()
 
 
-def _files(path: Path) -> list[Path]:
-    """The files that hold the weights. Others may lie beside them: adapters, an optimiser's state, copies."""
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights. Others may lie beside them: adapters, an optimiser's state, copies.
+
+    Raises CheckpointError when there are none.
+    """
     index = path / INDEX
     if index.exists():
         names = Fields.load(index).object("weight_map").data.values()

@@ -6,6 +6,7 @@ Owns how the tensors of a family are stacked into the weights that the kernels w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,12 +59,24 @@ class PackedStore(Protocol):
     def keep(self, name: str, packed: Packed) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class MixedKernels:
+    """A table that quantises, and one of the same device that packs some matrices in a wider format.
+
+    `names`: those matrices, each by its first tensor, without `.weight`: `model.layers.0.self_attn.q_proj`.
+    """
+
+    kernels: AnyKernels
+    wider: AnyKernels
+    names: frozenset[str]
+
+
 def load(
     path: Path,
     *,
     dtype: torch.dtype,
     device: torch.device,
-    kernels: AnyKernels,
+    kernels: AnyKernels | MixedKernels,
     progress: ProgressCallback | None = None,
     store: PackedStore | None = None,
 ) -> Decoder:
@@ -76,7 +89,7 @@ def load(
     spec = families.read(path)
     with loading(f"the model in {path}"), Checkpoint(path) as checkpoint:
         reader = WeightReader(checkpoint, kernels, dtype, device, progress, store)
-        decoder = Decoder(spec, kernels, read_weights(reader, spec))
+        decoder = Decoder(spec, reader.kernels, read_weights(reader, spec))
         reader.finish()
     return decoder
 
@@ -87,13 +100,15 @@ class WeightReader:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        kernels: AnyKernels,
+        kernels: AnyKernels | MixedKernels,
         dtype: torch.dtype,
         device: torch.device,
         progress: ProgressCallback | None = None,
         store: PackedStore | None = None,
     ) -> None:
-        self.checkpoint, self.kernels = checkpoint, kernels
+        self._mixed = kernels if isinstance(kernels, MixedKernels) else None
+        self.kernels = kernels.kernels if isinstance(kernels, MixedKernels) else kernels
+        self.checkpoint = checkpoint
         self.dtype, self.device = dtype, device
         self._progress, self._store = progress, store
         self.unread = set(checkpoint.entries)
@@ -149,11 +164,14 @@ class WeightReader:
             *([(parts, (), "bias")] if bias else []),
         ]
 
+        name = parts[0][0]
+        kernels = self._mixed.wider if self._mixed is not None and name in self._mixed.names else self.kernels
+
         def pack() -> Packed:
             weight, *others = [self.stack(*source) for source in sources]
-            return self.kernels.pack(weight, others[0] if others else None)
+            return kernels.pack(weight, others[0] if others else None)
 
-        return self.packed(parts[0][0], sources, pack)
+        return self.packed(name, sources, pack)
 
     def embedding(self, name: str, spec: ModelSpec) -> Tensor:
         """The embedding [vocab, hidden]. It stays mapped from the file where the kernels can read it as it is

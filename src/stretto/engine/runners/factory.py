@@ -39,13 +39,13 @@ from stretto.hardware import (
     packed_folder,
     snapshot,
 )
-from stretto.kernels.choice import choose_kernels, use_threads
+from stretto.kernels.choice import choose_kernels, choose_wider, use_threads
 from stretto.kernels.cpu import native
 from stretto.kernels.cpu.cache import Folder, PackedCache
 from stretto.models import families
 from stretto.models.checkpoint import Checkpoint, identity
 from stretto.models.decoder import Decoder
-from stretto.models.load import load
+from stretto.models.load import MixedKernels, load
 from stretto.models.source import ProgressCallback
 from stretto.types import ModelInfo
 
@@ -108,12 +108,16 @@ class ModelLoader:
         check_fit(model.name, parameters * getattr(torch, dtype).itemsize, self._available())
         kernels, why = choose_kernels(self._device, getattr(torch, dtype), model.quantise)
         packs = model.quantise is not None and self._device.type == "cpu"
-        store = self._store(path, kernels.name) if packs else None
+        store = self._store(path, " ".join((kernels.name, *model.exclude))) if packs else None
+        mixed = None
+        if model.quantise is not None and model.exclude:
+            wider = choose_wider(self._device, getattr(torch, dtype), model.quantise)
+            mixed = MixedKernels(kernels, wider, frozenset(model.exclude))
         decoder = load(
             path,
             dtype=getattr(torch, dtype),
             device=self._device,
-            kernels=kernels,
+            kernels=mixed or kernels,
             progress=lambda _, done, total: self._progress(model.name, done, total),
             store=store,
         )
