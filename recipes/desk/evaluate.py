@@ -4,11 +4,12 @@ python -m recipes.desk.evaluate src/stretto/desk
 python -m recipes.desk.evaluate --url http://127.0.0.1:8000 --count 50 --json result.json
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,20 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.desk.example import Example
 from recipes.desk.tasks import LEVELS, TASKS, check, held_out
+from stretto.statistics import wilson
 
 Answer = Callable[[Sequence[Example]], list[str]]
 LONGEST = 320  # tokens of the longest reply, with room
-
-
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (E. B. Wilson, 1927)."""
-    if not count:
-        return 0.0, 1.0
-    share = right / count
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def local(path: Path, device: str = "cpu") -> Answer:

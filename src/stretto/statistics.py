@@ -1,4 +1,4 @@
-"""The one definition of a percentile, and the summary of a distribution that every report uses.
+"""The one definition of a percentile, of a proportion's interval, and the summary that every report uses.
 
 It knows plain numbers only. Values keep the unit in which they came.
 """
@@ -6,6 +6,7 @@ It knows plain numbers only. Values keep the unit in which they came.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import sqrt
 
 from msgspec import Struct
 
@@ -41,3 +42,16 @@ def spread(values: Iterable[float]) -> Spread | None:
         return None
     mean = sum(ordered) / len(ordered)
     return Spread(mean, quantile(ordered, 0.5), quantile(ordered, 0.9), quantile(ordered, 0.99), ordered[-1])
+
+
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a proportion: 95 % with the default `z` (E. B. Wilson, JASA 22, 1927).
+
+    `count = 0` gives (0, 1).
+    """
+    if not count:
+        return 0.0, 1.0
+    share, scale = right / count, 1 + z * z / count
+    centre = share + z * z / (2 * count)
+    spread = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -1,0 +1,78 @@
+"""The estimate of a request's quality: its features, its cost, and that it is calibrated."""
+
+from __future__ import annotations
+
+from random import Random
+from time import process_time
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stretto.ladder.estimate import FEATURES, QualityBin, QualityModel, estimate, features
+from stretto.optimise.data import DataSample
+from stretto.optimise.evaluate import calibrated, fitted
+
+
+def samples(count: int, seed: int) -> tuple[list[DataSample], list[bool]]:
+    """Prompts of which the long sums are often wrong, and the greetings never."""
+    rng = Random(seed)
+    found: list[DataSample] = []
+    rights: list[bool] = []
+    for _ in range(count):
+        terms = rng.randint(1, 6)
+        text = "add " + " ".join(str(rng.randint(1, 99)) for _ in range(terms)) if terms > 1 else "say hello"
+        found.append(DataSample(prompt=text, answer="x"))
+        rights.append(rng.random() < (1.0 if terms == 1 else 1.1 - 0.17 * terms))
+    return found, rights
+
+
+@given(st.text())
+def test_any_text_has_features_within_range(text: str) -> None:
+    found = features(text)
+    assert all(0 <= index < FEATURES for index, _ in found)
+    assert len({index for index, _ in found}) == len(found)
+
+
+def test_the_estimate_is_calibrated_on_prompts_it_has_not_seen() -> None:
+    model = fitted(*samples(4000, 1))
+    assert model is not None
+    held, rights = samples(4000, 2)
+    guesses = [estimate(model, features(sample.question)) for sample in held]
+    order = sorted(range(len(held)), key=lambda place: guesses[place].mean)
+    error = 0.0
+    for first in range(0, len(order), 500):
+        places = order[first : first + 500]
+        error += abs(sum(guesses[place].mean - rights[place] for place in places)) / len(order)
+    assert error < 0.04
+    brier = sum((guess.mean - good) ** 2 for guess, good in zip(guesses, rights, strict=True)) / len(held)
+    share = sum(rights) / len(rights)
+    assert brier < 0.9 * share * (1 - share)  # it knows more than the mean
+    assert all(guess.low <= guess.mean for guess in guesses)
+
+
+def test_bins_rise_and_hold_every_prompt() -> None:
+    rng = Random(3)
+    scores = [rng.random() for _ in range(400)]
+    rights = [rng.random() < 0.5 for _ in scores]
+    bins = calibrated(scores, rights)
+    assert sum(each.count for each in bins) == 400
+    assert [each.mean for each in bins] == sorted(each.mean for each in bins)
+    assert [each.score for each in bins] == sorted(each.score for each in bins)
+
+
+def test_too_few_prompts_give_no_model() -> None:
+    assert fitted(*samples(30, 1)) is None
+
+
+def test_five_estimates_of_one_prompt_take_microseconds() -> None:
+    model = QualityModel((0.1,) * FEATURES, (QualityBin(0.5, 0.4, 0.3, 50), QualityBin(1.0, 0.9, 0.8, 50)))
+    text = "What is the total of order A-1042 with three lamps at 12.50 and the usual discount of 10 %? " * 3
+    best = 1.0
+    for _ in range(20):
+        started = process_time()
+        for _ in range(20):
+            found = features(text)
+            for _ in range(5):
+                estimate(model, found)
+        best = min(best, (process_time() - started) / 20)
+    assert best < 500e-6
