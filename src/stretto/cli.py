@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -32,6 +33,7 @@ from stretto.gateway import lifecycle as gateway
 from stretto.gateway import settings as gateway_settings
 from stretto.gateway.app import Gateway
 from stretto.llm import LLM, locate
+from stretto.optimise import recipe as recipes
 from stretto.server import app as api
 from stretto.server import lifecycle as server
 from stretto.telemetry import log
@@ -39,6 +41,7 @@ from stretto.types import Sampling
 
 T = TypeVar("T")
 FAILURE, USAGE = 1, 2
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def _one_spelling(flag: str) -> str:
@@ -355,6 +358,51 @@ def examine(
     _print(found, lambda found: terminal.show_facts(doctor.sections(found)), as_json)
     if found.model is not None and found.model.problem is not None:
         raise typer.Exit(FAILURE)
+
+
+@app.command()
+def optimise(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file: model, data and steps")],
+    out: Annotated[
+        Path | None, option("folder of the ladder; default: beside the recipe, named as it is")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="leave out lines of the data that are no samples")
+    ] = False,
+    device: Annotated[str, option("device to train and measure on: auto, cpu or cuda")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a ladder: variants of a model, measured, with a report. See docs/ladder.md."""
+    with _usage():
+        parsed = recipes.read(recipe)
+        if device not in DEVICES:
+            raise StartError(f"--device: {device!r} is none of {', '.join(DEVICES)}")
+    with terminal.StepBars() as bars, _usage():
+        toolchain = _toolchain()
+        options = toolchain.RunOptions(
+            out=out or recipe.with_suffix(""),
+            folder=recipe.parent,
+            resume=resume,
+            skip_bad_lines=skip_bad_lines,
+            device=device,
+            progress=bars,
+        )
+        report = toolchain.run(parsed, options)
+    if as_json:
+        terminal.print_json(report)
+    else:
+        terminal.show_ladder(report)
+
+
+def _toolchain() -> Any:
+    """The steps of `optimise`, imported on demand: they need torch and transformers. Raises StartError."""
+    try:
+        return import_module("stretto.optimise.steps")
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"stretto optimise needs {error.name}, which is not installed: pip install 'stretto[optimise]'"
+        ) from error
 
 
 class RemoteModel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 
@@ -75,6 +77,30 @@ class LoadingBars:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+class StepBars:
+    """A progress bar with an estimate of the time left, for one piece of work after another."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = _progress(*columns)
+        self._stage, self._task = "", TaskID(0)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` units of a stage are done. A new stage replaces the bar."""
+        if stage != self._stage:
+            if self._stage:
+                self._progress.remove_task(self._task)
+            self._stage, self._task = stage, self._progress.add_task(stage, total=total)
+        self._progress.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> StepBars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
 
 
 @contextmanager
@@ -180,6 +206,31 @@ def show_engine(report: engine.EngineReport) -> None:
             size = f"{part.bytes / 1e6:,.1f}" if part.bytes else ""
             table.add_row(part.layer, f"{part.ms:.3f}", size, _percent(part.floor))
         out.print(table)
+
+
+def show_ladder(report: Any) -> None:
+    """Print the steps of a `stretto.optimise.steps.RunReport`, and the ladder if it made one."""
+    for step in report.steps:
+        out.print(f"{step.step} [bold]{step.name}[/] {step.status} in {step.seconds:,.1f} s")
+    if report.bad_lines:
+        out.print(f"[yellow]{report.bad_lines} bad lines of the data were left out[/]")
+    if report.ladder is None:
+        return
+    table = _table("variant", "quality", "95 %", "ms per request", "MB", "KL")
+    for variant in report.ladder.variants:
+        quality = variant.quality
+        table.add_row(
+            variant.name,
+            f"{quality.mean:.1%}",
+            f"{quality.low:.1%} to {quality.high:.1%}",
+            f"{report.usual_ms[variant.name]:,.1f}",
+            f"{variant.bytes / 1e6:,.2f}",
+            f"{variant.kl:.4f}",
+        )
+    out.print(table)
+    for each in report.ladder.dropped:
+        out.print(f"{each.name} is not kept: {each.why}")
+    out.print(f"{report.out}/ladder.json, {report.out}/report.html")
 
 
 def _percent(share: float | None) -> str:

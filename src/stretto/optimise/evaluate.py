@@ -1,0 +1,307 @@
+"""The step `evaluate`: what each variant gets right, how far it is from the top, its speed and its cost.
+
+Answers come from the kernels that serve. Step times come from the engine's own calibration.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from random import Random
+from time import perf_counter
+
+import msgspec
+import torch
+from msgspec import Struct
+
+from stretto.config import EngineConfig, ModelConfig
+from stretto.engine.core import LoadedModel
+from stretto.engine.runners.factory import ModelLoader
+from stretto.engine.runners.torch import TorchRunner
+from stretto.engine.step_time import StepCost
+from stretto.errors import StartError
+from stretto.ladder.estimate import FEATURES, QualityBin, QualityModel, features, raw
+from stretto.ladder.registry import Lengths, QualityInterval, TokenEnergy
+from stretto.models.decoder import Decoder
+from stretto.optimise.answers import Ids, TextScore, generate, mean_kl, read_scores
+from stretto.optimise.data import DataSample, groups, right
+from stretto.optimise.job import StepJob, load_decoder
+from stretto.optimise.recipe import EvaluateStep
+from stretto.statistics import quantile, wilson
+
+RESAMPLES = 1000
+FOLDS = 5
+BINS, LEAST_IN_BIN = 10, 30
+RIDGE = 1.0
+KV_BYTES = 256 * 2**20  # enough to calibrate with; the cache of answers is the evaluation's own
+RAPL = Path("/sys/class/powercap")
+CORE_WATTS = 8.0  # of a busy core with its share of memory: typical of servers, for estimates only
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A variant to measure."""
+
+    name: str
+    path: Path
+    config: ModelConfig
+
+
+class Measured(Struct, frozen=True, kw_only=True):
+    """All that was measured of one variant. `key`: of what it depends on.
+
+    `rights`: whether each answer was right, in the order of the prompts; empty for plain text. `similar`:
+    exp(-KL from the top) of each text.
+    """
+
+    key: str
+    name: str
+    bytes: int
+    rights: list[bool]
+    similar: list[float]
+    replies: list[str]
+    quality: QualityInterval
+    tasks: dict[str, dict[str, QualityInterval]]
+    kl: float
+    same_top1: float
+    perplexity: float | None
+    machine: str
+    cost: StepCost
+    energy: TokenEnergy | None
+    lengths: Lengths
+    estimate: QualityModel | None
+    seconds: float
+
+
+def measure(job: StepJob, step: EvaluateStep, subject: Subject, key: str) -> Measured:
+    """Measure a variant. `job.parent` is the top variant. Raises StartError when it cannot be loaded."""
+    started = perf_counter()
+    loaded, machine = _loaded(subject)
+    decoder = _decoder(loaded)
+    samples = [sample for sample in job.corpus.test if sample.answer is not None][: step.prompts]
+    prompts = [job.codec.prompt(sample) for sample in samples]
+    meter = _Meter()
+    answers = generate(decoder, prompts, job.generation(), job.counting(f"{subject.name}: answers"))
+    tokens = sum(map(len, answers))
+    joules = meter.joules()
+    replies = [job.codec.text.decode(ids) for ids in answers]
+    rights = [right(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
+    texts = job.texts(job.corpus.test[: step.texts])
+    scores: list[TextScore] = []
+    reference = load_decoder(job.parent, job.session.device)
+    for score in read_scores(reference, decoder, texts):
+        scores.append(score)
+        job.session.progress(f"{subject.name}: KL", len(scores), len(texts))
+    similar = [exp(-score.kl) for score in scores]
+    count = sum(score.tokens for score in scores)
+    cost = loaded.times.cost
+    return Measured(
+        key=key,
+        name=subject.name,
+        bytes=decoder.weight_bytes,
+        rights=rights,
+        similar=similar,
+        replies=replies,
+        quality=interval(rights) if rights else bootstrap(similar),
+        tasks=by_task(samples, rights),
+        kl=mean_kl(scores),
+        same_top1=sum(score.same * score.tokens for score in scores) / max(count, 1),
+        perplexity=None if samples else exp(sum(s.nll * s.tokens for s in scores) / max(count, 1)),
+        machine=machine,
+        cost=cost,
+        energy=_energy(joules, tokens, cost, job.session.device),
+        lengths=_lengths(prompts or [text.ids for text in texts], answers),
+        estimate=fitted(samples, rights),
+        seconds=perf_counter() - started,
+    )
+
+
+def _loaded(subject: Subject) -> tuple[LoadedModel, str]:
+    """The variant as an engine would load it, with its step-time model, and the name of the machine."""
+    threads = torch.get_num_threads()
+    config = EngineConfig(models=(subject.config,), kv_bytes=KV_BYTES, cache_bytes=0, speculate="off")
+    try:
+        loader = ModelLoader(config)
+        return loader.models()[0], loader.machine
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _decoder(loaded: LoadedModel) -> Decoder:
+    runner = loaded.runner
+    decoder = runner.decoder if isinstance(runner, TorchRunner) else getattr(runner, "decoder", None)
+    if not isinstance(decoder, Decoder):
+        raise StartError(f"{loaded.info.name} has no weights to measure")
+    return decoder
+
+
+def interval(rights: Sequence[bool]) -> QualityInterval:
+    """The share of right answers, with Wilson's interval."""
+    good = sum(rights)
+    low, high = wilson(good, len(rights))
+    return QualityInterval(good / max(1, len(rights)), low, high, len(rights))
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> QualityInterval:
+    """The mean of some values from 0 to 1, with the percentile interval of its bootstrap (B. Efron, 1979)."""
+    if not values:
+        return QualityInterval(0.0, 0.0, 1.0, 0)
+    rng = Random(seed)
+    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(RESAMPLES))
+    low, high = (min(1.0, max(0.0, quantile(means, q))) for q in (0.025, 0.975))
+    return QualityInterval(sum(values) / len(values), low, high, len(values))
+
+
+def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of mean(first) - mean(second), by a bootstrap over the prompts that both answered."""
+    gains = [a - b for a, b in zip(first, second, strict=True)]
+    if not gains:
+        return 0.0, 0.0
+    rng = Random(seed)
+    means = sorted(sum(rng.choices(gains, k=len(gains))) / len(gains) for _ in range(RESAMPLES))
+    return quantile(means, 0.025), quantile(means, 0.975)
+
+
+def by_task(samples: Sequence[DataSample], rights: Sequence[bool]) -> dict[str, dict[str, QualityInterval]]:
+    """The share of right answers by task, then by difficulty, and `all` difficulties of a task."""
+    tasks: dict[str, dict[str, QualityInterval]] = {}
+    for task, places in sorted(groups(samples, lambda sample: sample.task).items()):
+        levels = groups([samples[place] for place in places], lambda sample: sample.level)
+        cells = {
+            level: interval([rights[places[place]] for place in held])
+            for level, held in sorted(levels.items())
+        }
+        tasks[task] = cells | {"all": interval([rights[place] for place in places])}
+    return tasks
+
+
+def _lengths(prompts: Sequence[Ids], answers: Sequence[Ids]) -> Lengths:
+    read, said = sorted(map(len, prompts)), sorted(map(len, answers))
+    if not said:
+        return Lengths(round(quantile(read, 0.5))) if read else Lengths()
+    return Lengths(round(quantile(read, 0.5)), round(quantile(said, 0.5)), round(quantile(said, 0.9)))
+
+
+class _Meter:
+    """The energy counters of the processor's packages (RAPL), where this user may read them."""
+
+    def __init__(self) -> None:
+        self._started = self._read()
+
+    def joules(self) -> float | None:
+        """The energy since the start; None when it cannot be read, or a counter overflowed."""
+        now = self._read()
+        if self._started is None or now is None or now < self._started:
+            return None
+        return (now - self._started) / 1e6
+
+    @staticmethod
+    def _read() -> int | None:
+        try:
+            counters = [int(file.read_text()) for file in RAPL.glob("intel-rapl:[0-9]/energy_uj")]
+        except (OSError, ValueError):
+            return None
+        return sum(counters) if counters else None
+
+
+def _energy(joules: float | None, tokens: int, cost: StepCost, device: torch.device) -> TokenEnergy | None:
+    """Joules per token: measured while the answers were generated, or else estimated from the step time."""
+    if joules and tokens:
+        return TokenEnergy(joules / tokens, "measured: RAPL, batches of up to 32")
+    if device.type != "cpu":
+        return None
+    watts = CORE_WATTS * torch.get_num_threads()
+    return TokenEnergy(
+        cost.decodes(1, 256) / 1e3 * watts, f"estimate: {watts:g} W times the step time at batch 1"
+    )
+
+
+def fitted(samples: Sequence[DataSample], rights: Sequence[bool]) -> QualityModel | None:
+    """A model of the chance of a right answer by the prompt; None with too few prompts to calibrate it.
+
+    Ridge logistic regression. The calibration table is made of predictions by models that have not seen the
+    prompt (cross-validation), so it is honest.
+    """
+    if len(samples) < 2 * LEAST_IN_BIN:
+        return None
+    rows = [features(sample.question) for sample in samples]
+    order = list(range(len(rows)))
+    Random(0).shuffle(order)
+    scores = [0.0] * len(rows)
+    for fold in range(FOLDS):
+        held = set(order[fold::FOLDS])
+        seen = [place for place in order if place not in held]
+        weights = logistic([rows[place] for place in seen], [rights[place] for place in seen])
+        for place in held:
+            scores[place] = raw(weights, rows[place])
+    return QualityModel(logistic(rows, rights), calibrated(scores, rights))
+
+
+def logistic(rows: Sequence[list[tuple[int, float]]], rights: Sequence[bool]) -> tuple[float, ...]:
+    """The weights of a ridge logistic regression, by Newton's method."""
+    x = torch.zeros(len(rows), FEATURES, dtype=torch.float64)
+    for number, row in enumerate(rows):
+        for index, value in row:
+            x[number, index] = value
+    y = torch.tensor(rights, dtype=torch.float64)
+    weights = torch.zeros(FEATURES, dtype=torch.float64)
+    ridge = torch.full((FEATURES,), RIDGE, dtype=torch.float64)
+    ridge[0] = 1e-3  # of the constant
+    for _ in range(25):
+        chances = (x @ weights).sigmoid()
+        slope = x.T @ (chances - y) + ridge * weights
+        curve = (x.T * (chances * (1 - chances))) @ x + torch.diag(ridge)
+        move = torch.linalg.solve(curve, slope)
+        weights -= move
+        if float(move.abs().max()) < 1e-8:
+            break
+    return tuple(weights.tolist())
+
+
+def calibrated(scores: Sequence[float], rights: Sequence[bool]) -> tuple[QualityBin, ...]:
+    """The reliability diagram of some scores as bins of about equal size, joined until their means rise."""
+    order = sorted(range(len(scores)), key=lambda place: scores[place])
+    size = max(LEAST_IN_BIN, -(-len(order) // BINS))
+    groups = [order[first : first + size] for first in range(0, len(order), size)]
+    if len(groups) > 1 and len(groups[-1]) < LEAST_IN_BIN:
+        groups[-2] += groups.pop()
+    place = 1
+    while place < len(groups):
+        if _mean(groups[place], rights) < _mean(groups[place - 1], rights):
+            groups[place - 1] += groups.pop(place)
+            place = max(1, place - 1)
+        else:
+            place += 1
+    bins: list[QualityBin] = []
+    for held in groups:
+        good = sum(rights[place] for place in held)
+        low, _ = wilson(good, len(held))
+        bins.append(
+            QualityBin(sum(scores[place] for place in held) / len(held), good / len(held), low, len(held))
+        )
+    return tuple(bins)
+
+
+def _mean(places: Sequence[int], rights: Sequence[bool]) -> float:
+    return sum(rights[place] for place in places) / len(places)
+
+
+def stored(file: Path, key: str, make: Callable[[], Measured]) -> Measured:
+    """The measurement in `file` if it has this key; otherwise a new one, which is kept there."""
+    if file.exists():
+        try:
+            found = msgspec.json.decode(file.read_bytes(), type=Measured)
+        except msgspec.DecodeError:
+            found = None
+        if found is not None and found.key == key:
+            return found
+    made = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".partial")
+    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=1))
+    temporary.replace(file)
+    return made

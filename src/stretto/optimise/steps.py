@@ -1,0 +1,403 @@
+"""Runs a recipe: one step after the other, each with a manifest, so that an interrupted run can go on.
+
+A step works in a hidden folder and is moved to its name when it is whole. Its manifest holds a key of all
+that it depends on; with `resume`, a step with the same key and intact files is not run again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from msgspec import Struct, structs
+
+from stretto.config import ModelConfig, Quantise
+from stretto.errors import StartError
+from stretto.hardware import choose_threads, snapshot
+from stretto.kernels.cpu import native
+from stretto.ladder import registry
+from stretto.ladder.registry import Ladder, Origin, Variant, weight_digests
+from stretto.models import families, source
+from stretto.optimise import data, frontier, report
+from stretto.optimise.answers import TextCodec
+from stretto.optimise.data import Corpus
+from stretto.optimise.distil import distil
+from stretto.optimise.evaluate import Measured, Subject, measure, stored
+from stretto.optimise.finetune import finetune
+from stretto.optimise.job import StepJob
+from stretto.optimise.prune import prune
+from stretto.optimise.quantise import quantise
+from stretto.optimise.recipe import (
+    FULL,
+    DistilStep,
+    EvaluateStep,
+    FinetuneStep,
+    LadderStep,
+    Making,
+    QuantiseStep,
+    Recipe,
+)
+from stretto.optimise.training.trainer import SNAPSHOT_S, StageCallback, StepSession, no_stage, write_whole
+
+WORK = ".working"
+EVALUATION = "evaluation"
+MAKERS: dict[str, Callable[[StepJob, Any], dict[str, Any]]] = {
+    "finetune": finetune,
+    "distil": distil,
+    "prune": prune,
+    "quantise": quantise,
+}
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """How a variant was made. `path`: its checkpoint, relative to the output. `seconds`: of all attempts."""
+
+    name: str
+    step: str
+    parent: str | None
+    key: str
+    path: str
+    files: dict[str, str]
+    options: dict[str, Any]
+    seed: int
+    seconds: float
+    device: str
+    versions: dict[str, str]
+    quantise: Quantise | None = None
+    exclude: tuple[str, ...] = ()
+    report: dict[str, Any] = {}
+
+
+class RunOptions(Struct, frozen=True, kw_only=True):
+    """How a recipe is run.
+
+    `out`: the folder of the ladder. `folder`: what paths in the recipe are relative to.
+    """
+
+    out: Path
+    folder: Path
+    resume: bool = False
+    skip_bad_lines: bool = False
+    device: str = "auto"
+    progress: StageCallback = no_stage
+    snapshot_s: float = SNAPSHOT_S
+
+
+class StepReport(Struct, frozen=True):
+    """What happened to one step. `kept`: an earlier run had finished it."""
+
+    name: str
+    step: str
+    status: Literal["made", "kept"]
+    seconds: float
+
+
+class RunReport(Struct, frozen=True, kw_only=True):
+    """The result of a run. `ladder` is None for a recipe without the step `ladder`."""
+
+    out: str
+    steps: list[StepReport]
+    bad_lines: int
+    ladder: Ladder | None = None
+    usual_ms: dict[str, float] = {}
+
+
+def run(recipe: Recipe, options: RunOptions) -> RunReport:
+    """Run a recipe.
+
+    Raises StartError for wrong data, wrong sizes, or an output folder that is in use. What is finished stays,
+    and `resume` goes on from there.
+    """
+    corpus = data.read(recipe.files, options.folder, skip_bad_lines=options.skip_bad_lines)
+    try:
+        with _locked(options):
+            _use_threads()
+            return _Run(recipe, options, corpus).run()
+    except OSError as error:
+        raise StartError(
+            f"{options.out}: {error.strerror or error}; mend that, then go on with --resume"
+        ) from error
+
+
+@contextmanager
+def _locked(options: RunOptions) -> Generator[None]:
+    """The output folder, for this process alone. Raises StartError."""
+    out = options.out
+    if out.exists() and any(out.iterdir()) and not options.resume:
+        raise StartError(f"{out} is not empty: go on with --resume, or name another folder with --out")
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    with (out / WORK / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StartError(
+                f"another stretto optimise works in {out}: wait for it, or name another --out"
+            ) from None
+        yield
+
+
+def _use_threads() -> None:
+    library = native.load()
+    if library is not None:
+        library.threads(choose_threads(snapshot(), 0).value)
+
+
+class _Run:
+    """One run. It owns the output folder; `made` holds the manifests of the variants so far."""
+
+    def __init__(self, recipe: Recipe, options: RunOptions, corpus: Corpus) -> None:
+        self.recipe, self.options, self.corpus, self.out = recipe, options, corpus, options.out
+        chosen = (
+            options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        )
+        self.device = torch.device(chosen)
+        self.made: dict[str, Manifest] = {}
+        self.done: list[StepReport] = []
+
+    def run(self) -> RunReport:
+        self._full()
+        ladder, times = None, dict[str, float]()
+        measured: list[Measured] = []
+        for at, step in enumerate(self.recipe.steps):
+            if isinstance(step, EvaluateStep):
+                measured = self._evaluate(at, step)
+            elif isinstance(step, LadderStep):
+                ladder, times = self._ladder(step, measured)
+            else:
+                self._make(at, step)
+        return RunReport(
+            out=str(self.out), steps=self.done, bad_lines=self.corpus.bad.count, ladder=ladder, usual_ms=times
+        )
+
+    def _full(self) -> None:
+        """Copy the model into the output, where every other variant starts from."""
+        name = self.recipe.model
+        near = self.options.folder / name
+        path = source.check(near) if near.is_dir() else source.resolve(name, self._progress_of)
+        families.read(path)
+        files = weight_digests(path)
+        key = _key({"model": files})
+        if not self._is_done(FULL, key):
+            work = self._work(FULL, key)
+            shutil.copytree(path, work / "made", ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt"))
+            self._finish(self._manifest(FULL, "model", None, key=key, files=files, path=FULL), work)
+        self._record(FULL)
+
+    def _progress_of(self, stage: str, done: int, total: int) -> None:
+        self.options.progress(stage, done, total)
+
+    def _make(self, at: int, step: Making) -> None:
+        parent = self.made[step.parent]
+        step = self._located(step)
+        key = _key(
+            {
+                "step": msgspec.to_builtins(step),
+                "parent": parent.files,
+                "data": self.corpus.digest,
+                "seed": self.recipe.seed,
+                "student": weight_digests(Path(step.student))
+                if isinstance(step, DistilStep) and step.student
+                else {},
+            }
+        )
+        if not self._is_done(step.name, key):
+            work = self._work(step.name, key)
+            job = self._job(f"$.steps[{at}]", parent, work, step.name)
+            shutil.rmtree(job.made, ignore_errors=True)
+            kind = str(step.__struct_config__.tag)
+            made = MAKERS[kind](job, step)
+            self._finish(self._manifest_of(job, step, key, made), work)
+        self._record(step.name)
+
+    def _located(self, step: Making) -> Making:
+        """The step with the directory of its student."""
+        if not isinstance(step, DistilStep) or step.student is None:
+            return step
+        near = self.options.folder / step.student
+        found = source.check(near) if near.is_dir() else source.resolve(step.student)
+        return structs.replace(step, student=str(found))
+
+    def _job(self, at: str, parent: Manifest, work: Path, stage: str) -> StepJob:
+        path = self.out / parent.path
+
+        def progress(part: str, done: int, total: int) -> None:
+            self.options.progress(f"{stage}: {part}", done, total)
+
+        session = StepSession(work, self.device, progress, self.options.snapshot_s)
+        evaluated = [step.max_tokens for step in self.recipe.steps if isinstance(step, EvaluateStep)]
+        codec = TextCodec(path, families.read(path).eos)
+        return StepJob(at, path, self.corpus, codec, session, self.recipe.seed, *evaluated)
+
+    def _manifest_of(self, job: StepJob, step: Making, key: str, made: dict[str, Any]) -> Manifest:
+        own = not isinstance(step, QuantiseStep)
+        parent = self.made[step.parent]
+        job.made.mkdir(exist_ok=True)
+        manifest = self._manifest(
+            step.name,
+            str(step.__struct_config__.tag),
+            step.parent,
+            key=key,
+            files=weight_digests(job.made) if own else parent.files,
+            path=step.name if own else parent.path,
+        )
+        options = {
+            k: v
+            for k, v in msgspec.to_builtins(step).items()
+            if k not in ("step", "name", "from") and v not in (None, {})
+        }
+        quantised = {} if own else {"quantise": step.format, "exclude": tuple(made["exclude"])}
+        return structs.replace(
+            manifest, options=options, seconds=job.session.spent_s, report=made, **quantised
+        )
+
+    def _manifest(
+        self, name: str, step: str, parent: str | None, *, key: str, files: dict[str, str], path: str
+    ) -> Manifest:
+        return Manifest(
+            name=name,
+            step=step,
+            parent=parent,
+            key=key,
+            path=path,
+            files=files,
+            options={},
+            seed=self.recipe.seed,
+            seconds=0.0,
+            device=f"{self.device}, {torch.get_num_threads()} threads",
+            versions=_versions(),
+        )
+
+    def _work(self, name: str, key: str) -> Path:
+        """The folder of an unfinished step. What an attempt with another key left there is removed."""
+        work, file = self.out / WORK / name, self.out / WORK / name / "key"
+        if not file.exists() or file.read_text() != key:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            write_whole(file, key.encode())
+        return work
+
+    def _finish(self, manifest: Manifest, work: Path) -> None:
+        write_whole(
+            work / "made" / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        )
+        target = self.out / manifest.name
+        shutil.rmtree(target, ignore_errors=True)
+        (work / "made").replace(target)
+        shutil.rmtree(work)
+        self.done.append(StepReport(manifest.name, manifest.step, "made", round(manifest.seconds, 3)))
+
+    def _is_done(self, name: str, key: str) -> bool:
+        """Whether an earlier run made this variant from the same inputs, and its files are intact."""
+        manifest = self._read(name)
+        if manifest is None or manifest.key != key:
+            return False
+        folder = self.out / manifest.path
+        if not folder.is_dir() or weight_digests(folder) != manifest.files:
+            return False
+        self.done.append(StepReport(name, manifest.step, "kept", round(manifest.seconds, 3)))
+        return True
+
+    def _read(self, name: str) -> Manifest | None:
+        try:
+            return msgspec.json.decode((self.out / name / "manifest.json").read_bytes(), type=Manifest)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def _record(self, name: str) -> None:
+        manifest = self._read(name)
+        assert manifest is not None
+        self.made[name] = manifest
+
+    def _evaluate(self, at: int, step: EvaluateStep) -> list[Measured]:
+        top = self._top()
+        found: list[Measured] = []
+        for name, manifest in self.made.items():
+            parts = {"variant": manifest.key, "top": self.made[top].files, "data": self.corpus.digest}
+            key = _key({**parts, "step": msgspec.to_builtins(step)})
+            job = self._job(f"$.steps[{at}]", self.made[top], self.out / WORK / EVALUATION, EVALUATION)
+            config = ModelConfig(
+                name=name,
+                path=str(self.out / manifest.path),
+                quantise=manifest.quantise,
+                exclude=manifest.exclude,
+            )
+            subject = Subject(name, self.out / manifest.path, config)
+            found.append(
+                stored(self.out / EVALUATION / f"{name}.json", key, partial(measure, job, step, subject, key))
+            )
+        self.done.append(
+            StepReport(EVALUATION, "evaluate", "made", round(sum(each.seconds for each in found), 3))
+        )
+        return found
+
+    def _top(self) -> str:
+        named = next(step.top for step in self.recipe.steps if isinstance(step, EvaluateStep))
+        tuned = [step.name for step in self.recipe.steps if isinstance(step, FinetuneStep)]
+        return named or (tuned[-1] if tuned else FULL)
+
+    def _ladder(self, step: LadderStep, measured: list[Measured]) -> tuple[Ladder, dict[str, float]]:
+        top = self._top()
+        kept = frontier.keep(measured, top, step.faster)
+        times = frontier.usual_ms(measured, top)
+        by_name = {each.name: each for each in measured}
+        spec = families.read(self.out / self.made[top].path)
+        ladder = Ladder(
+            model=Path(self.recipe.model).name,
+            family=spec.family,
+            vocab=spec.vocab,
+            tokenizer=registry.digest(self.out / self.made[top].path / registry.TOKENIZER),
+            top=top,
+            variants=tuple(self._variant(by_name[name], by_name[top]) for name in kept.names),
+            dropped=kept.dropped,
+        )
+        registry.save(ladder, self.out)
+        write_whole(self.out / "report.html", report.page(ladder, times).encode())
+        return ladder, times
+
+    def _variant(self, each: Measured, top: Measured) -> Variant:
+        manifest = self.made[each.name]
+        return Variant(
+            name=each.name,
+            path=manifest.path,
+            bytes=each.bytes,
+            quality=each.quality,
+            files=manifest.files,
+            quantise=manifest.quantise,
+            exclude=manifest.exclude,
+            tasks=each.tasks,
+            kl=each.kl,
+            same_top1=each.same_top1,
+            perplexity=each.perplexity,
+            flips=frontier.flips(each, top),
+            times={each.machine: each.cost},
+            energy=each.energy,
+            lengths=each.lengths,
+            estimate=each.estimate,
+            origin=Origin(
+                step=manifest.step,
+                parent=manifest.parent,
+                options=manifest.options,
+                seed=manifest.seed,
+                seconds=manifest.seconds,
+                versions=manifest.versions,
+            ),
+        )
+
+
+def _key(parts: dict[str, Any]) -> str:
+    return blake2b(msgspec.json.encode(parts, order="deterministic"), digest_size=16).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    packages = ("stretto", "torch", "transformers", "tokenizers")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
