@@ -58,7 +58,7 @@ def least_kl(job: StepJob, texts: Sequence[Encoded], count: int) -> tuple[int, .
         found: dict[int, float] = {}
         for layer in kept:
             rest = tuple(each for each in kept if each != layer)
-            found[layer] = mean_kl(list(read_scores(whole, _subset(whole, rest), texts)))
+            found[layer] = mean_kl(list(read_scores(whole, subset(whole, rest), texts)))
             done += 1
             job.session.progress("layers", done, total)
         gone = min(found, key=lambda layer: (found[layer], layer))
@@ -66,7 +66,7 @@ def least_kl(job: StepJob, texts: Sequence[Encoded], count: int) -> tuple[int, .
     return kept
 
 
-def _subset(decoder: Decoder, layers: Sequence[int]) -> Decoder:
+def subset(decoder: Decoder, layers: Sequence[int]) -> Decoder:
     """The decoder with some of its layers. It shares the weights."""
     weights, spec = decoder.weights, decoder.spec
     stack = replace(weights.stack, layers=[weights.stack.layers[number] for number in layers])

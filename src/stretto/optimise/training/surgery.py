@@ -47,7 +47,8 @@ class Cut:
 def cut(source: Path, target: Path, what: Cut) -> None:
     """Write what stays of the checkpoint in `source` to the new directory `target`.
 
-    Raises StartError for a checkpoint that also holds an image encoder, and for neurons of experts.
+    Raises StartError for a checkpoint that also holds an image encoder, for neurons
+    of experts, and for the hidden dimensions of a model with longrope.
     """
     spec = families.read(source)
     config = json.loads((source / "config.json").read_text())
@@ -58,6 +59,10 @@ def cut(source: Path, target: Path, what: Cut) -> None:
     if spec.routing is not None and (what.neurons is not None):
         raise StartError(
             f"{source} is a mixture of experts, whose width is not pruned: prune its layers instead"
+        )
+    if what.hidden is not None and any(rope.kind == "longrope" for rope in spec.ropes):
+        raise StartError(
+            f"{source} has a longrope embedding, which fixes its `hidden`: cut its layers instead"
         )
     target.mkdir(parents=True)
     tensors = {
