@@ -1,5 +1,7 @@
 """Cutting and saving checkpoints of every family: the engine and transformers read the result alike."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Training: snapshots, the gain of distillation and of healing, and low-rank updates."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import shutil
