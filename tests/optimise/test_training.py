@@ -8,6 +8,7 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def test_the_tiny_model_knows_its_tasks(workshop: Workshop) -> None:
 
 def test_a_student_of_the_teacher_beats_the_same_size_from_scratch(workshop: Workshop) -> None:
     """The same number of steps, batch and rate, with three seeds."""
-    steps, options = 80, {"batch": 32, "rate": 2e-3}
+    steps = 80
+    options: dict[str, Any] = {"batch": 32, "rate": 2e-3}
     taught: list[float] = []
     alone: list[float] = []
     for seed in SEEDS:
@@ -64,7 +66,8 @@ def test_a_student_of_the_teacher_beats_the_same_size_from_scratch(workshop: Wor
 def test_a_healed_model_beats_the_same_cut_unhealed_and_the_same_size_from_scratch(
     workshop: Workshop,
 ) -> None:
-    options, sizes = {"batch": 32, "rate": 1e-3}, {"layers": 1, "intermediate": 64}
+    options: dict[str, Any] = {"batch": 32, "rate": 1e-3}
+    sizes = {"layers": 1, "intermediate": 64}
     unhealed = workshop.job("unhealed")
     prune(unhealed, PruneStep(name="p", heal_steps=0, **sizes, **options))
     before = accuracy(unhealed, unhealed.made)

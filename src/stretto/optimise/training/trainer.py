@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from stretto.errors import StartError
-from stretto.models import families
+from stretto.models.checkpoint import Checkpoint
 from stretto.optimise.recipe import Training
 from stretto.optimise.training.batches import TrainingBatch, TrainingRow, batch_of, chosen, shortened
 from stretto.optimise.training.surgery import copy_beside
@@ -91,7 +91,8 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
 def save_model(model: TrainedModel, source: Path, target: Path) -> None:
     """Write the model as a checkpoint in the dtype that `source` has, with the tokenizer of `source`."""
     shutil.rmtree(target, ignore_errors=True)  # of an attempt that was interrupted
-    dtype = getattr(torch, families.read(source).dtype)
+    with Checkpoint(source) as stored:
+        dtype = getattr(torch, stored.dtype)
     state: dict[str, Tensor] = {
         name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()
     }
