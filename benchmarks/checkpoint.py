@@ -4,6 +4,7 @@ It has desk's tokenizer, extended by invented words to the size of the vocabular
 `python benchmarks/checkpoint.py qwen3-0.6b DIR`
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportArgumentType=false
 from __future__ import annotations
 
 import argparse
@@ -36,6 +37,17 @@ SHAPES = {
         "max_position_embeddings": 40960,
         "num_attention_heads": 16,
         "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+    },
+    "qwen3-8b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "max_position_embeddings": 40960,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
         "num_key_value_heads": 8,
     },
     "qwen2.5-1.5b": {
@@ -77,10 +89,13 @@ def make(shape: str, path: Path, seed: int = 0) -> None:
     """Write the checkpoint into the new directory `path`."""
     path.mkdir(parents=True)
     config = QWEN | SHAPES[shape]
-    generator = torch.Generator().manual_seed(seed)
+    # A GPU draws the 8 billion numbers of the largest shape in a second.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
     held: dict[str, torch.Tensor] = {}
     for name, size in tensors(config).items():
-        random = torch.empty(size, dtype=torch.bfloat16).normal_(0, SPREAD, generator=generator)
+        random = torch.empty(size, dtype=torch.bfloat16, device=device)
+        random = random.normal_(0, SPREAD, generator=generator).cpu()
         held[name] = random + 1 if name.endswith("norm.weight") else random
     save_file(held, path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(config, indent=2))

@@ -1,0 +1,157 @@
+"""Serves a model on this GPU with Stretto, and with vLLM if there is one, and sends both the same requests.
+
+`python benchmarks/gpu_serve.py MODEL_DIR [--vllm PYTHON] [--rates 8 16] [--json FILE]`
+
+Each server runs alone. The first pass follows its start at once; the warm pass repeats it with other prompts.
+`--vllm` names a Python that has vLLM. `--rates` adds Poisson arrivals. Goodput is at `ttft:500,tpot:50`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REQUESTS = {1: 16, 16: 128, 64: 256, 256: 768}  # by how many are sent at once
+INPUT, OUTPUT = 512, 128
+GOOD = "ttft:500,tpot:50"
+START_S, POLL_S, LOAD_S = 300.0, 0.05, 240
+RATE_S = 20  # of requests at each rate
+
+
+class Server(NamedTuple):
+    """A server to measure: how it is started, and where it says that it is ready."""
+
+    name: str
+    command: list[str]
+    port: int
+    health: str
+
+
+def servers(model: Path, vllm: str | None, extra: list[str]) -> list[Server]:
+    ours = [
+        sys.executable,
+        "-m",
+        "stretto",
+        "serve",
+        f"m={model}",
+        "--port",
+        "8011",
+        "--context",
+        "8192",
+        *extra,
+    ]
+    found = [Server("stretto", ours, 8011, "/ready")]
+    if vllm is not None:
+        theirs = f"{vllm} -m vllm.entrypoints.openai.api_server --served-model-name m --port 8012"
+        options = "--max-model-len 8192 --gpu-memory-utilization 0.6 --no-enable-prefix-caching --model"
+        found.append(Server("vllm", [*theirs.split(), *options.split(), str(model)], 8012, "/health"))
+    return found
+
+
+@contextmanager
+def running(server: Server) -> Generator[float]:
+    """Run a server. Yields the seconds from its start until it was ready."""
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(server.command, stdout=log, stderr=log)
+        try:
+            while not _answers(f"http://127.0.0.1:{server.port}{server.health}"):
+                if process.poll() is not None or time.monotonic() > started + START_S:
+                    log.seek(0)
+                    sys.exit(f"{server.name} did not start:\n{log.read()[-3000:]}")
+                time.sleep(POLL_S)
+            yield time.monotonic() - started
+        finally:
+            process.terminate()
+            process.wait()
+            log.seek(0)
+            if text := log.read()[-2000:].strip():
+                print(f"{server.name}'s last lines:\n{text}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def load(server: Server, shape: list[str], requests: int, seed: int) -> dict[str, Any]:
+    """The report of `stretto bench serve` on one load."""
+    url = f"http://127.0.0.1:{server.port}/v1/completions"
+    command = [sys.executable, "-m", "stretto", "bench", "serve", url, *shape, "--requests", str(requests)]
+    command += ["--random-input", str(INPUT), "--output-tokens", str(OUTPUT), "--seed", str(seed)]
+    command += ["--goodput", GOOD, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_S, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)["report"]
+
+
+def measure(
+    server: Server, passes: list[str], at_once: list[int], rates: list[float]
+) -> list[dict[str, Any]]:
+    """A row of figures for each pass and load."""
+    rows: list[dict[str, Any]] = []
+    with running(server) as ready_s:
+        print(f"\n{server.name}: ready after {ready_s:.1f} s", flush=True)
+        for number, name in enumerate(passes):
+            loads = [(f"{n} at once", ["--concurrency", str(n)], REQUESTS.get(n, 3 * n)) for n in at_once]
+            loads += [(f"{rate:g}/s", ["--rate", str(rate)], int(rate * RATE_S)) for rate in rates]
+            for index, (title, shape, requests) in enumerate(loads):
+                report = load(server, shape, requests, 1000 * number + index + 1)
+                rows.append(
+                    {"server": server.name, "ready_s": ready_s, "pass": name, "load": title, **report}
+                )
+                show(rows[-1])
+    return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    spread: dict[str, dict[str, float]] = {name: row[f"{name}_ms"] or {} for name in ("ttft", "itl")}
+    figures = [
+        f"{name.upper()} " + " / ".join(f"{each.get(key, 0.0):.1f}" for key in ("p50", "p99", "max"))
+        for name, each in spread.items()
+    ]
+    print(
+        f"{row['server']:>8} {row['pass']:>6} {row['load']:>12}: {row['output_tokens_per_s']:8.0f} tokens/s,"
+        f" {', '.join(figures)} ms (p50 / p99 / max), goodput {row['goodput'] or 0:.2f}/s,"
+        f" failed {row['failed']}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="directory of a checkpoint")
+    parser.add_argument("--vllm", help="a Python that has vLLM")
+    parser.add_argument("--passes", nargs="+", default=["first", "warm"])
+    parser.add_argument("--at-once", nargs="*", type=int, default=list(REQUESTS))
+    parser.add_argument("--rates", nargs="*", type=float, default=[])
+    parser.add_argument(
+        "--serve", nargs=argparse.REMAINDER, default=[], help="further options of stretto serve"
+    )
+    parser.add_argument("--json", type=Path, help="write the reports to this file")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for server in servers(options.model, options.vllm, options.serve):
+        rows += measure(server, options.passes, options.at_once, options.rates)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
