@@ -1,5 +1,6 @@
 """Sampling on the device: the same tokens with the same probabilities as the sampler on the host."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from itertools import accumulate
@@ -22,7 +23,7 @@ def orders(*rows: dict[int, float]) -> Tensor:
     """Sampling parameters for each row, by field. Row i gets slot i."""
     made = np.zeros((len(rows), draw.ORDER), dtype=np.int32)
     for index, row in enumerate(rows):
-        made[index, draw.SLOT] = index
+        made[index, draw.SLOT] = made[index, draw.SINK] = index
         for place, value in ({draw.TOP_P: 1.0, draw.REPETITION: 1.0} | row).items():
             if place >= draw.TEMPERATURE:
                 made[index, place : place + 1].view(np.float32)[:] = value

@@ -18,7 +18,6 @@ import msgspec
 import zmq
 
 from stretto.config import EngineConfig
-from stretto.disk.files import loading
 from stretto.engine import ipc
 from stretto.engine.core import EngineCore
 from stretto.engine.heartbeat import Pulse
@@ -28,13 +27,13 @@ from stretto.engine.scheduler.admission import Snapshot, snapshot
 from stretto.engine.sequence import Sequence
 from stretto.engine.structured.grammar import Matcher
 from stretto.errors import InvalidGrammar, InvalidRequest, StrettoError
-from stretto.queueing.round_robin import RoundRobin
 from stretto.telemetry.log import configure
 from stretto.types import Finish, QueueState, Reason, Request, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
 
 IDLE_MS = 1000  # the longest wait for a message
+QUIET_MS = 200  # without a message, after which a runner may use spare time
 COMPILING_MS = 1  # the same while a grammar compiles
 SNAPSHOT_S = 0.02  # between two snapshots of a busy model
 PR_SET_PDEATHSIG = 1
@@ -60,13 +59,13 @@ class EngineWorker:
             emit=self._emit,
             share=config.prefix_cache,
         )
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._uncompiled: RoundRobin[Request] = RoundRobin()
-        self._compiling: dict[int, tuple[Request | None, Future[Matcher]]] = {}  # one; None: cancelled
+        self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}
         self._admits = config.schedule == "deadline"
         self._newest: dict[str, int] = {}
         self._snapshot_times: dict[str, float] = {}
         self._queues: dict[str, QueueState] = {}
+        self._unprepared = True  # whether a runner could use spare time
         self._stopped = False
         self._checked = True
 
@@ -85,12 +84,21 @@ class EngineWorker:
     def _inbox(self) -> Iterator[bytes]:
         """The messages that have arrived. Waits for one when there is nothing to run."""
         if self._engine.idle:
-            waited = self._socket.poll(COMPILING_MS if self._compiling else IDLE_MS)
+            waited = self._socket.poll(self._longest_wait_ms())
+            if not waited and self._unprepared and not self._compiling:
+                self._unprepared = any(model.runner.prepare() for model in self._engine.models.values())
+                return
             if not waited and not self._compiling and not self._checked:
                 self._engine.check()
                 self._checked = True
         while self._socket.poll(0):
             yield self._socket.recv(zmq.NOBLOCK)
+
+    def _longest_wait_ms(self) -> int:
+        """How long to wait for a message when there is nothing to run."""
+        if self._compiling:
+            return COMPILING_MS
+        return QUIET_MS if self._unprepared else IDLE_MS
 
     def _handle(self, raw: bytes) -> None:
         """Do what a message asks for. A request that fails ends alone: no exception of it leaves here."""
@@ -107,11 +115,8 @@ class EngineWorker:
                     self._reject(request.id, error, request.request_id)
             case ipc.Cancel(ids):
                 for ident in ids:
+                    self._compiling.pop(ident, None)
                     self._engine.cancel(ident)
-                cancelled = frozenset(ids)
-                self._uncompiled.discard(lambda request: request.id in cancelled)
-                for ident in cancelled & self._compiling.keys():
-                    self._compiling[ident] = None, self._compiling[ident][1]
             case ipc.Stop():
                 self._stopped = True
 
@@ -129,27 +134,8 @@ class EngineWorker:
         if grammar is None:
             self._engine.submit(self._sequence(request))
         else:
-            matcher = self._loader.grammars(request.model).known(grammar)
-            if matcher is not None:
-                self._run_under(request, matcher)
-                return
-            # Our own grammar does not wait behind those of clients, and tenants take turns.
-            self._uncompiled.push("" if grammar.kind == "json_object" else request.tenant, request)
-            self._compile_next()
-
-    def _compile_next(self) -> None:
-        """Compile the next grammar that waits, if none compiles."""
-        if self._uncompiled and not self._compiling:
-            request = self._uncompiled.pop()
-            assert request.sampling.grammar is not None
-            compile_ = self._loader.grammars(request.model).compile
-            self._compiling[request.id] = request, self._compiler.submit(compile_, request.sampling.grammar)
-
-    def _run_under(self, request: Request, grammar: Matcher) -> None:
-        """Queue a request whose grammar has compiled. Raises InvalidGrammar for emitted tokens outside it."""
-        if not all(map(grammar.accept, request.emitted)):
-            raise InvalidGrammar("the emitted tokens do not follow the grammar")
-        self._engine.submit(self._sequence(request, grammar))
+            future = self._compilers.submit(self._loader.grammars(request.model).compile, grammar)
+            self._compiling[request.id] = request, future
 
     def _reject(self, ident: int | None, error: BaseException, request_id: str = "") -> None:
         """End a request that has not run in an error. Without an id there is nobody to tell."""
@@ -167,13 +153,13 @@ class EngineWorker:
             if not future.done():
                 continue
             del self._compiling[ident]
-            if request is None:
-                continue
             try:
-                self._run_under(request, future.result())
+                grammar = future.result()
+                if not all(map(grammar.accept, request.emitted)):
+                    raise InvalidGrammar("the emitted tokens do not follow the grammar")
+                self._engine.submit(self._sequence(request, grammar))
             except BaseException as error:  # a panic in the compiler is no Exception
                 self._reject(ident, error, request.request_id)
-        self._compile_next()
 
     def _sequence(self, request: Request, grammar: Matcher | None = None) -> Sequence:
         return Sequence.of(request, self._engine.models[request.model].runner.info.context, grammar)
@@ -233,8 +219,7 @@ def main() -> None:
     except zmq.ZMQError as error:
         sys.exit(f"the engine cannot listen at {sys.argv[1]}: {error}")
     try:
-        with loading("the engine", "please report this"):
-            worker = EngineWorker(config, socket)
+        worker = EngineWorker(config, socket)
     except StrettoError as error:
         socket.send(ipc.encode(ipc.Failed(error.message)))
         socket.close(linger=1000)

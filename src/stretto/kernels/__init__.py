@@ -45,7 +45,8 @@ class Batch:
     `contexts`: int32 [S], how many keys the last query of a sequence sees, its own included.
     `tables`: int32 [S, blocks], the blocks of each sequence, padded with 0.
     `outputs`: int64 [R], the rows whose hidden state is wanted. None: all of them.
-    `query_lens`, `context_lens`: rows and contexts of each sequence, on the host.
+    `query_lens`, `context_lens`: rows and contexts of each sequence, on the host. Empty where the device
+    alone knows them; then T and S are the most that there can be.
     """
 
     tokens: Tensor

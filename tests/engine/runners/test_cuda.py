@@ -32,6 +32,7 @@ from tests.models.checkpoints import FAMILIES, VOCAB, expected, make
 from tests.models.stepping import Driver, Text
 
 from stretto.engine.runners import cuda  # isort: skip
+from stretto.kernels.cuda import table as cuda_table  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
@@ -55,10 +56,15 @@ class CompletedEvent:
     def synchronize(self) -> None: ...
 
 
-class Interpreted(cuda.CudaRunner):
-    """A CUDA runner without a GPU: it runs every step and captures no graph."""
+class Counting(cuda.CudaRunner):
+    """A CUDA runner that counts its graphs. Without a GPU it runs every step and captures none."""
 
-    def _capture(self, captured: cuda.Captured) -> None: ...
+    captures = 0
+
+    def _capture(self, memory: cuda.StepMemory) -> None:
+        self.captures += 1
+        if GPU:
+            super()._capture(memory)
 
 
 class DeviceDriver(Driver):
@@ -83,8 +89,7 @@ class Bench:
             name="m", path="", family="", dtype="", device=str(DEVICE), context=blocks * BLOCK,
             vocab=VOCAB, parameters=0, weight_bytes=0, kv_bytes=0, load_s=0, block_size=BLOCK, blocks=blocks,
         )  # fmt: skip
-        kind = cuda.CudaRunner if GPU else Interpreted
-        runner = kind(self.decoder, info, eos=frozenset({eos}), max_running=6)
+        runner = Counting(self.decoder, info, eos=frozenset({eos}), max_running=6, most_tokens=step_tokens)
         self.events, self.steps = [], []
         return EngineCore(
             [LoadedModel(runner)],
@@ -146,6 +151,24 @@ def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None
         assert (found - wanted).norm() / wanted.norm() <= tolerance
 
 
+@pytest.mark.skipif(not GPU, reason="needs a GPU: the interpreter knows no FP8")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rows_that_the_kernel_before_quantises_are_as_exact_as_those_quantised_alone(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
+    model = make(family, tmp_path, dtype=torch.bfloat16, initializer_range=0.06, **sizes)
+    decoder = load(tmp_path, dtype=torch.bfloat16, device=DEVICE, kernels=table(DEVICE, "fp8"))
+    tokens = [3 + 7919 * i % (VOCAB - 3) for i in range(100)]
+    wanted = expected(model, tokens)
+    fused = DeviceDriver(decoder).read(tokens, len(tokens)).cpu()
+    monkeypatch.setattr(cuda_table, "SKINNY_ROWS", 1000)
+    alone = DeviceDriver(decoder).read(tokens, len(tokens)).cpu()
+    assert not torch.equal(fused, alone), "both took the same path"
+    errors = [float((found - wanted).norm() / wanted.norm()) for found in (fused, alone)]
+    assert errors[0] <= 1.2 * errors[1] <= 0.3
+
+
 @pytest.mark.parametrize("family", CHOSEN if GPU else [])
 def test_greedy_tokens_equal_transformers_batched_chunked_cached_and_preempted(
     family: str, tmp_path: Path
@@ -198,6 +221,24 @@ def test_penalties_on_the_device_equal_those_on_the_host(bench: Bench) -> None:
     assert bench.run(bench.engine(), PROMPTS[: len(PENALISED)], *PENALISED) == wanted
     if GPU:
         assert bench.run(bench.engine(blocks=20, step_tokens=7), PROMPTS[:3], *PENALISED) == wanted
+
+
+def test_steps_are_padded_to_graphs_and_none_is_captured_while_serving(bench: Bench) -> None:
+    """After the start a graph holds every step, and more graphs in spare time change no answer."""
+    samplings: list[dict[str, object]] = [{}, {"temperature": 1.1, "seed": 7}, {"repetition_penalty": 1.5}]
+    wanted = bench.run(bench.engine(step_tokens=16), PROMPTS[:3], *samplings)
+    engine = bench.engine(step_tokens=16)
+    runner = engine.models["m"].runner
+    assert isinstance(runner, Counting)
+    runner.start()
+    ready = runner.captures
+    assert ready == 5, "decodes of 1, 2, 4 and 6 sequences, and 16 tokens of any"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_allocate", lambda size: pytest.fail(f"no graph holds {size}"))
+        assert bench.run(engine, PROMPTS[:3], *samplings) == wanted
+    assert runner.captures == ready
+    assert runner.prepare() and not runner.prepare() and runner.captures == ready + 2
+    assert bench.run(engine, PROMPTS[:1]) == wanted[:1]
 
 
 def test_a_step_is_launched_before_the_previous_one_is_read(bench: Bench) -> None:

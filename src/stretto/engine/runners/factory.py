@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 from math import inf
 from pathlib import Path
@@ -129,8 +130,15 @@ class ModelLoader:
         eos = frozenset(spec.eos)
         if (path / "tokenizer.json").exists():
             self._grammars[model.name] = Grammars(path, eos, spec.vocab)
-        kind = import_module(CUDA).CudaRunner if self._device.type == "cuda" else TorchRunner
-        return kind(decoder, info, eos=eos, max_running=self._config.max_running)
+        max_running = self._config.max_running
+        if self._device.type != "cuda":
+            return TorchRunner(decoder, info, eos=eos, max_running=max_running)
+        most = self._config.max_step_tokens or MOST_STEP_TOKENS
+        runner = import_module(CUDA).CudaRunner(
+            decoder, info, eos=eos, max_running=max_running, most_tokens=most
+        )
+        runner.start(partial(self._progress, f"{model.name}: graphs"))
+        return runner
 
     def _kv_dtype(self, decoder: Decoder, quantised: bool) -> torch.dtype:
         cached = frozenset(_named(dtype) for dtype in decoder.kernels.kv_dtypes)

@@ -70,6 +70,10 @@ class NullRunner:
     def erase(self, blocks: list[int]) -> None:
         """Do nothing: there is no KV memory."""
 
+    def prepare(self) -> bool:
+        """Nothing: there are no kernels."""
+        return False
+
     def step_ms(self, load: StepLoad) -> float:
         """The milliseconds of a step."""
         return self.cost(load)

@@ -56,6 +56,10 @@ class TorchRunner:
         """Zero the KV memory of these blocks."""
         self._cache.erase(blocks)
 
+    def prepare(self) -> bool:
+        """Nothing: all steps are run alike."""
+        return False
+
     def _draw(self, hidden: Tensor, rows: list[Row]) -> list[Drawn]:
         """Draw for each row from its hidden states: one, and one more for each draft token."""
         if not rows:

@@ -20,8 +20,10 @@ from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 KEYS = 64
 MAX_SPLITS = 32
 PROGRAMS = 264  # two for each multiprocessor of a Hopper card
-CHUNK_ROWS = 128
+CHUNK_ROWS, CHUNK_KEYS, CHUNK_STAGES = 128, 128, 3
+SEQUENCES = 512  # `_number_tiles` is compiled once for up to so many sequences
 PARTS_AT_ONCE = tl.constexpr(8)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -107,7 +109,7 @@ def _decode(
     q, layer, tables, starts, contexts, out, parts, stats, arrived, q_stride, table_stride, blocks, scale,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    SPLITS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+    SPLITS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of a sequence that has one query, for the heads that share the keys. Only the
     query and the newest key and value come from this step, so all older ones are loaded before `wait`."""
@@ -119,10 +121,12 @@ def _decode(
     base = oldest // KEYS * KEYS
     reach = tl.cdiv(tl.cdiv(context - base, KEYS), SPLITS) * KEYS
     active = tl.cdiv(context - base, reach)
+    if MIXED:
+        wait()  # without one query anywhere, all programs return, and the next kernel must not start before
     if tl.load(starts + seq + 1) - row != 1 or split >= active:
         return
-    head, dim = tl.arange(0, SHARE_BLOCK), tl.arange(0, DIM_BLOCK)
-    own, inside = (head < SHARE)[:, None] & (dim < DIM)[None], dim < DIM
+    head, dim, inside = tl.arange(0, SHARE_BLOCK), tl.arange(0, DIM_BLOCK), tl.arange(0, DIM_BLOCK) < DIM
+    own = (head < SHARE)[:, None] & inside[None]
     table, pool = tables + seq * table_stride, layer + kv_head.to(tl.int64) * SIZE * DIM
     further = blocks.to(tl.int64) * KV_HEADS * SIZE * DIM
     begin, end = base + split * reach, tl.minimum(base + (split + 1) * reach, newest)
@@ -152,8 +156,7 @@ def _decode(
         tl.store(spot, (mixed / total[:, None]).to(out.dtype.element_ty), own)
         return
     pair = seq * KV_HEADS + kv_head
-    parts += pair * SPLITS * SHARE * DIM
-    stats += pair * SPLITS * SHARE * 2
+    parts, stats = parts + pair * SPLITS * SHARE * DIM, stats + pair * SPLITS * SHARE * 2
     at = split * SHARE + head
     tl.store(parts + at[:, None] * DIM + dim[None], mixed, own)
     tl.store(stats + split * 2 * SHARE + head, high, head < SHARE)
@@ -164,29 +167,81 @@ def _decode(
         tl.store(arrived + pair, 0)
 
 
-@triton.jit
-def _chunk(
-    q, layer, tables, starts, contexts, out, q_stride, table_stride, blocks, sequences, scale,
-    KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    TOKENS: tl.constexpr, SEQS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """A tile of TOKENS queries of one sequence, for the heads that share keys. Tiles are numbered across all
-    sequences; a sequence with one query has none."""
+@triton.jit(do_not_specialize=["sequences"])
+def _number_tiles(starts, tiles_out, sequences, TOKENS: tl.constexpr, SEQS: tl.constexpr):
+    """The sequence and the number within it of one tile; sequence -1 where there is no such tile."""
     release()
-    kv_head = tl.program_id(1)
-    wait()
     each = tl.arange(0, SEQS)
+    wait()
     ends = tl.load(starts + 1 + each, each < sequences, 0)
     counts = tl.where(each < sequences, ends - tl.load(starts + each, each < sequences, 0), 0)
     tiles = tl.where(counts > 1, tl.cdiv(counts, TOKENS), 0)
-    until = tl.cumsum(tiles, 0)
-    # The later tiles of a prompt read the most keys, so they are started first.
+    # The later tiles of a prompt read the most keys, so they come first.
     number = tl.num_programs(0) - 1 - tl.program_id(0)
-    seq = tl.sum((until <= number).to(tl.int32), 0).to(tl.int64)
-    if seq >= sequences:
+    seq = tl.sum((tl.cumsum(tiles, 0) <= number).to(tl.int32), 0)
+    spot = tiles_out + 2 * tl.program_id(0)
+    tl.store(spot, tl.where(seq < sequences, seq, -1))
+    tl.store(spot + 1, number - tl.sum(tl.where(each < seq, tiles, 0), 0))
+
+
+@triton.jit
+def _chunk_keys(
+    queries, position, keys_at, values_at, table, start, oldest, end, dim, scale, high, total, mixed,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    KEYS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """As `_accumulate`, for those of the KEYS keys from `start` that are in [oldest, end). Without MASKED,
+    all queries see all of them."""
+    key = start + tl.arange(0, KEYS)
+    written = (key >= oldest) & (key < end)
+    readable = written[:, None] & (dim < DIM)[None]
+    if MASKED:
+        block = tl.load(table + key // SIZE, written, 0).to(tl.int64)
+    else:
+        block = tl.load(table + key // SIZE).to(tl.int64)
+    at = (block * STRIDE + key % SIZE * DIM)[:, None] + dim[None]
+    if MASKED or dim.shape[0] != DIM:
+        keys, values = tl.load(keys_at + at, readable, 0.0), tl.load(values_at + at, readable, 0.0)
+    else:
+        keys, values = tl.load(keys_at + at), tl.load(values_at + at)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee" if EXACT else "tf32")
+    unit = scale * LOG2_E
+    if CAP > 0:
+        scores = _cap(scores * scale, CAP)
+        unit = LOG2_E
+    if MASKED:
+        seen = written[None] & (key[None] <= position[:, None])
+        if WINDOW:
+            seen &= key[None] > position[:, None] - WINDOW
+        scores = tl.where(seen, scores, -float("inf"))
+    top = tl.maximum(high, tl.max(scores, 1) * unit)
+    floor = top
+    if MASKED:  # without a key so far the maximum is -inf, and -inf - -inf would be NaN
+        floor = tl.where(top == -float("inf"), 0.0, top)
+    fade = tl.exp2(high - floor)
+    weights = tl.exp2(scores * unit - floor[:, None])
+    total = total * fade + tl.sum(weights, 1)
+    mixed = mixed * fade[:, None]
+    mixed = tl.dot(weights.to(values.dtype), values, acc=mixed, input_precision="ieee" if EXACT else "tf32")
+    return top, total, mixed
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _chunk(
+    q, layer, tables, tiles, starts, contexts, out, q_stride, table_stride, blocks, scale,
+    KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    TOKENS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A tile of TOKENS queries of one sequence, for the heads that share keys. `tiles` names the tile of each
+    program; a sequence with one query has none. Keys that all queries of the tile see need no mask."""
+    release()
+    kv_head = tl.program_id(1)
+    wait()
+    seq = tl.load(tiles + 2 * tl.program_id(0)).to(tl.int64)
+    if seq < 0:
         return
-    tile = number - tl.sum(tl.where(each < seq, tiles, 0), 0)
+    tile = tl.load(tiles + 2 * tl.program_id(0) + 1)
     first, context = tl.load(starts + seq), tl.load(contexts + seq)
     count = tl.load(starts + seq + 1) - first
     line = tl.arange(0, TOKENS * SHARE_BLOCK)
@@ -201,20 +256,24 @@ def _chunk(
     total = tl.zeros((TOKENS * SHARE_BLOCK,), tl.float32)
     mixed = tl.zeros((TOKENS * SHARE_BLOCK, DIM_BLOCK), tl.float32)
     lowest = context - count + tile * TOKENS
-    begin = tl.maximum(lowest - WINDOW + 1, 0) // KEYS * KEYS if WINDOW else 0
-    for start in range(begin, tl.minimum(lowest + TOKENS, context), KEYS):
-        key = start + tl.arange(0, KEYS)
-        written = (key < context) & (key > lowest - WINDOW) if WINDOW else key < context
-        block = tl.load(tables + seq * table_stride + key // SIZE, written, 0).to(tl.int64)
-        at = layer + ((block * KV_HEADS + kv_head) * SIZE + key % SIZE)[:, None] * DIM + dim[None]
-        readable = written[:, None] & (dim < DIM)[None]
-        keys = tl.load(at, readable, 0.0)
-        values = tl.load(at + blocks * KV_HEADS * SIZE * DIM, readable, 0.0)
-        seen = key[None] <= position[:, None]
-        if WINDOW:
-            seen &= key[None] > position[:, None] - WINDOW
-        scores = tl.where(seen, _scores(queries, tl.trans(keys), scale, CAP, EXACT), -float("inf"))
-        high, total, mixed = _accumulate(scores, values, high, total, mixed, EXACT)
+    table = tables + seq * table_stride
+    keys_at = layer + kv_head * SIZE * DIM
+    values_at = keys_at + blocks.to(tl.int64) * KV_HEADS * SIZE * DIM
+    end = tl.minimum(lowest + TOKENS, context)
+    oldest = tl.maximum(lowest - WINDOW + 1, 0) if WINDOW else 0
+    begin = oldest // KEYS * KEYS
+    seen_by_all = begin if WINDOW else tl.maximum(lowest + 1, 0) // KEYS * KEYS
+    for start in range(begin, seen_by_all, KEYS):
+        high, total, mixed = _chunk_keys(
+            queries, position, keys_at, values_at, table, start, oldest, end, dim, scale, high, total, mixed,
+            SIZE, KV_HEADS * SIZE * DIM, DIM, WINDOW, CAP, KEYS, EXACT, False,
+        )  # fmt: skip
+    for start in range(seen_by_all, end, KEYS):
+        high, total, mixed = _chunk_keys(
+            queries, position, keys_at, values_at, table, start, oldest, end, dim, scale, high, total, mixed,
+            SIZE, KV_HEADS * SIZE * DIM, DIM, WINDOW, CAP, KEYS, EXACT, True,
+        )  # fmt: skip
+    total = tl.where(total == 0.0, 1.0, total)  # a row that pads the step may see no key
     spot = out + rows[:, None] * (KV_HEADS * SHARE * DIM) + lanes
     tl.store(spot, (mixed / total[:, None]).to(out.dtype.element_ty), own)
 
@@ -252,27 +311,53 @@ def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: D
         DIM_BLOCK=pow2(kind.head_dim, 16), SIZE=layer.shape[3], WINDOW=kind.window, CAP=kind.softcap,
         SPLITS=workspace.splits,
         WIDTH=pow2(share * kind.head_dim), KEYS=KEYS if kind.head_dim > 64 else 2 * KEYS,
-        EXACT=q.dtype == torch.float32,
+        EXACT=q.dtype == torch.float32, MIXED=not batch.query_lens or max(batch.query_lens) > 1,
         num_warps=4, num_stages=3 if kind.head_dim <= 128 and q.itemsize == 2 else 1, **OPTIONS,
     )  # fmt: skip
     return out
 
 
-def chunk(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, out: Tensor | None = None) -> Tensor:
-    """Attention of the sequences that have several queries. The rows of others in `out` are not changed."""
+def tile_tokens(kind: Attention, itemsize: int) -> int:
+    """How many queries of a sequence a program of `chunk` handles."""
+    share = pow2(kind.heads // kind.kv_heads)
+    tokens = max((64 if _wide(kind, itemsize) else CHUNK_ROWS) // share, 1)
+    return max(tokens, pow2(-(-16 // share)))
+
+
+def _wide(kind: Attention, itemsize: int) -> bool:
+    return kind.head_dim > 128 or itemsize > 2
+
+
+def number_tiles(batch: Batch, tokens: int) -> Tensor:
+    """The sequence and number of each tile of `tokens` queries, int32 [tiles, 2]. When only the device knows
+    the sequences, there are as many tiles as there may be."""
+    sequences = batch.contexts.shape[0]
+    tiles = sum(-(-count // tokens) for count in batch.query_lens if count > 1)
+    if not batch.query_lens:
+        tiles = batch.tokens.shape[0] // tokens + sequences
+    out = torch.empty((tiles, 2), dtype=torch.int32, device=batch.contexts.device)
+    _number_tiles[(tiles,)](
+        batch.query_starts, out, sequences, TOKENS=tokens, SEQS=pow2(sequences, SEQUENCES), **OPTIONS
+    )
+    return out
+
+
+def chunk(
+    q: Tensor, kind: Attention, layer: Tensor, batch: Batch, tiles: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Attention of the sequences that have several queries. The rows of others in `out` are not changed.
+    `tiles` as `number_tiles` makes them of `tile_tokens`."""
     if out is None:
         out = q.new_empty(q.shape[0], kind.heads * kind.head_dim)
-    share = pow2(kind.heads // kind.kv_heads)
-    wide = kind.head_dim > 128 or q.itemsize > 2
-    tokens = max((64 if wide else CHUNK_ROWS) // share, 1)
-    tokens = max(tokens, pow2(-(-16 // share)))
-    tiles = sum(-(-count // tokens) for count in batch.query_lens if count > 1)
-    _chunk[(tiles, kind.kv_heads)](
-        q, layer, batch.tables, batch.query_starts, batch.contexts, out,
-        q.stride(0), batch.tables.stride(0), layer.shape[1], len(batch.query_lens), kind.scale,
-        KV_HEADS=kind.kv_heads, SHARE=kind.heads // kind.kv_heads, SHARE_BLOCK=share, DIM=kind.head_dim,
+    wide = _wide(kind, q.itemsize)
+    _chunk[(tiles.shape[0], kind.kv_heads)](
+        q, layer, batch.tables, tiles, batch.query_starts, batch.contexts, out,
+        q.stride(0), batch.tables.stride(0), layer.shape[1], kind.scale,
+        KV_HEADS=kind.kv_heads, SHARE=kind.heads // kind.kv_heads,
+        SHARE_BLOCK=pow2(kind.heads // kind.kv_heads), DIM=kind.head_dim,
         DIM_BLOCK=pow2(kind.head_dim, 16), SIZE=layer.shape[3], WINDOW=kind.window, CAP=kind.softcap,
-        TOKENS=tokens, SEQS=pow2(len(batch.query_lens)), KEYS=32 if wide else KEYS,
-        EXACT=q.dtype == torch.float32, num_warps=4 if wide else 8, num_stages=1 if wide else 3, **OPTIONS,
+        TOKENS=tile_tokens(kind, q.itemsize), KEYS=32 if wide else CHUNK_KEYS,
+        EXACT=q.dtype == torch.float32, num_warps=4 if wide else 8,
+        num_stages=1 if wide else CHUNK_STAGES, **OPTIONS,
     )  # fmt: skip
     return out

@@ -1,5 +1,4 @@
-"""The input of a decode step and the sampling of its tokens, both on the device, so that the host need
-not wait.
+"""The input of a step and the sampling of its tokens, both on the device, so that the host need not wait.
 
 A row of inputs holds what the host knows of one sequence's step; the token to read may be known to the device
 alone. Sampling inverts the cumulative sum, in the vocabulary's order, over the tokens that top_k, top_p and
@@ -16,10 +15,14 @@ from torch import Tensor
 from stretto.kernels import Batch
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 
-SLOT, POSITION, TOKEN, BLOCK, TOP_K = range(5)
-TEMPERATURE, TOP_P, MIN_P, FRACTION, REPETITION, FREQUENCY, PRESENCE = range(5, 12)
-ORDER = 12
-"""How many numbers of 32 bits a row of inputs has. They are float32 from TEMPERATURE on, int32 before."""
+SLOT, POSITION, TOKEN, BLOCK, TOP_K, SINK, COUNT, FIRST = range(8)
+TEMPERATURE, TOP_P, MIN_P, FRACTION, REPETITION, FREQUENCY, PRESENCE = range(8, 15)
+ORDER = 16
+"""How many numbers of 32 bits a row of inputs has. They are float32 from TEMPERATURE on, int32 before. Row
+tables and tokens are read by SLOT; the drawn token is written by SINK, which is another slot where none is
+wanted. A row has COUNT tokens from POSITION on; the first is number FIRST of the step."""
+SETTINGS = tl.constexpr(TEMPERATURE)
+TO = tl.constexpr(SINK)
 IN_PROMPT, IN_OUTPUT = 1, 2
 """What a token's count is made of: 1 if the prompt has it, and 2 for each time it was sampled."""
 MOST_SEEN = tl.constexpr(2**15 - 4)
@@ -83,6 +86,76 @@ def read(inputs: Tensor, drawn: Tensor, tables: Tensor, batch: Batch, block_size
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["padding"])
+def _fill_mixed(
+    inputs, ids, drawn, tables, tokens, positions, slots, starts, contexts, outputs, own_tables,
+    table_stride, own_stride, padding,
+    ORDER: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    release()
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    wait()
+    row_inputs = inputs + row * ORDER
+    slot, position = tl.load(row_inputs).to(tl.int64), tl.load(row_inputs + 1)
+    count, first = tl.load(row_inputs + 6), tl.load(row_inputs + 7)
+    real = slot != padding
+    place = part * TOKENS + tl.arange(0, TOKENS)
+    inside = place < count
+    at = tl.where(real, position + place, 0)
+    token = tl.load(ids + first + place, place < tl.where(real, count, 0), 0).to(tl.int64)
+    newest = tl.maximum(tl.load(drawn + slot), 0)
+    block = tl.load(tables + slot * table_stride + at // SIZE, inside, 0).to(tl.int64)
+    tl.store(tokens + first + place, tl.where(token < 0, newest, token), inside)
+    tl.store(positions + first + place, at.to(tl.int64), inside)
+    tl.store(slots + first + place, block * SIZE + at % SIZE, inside)
+    if part == 0:
+        context = tl.where(real, position + count, 1)
+        tl.store(starts + row, first)
+        tl.store(contexts + row, context)
+        tl.store(outputs + row, tl.maximum(first + count - 1, 0).to(tl.int64))
+        columns = tl.cdiv(context, SIZE)
+        for start in range(0, columns, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            value = tl.load(tables + slot * table_stride + column, column < columns, 0)
+            tl.store(own_tables + row * own_stride + column, value, column < columns)
+
+
+def read_mixed(
+    inputs: Tensor, ids: Tensor, drawn: Tensor, tables: Tensor, outputs: Tensor, batch: Batch, block_size: int
+) -> None:
+    """Fill `batch` for a step in which each sequence has any number of tokens.
+
+    `inputs`: int32 [S, ORDER]. Its rows in the last slot are padding, and attend to one key only. `ids`:
+    int32 [T], the tokens; one below zero is read from `drawn`. `outputs`: int64 [S], gets the last token of
+    each row. `tables` must hold all blocks.
+    """
+    rows, tokens = inputs.shape[0], ids.shape[0]
+    _fill_mixed[(rows, triton.cdiv(tokens, 512))](
+        inputs, ids, drawn, tables, batch.tokens, batch.positions, batch.slots, batch.query_starts,
+        batch.contexts, outputs, batch.tables, tables.stride(0), batch.tables.stride(0), tables.shape[0] - 1,
+        ORDER=ORDER, SIZE=block_size, COLUMNS=512, TOKENS=512, **OPTIONS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def _write_tables(updates, tables, count, stride, BLOCK: tl.constexpr):
+    release()
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    wait()
+    slot = tl.load(updates + 3 * place, inside, 0).to(tl.int64)
+    column, block = tl.load(updates + 3 * place + 1, inside, 0), tl.load(updates + 3 * place + 2, inside, 0)
+    tl.store(tables + slot * stride + column, block, inside)
+
+
+def write_tables(updates: Tensor, tables: Tensor) -> None:
+    """Write blocks into `tables` (int32, by slot). `updates`: int32 [N, 3], a slot, a column and a block."""
+    count = updates.shape[0]
+    _write_tables[(triton.cdiv(count, 256),)](
+        updates, tables, count, tables.stride(0), BLOCK=256, num_warps=2, **OPTIONS
+    )
+
+
 @triton.jit
 def _penalties(settings):
     """Repetition, frequency and presence penalty of a row of inputs, and whether any of them has
@@ -104,9 +177,9 @@ def _penalise_and_find_peaks(
     wait()
     spot = logits + row * vocab + column
     value = tl.load(spot, column < vocab, -float("inf"))
-    repetition, frequency, presence, penalised = _penalties(settings + row * ORDER + 5)
+    repetition, frequency, presence, penalised = _penalties(settings + row * ORDER + SETTINGS)
     if penalised:
-        slot = tl.load(inputs + row * ORDER).to(tl.int64)
+        slot = tl.load(inputs + row * ORDER + TO).to(tl.int64)
         times = tl.load(seen + slot * vocab + column, column < vocab, 0).to(tl.int32)
         changed = tl.where(value > 0, value / repetition, value * repetition)
         drawn = times // 2
@@ -162,7 +235,7 @@ def _draw(
     token = tl.min(
         tl.where(tops == peak, tl.load(columns + row * PARTS + part, part < PARTS, vocab), vocab), 0
     )
-    row_inputs, settings = inputs + row * ORDER, settings + row * ORDER + 5
+    row_inputs, settings = inputs + row * ORDER, settings + row * ORDER + SETTINGS
     heat = tl.load(settings)
     sound = (peak < float("inf")) & (peak > -float("inf"))
     token = tl.where(sound, token, -1)
@@ -190,7 +263,7 @@ def _draw(
             passed += tl.sum(weights, 0)
         # Rounding may leave no token after the goal; then the likeliest one is taken.
         token = tl.where(before < vocab, before, token)
-    slot = tl.load(row_inputs).to(tl.int64)
+    slot = tl.load(row_inputs + TO).to(tl.int64)
     tl.store(out + row, token.to(tl.int64))
     tl.store(drawn + slot, token.to(tl.int64))
     _, _, _, penalised = _penalties(settings)

@@ -6,14 +6,21 @@ visible. Every kernel of this package calls both. Before `wait` it may only read
 writes: weights, the plan, and keys and values of earlier steps.
 """
 
+# pyright: reportMissingTypeStubs=false
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
+from triton.runtime._async_compile import AsyncCompileMode
+from triton.runtime.jit import JITFunction
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -38,6 +45,26 @@ def wait():
     """Wait until every kernel launched before this one has ended."""
     if DEPENDENT:
         cuda.gdc_wait()
+
+
+@contextmanager
+def compiling_ahead() -> Generator[None]:
+    """Inside, a kernel that is launched does not run, but is compiled in a thread of its own. At the end all
+    are compiled."""
+    if INTERPRETED:
+        yield
+        return
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    JITFunction.run = compile_only
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
+            yield
+    finally:
+        JITFunction.run = run
 
 
 def pow2(size: int, minimum: int = 1) -> int:

@@ -19,7 +19,7 @@ from stretto.kernels.cuda.rows import activate
 from stretto.kernels.cuda.weights import CudaWeights, Tiling
 
 GEMV_ROWS = 1
-MAX_M_BLOCK = 128
+MAX_M_BLOCK = 64
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 """Kernels that treat each token row by itself: norms, activations, the rotary embedding, writing to
-the cache.
+the cache, quantisation.
 
 Values are computed in float32 and rounded once, when they are stored.
 """
@@ -14,7 +14,11 @@ from torch import Tensor
 from stretto.kernels import Activation, Attention, Batch, Rotation
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
 ACT_BLOCK = 1024
+# A step of many tokens has enough programs when each of them rotates several heads.
+LANES, LANES_FROM = 16, 128
 
 
 @triton.jit
@@ -30,7 +34,18 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _norm(x, residual, weight, out, width, x_stride, out_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _quantised(value, scale_at, MAX: tl.constexpr):
+    """A row divided by the scale that brings its largest magnitude to MAX; the scale is stored."""
+    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / MAX
+    tl.store(scale_at, scale)
+    return value / scale
+
+
+@triton.jit
+def _norm(
+    x, residual, weight, out, scales_out, width, x_stride, out_stride, eps,
+    ADD: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     release()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -44,14 +59,20 @@ def _norm(x, residual, weight, out, width, x_stride, out_stride, eps, ADD: tl.co
         tl.store(residual + row * width + columns, total, inside)
         value = total.to(tl.float32)
     mean = tl.sum(value * value, 0) / width
-    tl.store(out + row * out_stride + columns, value * tl.rsqrt(mean + eps) * scales, inside)
+    value = value * tl.rsqrt(mean + eps) * scales
+    if scales_out is not None:
+        value = _quantised(value, scales_out + row, MAX)
+    tl.store(out + row * out_stride + columns, value.to(out.dtype.element_ty), inside)
 
 
-def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> None:
+def _launch_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, eps: float, scales: Tensor | None = None
+) -> None:
     block = pow2(x.shape[-1])
     _norm[(x.shape[0],)](
-        x, residual, weight, out, x.shape[-1], x.stride(0), out.stride(0), eps,
-        ADD=residual is not None, BLOCK=block, num_warps=min(max(block // 512, 1), 16), **OPTIONS,
+        x, residual, weight, out, scales, x.shape[-1], x.stride(0), out.stride(0), eps,
+        ADD=residual is not None, MAX=FP8_MAX, BLOCK=block,
+        num_warps=min(max(block // 512, 1), 16), **OPTIONS,
     )  # fmt: skip
 
 
@@ -69,6 +90,16 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[T
     if x.shape[0]:
         _launch_norm(x, residual, weight, out, eps)
     return out, residual
+
+
+def quantised_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of x, plus the residual sum if there is one, as `quantise_rows` rounds it -> (e4m3 [M, K],
+    scales [M], the sum). `residual` is overwritten."""
+    out, scales = torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
+    _launch_norm(x, residual, weight, out, eps, scales)
+    return out, scales, x if residual is None else residual
 
 
 @triton.jit
@@ -92,6 +123,53 @@ def act_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
         grid = (rows, triton.cdiv(width, block))
         _act_and_mul[grid](gate_up, out, width, KIND=activation, BLOCK=block, **OPTIONS)
     return out
+
+
+@triton.jit
+def _quantised_act_and_mul(
+    both, out, scales, width, KIND: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    release()
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < width
+    wait()
+    gates = tl.load(both + row * 2 * width + columns, inside, 0.0).to(tl.float32)
+    ups = tl.load(both + (row * 2 + 1) * width + columns, inside, 0.0).to(tl.float32)
+    value = _quantised(activate(gates, KIND) * ups, scales + row, MAX)
+    tl.store(out + row * width + columns, value.to(out.dtype.element_ty), inside)
+
+
+def quantised_act_and_mul(gate_up: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """`act_and_mul` as `quantise_rows` rounds it."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((rows, width), dtype=FP8, device=gate_up.device)
+    scales, block = gate_up.new_empty(rows, dtype=torch.float32), pow2(width)
+    _quantised_act_and_mul[(rows,)](
+        gate_up, out, scales, width, KIND=activation, MAX=FP8_MAX, BLOCK=block,
+        num_warps=min(max(block // 1024, 1), 16), **OPTIONS,
+    )  # fmt: skip
+    return out, scales
+
+
+@triton.jit
+def _quantise_rows(x, out, scales, k, MAX: tl.constexpr, BLOCK: tl.constexpr):
+    release()
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wait()
+    value = tl.load(x + row * k + column, column < k, 0.0).to(tl.float32)
+    value = _quantised(value, scales + row, MAX)
+    tl.store(out + row * k + column, value.to(out.dtype.element_ty), column < k)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, K] -> e4m3 [M, K], and the float32 scale of each row."""
+    out, scales = torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
+    block = pow2(x.shape[1])
+    _quantise_rows[(x.shape[0],)](
+        x, out, scales, x.shape[1],
+        MAX=FP8_MAX, BLOCK=block, num_warps=min(max(block // 512, 1), 16), **OPTIONS,
+    )  # fmt: skip
+    return out, scales
 
 
 @triton.jit
@@ -122,41 +200,37 @@ def _rope_and_cache(
     qkv, weights, cos_sin, slots, layer, blocks, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
     NORM: tl.constexpr, PAIR_BLOCK: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token. Its dimensions are PAIRS firsts, as many seconds, and REST that are
+    """LANES heads of one token. The dimensions of a head are PAIRS firsts, as many seconds, and REST that are
     not rotated."""
     release()
-    token, lane = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    pair, rest = tl.arange(0, PAIR_BLOCK), 2 * PAIRS + tl.arange(0, REST_BLOCK)
-    paired, resting = pair < PAIRS, rest < 2 * PAIRS + REST
-    here = qkv + (token * (HEADS + 2 * KV_HEADS) + lane) * DIM
+    token, lane = tl.program_id(0).to(tl.int64), tl.program_id(1) * LANES + tl.arange(0, LANES)
+    pair, rest = tl.arange(0, PAIR_BLOCK)[None], (2 * PAIRS + tl.arange(0, REST_BLOCK))[None]
+    there = (lane < HEADS + 2 * KV_HEADS)[:, None]
+    rotates = (lane < HEADS + KV_HEADS)[:, None]
+    paired, resting = there & (pair < PAIRS), there & (rest < 2 * PAIRS + REST)
+    here = qkv + (token * (HEADS + 2 * KV_HEADS) + lane[:, None]) * DIM
     wait()
     first = tl.load(here + pair, paired, 0.0).to(tl.float32)
     second = tl.load(here + PAIRS + pair, paired, 0.0).to(tl.float32)
     others = tl.load(here + rest, resting, 0.0).to(tl.float32)
-    if lane < HEADS + KV_HEADS:
-        if NORM:
-            square = tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(others * others, 0)
-            unit = tl.rsqrt(square / DIM + eps)
-            scales = weights + lane * DIM
-            first = first * unit * tl.load(scales + pair, paired, 0.0).to(tl.float32)
-            second = second * unit * tl.load(scales + PAIRS + pair, paired, 0.0).to(tl.float32)
-            others = others * unit * tl.load(scales + rest, resting, 0.0).to(tl.float32)
-        cosine = tl.load(cos_sin + token * 2 * PAIRS + pair, paired, 0.0)
-        sine = tl.load(cos_sin + (token * 2 + 1) * PAIRS + pair, paired, 0.0)
-        rotated = first * cosine - second * sine
-        second = second * cosine + first * sine
-        first = rotated
-    out = here
-    if lane >= HEADS:
-        slot = tl.load(slots + token)
-        head = (lane - HEADS) % KV_HEADS
-        pool = (lane - HEADS) // KV_HEADS
-        block = pool * blocks + slot // SIZE
-        out = layer + ((block * KV_HEADS + head) * SIZE + slot % SIZE) * DIM
+    if NORM:
+        square = tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(others * others, 1)
+        unit = tl.where(rotates, tl.rsqrt(square / DIM + eps)[:, None], 1.0)
+        scales = weights + lane[:, None] * DIM
+        first = first * unit * tl.load(scales + pair, paired & rotates, 1.0).to(tl.float32)
+        second = second * unit * tl.load(scales + PAIRS + pair, paired & rotates, 1.0).to(tl.float32)
+        others = others * unit * tl.load(scales + rest, resting & rotates, 1.0).to(tl.float32)
+    cosine = tl.load(cos_sin + token * 2 * PAIRS + pair, paired & rotates, 1.0)
+    sine = tl.load(cos_sin + (token * 2 + 1) * PAIRS + pair, paired & rotates, 0.0)
+    slot, head = tl.load(slots + token), (lane - HEADS) % KV_HEADS
+    block = (lane - HEADS) // KV_HEADS * blocks + slot // SIZE
+    cached = layer + ((block * KV_HEADS + head) * SIZE + slot % SIZE)[:, None] * DIM
+    out = tl.where((lane < HEADS)[:, None], here, cached)
     kind = qkv.dtype.element_ty
-    tl.store(out + pair, first.to(kind), paired)
-    tl.store(out + PAIRS + pair, second.to(kind), paired)
+    tl.store(out + pair, (first * cosine - second * sine).to(kind), paired)
+    tl.store(out + PAIRS + pair, (second * cosine + first * sine).to(kind), paired)
     tl.store(out + rest, others.to(kind), resting)
 
 
@@ -171,10 +245,12 @@ def rope_and_cache(
         for part in (slice(queries), slice(queries, queries + keys)):
             _launch_norm(qkv[:, part], None, weights[part], qkv[:, part], kind.eps)
     rest = kind.head_dim - 2 * pairs
-    _rope_and_cache[(tokens, kind.heads + 2 * kind.kv_heads)](
+    lanes = LANES if tokens >= LANES_FROM else 1
+    _rope_and_cache[(tokens, triton.cdiv(kind.heads + 2 * kind.kv_heads, lanes))](
         qkv, weights, cos_sin, slots, layer, layer.shape[1], kind.eps,
         HEADS=kind.heads, KV_HEADS=kind.kv_heads, DIM=kind.head_dim, PAIRS=pairs, SIZE=layer.shape[3],
         NORM=weights is not None and kind.norm == "head",
-        PAIR_BLOCK=pow2(pairs), REST=rest, REST_BLOCK=pow2(rest), num_warps=1, **OPTIONS,
+        PAIR_BLOCK=pow2(pairs), REST=rest, REST_BLOCK=pow2(rest), LANES=lanes,
+        num_warps=1 if lanes == 1 else 4, **OPTIONS,
     )  # fmt: skip
     return qkv.view(tokens, -1, kind.head_dim)[:, : kind.heads]

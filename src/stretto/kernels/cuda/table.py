@@ -26,7 +26,7 @@ from stretto.kernels import (
 from stretto.kernels.cuda import attention, rows
 from stretto.kernels.cuda.experts import experts
 from stretto.kernels.cuda.linear import GEMV_ROWS, Norm, gemv, gemv_rope_and_cache, skinny_gemm
-from stretto.kernels.cuda.weights import CudaWeights, Fp8, Int4, Unquantised
+from stretto.kernels.cuda.weights import SKINNY_ROWS, CudaWeights, Fp8, Int4, Unquantised
 from stretto.kernels.reference import DenseExperts
 
 CudaQuantise = Literal["fp8", "int4"]
@@ -41,21 +41,30 @@ VOCABULARY = 32768
 @dataclass(frozen=True, slots=True)
 class CudaPlan:
     """What the layers of a step share: the batch, a cos/sin table [T, 2, pairs] for each rotary embedding,
-    and the workspaces of decode attention by number of heads. `arrived` belongs to the table."""
+    the workspaces of decode attention by number of heads, and the tiles of chunk attention by their tokens.
+    `arrived` belongs to the table."""
 
     batch: Batch
     cos_sin: list[Tensor]
     arrived: Tensor
     workspaces: dict[int, attention.DecodeWorkspace]
+    tiles: dict[int, Tensor]
 
     def workspace(self, kind: Attention, layer: Tensor) -> attention.DecodeWorkspace:
         """The workspace of decode attention in layers of this kind."""
         workspace = self.workspaces.get(kind.heads)
         if workspace is None:
-            sequences = len(self.batch.query_lens)
+            sequences = self.batch.contexts.shape[0]
             workspace = attention.DecodeWorkspace.of(sequences, kind.heads, layer, self.arrived)
             self.workspaces[kind.heads] = workspace
         return workspace
+
+    def tiles_of(self, kind: Attention, itemsize: int) -> Tensor:
+        """The tiles of chunk attention in layers of this kind."""
+        tokens = attention.tile_tokens(kind, itemsize)
+        if tokens not in self.tiles:
+            self.tiles[tokens] = attention.number_tiles(self.batch, tokens)
+        return self.tiles[tokens]
 
 
 class CudaTable:
@@ -104,7 +113,7 @@ class CudaTable:
 
     def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> CudaPlan:
         cos_sin = [rows.cos_sin_table(batch, rotation) for rotation in geometry.rotations]
-        return CudaPlan(batch, cos_sin, self._arrived, {})
+        return CudaPlan(batch, cos_sin, self._arrived, {}, {})
 
     def rope_and_cache(
         self, qkv: Tensor, weights: Tensor | None, kind: Attention, layer: Tensor, plan: CudaPlan
@@ -113,16 +122,23 @@ class CudaTable:
 
     def paged_attention(self, q: Tensor, kind: Attention, layer: Tensor, plan: CudaPlan) -> Tensor:
         counts = plan.batch.query_lens
-        if min(counts) > 1:
-            return attention.chunk(q, kind, layer, plan.batch)
-        out = attention.decode(q, kind, layer, plan.batch, plan.workspace(kind, layer))
-        return out if max(counts) == 1 else attention.chunk(q, kind, layer, plan.batch, out)
+        if counts and max(counts) == 1:
+            return attention.decode(q, kind, layer, plan.batch, plan.workspace(kind, layer))
+        tiles, out = plan.tiles_of(kind, q.itemsize), None
+        if not counts or min(counts) == 1:
+            out = attention.decode(q, kind, layer, plan.batch, plan.workspace(kind, layer))
+        return attention.chunk(q, kind, layer, plan.batch, tiles, out)
 
     def layers(
         self, residual: Tensor, stack: LayerStack[CudaWeights, DenseExperts], cache: Cache, plan: CudaPlan
     ) -> Tensor | None:
-        """Five or six kernels a layer, for a step of one row over weights that `gemv` reads."""
-        if residual.shape[0] > GEMV_ROWS or plan.batch.query_lens[0] > 1:
+        """Five or six kernels a layer, for a step of one row over weights that `gemv` reads. In a step of
+        many rows over fp8 weights, the kernels in front of a product quantise its rows."""
+        if residual.shape[0] > SKINNY_ROWS and all(
+            _has_products(each, residual.dtype) for each in stack.layers
+        ):
+            return self._fp8_layers(residual, stack, cache, plan)
+        if residual.shape[0] > GEMV_ROWS or plan.batch.query_lens != [1]:
             return None
         if not all(_has_gemv(layer) for layer in stack.layers):
             return None
@@ -130,6 +146,31 @@ class CudaTable:
             residual = self._layer(residual, layer, keys, plan)
         outputs = plan.batch.outputs
         return rows.norm(residual if outputs is None else residual[outputs], stack.final_norm, stack.eps)
+
+    def _fp8_layers(
+        self, residual: Tensor, stack: LayerStack[CudaWeights, DenseExperts], cache: Cache, plan: CudaPlan
+    ) -> Tensor:
+        dtype, first, outputs = residual.dtype, stack.layers[0], plan.batch.outputs
+        assert first.pre_attention_norm is not None, "see _has_products"
+        x, scales, residual = rows.quantised_norm(residual, None, first.pre_attention_norm, first.eps)
+        for number, (layer, keys) in enumerate(zip(stack.layers, cache.layers, strict=True)):
+            kind, mlp, norm = layer.attention, layer.feed_forward, layer.pre_mlp_norm
+            assert isinstance(mlp, Mlp) and norm is not None, "see _has_products"
+            qkv = _product(layer.qkv, x, scales, dtype)
+            q = self.rope_and_cache(qkv, layer.query_key_norm, kind, keys, plan)
+            attended = self.paged_attention(q, kind, keys, plan)
+            last = number == len(stack.layers) - 1
+            if last and outputs is not None:
+                attended, residual = attended[outputs], residual[outputs]
+            x = _product(layer.out, *rows.quantise_rows(attended), dtype)
+            x, scales, residual = rows.quantised_norm(x, residual, norm, layer.eps)
+            x, scales = rows.quantised_act_and_mul(_product(mlp.gate_up, x, scales, dtype), mlp.activation)
+            x, following = _product(mlp.down, x, scales, dtype), stack.norm_after(number)
+            assert following is not None, "see _has_products"
+            if last:
+                return rows.add_norm(x, residual, following, stack.eps)[0]
+            x, scales, residual = rows.quantised_norm(x, residual, following, layer.eps)
+        raise AssertionError("a model has layers")
 
     def _layer(self, residual: Tensor, layer: CudaLayer, keys: Tensor, plan: CudaPlan) -> Tensor:
         kind, eps, mlp = layer.attention, layer.eps, layer.feed_forward
@@ -148,18 +189,34 @@ class CudaTable:
         return gemv(hidden, mlp.down, residual=residual)
 
 
-def _has_gemv(layer: CudaLayer) -> bool:
-    """Whether one row can pass through this layer by `gemv` alone: it applies the norm of what a block reads,
-    not of what a block adds."""
+def _linears(layer: CudaLayer) -> tuple[CudaWeights, ...] | None:
+    """The linear layers of a dense layer that norms what its blocks read, not what they add; None: it is
+    another kind of layer."""
     mlp = layer.feed_forward
-    return (
-        isinstance(mlp, Mlp)
-        and layer.pre_attention_norm is not None
-        and layer.pre_mlp_norm is not None
-        and layer.post_attention_norm is None
-        and layer.post_mlp_norm is None
-        and all(weights.has_gemv for weights in (layer.qkv, layer.out, mlp.gate_up, mlp.down))
+    if not isinstance(mlp, Mlp) or layer.pre_attention_norm is None or layer.pre_mlp_norm is None:
+        return None
+    if layer.post_attention_norm is not None or layer.post_mlp_norm is not None:
+        return None
+    return layer.qkv, layer.out, mlp.gate_up, mlp.down
+
+
+def _has_gemv(layer: CudaLayer) -> bool:
+    """Whether one row can pass through this layer by `gemv` alone."""
+    linears = _linears(layer)
+    return linears is not None and all(weights.has_gemv for weights in linears)
+
+
+def _has_products(layer: CudaLayer, dtype: torch.dtype) -> bool:
+    """Whether rows of `dtype` can pass through this layer by `Fp8.product` alone."""
+    linears = _linears(layer)
+    return linears is not None and all(
+        isinstance(weights, Fp8) and weights.has_product(dtype) for weights in linears
     )
+
+
+def _product(weights: CudaWeights, x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    assert isinstance(weights, Fp8), "see _has_products"
+    return weights.product(x, scales, dtype)
 
 
 def table(

@@ -16,14 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
+from stretto.kernels.cuda.rows import FP8, FP8_MAX, quantise_rows
 from stretto.kernels.reference import Dense
 
 SKINNY_ROWS = 64
-FP8_SKINNY_ROWS = 1024  # up to here the vendor's FP8 product costs the host more than it saves the device
 WIDE = 8192  # with this many outputs or more, the vendor's product of 16-bit weights is the faster one
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 
 GROUP = 128
 ZERO_POINT = 8
@@ -51,7 +48,6 @@ class Tiling:
 FLAT = Tiling(64, 256, 3, 132)
 TALL = Tiling(128, 128, 3, 264)
 TALL_FROM = 132 * 128
-DEEP = Tiling(128, 64, 4, 0, 8)
 GROUPED = Tiling(64, GROUP, 4, 528, group=GROUP)
 
 
@@ -100,9 +96,7 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _dense_tiling(outputs: int, rows: int) -> Tiling:
-    if rows > SKINNY_ROWS:
-        return DEEP
+def _dense_tiling(outputs: int) -> Tiling:
     return TALL if outputs >= TALL_FROM else FLAT
 
 
@@ -129,7 +123,7 @@ class Unquantised(Dense):
         return SKINNY_ROWS if self.outputs < WIDE and dtype != torch.float32 else 0
 
     def tiling(self, rows: int) -> Tiling:
-        return _dense_tiling(self.outputs, rows)
+        return _dense_tiling(self.outputs)
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return x, None
@@ -170,20 +164,28 @@ class Fp8:
         return False
 
     def skinny_rows(self, dtype: torch.dtype) -> int:
-        return FP8_SKINNY_ROWS
+        return SKINNY_ROWS
 
     def tiling(self, rows: int) -> Tiling:
-        return _dense_tiling(self.outputs, rows)
+        return _dense_tiling(self.outputs)
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return quantise_rows(x)
 
+    def has_product(self, dtype: torch.dtype) -> bool:
+        """Whether the tensor cores multiply activations in `dtype`, once quantised, with these weights."""
+        return dtype == torch.bfloat16 and not (self.weight.shape[0] % 16 or self.weight.shape[1] % 16)
+
     def gemm(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16 or self.weight.shape[0] % 16 or self.weight.shape[1] % 16:
+        if not self.has_product(x.dtype):
             return F.linear(x, self.widened(x.dtype), self.bias)
-        narrow, scales = quantise_rows(x)
+        return self.product(*quantise_rows(x), x.dtype)
+
+    def product(self, x: Tensor, x_scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `gemm`, for rows that `quantise_rows` or a kernel that fuses it has quantised; in `dtype`, which
+        is bfloat16."""
         return torch._scaled_mm(
-            narrow, self.weight.t(), scales[:, None], self.scales[None], bias=self.bias, out_dtype=x.dtype
+            x, self.weight.t(), x_scales[:, None], self.scales[None], bias=self.bias, out_dtype=dtype
         )
 
     def widened(self, dtype: torch.dtype) -> Tensor:
@@ -279,25 +281,3 @@ def _widen_int4(weight, scales, out, n, k, half, padded, GROUP: tl.constexpr, BL
     if row + half < n:
         further = out + (row + half) * k + column
         tl.store(further, (((held >> 4).to(tl.float32) - 8.0) * high).to(kind), column < k)
-
-
-@triton.jit
-def _quantise_rows(x, out, scales, k, MAX: tl.constexpr, BLOCK: tl.constexpr):
-    release()
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    wait()
-    value = tl.load(x + row * k + column, column < k, 0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / MAX
-    tl.store(scales + row, scale)
-    tl.store(out + row * k + column, (value / scale).to(out.dtype.element_ty), column < k)
-
-
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[M, K] -> e4m3 [M, K], and the float32 scale of each row."""
-    out, scales = torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
-    block = pow2(x.shape[1])
-    _quantise_rows[(x.shape[0],)](
-        x, out, scales, x.shape[1],
-        MAX=FP8_MAX, BLOCK=block, num_warps=min(max(block // 512, 1), 16), **OPTIONS,
-    )  # fmt: skip
-    return out, scales
