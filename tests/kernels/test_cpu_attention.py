@@ -252,7 +252,7 @@ def test_attention_is_not_changed_by_later_values(
 ):
     """The result is equal bit for bit, because quantisation scales depend only on the tokens a query sees."""
     if native.level == "portable" and last != last and queries == 64:
-        pytest.skip("prompts are read in floats, where nothing times what is no number is none")
+        pytest.skip("prompts are computed in floats, where a weight of 0 times NaN is NaN")
     kind, table = Attention(4, 2, 64, 0.125), CpuTable(native, None)
     batch, blocks = batch_of([(queries, 64)], 16)
     geometry = Geometry((Rotation(torch.rand(32)),), (0,))

@@ -59,7 +59,7 @@ function facts(report, usage, tier, seconds) {
     pair.append(element("dt", "", name), element("dd", "", value));
     list.append(pair);
   };
-  if (report?.on_time != null) add("verdict", report.on_time ? "On time" : "Late", report.on_time ? "good" : "bad");
+  if (report?.on_time != null) add("objective", report.on_time ? "On time" : "Late", report.on_time ? "good" : "bad");
   if (tier) add("tier", tier);
   if (report?.queue_ms != null) add("queue time", duration(report.queue_ms));
   if (report?.ttft_ms != null) add("first token", duration(report.ttft_ms));

@@ -45,12 +45,12 @@ export function graph(arrivals, objective, width) {
   const steps = (times) => times.map((at, index) => `L${x(at).toFixed(1)} ${y(index).toFixed(1)}V${y(index + 1).toFixed(1)}`).join("");
   const base = `M${x(0)} ${y(0)}`;
   svg.append(shape("path", { class: "area", d: `${base}${steps(arrivals)}H${x(end)}V${y(0)}Z` }));
-  svg.append(shape("path", { class: "came", d: base + steps(arrivals) }));
+  svg.append(shape("path", { class: "arrived", d: base + steps(arrivals) }));
   if (deadlines.some((deadline) => deadline != null && deadline <= end)) {
-    svg.append(shape("path", { class: "due", d: base + steps(deadlines.map((deadline) => deadline ?? end)) }));
+    svg.append(shape("path", { class: "deadline", d: base + steps(deadlines.map((deadline) => deadline ?? end)) }));
   }
   if (deadlines[0] != null && deadlines[0] > end) {
-    svg.append(shape("text", { x: width - RIGHT, y: TOP - 3, class: "tick due-label", "text-anchor": "end" }, `first deadline after ${duration(deadlines[0])} →`));
+    svg.append(shape("text", { x: width - RIGHT, y: TOP - 3, class: "tick deadline-label", "text-anchor": "end" }, `first deadline after ${duration(deadlines[0])} →`));
   }
   arrivals.forEach((at, index) => svg.append(shape("circle", {
     cx: x(at).toFixed(1), cy: y(index + 1).toFixed(1), r: isLate(index) ? 2.6 : 1.7, class: `mark ${isLate(index) ? "late" : "early"}`,

@@ -25,6 +25,8 @@ INLINE vf vf_even(vi pairs) { return (vf)((vu)pairs << 16); }
 INLINE vf vf_odd(vi pairs) { return (vf)((vu)pairs & 0xffff0000u); }
 INLINE vi vi_zero(void) { return (vi){0}; }
 INLINE vi vi_set1(int32_t x) { return x - (vi){0}; }
+/* Modulo 2^32: a partial sum may be too large where the whole is not. */
+INLINE vi vi_add(vi a, vi b) { return (vi)((vu)a + (vu)b); }
 INLINE vi vi_bits(vf a) { return (vi)a; }
 INLINE vi vi_load(const void *p) { return *(const vi_stored *)p; }
 INLINE void vi_store(void *p, vi a) { *(vi_stored *)p = a; }

@@ -15,7 +15,7 @@ INLINE vi vi_dot(const int bits, vi sum, vi weights, vi x)
 {
     (void)bits;
     for (int shift = 0; shift < 32; shift += 8)
-        sum += ((vi)((vu)weights >> shift) & 255) * ((vi)((vu)x << (24 - shift)) >> 24);
+        sum = vi_add(sum, ((vi)((vu)weights >> shift) & 255) * ((vi)((vu)x << (24 - shift)) >> 24));
     return sum;
 }
 

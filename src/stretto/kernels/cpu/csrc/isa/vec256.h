@@ -41,7 +41,7 @@ INLINE vf vf_sum(vf a, vf b, vf c)
 }
 INLINE vi vi_dot_i16(vi sum, vi a, vi b)
 {
-    sum += (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    sum = vi_add(sum, (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b));
     IN_ORDER(sum);
     return sum;
 }
