@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from stretto.config import EngineConfig, ModelConfig, ServeConfig, known, load, reference, size
 from stretto.errors import StartError
+from stretto.gateway.settings import KNOWN as GATEWAY
 
 
 def test_without_sources_settings_have_their_defaults() -> None:
@@ -29,6 +31,54 @@ def test_flags_override_the_environment_which_overrides_the_file(tmp_path: Path)
 
 def test_the_environment_can_give_one_api_key() -> None:
     assert load({}, {"STRETTO_API_KEY": "s3cret"}, None)[0].api_keys == {"s3cret": "local"}
+
+
+def test_lists_are_separated_by_commas_in_the_environment() -> None:
+    environ = {"STRETTO_ALLOWED_HOSTS": "a.org,*.b.org", "STRETTO_CORS_ORIGINS": "https://a.org"}
+    serve = load({}, environ, None)[0]
+    assert (serve.allowed_hosts, serve.cors_origins) == (("a.org", "*.b.org"), ("https://a.org",))
+
+
+@pytest.mark.parametrize("key", ["", " ", "\t", "\u00a0", "two words", "schl\u00fcssel", " padded "])
+def test_an_empty_key_or_one_that_no_client_can_send_is_refused(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "stretto.toml"
+    for text in (f"[api_keys]\n{msgspec.json.encode(key).decode()} = 'acme'", f"gateway_key = '{key}'"):
+        file.write_text(text)
+        with pytest.raises(StartError, match=r"api_keys|gateway_key"):
+            load({}, {}, file)
+    for variable in ("STRETTO_API_KEY", "STRETTO_GATEWAY_KEY"):
+        with pytest.raises(StartError, match=r"API_KEY|GATEWAY_KEY|api_keys|gateway_key") as caught:
+            load({}, {variable: key}, None)
+        assert not key.strip() or key not in str(caught.value), "a key is a secret"
+    with pytest.raises(StartError, match="api_keys"):
+        ServeConfig(api_keys={"key": " "})
+
+
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [
+        ("STRETTO_API_KEYS", r"did you mean STRETTO_API_KEY\?"),
+        ("STRETTO_HOSTS", r"did you mean STRETTO_HOST\?"),
+        ("stretto_port", r"did you mean STRETTO_PORT\?"),
+        ("STRETTO_XYZZY", r"docs/configuration\.md"),
+        ("STRETTO_TIERS", r"docs/configuration\.md|did you mean"),
+        ("STRETTO_", ""),
+    ],
+)
+def test_an_unknown_environment_variable_is_an_error(variable: str, hint: str) -> None:
+    with pytest.raises(StartError, match=f"{variable}: .*{hint}"):
+        load({}, {variable: "secret"}, None)
+
+
+def test_every_documented_environment_variable_is_known() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
+    for variable in set(re.findall(r"`(STRETTO_\w+)`", page)):
+        try:
+            load({}, {variable: "1"}, None)
+        except StartError as error:
+            assert "reads no such" not in str(error), variable
+    load({}, {"STRETTO_URL": "http://127.0.0.1:8000", "STRETTO_DATA": "/data"}, None)
+    load({}, {f"STRETTO_{name.upper()}": "1" for name in GATEWAY.keys() - known().keys()}, None)
 
 
 def test_a_model_is_named_after_its_directory_or_hub_id(tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Quantise = Literal["int8", "int4", "fp8"]
 TierName = Literal["priority", "default", "flex"]
 FILE_ONLY = ("api_keys", "tiers")
+LISTS = ("models", "allowed_hosts", "cors_origins")
+ONE_KEY = "STRETTO_API_KEY"
+# Read by the gateway, the examples and the tests.
+OTHERS = ("STRETTO_WORKERS", "STRETTO_ROUTE", "STRETTO_HEDGE_SHARE", "STRETTO_URL", "STRETTO_DATA")
+API_KEY = re.compile(r"[!-~]+")
+HOST_NAME = re.compile(r"\*|(\*\.)?[\w.-]+|\[?[0-9a-fA-F:.]+\]?")
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/@?#]+/?", re.IGNORECASE)
 SIZES = {"kv_memory", "cache_size"}
 ENVIRONMENT = "STRETTO_"
 ENUM_ERROR = re.compile(r"Invalid enum value .* at `\$\.(\w+)`$")
@@ -177,7 +184,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 class ServeConfig(Struct, frozen=True, kw_only=True):
     """Settings of the API server. `schedule`, `tiers` and `log_level` are also the engine's.
 
-    Raises StartError for a tier with `on_miss = "reject"` when the schedule is `fcfs`, which rejects nothing.
+    Raises StartError for a key, host or origin that nobody can send, and for a tier with
+    `on_miss = "reject"` when the schedule is `fcfs`, which rejects nothing.
     """
 
     host: Annotated[str, Meta(description="address to listen on; 0.0.0.0: all networks")] = "127.0.0.1"
@@ -216,11 +224,49 @@ class ServeConfig(Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="write one JSON line for each request to standard output, without content or keys"),
     ] = False
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="further host names by which clients reach this server, like llm.example.org or"
+            " *.example.org; `*`: any. Always allowed: localhost, and the machine's names if it listens on a"
+            " network"
+        ),
+    ] = ()
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="origins whose web pages may use this server, like https://app.example.org; `*`: any"
+        ),
+    ] = ()
+    max_connections: Annotated[int, Meta(ge=1, description="most connections at the same time")] = 4096
+    request_timeout_s: Annotated[
+        float, Meta(gt=0, description="seconds in which a request must arrive whole; else 408")
+    ] = field(default=30.0, name="request_timeout")
+    send_timeout_s: Annotated[
+        float,
+        Meta(gt=0, description="seconds that an answer waits for a client that reads nothing; then it ends"),
+    ] = field(default=30.0, name="send_timeout")
     schedule: Schedule = SCHEDULE
     tiers: Tiers = {}
     log_level: LogLevel = LOG_LEVEL
 
     def __post_init__(self) -> None:
+        for key, tenant in self.api_keys.items():
+            if not API_KEY.fullmatch(key) or not tenant.strip():
+                raise StartError(
+                    f"api_keys: the key of tenant {tenant!r} is empty, or has spaces or letters beyond ASCII;"
+                    " write a key that a client can send, and name its tenant"
+                )
+        if self.gateway_key and not API_KEY.fullmatch(self.gateway_key):
+            raise StartError("gateway_key has spaces or letters beyond ASCII; write one that can be sent")
+        for name in self.allowed_hosts:
+            if not HOST_NAME.fullmatch(name):
+                raise StartError(f"allowed_hosts: {name!r} is no host name; write one like llm.example.org")
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise StartError(
+                    f"cors_origins: {origin!r} is no origin; write one like https://app.example.org"
+                )
         for name, objective in self.tiers.items():
             if self.schedule == "fcfs" and objective.on_miss == "reject":
                 raise StartError(
@@ -266,13 +312,16 @@ def load(
     Raises StartError that names the file and key, the environment variable or the flag of a wrong value.
     """
     merged = {} if file is None else _checked(_read(file), f"{file}", strict=True)
+    _refuse_unknown(environ)
     for name in known():
         variable = ENVIRONMENT + name.upper()
         if name not in FILE_ONLY and variable in environ:
             text = environ[variable]
-            value: Any = text.split(",") if name == "models" else text
+            value: Any = text.split(",") if name in LISTS else text
             merged |= _checked({name: value}, variable, strict=False)
-    if key := environ.get("STRETTO_API_KEY"):
+    if (key := environ.get(ONE_KEY)) is not None:
+        if not key.strip():
+            raise StartError(f"{ONE_KEY} is empty: set it to a key, or unset it")
         merged["api_keys"] = {key: "local"}
     for name, value in flags.items():
         merged |= _checked({name: value}, f"--{name.replace('_', '-')}", strict=False)
@@ -286,7 +335,7 @@ def reference(flags: Collection[str]) -> str:
     rows = ["| in the file | environment | flag | default | meaning |", "| --- | --- | --- | --- | --- |"]
     for name, info in known().items():
         variable = "" if name in FILE_ONLY else f"`{ENVIRONMENT}{name.upper()}`"
-        variable = "STRETTO_API_KEY (one key)" if name == "api_keys" else variable
+        variable = f"`{ONE_KEY}` (one key)" if name == "api_keys" else variable
         flag = f"`--{name.replace('_', '-')}`" if name in flags else "arguments" if name == "models" else ""
         default = info.default if info.default is not msgspec.NODEFAULT else info.default_factory()
         shown = msgspec.json.encode(default).decode()
@@ -311,11 +360,25 @@ def _read(file: Path) -> dict[str, Any]:
         raise StartError(f"cannot read the configuration {file}: {error}") from error
 
 
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    """Raises StartError for a variable STRETTO_... that nothing reads, and names the one that was meant."""
+    usable = [name.upper() for name in known() if name not in FILE_ONLY]
+    usable += [name.removeprefix(ENVIRONMENT) for name in (ONE_KEY, *OTHERS)]
+    for variable in environ:
+        name = variable.upper().removeprefix(ENVIRONMENT)
+        if name != variable.upper() and variable not in (ENVIRONMENT + each for each in usable):
+            near = difflib.get_close_matches(name, usable, 1)
+            hint = f"did you mean {ENVIRONMENT}{near[0]}?" if near else "docs/configuration.md lists them"
+            raise StartError(f"{variable}: the server reads no such environment variable; {hint}")
+
+
 def _checked(values: dict[str, Any], where: str, *, strict: bool) -> dict[str, Any]:
     for name in values.keys() - known().keys():
         near = difflib.get_close_matches(name, known(), 1)
         hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known())}"
         raise StartError(f"{where}: unknown setting {name}{hint}")
+    if "gateway_key" in values and not str(values["gateway_key"]).strip():
+        raise StartError(f"{where}: gateway_key is empty: set it to a secret, or leave it out")
     try:
         values = values | {name: size(values[name]) for name in SIZES & values.keys()}
         parsed = msgspec.convert(values, Settings, strict=strict)

@@ -57,6 +57,60 @@ class InvalidGrammar(InvalidRequest):
     code = "invalid_grammar"
 
 
+class InvalidHttp(StrettoError):
+    """The bytes are no HTTP/1.1 request, or a header is wrong."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_http"
+
+
+class PipelineTooDeep(InvalidHttp):
+    """The client has sent too many requests without waiting for their answers."""
+
+    code = "pipeline_too_deep"
+
+
+class ForeignHost(StrettoError):
+    """The `Host` header names a host that this server does not answer for."""
+
+    status = 403
+    type = "permission_error"
+    code = "host_not_allowed"
+
+
+class ForeignOrigin(StrettoError):
+    """The request comes from a web page of an origin that may not use this server."""
+
+    status = 403
+    type = "permission_error"
+    code = "origin_not_allowed"
+
+
+class RequestTimeout(StrettoError):
+    """The client took too long to send its request."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class UnsupportedMedia(StrettoError):
+    """The body has a content type or an encoding that this server does not read."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
+class HeadersTooLarge(StrettoError):
+    """The request line and the headers are too large."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
+
+
 class Unauthorised(StrettoError):
     """The API key is missing or unknown."""
 
@@ -109,6 +163,12 @@ class Overloaded(Unavailable):
     """The queue is full."""
 
     code = "overloaded"
+
+
+class TooManyConnections(Unavailable):
+    """All connections that the server keeps are busy."""
+
+    code = "too_many_connections"
 
 
 class CannotBeOnTime(Unavailable):

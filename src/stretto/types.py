@@ -74,8 +74,9 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
         for name, bounds in BOUNDS.items():
             value = getattr(self, name)
             if name == "logit_bias":
-                for token, bias in self.logit_bias.items():
-                    _check_within(f"logit_bias[{token}]", bias, bounds)
+                low, high = bounds.ge or 0.0, bounds.le or 0.0
+                for token in [each for each, bias in self.logit_bias.items() if not low <= bias <= high]:
+                    _check_within(f"logit_bias[{token}]", self.logit_bias[token], bounds)
             elif value is not None:
                 _check_within(name, value, bounds)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

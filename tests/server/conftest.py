@@ -11,10 +11,10 @@ import pytest
 
 from stretto.config import ServeConfig
 from stretto.server import lifecycle
-from stretto.server.app import App, build
+from stretto.server.app import App
 from stretto.text.tokenizer import TextModel
 from tests.server.checkpoint import CHATML, byte_level, write
-from tests.server.fake_engine import FakeEngine, info
+from tests.server.fake_engine import FakeEngine, build, info
 
 CHAT = "/v1/chat/completions"
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -65,8 +65,12 @@ def app(config: ServeConfig, checkpoint: Path, engine: FakeEngine) -> App:
 
 @pytest.fixture
 async def client(app: App) -> AsyncIterator[httpx.AsyncClient]:
-    """An HTTP client that calls the app without sockets."""
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    """An HTTP client that calls the app without sockets. It declares every body as JSON."""
+    declared = {"content-type": "application/json"}
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://localhost", headers=declared
+    ) as client:
         yield client
 
 

@@ -7,12 +7,17 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from msgspec import structs
 
+from stretto.config import ServeConfig
+from stretto.engine.client import EngineClient
 from stretto.engine.scheduler.admission import Snapshot
 from stretto.errors import EngineDied, StartError, Unavailable
+from stretto.server import app
+from stretto.server.state import GrammarCheck
 from stretto.types import (
     EngineHealth,
     Finish,
@@ -194,3 +199,10 @@ class FakeEngine:
             blocks_total=64,
             steps=0,
         )
+
+
+def build(
+    config: ServeConfig, engine: object, models: dict[str, Path], check: GrammarCheck | None = None
+) -> app.App:
+    """The application over a fake engine."""
+    return app.build(config, cast(EngineClient, engine), models, check)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import pytest
 from stretto.config import ServeConfig
 from stretto.errors import EngineDied, InvalidGrammar, Overloaded
 from stretto.server.admission_gate import AdmissionGate
-from stretto.server.app import App, build
+from stretto.server.app import App
 from stretto.types import Grammar, Reason, Request
 from tests.server.checkpoint import byte_level, write
 from tests.server.conftest import CHAT, HELLO
-from tests.server.fake_engine import FakeEngine, Item, info
+from tests.server.fake_engine import FakeEngine, Item, build, info
 
 TEXT = "/v1/completions"
 EMBED = "/v1/embeddings"
@@ -219,22 +220,23 @@ async def test_wrong_content_types_and_oversized_bodies_are_refused(
 ) -> None:
     body = json.dumps(HELLO).encode()
     response = await client.post(CHAT, content=body, headers={"content-type": "text/plain"})
-    assert (response.status_code, "application/json" in response.json()["error"]["message"]) == (400, True)
-    response = await client.post(
-        CHAT, content=body, headers={"content-type": "application/json; charset=utf-8"}
-    )
-    assert response.status_code == 200
+    assert (response.status_code, "application/json" in response.json()["error"]["message"]) == (415, True)
+    for kind in ("application/json; charset=utf-8", "application/vnd.api+json", "Application/JSON"):
+        response = await client.post(CHAT, content=body, headers={"content-type": kind})
+        assert response.status_code == 200
 
-    response = await client.post(CHAT, content=b'{"chat_template_kwargs":{"a":[' + b"[]," * 100_001)
+    declared = {"content-type": "application/json"}
+    many = b'{"chat_template_kwargs":{"a":[' + b"[]," * 100_001
+    response = await client.post(CHAT, content=many, headers=declared)
     assert response.status_code == 413
 
-    async def endless() -> Any:
+    async def endless() -> AsyncIterator[bytes]:
         for _ in range(10_000):
             yield b" " * 65536
 
-    response = await client.post(CHAT, content=endless())
+    response = await client.post(CHAT, content=endless(), headers=declared)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
-    headers = {"content-length": str(app.server.config.max_body_bytes + 1)}
+    headers = declared | {"content-length": str(app.server.config.max_body_bytes + 1)}
     response = await client.post(CHAT, content=b"", headers=headers)
     assert response.status_code == 413
 
@@ -256,7 +258,7 @@ async def test_unknown_paths_and_methods_get_404_and_405(client: httpx.AsyncClie
 async def test_requests_without_a_valid_api_key_get_401(checkpoint: Path, engine: FakeEngine) -> None:
     config = ServeConfig(api_keys={"sk-ann": "ann", "sk-bob": "bob"})
     app = build(config, engine, {"tiny": checkpoint})
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         for header in (
             {},
             {"authorization": "Bearer sk-"},
@@ -280,7 +282,7 @@ async def test_an_invalid_grammar_is_a_400_that_names_its_field(checkpoint: Path
         raise InvalidGrammar(f"{grammar.source} does not compile")
 
     app = build(ServeConfig(), engine, {"tiny": checkpoint}, check)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         body = HELLO | {"structured_outputs": {"regex": "("}}
         assert await refused(client, CHAT, body) == (400, "invalid_grammar", "$.structured_outputs")
         schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}
@@ -296,7 +298,7 @@ async def test_fields_that_a_chat_template_does_not_support_are_refused(
     toolless = write(tmp_path / "toolless", byte_level(), "{{ messages[0].content }}", eos="<|stop|>")
     engine.models |= {name: info(name, vocab=400) for name in ("bare", "toolless")}
     app = build(ServeConfig(), engine, {"bare": bare, "toolless": toolless})
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         assert await refused(client, CHAT, HELLO) == (400, "unsupported_field", "$.messages")
         for field, value in (("tools", [TOOL]), ("reasoning_effort", "low")):
             body = HELLO | {"model": "toolless", field: value}

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis.checks import CHECKS
+from schemathesis.checks import CHECKS  # pyright: ignore[reportUnknownVariableType]
 from schemathesis.generation import GenerationMode
 
 from stretto.config import ServeConfig
-from stretto.server.app import App, build
+from stretto.server.app import App
 from stretto.server.openapi import document
 from stretto.text.tokenizer import TextModel
 from stretto.types import Reason, Request, TokenEvent
-from tests.server.fake_engine import FakeEngine, Item, info
+from tests.server.fake_engine import FakeEngine, Item, build, info
 
 NAMES = [
     "not_a_server_error",
@@ -32,8 +32,10 @@ LABELS.remove("GET /openapi.json")  # schemathesis omits the path of the documen
 LABELS.remove("GET /live")  # an endless stream; tests/page covers it
 # A request without any parameter cannot be invalid.
 VARIED = [label for label in LABELS if label.startswith("POST")]
-CASES = [(label, GenerationMode.POSITIVE) for label in LABELS]
-CASES += [(label, GenerationMode.NEGATIVE) for label in VARIED]
+CASES = [
+    *((label, GenerationMode.POSITIVE) for label in LABELS),
+    *((label, GenerationMode.NEGATIVE) for label in VARIED),
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +46,14 @@ def fuzzed(checkpoint: Path, text: TextModel) -> App:
         return [300, [301, 302], 303]
 
     engine = FakeEngine(script, {"tiny": info(vocab=text.tokenizer.get_vocab_size())})
-    return build(ServeConfig(max_body_bytes=100_000), engine, {"tiny": checkpoint})
+    return build(
+        ServeConfig(max_body_bytes=100_000, allowed_hosts=("testserver",)), engine, {"tiny": checkpoint}
+    )
 
 
 @pytest.fixture(scope="module")
 def operations(fuzzed: App) -> dict[str, Any]:
-    schema = schemathesis.openapi.from_asgi("/openapi.json", fuzzed)
+    schema = cast(Any, schemathesis.openapi.from_asgi("/openapi.json", fuzzed))
     return {found.ok().label: found.ok() for found in schema.get_all_operations()}
 
 
@@ -66,7 +70,7 @@ def test_responses_match_the_openapi_document(
         deadline=None,
         derandomize=True,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=cast(Any, list(HealthCheck)),
     )
     def holds(case: Any) -> None:
         response = case.call_and_validate(checks=CHECKS.get_by_names(NAMES))

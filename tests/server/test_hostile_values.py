@@ -10,7 +10,7 @@ import pytest
 
 from stretto.server.app import App
 from stretto.text.tokenizer import TextModel
-from stretto.types import Reason, TokenEvent
+from stretto.types import Finish, Reason, TokenEvent
 from tests.server.conftest import CHAT, HELLO
 from tests.server.fake_engine import FakeEngine
 
@@ -104,3 +104,18 @@ async def test_embeddings_that_miss_their_objective_end_as_the_objective_says(
     assert response.headers["retry-after"]
     assert not engine.open
     assert not app.server.calls
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_grammar_that_the_engine_cannot_follow_is_the_requests_fault(
+    client: httpx.AsyncClient, engine: FakeEngine, stream: bool
+) -> None:
+    """Some grammars compile, and exceed the work that a step may take only in the middle of an answer."""
+    finish = Finish(Reason.INVALID, 3, 1, 0, 0.0, error="the grammar cannot be followed: too much work")
+    engine.script = lambda request: [5, TokenEvent(0, finish=finish)]
+    regex = {"structured_outputs": {"regex": "(?:a?){1000}a{500}"}, "stream": stream}
+    response = await client.post(CHAT, json=HELLO | regex)
+    last = response.text.rpartition("data: ")[2] if stream else response.text
+    error = json.loads(last)["error"]
+    assert response.status_code == (200 if stream else 400)
+    assert (error["code"], error["param"]) == ("invalid_grammar", "$.structured_outputs")

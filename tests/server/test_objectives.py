@@ -12,12 +12,11 @@ import pytest
 from stretto.config import TIERS, ServeConfig, load, tiers_of
 from stretto.engine.client import EngineClient
 from stretto.errors import StartError
-from stretto.server.app import build
 from stretto.text.output import Times
 from stretto.types import Finish, Objective, Reason, Request, Sampling, TokenEvent
 from tests.engine.test_client import NULL, read
 from tests.server.conftest import CHAT, HELLO
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import FakeEngine, build
 from tests.server.sse import events
 
 TEXT = "/v1/completions"
@@ -92,7 +91,7 @@ async def test_on_miss_reject_is_refused_under_the_fcfs_schedule(
     checkpoint: Path, engine: FakeEngine, path: str
 ) -> None:
     app = build(ServeConfig(schedule="fcfs"), engine, {"tiny": checkpoint})
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         refused = await answer(client, path, objective={"ttft_ms": 9, "on_miss": "reject"})
         judged = await answer(client, path, objective={"ttft_ms": 60_000, "on_miss": "late"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "$.objective.on_miss")
@@ -168,7 +167,7 @@ def test_tiers_are_read_from_the_configuration_file(tmp_path: Path) -> None:
 
 async def test_the_api_server_uses_the_tiers_of_its_config(checkpoint: Path, engine: FakeEngine) -> None:
     app = build(ServeConfig(tiers={"default": Objective(ttft_ms=123)}), engine, {"tiny": checkpoint})
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         await answer(client)
     assert engine.requests[0].objective == Objective(ttft_ms=123)
 
@@ -180,7 +179,7 @@ async def test_a_tenant_over_its_priority_quota_is_served_as_default(
     app = build(ServeConfig(api_keys=keys), engine, {"tiny": checkpoint})
     engine.work_ms = 31_000.0
     body = {"messages": [{"role": "user", "content": "hi"}], "service_tier": "priority"}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         served = [
             await client.post(
                 "/v1/chat/completions",

@@ -13,8 +13,8 @@ import pytest
 from stretto.config import EngineConfig, ModelConfig, ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.protocol.relay import MARK, RELAY, Mark, mark, read_mark
-from stretto.server.app import App, build
-from tests.server.fake_engine import FakeEngine
+from stretto.server.app import App
+from tests.server.fake_engine import FakeEngine, build
 
 DESK = Path(__file__).parents[2] / "src" / "stretto" / "desk"
 ASK: dict[str, Any] = {
@@ -41,7 +41,7 @@ async def desk() -> AsyncIterator[httpx.AsyncClient]:
     await engine.start()
     await engine.wait_ready()
     app = build(ServeConfig(port=0, schedule="deadline"), engine, {"desk": DESK})
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         yield client
     await engine.shutdown(1.0)
 
@@ -143,7 +143,9 @@ async def test_only_a_gateway_may_relay(engine: FakeEngine, checkpoint: Path):
     for config, key, status in cases:
         app: App = build(config, cast(EngineClient, engine), {"tiny": checkpoint})
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://localhost"
+        ) as client:
             answer = await client.post(RELAY, json=body, headers=headers)
         assert answer.status_code == status, (config, key, answer.text)
     assert engine.requests[-1].tenant == "ann"

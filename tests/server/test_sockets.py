@@ -18,16 +18,16 @@ from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.errors import StartError
 from stretto.server import lifecycle
-from stretto.server.app import App, build
+from stretto.server.app import App
 from stretto.types import Reason, Request
 from tests.server.conftest import CHAT, HELLO, Served
-from tests.server.fake_engine import FakeEngine, Item
+from tests.server.fake_engine import FakeEngine, Item, build
 
 STREAM = json.dumps(HELLO | {"stream": True}).encode()
 
 
 def post(body: bytes, path: str = CHAT) -> bytes:
-    lines = ("Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    lines = ("Host: localhost", "Content-Type: application/json", f"Content-Length: {len(body)}")
     return "\r\n".join((f"POST {path} HTTP/1.1", *lines, "", "")).encode() + body
 
 

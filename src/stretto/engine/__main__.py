@@ -22,7 +22,11 @@ def main() -> None:
     if not snapshot().gpus:
         sys.modules.update((name, ModuleType(name)) for name in UNUSED)
     gc.disable()  # imports create no garbage
-    module = import_module(sys.argv.pop(1))
+    try:
+        module = import_module(sys.argv.pop(1))
+    except (ImportError, OSError, MemoryError) as error:
+        line = (str(error) or "out of memory").splitlines()[0]
+        sys.exit(f"the engine's libraries cannot be loaded ({line}): is there enough memory (ulimit -v)?")
     gc.freeze()
     gc.enable()
     module.main()

@@ -375,19 +375,17 @@ class EngineCore:
             self._end(seq, Ending(Reason.STOP, embedding=drawn.embedding))
             return
         if token < 0:
-            self._end(seq, Ending(Reason.ERROR, error=_grammar_error(seq) or NOT_A_NUMBER))
+            self._end(seq, _grammar_ending(seq) or Ending(Reason.ERROR, error=NOT_A_NUMBER))
             return
         stops = not sampling.ignore_eos and token in model.runner.eos
-        if (stops or token in sampling.stop_token_ids) and seq.output_len >= sampling.min_tokens:
+        if (stops or token in seq.stops) and seq.output_len >= sampling.min_tokens:
             seq.tokens.append(token)
             self._end(seq, Ending(Reason.STOP, stop_token=token))
             return
         seq.tokens.append(token)
         if seq.grammar is not None and not seq.grammar.accept(token):
-            self._end(
-                seq,
-                Ending(Reason.ERROR, error=_grammar_error(seq) or "the grammar refused the model's token"),
-            )
+            refused = Ending(Reason.ERROR, error="the grammar refused the model's token")
+            self._end(seq, _grammar_ending(seq) or refused)
             return
         began = _began(seq) if seq.output_len == len(seq.request.emitted) + 1 else None
         self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs, began=began))
@@ -494,6 +492,7 @@ def _rank(seq: Sequence) -> Rank:
     return seq.rank
 
 
-def _grammar_error(seq: Sequence) -> str | None:
-    """Why a sequence's grammar failed, if it did."""
-    return None if seq.grammar is None else seq.grammar.error
+def _grammar_ending(seq: Sequence) -> Ending | None:
+    """The end of a sequence whose grammar needs more work than a step may take; None while it does not."""
+    error = None if seq.grammar is None else seq.grammar.error
+    return None if error is None else Ending(Reason.INVALID, error=error)

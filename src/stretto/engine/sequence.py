@@ -70,6 +70,7 @@ class Sequence:
     kv: KvState
     deadline: Deadline
     rank: Rank
+    stops: frozenset[int]  # its `stop_token_ids`
     grammar: Matcher | None = None
     slot: int = -1  # its row in the runner's tables; -1 while it waits
     in_flight: int = 0  # tokens that launched steps are drawing, so not in `tokens` yet
@@ -93,6 +94,7 @@ class Sequence:
             kv=KvState(tokens, (request.tenant, request.salt)),
             deadline=Deadline.of(request.arrival, request.objective, len(request.emitted)),
             rank=Rank(UNPLACED, 0.0, request.arrival, request.id),
+            stops=frozenset(sampling.stop_token_ids),
             grammar=grammar,
         )
 

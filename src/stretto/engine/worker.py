@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 from stretto.config import EngineConfig
+from stretto.disk.files import loading
 from stretto.engine import ipc
 from stretto.engine.core import EngineCore
 from stretto.engine.heartbeat import Pulse
@@ -27,6 +28,7 @@ from stretto.engine.scheduler.admission import Snapshot, snapshot
 from stretto.engine.sequence import Sequence
 from stretto.engine.structured.grammar import Matcher
 from stretto.errors import InvalidGrammar, InvalidRequest, StrettoError
+from stretto.queueing.round_robin import RoundRobin
 from stretto.telemetry.log import configure
 from stretto.types import Finish, QueueState, Reason, Request, StepStats, TokenEvent
 
@@ -59,8 +61,9 @@ class EngineWorker:
             emit=self._emit,
             share=config.prefix_cache,
         )
-        self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._uncompiled: RoundRobin[Request] = RoundRobin()
+        self._compiling: dict[int, tuple[Request | None, Future[Matcher]]] = {}  # one; None: cancelled
         self._admits = config.schedule == "deadline"
         self._newest: dict[str, int] = {}
         self._snapshot_times: dict[str, float] = {}
@@ -115,8 +118,11 @@ class EngineWorker:
                     self._reject(request.id, error, request.request_id)
             case ipc.Cancel(ids):
                 for ident in ids:
-                    self._compiling.pop(ident, None)
                     self._engine.cancel(ident)
+                cancelled = frozenset(ids)
+                self._uncompiled.discard(lambda request: request.id in cancelled)
+                for ident in cancelled & self._compiling.keys():
+                    self._compiling[ident] = None, self._compiling[ident][1]
             case ipc.Stop():
                 self._stopped = True
 
@@ -134,8 +140,27 @@ class EngineWorker:
         if grammar is None:
             self._engine.submit(self._sequence(request))
         else:
-            future = self._compilers.submit(self._loader.grammars(request.model).compile, grammar)
-            self._compiling[request.id] = request, future
+            matcher = self._loader.grammars(request.model).known(grammar)
+            if matcher is not None:
+                self._run_under(request, matcher)
+                return
+            # Our own grammar does not wait behind those of clients, and tenants take turns.
+            self._uncompiled.push("" if grammar.kind == "json_object" else request.tenant, request)
+            self._compile_next()
+
+    def _compile_next(self) -> None:
+        """Compile the next grammar that waits, if none compiles."""
+        if self._uncompiled and not self._compiling:
+            request = self._uncompiled.pop()
+            assert request.sampling.grammar is not None
+            compile_ = self._loader.grammars(request.model).compile
+            self._compiling[request.id] = request, self._compiler.submit(compile_, request.sampling.grammar)
+
+    def _run_under(self, request: Request, grammar: Matcher) -> None:
+        """Queue a request whose grammar has compiled. Raises InvalidGrammar for emitted tokens outside it."""
+        if not all(map(grammar.accept, request.emitted)):
+            raise InvalidGrammar("the emitted tokens do not follow the grammar")
+        self._engine.submit(self._sequence(request, grammar))
 
     def _reject(self, ident: int | None, error: BaseException, request_id: str = "") -> None:
         """End a request that has not run in an error. Without an id there is nobody to tell."""
@@ -153,13 +178,13 @@ class EngineWorker:
             if not future.done():
                 continue
             del self._compiling[ident]
+            if request is None:
+                continue
             try:
-                grammar = future.result()
-                if not all(map(grammar.accept, request.emitted)):
-                    raise InvalidGrammar("the emitted tokens do not follow the grammar")
-                self._engine.submit(self._sequence(request, grammar))
+                self._run_under(request, future.result())
             except BaseException as error:  # a panic in the compiler is no Exception
                 self._reject(ident, error, request.request_id)
+        self._compile_next()
 
     def _sequence(self, request: Request, grammar: Matcher | None = None) -> Sequence:
         return Sequence.of(request, self._engine.models[request.model].runner.info.context, grammar)
@@ -219,7 +244,8 @@ def main() -> None:
     except zmq.ZMQError as error:
         sys.exit(f"the engine cannot listen at {sys.argv[1]}: {error}")
     try:
-        worker = EngineWorker(config, socket)
+        with loading("the engine", "please report this"):
+            worker = EngineWorker(config, socket)
     except StrettoError as error:
         socket.send(ipc.encode(ipc.Failed(error.message)))
         socket.close(linger=1000)

@@ -35,7 +35,7 @@ from stretto.gateway.relay import PATHS, Relay, RelayedExchange
 from stretto.gateway.router import Router
 from stretto.gateway.settings import GatewayConfig
 from stretto.protocol.openai import ModelCard, ModelList, Status
-from stretto.protocol.parsing import JSON, parse
+from stretto.protocol.parsing import JSON, parse, require_json
 from stretto.protocol.relay import OperationName
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,8 @@ class Gateway(Starlette):
     async def join(self, request: Request) -> Response:
         """A worker joins, or renews its lease."""
         self._ensure_operator(request)
-        joining = parse(json.Decoder(Joining), await request.body(), request.headers.get("content-type"))
+        require_json(request.headers.get("content-type"))
+        joining = parse(json.Decoder(Joining), await request.body())
         worker = self.registry.join(joining.url, joining.site, lease=time.monotonic() + LEASE_S)
         return _json({"name": worker.name, "lease_s": LEASE_S})
 

@@ -20,6 +20,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from stretto.disk.files import open_file, read_file
 from stretto.errors import CheckpointError
 from stretto.models.fields import Fields
 from stretto.models.spec import StoredDtype
@@ -111,12 +112,7 @@ class Checkpoint:
         self.files = []
 
     def _open(self, file: Path) -> None:
-        try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise CheckpointError(f"{file} is missing; the download may not have finished") from None
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        descriptor = open_file(file)
         self.files.append((file, descriptor))
         for name, entry in _header(file, descriptor, len(self.files) - 1).items():
             if name in self.entries:
@@ -217,7 +213,7 @@ def identity(path: Path) -> str:
     It covers config.json and, of each safetensors file, the name, size, time of change and samples of the
     content, the header among them. Reading all of a file would take as long as loading it.
     """
-    seen = blake2b((path / "config.json").read_bytes(), digest_size=16)
+    seen = blake2b(read_file(path / "config.json"), digest_size=16)
     with Checkpoint(path) as checkpoint:
         for file, descriptor in checkpoint.files:
             stat = os.fstat(descriptor)
@@ -253,7 +249,7 @@ def _header(file: Path, descriptor: int, number: int) -> dict[str, Entry]:
         )
     try:
         header = msgspec.json.decode(os.pread(descriptor, length, 8))
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a safetensors file: its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object")
@@ -275,9 +271,9 @@ def _entry(file: Path, number: int, name: str, raw: Any, base: int) -> Entry:
         dtype, shape, (start, stop) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
         width, numbers = WIDTHS[dtype], (*shape, start, stop)
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file}: the header's entry for {name} is malformed: {raw!r}") from None
+        raise CheckpointError(f"{file}: the header's entry for {name} is malformed: {raw!r:.200}") from None
     if not all(type(n) is int and n >= 0 for n in numbers):
-        raise CheckpointError(f"{file}: the header's entry for {name} is malformed: {raw!r}")
+        raise CheckpointError(f"{file}: the header's entry for {name} is malformed: {raw!r:.200}")
     nbytes = width
     for n in shape:
         nbytes *= n

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from msgspec import Struct
 
+from stretto.disk.files import loading
 from stretto.errors import CheckpointError
 from stretto.kernels import Activation
 from stretto.models import rope
@@ -239,6 +240,11 @@ def read(path: Path) -> ModelSpec:
     Raises CheckpointError for an unknown family, a quantised checkpoint, or a field that is missing,
     malformed or asks for something that is not implemented.
     """
+    with loading(f"{path / 'config.json'}"):
+        return _read(path)
+
+
+def _read(path: Path) -> ModelSpec:
     config = Fields.load(path / "config.json")
     name = config.text("model_type", "")
     if config.get("quantization_config") is not None or config.get("compression_config") is not None:

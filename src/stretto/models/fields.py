@@ -8,7 +8,10 @@ from typing import Any, cast
 
 import msgspec
 
+from stretto.disk.files import read_file
 from stretto.errors import CheckpointError
+
+LARGEST = 1e300  # a whole number of JSON may be beyond any float
 
 
 class Fields:
@@ -29,11 +32,11 @@ class Fields:
     def load(cls, path: Path) -> Fields:
         """Raises CheckpointError when the file is missing or not a JSON object."""
         try:
-            data = msgspec.json.decode(path.read_bytes())
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: is {path.parent} a model directory?") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            data = msgspec.json.decode(read_file(path))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read: it is not JSON ({error}); fetch it again"
+            ) from error
         if not isinstance(data, dict):
             raise CheckpointError(f"{path} must hold a JSON object, not {type(data).__name__}")
         return cls(cast("dict[str, Any]", data), f"{path}: $")
@@ -61,7 +64,8 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = float(self._typed(key, (int, float), "a number", default))
+        value = self._typed(key, (int, float), "a number", default)
+        value = float(value) if abs(value) < LARGEST else float("inf")
         if not 0 < value < float("inf"):
             raise self.error(key, f"must be above zero, not {value}")
         return value

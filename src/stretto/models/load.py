@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stretto.disk.files import loading
 from stretto.errors import CheckpointError
 from stretto.kernels import (
     AnyKernels,
@@ -86,7 +87,7 @@ def load(
     `families.read`), and for tensors that are missing, misshapen, unexpected or truncated.
     """
     spec = families.read(path)
-    with Checkpoint(path) as checkpoint:
+    with loading(f"the model in {path}"), Checkpoint(path) as checkpoint:
         reader = WeightReader(checkpoint, kernels, dtype, device, progress, store)
         decoder = Decoder(spec, reader.kernels, read_weights(reader, spec))
         reader.finish()

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import huggingface_hub
 
+from stretto.disk.files import loading
 from stretto.errors import CheckpointError
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -33,6 +34,11 @@ def resolve(name: str, progress: ProgressCallback | None = None) -> Path:
     Raises CheckpointError, which says what to do, when there is no such model, when it cannot be downloaded,
     and when the directory is not a model in safetensors.
     """
+    with loading(f"the model {name!r}"):
+        return _resolve(name, progress)
+
+
+def _resolve(name: str, progress: ProgressCallback | None) -> Path:
     if name == BUNDLED:
         return check(Path(str(files("stretto"))) / BUNDLED)
     path = Path(os.path.expanduser(name))  # which leaves a `~` that means no directory as it is

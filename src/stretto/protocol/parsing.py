@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from msgspec import DecodeError, Raw, ValidationError, json
 
-from stretto.errors import InvalidRequest, TooLarge, UnsupportedField, cut
+from stretto.errors import InvalidRequest, TooLarge, UnsupportedField, UnsupportedMedia, cut
 from stretto.protocol.limits import LIMITS, Limit
 
 T = TypeVar("T")
@@ -32,33 +32,40 @@ _TOKEN = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[\[\]{}]', re.DOTALL)
 _FIELDS = json.Decoder(dict[str, Raw])
 
 
-def parse(decoder: json.Decoder[T], body: bytes, content_type: str | None = None) -> T:
-    """Decodes a request body. `content_type` is the value of that header, None if it was not sent.
+def require_json(content_type: str | None) -> None:
+    """Raises UnsupportedMedia for a body that is not declared as JSON.
+
+    A browser lets a page send JSON to another origin only if that origin allows it. Every other type, and a
+    missing one, could come from a page of a stranger.
+    """
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if kind != JSON and not (kind.startswith("application/") and kind.endswith("+json")):
+        sent = "missing" if content_type is None else f"{cut(content_type, LONGEST_PROBLEM)!r}"
+        raise UnsupportedMedia(f"the header Content-Type is {sent}; send {JSON}")
+
+
+def parse(decoder: json.Decoder[T], body: bytes) -> T:
+    """Decodes a request body.
 
     Raises InvalidRequest for a malformed body and for a value that is wrong or beyond its limit,
     UnsupportedField for a field or a value that this server does not implement, and TooLarge for more than
     MAX_CONTAINERS lists and objects.
     """
-    # A browser sends JSON to another origin only if a CORS preflight allows it. Requiring this content type
-    # therefore stops web pages from using a server on loopback.
-    if content_type is not None and content_type.partition(";")[0].strip().lower() != JSON:
-        raise InvalidRequest(f"the content type must be {JSON}, not {content_type}")
     if len(body) > MAX_CONTAINERS:
         _check_size(body)
     try:
         return decoder.decode(body)
     except ValidationError as error:
-        problem = _error_with_path(str(error), body)
+        raise _error_with_path(str(error), body) from None
     except UnicodeDecodeError as error:
-        problem = InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}")
+        raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except DecodeError as error:
-        if (whole := _without_half_pairs(body)) != body:
-            return parse(decoder, whole, content_type)
-        problem = InvalidRequest(f"the body is not valid JSON: {error}")
+        whole = _without_half_pairs(body)
+        if whole == body:
+            raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:
-        problem = _too_deep(body)
-    # Raised here, so that it does not hold the decoder's error and with it the frames of the decoder.
-    raise problem
+        raise _too_deep(body) from None
+    return parse(decoder, whole)
 
 
 def _check_size(body: bytes) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -25,10 +24,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
-from stretto.errors import NotFound, StrettoError, TooLarge, Unauthorised, WrongMethod
-from stretto.protocol.parsing import JSON
+from stretto.errors import NotFound, StrettoError, TooLarge, WrongMethod
+from stretto.protocol.parsing import require_json
 from stretto.protocol.relay import RELAY
+from stretto.server.edge.answer import parts_of
 from stretto.server.edge.exchange import KEY, Exchange, ExchangeLayer
+from stretto.server.edge.guard import Guard
 from stretto.server.embeddings import embed
 from stretto.server.generation import CHAT, COMPLETION, generate, relay
 from stretto.server.pages import Pages
@@ -58,6 +59,7 @@ class Endpoint:
         exchange: Exchange = scope[KEY]
         try:
             tenant = exchange.tenant = self.server.tenant(request.headers)
+            require_json(request.headers.get("content-type"))
             body = await read_body(request, self.server.config.max_body_bytes)
             exchange.bytes_in = len(body)
             call = Call(self.server, request, send, body, tenant, arrival)
@@ -82,6 +84,8 @@ class Endpoint:
                 status = status_of(failure, exchange, client_gone=client_gone)
                 exchange.ended = Ended(self.name, outcome, time.monotonic() - arrival, status=status)
             self.server.ended(exchange.ended)
+            # The error holds this frame. Without the way back, it is freed at once, and the body with it.
+            failure = None
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -91,17 +95,20 @@ async def read_body(request: Request, limit: int) -> bytes:
     ClientDisconnect when the client closes the connection.
     """
     declared = request.headers.get("content-length", "0")
-    too_large = TooLarge(f"the body may have {limit} bytes at most; send less")
     if not declared.isdigit() or int(declared) > limit:
-        raise too_large
+        raise _too_large(limit)
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
-            raise too_large
+            raise _too_large(limit)
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body may have {limit} bytes at most; send less")
 
 
 def internal(error: BaseException) -> StrettoError:
@@ -115,22 +122,19 @@ def internal(error: BaseException) -> StrettoError:
 
 async def error_response(request: Request, error: Exception) -> Response:
     """Every error as a response, the router's own included."""
-    headers: dict[str, str] = {}
+    allow: dict[str, str] = {}
     if isinstance(error, HTTPException):
-        headers = dict(error.headers or {})
-        path = request.url.path
+        allow = dict(error.headers or {})
+        path = request.scope["path"]
         if error.status_code == WrongMethod.status:
-            allowed = headers.get("Allow", "other methods")
+            allowed = allow.get("Allow", "other methods")
             error = WrongMethod(f"{path} does not take {request.method}; use {allowed}")
         else:
             error = NotFound(f"there is nothing at {path}")
     if not isinstance(error, StrettoError):
         error = internal(error)
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if isinstance(error, Unauthorised):
-        headers["WWW-Authenticate"] = "Bearer"
-    return Response(json.encode(error.body()), error.status, headers, JSON)
+    status, headers, body = parts_of(error)
+    return Response(body, status, headers | allow)
 
 
 class App(Starlette):
@@ -149,6 +153,7 @@ class App(Starlette):
         ]
         super().__init__(routes=routes + Pages(server).routes())
         self.router.redirect_slashes = False
+        self.add_middleware(Guard, config=server.config, count=server.metrics.rejected)
         self.server = server
 
     def build_middleware_stack(self) -> ASGIApp:

@@ -28,7 +28,7 @@ WINDOW = 16
 async def embed(call: Call) -> None:
     """Answers one request for embeddings. Raises StrettoError."""
     server = call.server
-    request = parse(DECODER, call.body, call.request.headers.get("content-type"))
+    request = parse(DECODER, call.body)
     call.label(request.model, DEFAULT)
     model = server.model(request.model)
     inputs = split_inputs(request.input, "$.input")

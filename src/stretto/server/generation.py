@@ -64,7 +64,7 @@ async def relay(call: Call) -> None:
     config = call.server.config
     if call.tenant != (GATEWAY if config.gateway_key or config.api_keys else LOCAL):
         raise Unauthorised("only a gateway may relay requests: give it the gateway_key of this worker")
-    relayed = parse(RELAYED, call.body, call.request.headers.get("content-type"))
+    relayed = parse(RELAYED, call.body)
     call.body = bytes(relayed.request)
     call.tenant = relayed.tenant
     call.arrival -= min(max(relayed.age_ms, 0.0), OLDEST_MS) / 1e3
@@ -81,7 +81,7 @@ async def relay(call: Call) -> None:
 async def generate(call: Call, operation: Operation[R]) -> None:
     """Answers one request. Raises StrettoError; `call.streaming` says whether a stream had begun."""
     server = call.server
-    request = parse(operation.decoder, call.body, call.request.headers.get("content-type"))
+    request = parse(operation.decoder, call.body)
     call.label(request.model, requested_tier(request))
     model = server.model(request.model)
     spec = operation.check(request, model, server.limits)
@@ -92,8 +92,9 @@ async def generate(call: Call, operation: Operation[R]) -> None:
         call.tier = slo.tier
         await server.check_grammar(call, spec.sampling.grammar, spec.grammar_path)
         prompts = await server.run_text(call, spec.encode)
+        samplings = spec.sampling.fan_out()
         for prompt in prompts:
-            for copy, sampling in enumerate(spec.sampling.fan_out()):
+            for copy, sampling in enumerate(samplings):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)
         writer = ResponseWriter(operation.style, spec, slo.tier, call.exchange.id, call.continuation)
         await (stream if spec.stream else answer)(call, writer, slot)
@@ -128,6 +129,7 @@ def submit(
         prompt_counts=first,
         echo=prompt.echo,
         parser=spec.answer_parser(prompt.thinking),
+        grammar_path=None if sampling.grammar is None else spec.grammar_path,
     )
     call.outputs.append(output)
     if slo.tier == PRIORITY:

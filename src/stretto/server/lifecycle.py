@@ -13,6 +13,7 @@ import logging
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -22,11 +23,15 @@ import uvicorn
 from stretto.config import ServeConfig
 from stretto.errors import Draining, StartError
 from stretto.server.app import App
+from stretto.server.edge.connection import ConnectionConfig
+from stretto.server.edge.hosts import is_loopback
+from stretto.server.edge.limits import Edge
 from stretto.telemetry.log import describe
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
 OPEN_FILES = 65536
+SPARE_FILES = 128  # for sockets to the engine, logs and pages
 LAST_EVENTS_S = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -47,6 +52,13 @@ async def run(
     """
     try:
         listener = listen(config.host, config.port)
+        if not config.api_keys and not is_loopback(config.host):
+            log.warning(
+                "listening on %s without API keys: everybody who reaches port %d can use the models and read"
+                " /state; set STRETTO_API_KEY or api_keys, or listen on 127.0.0.1",
+                config.host,
+                listener.getsockname()[1],
+            )
         with listener:
             await _serve(config, app, engine, listener, on_ready)
     finally:
@@ -62,11 +74,13 @@ async def _serve(
     listener: socket.socket,
     on_ready: Callable[[str], None] | None,
 ) -> None:
-    _raise_open_files_limit()
+    files = _raise_open_files_limit()
     # All objects of this point live until the end. Frozen, they do not lengthen the collector's pauses.
     gc.collect()
     gc.freeze()
-    server = _Server(app)
+    most = min(config.max_connections, max(files - SPARE_FILES, 2) // 2)
+    edge = Edge(config, most, app.server.metrics.rejected)
+    server = _Server(app, edge)
     shutdown = _Shutdown(config, app, server)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_failure)
@@ -115,12 +129,15 @@ def url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _raise_open_files_limit() -> None:
-    """Raises the limit of open files, because each connection needs one and the usual limit is 1,024."""
+def _raise_open_files_limit() -> int:
+    """Raises the limit of open files, because each connection needs one and the usual limit is 1,024.
+    Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        return limit
+    return OPEN_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def _log_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -129,12 +146,13 @@ def _log_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers."""
+    """uvicorn without its own signal handlers, and with limits for its connections."""
 
-    def __init__(self, app: App) -> None:
-        config = uvicorn.Config(
+    def __init__(self, app: App, edge: Edge) -> None:
+        self._edge = edge
+        config = ConnectionConfig(
             app,
-            http="httptools",
+            edge,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -142,10 +160,14 @@ class _Server(uvicorn.Server):
             server_header=False,
             proxy_headers=False,
             backlog=BACKLOG,
-            timeout_keep_alive=60,
             timeout_graceful_shutdown=int(LAST_EVENTS_S),
         )
         super().__init__(config)
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn calls this ten times a second."""
+        self._edge.tick(time.monotonic())
+        return await super().on_tick(counter)
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

@@ -29,8 +29,12 @@ from stretto.types import WorkerState
 ERRORS = {
     400: "The request is malformed, out of range or not supported; `param` is the path of the field.",
     401: "No API key, or an unknown one.",
+    403: "The host is not one of this server's, or a web page of another origin sent the request.",
     404: "This server has no model of that name.",
+    408: "The request did not arrive whole in time.",
     413: "The body is too large.",
+    415: "The content type is not JSON, or the body is compressed.",
+    431: "The headers are too large.",
     500: "A bug, or a request that the engine could not finish.",
     503: "Unavailable: the objective cannot be met, the queue is full, the engine is starting, or the server "
     "is shutting down. `Retry-After` says when to try again.",
@@ -51,7 +55,7 @@ class _Route:
     media: tuple[str, ...] = ()
 
 
-WORK = (400, 401, 404, 413, 500, 503)
+WORK = (400, 401, 403, 404, 408, 413, 415, 431, 500, 503)
 ROUTES = (
     _Route(
         "/v1/chat/completions", "post", "Answer a conversation.", WORK, ChatRequest, ChatCompletion, ChatChunk

@@ -28,6 +28,7 @@ MSGPACK = "application/msgpack"
 FILES = files("stretto.server") / "static"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 PLOTLY = "plotly.min.js"
+NAMES = frozenset({PLOTLY, *(file.name for file in FILES.iterdir())})
 # The hash of a stylesheet that plotly.js adds to the page. Without it the browser reports a violation.
 MAPS = "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
 SECURITY = {
@@ -124,7 +125,10 @@ class Pages:
     def page(self, request: Request) -> Response:
         """A file of the page. Starlette runs this in a thread: the first call of each file compresses it."""
         zipped = "gzip" in request.headers.get("accept-encoding", "")
-        found = _file(request.path_params.get("name", "index.html"), zipped)
+        name = request.path_params.get("name", "index.html")
+        if name not in NAMES:  # Before the cache, which would keep every name.
+            raise NotFound(f"the page has no file {name!r}")
+        found = _file(name, zipped)
         if request.headers.get("if-none-match") != found.headers["ETag"]:
             return found
         kept = {name: found.headers[name] for name in (*SECURITY, "Cache-Control", "ETag")}
@@ -142,11 +146,11 @@ def _json(value: object) -> Response:
 
 @cache
 def _file(name: str, zipped: bool) -> Response:
-    """A file of the page as a response, made once. Raises NotFound."""
-    own = name in {file.name for file in FILES.iterdir()}
+    """A file of the page as a response, made once. `name` is one of NAMES. Raises NotFound."""
+    own = name != PLOTLY
     spec = find_spec("plotly") if name == PLOTLY else None  # not imported: only its file is used
     if not own and (spec is None or spec.origin is None):
-        raise NotFound(f"the page has no file {name!r}")
+        raise NotFound(f"{PLOTLY} is not installed")
     path = FILES / name if own or spec is None else Path(str(spec.origin)).parent / "package_data" / PLOTLY
     plain = path.read_bytes()
     headers = SECURITY | {

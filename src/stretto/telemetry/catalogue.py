@@ -134,6 +134,15 @@ REFUSALS = Metric(
     ("reason", "tier"),
 )
 
+REJECTED = Metric(
+    Counter,
+    "stretto_rejected_requests",
+    "Requests and connections that were ended before a handler answered: an error code, blocked_send (the "
+    "client did not read its answer), evicted (it had owed a request for longest when all connections were "
+    "taken), or flood (it kept sending after it was refused).",
+    ("reason",),
+)
+
 # Steps of the engine.
 STEP = Metric(StepSeconds, "stretto_step_seconds", "Seconds per step of the engine.", MODEL)
 STEP_DECODE = Metric(

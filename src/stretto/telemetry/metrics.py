@@ -115,6 +115,10 @@ class Metrics:
         if request.gaps:
             self._of(catalogue.ITL, tier, model).observe_all(request.gaps)
 
+    def rejected(self, reason: str) -> None:
+        """Count a request or a connection that was ended before a handler answered."""
+        self._of(catalogue.REJECTED, reason).inc()
+
     def step(self, stats: StepStats) -> None:
         """Count a step of the engine. There may be thousands a second, so they are counted in batches."""
         steps = self._steps[stats.model]

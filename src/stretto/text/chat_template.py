@@ -16,6 +16,7 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
+from stretto.disk.files import read_file
 from stretto.errors import CheckpointError, InvalidRequest, cut
 from stretto.text.template_sandbox import TemplateEnvironment, check_json_arguments
 
@@ -129,7 +130,10 @@ def _line(error: Exception) -> int:
 
 
 def load(path: Path, config: dict[str, Any]) -> ChatTemplate | None:
-    """The template of the checkpoint in `path`; None without one. `config` is its tokenizer_config.json."""
+    """The template of the checkpoint in `path`; None without one. `config` is its tokenizer_config.json.
+
+    Raises CheckpointError, or what a damaged file makes Python raise.
+    """
     sources = _sources(path, config)
     if "default" not in sources:
         return None
@@ -149,12 +153,14 @@ def _sources(path: Path, config: dict[str, Any]) -> dict[str, str]:
         found["default"] = inline
     elif isinstance(inline, list):
         found.update({entry["name"]: entry["template"] for entry in cast("list[dict[str, str]]", inline)})
+    elif inline is not None:
+        raise CheckpointError(f"{path / 'tokenizer_config.json'}: $.chat_template must be a string or a list")
     legacy = path / "chat_template.json"
-    if legacy.is_file():
-        found["default"] = json.loads(legacy.read_bytes())["chat_template"]
+    if legacy.exists():
+        found["default"] = json.loads(read_file(legacy))["chat_template"]
     alone = path / "chat_template.jinja"
-    if alone.is_file():
-        found["default"] = alone.read_text("utf-8")
+    if alone.exists():
+        found["default"] = read_file(alone).decode("utf-8")
     for extra in sorted((path / "additional_chat_templates").glob("*.jinja")):
-        found[extra.stem] = extra.read_text("utf-8")
+        found[extra.stem] = read_file(extra).decode("utf-8")
     return {name: found[name] for name in ("default", "tool_use") if name in found}

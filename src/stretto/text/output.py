@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Protocol
 
 from stretto.deadlines import Deadline
-from stretto.errors import CannotBeOnTime, EngineError, InvalidRequest
+from stretto.errors import CannotBeOnTime, EngineError, InvalidGrammar, InvalidRequest
 from stretto.protocol.openai import AnswerReport, Delta, FinishReason
 from stretto.statistics import quantile
 from stretto.text.detokenizer import Detokenizer
@@ -173,6 +173,7 @@ class Output:
     prompt_counts: bool = True
     echo: str = ""
     parser: AnswerParser | None = None
+    grammar_path: str | None = None  # of the field that gave the grammar
     tokens: int = 0
     finish_reason: FinishReason | None = None
     began: Began | None = None
@@ -243,7 +244,8 @@ class Output:
         if finish.reason is Reason.REFUSED:
             raise _refusal(finish)
         if finish.reason is Reason.INVALID:
-            raise InvalidRequest(finish.error or "the model cannot run this request")
+            kind = InvalidRequest if self.request.sampling.grammar is None else InvalidGrammar
+            raise kind(finish.error or "the model cannot run this request", param=self.grammar_path)
         reason = FINISH.get(finish.reason)
         if reason is None:
             raise EngineError(finish.error or f"the engine ended the sequence: {finish.reason.value}")

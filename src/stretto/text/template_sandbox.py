@@ -50,7 +50,7 @@ class Budget:
     __slots__ = ("output", "turns", "until")
 
     def __init__(self) -> None:
-        self.until = time.thread_time() + SECONDS
+        self.until = 0.0  # the end of its time; 0: most renderings end before anybody looks at the clock
         self.turns = 0
         self.output = 0
 
@@ -62,8 +62,11 @@ def _tick(value: object) -> object:
     """Counts one turn of a loop or one call of a macro."""
     spent = _budget.get()
     spent.turns += 1
-    if spent.turns % TURNS == 0 and time.thread_time() > spent.until:
-        raise TemplateLimit(f"it runs for more than {SECONDS:g} s")
+    if spent.turns % TURNS == 0:
+        now = time.thread_time()
+        spent.until = spent.until or now + SECONDS
+        if now > spent.until:
+            raise TemplateLimit(f"it runs for more than {SECONDS:g} s")
     return value
 
 
@@ -160,8 +163,16 @@ class _Guards(NodeTransformer):
 
     visit_For = visit_Macro = visit_CallBlock = visit_Block = visit_FilterBlock = _ticking
 
-    def visit_Add(self, node: nodes.Add) -> nodes.Node:
-        return nodes.Filter(self.generic_visit(node), "_measured", [], [], None, None).set_lineno(node.lineno)
+    def visit_Add(self, node: nodes.Add, inner: int = 0) -> nodes.Node:
+        # Of `a + b + c + ...` every eighth sum is measured, and the whole.
+        if isinstance(node.left, nodes.Add):
+            node.left = cast("nodes.Expr", self.visit_Add(node.left, inner + 1))
+            node.right = cast("nodes.Expr", self.visit(node.right))
+        else:
+            self.generic_visit(node)
+        if inner % 8:
+            return node
+        return nodes.Filter(node, "_measured", [], [], None, None).set_lineno(node.lineno)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)

@@ -11,10 +11,11 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from stretto.disk.files import loading, read_file
 from stretto.errors import CheckpointError, UnsupportedField
 from stretto.text import chat_template
 from stretto.text.detokenizer import BYTE_ALPHABET, Detokenizer, Pieces
@@ -32,6 +33,10 @@ class TextModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        with loading(f"the tokenizer in {path}"):
+            self._load(path)
+
+    def _load(self, path: Path) -> None:
         is_null = str(path).partition(":")[0] == NULL
         self.tokenizer = _null_tokenizer() if is_null else _load(path)
         self.tokenizer.no_truncation()
@@ -197,18 +202,23 @@ def _load(path: Path) -> Tokenizer:
             ".save_pretrained(...) of transformers"
         )
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_buffer(read_file(file))
+    except CheckpointError:
+        raise
     except Exception as error:  # the bindings raise bare Exception
         raise CheckpointError(f"{file} does not load: {error}") from error
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not file.exists():
         return {}
     try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+        found: object = json.loads(read_file(file))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}; fetch it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, not {type(found).__name__}")
+    return cast("dict[str, Any]", found)
 
 
 def _null_tokenizer() -> Tokenizer:

@@ -291,3 +291,21 @@ def test_the_number_of_cached_grammars_is_bounded(directory: Path, vocab: int):
     for number in range(module.COMPILED_GRAMMARS + 5):
         grammars.compile(Grammar("regex", f"a{{{number + 1}}}"))
     assert grammars.kept == module.COMPILED_GRAMMARS
+
+
+def test_a_kept_grammar_is_known_and_the_least_recently_used_is_forgotten(
+    directory: Path, vocab: int
+) -> None:
+    grammars = Grammars(directory, frozenset({END}), vocab)
+    first = Grammar("regex", "a+")
+    assert grammars.known(first) is None
+    compiled = grammars.compile(first)
+    for at in range(module.COMPILED_GRAMMARS - 1):
+        grammars.compile(Grammar("regex", f"b{{{at}}}c"))
+    known = grammars.known(first)  # which makes it the last one used
+    assert known is not None
+    assert allowed(known) == allowed(compiled)
+    grammars.compile(Grammar("regex", "d"))
+    assert grammars.known(first) is not None
+    assert grammars.known(Grammar("regex", "b{0}c")) is None
+    assert grammars.kept == module.COMPILED_GRAMMARS

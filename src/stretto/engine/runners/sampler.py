@@ -38,6 +38,7 @@ class Sampler:
         self._eos = eos
         self._argmax = argmax_on_host if device.type == "cpu" else argmax_on_device
         self._counts: dict[int, _TokenCounts] = {}
+        self._biases: dict[int, tuple[NDArray[np.int64], Logits]] = {}
 
     @property
     def tracked(self) -> list[int]:
@@ -130,20 +131,29 @@ class Sampler:
         return Drawn(token, _logprobs(logits, float(logits[best]), token, sampling.logprobs))
 
     def _update_counts(self, sequences: list[Sequence]) -> None:
-        """Update the token counts of the sequences with penalties, and drop those of all others."""
+        """Update the token counts of the sequences with penalties and the arrays of those with a logit bias,
+        and drop those of all others."""
         known, self._counts = self._counts, {}
+        biased, self._biases = self._biases, {}
         for seq in sequences:
+            if bias := seq.request.sampling.logit_bias:
+                self._biases[seq.request.id] = biased.get(seq.request.id) or self._bias_arrays(bias)
             if _penalised(seq.request.sampling):
                 ident = seq.request.id
                 counts = self._counts[ident] = known.get(ident) or _TokenCounts(seq)
                 counts.update(seq.tokens)
 
+    def _bias_arrays(self, bias: dict[int, float]) -> tuple[NDArray[np.int64], Logits]:
+        """The token ids of a logit bias and what to add to the logits of each."""
+        ids = np.fromiter(bias, np.int64, len(bias))
+        inside = (ids >= 0) & (ids < self._vocab)
+        return ids[inside], np.fromiter(bias.values(), np.float32, len(bias))[inside]
+
     def _changed(self, logits: Logits, position: Position) -> Logits:
         """A copy of the logits with bias, minimum, grammar and penalties applied."""
         final, sampling = logits.copy(), position.seq.request.sampling
-        for token, bias in sampling.logit_bias.items():
-            if 0 <= token < self._vocab:
-                final[token] += bias
+        if (biases := self._biases.get(position.seq.request.id)) is not None:
+            final[biases[0]] += biases[1]
         early = self._too_early(position)
         if position.grammar is not None:
             final[~self._allowed(position.grammar, early)] = -np.inf

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 import msgspec
 import numpy as np
@@ -75,7 +76,7 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles grammars for one model and keeps the most recent ones. To be used by one thread.
+    """Compiles grammars for one model and keeps the most recent ones. One thread may compile.
 
     `eos`: the tokens that end an answer. `vocab`: the width of the model's logits. The tokenizer is read with
     the first grammar, because that takes a second for a large one.
@@ -85,19 +86,37 @@ class Grammars:
         self._path = tokenizer_dir / "tokenizer.json"
         self._eos = eos
         self._vocab = vocab
-        self._start = lru_cache(COMPILED_GRAMMARS)(self._compiled)
+        self._starts: dict[Grammar, Matcher] = {}  # those used last at the end
+        self._lock = Lock()
 
     def compile(self, grammar: Grammar) -> Matcher:
         """A matcher at the start of a text. Raises InvalidGrammar."""
-        return Matcher(self._start(grammar).deep_copy(), self._tokenizer.vocab_size, self._vocab)
+        known = self.known(grammar)
+        if known is not None:
+            return known
+        start = self._matcher(compiled(self._tokenizer, grammar))
+        with self._lock:
+            self._starts[grammar] = start
+            if len(self._starts) > COMPILED_GRAMMARS:
+                del self._starts[next(iter(self._starts))]
+        return start.fork()
 
-    def _compiled(self, grammar: Grammar) -> LLMatcher:
-        return compiled(self._tokenizer, grammar)
+    def known(self, grammar: Grammar) -> Matcher | None:
+        """The same for a grammar that is kept, else None. It takes microseconds, and any thread may ask."""
+        with self._lock:
+            start = self._starts.pop(grammar, None)
+            if start is None:
+                return None
+            self._starts[grammar] = start
+        return start.fork()
+
+    def _matcher(self, state: LLMatcher) -> Matcher:
+        return Matcher(state, self._tokenizer.vocab_size, self._vocab)
 
     @property
     def kept(self) -> int:
         """How many compiled grammars are kept."""
-        return self._start.cache_info().currsize
+        return len(self._starts)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:

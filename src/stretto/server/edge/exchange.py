@@ -37,7 +37,8 @@ encode = json.Encoder().encode
 class Exchange:
     """One HTTP request and its response. Whoever answers the request fills in what it learns.
 
-    Called with an ASGI message, it sends the message on, after adding the id to the headers of the response.
+    Called with an ASGI message, it sends the message on, after adding the id and the `extra` headers to the
+    headers of the response.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Exchange:
     bytes_in: int = 0
     bytes_out: int = 0
     status: int | None = None
+    extra: Sequence[tuple[bytes, bytes]] = ()
     ended: Ended | None = None
 
     def __call__(self, message: Message) -> Awaitable[None]:
@@ -54,7 +56,7 @@ class Exchange:
             self.bytes_out += len(message.get("body", b""))
         elif message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (HEADER, self.id.encode())]
+            message["headers"] = [*message.get("headers", ()), (HEADER, self.id.encode()), *self.extra]
         return self.onward(message)
 
 
