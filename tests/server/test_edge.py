@@ -323,7 +323,7 @@ async def test_unfinished_bodies_share_a_bounded_memory(victim: Victim) -> None:
             await sending
             return answer
 
-    async with neighbour(victim, most_s=3.0, most_bytes=200 * MIB):
+    async with neighbour(victim, most_s=3.0, most_bytes=120 * MIB):
         answers = await asyncio.gather(*(begin() for _ in range(200)))
     codes = {error(answer) for answer in answers if answer}
     assert codes <= {(408, "request_timeout"), (503, "overloaded")}

@@ -149,3 +149,10 @@ async def test_only_a_gateway_may_relay(engine: FakeEngine, checkpoint: Path):
             answer = await client.post(RELAY, json=body, headers=headers)
         assert answer.status_code == status, (config, key, answer.text)
     assert engine.requests[-1].tenant == "ann"
+
+
+async def test_the_name_of_a_relayed_tenant_has_a_limit(client: httpx.AsyncClient):
+    """The server remembers tenants, and without keys anybody may relay."""
+    body = {"operation": "chat", "tenant": "a" * 257, "request": ASK}
+    answer = await client.post(RELAY, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "$.tenant")

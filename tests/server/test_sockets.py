@@ -19,6 +19,7 @@ from stretto.engine.client import EngineClient
 from stretto.errors import StartError
 from stretto.server import lifecycle
 from stretto.server.app import App
+from stretto.server.pages import VIEWERS
 from stretto.types import Reason, Request
 from tests.server.conftest import CHAT, HELLO, Served
 from tests.server.fake_engine import FakeEngine, Item, build
@@ -183,6 +184,27 @@ async def test_a_second_signal_stops_the_server_at_once(served: Served, engine: 
         os.kill(os.getpid(), signal.SIGINT)
         assert (await last_event(reader))["error"]["code"] == "draining"
     await asyncio.wait_for(served.task, 5)
+
+
+async def test_the_live_view_has_a_limit_of_viewers(served: Served) -> None:
+    """A viewer that leaves makes room for another one."""
+    request = b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    opened = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(VIEWERS)]
+    for reader, writer in opened:
+        writer.write(request)
+        await reader.readuntil(b"data: ")
+    async with connected(served) as (reader, writer):
+        writer.write(request)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 503")
+    for _, writer in opened:
+        writer.transport.abort()
+    for _ in range(50):
+        async with connected(served) as (reader, writer):
+            writer.write(request)
+            if (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200"):
+                return
+        await asyncio.sleep(0.1)
+    pytest.fail("no room")
 
 
 async def test_a_port_in_use_and_an_unknown_host_are_start_errors(

@@ -8,9 +8,9 @@ removes it, and other clients ignore it.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from msgspec import Raw, Struct
+from msgspec import Meta, Raw, Struct
 
 from stretto.config import Tier
 from stretto.types import ModelInfo
@@ -61,7 +61,7 @@ class RelayedRequest(Struct, frozen=True):
     """
 
     operation: OperationName
-    tenant: str
+    tenant: Annotated[str, Meta(max_length=256)]
     request: Raw
     age_ms: float = 0.0
     continuation: Continuation | None = None

@@ -71,7 +71,9 @@ ROUTES = (
     _Route("/health", "get", "Whether the process is alive, and its engine's state.", (), response=Health),
     _Route("/ready", "get", "Whether the server accepts requests.", (503,), response=Status),
     _Route("/state", "get", "The worker's state.", (401,), response=WorkerState),
-    _Route("/live", "get", "A stream of statistics of the last seconds, twice a second.", (401,), chunk=Live),
+    _Route(
+        "/live", "get", "A stream of statistics of the last seconds, twice a second.", (401, 503), chunk=Live
+    ),
     _Route("/metrics", "get", "Metrics for Prometheus.", (), media=("text/plain",)),
     _Route("/openapi.json", "get", "This document.", ()),
     _Route("/", "get", "A web page to try the server.", (), media=("text/html",)),

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from stretto.errors import NotFound
+from stretto.errors import NotFound, Overloaded
 from stretto.protocol.openai import Health, ModelCard, ModelList, Status
 from stretto.protocol.parsing import JSON
 from stretto.protocol.relay import RELAY
@@ -24,6 +24,7 @@ from stretto.server import openapi
 from stretto.server.state import Server
 
 LIVE_S = 0.5
+VIEWERS = 32  # each costs a snapshot every LIVE_S
 MSGPACK = "application/msgpack"
 FILES = files("stretto.server") / "static"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
@@ -47,6 +48,7 @@ class Pages:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._viewers = 0
 
     def routes(self) -> list[Route]:
         """All routes that need no engine."""
@@ -93,18 +95,24 @@ class Pages:
     async def live(self, request: Request) -> Response:
         """Server-sent events: a snapshot of the last seconds, twice a second until the server drains."""
         self._server.tenant(request.headers)
+        if self._viewers >= VIEWERS:
+            raise Overloaded(f"{VIEWERS} clients watch already; close one, or try again", retry_after=10.0)
         headers = {"Cache-Control": "no-store"}
         return StreamingResponse(self._snapshots(), media_type="text/event-stream", headers=headers)
 
     async def _snapshots(self) -> AsyncIterator[bytes]:
         server = self._server
-        while not server.gate.draining:
-            engine = server.engine
-            now = server.recent.snapshot(
-                running=len(server.calls), restarts=engine.restarts, ready=engine.ready
-            )
-            yield b"data: " + json.encode(now) + b"\n\n"
-            await asyncio.sleep(LIVE_S)
+        self._viewers += 1
+        try:
+            while not server.gate.draining:
+                engine = server.engine
+                now = server.recent.snapshot(
+                    running=len(server.calls), restarts=engine.restarts, ready=engine.ready
+                )
+                yield b"data: " + json.encode(now) + b"\n\n"
+                await asyncio.sleep(LIVE_S)
+        finally:
+            self._viewers -= 1
 
     async def openapi(self, request: Request) -> Response:
         """The OpenAPI document."""

@@ -83,9 +83,8 @@ class RequestCycle(RequestResponseCycle):
             try:
                 raise self.refusal
             finally:
-                self.refusal = (
-                    None  # The error holds this frame. Without the way back, both are freed at once.
-                )
+                # The error holds this frame. Without the way back, it is freed at once, and the body with it.
+                self.refusal = None
         return event
 
     def refuse(self, error: StrettoError) -> None:
