@@ -91,8 +91,9 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """One sampling for each of the `n` answers. With a seed, answer k (from 0) has `seed + k`."""
         if self.n == 1:
             return (self,)
-        seeds = [None if self.seed is None else self.seed + index for index in range(self.n)]
-        return tuple(structs.replace(self, n=1, seed=seed) for seed in seeds)
+        if self.seed is None:
+            return (structs.replace(self, n=1),) * self.n
+        return tuple(structs.replace(self, n=1, seed=self.seed + index) for index in range(self.n))
 
 
 def _check_within(name: str, value: float, bounds: Meta) -> None:

@@ -347,9 +347,10 @@ def test_extreme_sampling_settings_give_valid_tokens():
     assert draw(logits, sequence(Sampling(top_p=1e-300))).token == int(logits.argmax())
     assert draw(logits, sequence(Sampling(min_p=1.0))).token == int(logits.argmax())
     assert draw(logits, sequence(Sampling(temperature=100.0, top_p=0.999))).token in range(VOCAB)
-    assert (
-        draw(logits, sequence(Sampling(repetition_penalty=1e-300), output=[int(logits.argmax())])).token == -1
-    )
+    strongest = sequence(Sampling(repetition_penalty=0.01), output=[int(logits.argmax())])
+    assert draw(100 * logits, strongest).token == int(logits.argmax())
+    with pytest.raises(ValueError, match=r"repetition_penalty must be from 0\.01"):
+        Sampling(repetition_penalty=1e-38)
 
 
 def big_rows() -> list[np.ndarray]:
