@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -81,6 +82,24 @@ async def test_a_bug_in_a_page_is_a_typed_error_with_an_id_and_its_text_is_nowhe
     assert "RuntimeError at " in caplog.text and "SECRET" not in caplog.text + answer.text
 
 
+async def raw(served: Served, sent: bytes) -> str:
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(sent)
+    answer = (await reader.read()).decode("latin-1")
+    writer.close()
+    return answer
+
+
+async def test_what_never_reaches_a_handler_has_an_id_too(served: Served) -> None:
+    """Bytes that are no HTTP, headers without an end, and a foreign host."""
+    nonsense = await raw(served, b"no http at all\r\n\r\n")
+    assert re.match(r"HTTP/1\.1 400 (.|\n)*\r\nx-request-id: [0-9a-f]{24}\r\n", nonsense)
+    endless = await raw(served, b"GET / HTTP/1.1\r\nX-Request-Id: mine\r\n" + b"a: b\r\n" * 10_000)
+    assert re.match(r"HTTP/1\.1 431 (.|\n)*\r\nx-request-id: mine\r\n", endless)
+    foreign = await raw(served, b"GET / HTTP/1.1\r\nHost: evil.test\r\nConnection: close\r\n\r\n")
+    assert re.match(r"HTTP/1\.1 403 (.|\n)*\r\nx-request-id: [0-9a-f]{24}\r\n", foreign)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_the_engine_and_the_id_of_the_answer_have_the_request_id(
     client: httpx.AsyncClient, engine: FakeEngine, stream: bool
@@ -134,8 +153,8 @@ async def test_each_request_is_one_line_without_content_or_keys(
     assert seen[1:] == [
         (404, CHAT, "model_not_found", None),
         (401, CHAT, "invalid_api_key", None),
-        (404, "/v1/models/{name:path}", None, None),
-        (404, None, None, None),
+        (404, "/v1/models/{name:path}", "model_not_found", None),
+        (404, None, "not_found", None),
         (200, CHAT, "engine_error", "tiny"),
     ]
     assert (locked["tenant"], nothing["method"], broken["tier"]) == (None, "other", "flex")

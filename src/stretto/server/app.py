@@ -133,6 +133,8 @@ async def error_response(request: Request, error: Exception) -> Response:
             error = NotFound(f"there is nothing at {path}")
     if not isinstance(error, StrettoError):
         error = internal(error)
+    exchange: Exchange = request.scope[KEY]
+    exchange.outcome = error.code
     status, headers, body = parts_of(error)
     return Response(body, status, headers | allow)
 

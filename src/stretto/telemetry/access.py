@@ -25,7 +25,7 @@ class Access(Struct, frozen=True, kw_only=True):
     tier: str | None
     variant: str | None
     status: int
-    outcome: str | None
+    outcome: str
     finish_reason: str | None
     queue_ms: float | None
     ttft_ms: float | None

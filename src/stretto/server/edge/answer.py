@@ -21,10 +21,10 @@ def parts_of(error: StrettoError) -> tuple[int, dict[str, str], bytes]:
     return error.status, headers, json.encode(error.body())
 
 
-def bytes_of(error: StrettoError) -> bytes:
+def bytes_of(error: StrettoError, request_id: str) -> bytes:
     """The whole answer on the wire. It says that the connection will be closed."""
     status, headers, body = parts_of(error)
-    headers |= {"content-length": str(len(body)), "connection": "close"}
+    headers |= {"content-length": str(len(body)), "connection": "close", "x-request-id": request_id}
     lines = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
         *(f"{name}: {headers[name]}" for name in headers),

@@ -27,6 +27,7 @@ from stretto.errors import (
     TooManyConnections,
 )
 from stretto.server.edge.answer import bytes_of
+from stretto.server.edge.exchange import id_of
 from stretto.server.edge.limits import (
     HEAD_BYTES,
     HEADERS,
@@ -217,7 +218,7 @@ class HttpConnection(HttpToolsProtocol):
         elif cycle is not None:
             cycle.keep_alive = False  # The answers before this request come first.
         else:
-            self.transport.write(bytes_of(error))
+            self.transport.write(bytes_of(error, id_of(self.headers or ())))
             self.close()
         self._receiving = False
 

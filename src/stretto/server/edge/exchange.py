@@ -48,6 +48,7 @@ class Exchange:
     bytes_in: int = 0
     bytes_out: int = 0
     status: int | None = None
+    outcome: str = "ok"
     extra: Sequence[tuple[bytes, bytes]] = ()
     ended: Ended | None = None
 
@@ -112,7 +113,7 @@ class ExchangeLayer:
             tier=ended.tier or None,
             variant=ended.variant or None,
             status=LEFT if exchange.status is None else exchange.status,
-            outcome=ended.outcome or None,
+            outcome=ended.outcome or exchange.outcome,
             finish_reason=ended.finish_reason,
             queue_ms=_ms(ended.queued),
             ttft_ms=_ms(ended.first),
