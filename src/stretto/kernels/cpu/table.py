@@ -170,6 +170,8 @@ class CpuTable:
         qkv = qkv.contiguous()
         norms = 0 if weights is None else weights.data_ptr()
         _, cos_sin, dims = plan.rotations[kind.rotation]
+        if dims > kind.head_dim:
+            raise ValueError(f"rope_and_cache: heads of {kind.head_dim}, {dims} rotated: no kernel")
         self._native.rope_and_cache(
             plan.address, self._kind(kind), qkv.data_ptr(), norms, cos_sin, dims, layer.data_ptr()
         )
