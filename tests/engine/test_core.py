@@ -13,7 +13,7 @@ from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits, Plan
-from stretto.engine.sequence import Drawn
+from stretto.engine.sequence import Drawn, Sequence
 from stretto.engine.step_time import StepCost
 from stretto.simulator.harness import World
 from stretto.types import Reason, Request, Sampling
@@ -168,6 +168,27 @@ def test_a_failing_step_ends_only_its_requests(caplog: pytest.LogCaptureFixture)
     assert (world.ends[15].reason, world.ends[15].stop_token) == (Reason.STOP, 3)
     assert world.ends[16].reason is Reason.LENGTH
     assert "a step of a failed" in caplog.text
+
+
+class BrokenGrammar:
+    """A grammar whose `accept` has a bug."""
+
+    error = None
+    finished = False
+
+    def accept(self, token: int) -> bool:
+        raise RuntimeError("a bug")
+
+
+def test_an_exception_for_one_sequence_ends_it_alone(caplog: pytest.LogCaptureFixture):
+    world = TwoModels()
+    world.send(1, [1] * 4)
+    request = Request(id=2, model="a", prompt=(1, 2), arrival=0.0, sampling=Sampling(max_tokens=5))
+    world.engine.submit(Sequence.of(request, 100, BrokenGrammar()))
+    world.send(3, [1] * 4)
+    world.run()
+    assert world.ends[2].reason is Reason.ERROR and "a bug" in world.ends[2].error
+    assert world.ends[1].reason is world.ends[3].reason is Reason.LENGTH
 
 
 def test_min_tokens_and_ignore_eos_hold_back_the_end():

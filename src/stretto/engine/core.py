@@ -307,7 +307,7 @@ class EngineCore:
         try:
             pending = model.runner.launch(plan)
         except Exception as error:
-            self._fail(plan, error)
+            self._fail(plan.rows, error)
             return
         for row in plan.rows:
             model.pool.advance(row.seq.kv, row.count)
@@ -333,14 +333,17 @@ class EngineCore:
         except Exception as error:
             for row in drawing:
                 row.seq.in_flight -= 1
-            self._fail(launched.plan, error)
+            self._fail(launched.plan.rows, error)
             drawing, drawn = [], []
         accepted = 0
         for row, result in zip(drawing, drawn, strict=True):
             row.seq.in_flight -= 1
             if not row.seq.ended:
-                self._take(model, row, result)
-                accepted += self._take_more(model, row, result.then)
+                try:
+                    self._take(model, row, result)
+                    accepted += self._take_more(model, row, result.then)
+                except Exception as error:
+                    self._fail([row], error)
         for row in launched.plan.rows:
             if not row.seq.ended and row.seq.kv.blocks:
                 model.pool.publish(row.seq.kv)
@@ -444,15 +447,14 @@ class EngineCore:
         model.slots.append(seq.slot)
         seq.slot = -1
 
-    def _fail(self, plan: Plan, error: Exception) -> None:
-        """End the sequences of a step that raised, and no others."""
-        requests = ",".join([row.seq.request.request_id for row in plan.rows])
-        log.error("a step of %s failed", plan.model, exc_info=error, extra={"request_id": requests})
-        for row in plan.rows:
+    def _fail(self, rows: list[Row], error: Exception) -> None:
+        """End the sequences of these rows, whose step raised, and no others."""
+        named = {"request_id": ",".join([row.seq.request.request_id for row in rows])}
+        log.error("a step of %s failed", rows[0].seq.request.model, exc_info=error, extra=named)
+        reason = f"the step failed: {type(error).__name__}: {error}"
+        for row in rows:
             if not row.seq.ended:
-                self._end(
-                    row.seq, Ending(Reason.ERROR, error=f"the step failed: {type(error).__name__}: {error}")
-                )
+                self._end(row.seq, Ending(Reason.ERROR, error=reason))
 
     def _stats(self, model: ModelState, launched: InFlightStep, accepted: int) -> StepStats:
         now = self._clock()

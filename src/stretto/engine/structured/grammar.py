@@ -39,6 +39,7 @@ class Matcher:
 
     def __init__(self, state: LLMatcher, known: int, vocab: int) -> None:
         self._state = state
+        self._broken = ""
         self._known = _words(known)
         self.words = max(self._known, _words(vocab))
 
@@ -50,8 +51,11 @@ class Matcher:
         """
         assert bits.shape == (self.words,) and bits.dtype == np.int32 and bits.flags.c_contiguous
         bits[self._known :] = 0
-        self._state.unsafe_compute_mask_ptr(bits.ctypes.data, self._known * bits.itemsize)
-        if self._state.is_error():
+        try:
+            self._state.unsafe_compute_mask_ptr(bits.ctypes.data, self._known * bits.itemsize)
+        except BaseException as error:  # a panic of the library is no Exception, and ends one sequence only
+            self._broken = f"{type(error).__name__} in its library"
+        if self.error is not None:
             bits[:] = 0
 
     def fork(self) -> Matcher:
@@ -60,7 +64,11 @@ class Matcher:
 
     def accept(self, token: int) -> bool:
         """Advance by one token. False when the grammar does not allow it or a limit is exceeded."""
-        return self._state.consume_token(token)
+        try:
+            return self._state.consume_token(token)
+        except BaseException as error:
+            self._broken = f"{type(error).__name__} in its library"
+            return False
 
     @property
     def finished(self) -> bool:
@@ -70,6 +78,8 @@ class Matcher:
     @property
     def error(self) -> str | None:
         """Why the matcher failed, None while it has not."""
+        if self._broken:
+            return f"the grammar cannot be followed: {self._broken}"
         if not self._state.is_error():
             return None
         return f"the grammar cannot be followed: {reason(self._state.get_error())}"
