@@ -7,14 +7,19 @@ Times are seconds of the machine's monotonic clock unless a name ends in `_ms`.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field, structs
 
-GrammarKind = Literal["json_object", "json_schema", "regex", "choice"]
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "tool_calls"]
 INT32_MAX = 2**31 - 1
 # The most characters of a grammar's source.
-LONGEST_GRAMMAR: dict[GrammarKind, int] = {"regex": 2**12, "choice": 2**17, "json_schema": 2**17}
+LONGEST_GRAMMAR: dict[GrammarKind, int] = {
+    "regex": 2**12,
+    "choice": 2**17,
+    "json_schema": 2**17,
+    "tool_calls": 2**18,
+}
 # The range of each sampling option, for the wire types and for `Sampling`. msgspec reads a Meta by itself.
 BOUNDS: dict[str, Meta] = {
     "max_tokens": Meta(ge=1, le=INT32_MAX),
@@ -34,7 +39,11 @@ Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
 
 
 class Grammar(Struct, frozen=True):
-    """A grammar that an answer must follow. `source`: a JSON schema, a regex, or a JSON list of choices."""
+    """A grammar that an answer must follow.
+
+    `source`: a JSON schema, a regex, a JSON list of choices, or for `tool_calls` a JSON list of `CallTag`.
+    Text with `tool_calls` is free until a trigger occurs; then one of the tags must follow.
+    """
 
     kind: GrammarKind
     source: str = ""
@@ -42,7 +51,18 @@ class Grammar(Struct, frozen=True):
     @property
     def label(self) -> str:
         """The name of the kind in messages for users."""
-        return self.kind.replace("json_", "JSON ")
+        return self.kind.replace("json_", "JSON ").replace("tool_calls", "schema of a tool")
+
+
+class CallTag(Struct, frozen=True):
+    """How a call of one function is written: `begin`, which starts with `trigger`; arguments that satisfy
+    `schema`; `end`. `special`: the trigger is a special token."""
+
+    trigger: str
+    begin: str
+    end: str
+    schema: dict[str, Any]
+    special: bool = False
 
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -564,3 +564,94 @@ async def test_embeddings_are_returned_as_floats_base64_or_fewer_dimensions(
     many = await client.post("/v1/embeddings", json={"input": ["a"] * 100})
     assert len(many.json()["data"]) == 100, "more than may wait at once"
     assert not engine.open
+
+
+async def test_a_stop_string_counts_in_the_content_and_not_in_the_reasoning(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}<think>\n{# </think> #}"
+    path = write(tmp_path, byte_level(), template, eos="<|stop|>")
+    text = TextModel(path)
+    ids = ids_of(text, "First END of it.\n</think>\n\nDone. END more")
+    engine = FakeEngine(lambda request: list(ids), {"tiny": info(vocab=text.tokenizer.get_vocab_size())})
+    app = build(ServeConfig(), engine, {"tiny": path})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        (choice,) = (await whole(client, stop=["END"]))["choices"]
+        chunks = await streamed(client, stop=["END"])
+    assert choice["message"]["reasoning_content"] == "First END of it."
+    assert choice["message"]["content"] == "Done. "
+    assert choice["finish_reason"] == "stop"
+    assert text_of(chunks) == "Done. "
+
+
+async def test_a_stop_string_that_is_a_special_token_stops_by_its_id(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
+    await whole(client, stop=["<|stop|>", "x"])
+    assert engine.requests[-1].sampling.stop_token_ids == (text.tokenizer.token_to_id("<|stop|>"),)
+
+
+async def test_the_servers_own_answers_are_accepted_back(client: httpx.AsyncClient, text: TextModel) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "weather"}}
+    for answer in (
+        {"content": None},
+        {"content": None, "reasoning_content": "hm"},
+        {"content": None, "tool_calls": [call | {"function": {"name": "weather", "arguments": ""}}]},
+        {
+            "content": None,
+            "tool_calls": [call | {"function": {"name": "weather", "arguments": '{"city": "Par'}}],
+        },
+    ):
+        messages = [*HELLO["messages"], {"role": "assistant", **answer}, *HELLO["messages"]]
+        response = await client.post(CHAT, json={"messages": messages})
+        assert response.status_code == 200, (answer, response.text)
+
+
+async def test_top_logprobs_of_completions_have_distinct_names_and_right_offsets(
+    client: httpx.AsyncClient, set_answer: SetAnswer
+) -> None:
+    set_answer("a🎉b")
+    (choice,) = (await whole(client, TEXT, logprobs=20, max_tokens=20))["choices"]
+    found = choice["logprobs"]
+    assert choice["text"] == "a🎉b"
+    assert all(len(top) == 20 and "" not in top for top in found["top_logprobs"])
+    offsets = found["text_offset"]
+    assert (offsets[0], offsets[1], offsets[-1]) == (0, 1, 2) and set(offsets[1:-1]) == {1}
+
+
+async def test_arguments_of_a_forced_call_are_always_an_object(
+    client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer
+) -> None:
+    set_answer('{"city": "Rome"}')
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}}
+    chosen = {"type": "function", "function": {"name": "f"}}
+    await whole(client, tools=[tool], tool_choice=chosen)
+    grammar = engine.requests[-1].sampling.grammar
+    assert grammar is not None and json.loads(grammar.source)["type"] == "object"
+    tool["function"]["parameters"] = {"type": "string"}
+    refused = await client.post(CHAT, json=HELLO | {"tools": [tool], "tool_choice": "required"})
+    assert refused.json()["error"]["param"] == "$.tools[0].function.parameters"
+
+
+async def test_strict_tools_are_constrained_from_where_a_call_begins(
+    client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer
+) -> None:
+    set_answer("Hello")
+    tools = [{"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}, TOOLS[1]]
+    await whole(client, tools=tools)
+    grammar = engine.requests[-1].sampling.grammar
+    assert grammar is not None and grammar.kind == "tool_calls"
+    tags = json.loads(grammar.source)
+    assert [tag["schema"]["type"] for tag in tags] == ["object", "object"]
+    assert "city" in tags[0]["schema"]["properties"] and "properties" not in tags[1]["schema"]
+
+
+async def test_what_a_schema_cannot_enforce_is_reported(
+    client: httpx.AsyncClient, set_answer: SetAnswer
+) -> None:
+    set_answer("[1]")
+    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": True}}
+    answer = await whole(client, response_format=form)
+    assert answer["stretto"]["schema_relaxed"] == ["$.response_format.json_schema.schema.uniqueItems"]
+    form["json_schema"]["schema"] = {"not": {"type": "string"}}
+    refused = await client.post(CHAT, json=HELLO | {"response_format": form})
+    assert refused.json()["error"]["param"] == "$.response_format.json_schema.schema.not"

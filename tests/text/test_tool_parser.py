@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from stretto.text.json_stream import JsonReader
+from stretto.text.json_stream import JsonReader, closed
 from stretto.text.reasoning_parser import ReasoningParser, split_whole
-from stretto.text.tool_parser import (
+from stretto.text.tools.parser import (
     FORCED,
     HERMES,
     LLAMA,
@@ -218,3 +218,45 @@ def test_the_json_reader_agrees_with_the_json_module() -> None:
         except ValueError:
             is_json = False
         assert (read(broken) is not None) == is_json
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ('<tool_call>{"name": "add", "arguments": {', "", [["add", "{"]]),
+        ('<tool_call>{"name": "add", "arguments": {"a": 1', "", [["add", '{"a": 1']]),
+        ('<tool_call>{"na', '<tool_call>{"na', []),
+    ],
+)
+def test_a_call_that_is_cut_stays_a_call_once_its_name_is_known(
+    text: str, content: str, calls: list[list[str]]
+):
+    for size in (1, 3, len(text)):
+        assert run(HERMES, *(text[at : at + size] for at in range(0, len(text), size))) == (content, calls)
+
+
+def test_several_calls_may_stand_between_two_tags():
+    one, two = '{"name": "add", "arguments": {"a": 1}}', '{"name": "weather", "arguments": {}}'
+    for text in (f"<tool_call>{one}\n{two}</tool_call>", f"<tool_call>{one}{two}\n</tool_call>"):
+        assert run(HERMES, *text) == ("", [["add", '{"a": 1}'], ["weather", "{}"]])
+
+
+@pytest.mark.parametrize(
+    ("cut", "whole"),
+    [
+        ("{", "{}"),
+        ('{"a": 12', "{}"),
+        ('{"a": 12,', '{"a": 12}'),
+        ('{"a": "x, y', "{}"),
+        ('{"a": "x", "b": [1, {"c": 2}, 3', '{"a": "x", "b": [1, {"c": 2}]}'),
+        ('{"a": {"b": tr', '{"a": {}}'),
+    ],
+)
+def test_cut_arguments_keep_their_whole_members(cut: str, whole: str):
+    assert closed(cut) == whole
+
+
+@pytest.mark.parametrize("text", ["", "abc", "[1", '{"a": 1}x', "{,"])
+def test_what_never_was_an_object_is_not_closed(text: str):
+    with pytest.raises(ValueError):
+        closed(text)

@@ -163,6 +163,7 @@ class StructuredOutputs(Wire, frozen=True, kw_only=True):
     json_object: bool | None = None
     regex: Annotated[str, up_to("regex")] | None = None
     choice: Annotated[list[Choice], up_to("choices", min_length=1)] | None = None
+    whitespace_pattern: Annotated[str, up_to("stop_string", min_length=1)] | None = None
 
 
 class ObjectiveFields(Wire, frozen=True, kw_only=True):
@@ -279,6 +280,7 @@ class AnswerReport(Struct, frozen=True, kw_only=True):
 
     `variant`: which variant of the model answered. `on_time`: every token met its deadline. `queue_ms`: from
     arrival to the sequence's first step, measured by the engine. The API server measures the other times.
+    `schema_relaxed`: paths of the parts of a schema that could not be enforced.
     """
 
     variant: str
@@ -289,6 +291,7 @@ class AnswerReport(Struct, frozen=True, kw_only=True):
     cached_tokens: int | None = None
     energy_j: float | None = None
     energy_source: str | None = None
+    schema_relaxed: list[str] | UnsetType = UNSET
 
 
 class TopLogprob(Struct, frozen=True):

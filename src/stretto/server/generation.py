@@ -31,7 +31,7 @@ from stretto.server.validation import (
     check_completion,
 )
 from stretto.text.output import Output, OutputDelta
-from stretto.text.tool_parser import MARKERS
+from stretto.text.tools.parser import MARKERS
 from stretto.types import Request, Sampling, TokenEvent
 
 R = TypeVar("R", bound=Generation)
@@ -124,7 +124,9 @@ def submit(
     output = Output(
         request,
         sequence,
-        model.text.detokenizer(sampling.stop, sampling.min_tokens, visible),
+        model.text.detokenizer(
+            sampling.stop if prompt.thinking is None else (), sampling.min_tokens, visible
+        ),
         index=index,
         prompt_counts=first,
         echo=prompt.echo,

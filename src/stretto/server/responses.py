@@ -7,6 +7,7 @@ makes the same bytes faster for chunks in which only the delta varies, which are
 from __future__ import annotations
 
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -158,6 +159,7 @@ class ResponseWriter:
         self._style = style
         self._pieces = spec.model.text.pieces
         self._metadata = spec.metadata or UNSET
+        self._relaxed = list(spec.relaxed) or UNSET
         self._logprobs = spec.sampling.logprobs is not None
         self._usage = bool(options.include_usage)
         self._each_usage = bool(options.continuous_usage_stats)
@@ -204,7 +206,7 @@ class ResponseWriter:
         part = ChunkPart(output.index, delta, self._logprobs_of(output, delta, event), reason)
         chunk = self._with_usage(output, self._style.chunk(self._head, part))
         if ends:
-            chunk = structs.replace(chunk, stretto=output.report(), metadata=self._metadata)
+            chunk = structs.replace(chunk, stretto=self._report([output]), metadata=self._metadata)
         return chunk
 
     def end(self, outputs: list[Output]) -> bytes:
@@ -225,7 +227,7 @@ class ResponseWriter:
     def whole(self, outputs: list[Output]) -> bytes:
         """The answer in one piece."""
         kept = [self._kept[output.index] for output in outputs]
-        answer = self._style.whole(self._head, kept, usage_of(outputs), report_of(outputs))
+        answer = self._style.whole(self._head, kept, usage_of(outputs), self._report(outputs))
         return encode(structs.replace(answer, metadata=self._metadata))
 
     def _logprobs_of(
@@ -235,6 +237,10 @@ class ResponseWriter:
         if event is None or event.logprobs is None or not self._logprobs:
             return None
         return self._style.logprobs(self._pieces, [event], offset)
+
+    def _report(self, outputs: list[Output]) -> AnswerReport:
+        report = outputs[0].report() if len(outputs) == 1 else report_of(outputs)
+        return structs.replace(report, schema_relaxed=self._relaxed) if self._relaxed else report
 
     def _count(self, output: Output, delta: Delta) -> int:
         """The characters of content before this delta."""
@@ -296,22 +302,23 @@ def chat_logprobs(pieces: Pieces, events: list[TokenEvent], offset: int) -> Chat
 def text_logprobs(pieces: Pieces, events: list[TokenEvent], offset: int) -> TextLogprobs:
     """Log probabilities as plain completions have them, for text that begins `offset` characters in."""
     found = TextLogprobs([], [], [], [])
+    characters = getincrementaldecoder("utf-8")("replace")
     for event in events:
         if event.token is not None and event.logprobs is not None:
-            token = pieces[event.token].decode("utf-8", "replace")
-            found.tokens.append(token)
+            found.tokens.append(pieces.name(event.token))
             found.token_logprobs.append(event.logprobs.chosen)
-            found.top_logprobs.append(
-                {pieces[id].decode("utf-8", "replace"): logprob for id, logprob in event.logprobs.top}
-            )
+            top: dict[str, float] = {}
+            for id, logprob in event.logprobs.top:
+                name = pieces.name(id)
+                top[f"token_id:{id}" if name in top else name] = logprob
+            found.top_logprobs.append(top)
             found.text_offset.append(offset)
-            offset += len(token)
+            offset += len(characters.decode(pieces[event.token]))
     return found
 
 
 def _top_logprob(pieces: Pieces, token: int, logprob: float) -> TopLogprob:
-    raw = pieces[token]
-    return TopLogprob(raw.decode("utf-8", "replace"), logprob, list(raw))
+    return TopLogprob(pieces.name(token), logprob, list(pieces[token]))
 
 
 def _with_role(output: Output, delta: Delta) -> Delta:

@@ -32,8 +32,9 @@ from stretto.text.prompts import (
     check_token_ids,
     encode_prompts,
 )
+from stretto.text.stop_strings import StopStrings
 from stretto.text.tokenizer import TextModel
-from stretto.text.tool_parser import NamedCallParser, ToolParser
+from stretto.text.tools.parser import CallParser
 from stretto.types import Grammar, ModelInfo, Sampling
 
 COMPLETION_TOKENS = 16
@@ -78,7 +79,7 @@ class AnswerSpec:
 
     `encode` returns the prompts, which takes long for a long text. `grammar_path` is the path of the field
     that gave the grammar. `parser` makes a parser of tool calls for one answer. With `single_call`, the first
-    tool call ends the answer.
+    tool call ends the answer. `relaxed`: paths of a schema's parts that the grammar does not enforce.
     """
 
     model: ModelHandle
@@ -90,16 +91,21 @@ class AnswerSpec:
     stream: bool
     options: StreamOptions
     grammar_path: str
-    parser: Callable[[], ToolParser | NamedCallParser] | None = None
+    parser: Callable[[], CallParser] | None = None
     single_call: bool = False
+    relaxed: tuple[str, ...] = ()
 
     def answer_parser(self, thinking: bool | None) -> AnswerParser | None:
         """The parser of an answer with reasoning or tool calls. None if the answer is only content."""
         if thinking is None and self.parser is None:
             return None
-        reasoning = None if thinking is None else reasoning_parser.ReasoningParser(thinking)
+        reasoning = stop = None
+        if thinking is not None:
+            reasoning = reasoning_parser.ReasoningParser(thinking)
+            # The reasoning may hold a stop string, so only what follows it is searched.
+            stop = StopStrings(self.sampling.stop, self.sampling.min_tokens) if self.sampling.stop else None
         tools = self.parser() if self.parser else None
-        return AnswerParser(reasoning, tools, streamed=self.stream, single_call=self.single_call)
+        return AnswerParser(reasoning, tools, streamed=self.stream, single_call=self.single_call, stop=stop)
 
 
 def check_chat(request: ChatRequest, model: ModelHandle, limits: RequestLimits) -> AnswerSpec:
@@ -107,7 +113,8 @@ def check_chat(request: ChatRequest, model: ModelHandle, limits: RequestLimits) 
     _check_options(request, 1, limits)
     _check_untyped(request)
     tools = messages.calls(request, model.text)
-    grammar = _grammar(request)
+    form = _grammar(request)
+    grammar, relaxed = form.grammar, form.relaxed + tools.relaxed
     if tools.grammar is not None:
         if grammar is not None:
             raise InvalidRequest(
@@ -119,14 +126,16 @@ def check_chat(request: ChatRequest, model: ModelHandle, limits: RequestLimits) 
         raise InvalidRequest("$.top_logprobs needs logprobs: true", param="$.top_logprobs")
     limit = _chat_limit(request)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    sampling = _sampling(request, limit, logprobs, grammar)
+    sampling = _sampling(request, model.text, limit, logprobs, grammar)
     check_sampling_ids(sampling, model.info)
     variables = messages.variables(request, model.text)
-    if grammar is not None:
+    if grammar is not None and (tools.forced or tools.grammar is None):
         # The grammar describes the answer from its first token, so no reasoning can come before it.
         variables.setdefault("enable_thinking", False)
     encode = partial(_encode_chat, request, model, sampling, tools.shown, variables)
-    return _spec(request, model, sampling, encode, parser=tools.parser, single_call=tools.single)
+    return _spec(
+        request, model, sampling, encode, parser=tools.parser, single_call=tools.single, relaxed=relaxed
+    )
 
 
 def check_completion(request: CompletionRequest, model: ModelHandle, limits: RequestLimits) -> AnswerSpec:
@@ -141,10 +150,11 @@ def check_completion(request: CompletionRequest, model: ModelHandle, limits: Req
     if request.echo and request.logprobs is not None:
         raise UnsupportedField("$.echo cannot be combined with logprobs", param="$.echo")
     limit = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-    sampling = _sampling(request, limit, request.logprobs, _grammar(request))
+    form = _grammar(request)
+    sampling = _sampling(request, model.text, limit, request.logprobs, form.grammar)
     check_sampling_ids(sampling, model.info)
     encode = partial(_encode_completion, inputs, model, sampling, bool(request.echo))
-    return _spec(request, model, sampling, encode, prompts=len(inputs))
+    return _spec(request, model, sampling, encode, prompts=len(inputs), relaxed=form.relaxed)
 
 
 def _spec(
@@ -272,17 +282,24 @@ def _chat_limit(request: ChatRequest) -> int | None:
 
 
 def _sampling(
-    request: Generation, max_tokens: int | None, logprobs: int | None, grammar: Grammar | None
+    request: Generation,
+    text: TextModel,
+    max_tokens: int | None,
+    logprobs: int | None,
+    grammar: Grammar | None,
 ) -> Sampling:
     stop = request.stop or ()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    # The text of a special token is not in the answer, so such a stop string is found by its id.
+    special = [id for each in stops if (id := text.special_id(each)) is not None]
     given: dict[str, Any] = {name: getattr(request, name) for name in EQUAL_OPTIONS}
     given["top_k"] = None if request.top_k is None else max(0, request.top_k)
     try:
         return Sampling(
             max_tokens=max_tokens,
             logprobs=logprobs,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_token_ids=tuple(request.stop_token_ids or ()),
+            stop=stops,
+            stop_token_ids=(*(request.stop_token_ids or ()), *special),
             grammar=grammar,
             **{name: value for name, value in given.items() if value is not None},
         )
@@ -290,27 +307,54 @@ def _sampling(
         raise InvalidRequest(f"$.{error}", param=f"$.{str(error).split(maxsplit=1)[0]}") from error
 
 
-def _grammar(request: Generation) -> Grammar | None:
-    """The grammar that the answer must match. Raises InvalidRequest if the request gives several."""
+class AnswerFormat(NamedTuple):
+    """The grammar of an answer, and the paths of what it does not enforce."""
+
+    grammar: Grammar | None = None
+    relaxed: tuple[str, ...] = ()
+
+
+def _grammar(request: Generation) -> AnswerFormat:
+    """The format that the answer must have. Raises InvalidRequest if the request gives several, and
+    UnsupportedField for a strict schema that cannot be enforced."""
     form = request.response_format
-    found: list[Grammar] = []
+    found: list[AnswerFormat] = []
     if isinstance(form, JsonObjectFormat):
-        found.append(Grammar("json_object"))
+        found.append(AnswerFormat(Grammar("json_object")))
     elif isinstance(form, JsonSchemaFormat):
-        found.append(Grammar("json_schema", json.dumps(form.json_schema.schema)))
+        named = form.json_schema
+        path = "$.response_format.json_schema.schema"
+        found.append(_schema_format(named.schema, path, strict=bool(named.strict)))
     path = "$.structured_outputs"
     if (outputs := request.structured_outputs) is not None:
         if outputs.json is not None:
-            source = outputs.json if isinstance(outputs.json, str) else json.dumps(outputs.json)
-            found.append(Grammar("json_schema", source))
+            found.append(_schema_format(outputs.json, f"{path}.json", blanks=outputs.whitespace_pattern))
         if outputs.json_object:
-            found.append(Grammar("json_object"))
+            found.append(AnswerFormat(Grammar("json_object")))
         if outputs.regex is not None:
-            found.append(Grammar("regex", outputs.regex))
+            found.append(AnswerFormat(Grammar("regex", outputs.regex)))
         if outputs.choice is not None:
-            found.append(Grammar("choice", json.dumps(outputs.choice)))
+            found.append(AnswerFormat(Grammar("choice", json.dumps(outputs.choice))))
         if not found:
             raise InvalidRequest(f"{path} needs json, json_object, regex or choice", param=path)
     if len(found) > 1:
         raise InvalidRequest(f"{path} and response_format describe several formats; send one", param=path)
-    return found[0] if found else None
+    return found[0] if found else AnswerFormat()
+
+
+def _schema_format(
+    schema: dict[str, Any] | str, path: str, *, strict: bool = False, blanks: str | None = None
+) -> AnswerFormat:
+    """The format of a JSON schema, perhaps written as a string. `blanks`: a regex of the blanks it allows."""
+    if isinstance(schema, str):
+        try:
+            parsed: Any = json.loads(schema)
+        except (ValueError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, dict):
+            return AnswerFormat(Grammar("json_schema", schema))  # compiling it says what is wrong
+        schema = cast("dict[str, Any]", parsed)
+    found = messages.checked_schema(schema, path, strict=strict)
+    if blanks is not None:
+        found.schema["x-guidance"] = {"whitespace_pattern": blanks}
+    return AnswerFormat(Grammar("json_schema", json.dumps(found.schema)), tuple(found.relaxed))

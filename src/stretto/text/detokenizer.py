@@ -54,6 +54,17 @@ class Pieces(dict[int, bytes]):
         self[id] = piece
         return piece
 
+    def name(self, id: int) -> str:
+        """The token as log probabilities spell it: its text, `bytes:\\xf0\\x9f` if it is no whole text (as
+        OpenAI's API does), or the name of a special token."""
+        piece = self[id]
+        if not piece:
+            return self._tokenizer.id_to_token(id) or ""
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
     def decoder(self) -> TokenDecoder:
         """A decoder for one sequence: ours where pieces add up, as it is faster, else the library's."""
         return _PieceDecoder(self) if self.additive else self.library_decoder()
@@ -147,14 +158,13 @@ def _sentencepiece(token: str) -> bytes:
 class Detokenizer:
     """The text of one sequence, up to a stop string."""
 
-    __slots__ = ("_decoder", "_push", "_stop", "_unsearched")
+    __slots__ = ("_decoder", "_push", "_stop")
 
     def __init__(self, pieces: Pieces, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
         """The text of the first `min_tokens` tokens is not searched for stop strings."""
         self._decoder = pieces.decoder()
         self._push = self._decoder.push
-        self._stop = StopStrings(stop) if stop else None
-        self._unsearched = min_tokens
+        self._stop = StopStrings(stop, min_tokens) if stop else None
 
     @property
     def stopped(self) -> str | None:
@@ -164,12 +174,7 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """The text that is certain now: often the token's own, sometimes empty, sometimes more."""
         text = self._push(token)
-        if self._stop is None:
-            return text
-        if self._unsearched:
-            self._unsearched -= 1
-            return text
-        return self._stop.push(text) if text else ""
+        return text if self._stop is None else self._stop.token(text)
 
     def flush(self) -> str:
         """The remaining text, when the sequence ended."""

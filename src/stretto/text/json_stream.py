@@ -58,6 +58,21 @@ class JsonReader:
         else:
             self.in_value = deep > 1 or (deep == 1 and len(self._stack) == 2)
 
+    @property
+    def open(self) -> tuple[str, ...]:
+        """The brackets that are open, outermost first."""
+        return tuple(self._stack)
+
+    @property
+    def in_text(self) -> bool:
+        """Whether the last character is inside a key or a string."""
+        return bool(self._open)
+
+    @property
+    def between(self) -> bool:
+        """Whether the text may end here once its brackets are closed: after a value or an opening bracket."""
+        return not (self._open or self._scalar) and self._want in ("comma", "key or }", "value or ]")
+
     def _string(self, character: str) -> None:
         if self._open == "key" and len(self._stack) == 1:
             self.key += character
@@ -123,3 +138,22 @@ class JsonReader:
             self._scalar = character
         else:
             raise ValueError(f"{character!r} does not begin a value")
+
+
+def closed(text: str) -> str:
+    """The longest beginning of a cut JSON object that ends after a whole value, with its brackets closed.
+
+    Raises ValueError for a text that is not the beginning of a JSON object.
+    """
+    reader, end, brackets = JsonReader(), 0, ("{",)
+    for at, character in enumerate(text):
+        reader.feed(character)
+        if reader.open[:1] == ("[",):
+            raise ValueError("no object")
+        if reader.between:
+            end, brackets = at + 1, reader.open
+        elif character == "," and not reader.in_text:
+            end, brackets = at, reader.open
+    if not end:
+        raise ValueError("no object")
+    return text[:end] + "".join(_CLOSER[each] for each in reversed(brackets))

@@ -23,15 +23,19 @@ from stretto.protocol.openai import (
     ToolCall,
 )
 from stretto.text import reasoning_parser
+from stretto.text.json_stream import closed
+from stretto.text.schema import EnforceableSchema, enforceable, moved, object_schema
 from stretto.text.tokenizer import TextModel
-from stretto.text.tool_parser import FORCED, NamedCallParser, ToolFormat, ToolParser, choose
-from stretto.types import Grammar
+from stretto.text.tools.parser import FORCED, CallParser, NamedCallParser, ToolFormat, ToolParser, choose
+from stretto.text.tools.xml_parser import TAG_FORMATS, TagParser
+from stretto.types import CallTag, Grammar
 
 
 def messages(request: ChatRequest, text: TextModel) -> list[dict[str, Any]]:
     """The messages as a chat template reads them: one dict each, without absent fields.
 
-    Raises InvalidRequest for an assistant message without content, or with arguments that are not JSON.
+    An answer that was cut by length may come back: of a call's arguments, the whole members count. Raises
+    InvalidRequest for arguments that are no JSON object.
     """
     thinks = text.template is not None and text.template.mentions(reasoning_parser.OPEN)
     knows_developer = text.template is not None and text.template.mentions("developer")
@@ -64,7 +68,7 @@ def _assistant(message: AssistantMessage, path: str, thinks: bool) -> dict[str, 
     if content is None and message.refusal is not None:
         content = message.refusal
     if content is None and not message.tool_calls:
-        raise InvalidRequest(f"{path} needs content or tool_calls", param=f"{path}.content")
+        content = ""  # an answer that was all reasoning, or that ended at once
     values: dict[str, Any] = {"role": "assistant", **_named(message), "content": content}
     thought = message.reasoning_content
     if thought is None and thinks and content is not None and reasoning_parser.CLOSE in content:
@@ -84,7 +88,7 @@ def _called(call: ToolCall, path: str) -> dict[str, Any]:
     try:
         arguments = json.loads(call.function.arguments or "{}")
     except ValueError:
-        arguments = None
+        arguments = _cut(call.function.arguments)
     except RecursionError:
         raise InvalidRequest(f"{where} is nested too deeply; flatten it", param=where) from None
     if not isinstance(arguments, dict):
@@ -95,6 +99,15 @@ def _called(call: ToolCall, path: str) -> dict[str, Any]:
         "type": "function",
         "function": {"name": call.function.name, "arguments": arguments},
     }
+
+
+def _cut(arguments: str) -> Any:
+    """The members that are whole of arguments that were cut by length; None if this is no JSON object."""
+    try:
+        whole = closed(arguments)
+    except ValueError:
+        return None
+    return json.loads(whole)
 
 
 def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:
@@ -122,13 +135,20 @@ def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ToolCalling:
-    """How a request calls tools. `shown` are the tools for the template. `grammar` forces a call. `parser`
-    makes the parser of one answer. `single`: the first call ends the answer."""
+    """How a request calls tools. `shown` are the tools for the template. `grammar` forces a call, or what
+    follows once a call has begun. `parser` makes the parser of one answer. `single`: the first call ends the
+    answer. `relaxed`: paths of the schemas' parts that the grammar does not enforce."""
 
     shown: list[dict[str, Any]] | None = None
     grammar: Grammar | None = None
-    parser: Callable[[], ToolParser | NamedCallParser] | None = None
+    parser: Callable[[], CallParser] | None = None
     single: bool = False
+    relaxed: tuple[str, ...] = ()
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer is a call from its first token on."""
+        return self.grammar is not None and self.grammar.kind != "tool_calls"
 
 
 def calls(request: ChatRequest, text: TextModel) -> ToolCalling:
@@ -149,25 +169,70 @@ def calls(request: ChatRequest, text: TextModel) -> ToolCalling:
     shown: list[dict[str, Any]] = [to_builtins(tool) for tool in tools]
     names = frozenset(tool.function.name for tool in tools)
     single = request.parallel_tool_calls is False
+    strict = any(tool.function.strict for tool in tools)
+    forced = choice != "auto"
+    schemas = [_parameters(tool, at) for at, tool in enumerate(tools)] if forced or strict else []
+    relaxed = tuple(path for schema in schemas for path in schema.relaxed)
     if isinstance(choice, ChosenTool):
-        return _named_call(choice.function.name, tools, shown)
+        return _named_call(choice.function.name, tools, schemas, shown)
     if choice == "required":
-        grammar = Grammar("json_schema", json.dumps(_any_call(tools, single)))
-        return ToolCalling(shown, grammar, lambda: ToolParser(FORCED, names))
-    for at, tool in enumerate(tools):
-        if tool.function.strict:
-            where = f"$.tools[{at}].function.strict"
-            raise UnsupportedField(
-                f"{where} needs a tool_choice that forces a call: `required`, or the name of the function",
-                param=where,
-            )
-    form = _format_of(text)
+        grammar = Grammar("json_schema", json.dumps(_any_call(tools, schemas, single)))
+        return ToolCalling(shown, grammar, lambda: ToolParser(FORCED, names), relaxed=relaxed)
+    tagged = next((form for form in TAG_FORMATS if text.template.mentions(form.mentioned)), None)
+    if tagged is not None and not strict:
+        parameters = {tool.function.name: tool.function.parameters for tool in tools}
+        return ToolCalling(shown, None, lambda: TagParser(tagged, parameters), single)
+    form = None if tagged is not None else _format_of(text)
     if form is None:
         raise UnsupportedField(
             "$.tools: Stretto cannot read this model's tool calls; tool_choice `required` works",
             param="$.tools",
         )
-    return ToolCalling(shown, None, lambda: ToolParser(form, names), single)
+    grammar = _strict_calls(tools, schemas, form, text) if strict else None
+    return ToolCalling(shown, grammar, lambda: ToolParser(form, names), single, relaxed)
+
+
+def _parameters(tool: Tool, at: int) -> EnforceableSchema:
+    """The schema of a tool's arguments. Raises UnsupportedField for one that `strict` cannot enforce, and
+    InvalidRequest for one that describes no object."""
+    path = f"$.tools[{at}].function.parameters"
+    schema = object_schema(tool.function.parameters)
+    if schema is None:
+        raise InvalidRequest(f"{path}: arguments are an object, so `type` must be object", param=path)
+    return checked_schema(schema, path, strict=bool(tool.function.strict))
+
+
+def checked_schema(schema: dict[str, Any], path: str, *, strict: bool) -> EnforceableSchema:
+    """The enforceable part of a schema. Raises UnsupportedField if `strict` forbids to leave a part out."""
+    found = enforceable(schema, path)
+    if found.essential:
+        if strict:
+            where = found.essential[0]
+            raise UnsupportedField(
+                f"{where} cannot be enforced while an answer is generated; leave it out, or leave strict out",
+                param=where,
+            )
+        found.relaxed += found.essential
+    return found
+
+
+def _strict_calls(
+    tools: list[Tool], schemas: list[EnforceableSchema], form: ToolFormat, text: TextModel
+) -> Grammar:
+    """Free text, in which a call of a strict tool has arguments that satisfy its schema."""
+    if form.tag is None:
+        where = "$.tools[0].function.strict"
+        raise UnsupportedField(
+            f"{where}: this model's way to write calls allows it only with tool_choice `required`",
+            param=where,
+        )
+    tags: list[CallTag] = []
+    for tool, schema in zip(tools, schemas, strict=True):
+        begin, end = form.tag(tool.function.name)
+        trigger = form.opener if begin.startswith(form.opener) else begin.partition(":")[0]
+        arguments = schema.schema if tool.function.strict else {"type": "object"}
+        tags.append(CallTag(trigger, begin, end, arguments, text.special_id(trigger) is not None))
+    return Grammar("tool_calls", json.dumps(to_builtins(tags)))
 
 
 def _format_of(text: TextModel) -> ToolFormat | None:
@@ -176,24 +241,24 @@ def _format_of(text: TextModel) -> ToolFormat | None:
     return None if template is None else choose(template.mentions) or choose(text.holds)
 
 
-def _named_call(name: str, tools: list[Tool], shown: list[dict[str, Any]]) -> ToolCalling:
-    for tool in tools:
+def _named_call(
+    name: str, tools: list[Tool], schemas: list[EnforceableSchema], shown: list[dict[str, Any]]
+) -> ToolCalling:
+    for tool, schema in zip(tools, schemas, strict=True):
         if tool.function.name == name:
-            schema = tool.function.parameters or {"type": "object"}
-            return ToolCalling(
-                shown, Grammar("json_schema", json.dumps(schema)), lambda: NamedCallParser(name)
-            )
+            grammar = Grammar("json_schema", json.dumps(schema.schema))
+            return ToolCalling(shown, grammar, lambda: NamedCallParser(name), relaxed=tuple(schema.relaxed))
     where = "$.tool_choice.function.name"
     raise InvalidRequest(f"{where}: $.tools has no function {name!r}", param=where)
 
 
-def _any_call(tools: list[Tool], single: bool) -> dict[str, Any]:
+def _any_call(tools: list[Tool], schemas: list[EnforceableSchema], single: bool) -> dict[str, Any]:
     """The schema of a list of calls. Each tool's schema becomes a definition, and its references follow."""
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for at, tool in enumerate(tools):
         place = f"#/$defs/tool{at}"
-        definitions[f"tool{at}"] = _moved(tool.function.parameters or {"type": "object"}, place)
+        definitions[f"tool{at}"] = moved(schemas[at].schema, place)
         calls.append(
             {
                 "type": "object",
@@ -204,16 +269,3 @@ def _any_call(tools: list[Tool], single: bool) -> dict[str, Any]:
         )
     schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "$defs": definitions}
     return schema | {"maxItems": 1} if single else schema
-
-
-def _moved(schema: Any, place: str) -> Any:
-    if isinstance(schema, list):
-        return [_moved(item, place) for item in cast("list[Any]", schema)]
-    if isinstance(schema, dict):
-        return {
-            key: place + value[1:]
-            if key == "$ref" and isinstance(value, str) and value.startswith("#")
-            else _moved(value, place)
-            for key, value in cast("dict[str, Any]", schema).items()
-        }
-    return schema

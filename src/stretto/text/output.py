@@ -18,7 +18,8 @@ from stretto.protocol.openai import AnswerReport, Delta, FinishReason
 from stretto.statistics import quantile
 from stretto.text.detokenizer import Detokenizer
 from stretto.text.reasoning_parser import ReasoningParser
-from stretto.text.tool_parser import AbandonedCall, NamedCallParser, ToolEvent, ToolParser
+from stretto.text.stop_strings import StopStrings
+from stretto.text.tools.parser import AbandonedCall, CallParser, ToolEvent
 from stretto.types import Began, Finish, Objective, Reason, Request, TokenEvent
 
 OutputDelta = tuple[Delta, TokenEvent | None]
@@ -104,17 +105,20 @@ class AnswerParser:
     def __init__(
         self,
         reasoning: ReasoningParser | None,
-        tools: ToolParser | NamedCallParser | None,
+        tools: CallParser | None,
         *,
         streamed: bool = True,
         single_call: bool = False,
+        stop: StopStrings | None = None,
     ) -> None:
         """`streamed`: the client has seen the deltas of an abandoned call, so only its unsent text is
-        content; otherwise all of it is. `single_call`: the first complete tool call ends the answer."""
+        content; otherwise all of it is. `single_call`: the first complete tool call ends the answer. `stop`:
+        stop strings for what follows the reasoning."""
         self._reasoning = reasoning
         self._tools = tools
         self._streamed = streamed
         self._single_call = single_call
+        self._stop = stop
         self.abandoned: set[int] = set()
 
     @property
@@ -124,13 +128,17 @@ class AnswerParser:
 
     @property
     def complete(self) -> bool:
-        """Whether the answer has all the tool calls it may have."""
-        return self._single_call and self.calls > 0
+        """Whether the answer has met a stop string, or has all the tool calls it may have."""
+        return self._stopped or (self._single_call and self.calls > 0)
+
+    @property
+    def _stopped(self) -> bool:
+        return self._stop is not None and self._stop.found is not None
 
     def push(self, text: str) -> list[Delta]:
         """The deltas of `text`; none while it may still become something else."""
         if self._reasoning is None:
-            return self._answer(text)
+            return self._parsed(text)
         thought, text = self._reasoning.push(text)
         return ([Delta(reasoning_content=thought)] if thought else []) + self._answer(text)
 
@@ -138,9 +146,16 @@ class AnswerParser:
         """The remaining deltas, when the answer ended."""
         thought, text = ("", "") if self._reasoning is None else self._reasoning.flush()
         deltas = ([Delta(reasoning_content=thought)] if thought else []) + self._answer(text)
+        if self._stop is not None and (held := self._stop.flush()):
+            deltas += self._parsed(held)
         return deltas if self._tools is None else deltas + self._deltas(self._tools.flush())
 
     def _answer(self, text: str) -> list[Delta]:
+        if self._stop is not None:
+            text = "" if self._stopped else self._stop.token(text)
+        return self._parsed(text)
+
+    def _parsed(self, text: str) -> list[Delta]:
         if not text:
             return []
         return [Delta(content=text)] if self._tools is None else self._deltas(self._tools.push(text))

@@ -9,12 +9,21 @@ class StopStrings:
     The result depends on the characters alone, not on the pieces. The stop string complete first wins.
     """
 
-    __slots__ = ("_held", "_stop", "found")
+    __slots__ = ("_held", "_stop", "_unsearched", "found")
 
-    def __init__(self, stop: tuple[str, ...]) -> None:
+    def __init__(self, stop: tuple[str, ...], min_tokens: int = 0) -> None:
+        """The text of the first `min_tokens` tokens is not searched."""
         self._stop = stop
+        self._unsearched = min_tokens
         self._held = ""
         self.found: str | None = None
+
+    def token(self, text: str) -> str:
+        """`push` of the text that one token completes, perhaps none."""
+        if self._unsearched:
+            self._unsearched -= 1
+            return text
+        return self.push(text) if text else ""
 
     def push(self, text: str) -> str:
         """The text before a stop string, or all that cannot become part of one any more."""

@@ -106,6 +106,11 @@ class TextModel:
         """Whether the vocabulary has `token`."""
         return self.tokenizer.token_to_id(token) is not None
 
+    def special_id(self, token: str) -> int | None:
+        """The id of the special token with that text; None if there is none."""
+        id = self.tokenizer.token_to_id(token)
+        return id if id in self._special else None
+
     def _pieces_showing(self, show: frozenset[str]) -> Pieces:
         if show not in self._pieces:
             hidden = (id for id in self._special if self._added[id].content not in show)

@@ -218,12 +218,16 @@ def test_a_mask_that_exceeds_the_limits_ends_only_its_matcher(
     assert failed.token == -1 and neighbour.accept(fine.token)
 
 
-def test_whitespace_between_values_is_bounded(grammars: Grammars, tokenizer: Tokenizer):
+def test_one_blank_is_allowed_between_values_unless_the_schema_asks_for_more(
+    grammars: Grammars, tokenizer: Tokenizer
+):
     tokens = spelled(tokenizer, " ")
-    matcher = grammars.compile(schema({"type": "array", "items": {"type": "integer"}}))
-    assert matcher.accept(spelled(tokenizer, "[")[0])
-    assert all(matcher.accept(tokens[0]) for _ in range(40))
-    assert tokens[0] not in allowed(matcher)
+    wide = schema({"type": "array", "x-guidance": {"whitespace_pattern": " {1,3}"}})
+    for grammar, blanks in ((schema({"type": "array", "items": {"type": "integer"}}), 1), (wide, 3)):
+        matcher = grammars.compile(grammar)
+        assert matcher.accept(spelled(tokenizer, "[")[0])
+        assert all(matcher.accept(tokens[0]) for _ in range(blanks))
+        assert tokens[0] not in allowed(matcher)
 
 
 @pytest.mark.parametrize(

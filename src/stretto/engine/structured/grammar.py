@@ -14,18 +14,20 @@ from threading import Lock
 
 import msgspec
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag, regex_to_lark
 from numpy.typing import NDArray
 
 from stretto.errors import InvalidGrammar
-from stretto.types import LONGEST_GRAMMAR, Grammar, GrammarKind
+from stretto.types import LONGEST_GRAMMAR, CallTag, Grammar, GrammarKind
 
 # With llguidance's own limits one mask may take tens of milliseconds while every stream waits. With these it
 # takes about ten.
 LIMITS = LLParserLimits(
     max_items_in_row=5_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
 )
-WHITESPACE = r"[ \n\r\t]{1,40}"  # bounded, because a confused model would emit blanks until its limit
+# At most one blank where JSON allows blanks: each is a token, and a confused model emits them until its
+# limit. A schema's own `x-guidance` may say otherwise.
+COMPACT = {"whitespace_pattern": " "}
 COMPILED_GRAMMARS = 32  # kept for each model
 
 
@@ -200,7 +202,25 @@ def _json_schema(source: str) -> str:
         source = "{}"
     elif not isinstance(schema, dict):
         raise InvalidGrammar("a JSON schema is an object, or true")
-    return LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(source, defaults=COMPACT)
+
+
+def _tool_calls(source: str) -> str:
+    """Free text with calls in it, each with arguments that satisfy its function's schema."""
+    tags = msgspec.json.decode(source, type=list[CallTag])
+    special = {tag.special for tag in tags}
+    return StructTag.to_grammar(
+        [
+            StructTag(
+                trigger=tag.trigger,
+                begin=tag.begin,
+                grammar=tag.schema | {"x-guidance": COMPACT},
+                end=tag.end,
+            )
+            for tag in tags
+        ],
+        assume_special=special == {True},
+    )
 
 
 def _regex(source: str) -> str:
@@ -231,4 +251,5 @@ TRANSLATIONS: dict[GrammarKind, Callable[[str], str]] = {
     "json_schema": _json_schema,
     "regex": _regex,
     "choice": _choice,
+    "tool_calls": _tool_calls,
 }

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Literal
+from typing import Literal, Protocol
 
 from stretto.protocol.openai import FunctionDelta, ToolCallDelta
 from stretto.text.json_stream import JsonReader
@@ -26,6 +26,7 @@ class ToolFormat:
 
     `bare`: the answer may begin with a call without an opener, if it names a tool of the request. `named`:
     the opener may be followed by a name, `[ARGS]` and the arguments. `forced`: the whole answer is calls.
+    `tag(name)`: what stands before and after the arguments of a call, if that is always the same text.
     """
 
     opener: str
@@ -33,10 +34,19 @@ class ToolFormat:
     bare: bool = False
     named: bool = False
     forced: bool = False
+    tag: Callable[[str], tuple[str, str]] | None = None
 
 
-HERMES = ToolFormat("<tool_call>", "</tool_call>")
-LLAMA = ToolFormat("<|python_tag|>", bare=True)
+def _hermes_tag(name: str) -> tuple[str, str]:
+    return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ', "}\n</tool_call>"
+
+
+def _llama_tag(name: str) -> tuple[str, str]:
+    return f'{{"name": {json.dumps(name)}, "parameters": ', "}"
+
+
+HERMES = ToolFormat("<tool_call>", "</tool_call>", tag=_hermes_tag)
+LLAMA = ToolFormat("<|python_tag|>", bare=True, tag=_llama_tag)
 MISTRAL = ToolFormat("[TOOL_CALLS]", named=True)
 FORCED = ToolFormat("", forced=True)
 ARGS = "[ARGS]"
@@ -59,6 +69,20 @@ class AbandonedCall:
 
 ToolEvent = str | ToolCallDelta | AbandonedCall
 State = Literal["text", "open", "name", "call", "close"]
+
+
+class CallParser(Protocol):
+    """Finds the tool calls of one answer. `calls` counts the complete ones."""
+
+    calls: int
+
+    def push(self, text: str) -> list[ToolEvent]:
+        """The content and parts of calls that are certain now."""
+        ...
+
+    def flush(self) -> list[ToolEvent]:
+        """The remaining content and calls, when the answer ended."""
+        ...
 
 
 class ToolParser:
@@ -95,7 +119,9 @@ class ToolParser:
         elif self._state == "call" and self._form.forced:
             self._emit(events)
         elif self._state in ("call", "name") or (self._state == "open" and not self._array):
-            self._abandon(events)
+            self._emit(events)
+            if self._call.sent is None:  # a call that was cut stays a call, once its name is known
+                self._abandon(events)
         return events
 
     def _text(self, text: str, events: list[ToolEvent]) -> str:
@@ -189,6 +215,9 @@ class ToolParser:
             self._raw += character
             if self._raw == self._form.closer:
                 self._state, self._raw = "text", ""
+        elif character == "{" and self._form.closer and not self._raw:
+            self._state, self._raw = "call", character  # some models write several calls between two tags
+            self._call.feed(character)
         elif self._raw or not character.isspace():
             return False
         return True
@@ -200,7 +229,7 @@ class ToolParser:
             return
         first, arguments = call.sent is None, call.take()
         if first:
-            events.append(_first_delta(self._index, call.name, arguments))
+            events.append(first_delta(self._index, call.name, arguments))
         elif arguments:
             events.append(ToolCallDelta(index=self._index, function=FunctionDelta(arguments=arguments)))
 
@@ -215,7 +244,8 @@ class ToolParser:
             events.append(raw)
 
 
-def _first_delta(index: int, name: str, arguments: str) -> ToolCallDelta:
+def first_delta(index: int, name: str, arguments: str) -> ToolCallDelta:
+    """The first delta of a call: a new id, its name, and the arguments so far."""
     # Mistral's templates insist on ids of nine letters or digits.
     function = FunctionDelta(name=name, arguments=arguments)
     return ToolCallDelta(index=index, id=token_hex(5)[:9], type="function", function=function)
@@ -313,7 +343,7 @@ class NamedCallParser:
         if self._name is None:
             return [ToolCallDelta(index=0, function=FunctionDelta(arguments=text))] if text else []
         name, self._name = self._name, None
-        return [_first_delta(0, name, text)]
+        return [first_delta(0, name, text)]
 
     def flush(self) -> list[ToolEvent]:
         """The call is complete."""

@@ -1,0 +1,133 @@
+"""The part of a JSON schema that a grammar can enforce, with real compilations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+
+from stretto.engine.structured.grammar import compiled
+from stretto.text.schema import enforceable, moved, object_schema
+from stretto.types import Grammar
+
+DESK = Path(__file__).parents[2] / "src" / "stretto" / "desk" / "tokenizer.json"
+TOKENIZER = LLTokenizer(DESK.read_text())
+
+
+def accepts(schema: Any, value: Any) -> bool:
+    """Whether the grammar of the schema's enforceable part allows the value as a whole text."""
+    matcher: LLMatcher = compiled(TOKENIZER, Grammar("json_schema", json.dumps(enforceable(schema).schema)))
+    tokens = TOKENIZER.tokenize_str(json.dumps(value))
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+CASES: list[tuple[dict[str, Any], list[Any], list[Any], list[str]]] = [
+    # schema, values it allows, values it forbids, paths that are relaxed
+    ({"type": "object", "propertyNames": {"type": "string"}}, [{"a": 1}], [1], []),
+    ({"type": "object", "propertyNames": {"pattern": "^a"}}, [{"ab": 1}], [{"b": 1}], []),
+    (
+        {
+            "type": "object",
+            "propertyNames": {"enum": ["x", "y"]},
+            "additionalProperties": {"type": "integer"},
+        },
+        [{"x": 1}, {"x": 1, "y": 2}],
+        [{"z": 1}, {"x": "1"}],
+        [],
+    ),
+    (
+        {"type": "array", "uniqueItems": True, "items": {"type": "integer"}},
+        [[1, 1]],
+        [["a"]],
+        ["$.uniqueItems"],
+    ),
+    ({"type": "string", "format": "uri-reference"}, ["x"], [1], []),
+    ({"type": "string", "format": "jwt"}, ["x"], [1], []),
+    ({"type": "string", "format": "date"}, ["2026-11-29"], ["x"], []),
+    ({"$schema": "s", "$id": "http://x/y", "$anchor": "a", "type": "integer"}, [1], ["a"], []),
+    (
+        {
+            "type": "object",
+            "properties": {"n": {"$ref": "#name"}},
+            "$defs": {"N": {"$anchor": "name", "type": "integer"}},
+        },
+        [{"n": 1}],
+        [{"n": "a"}],
+        [],
+    ),
+    ({"const": 1, "$ref": "#/$defs/X", "$defs": {"X": {"type": "integer"}}}, [1], [2], []),
+    ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None], []),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, [1, 1.5], ["a"], ["$.oneOf"]),
+    (
+        {
+            "oneOf": [
+                {"type": "object", "properties": {"k": {"const": kind}}, "required": ["k"]}
+                for kind in ("a", "b")
+            ]
+        },
+        [{"k": "a"}],
+        [{"k": "c"}],
+        [],
+    ),
+    ({"type": "object", "properties": {"not": {"type": "integer"}}}, [{"not": 1}], [{"not": "a"}], []),
+    ({"enum": [{"uniqueItems": True}]}, [{"uniqueItems": True}], [1], []),
+]
+
+
+@pytest.mark.parametrize(("schema", "good", "bad", "relaxed"), CASES)
+def test_a_schema_keeps_what_a_grammar_can_enforce(
+    schema: dict[str, Any], good: list[Any], bad: list[Any], relaxed: list[str]
+):
+    before = json.dumps(schema)
+    assert all(accepts(schema, value) for value in good)
+    assert not any(accepts(schema, value) for value in bad)
+    assert enforceable(schema).relaxed == relaxed
+    assert json.dumps(schema) == before
+
+
+def test_what_strict_must_not_lose_is_named():
+    schema = {
+        "type": "object",
+        "properties": {"a": {"not": {"type": "string"}, "if": {}, "uniqueItems": True}},
+    }
+    found = enforceable(schema, "$.s")
+    assert found.essential == ["$.s.properties.a.not"]
+    assert found.relaxed == ["$.s.properties.a.uniqueItems"]
+
+
+def test_parameters_are_always_an_object():
+    assert object_schema(None) == object_schema({}) == {"type": "object"}
+    assert object_schema({"properties": {}}) == {"properties": {}, "type": "object"}
+    assert object_schema({"type": ["object", "null"]}) == {"type": "object"}
+    assert object_schema({"type": "string"}) is None
+
+
+def test_references_follow_a_schema_that_moves():
+    schema = {"properties": {"a": {"$ref": "#/$defs/A"}}, "const": {"$ref": "#/x"}, "$defs": {"A": {}}}
+    assert moved(schema, "#/$defs/t")["properties"]["a"]["$ref"] == "#/$defs/t/$defs/A"
+    assert moved(schema, "#/$defs/t")["const"] == {"$ref": "#/x"}
+
+
+def test_a_strict_call_is_constrained_where_it_begins_and_text_is_free():
+    begin, end = '<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>"
+    schema: dict[str, Any] = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    tag = {
+        "trigger": "<tool_call>",
+        "begin": begin,
+        "end": end,
+        "schema": schema | {"additionalProperties": False},
+    }
+    matcher = compiled(TOKENIZER, Grammar("tool_calls", json.dumps([tag])))
+    for text, allowed in {
+        "Any text {at} all.": True,
+        f'Sure. {begin}{{"n": 7}}{end} Done. {begin}{{"n":7}}{end}': True,
+        f'{begin}{{"n": "seven"}}{end}': False,
+        f'{begin}{{"m": 1, "n": 7}}{end}': False,
+        '<tool_call>\n{"name": "g"': False,
+    }.items():
+        copy = matcher.deep_copy()
+        tokens = TOKENIZER.tokenize_str(text)
+        assert (copy.try_consume_tokens(tokens) == len(tokens)) is allowed, text
