@@ -242,7 +242,8 @@ def main() -> None:
     try:
         socket.bind(f"ipc://{sys.argv[1]}")
     except zmq.ZMQError as error:
-        sys.exit(f"the engine cannot listen at {sys.argv[1]}: {error}")
+        log.critical("the engine cannot listen at %s: %s", sys.argv[1], error.strerror)
+        sys.exit(1)
     try:
         with loading("the engine", "please report this"):
             worker = EngineWorker(config, socket)
