@@ -117,9 +117,10 @@ writer.close()
 
 def test_uncaught_errors_and_warnings_have_the_form_of_other_lines() -> None:
     script = """
-import threading, warnings
+import logging, threading, warnings
 from stretto.telemetry import log
-log.configure("server", "info")
+log.configure("server", "warning")
+logging.getLogger("stretto").info("below the level")
 warnings.warn("old")
 thread = threading.Thread(target=lambda: 1 / 0)
 thread.start(); thread.join()
