@@ -8,7 +8,11 @@ TESTED := $(VENV)/.tested
 FAST := tests/test_layout.py tests/test_docs.py tests/test_config.py tests/protocol tests/text tests/telemetry \
     tests/engine/scheduler tests/engine/test_step_time.py
 
-.PHONY: run check test lint coverage docs clean
+.PHONY: run ladder check test lint coverage docs clean
+
+ladder: $(TESTED)
+	$(BIN)/python -m recipes.desk.samples build/desk-samples
+	$(BIN)/stretto optimise recipes/desk/ladder.yaml --out build/desk-ladder --resume
 
 run: $(SERVED)
 	@exec $(BIN)/stretto serve

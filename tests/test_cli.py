@@ -31,7 +31,7 @@ from tests.models.checkpoints import make
 
 STRETTO = [sys.executable, "-m", "stretto"]
 MOST_FLAGS = 30
-NEWER, MOST_NEW_FLAGS = ("gateway",), 8
+NEWER, MOST_NEW_FLAGS = ("gateway", "optimise"), 8
 ESCAPE = "\x1b["
 
 

@@ -55,7 +55,16 @@ def test_links_lead_to_existing_files() -> None:
 
 def test_every_stretto_command_in_the_readme_exists() -> None:
     named = set(re.findall(r"^\| `stretto (\w+(?: (?:serve|trace|engine))?)", README, re.MULTILINE))
-    assert named == {"serve", "chat", "run", "bench serve", "bench trace", "bench engine", "doctor"}
+    assert named == {
+        "serve",
+        "chat",
+        "run",
+        "bench serve",
+        "bench trace",
+        "bench engine",
+        "optimise",
+        "doctor",
+    }
 
 
 def test_ratios_in_the_readme_equal_those_of_the_docs() -> None:

@@ -133,14 +133,18 @@ class EvaluateStep(
 class LadderStep(
     Struct, frozen=True, kw_only=True, tag_field="step", tag="ladder", forbid_unknown_fields=True
 ):
-    """Keep the variants that earn their place, and write ladder.json and report.html. A variant stays when it
-    is `faster` times as fast as the next slower one, or statistically better than the next faster one."""
+    """Keep the variants that earn their place, and write ladder.json and report.html.
+
+    A variant stays when it is `faster` times as fast as the next slower one, or statistically better than the
+    next faster one.
+    """
 
     faster: Annotated[float, Meta(ge=1)] = 1.2
 
 
 Making = FinetuneStep | DistilStep | PruneStep | QuantiseStep
 Step = Making | EvaluateStep | LadderStep
+STEPS = (FinetuneStep, DistilStep, PruneStep, QuantiseStep, EvaluateStep, LadderStep)
 
 
 class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -186,10 +190,27 @@ def parse(data: object, where: str) -> Recipe:
     return recipe
 
 
+def reference() -> str:
+    """The steps and their keys with defaults, as a Markdown table."""
+    rows = ["| step | what it does | keys |", "| --- | --- | --- |"]
+    for kind in STEPS:
+        about = (kind.__doc__ or "").splitlines()[0]
+        keys = [_shown(info) for info in msgspec.structs.fields(kind)]
+        rows.append(f"| `{kind.__struct_config__.tag}` | {about} | {', '.join(keys)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _shown(info: msgspec.structs.FieldInfo) -> str:
+    """A key with its default; in bold when it must be given."""
+    if info.default is not msgspec.NODEFAULT:
+        return f"`{info.encode_name}` = {msgspec.json.encode(info.default).decode()}"
+    made = info.default_factory is not msgspec.NODEFAULT
+    return f"`{info.encode_name}` = {{}}" if made else f"**`{info.encode_name}`**"
+
+
 def _check_tags(data: object, where: str) -> None:
     """Every step must say what it is, by a name that is known."""
-    known = [str(each.__struct_config__.tag) for each in (FinetuneStep, DistilStep, PruneStep, QuantiseStep)]
-    known += ["evaluate", "ladder"]
+    known = [str(each.__struct_config__.tag) for each in STEPS]
     steps: Any = cast("dict[str, Any]", data).get("steps") if isinstance(data, dict) else None
     for at, step in enumerate(cast("list[Any]", steps) if isinstance(steps, list) else []):
         if not isinstance(step, dict):

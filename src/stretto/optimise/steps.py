@@ -181,20 +181,21 @@ class _Run:
 
     def _full(self) -> None:
         """Copy the model into the output, where every other variant starts from."""
-        name = self.recipe.model
-        near = self.options.folder / name
-        path = source.check(near) if near.is_dir() else source.resolve(name, self._progress_of)
+        path = self._model(self.recipe.model)
         families.read(path)
         files = weight_digests(path)
         key = _key({"model": files})
         if not self._is_done(FULL, key):
             work = self._work(FULL, key)
+            shutil.rmtree(work / "made", ignore_errors=True)
             shutil.copytree(path, work / "made", ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt"))
             self._finish(self._manifest(FULL, "model", None, key=key, files=files, path=FULL), work)
         self._record(FULL)
 
-    def _progress_of(self, stage: str, done: int, total: int) -> None:
-        self.options.progress(stage, done, total)
+    def _model(self, name: str) -> Path:
+        """The directory of a model: beside the recipe, or as everywhere else."""
+        near = self.options.folder / name
+        return near if (near / "config.json").exists() else source.resolve(name, self.options.progress)
 
     def _make(self, at: int, step: Making) -> None:
         parent = self.made[step.parent]
@@ -223,9 +224,7 @@ class _Run:
         """The step with the directory of its student."""
         if not isinstance(step, DistilStep) or step.student is None:
             return step
-        near = self.options.folder / step.student
-        found = source.check(near) if near.is_dir() else source.resolve(step.student)
-        return structs.replace(step, student=str(found))
+        return structs.replace(step, student=str(self._model(step.student)))
 
     def _job(self, at: str, parent: Manifest, work: Path, stage: str) -> StepJob:
         path = self.out / parent.path
