@@ -24,7 +24,7 @@ Description = Annotated[str, up_to("description")]
 Bias = Annotated[float, BOUNDS["logit_bias"]]
 MaxTokens = Annotated[int, BOUNDS["max_tokens"]]
 TopLogprobs = Annotated[int, BOUNDS["logprobs"]]
-ToolName = Annotated[str, up_to("tool_name", pattern=r"^[a-zA-Z0-9_\-]{1,64}$", min_length=1)]
+ToolName = Annotated[str, up_to("tool_name", pattern=r"^[a-zA-Z0-9_.:\-]{1,64}$", min_length=1)]
 Empty = Annotated[list[Any], Meta(max_length=0)]
 MetadataKey = Annotated[str, up_to("metadata_key")]
 MetadataValue = Annotated[str, up_to("metadata_value")]
@@ -35,7 +35,7 @@ class Wire(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
     """The base of request types. An absent field and a null field mean the same."""
 
 
-# Messages
+# Messages. `extra` holds the members that a template may know and this server does not.
 
 
 class TextPart(Wire, frozen=True, kw_only=True, tag_field="type", tag="text"):
@@ -66,16 +66,19 @@ TextParts = Annotated[list[TextPart], up_to("parts")]
 class SystemMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="system"):
     content: str | TextParts
     name: Identifier | None = None
+    extra: dict[str, Any] | None = None
 
 
 class DeveloperMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="developer"):
     content: str | TextParts
     name: Identifier | None = None
+    extra: dict[str, Any] | None = None
 
 
 class UserMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="user"):
     content: str | TextParts
     name: Identifier | None = None
+    extra: dict[str, Any] | None = None
 
 
 class AssistantMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="assistant"):
@@ -89,12 +92,14 @@ class AssistantMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="a
     annotations: Empty | None = None
     audio: None = None
     function_call: None = None
+    extra: dict[str, Any] | None = None
 
 
 class ToolMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="tool"):
     content: str | TextParts
     tool_call_id: Identifier
     name: Identifier | None = None
+    extra: dict[str, Any] | None = None
 
 
 Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage

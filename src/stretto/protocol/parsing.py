@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from typing import Any, TypeVar, cast
 
-from msgspec import DecodeError, Raw, ValidationError, json
+from msgspec import DecodeError, Raw, ValidationError, convert, json
 
 from stretto.errors import InvalidRequest, TooLarge, UnsupportedField, UnsupportedMedia, cut
+from stretto.protocol.compatibility import accepted
 from stretto.protocol.limits import LIMITS, Limit
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ def parse(decoder: json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except ValidationError as error:
-        raise _error_with_path(str(error), body) from None
+        return _parse_otherwise(decoder, body, str(error))
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except DecodeError as error:
@@ -66,6 +67,22 @@ def parse(decoder: json.Decoder[T], body: bytes) -> T:
     except RecursionError:
         raise _too_deep(body) from None
     return parse(decoder, whole)
+
+
+def _parse_otherwise(decoder: json.Decoder[T], body: bytes, problem: str) -> T:
+    """Decodes a body that clients of other servers may send. `problem`: why it is none of ours."""
+    try:
+        fields = json.decode(body)
+    except (DecodeError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise _error_with_path(problem, body)
+    try:
+        return convert(accepted(cast("dict[str, Any]", fields)), decoder.type, str_keys=True)
+    except ValidationError as error:
+        raise _error_with_path(str(error), body) from None
+    except RecursionError:
+        raise _too_deep(body) from None
 
 
 def _check_size(body: bytes) -> None:

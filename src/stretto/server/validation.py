@@ -122,7 +122,7 @@ def check_chat(request: ChatRequest, model: ModelHandle, limits: RequestLimits) 
                 param="$.tool_choice",
             )
         grammar = tools.grammar
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("$.top_logprobs needs logprobs: true", param="$.top_logprobs")
     limit = _chat_limit(request)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
@@ -252,8 +252,6 @@ def _check_options(request: Generation, prompts: int, limits: RequestLimits) -> 
         )
     if request.store:
         raise UnsupportedField("$.store: this server stores no answers; leave it out", param="$.store")
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("$.stream_options needs stream: true", param="$.stream_options")
 
 
 def _check_untyped(request: ChatRequest) -> None:

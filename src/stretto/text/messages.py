@@ -48,8 +48,17 @@ def messages(request: ChatRequest, text: TextModel) -> list[dict[str, Any]]:
             role = message.__struct_config__.tag
             if isinstance(message, DeveloperMessage) and not knows_developer:
                 role = "system"
-            found.append({"role": role, **_named(message), "content": _joined(message.content)})
+            values = {"role": role, **_named(message), "content": _joined(message.content)}
+            found.append(_extra(message, path) | values)
     return found
+
+
+def _extra(message: Message, path: str) -> dict[str, Any]:
+    """The members that only the template may know. Raises InvalidRequest beyond the limits of free JSON."""
+    if not message.extra:
+        return {}
+    check_json(message.extra, path)
+    return message.extra
 
 
 def _named(message: Message) -> dict[str, str]:
@@ -69,7 +78,8 @@ def _assistant(message: AssistantMessage, path: str, thinks: bool) -> dict[str, 
         content = message.refusal
     if content is None and not message.tool_calls:
         content = ""  # an answer that was all reasoning, or that ended at once
-    values: dict[str, Any] = {"role": "assistant", **_named(message), "content": content}
+    values: dict[str, Any] = _extra(message, path)
+    values = values | {"role": "assistant", **_named(message), "content": content}
     thought = message.reasoning_content
     if thought is None and thinks and content is not None and reasoning_parser.CLOSE in content:
         # A template would cut the reasoning out itself, but cannot see tags that the guard broke.
@@ -116,8 +126,10 @@ def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:
     template = text.template
     if template is None:
         return found
-    for name in found:
-        if not template.mentions(name):
+    for name in list(found):
+        if name == "enable_thinking" and not found[name] and not template.mentions(name):
+            del found[name]  # this model never reasons
+        elif not template.mentions(name):
             where = f"$.chat_template_kwargs.{name}"
             raise UnsupportedField(
                 f"{where}: this model's chat template does not use it; leave it out", param=where
@@ -127,7 +139,7 @@ def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:
             found.setdefault("reasoning_effort", effort)
         elif template.mentions("enable_thinking"):
             found.setdefault("enable_thinking", effort not in ("none", "minimal"))
-        else:
+        elif effort not in ("none", "minimal"):
             where = "$.reasoning_effort"
             raise UnsupportedField(f"{where}: this model does not support it; leave it out", param=where)
     return found

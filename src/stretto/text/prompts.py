@@ -39,8 +39,8 @@ def check_size(prompt: str, text: TextModel, info: ModelInfo, path: str) -> None
     # A character has at most four bytes, and a token at least one.
     if 4 * len(prompt) > info.context and (least := text.least_tokens(prompt)) > info.context:
         raise ContextExceeded(
-            f"{path} has {len(prompt)} characters, so at least {least} tokens, but the model's context is"
-            f" {info.context} for prompt and answer together, and prompts are never cut: send a shorter one",
+            f"{path} has {len(prompt)} characters, so at least {least} tokens, but {_maximum(info)} for"
+            " prompt and answer together: send a shorter one",
             param=path,
         )
 
@@ -67,14 +67,14 @@ def check_length(length: int, answer: int, info: ModelInfo, path: str) -> None:
     """Raises ContextExceeded when `length` tokens of prompt and `answer` of answer exceed the context."""
     if length + min(answer, 1) > info.context:
         raise ContextExceeded(
-            f"{path} has {length} tokens, but the model's context is {info.context} for prompt and answer"
-            " together, and prompts are never cut: send a shorter one",
+            f"{path} has {length} tokens, but {_maximum(info)} for prompt and answer together: send a shorter"
+            " one",
             param=path,
         )
     if length + answer > info.context:
         raise ContextExceeded(
-            f"the prompt has {length} tokens and the answer may have {answer}, but the model's context is"
-            f" {info.context}: lower max_tokens to {info.context - length}, or send a shorter prompt",
+            f"the prompt has {length} tokens and the answer may have {answer}, but {_maximum(info)}: lower"
+            f" max_tokens to {info.context - length}, or send a shorter prompt",
             param="$.max_tokens",
         )
 
@@ -83,3 +83,8 @@ def _unknown(id: int, info: ModelInfo, path: str) -> InvalidRequest:
     return InvalidRequest(
         f"{path}: the model has no token {id}; its ids are 0 to {info.vocab - 1}", param=path
     )
+
+
+def _maximum(info: ModelInfo) -> str:
+    """The limit in the words by which clients recognise this error."""
+    return f"this model's maximum context length is {info.context} tokens"

@@ -1,0 +1,142 @@
+"""What clients of other servers send: accepted where it changes no answer, refused by name where it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import json
+
+from stretto.errors import InvalidRequest, UnsupportedField
+from stretto.protocol.compatibility import ANY, NOTHING, reference
+from stretto.protocol.openai import AssistantMessage, ChatRequest, CompletionRequest
+from stretto.protocol.parsing import parse
+
+CHAT = json.Decoder(ChatRequest)
+USER: dict[str, Any] = {"role": "user", "content": "Hi"}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f.g", "parameters": {"type": "object"}}}
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return parse(CHAT, json.encode({"messages": [USER]} | fields))
+
+
+@pytest.mark.parametrize("name", sorted(NOTHING))
+def test_a_field_that_means_nothing_is_accepted_and_any_other_value_refused_by_name(name: str):
+    assert chat(**{name: None}) == chat()
+    for value in NOTHING[name].values:
+        assert chat(**{name: True if value is ANY else value}) == chat()
+    if ANY not in NOTHING[name].values:
+        with pytest.raises(InvalidRequest) as caught:
+            chat(**{name: "something else"})
+        assert (caught.value.param or "").startswith(f"$.{name}")
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        ({"max_tokens": 40.0, "seed": 7.0, "n": 1.0}, {"max_tokens": 40, "seed": 7, "n": 1}),
+        ({"n_predict": 9}, {"max_tokens": 9}),
+        ({"repeat_penalty": 1.1}, {"repetition_penalty": 1.1}),
+        ({"guided_json": {"type": "object"}}, {"structured_outputs": {"json": {"type": "object"}}}),
+        ({"guided_regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),
+        ({"guided_choice": ["a", "b"]}, {"structured_outputs": {"choice": ["a", "b"]}}),
+        ({"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}),
+        (
+            {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "schema", "schema": {"type": "object"}},
+                }
+            },
+        ),
+        (
+            {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": True}},
+            {"stream": True, "stream_options": {"include_usage": True}},
+        ),
+        ({"tools": [TOOL | {"cache_control": {"type": "ephemeral"}}]}, {"tools": [TOOL]}),
+    ],
+)
+def test_other_spellings_mean_the_same(sent: dict[str, Any], meant: dict[str, Any]):
+    assert chat(**sent) == chat(**meant)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 40.5},
+        {"length_penalty": 2},
+        {"priority": 1},
+        {"use_beam_search": True},
+        {"mirostat": 2},
+        {"skip_special_tokens": False},
+        {"guided_grammar": "root ::= x"},
+        {"max_tokens": 1, "n_predict": 2},
+        {"best_answer": True},
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(fields: dict[str, Any]):
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**fields)
+    assert caught.value.param in {f"$.{name}" for name in fields}
+
+
+def test_unknown_members_of_the_history_are_data_for_the_template():
+    answer = {
+        "role": "assistant",
+        "content": None,
+        "id": "msg_1",
+        "timestamp": 12,
+        "parsed": None,
+        "reasoning": "hm",
+        "reasoning_details": [{"type": "text"}],
+        "thinking_blocks": [],
+        "provider_specific_fields": {"a": 1},
+        "annotations": [{"type": "url"}],
+        "tool_calls": [
+            {
+                "id": "c",
+                "type": "function",
+                "index": 0,
+                "function": {"name": "f", "arguments": "{}", "parsed_arguments": None},
+                "provider_specific_fields": None,
+            }
+        ],
+    }
+    parts = [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]
+    request = chat(messages=[{"role": "user", "content": parts, "id": "u"}, answer, USER])
+    first, second, _ = request.messages
+    assert first.extra == {"id": "u"} and first.content != "Hi"
+    assert isinstance(second, AssistantMessage)
+    assert second.reasoning_content == "hm"
+    assert second.extra is not None and second.extra["provider_specific_fields"] == {"a": 1}
+    assert "parsed" not in second.extra and "annotations" in second.extra
+    assert second.tool_calls is not None and second.tool_calls[0].function.name == "f"
+
+
+@pytest.mark.parametrize(
+    ("message", "path"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "$.messages[0].content"),
+        ({"role": "wizard", "content": "x"}, "$.messages[0]"),
+        ({"role": "user", "content": 3, "id": "x"}, "$.messages[0].content"),
+    ],
+)
+def test_messages_that_the_model_cannot_read_are_still_refused(message: dict[str, Any], path: str):
+    with pytest.raises(InvalidRequest) as caught:
+        chat(messages=[message])
+    assert (caught.value.param or "").startswith(path)
+
+
+def test_completions_take_the_same_fields():
+    sent = b'{"prompt": "a", "add_generation_prompt": true, "max_tokens": 4.0, "cache_prompt": true}'
+    assert parse(json.Decoder(CompletionRequest), sent).max_tokens == 4
+    with pytest.raises(UnsupportedField):
+        parse(json.Decoder(CompletionRequest), b'{"prompt": "a", "suffix": "b"}')
+
+
+def test_the_documented_table_is_the_one_in_the_code():
+    page = Path(__file__).parents[2] / "docs" / "compatibility.md"
+    assert reference() in page.read_text(), f"replace the table in {page}"
