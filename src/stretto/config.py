@@ -160,7 +160,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     ] = True
     cache_dir: Annotated[
         str,
-        Meta(description="directory of quantised weights and step times; empty: $XDG_CACHE_HOME/stretto"),
+        Meta(
+            description="directory of quantised weights, step times and compiled kernels; empty: "
+            "$XDG_CACHE_HOME/stretto"
+        ),
     ] = ""
     cache_bytes: Annotated[
         int,

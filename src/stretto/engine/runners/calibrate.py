@@ -111,8 +111,7 @@ def known_times(runner: Runner, limits: Limits, *, machine: str, folder: Path | 
     if stored is not None:
         return stored
     try:
-        wanted = GPU_CALIBRATION_STEPS if runner.info.device.startswith("cuda") else CALIBRATION_STEPS
-        steps = [step for step in wanted if fits(step, runner, limits)]
+        steps = [step for step in _steps_of(runner) if fits(step, runner, limits)]
         model = calibrate(Calibrator(runner).run, steps)
     except Exception:
         log.exception("the calibration of %s failed; default step times are used", runner.info.name)
@@ -129,6 +128,10 @@ def identity(runner: Runner) -> str:
     files = sorted(Path(info.path).glob("*.safetensors"))
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{info.path} {stamps} {info.dtype} {info.quantise} {info.device} {info.kernels} {info.block_size}"
+
+
+def _steps_of(runner: Runner) -> tuple[CalibrationStep, ...]:
+    return GPU_CALIBRATION_STEPS if runner.info.device.startswith("cuda") else CALIBRATION_STEPS
 
 
 def fits(step: CalibrationStep, runner: Runner, limits: Limits) -> bool:

@@ -168,8 +168,13 @@ class CudaRunner:
         draw.write_tables(
             self._ring[0].updates([(len(self._tables) - 1, 0, self.info.blocks)], self._device), self._tables
         )
+        tokens, rows = set[int](), set[int]()
         for done, size in enumerate(self._first):
-            self._prepare(size)
+            # The kernels of a step with prompts follow from its tokens, and those of its draws from its rows.
+            self._prepare(size, loaded=not size.decodes and size.tokens in tokens and size.rows in rows)
+            if not size.decodes:
+                tokens.add(size.tokens)
+                rows.add(size.rows)
             progress(done + 1, len(self._first))
 
     def prepare(self) -> bool:
@@ -219,10 +224,12 @@ class CudaRunner:
         self._cache.erase(blocks)
 
     @torch.inference_mode()
-    def _prepare(self, size: StepSize) -> None:
-        """Capture the graph of a size. Its kernels run once before, because none can load in a capture."""
+    def _prepare(self, size: StepSize, *, loaded: bool = False) -> None:
+        """Capture the graph of a size. Unless its kernels are loaded they run once before, because none can
+        load in a capture."""
         memory = self._idle(size)
-        self._step(memory)
+        if not loaded:
+            self._step(memory)
         self._capture(memory)
         self._memory[size] = memory
 

@@ -5,6 +5,7 @@ The choices themselves are made in `stretto.hardware`, so that `stretto doctor` 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -72,6 +73,9 @@ class ModelLoader:
         self.machine = f"{machine.cpu}, {machine.cores} cores, {threads} threads, {machine.gpus}"
         use_threads(threads)
         self._device = torch.device(choose_device(config.device, torch.cuda.is_available()).value)
+        if self._device.type == "cuda":
+            # Triton names a compiled kernel by its source, its own version and the device.
+            os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder(config.cache_dir) / "kernels"))
         self.runners = [self._runner(model, len(config.models) - i) for i, model in enumerate(config.models)]
 
     def models(self) -> list[LoadedModel]:

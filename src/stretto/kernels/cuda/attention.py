@@ -20,6 +20,7 @@ from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 KEYS = 64
 MAX_SPLITS = 32
 PROGRAMS = 264  # two for each multiprocessor of a Hopper card
+MANY_PROGRAMS = 512  # from here on, programs of two warps read keys faster than those of four
 CHUNK_ROWS, CHUNK_KEYS, CHUNK_STAGES = 128, 128, 3
 SEQUENCES = 512  # `_number_tiles` is compiled once for up to so many sequences
 PARTS_AT_ONCE = tl.constexpr(8)
@@ -312,7 +313,8 @@ def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: D
         SPLITS=workspace.splits,
         WIDTH=pow2(share * kind.head_dim), KEYS=KEYS if kind.head_dim > 64 else 2 * KEYS,
         EXACT=q.dtype == torch.float32, MIXED=not batch.query_lens or max(batch.query_lens) > 1,
-        num_warps=4, num_stages=3 if kind.head_dim <= 128 and q.itemsize == 2 else 1, **OPTIONS,
+        num_warps=2 if batch.contexts.shape[0] * kind.kv_heads >= MANY_PROGRAMS else 4,
+        num_stages=3 if kind.head_dim <= 128 and q.itemsize == 2 else 1, **OPTIONS,
     )  # fmt: skip
     return out
 
