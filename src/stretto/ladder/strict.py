@@ -22,14 +22,15 @@ UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 INVALID = re.compile(r"Invalid (?:enum )?value '([^']*)'")
 
 
-def convert(value: object, kind: type[T], where: str) -> T:
-    """`value`, plain lists, dicts and scalars, as a `kind`. Text may stand for a number, as YAML has `1e-4`.
+def convert(value: object, kind: type[T], where: str, *, lax: bool = False) -> T:
+    """`value`, plain lists, dicts and scalars, as a `kind`. `lax`: text may stand for a number, because YAML
+    reads `1e-4` as text.
 
     Raises StartError that starts with `where` and names the path, and for an unknown key or value the nearest
     known one.
     """
     try:
-        return msgspec.convert(value, kind, strict=False)
+        return msgspec.convert(value, kind, strict=not lax)
     except msgspec.ValidationError as error:
         text = str(error)
         found = AT.search(text)

@@ -107,6 +107,7 @@ class WeightReader:
         store: PackedStore | None = None,
     ) -> None:
         self._mixed = kernels if isinstance(kernels, MixedKernels) else None
+        self._wide: set[str] = set()
         self.kernels = kernels.kernels if isinstance(kernels, MixedKernels) else kernels
         self.checkpoint = checkpoint
         self.dtype, self.device = dtype, device
@@ -165,7 +166,10 @@ class WeightReader:
         ]
 
         name = parts[0][0]
-        kernels = self._mixed.wider if self._mixed is not None and name in self._mixed.names else self.kernels
+        wide = self._mixed is not None and name in self._mixed.names
+        if wide:
+            self._wide.add(name)
+        kernels = self._mixed.wider if self._mixed is not None and wide else self.kernels
 
         def pack() -> Packed:
             weight, *others = [self.stack(*source) for source in sources]
@@ -204,7 +208,11 @@ class WeightReader:
 
     def finish(self) -> None:
         """Raises CheckpointError when the checkpoint holds tensors that were not read: without them the
-        numbers would be wrong."""
+        numbers would be wrong. Also when it lacks a matrix that is to be packed in a wider format."""
+        if self._mixed is not None and (missing := sorted(self._mixed.names - self._wide)):
+            raise CheckpointError(
+                f"{self.checkpoint.path} has no matrix {missing[0]}, which is to be left out of quantisation"
+            )
         strange = sorted(n for n in self.unread if not n.startswith(BESIDE) and not n.endswith(COMPUTED))
         if strange:
             raise CheckpointError(

@@ -141,6 +141,7 @@ def taught_rows(job: StepJob, step: DistilStep | PruneStep) -> list[TrainingRow]
 
     The reply is the teacher's where it is right, and otherwise the ideal one, without cross-entropy.
     """
+    job.check_weights(step.weights)
     samples = job.corpus.train
     asked = [sample for sample in samples if sample.answer is not None]
     replies = iter(job.replies(job.parent, asked, "teacher"))

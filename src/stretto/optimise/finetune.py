@@ -40,9 +40,7 @@ def ideal_rows(
     job: StepJob, samples: Sequence[DataSample], weights: Mapping[str, float]
 ) -> list[TrainingRow]:
     """The samples with their ideal replies. `weights` are factors by task. Raises StartError."""
-    unknown = set(weights) - {sample.task for sample in samples}
-    if unknown:
-        raise job.error("weights", f"no example has the task {sorted(unknown)[0]!r}")
+    job.check_weights(weights)
     rows = [
         TrainingRow(text, sample.weight * weights.get(sample.task, 1.0))
         for sample in samples

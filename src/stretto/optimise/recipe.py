@@ -181,7 +181,7 @@ def read(path: Path) -> Recipe:
 def parse(data: object, where: str) -> Recipe:
     """The recipe from plain data. Raises StartError that starts with `where`."""
     _check_tags(data, where)
-    recipe = convert(data, Recipe, where)
+    recipe = convert(data, Recipe, where, lax=True)
     _check_names(recipe, where)
     _check_order(recipe, where)
     for at, step in recipe.making:

@@ -175,6 +175,9 @@ class _Run:
                 ladder, times = self._ladder(step, measured)
             else:
                 self._make(at, step)
+        for left in (self.out / WORK).iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
         return RunReport(
             out=str(self.out), steps=self.done, bad_lines=self.corpus.bad.count, ladder=ladder, usual_ms=times
         )
