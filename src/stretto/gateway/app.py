@@ -34,6 +34,7 @@ from stretto.gateway.registry import Registry, Worker
 from stretto.gateway.relay import PATHS, Relay, RelayedExchange
 from stretto.gateway.router import Router
 from stretto.gateway.settings import GatewayConfig
+from stretto.protocol.http import plain_path, tenant_of
 from stretto.protocol.openai import ModelCard, ModelList, Status
 from stretto.protocol.parsing import JSON, parse, require_json
 from stretto.protocol.relay import OperationName
@@ -151,16 +152,17 @@ class Gateway(Starlette):
         )
         self.router.redirect_slashes = False
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if "path" in scope:
+            scope["path"] = plain_path(scope["path"])
+        await super().__call__(scope, receive, send)
+
     def tenant(self, request: Request) -> str:
         """The tenant of a request's key. Raises Unauthorised."""
         keys = self.config.api_keys
         if not keys:
             return LOCAL
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        found = [name for key, name in keys.items() if compare_digest(key.encode(), given.strip().encode())]
-        if not found or scheme.lower() != "bearer":
-            raise Unauthorised("send a valid API key: `Authorization: Bearer KEY`")
-        return found[0]
+        return tenant_of(request.headers, keys)
 
     async def run(self, exchange: RelayedExchange, receive: Receive) -> None:
         """Relays one request until it is answered or its client leaves. Raises StrettoError."""

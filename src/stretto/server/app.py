@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from msgspec import json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -25,8 +24,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.errors import NotFound, StrettoError, TooLarge, WrongMethod
+from stretto.protocol.http import plain_path
 from stretto.protocol.parsing import require_json
 from stretto.protocol.relay import RELAY
+from stretto.server.adapters.tokens import detokenize, tokenize
 from stretto.server.edge.answer import parts_of
 from stretto.server.edge.exchange import KEY, Exchange, ExchangeLayer
 from stretto.server.edge.guard import Guard
@@ -73,8 +74,7 @@ class Endpoint:
             failure = error if isinstance(error, StrettoError) else internal(error)
             if call is None or not call.streaming:
                 raise failure from None
-            event = b"data: " + json.encode(failure.body()) + b"\n\n"
-            await send({"type": "http.response.body", "body": event})
+            await send({"type": "http.response.body", "body": call.error_event(failure)})
         finally:
             if call is not None:
                 call.client_gone = call.client_gone or client_gone
@@ -147,6 +147,8 @@ class App(Starlette):
             "/v1/chat/completions": ("chat", partial(generate, operation=CHAT)),
             "/v1/completions": ("completions", partial(generate, operation=COMPLETION)),
             "/v1/embeddings": ("embeddings", embed),
+            "/tokenize": ("tokenize", tokenize),
+            "/detokenize": ("detokenize", detokenize),
             RELAY: ("relay", relay),
         }
         routes = [
@@ -157,6 +159,11 @@ class App(Starlette):
         self.router.redirect_slashes = False
         self.add_middleware(Guard, config=server.config, count=server.metrics.rejected)
         self.server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if "path" in scope:
+            scope["path"] = plain_path(scope["path"])
+        await super().__call__(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         """The router, the middleware, and `ExchangeLayer` in place of Starlette's two layers for errors."""

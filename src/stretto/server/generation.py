@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from msgspec import json
 from starlette.responses import Response
@@ -78,13 +78,38 @@ async def relay(call: Call) -> None:
         await generate(call, COMPLETION)
 
 
+class AnswerWriter(Protocol):
+    """Deltas -> bytes of one API. A stream is `events`, then `end`; one piece is `keep`, then `whole`."""
+
+    def events(self, output: Output, deltas: Sequence[OutputDelta]) -> bytes: ...
+    def skip(self, output: Output, deltas: Sequence[OutputDelta]) -> None: ...
+    def end(self, outputs: list[Output]) -> bytes: ...
+    def keep(self, output: Output, deltas: list[OutputDelta]) -> None: ...
+    def whole(self, outputs: list[Output]) -> bytes: ...
+
+
 async def generate(call: Call, operation: Operation[R]) -> None:
     """Answers one request. Raises StrettoError; `call.streaming` says whether a stream had begun."""
-    server = call.server
     request = parse(operation.decoder, call.body)
+
+    def writer(spec: AnswerSpec, tier: str) -> ResponseWriter:
+        return ResponseWriter(operation.style, spec, tier, call.exchange.id, call.continuation)
+
+    await run(call, request, operation.check, writer)
+
+
+async def run(
+    call: Call,
+    request: R,
+    check: Callable[[R, ModelHandle, RequestLimits], AnswerSpec],
+    writer_of: Callable[[AnswerSpec, str], AnswerWriter],
+) -> None:
+    """Answers a parsed request with the writer that `writer_of(spec, tier)` makes. An adapter of another API
+    calls this with its own writer and a chat request. Raises StrettoError."""
+    server = call.server
     call.label(request.model, requested_tier(request))
     model = server.model(request.model)
-    spec = operation.check(request, model, server.limits)
+    spec = check(request, model, server.limits)
     with server.gate.reserve(spec.answers) as slot:
         slo = resolve_objective(
             request, server.policy, lambda: server.quota.allows(call.tenant, time.monotonic())
@@ -96,8 +121,7 @@ async def generate(call: Call, operation: Operation[R]) -> None:
         for prompt in prompts:
             for copy, sampling in enumerate(samplings):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)
-        writer = ResponseWriter(operation.style, spec, slo.tier, call.exchange.id, call.continuation)
-        await (stream if spec.stream else answer)(call, writer, slot)
+        await (stream if spec.stream else answer)(call, writer_of(spec, slo.tier), slot)
 
 
 def submit(
@@ -138,7 +162,7 @@ def submit(
         server.quota.charge(call.tenant, sequence.work_ms, time.monotonic())
 
 
-async def stream(call: Call, writer: ResponseWriter, slot: Slot) -> None:
+async def stream(call: Call, writer: AnswerWriter, slot: Slot) -> None:
     """Sends the answers as server-sent events. Tokens that wait leave in one send; a client that reads slowly
     holds up its own stream alone. A gateway gets a mark after the events of each send."""
     running = len(call.outputs) - replay(call, writer)
@@ -168,7 +192,7 @@ async def send_head(call: Call) -> None:
     await call.send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
 
 
-def replay(call: Call, writer: ResponseWriter) -> int:
+def replay(call: Call, writer: AnswerWriter) -> int:
     """Takes the tokens that the client has from another worker; returns how many answers are complete."""
     if call.continuation is None:
         return 0
@@ -178,7 +202,7 @@ def replay(call: Call, writer: ResponseWriter) -> int:
     return sum(output.finish_reason is not None for output in call.outputs)
 
 
-async def answer(call: Call, writer: ResponseWriter, slot: Slot) -> None:
+async def answer(call: Call, writer: AnswerWriter, slot: Slot) -> None:
     """Sends the answers in one piece: the deltas of a stream, joined."""
     async with aclosing(deltas(call.outputs, slot)) as parts:
         async for output, fresh in parts:

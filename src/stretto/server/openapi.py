@@ -23,6 +23,7 @@ from stretto.protocol.openai import (
     Status,
     TextCompletion,
 )
+from stretto.protocol.vllm import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, Version
 from stretto.telemetry.live import Live
 from stretto.types import WorkerState
 
@@ -66,6 +67,8 @@ ROUTES = (
     _Route(
         "/v1/embeddings", "post", "Compute the embeddings of texts.", WORK, EmbeddingRequest, EmbeddingList
     ),
+    _Route("/tokenize", "post", "Count and list a prompt's tokens.", WORK, TokenizeRequest, Tokenized),
+    _Route("/detokenize", "post", "Write the text of tokens.", WORK, DetokenizeRequest, Detokenized),
     _Route("/v1/models", "get", "List the models.", (401,), response=ModelList),
     _Route("/v1/models/{name}", "get", "Describe one model.", (401, 404), response=ModelCard),
     _Route("/health", "get", "Whether the process is alive, and its engine's state.", (), response=Health),
@@ -75,6 +78,7 @@ ROUTES = (
         "/live", "get", "A stream of statistics of the last seconds, twice a second.", (401, 503), chunk=Live
     ),
     _Route("/metrics", "get", "Metrics for Prometheus.", (), media=("text/plain",)),
+    _Route("/version", "get", "The version of Stretto.", (), response=Version),
     _Route("/openapi.json", "get", "This document.", ()),
     _Route("/", "get", "A web page to try the server.", (), media=("text/html",)),
 )
@@ -98,10 +102,13 @@ def document() -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": components,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
         # Only a server that was started with API keys requires one.
-        "security": [{}, {"key": []}],
+        "security": [{}, {"key": []}, {"header": []}],
     }
 
 

@@ -7,6 +7,7 @@ import gzip
 from collections.abc import AsyncIterator
 from functools import cache
 from hashlib import sha256
+from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from stretto.errors import NotFound, Overloaded
 from stretto.protocol.openai import Health, ModelCard, ModelList, Status
 from stretto.protocol.parsing import JSON
 from stretto.protocol.relay import RELAY
+from stretto.protocol.vllm import Version
 from stretto.server import openapi
 from stretto.server.state import Server
 
@@ -58,6 +60,7 @@ class Pages:
             Route("/", self.page),
             Route("/page/{name}", self.page),
             Route("/openapi.json", self.openapi),
+            Route("/version", self.version),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/state", self.state),
@@ -113,6 +116,10 @@ class Pages:
                 await asyncio.sleep(LIVE_S)
         finally:
             self._viewers -= 1
+
+    async def version(self, request: Request) -> Response:
+        """The version of Stretto, in vLLM's shape."""
+        return _json(Version(version("stretto")))
 
     async def openapi(self, request: Request) -> Response:
         """The OpenAPI document."""

@@ -6,12 +6,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hmac import compare_digest
 from http import HTTPStatus
 from math import inf
 from typing import TypeVar
 
-from msgspec import Raw, msgpack, structs
+from msgspec import Raw, json, msgpack, structs
 from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -23,10 +22,10 @@ from stretto.errors import (
     CannotBeOnTime,
     InvalidGrammar,
     StrettoError,
-    Unauthorised,
     Unavailable,
     UnknownModel,
 )
+from stretto.protocol.http import HEADERS, tenant_of
 from stretto.protocol.relay import Continuation, EmittedAnswer, WorkerReport
 from stretto.queueing.turns import Turns
 from stretto.server.admission_gate import START_S, AdmissionGate
@@ -84,22 +83,13 @@ class Server:
 
     def tenant(self, headers: Headers) -> str:
         """The tenant whose API key a request has; `local` for a server without keys, `gateway` for the key
-        of its gateways. Raises Unauthorised.
-
-        A wrong key takes as long as a right one, so that the time tells nothing about the keys.
-        """
+        of its gateways. Raises Unauthorised."""
         keys = self.config.api_keys
         if self.config.gateway_key:
             keys = keys | {self.config.gateway_key: GATEWAY}
-        if not self.config.api_keys and "authorization" not in headers:
+        if not keys or not (self.config.api_keys or any(name in headers for name in HEADERS)):
             return LOCAL
-        if not keys:
-            return LOCAL
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        found = [name for key, name in keys.items() if compare_digest(key.encode(), given.strip().encode())]
-        if not found or scheme.lower() != "bearer":
-            raise Unauthorised("send a valid API key: `Authorization: Bearer KEY`")
-        return found[0]
+        return tenant_of(headers, keys)
 
     def ensure_known(self, name: str) -> None:
         """Raises UnknownModel."""
@@ -207,6 +197,11 @@ class TextThread:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
+def error_event(error: StrettoError) -> bytes:
+    """The last event of a stream that fails, as OpenAI's chat completions have it."""
+    return b"data: " + json.encode(error.body()) + b"\n\n"
+
+
 class Call:
     """One request at work: who sent it, its outputs, and how it ended.
 
@@ -230,6 +225,7 @@ class Call:
         self.model = ""
         self.tier = ""
         self.streaming = False
+        self.error_event: Callable[[StrettoError], bytes] = error_event  # ends a stream that has begun
         self.client_gone = False
         self._task = asyncio.current_task()
         self._ended = False

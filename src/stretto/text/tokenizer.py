@@ -50,9 +50,10 @@ class TextModel:
         self._pieces: dict[frozenset[str], Pieces] = {}
         self.pieces = self._pieces_showing(frozenset())
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a raw prompt, with its special tokens and the tokenizer's own BOS or EOS."""
-        return _encoded(self.tokenizer, [text], special=True)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of a raw prompt, with its special tokens. `special`: also with the tokenizer's own BOS or
+        EOS around it."""
+        return _encoded(self.tokenizer, [text], special=special)
 
     def encode_chat(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
@@ -92,9 +93,9 @@ class TextModel:
     def _longest_token(self) -> int | None:
         return longest_token(json.loads(self.tokenizer.to_str()))
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
+        """The text of token ids. `special`: with the special tokens among them."""
+        return self.tokenizer.decode(ids, skip_special_tokens=not special)
 
     def detokenizer(
         self, stop: tuple[str, ...] = (), min_tokens: int = 0, show: frozenset[str] = frozenset()
