@@ -30,7 +30,7 @@ from stretto import cli, config
 from tests.models.checkpoints import make
 
 STRETTO = [sys.executable, "-m", "stretto"]
-MOST_FLAGS = 30
+MOST_FLAGS = 31
 NEWER, MOST_NEW_FLAGS = ("gateway", "optimise"), 8
 ESCAPE = "\x1b["
 
@@ -98,7 +98,7 @@ def test_importing_the_types_loads_nothing_else() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_there_are_at_most_thirty_flags_and_eight_for_each_newer_command() -> None:
+def test_there_are_few_flags_and_at_most_eight_for_each_newer_command() -> None:
     flags = {
         name: {option for param in each.params for option in param.opts if option.startswith("--")}
         - {"--help"}
@@ -142,7 +142,7 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
         (["serve", "a=null", "a=null"], "two models are called a"),
         (["run"], "Missing argument"),
         (["run", "x", "--temperature", "1000"], "temperature must be from 0 to 100"),
-        (["bench", "serve", "http://x", "--requests", "1"], "give exactly one of --rate and --concurrency"),
+        (["chat", "desk", "--model", "x"], "--model is for the URL of a server"),
         (["bench", "serve", "http://x", "--rate", "1", "--concurrency", "1"], "give exactly one of --rate"),
         (["bench", "serve", "http://x", "--rate", "1", "--goodput", "ttft=9"], "write it like ttft:200"),
         (
@@ -195,7 +195,7 @@ def test_a_port_in_use_is_an_error_that_names_it(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = stretto("serve", "null", "--port", str(taken.getsockname()[1]), TMPDIR=str(tmp_path))
     assert done.returncode == 1
-    assert re.fullmatch(r"error: port \d+ on 127\.0\.0\.1 is in use; .*--port\n", done.stderr)
+    assert re.fullmatch(r"error: port \d+ on 127\.0\.0\.1 is in use; .*--port or STRETTO_PORT.*\n", done.stderr)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -224,6 +224,26 @@ def test_bench_reports_in_one_json_document(served: Served) -> None:
     )
     assert report["good_share"] == 1.0
     assert set(report["ttft_ms"]) == {"mean", "p50", "p90", "p99", "max"}
+
+
+def test_bench_sends_one_request_after_another_when_nothing_is_said(served: Served) -> None:
+    done = stretto("bench", "serve", served.url, "--requests", "3", "--output-tokens", "4", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)["report"]
+    assert (report["completed"], report["peak_concurrency"]) == (3, 1)
+
+
+def test_completion_knows_the_commands() -> None:
+    done = stretto(_STRETTO_COMPLETE="complete_bash", COMP_WORDS="stretto ", COMP_CWORD="1")
+    assert {"serve", "chat", "bench"} <= set(done.stdout.split()), done.stderr
+
+
+def test_chat_chooses_a_model_of_the_server_by_name(served: Served) -> None:
+    named = stretto("chat", served.url, "--model", "null", "--max-tokens", "2", stdin="hello\n")
+    wrong = stretto("chat", served.url, "--model", "nil", stdin="hello\n")
+    assert named.returncode == 0 and named.stdout.strip()
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr == f"error: {served.url} has no model 'nil'; choose from null\n"
 
 
 def test_bench_with_prompts_prints_a_table(served: Served, tmp_path: Path) -> None:
@@ -291,7 +311,7 @@ def test_ctrl_c_stops_the_answer_but_not_the_chat(served: Served) -> None:
         type_and_wait("\x03", "(stopped)")
         type_and_wait("", "to the first token")
         type_and_wait("", "> ")
-        type_and_wait("\x03", "/quit ends it")
+        type_and_wait("\x03", "/quit ends the chat")
         type_and_wait("/quit\n", "/quit")
     with urlopen(f"{served.url}/state") as page:
         assert json.load(page)["active"] == 0

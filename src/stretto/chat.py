@@ -17,15 +17,24 @@ from stretto.errors import StrettoError
 
 Conversation = list[dict[str, Any]]
 Answer = Callable[[Conversation], Generator[str]]
-HELP = "/reset forgets the conversation, /quit ends it, Ctrl-C stops an answer"
+HELP = "/help lists the commands, /quit ends the chat, Ctrl-C stops an answer"
+COMMANDS = """\
+/help           lists the commands
+/clear          forgets the conversation (also /reset)
+/system TEXT    sets the system prompt and forgets the conversation; without TEXT, shows it
+/quit           ends the chat (also /exit and Ctrl-D)
+Ctrl-C          stops an answer"""
 
 
-def converse(answer: Answer, name: str) -> None:
-    """Read lines and answer them, until the input ends or the user types `/quit`. `name` is the model's."""
+def converse(answer: Answer, name: str, system: str = "") -> None:
+    """Read lines and answer them, until the input ends or the user types `/quit`.
+
+    `name` is the model's. `system` is the system prompt; if it is empty, the conversation has none.
+    """
     interactive = sys.stdin.isatty() and terminal.out.is_terminal
     if interactive:
         terminal.out.print(f"[bold]{name}[/] · [dim]{HELP}[/]")
-    history: Conversation = []
+    history = _opened(system)
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -34,16 +43,25 @@ def converse(answer: Answer, name: str) -> None:
         except KeyboardInterrupt:
             terminal.err.print(f"\n[dim]{HELP}[/]")
             continue
-        match line:
+        command, _, rest = line.partition(" ")
+        match command:
             case "":
                 continue
-            case "/quit":
+            case "/quit" | "/exit":
                 return
-            case "/reset":
-                history.clear()
-                terminal.err.print("[dim]forgotten[/]")
-            case _ if line.startswith("/"):
-                terminal.err.print(f"[dim]no such command: {HELP}[/]")
+            case "/help":
+                _note(COMMANDS)
+            case "/clear" | "/reset":
+                history = _opened(system)
+                _note("forgotten")
+            case "/system" if rest.strip():
+                system = rest.strip()
+                history = _opened(system)
+                _note("the system prompt is set; the conversation is forgotten")
+            case "/system":
+                _note(system or "no system prompt; /system TEXT sets one")
+            case _ if command.startswith("/"):
+                _note(f"no such command: {command}\n{COMMANDS}")
             case _:
                 try:
                     _turn(answer, history, line)
@@ -51,6 +69,14 @@ def converse(answer: Answer, name: str) -> None:
                     terminal.err.print(" [dim](stopped)[/]")
                     if history and history[-1]["role"] == "user":
                         history.pop()
+
+
+def _opened(system: str) -> Conversation:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _note(text: str) -> None:
+    terminal.err.print(text, style="dim", markup=False)
 
 
 def _turn(answer: Answer, history: Conversation, line: str) -> None:

@@ -52,7 +52,6 @@ def _one_spelling(flag: str) -> str:
 app = typer.Typer(
     help="A real-time LLM server.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"token_normalize_func": _one_spelling},
@@ -169,21 +168,30 @@ def gateway_command(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="a directory, a hub id, or the URL of a server")] = "desk",
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL|URL", help="a directory, a hub id, or the URL of a server")
+    ] = "desk",
+    model: Annotated[str | None, option("with a URL: the model on the server; default: its first")] = None,
+    system: Annotated[str, option("system prompt")] = "",
     max_tokens: Tokens = None,
     temperature: Temperature = 0.0,
     seed: Seed = None,
 ) -> None:
-    """Chat in the terminal with a model loaded here, or with one on a server."""
+    """Chat in the terminal with a model loaded here, or with one on a server.
+
+    Type /help for the commands. The API key of a server is read from STRETTO_API_KEY or OPENAI_API_KEY.
+    """
     with _usage():
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    if "://" in model:
+        if model is not None and "://" not in source:
+            raise StartError(f"--model is for the URL of a server; load {model} here with: stretto chat {model}")
+    if "://" in source:
         with asyncio.Runner() as runner:
-            remote = RemoteModel(runner, model, sampling)
-            conversation.converse(remote, f"{remote.model} at {model}")
+            remote = RemoteModel(runner, source, sampling, model)
+            conversation.converse(remote, f"{remote.model} at {source}", system)
         return
-    with _loaded(model) as llm:
-        conversation.converse(lambda messages: llm.stream(messages, sampling), llm.info.name)
+    with _loaded(source) as llm:
+        conversation.converse(lambda messages: llm.stream(messages, sampling), llm.info.name, system)
 
 
 @app.command()
@@ -223,7 +231,9 @@ def bench_serve(
     ],
     requests: Annotated[int, option("number of requests", min=1)] = 100,
     rate: Annotated[float | None, option("requests per second, at random times (Poisson)")] = None,
-    concurrency: Annotated[int | None, option("number of requests at the same time", min=1)] = None,
+    concurrency: Annotated[
+        int | None, option("number of requests at the same time \\[1, without --rate]", min=1)
+    ] = None,
     prompts: Annotated[Path | None, option("file of prompts: JSON lines or plain lines, perhaps .gz")] = None,
     random_input: Annotated[int, option("random tokens per prompt, when there is no --prompts", min=1)] = 128,
     output_tokens: Annotated[int, option("most tokens of an answer", min=1)] = 128,
@@ -237,6 +247,7 @@ def bench_serve(
     The API key is read from STRETTO_API_KEY or OPENAI_API_KEY.
     """
     url, endpoint = load.split_endpoint(url)
+    concurrency = 1 if rate is None and concurrency is None else concurrency
     with _usage():
         options = load.Load(
             requests=requests,
@@ -408,14 +419,18 @@ def _toolchain() -> Any:
 class RemoteModel:
     """Answers chats through a server. Its event loop runs only while an answer comes."""
 
-    def __init__(self, runner: asyncio.Runner, url: str, sampling: Sampling) -> None:
+    def __init__(self, runner: asyncio.Runner, url: str, sampling: Sampling, model: str | None) -> None:
+        """`model`: its name on the server, None for the server's first. Raises Unavailable, StartError."""
         self._runner = runner
         self._client = Client(url, api_key=_key())
         self._sampling = sampling
         try:
-            self.model = self._runner.run(self._client.models())[0]
+            served = self._runner.run(self._client.models())
+            self.model = served[0] if model is None else model
         except (RequestFailed, IndexError) as failure:
             raise Unavailable(f"{url} does not answer like a model server: {failure}") from failure
+        if self.model not in served:
+            raise StartError(f"{url} has no model {model!r}; choose from {', '.join(served)}")
 
     def __call__(self, messages: list[dict[str, Any]]) -> Generator[str]:
         body = {"model": self.model, "messages": messages, "stream": True}

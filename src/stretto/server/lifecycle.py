@@ -118,7 +118,10 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise StartError(f"port {port} on {host} is in use; choose another one with --port") from error
+            raise StartError(
+                f"port {port} on {host} is in use; choose another one with --port or STRETTO_PORT, as in"
+                " STRETTO_PORT=8001 make run"
+            ) from error
         raise StartError(f"cannot listen on {host} port {port}: {error.strerror}") from error
     return listener
 
