@@ -195,7 +195,8 @@ def test_a_port_in_use_is_an_error_that_names_it(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = stretto("serve", "null", "--port", str(taken.getsockname()[1]), TMPDIR=str(tmp_path))
     assert done.returncode == 1
-    assert re.fullmatch(r"error: port \d+ on 127\.0\.0\.1 is in use; .*--port or STRETTO_PORT.*\n", done.stderr)
+    message = r"error: port \d+ on 127\.0\.0\.1 is in use; .*--port or STRETTO_PORT.*\n"
+    assert re.fullmatch(message, done.stderr)
     assert list(tmp_path.iterdir()) == []
 
 

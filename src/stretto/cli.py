@@ -184,7 +184,7 @@ def chat(
     with _usage():
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
         if model is not None and "://" not in source:
-            raise StartError(f"--model is for the URL of a server; load {model} here with: stretto chat {model}")
+            raise StartError(f"--model is for the URL of a server; to load it here: stretto chat {model}")
     if "://" in source:
         with asyncio.Runner() as runner:
             remote = RemoteModel(runner, source, sampling, model)

@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec import json
 
+from stretto.protocol.descriptions import FIELDS, TYPES
 from stretto.protocol.openai import (
     ChatChunk,
     ChatCompletion,
@@ -89,6 +90,7 @@ def document() -> dict[str, Any]:
     """The document, in OpenAPI 3.1."""
     types = [part for route in ROUTES for part in (route.request, route.response, route.chunk) if part]
     _, components = json.schema_components([*types, ErrorBody], ref_template=PREFIX + "{name}")
+    _describe(components)
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         paths.setdefault(route.path, {})[route.method] = _operation(route)
@@ -157,3 +159,71 @@ def _words(path: str) -> list[str]:
     return [word for word in path.replace("{", "").replace("}", "").replace(".", "/").split("/") if word] or [
         "page"
     ]
+
+
+def _describe(components: dict[str, Any]) -> None:
+    """Add the descriptions of `protocol.descriptions` to types and properties that have none."""
+    for name, schema in components.items():
+        if name in TYPES:
+            schema.setdefault("description", TYPES[name])
+        for field, value in schema.get("properties", {}).items():
+            meaning = FIELDS.get(f"{name}.{field}") or FIELDS.get(field)
+            if meaning is not None:
+                value.setdefault("description", meaning)
+
+
+def reference() -> str:
+    """The routes and types of the document as Markdown, for docs/reference.md."""
+    whole = document()
+    lines = ["## Routes", "", "| route | what it does | request | response |", "| --- | --- | --- | --- |"]
+    for path, methods in whole["paths"].items():
+        for method, operation in methods.items():
+            asked = operation.get("requestBody", {}).get("content", {})
+            given = operation["responses"]["200"]["content"]
+            shown = (f"`{method.upper()} {path}`", operation["summary"], _media(asked), _media(given))
+            lines.append(f"| {' | '.join(shown)} |")
+    lines += ["", "## Errors", "", "The body of an error is an [ErrorBody](#errorbody).", ""]
+    lines += ["| status | meaning |", "| --- | --- |"]
+    lines += [f"| {status} | {meaning} |" for status, meaning in ERRORS.items()]
+    for name, schema in sorted(whole["components"]["schemas"].items()):
+        about = " ".join(schema.get("description", "").split())
+        lines += ["", f"## {name}", "", about or "A choice of types."]
+        if schema.get("properties"):
+            lines += ["", "| field | type | meaning |", "| --- | --- | --- |"]
+        required = schema.get("required", ())
+        for field, value in schema.get("properties", {}).items():
+            must = " (required)" if field in required else ""
+            lines.append(f"| `{field}`{must} | {_kind(value)} | {value.get('description', '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _media(content: dict[str, Any]) -> str:
+    """Each content type with its schema. An event stream names its type in the description of its data."""
+    found: list[str] = []
+    for media, each in content.items():
+        if media == "text/event-stream":
+            found.append(f"events: {each['schema']['properties']['data']['description'].split(';')[0]}")
+        else:
+            found.append(_kind(each["schema"]) if "$ref" in each["schema"] else media)
+    return ", or ".join(found)
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """The type of a value, in words, with a link to a type that has a name."""
+    if "$ref" in schema:
+        name = schema["$ref"].removeprefix(PREFIX)
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_kind(each) for each in schema["anyOf"]))
+    if "enum" in schema:
+        return " or ".join(f"`{json.encode(each).decode()}`" for each in schema["enum"])
+    if schema.get("type") == "array":
+        items = schema.get("items")
+        return f"list of ({_kind(items)})" if isinstance(items, dict) and items else "list"
+    return _within(schema)
+
+
+def _within(schema: dict[str, Any]) -> str:
+    ends = [(">=", "minimum"), (">", "exclusiveMinimum"), ("<=", "maximum"), ("<", "exclusiveMaximum")]
+    limits = [f"{sign} {schema[key]}" for sign, key in ends if key in schema]
+    return " ".join([str(schema.get("type", "any")), " and ".join(limits)]).strip()
