@@ -241,6 +241,19 @@ def test_steps_are_padded_to_graphs_and_none_is_captured_while_serving(bench: Be
     assert bench.run(engine, PROMPTS[:1]) == wanted[:1]
 
 
+def test_a_graph_that_cannot_be_captured_later_is_done_without(bench: Bench) -> None:
+    runner = bench.engine(step_tokens=16).models["m"].runner
+    assert isinstance(runner, Counting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_prepare", lambda size: raise_(torch.OutOfMemoryError("no memory")))
+        assert not runner.prepare()
+    assert not runner.prepare() and runner.captures == 0
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
 def test_a_step_is_launched_before_the_previous_one_is_read(bench: Bench) -> None:
     engine = bench.engine()
     runner = engine.models["m"].runner

@@ -9,6 +9,7 @@ and no text.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from stretto.kernels.cuda.launch import compiling_ahead
 from stretto.models.decoder import Decoder
 from stretto.types import ModelInfo
 
+log = logging.getLogger(__name__)
 RING = 4
 ALL_KERNELS = 128  # steps of so many tokens use every kernel that longer ones do
 UPDATES = 4096  # blocks that a step may add to the tables from pinned memory; more take a copy of their own
@@ -178,9 +180,14 @@ class CudaRunner:
             progress(done + 1, len(self._first))
 
     def prepare(self) -> bool:
-        """Capture one more graph, which takes some hundredths of a second -> whether there are more."""
-        if self._later:
-            self._prepare(self._later.pop())
+        """Capture one more graph, which takes some hundredths of a second -> whether there are more. When one
+        fails, as for want of memory, the graphs that there are serve all steps."""
+        try:
+            if self._later:
+                self._prepare(self._later.pop())
+        except RuntimeError:
+            log.warning("no further graphs of %s are captured", self.info.name, exc_info=True)
+            self._later.clear()
         return bool(self._later)
 
     @torch.inference_mode()

@@ -38,6 +38,7 @@ from stretto.hardware import (
     choose_kv_dtype,
     choose_step_tokens,
     choose_threads,
+    gib,
     packed_folder,
     snapshot,
 )
@@ -134,14 +135,23 @@ class ModelLoader:
         eos = frozenset(spec.eos)
         if (path / "tokenizer.json").exists():
             self._grammars[model.name] = Grammars(path, eos, spec.vocab)
-        max_running = self._config.max_running
-        if self._device.type != "cuda":
-            return TorchRunner(decoder, info, eos=eos, max_running=max_running)
+        if self._device.type == "cuda":
+            return self._cuda_runner(decoder, info, eos)
+        return TorchRunner(decoder, info, eos=eos, max_running=self._config.max_running)
+
+    def _cuda_runner(self, decoder: Decoder, info: ModelInfo, eos: frozenset[int]) -> Runner:
+        """A runner whose graphs are captured. Raises StartError when they leave no memory."""
         most = self._config.max_step_tokens or MOST_STEP_TOKENS
-        runner = import_module(CUDA).CudaRunner(
-            decoder, info, eos=eos, max_running=max_running, most_tokens=most
-        )
-        runner.start(partial(self._progress, f"{model.name}: graphs"))
+        try:
+            runner = import_module(CUDA).CudaRunner(
+                decoder, info, eos=eos, max_running=self._config.max_running, most_tokens=most
+            )
+            runner.start(partial(self._progress, f"{info.name}: graphs"))
+        except torch.OutOfMemoryError as error:
+            raise StartError(
+                f"{info.name}: beside {gib(info.kv_bytes)} of KV cache, {self._device} has too little memory "
+                "for its steps; set a smaller --kv-memory or --max-running"
+            ) from error
         return runner
 
     def _kv_dtype(self, decoder: Decoder, quantised: bool) -> torch.dtype:

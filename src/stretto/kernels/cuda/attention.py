@@ -20,7 +20,7 @@ from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 KEYS = 64
 MAX_SPLITS = 32
 PROGRAMS = 264  # two for each multiprocessor of a Hopper card
-MANY_PROGRAMS = 512  # from here on, programs of two warps read keys faster than those of four
+MANY_PROGRAMS = 512
 CHUNK_ROWS, CHUNK_KEYS, CHUNK_STAGES = 128, 128, 3
 SEQUENCES = 512  # `_number_tiles` is compiled once for up to so many sequences
 PARTS_AT_ONCE = tl.constexpr(8)
@@ -313,10 +313,15 @@ def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: D
         SPLITS=workspace.splits,
         WIDTH=pow2(share * kind.head_dim), KEYS=KEYS if kind.head_dim > 64 else 2 * KEYS,
         EXACT=q.dtype == torch.float32, MIXED=not batch.query_lens or max(batch.query_lens) > 1,
-        num_warps=2 if batch.contexts.shape[0] * kind.kv_heads >= MANY_PROGRAMS else 4,
+        num_warps=_decode_warps(kind, batch.contexts.shape[0]),
         num_stages=3 if kind.head_dim <= 128 and q.itemsize == 2 else 1, **OPTIONS,
     )  # fmt: skip
     return out
+
+
+def _decode_warps(kind: Attention, sequences: int) -> int:
+    """Many programs read the keys of wide heads faster with two warps than with four."""
+    return 2 if kind.head_dim > 64 and sequences * kind.kv_heads >= MANY_PROGRAMS else 4
 
 
 def tile_tokens(kind: Attention, itemsize: int) -> int:
