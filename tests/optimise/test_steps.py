@@ -230,6 +230,21 @@ def test_two_runs_in_one_folder_are_refused(few: Path) -> None:
         run(few, SHORT[:1], out, progress=again)
 
 
+def test_a_wrong_size_is_found_before_the_first_step_runs(few: Path) -> None:
+    """Through all generations: the child of a small student must not be larger than that."""
+    parts: list[dict[str, Any]] = [
+        {"step": "finetune", "name": "long", "steps": 1_000_000},
+        {"step": "distil", "name": "small", "from": "long", "layers": 2},
+        {"step": "prune", "name": "grandchild", "from": "small", "layers": 3},
+    ]
+    with pytest.raises(StartError, match=r"\$\.steps\[2\]\.layers: 3 is more than the parent's 2"):
+        run(few, parts, few / "early")
+    assert [each.name for each in (few / "early").iterdir()] == [".working"]
+    parts[2] = {"step": "quantise", "name": "q", "from": "small", "format": "fp8"}
+    with pytest.raises(StartError, match=r"\$\.steps\[2\]\.format: .*only CUDA devices compute with fp8"):
+        run(few, parts, few / "early")
+
+
 def test_a_student_must_not_be_larger_than_its_teacher(few: Path) -> None:
     part = {"step": "distil", "name": "big", "layers": 9}
     with pytest.raises(StartError, match=r"\$\.steps\[0\]\.layers: 9 is more than the parent's 4"):

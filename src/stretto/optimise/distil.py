@@ -14,8 +14,6 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
-from stretto.models import families
-from stretto.models.spec import ModelSpec
 from stretto.optimise.answers import Encoded
 from stretto.optimise.data import DataSample, right
 from stretto.optimise.job import StepJob
@@ -38,14 +36,11 @@ ROUND = 25  # training steps of a round
 
 
 def distil(job: StepJob, step: DistilStep) -> dict[str, Any]:
-    """Write the student to `job.made`. Raises StartError for a student that is larger than the teacher, or of
-    another vocabulary or tokenizer."""
+    """Write the student to `job.made`."""
     start = job.session.folder / "start"
     if step.student is not None:
-        check_student(job, Path(step.student))
         source = Path(step.student)
     else:
-        check_sizes(job, step.layers, step.intermediate, step.hidden)
         if not (start / "config.json").exists():
             shutil.rmtree(start, ignore_errors=True)
             cut(job.parent, start, student_cut(job, step))
@@ -90,39 +85,6 @@ def heal(job: StepJob, step: PruneStep, source: Path) -> dict[str, Any]:
     return {"examples": len(rows)}
 
 
-def check_sizes(job: StepJob, layers: int | None, intermediate: int | None, hidden: int | None) -> None:
-    """Raises StartError when a size exceeds the parent's."""
-    spec = job.spec
-    sizes = {
-        "layers": (layers, len(spec.layers)),
-        "intermediate": (intermediate, spec.intermediate),
-        "hidden": (hidden, spec.hidden),
-    }
-    for key, (wanted, most) in sizes.items():
-        if wanted is not None and wanted > most:
-            raise job.error(key, f"{wanted} is more than the parent's {most}: a student must not be larger")
-
-
-def check_student(job: StepJob, path: Path) -> None:
-    """Raises StartError unless the checkpoint is smaller and reads the same tokens."""
-    teacher, student = job.spec, families.read(path)
-    if (
-        student.vocab != teacher.vocab
-        or (path / "tokenizer.json").read_bytes() != (job.parent / "tokenizer.json").read_bytes()
-    ):
-        raise job.error(
-            "student", f"{path} has another tokenizer than its teacher: both must read the same tokens"
-        )
-    if _size(student) > _size(teacher):
-        raise job.error("student", f"{path} is larger than its teacher: a student must not be larger")
-
-
-def _size(spec: ModelSpec) -> int:
-    """About how many weights the layers have."""
-    attention = 2 * spec.hidden * spec.head_dim * (spec.heads + spec.kv_heads)
-    return len(spec.layers) * (attention + 3 * spec.hidden * spec.intermediate)
-
-
 def student_cut(job: StepJob, step: DistilStep) -> Cut:
     """Layers at even distances with the first and the last, and the most active neurons and dimensions."""
     spec = job.spec
@@ -141,7 +103,6 @@ def taught_rows(job: StepJob, step: DistilStep | PruneStep) -> list[TrainingRow]
 
     The reply is the teacher's where it is right, and otherwise the ideal one, without cross-entropy.
     """
-    job.check_weights(step.weights)
     samples = job.corpus.train
     asked = [sample for sample in samples if sample.answer is not None]
     replies = iter(job.replies(job.parent, asked, "teacher"))

@@ -5,7 +5,7 @@ Also loads decoders for it: the served kernels read and write text much faster t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import msgspec
 import torch
 
 from stretto.config import Quantise
-from stretto.errors import StartError
 from stretto.hardware import choose_kv_dtype
 from stretto.kernels.choice import choose_kernels, choose_wider
 from stretto.models import families
@@ -56,15 +55,6 @@ class StepJob:
     def made(self) -> Path:
         """Where the step's checkpoint goes."""
         return self.session.folder / "made"
-
-    def error(self, key: str, problem: str) -> StartError:
-        return StartError(f"{self.at}.{key}: {problem}", param=f"{self.at}.{key}")
-
-    def check_weights(self, weights: Mapping[str, float]) -> None:
-        """Raises StartError for the weight of a task that no example has."""
-        unknown = set(weights) - {sample.task for sample in self.corpus.train}
-        if unknown:
-            raise self.error("weights", f"no example has the task {sorted(unknown)[0]!r}")
 
     def generation(self, *, temperature: float = 0.0, seed: int = 0) -> AnswerOptions:
         spec = self.spec

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from stretto.optimise.distil import check_sizes, heal
+from stretto.optimise.distil import heal
 from stretto.optimise.job import StepJob
 from stretto.optimise.recipe import PruneStep
 from stretto.optimise.training.importance import least_influential, least_kl, neurons
@@ -18,11 +18,7 @@ MEASURED = 24  # texts on which the importance of layers and neurons is measured
 
 
 def prune(job: StepJob, step: PruneStep) -> dict[str, Any]:
-    """Write the pruned and healed checkpoint to `job.made`.
-
-    Raises StartError for a size above the parent's.
-    """
-    check_sizes(job, step.layers, step.intermediate, None)
+    """Write the pruned and healed checkpoint to `job.made`."""
     start = job.session.folder / "start"
     if not (start / "config.json").exists():
         shutil.rmtree(start, ignore_errors=True)

@@ -47,6 +47,7 @@ from stretto.optimise.recipe import (
     QuantiseStep,
     Recipe,
 )
+from stretto.optimise.training import sizes
 from stretto.optimise.training.trainer import SNAPSHOT_S, StageCallback, StepSession, no_stage, write_whole
 
 WORK = ".working"
@@ -133,7 +134,8 @@ def run(recipe: Recipe, options: RunOptions) -> RunReport:
 def _locked(options: RunOptions) -> Generator[None]:
     """The output folder, for this process alone. Raises StartError."""
     out = options.out
-    if out.exists() and any(out.iterdir()) and not options.resume:
+    # A run that failed before its first variant leaves nothing worth keeping.
+    if out.exists() and any(each.name != WORK for each in out.iterdir()) and not options.resume:
         raise StartError(f"{out} is not empty: go on with --resume, or name another folder with --out")
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with (out / WORK / "lock").open("w") as lock:
@@ -162,10 +164,14 @@ class _Run:
         )
         self.device = torch.device(chosen)
         self.made: dict[str, Manifest] = {}
+        self.students: dict[str, Path] = {}
         self.done: list[StepReport] = []
 
     def run(self) -> RunReport:
-        self._full()
+        path = self._model(self.recipe.model)
+        self.students = {name: self._model(student) for name, student in sizes.students(self.recipe).items()}
+        sizes.check(self.recipe, path, {each.task for each in self.corpus.train}, self.students, self.device)
+        self._full(path)
         ladder, times = None, dict[str, float]()
         measured: list[Measured] = []
         for at, step in enumerate(self.recipe.steps):
@@ -182,10 +188,8 @@ class _Run:
             out=str(self.out), steps=self.done, bad_lines=self.corpus.bad.count, ladder=ladder, usual_ms=times
         )
 
-    def _full(self) -> None:
+    def _full(self, path: Path) -> None:
         """Copy the model into the output, where every other variant starts from."""
-        path = self._model(self.recipe.model)
-        families.read(path)
         files = weight_digests(path)
         key = _key({"model": files})
         if not self._is_done(FULL, key):
@@ -225,9 +229,8 @@ class _Run:
 
     def _located(self, step: Making) -> Making:
         """The step with the directory of its student."""
-        if not isinstance(step, DistilStep) or step.student is None:
-            return step
-        return structs.replace(step, student=str(self._model(step.student)))
+        found = self.students.get(step.name)
+        return step if found is None else structs.replace(step, student=str(found))
 
     def _job(self, at: str, parent: Manifest, work: Path, stage: str) -> StepJob:
         path = self.out / parent.path
