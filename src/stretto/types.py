@@ -156,7 +156,7 @@ class Request(Struct, frozen=True, kw_only=True):
     task: Literal["generate", "embed"] = "generate"
     tenant: str = "local"
     salt: str = ""
-    objective: Objective = Objective()
+    objective: Objective = Objective(on_miss="late")  # without an objective it is never refused
     tier: str = "default"
     emitted: tuple[int, ...] = ()
     request_id: str = ""  # of the HTTP request, for log lines

@@ -62,6 +62,7 @@ class LoadedServer:
             wasted=wasted(outcomes),
             tiers=tiers,
             weighted_goodput=weighted(tiers, setting.tiers),
+            objectives={name: tier.objective for name, tier in setting.tiers.items()},
             server=self._client.address.host,
             errors=dict(Counter(sample.error for sample in samples if sample.error is not None)),
         )
@@ -77,7 +78,7 @@ class LoadedServer:
         ]
         flex = msgspec.structs.replace(setting, mix={"flex": 1.0}, load=1.0)
         requests = [
-            msgspec.structs.replace(request, arrival=0.0, objective=Objective())
+            msgspec.structs.replace(request, arrival=0.0, objective=Objective(on_miss="late"))
             for request in planned(waiting, flex, 1.0)
         ]
         samples, drained = await self._send(requests, waiting, setting.seed + 1, on_done)
@@ -125,7 +126,7 @@ class LoadedServer:
         }
         objective = request.objective
         limits = {name: getattr(objective, name) for name in ("ttft_ms", "itl_ms", "total_ms")}
-        if any(limit is not None for limit in limits.values()):
+        if any(limit is not None for limit in limits.values()) or objective.on_miss == "late":
             named = {name: limit for name, limit in limits.items() if limit is not None}
             body["objective"] = named | {"on_miss": objective.on_miss}
         return msgspec.json.encode(body)

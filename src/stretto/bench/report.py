@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from stretto.simulator.report import ReplayReport, RequestOutcome
+from stretto.simulator.report import ReplayReport, RequestOutcome, TierReport
 from stretto.statistics import Spread
 
 ReplayRun = tuple[ReplayReport, Sequence[RequestOutcome]]
@@ -21,7 +21,7 @@ PlotlyPart = dict[str, Any]  # a trace, a figure or an axis, as Plotly reads it
 COLOURS = {"priority": "#d9480f", "default": "#2f6fde", "flex": "#2b8a3e", "all": "#868e96"}
 DASHES = ("solid", "dash", "dot", "dashdot")
 POINTS, SLICES = 300, 30
-COUNTS = ("tier", "sent", "on time", "good/s", "refused", "overdue")
+COUNTS = ("tier", "sent", "on time", "TTFT p99 s", "max s", "gap max s", "good/s", "refused", "overdue")
 TIMES = ("tier", "TTFT p50", "p99", "max", "TPOT p50", "p99", "max", "ITL p50", "p99", "max")
 
 
@@ -54,6 +54,7 @@ def counts(report: ReplayReport) -> list[list[str]]:
             name,
             f"{tier.sent:,}",
             f"{tier.attainment:.1%}",
+            *_seconds(tier),
             f"{tier.goodput:.3f}",
             str(tier.refused),
             str(tier.overdue),
@@ -61,6 +62,24 @@ def counts(report: ReplayReport) -> list[list[str]]:
         for name, tier in report.tiers.items()
         if tier.sent
     ]
+
+
+def objectives(report: ReplayReport) -> str:
+    """What each tier with requests asked for, in one line."""
+    limits = ("ttft_ms", "itl_ms", "total_ms")
+    asked = [
+        (name, [f"{limit} {value:,.0f}" for limit in limits if (value := getattr(each, limit)) is not None])
+        for name, each in report.objectives.items()
+        if report.tiers[name].sent
+    ]
+    return "; ".join(f"{name}: {', '.join(values) or 'none'}" for name, values in asked)
+
+
+def _seconds(tier: TierReport) -> list[str]:
+    """The 99th percentile and the maximum of TTFT, and the longest gap, of all that began, on time or not."""
+    ttft, gaps = tier.ttft_ms, tier.itl_ms
+    values = (ttft and ttft.p99, ttft and ttft.max, gaps and gaps.max)
+    return ["-" if value is None else f"{value / 1e3:,.1f}" for value in values]
 
 
 def times(report: ReplayReport) -> list[list[str]]:
@@ -83,6 +102,7 @@ def _section(report: ReplayReport, plots: Iterable[int]) -> str:
     facts = [
         f"{report.rate:.3g} requests/s over {report.duration_s:,.0f} s {where}",
         f"load 1 is {report.capacity:.3g} requests/s",
+        f"objectives: {objectives(report)}",
         f"{report.wasted:.1%} of the computed tokens were for answers that were late or not finished",
     ]
     if report.best_goodput:

@@ -22,7 +22,7 @@ from stretto.engine import ipc
 from stretto.engine.heartbeat import BEAT_S, Watch
 from stretto.engine.process import ChildProcess
 from stretto.engine.runtime_folder import RuntimeFolder
-from stretto.engine.scheduler.admission import Forecast, Outlook, Snapshot
+from stretto.engine.scheduler.admission import Outlook, Snapshot
 from stretto.errors import EngineDied, EngineStalled, StartError, Unavailable
 from stretto.types import (
     EngineHealth,
@@ -194,8 +194,9 @@ class EngineClient:
     def submit(self, request: Request) -> Stream:
         """Send a request to the engine.
 
-        A request with `on_miss="reject"` that is predicted to be late is not sent: its stream holds only the
-        refusal. Raises Unavailable, EngineDied or EngineStalled while the engine takes no requests.
+        A request with `on_miss="reject"` that is predicted to be late, or any that cannot be admitted, is not
+        sent: its stream holds only the refusal. Raises Unavailable, EngineDied or EngineStalled while
+        the engine takes no requests.
         """
         problem = self.unavailable()
         if problem is not None:
@@ -204,9 +205,9 @@ class EngineClient:
         forecast = outlook.forecast(request, time.monotonic())
         if forecast is None:
             stream = Stream(self, request)
-        elif request.objective.on_miss == "reject" and not forecast.feasible:
+        elif (refused_for := forecast.refusal(request)) > 0:
             stream = Stream(self, request)
-            stream.push(_refusal(request, forecast))
+            stream.push(_refusal(request, refused_for))
             return stream
         else:
             stream = Stream(self, request, forecast.queue_ms, outlook.work_ms(request))
@@ -403,10 +404,8 @@ class EngineClient:
                     del streams[event.id]
 
 
-def _refusal(request: Request, forecast: Forecast) -> TokenEvent:
+def _refusal(request: Request, retry_after: float) -> TokenEvent:
     """The final event of a request that is not sent to the engine."""
     waited = (time.monotonic() - request.arrival) * 1e3
-    finish = Finish(
-        Reason.REFUSED, len(request.prompt), 0, 0, waited, late=True, retry_after=forecast.retry_after
-    )
+    finish = Finish(Reason.REFUSED, len(request.prompt), 0, 0, waited, late=True, retry_after=retry_after)
     return TokenEvent(request.id, finish=finish)

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.deadline import latest_start
+from stretto.engine.scheduler.lateness import RESUME_S, Alarms, goes_first_at
 from stretto.engine.scheduler.types import (
     History,
     Limits,
@@ -28,7 +29,7 @@ from stretto.engine.scheduler.types import (
     SchedulePolicy,
     SchedulingContext,
 )
-from stretto.engine.sequence import Drawn, Rank, Sequence
+from stretto.engine.sequence import Drawn, Ending, Rank, Sequence
 from stretto.engine.speculative.policy import Speculation
 from stretto.engine.step_time import StepLoad, StepTime
 from stretto.types import Began, Finish, ModelInfo, Reason, StepStats, TokenEvent
@@ -90,6 +91,7 @@ class ModelState:
     history: History
     speculation: Speculation | None = None
     queues: Queues = field(default_factory=Queues)
+    alarms: Alarms = field(default_factory=Alarms)
     freed: float = -inf  # when its last step was over
     in_flight: deque[InFlightStep] = field(default_factory=lambda: deque[InFlightStep]())
 
@@ -110,17 +112,6 @@ class InFlightStep:
     pending: Pending
     started: float
     load: StepLoad
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a sequence ends, and what goes with that."""
-
-    reason: Reason
-    stop_token: int | None = None
-    error: str | None = None
-    embedding: tuple[float, ...] | None = None
-    retry_after: float | None = None
 
 
 class EngineCore:
@@ -165,11 +156,13 @@ class EngineCore:
 
     def submit(self, seq: Sequence) -> None:
         """Queue a sequence. Its prompt must fit the model's context."""
-        queues = self.models[seq.request.model].queues
+        model = self.models[seq.request.model]
+        queues = model.queues
         self._sequences[seq.request.id] = seq
         insort(queues.waiting, seq, key=_rank)
         if seq.deadline.whole < inf:
             heappush(queues.ends, (seq.deadline.whole, seq.request.id, seq))
+        model.alarms.add(goes_first_at(seq, model.history.times.cost), seq.request.id)
         if seq.request.emitted and len(seq.tokens) >= seq.limit:
             self._end(seq, Ending(Reason.LENGTH))
 
@@ -195,10 +188,10 @@ class EngineCore:
         self._flush(None)
         return False
 
-    def context(self, name: str, until: float = inf) -> SchedulingContext:
+    def context(self, name: str, until: float = inf, due: tuple[Sequence, ...] = ()) -> SchedulingContext:
         """What a policy looks at now to plan the next step of a model, which should be over at `until`."""
         model, now = self.models[name], self._clock()
-        return SchedulingContext(name, model.queues, model.pool, self._limits, model.history, now, until)
+        return SchedulingContext(name, model.queues, model.pool, self._limits, model.history, now, until, due)
 
     def _until(self, model: ModelState) -> float:
         """When a step of this model must be over for the streams of the others."""
@@ -229,7 +222,8 @@ class EngineCore:
 
         All steps in flight are committed when there is nothing to run.
         """
-        context = self.context(model.runner.info.name, until)
+        due = (self._sequences.get(ident) for ident in model.alarms.due(self._clock()))
+        context = self.context(model.runner.info.name, until, tuple(seq for seq in due if seq))
         plan = self._schedule(context)
         self._apply(model, plan)
         if plan.rows:
@@ -267,10 +261,10 @@ class EngineCore:
                 seq.rank = rank
                 insort(queue, seq, key=_rank)
         for seq in plan.newcomers:
+            ms = history.times.cost.prefill(0, seq.prompt_len)
+            history.arrivals.offer(ms)
             if not seq.ended:
-                history.arrivals.observe(
-                    -seq.rank.negated_weight, history.times.cost.prefill(0, seq.prompt_len)
-                )
+                history.arrivals.observe(-seq.rank.negated_weight, ms)
         history.fairness.promise(plan.tags, plan.owed)
 
     def _preempt(self, model: ModelState, seq: Sequence) -> None:
@@ -278,6 +272,7 @@ class EngineCore:
         model.queues.running.remove(seq)
         self._release(model, seq)
         seq.preemptions += 1
+        model.alarms.add(self._clock() + RESUME_S, seq.request.id)
         insort(model.queues.waiting, seq, key=_rank)
 
     def _admit(self, model: ModelState, seq: Sequence, matched: list[int], now: float) -> None:

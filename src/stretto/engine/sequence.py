@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stretto.deadlines import Deadline
 from stretto.engine.kv_cache import KvState
-from stretto.types import Logprobs, Request
+from stretto.types import Logprobs, Reason, Request
 
 if TYPE_CHECKING:
     from stretto.engine.structured.grammar import Matcher
@@ -43,6 +43,17 @@ def follow(draft: tuple[int, ...], draw: Callable[[int], Drawn]) -> Drawn:
     while len(drawn) <= len(draft) and drawn[-1].token == draft[len(drawn) - 1]:
         drawn.append(draw(len(drawn)))
     return replace(drawn[0], then=tuple(drawn[1:])) if len(drawn) > 1 else drawn[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a sequence ends, and what goes with that."""
+
+    reason: Reason
+    stop_token: int | None = None
+    error: str | None = None
+    embedding: tuple[float, ...] | None = None
+    retry_after: float | None = None
 
 
 UNPLACED, TIMED, BEST_EFFORT = 0, 1, 2

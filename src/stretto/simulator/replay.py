@@ -114,6 +114,7 @@ def replayed(
         model_error=model.history.times.error,
         weighted_goodput=weighted(tiers, setting.tiers),
         tiers=tiers,
+        objectives={name: tier.objective for name, tier in setting.tiers.items()},
         best_goodput=bounds(requests, outputs, setting),
     )
     return report, outcomes

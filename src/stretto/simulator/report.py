@@ -15,7 +15,7 @@ from msgspec import Struct
 from stretto.config import Tier
 from stretto.deadlines import Deadline
 from stretto.statistics import Spread, spread
-from stretto.types import Reason, Request
+from stretto.types import Objective, Reason, Request
 
 ANSWERED = (Reason.STOP, Reason.LENGTH)
 
@@ -61,6 +61,7 @@ class ReplayReport(Struct, frozen=True, kw_only=True):
     model_error: float | None = None
     best_goodput: dict[str, float] = {}  # what no schedule exceeds; shared prefixes are not considered
     server: str | None = None  # the address of a real server
+    objectives: dict[str, Objective] = {}  # of each tier
     errors: dict[str, int] = {}  # failures of a real server, by kind
 
 

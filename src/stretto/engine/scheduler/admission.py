@@ -6,11 +6,11 @@ models or machines can ask without asking the engine.
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping
 from itertools import chain, islice
 from math import inf
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -19,9 +19,10 @@ from msgspec import Struct
 from stretto.config import Tier
 from stretto.deadlines import Deadline
 from stretto.engine.scheduler.estimate import Estimate
+from stretto.engine.scheduler.lateness import ADMITTED, Backlog, Prompt, backlog_of, newcomer, shortfall
 from stretto.engine.scheduler.moore_hodgson import Job
 from stretto.engine.scheduler.types import SchedulingContext, tier_weight
-from stretto.engine.sequence import TIMED
+from stretto.engine.sequence import BEST_EFFORT, TIMED
 from stretto.types import Request
 
 MAX_PROMPTS = 64
@@ -38,6 +39,8 @@ class Snapshot(Struct, frozen=True, kw_only=True, array_like=True):
     prompts: dict[float, list[Job]]  # by falling weight, then deadline; their work is in ms
     inflow: dict[float, float]  # for each weight, the share of the time that heavier arrivals take
     lengths: dict[str, int]  # tokens of a long answer, by tier
+    backlog: Backlog = Backlog()
+    worth: dict[str, float] = {}  # of a tenant's prompts, when it is not 0
 
 
 class Forecast(NamedTuple):
@@ -47,6 +50,13 @@ class Forecast(NamedTuple):
     ttft_ms: float  # until its first token
     feasible: bool  # whether all of it would be on time
     retry_after: float  # if not, seconds until it would be if nothing else came; inf: never on this machine
+    refused_for: float = 0.0  # seconds until it would be admitted although it is late; 0: now
+
+    def refusal(self, request: Request) -> float:
+        """The seconds after which to try again if the request is refused; 0 when it is not."""
+        if request.objective.on_miss == "reject" and not self.feasible:
+            return self.retry_after
+        return self.refused_for
 
 
 class Outlook:
@@ -82,7 +92,9 @@ class Outlook:
         first_deadline, seen = Deadline.of(request.arrival, request.objective).of_token(0), self._seen
         if seen is not None and first_deadline < inf and len(self._sent) < MAX_PROMPTS:
             ms = seen.estimate.cost.prefill(0, len(request.prompt))
-            self._sent.append((request.id, tier_weight(self._tiers, request.tier), (first_deadline, ms, 0.0)))
+            self._sent.append(
+                (request.id, tier_weight(self._tiers, request.tier), (first_deadline, ms, ADMITTED))
+            )
 
     def forecast(self, request: Request, now: float) -> Forecast | None:
         """What would become of the request if it were sent now; None before the first snapshot."""
@@ -117,11 +129,14 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
     streams = [seq for seq in timed if seq.deadline.emitted]
     waiting = (seq for seq in queues.waiting if seq.rank.group <= TIMED and seq.deadline.next < inf)
     prompts = [*(seq for seq in timed if not seq.deadline.emitted), *islice(waiting, MAX_PROMPTS)]
+    worth = context.history.fairness.worth()
     weights = sorted({0.0, *(tier.weight for tier in tiers.values())}, reverse=True)
     jobs: dict[float, list[Job]] = {weight: [] for weight in weights}
     for seq in sorted(prompts, key=lambda seq: seq.deadline.next):
         ms = cost.prefill(seq.kv.computed, seq.length - seq.kv.computed)
-        jobs[tier_weight(tiers, seq.request.tier)].append((seq.deadline.next, ms, 0.0))
+        value = ADMITTED + worth.get(seq.request.tenant, 0.0)
+        jobs[tier_weight(tiers, seq.request.tier)].append((seq.deadline.next, ms, value))
+    behind = islice(queues.waiting, bisect_left(queues.waiting, (BEST_EFFORT,), key=_rank), None)
     estimate = Estimate(
         cost=cost,
         margin=times.margin,
@@ -136,6 +151,8 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         context=sum(seq.length for seq in streams),
         prompts=jobs,
         inflow={weight: context.history.arrivals.above(weight) for weight in weights},
+        backlog=backlog_of(context, islice(behind, MAX_PROMPTS)),
+        worth=dict(islice(((tenant, value) for tenant, value in worth.items() if value), MAX_PROMPTS)),
         lengths={name: context.history.lengths.predict(name) for name in tiers},
     )
 
@@ -155,7 +172,8 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     groups = {other: jobs for other, jobs in seen.prompts.items() if other > weight}
     jobs = seen.prompts.get(weight, [])
     place = bisect_right(jobs, first_deadline, key=_deadline)
-    groups[weight] = [*jobs[:place], (first_deadline, own_ms, 0.0), *jobs[place:]]
+    own: Job = (first_deadline, own_ms, seen.worth.get(request.tenant, 0.0))
+    groups[weight] = [*jobs[:place], own, *jobs[place:]]
     deferral = estimate.defer(groups, lambda weight: seen.inflow.get(weight, 0.0), now, itl_ms)
     begin, pace = deferral.groups[weight]
     first = sum(map(len, groups.values())) - len(groups[weight])
@@ -173,6 +191,8 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     alone = not estimate.streams and not any(seen.prompts.values())
     if not alone and not estimate.bears(length, itl_ms, heavier):
         excess = max(excess, SOONEST_S)
+    prompt = Prompt(prefill_ms, request.arrival, first_deadline, weight)
+    asked = newcomer(prompt, deferral, deferral.late_by.get(first + place, 0.0), seen.backlog, now)
     retry_after = 0.0
     if excess > 0:
         retry_after = inf if now + prefill_ms / 1e3 > first_deadline else max(excess, SOONEST_S)
@@ -181,6 +201,7 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
         ttft_ms=(first_token - request.arrival) * 1e3,
         feasible=excess <= 0,
         retry_after=retry_after,
+        refused_for=0.0 if request.objective.on_miss == "late" else shortfall(asked, seen.backlog),
     )
 
 
@@ -191,3 +212,4 @@ def _tokens(request: Request, seen: Snapshot) -> int:
 
 
 _deadline = itemgetter(0)
+_rank = attrgetter("rank")

@@ -2,7 +2,7 @@
 
 Streams come first. Then come prompts by deadline, except those that must be deferred, and then best-effort
 sequences in the time that is left. A step ends before the first stream in it would pause too long, so the
-gap between tokens is bounded by construction.
+gap between tokens is bounded by construction. `lateness` bounds the wait of all others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from itertools import repeat
 from math import inf
 from operator import attrgetter
 
-from stretto.engine.scheduler.estimate import Estimate, step_limit
+from stretto.engine.scheduler.estimate import Deferral, Estimate, step_limit
+from stretto.engine.scheduler.lateness import (
+    ADMITTED,
+    FIRST,
+    PAUSE_S,
+    Backlog,
+    Prompt,
+    backlog_of,
+    first_rank,
+    newcomer,
+    shortfall,
+)
 from stretto.engine.scheduler.moore_hodgson import Job, tardy_jobs
 from stretto.engine.scheduler.plan_builder import PlanBuilder
 from stretto.engine.scheduler.types import Plan, Queues, Row, SchedulingContext, tier_weight
@@ -25,9 +36,11 @@ BEST_EFFORT_SHARE = 0.03  # of all time goes to best-effort sequences that have 
 PATIENCE_S = 30.0  # they have waited long after this
 BREVITY = 30.0  # seconds that a second of work puts a best-effort sequence behind
 LATE_S = 300.0  # seconds that a late sequence is put behind
-DEBT_STEP_MS = 3000.0  # tenants whose recent use differs by less count as equal
+OVERDUE_S = 0.05  # a stream that has paused too long emits so soon
+STARTED = 100.0  # the same for one that is partly computed
 
 Placed = tuple[Rank, Sequence]
+Late = dict[Sequence, float]  # the seconds by which each would be late
 _rank = attrgetter("rank")
 
 
@@ -37,7 +50,7 @@ class Running:
 
     streams: list[Sequence] = field(default_factory=list[Sequence])  # with a deadline
     starts: list[int] = field(default_factory=list[int])  # the streams' tokens so far
-    prompts: list[Sequence] = field(default_factory=list[Sequence])  # with a deadline
+    prompts: list[Placed] = field(default_factory=list[Placed])  # with a deadline, or those that go first
     best_effort: list[Sequence] = field(default_factory=list[Sequence])  # streams without one
     partial_prefills: list[Placed] = field(default_factory=list[Placed])  # prompts without one
     tightest: float = inf  # when the first stream must have its token
@@ -57,9 +70,12 @@ def deadline(context: SchedulingContext) -> Plan:
     expired = _end_expired(builder)
     prompts, others = _look_at_waiting(builder, expired)
     running = _sort_running(builder, expired)
-    prompts = sorted([(seq.rank, seq) for seq in running.prompts] + prompts)[:DEPTH]
+    prompts = sorted(running.prompts + prompts)[:DEPTH]
     estimate = running.estimate(builder)
-    deferred = _defer(builder, prompts, estimate)
+    deferral = _defer(builder, prompts, estimate)
+    deferred = {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
+    if builder.plan.newcomers or (prompts and prompts[0][0].negated_weight == FIRST):
+        prompts, others = _admit(builder, prompts, others, deferral, deferred)
     _run_streams(builder, running, pressed=bool(deferred))
     builder.timed_rows = len(builder.plan.rows)
     builder.end = min(builder.end, context.now + step_limit(builder.cost) / 1e3)
@@ -67,7 +83,7 @@ def deadline(context: SchedulingContext) -> Plan:
     owed = _owed_now(builder, best_effort)
     owed -= _fill(builder, best_effort, min(owed, builder.left_ms / 2))
     _run_prompts(builder, prompts, deferred, estimate)
-    put_off = _put_off(builder, prompts, deferred)
+    put_off = _put_off(builder, prompts, others, deferral, deferred)
     owed -= _fill(builder, best_effort + put_off, inf)
     builder.plan.owed = max(owed, 0.0)
     builder.plan.predicted = builder.ms
@@ -104,12 +120,18 @@ def _look_at_waiting(builder: PlanBuilder, expired: set[Sequence]) -> tuple[list
     best_effort = bisect_left(waiting, (BEST_EFFORT,), key=_rank)
     prompts = [(seq.rank, seq) for seq in waiting[timed : min(best_effort, timed + DEPTH)]]
     others = [(seq.rank, seq) for seq in waiting[best_effort : best_effort + DEPTH]]
+    due = builder.context.due
+    if due:
+        prompts = [one for one in prompts if one[1] not in due]
+        others = [one for one in others if one[1] not in due]
+        prompts += [(first_rank(seq, builder.cost), seq) for seq in due if seq.slot < 0]
+        plan.place += [(seq, rank) for rank, seq in prompts if rank.negated_weight == FIRST and seq in due]
     for seq in waiting[:timed]:
-        if seq not in expired:
+        if seq not in expired and seq not in due:
             rank = _first_rank(builder, seq)
             plan.place.append((seq, rank))
+            plan.newcomers.append(seq)
             if rank.group == TIMED:
-                plan.newcomers.append(seq)
                 prompts.append((rank, seq))
             else:
                 others.append((rank, seq))
@@ -147,22 +169,33 @@ def _best_effort_rank(builder: PlanBuilder, seq: Sequence, since: float) -> Rank
 
 
 def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
-    """Who needs what. A late stream is best effort: it must not make another one late."""
+    """Who needs what. A late stream is best effort until it has paused too long: it makes no other late."""
     running = Running()
     streams, starts, tightest, itl_s, needs = running.streams, running.starts, inf, inf, 0
     per_decode, per_key, load = builder.cost.per_decode, builder.cost.per_key, 0.0
     now, size, best_effort = builder.context.now, builder.context.pool.size, running.best_effort
+    due = builder.context.due
     for seq in builder.context.queues.running:
         at, rank = seq.kv.computed, seq.rank
         left = seq.remaining if seq.in_flight else len(seq.tokens) - at
         if left == 0 or (expired and seq in expired):
             continue
         deadline, timed = seq.deadline, rank.group == TIMED
+        if (left > 1 or not deadline.emitted) and (rank.negated_weight == FIRST or (due and seq in due)):
+            if rank.negated_weight != FIRST:
+                rank = first_rank(seq, builder.cost)
+                builder.plan.place.append((seq, rank))
+            running.prompts.append((rank, seq))
+            continue
         if not timed or deadline.late or (deadline.latest < now and deadline.next < now):
             if timed:
                 rank = _best_effort_rank(builder, seq, now)
                 builder.plan.place.append((seq, rank))
-            if left == 1:
+            if left == 1 and deadline.last_emission + PAUSE_S <= now:
+                streams.append(seq)
+                starts.append(at)
+                needs += at % size == 0
+            elif left == 1:
                 best_effort.append(seq)
             else:
                 running.partial_prefills.append((rank, seq))
@@ -179,7 +212,7 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
             if at % size == 0:
                 needs += 1
         else:
-            running.prompts.append(seq)
+            running.prompts.append((rank, seq))
     running.tightest, running.shortest_itl_s, running.load = tightest, itl_s, load / 1e3
     running.context, running.needs = sum(starts) + len(starts), needs
     return running
@@ -197,8 +230,9 @@ def _run_streams(builder: PlanBuilder, running: Running, *, pressed: bool) -> No
     step_s = (builder.ms + ms) * builder.margin / 1e3
     late = builder.context.now + step_s > builder.end
     if pressed and not late:
-        running.best_effort += [seq for seq in streams if seq.deadline.latest >= builder.end + step_s]
-        streams = [seq for seq in streams if seq.deadline.latest < builder.end + step_s]
+        now = builder.context.now
+        running.best_effort += [seq for seq in streams if _latest(seq, now) >= builder.end + step_s]
+        streams = [seq for seq in streams if _latest(seq, now) < builder.end + step_s]
         starts = [seq.kv.computed for seq in streams]
         needs = sum(start % builder.context.pool.size == 0 for start in starts)
         ms = cost.per_decode * len(streams) + cost.per_key * (sum(starts) + len(starts))
@@ -236,8 +270,14 @@ def _run_crowded(builder: PlanBuilder, running: Running) -> None:
 
 
 def _latest(seq: Sequence, soonest: float) -> float:
-    """When a stream must emit: before its pause is too long, or if that is lost, before it is late."""
-    return seq.deadline.latest if seq.deadline.latest >= soonest else seq.deadline.next
+    """When a stream must emit: before its pause is too long, or if that is lost, before it is late.
+
+    One that is late or has no deadline is here because it has paused too long, and must emit at once.
+    """
+    deadline = seq.deadline
+    if deadline.late or deadline.next == inf:
+        return soonest + OVERDUE_S
+    return deadline.latest if deadline.latest >= soonest else deadline.next
 
 
 def _owed_now(builder: PlanBuilder, best_effort: list[Sequence]) -> float:
@@ -249,11 +289,10 @@ def _owed_now(builder: PlanBuilder, best_effort: list[Sequence]) -> float:
     return min(builder.context.history.fairness.owed + share, step_limit(builder.cost))
 
 
-def _defer(builder: PlanBuilder, prompts: list[Placed], estimate: Estimate) -> dict[Sequence, float]:
-    """The prompts that must be deferred, with the seconds by which each would be late."""
+def _defer(builder: PlanBuilder, prompts: list[Placed], estimate: Estimate) -> Deferral:
+    """Which prompts must be deferred. Newcomers rather than admitted ones, and never one that goes first."""
     history, per_prefill, per_pair = builder.context.history, builder.cost.per_prefill, builder.cost.per_pair
-    debts = history.fairness.debts if len(history.fairness.debts) > 1 else {}
-    worth = {tenant: -(debt // DEBT_STEP_MS) for tenant, debt in debts.items()}
+    worth = history.fairness.worth()
     groups: dict[float, list[Job]] = {}
     jobs: list[Job] = []
     for (_, negated_weight, order, _), seq in prompts:
@@ -262,14 +301,61 @@ def _defer(builder: PlanBuilder, prompts: list[Placed], estimate: Estimate) -> d
         ms = count * (per_prefill + per_pair * (done + count / 2))
         if -negated_weight not in groups:
             jobs = groups[-negated_weight] = []
-        jobs.append((order, ms, worth.get(seq.request.tenant, 0.0) if worth else 0.0))
-    late_by = estimate.defer(groups, history.arrivals.above, builder.context.now).late_by
-    return {prompts[index][1]: excess for index, excess in late_by.items()}
+        value = worth.get(seq.request.tenant, 0.0) if worth else 0.0
+        if seq.rank.group:
+            value += ADMITTED if seq.started is None else STARTED
+        jobs.append((order if negated_weight > FIRST else inf, ms, value))
+    return estimate.defer(groups, history.arrivals.above, builder.context.now)
 
 
-def _run_prompts(
-    builder: PlanBuilder, prompts: list[Placed], deferred: dict[Sequence, float], estimate: Estimate
-) -> None:
+def _admit(
+    builder: PlanBuilder, prompts: list[Placed], others: list[Placed], deferral: Deferral, deferred: Late
+) -> tuple[list[Placed], list[Placed]]:
+    """Refuse newcomers by the rule of `lateness`, and what has not started by its limit.
+
+    Returns the prompts and the others that are left. A newcomer that is admitted although it will be late is
+    one of the others from now on.
+    """
+    plan, now, newcomers = builder.plan, builder.context.now, set(builder.plan.newcomers)
+    behind = [seq for _, seq in others if seq not in newcomers]
+    horizon_s = max((rank.order - now for rank, _ in prompts if rank.negated_weight > FIRST), default=0.0)
+    backlog = backlog_of(builder.context, behind, horizon_s)
+    refused: dict[Sequence, float] = {}
+    late: list[Placed] = []
+    for rank, seq in prompts + others:
+        if seq not in newcomers:
+            if rank.negated_weight == FIRST and rank.order <= now and _may_refuse(seq):
+                refused[seq] = 0.0
+            continue
+        late_s = deferred.get(seq, 0.0)
+        asked = newcomer(_prompt(builder, seq, rank), deferral, late_s, backlog, now)
+        after = shortfall(asked, backlog) if _may_refuse(seq) else 0.0
+        if after > 0 or (late_s > 0 and seq.request.objective.on_miss == "reject"):
+            refused[seq] = max(after, late_s)
+            continue
+        if asked.late_s > 0:
+            late.append((_best_effort_rank(builder, seq, now), seq))
+        if asked.late_s > 0 or asked.ttft_s == inf:
+            backlog = backlog.more(asked)
+    plan.refuse += refused.items()
+    plan.place += [(seq, rank) for rank, seq in late]
+    gone = {*refused, *(seq for _, seq in late)}
+    return [one for one in prompts if one[1] not in gone], [
+        one for one in others if one[1] not in gone
+    ] + late
+
+
+def _may_refuse(seq: Sequence) -> bool:
+    return seq.started is None and seq.request.objective.on_miss != "late"
+
+
+def _prompt(builder: PlanBuilder, seq: Sequence, rank: Rank) -> Prompt:
+    alone_ms = builder.cost.prefill(seq.kv.computed, seq.length - seq.kv.computed)
+    deadline = rank.order if rank.group == TIMED else inf
+    return Prompt(alone_ms, seq.request.arrival, deadline, -rank.negated_weight)
+
+
+def _run_prompts(builder: PlanBuilder, prompts: list[Placed], deferred: Late, estimate: Estimate) -> None:
     """Give the rest of the step to prompts that need not be deferred."""
     crowded, left, weight, heavier = False, builder.left_ms, -inf, 0.0
     for rank, seq in prompts:
@@ -277,7 +363,7 @@ def _run_prompts(
             return
         if seq in deferred or (seq.slot < 0 and (crowded or builder.held)):
             continue
-        if seq.slot < 0 and estimate.streams:
+        if seq.slot < 0 and estimate.streams and rank.negated_weight > FIRST:
             if weight != -rank.negated_weight:
                 weight = -rank.negated_weight
                 heavier = builder.context.history.arrivals.above(weight)
@@ -288,16 +374,31 @@ def _run_prompts(
         left = builder.left_ms
 
 
-def _put_off(builder: PlanBuilder, prompts: list[Placed], deferred: dict[Sequence, float]) -> list[Sequence]:
-    """Refuse the deferred prompts that ask for it; the others may take what time is left."""
+def _put_off(
+    builder: PlanBuilder, prompts: list[Placed], others: list[Placed], deferral: Deferral, deferred: Late
+) -> list[Sequence]:
+    """Refuse the deferred prompts that ask for it, or that can only be late while others are late already.
+
+    The rest may take what time is left.
+    """
     put_off: list[Sequence] = []
-    for _, seq in prompts:
+    backlog: Backlog | None = None
+    for rank, seq in prompts:
         if seq not in deferred:
             continue
         if seq.request.objective.on_miss == "reject" and seq.started is None:
             builder.plan.refuse.append((seq, deferred[seq]))
             continue
-        if len(deferred) > DEPTH // 2 or _is_hopeless(builder, seq):
+        if _is_hopeless(builder, seq):
+            backlog = backlog or backlog_of(builder.context, (other for _, other in others))
+            asked = newcomer(
+                _prompt(builder, seq, rank), deferral, deferred[seq], backlog, builder.context.now
+            )
+            asked = asked._replace(late_s=deferred[seq])
+            if _may_refuse(seq) and shortfall(asked, backlog) > 0:
+                builder.plan.refuse.append((seq, deferred[seq]))
+                continue
+            backlog = backlog.more(asked)
             builder.plan.place.append((seq, _best_effort_rank(builder, seq, builder.context.now)))
         put_off.append(seq)
     return put_off

@@ -37,6 +37,9 @@ class Deferral(NamedTuple):
         int, float
     ]  # by index over all groups, the seconds by which each deferred one would be late
     groups: dict[float, tuple[float, float]]  # by weight: the first one's start, and work done per second, ms
+    busy: dict[float, float]  # by weight: the work of those that are not deferred, and of heavier ones, ms
+    ends: dict[float, float]  # by weight: when those are done
+    rate: float  # work for prompts that is done in a second if nothing else comes, ms
 
 
 class Estimate(Struct, frozen=True, array_like=True):
@@ -72,13 +75,16 @@ class Estimate(Struct, frozen=True, array_like=True):
         """
         base = self.cost.base / min(self.itl_ms, itl_ms, step_limit(self.cost))
         rate = max(1.0 / self.margin - base - self.load, LEAST_PREFILL)
-        deferral = Deferral({}, {})
-        first = 0
+        deferral = Deferral({}, {}, {}, {}, 1e3 * rate)
+        first, work = 0, 0.0
         for weight, jobs in groups.items():
             share = heavier(weight)
             pace = 1e3 * max(rate - share, LEAST_LIGHTER * rate) * (CAUTION if share else 1.0)
             deferral.groups[weight] = start, pace
-            tardy, start = tardy_jobs(jobs, start, pace)
+            begin = start
+            tardy, start = tardy_jobs(jobs, begin, pace)
+            work += (start - begin) * pace
+            deferral.busy[weight], deferral.ends[weight] = work, start
             for place, excess in tardy.items():
                 deferral.late_by[first + place] = excess
             first += len(jobs)

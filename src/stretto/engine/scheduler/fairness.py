@@ -8,6 +8,7 @@ from __future__ import annotations
 from math import exp
 
 MEMORY_S = 60.0
+DEBT_STEP_MS = 3000.0  # tenants whose recent use differs by less count as equal
 
 
 class Fairness:
@@ -20,6 +21,10 @@ class Fairness:
         ] = {}  # when each tenant's best-effort requests would end on its own machine
         self.owed = 0.0  # milliseconds promised to best-effort requests and not yet given
         self._faded = 0.0
+
+    def worth(self) -> dict[str, float]:
+        """What a prompt of each tenant is worth, by recent use: 0 or less. Empty while there is only one."""
+        return {t: -(debt // DEBT_STEP_MS) for t, debt in self.debts.items()} if len(self.debts) > 1 else {}
 
     def charge(self, tenant: str, ms: float) -> None:
         """Record that a tenant's requests took so much of a step."""

@@ -37,19 +37,34 @@ class ArrivalRate:
 
     def __init__(self) -> None:
         self._ms: dict[float, float] = {}
+        self._offered = 0.0
         self._faded = 0.0
 
     def observe(self, weight: float, ms: float) -> None:
         """Record a prompt of so many milliseconds in a tier of this weight."""
         self._ms[weight] = self._ms.get(weight, 0.0) + ms
 
+    def offer(self, ms: float) -> None:
+        """Record a prompt of so many milliseconds, admitted or refused."""
+        self._offered += ms
+
+    @property
+    def offered(self) -> float:
+        """The work that comes, refused or not, as a share of the time."""
+        return self._offered / (ARRIVALS_S * 1e3)
+
     def above(self, weight: float) -> float:
         """The work of greater weight that arrives, as a share of the time."""
         return sum(ms for heavier, ms in self._ms.items() if heavier > weight) / (ARRIVALS_S * 1e3)
+
+    def of(self, weight: float) -> float:
+        """The work of this weight that arrives, as a share of the time."""
+        return self._ms.get(weight, 0.0) / (ARRIVALS_S * 1e3)
 
     def fade(self, now: float) -> None:
         """Let the past count less. Called after every step, it acts once a second."""
         if now - self._faded >= 1.0:
             share = exp((self._faded - now) / ARRIVALS_S)
+            self._offered *= share
             self._ms = {weight: ms * share for weight, ms in self._ms.items()}
             self._faded = now

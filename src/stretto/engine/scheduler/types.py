@@ -65,6 +65,7 @@ class SchedulingContext:
     history: History
     now: float
     until: float = inf  # when the step should be over, because other models on the device need it
+    due: tuple[Sequence, ...] = ()  # those that go before all others from now on
 
 
 class Row(Struct, frozen=True, gc=False):
@@ -95,7 +96,7 @@ class Plan:
     # Refused, with the seconds after which a client may try again.
     refuse: list[tuple[Sequence, float]] = field(default_factory=list[tuple[Sequence, float]])
     place: list[tuple[Sequence, Rank]] = field(default_factory=list[tuple[Sequence, Rank]])  # at a new rank
-    newcomers: list[Sequence] = field(default_factory=list[Sequence])  # of `place`, those with a deadline
+    newcomers: list[Sequence] = field(default_factory=list[Sequence])  # of `place`, those that have just come
     preempt: list[Sequence] = field(default_factory=list[Sequence])
     # Admitted, with the cached blocks that each one adopts.
     admit: list[tuple[Sequence, list[int]]] = field(default_factory=list[tuple[Sequence, list[int]]])
