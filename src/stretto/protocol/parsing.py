@@ -6,6 +6,7 @@ Half a surrogate pair in a string becomes U+FFFD: JavaScript sends one when it c
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from msgspec import DecodeError, Raw, ValidationError, convert, json
@@ -45,8 +46,15 @@ def require_json(content_type: str | None) -> None:
         raise UnsupportedMedia(f"the header Content-Type is {sent}; send {JSON}")
 
 
-def parse(decoder: json.Decoder[T], body: bytes) -> T:
-    """Decodes a request body.
+def as_it_is(fields: dict[str, Any]) -> dict[str, Any]:
+    """For `parse`: an API whose types list all that its clients send."""
+    return fields
+
+
+def parse(
+    decoder: json.Decoder[T], body: bytes, lenient: Callable[[dict[str, Any]], dict[str, Any]] = accepted
+) -> T:
+    """Decodes a request body. `lenient`: the usual form of one that some clients send in another.
 
     Raises InvalidRequest for a malformed body and for a value that is wrong or beyond its limit,
     UnsupportedField for a field or a value that this server does not implement, and TooLarge for more than
@@ -57,7 +65,7 @@ def parse(decoder: json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except ValidationError as error:
-        return _parse_otherwise(decoder, body, str(error))
+        return _parse_otherwise(decoder, body, str(error), lenient)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except DecodeError as error:
@@ -66,10 +74,12 @@ def parse(decoder: json.Decoder[T], body: bytes) -> T:
             raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise _too_deep(body) from None
-    return parse(decoder, whole)
+    return parse(decoder, whole, lenient)
 
 
-def _parse_otherwise(decoder: json.Decoder[T], body: bytes, problem: str) -> T:
+def _parse_otherwise(
+    decoder: json.Decoder[T], body: bytes, problem: str, lenient: Callable[[dict[str, Any]], dict[str, Any]]
+) -> T:
     """Decodes a body that clients of other servers may send. `problem`: why it is none of ours."""
     try:
         fields = json.decode(body)
@@ -78,7 +88,7 @@ def _parse_otherwise(decoder: json.Decoder[T], body: bytes, problem: str) -> T:
     if not isinstance(fields, dict):
         raise _error_with_path(problem, body)
     try:
-        return convert(accepted(cast("dict[str, Any]", fields)), decoder.type, str_keys=True)
+        return convert(lenient(cast("dict[str, Any]", fields)), decoder.type, str_keys=True)
     except ValidationError as error:
         raise _error_with_path(str(error), body) from None
     except RecursionError:

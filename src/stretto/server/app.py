@@ -27,8 +27,10 @@ from stretto.errors import NotFound, StrettoError, TooLarge, WrongMethod
 from stretto.protocol.http import plain_path
 from stretto.protocol.parsing import require_json
 from stretto.protocol.relay import RELAY
+from stretto.server.adapters.messages import count_tokens, create_message
 from stretto.server.adapters.tokens import detokenize, tokenize
 from stretto.server.edge.answer import parts_of
+from stretto.server.edge.dialects import dialect_of
 from stretto.server.edge.exchange import KEY, Exchange, ExchangeLayer
 from stretto.server.edge.guard import Guard
 from stretto.server.embeddings import embed
@@ -135,7 +137,7 @@ async def error_response(request: Request, error: Exception) -> Response:
         error = internal(error)
     exchange: Exchange = request.scope[KEY]
     exchange.outcome = error.code
-    status, headers, body = parts_of(error)
+    status, headers, body = parts_of(error, exchange.id, dialect_of(request.scope["path"]))
     return Response(body, status, headers | allow)
 
 
@@ -147,6 +149,8 @@ class App(Starlette):
             "/v1/chat/completions": ("chat", partial(generate, operation=CHAT)),
             "/v1/completions": ("completions", partial(generate, operation=COMPLETION)),
             "/v1/embeddings": ("embeddings", embed),
+            "/v1/messages": ("messages", create_message),
+            "/v1/messages/count_tokens": ("count_tokens", count_tokens),
             "/tokenize": ("tokenize", tokenize),
             "/detokenize": ("detokenize", detokenize),
             RELAY: ("relay", relay),

@@ -354,7 +354,8 @@ def _text_chunk(head: ResponseHead, part: ChunkPart) -> TextCompletion:
     return TextCompletion(**head._asdict(), choices=[choice])
 
 
-def _tool_calls(kept: WholeOutput) -> list[MadeCall]:
+def made_calls(kept: WholeOutput) -> list[MadeCall]:
+    """The tool calls of an answer, without those that turned out to be none."""
     parser = kept.output.parser
     abandoned = parser.abandoned if parser is not None else set[int]()
     names: dict[int, tuple[str, str]] = {}
@@ -377,7 +378,7 @@ def _whole_chat(
 ) -> ChatCompletion:
     choices: list[ChatChoice] = []
     for part in kept:
-        calls: list[MadeCall] | UnsetType = _tool_calls(part) or UNSET
+        calls: list[MadeCall] | UnsetType = made_calls(part) or UNSET
         message = AnswerMessage(
             content=part.text or (None if calls or part.reasoning else ""),
             reasoning_content="".join(part.reasoning) if part.reasoning else UNSET,

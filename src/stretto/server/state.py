@@ -304,8 +304,7 @@ class Call:
 
     def _verdict(self, error: StrettoError | None) -> Verdict | None:
         """None for a request that no server could have answered."""
-        unavailable = error is not None and error.status == HTTPStatus.SERVICE_UNAVAILABLE
-        if isinstance(error, CannotBeOnTime) or (unavailable and not self.outputs):
+        if isinstance(error, CannotBeOnTime) or (isinstance(error, Unavailable) and not self.outputs):
             return "refused"
         if any(output.times.late for output in self.outputs):
             return "late"

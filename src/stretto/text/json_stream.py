@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Literal
+from typing import Any, Literal, cast
 
 _BLANK = frozenset(" \t\r\n")
 _SCALAR = frozenset("+-.0123456789Eaeflnrstu")
@@ -157,3 +158,15 @@ def closed(text: str) -> str:
     if not end:
         raise ValueError("no object")
     return text[:end] + "".join(_CLOSER[each] for each in reversed(brackets))
+
+
+def whole_members(text: str) -> dict[str, Any] | None:
+    """The members of a JSON object, without those that were cut; None for a text that is no JSON object."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        try:
+            value = json.loads(closed(text))
+        except ValueError:
+            return None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None

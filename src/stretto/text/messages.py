@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from msgspec import to_builtins
 
@@ -23,7 +23,7 @@ from stretto.protocol.openai import (
     ToolCall,
 )
 from stretto.text import reasoning_parser
-from stretto.text.json_stream import closed
+from stretto.text.json_stream import whole_members
 from stretto.text.schema import EnforceableSchema, enforceable, moved, object_schema
 from stretto.text.tokenizer import TextModel
 from stretto.text.tools.parser import FORCED, CallParser, NamedCallParser, ToolFormat, ToolParser, choose
@@ -96,28 +96,17 @@ def _assistant(message: AssistantMessage, path: str, thinks: bool) -> dict[str, 
 def _called(call: ToolCall, path: str) -> dict[str, Any]:
     where = f"{path}.function.arguments"
     try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except ValueError:
-        arguments = _cut(call.function.arguments)
+        arguments = whole_members(call.function.arguments)
     except RecursionError:
         raise InvalidRequest(f"{where} is nested too deeply; flatten it", param=where) from None
-    if not isinstance(arguments, dict):
+    if arguments is None:
         raise InvalidRequest(f"{where} must be a string that contains a JSON object", param=where)
-    check_json(cast("dict[str, Any]", arguments), where)
+    check_json(arguments, where)
     return {
         "id": call.id,
         "type": "function",
         "function": {"name": call.function.name, "arguments": arguments},
     }
-
-
-def _cut(arguments: str) -> Any:
-    """The members that are whole of arguments that were cut by length; None if this is no JSON object."""
-    try:
-        whole = closed(arguments)
-    except ValueError:
-        return None
-    return json.loads(whole)
 
 
 def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:

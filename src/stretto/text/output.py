@@ -129,11 +129,12 @@ class AnswerParser:
     @property
     def complete(self) -> bool:
         """Whether the answer has met a stop string, or has all the tool calls it may have."""
-        return self._stopped or (self._single_call and self.calls > 0)
+        return self.stopped is not None or (self._single_call and self.calls > 0)
 
     @property
-    def _stopped(self) -> bool:
-        return self._stop is not None and self._stop.found is not None
+    def stopped(self) -> str | None:
+        """The stop string that ended the answer, once one did."""
+        return None if self._stop is None else self._stop.found
 
     def push(self, text: str) -> list[Delta]:
         """The deltas of `text`; none while it may still become something else."""
@@ -152,7 +153,7 @@ class AnswerParser:
 
     def _answer(self, text: str) -> list[Delta]:
         if self._stop is not None:
-            text = "" if self._stopped else self._stop.token(text)
+            text = "" if self.stopped is not None else self._stop.token(text)
         return self._parsed(text)
 
     def _parsed(self, text: str) -> list[Delta]:
@@ -197,6 +198,12 @@ class Output:
     def __post_init__(self) -> None:
         request = self.request
         self.times = Times.of(request.arrival, request.objective, len(request.emitted))
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        found = self.detokenizer.stopped
+        return found if found is not None or self.parser is None else self.parser.stopped
 
     @property
     def prompt_tokens(self) -> int:

@@ -1,0 +1,40 @@
+"""What adapters of other APIs share: the names of fields in errors, and how far a model can reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from msgspec import structs
+
+from stretto.errors import StrettoError
+from stretto.protocol.openai import ChatRequest
+from stretto.server.validation import ModelHandle
+
+
+@contextmanager
+def fields_named(names: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """Gives the fields in errors the names that the client's API has for them: (ours, theirs)."""
+    try:
+        yield
+    except StrettoError as error:
+        for ours, theirs in names:
+            error.message = error.message.replace(ours, theirs)
+            error.param = error.param and error.param.replace(ours, theirs)
+        raise
+
+
+def with_possible_reasoning(request: ChatRequest, model: ModelHandle) -> ChatRequest:
+    """The request with `reasoning_effort` as this model's template knows it: an effort, on and off, or
+    nothing. An answer that has a format from its first token on has no reasoning."""
+    effort, template = request.reasoning_effort, model.text.template
+    if effort is None:
+        return request
+    formed = request.response_format is not None or request.tool_choice not in (None, "auto", "none")
+    switched = template is not None and template.mentions("enable_thinking")
+    graded = template is not None and template.mentions("reasoning_effort") and effort != "none"
+    return structs.replace(
+        request,
+        reasoning_effort=effort if graded else None,
+        chat_template_kwargs={"enable_thinking": effort != "none" and not formed} if switched else None,
+    )

@@ -1,0 +1,58 @@
+"""How each API writes an error: the body of a response, and the end of a stream that has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+from msgspec import json
+
+from stretto.errors import StrettoError, Unavailable
+
+OVERLOADED = 529  # Anthropic's status of a server that has too much to do
+ANTHROPIC_TYPES: dict[int, str] = {
+    HTTPStatus.BAD_REQUEST: "invalid_request_error",
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_TIMEOUT: "timeout_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+}
+
+
+class Dialect(NamedTuple):
+    """`body(error, request_id)` is the JSON of an error, and `framed(json)` a part of a stream."""
+
+    body: Callable[[StrettoError, str], dict[str, Any]]
+    framed: Callable[[bytes], bytes]
+
+    def ending(self, error: StrettoError, request_id: str) -> bytes:
+        """What ends a stream that fails."""
+        return self.framed(json.encode(self.body(error, request_id)))
+
+
+def _openai(error: StrettoError, request_id: str) -> dict[str, Any]:
+    return error.body()
+
+
+def _anthropic(error: StrettoError, request_id: str) -> dict[str, Any]:
+    usual = "invalid_request_error" if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else "api_error"
+    kind = "overloaded_error" if isinstance(error, Unavailable) else ANTHROPIC_TYPES.get(error.status, usual)
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+
+
+def _ollama(error: StrettoError, request_id: str) -> dict[str, Any]:
+    return {"error": error.message}
+
+
+OPENAI = Dialect(_openai, lambda body: b"data: " + body + b"\n\n")
+ANTHROPIC = Dialect(_anthropic, lambda body: b"event: error\ndata: " + body + b"\n\n")
+OLLAMA = Dialect(_ollama, lambda body: body + b"\n")
+PREFIXES = (("/v1/messages", ANTHROPIC), ("/api/", OLLAMA))
+
+
+def dialect_of(path: str) -> Dialect:
+    """The dialect of the API that a path belongs to."""
+    return next((dialect for prefix, dialect in PREFIXES if path.startswith(prefix)), OPENAI)
