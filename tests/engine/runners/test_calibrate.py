@@ -1,5 +1,7 @@
 """Calibration of the step-time model at start: measurement, time budget and the stored result."""
 
+# pyright: reportArgumentType=false, reportUnknownArgumentType=false, reportUnknownLambdaType=false
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 import json
@@ -13,6 +15,7 @@ from stretto.engine.runners import calibrate as calibration
 from stretto.engine.runners.calibrate import (
     BUDGET_MS,
     CALIBRATION_STEPS,
+    GPU_CALIBRATION_STEPS,
     CalibrationStep,
     Calibrator,
     calibrate,
@@ -120,6 +123,14 @@ def test_a_small_model_runs_only_calibration_steps_within_its_limits(tmp_path: P
         assert len(plan.rows) <= 4 and plan.load.decode + plan.load.prefill <= 64
         assert all(row.start + row.count <= 128 for row in plan.rows)
     assert not fits(CalibrationStep(8, 16), runner, limits) and fits(CalibrationStep(4, 16), runner, limits)
+
+
+def test_a_gpu_has_calibration_steps_of_its_own(tmp_path: Path):
+    runner = metered(tmp_path)
+    runner.info = msgspec.structs.replace(runner.info, device="cuda:0")
+    known_times(runner, Limits(256, 8192), machine="gpu", folder=tmp_path)
+    assert {plan.load for plan in runner.plans} <= {step.load for step in GPU_CALIBRATION_STEPS}
+    assert max(plan.load.prefill for plan in runner.plans) == 2048
 
 
 def test_calibration_runs_once_per_machine_and_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

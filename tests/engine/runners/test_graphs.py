@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from stretto.engine.runners.calibrate import GPU_CALIBRATION_STEPS
 from stretto.engine.runners.graphs import (
     MOST_TOKENS,
     StepSize,
@@ -41,3 +42,14 @@ def test_the_smallest_graph_that_holds_a_step_serves_it() -> None:
     assert nearest(sizes, StepSize(600, 17, False)) is None
     assert nearest(sizes, decode_size(3)) == decode_size(8)
     assert nearest(sizes, decode_size(9)) is None
+
+
+def test_a_gpu_is_calibrated_with_steps_that_need_no_padding() -> None:
+    sizes = first_sizes(256, 8192)
+    longest = 0
+    for step in GPU_CALIBRATION_STEPS:
+        tokens, rows = step.decodes + step.prefill, step.decodes + (step.prefill > 0)
+        held = nearest(sizes, StepSize(tokens, rows, not step.prefill))
+        assert held is not None and held.tokens == tokens, step
+        longest = max(longest, step.prefill)
+    assert longest >= 2048, "a GPU takes as long for a few tokens as for one"

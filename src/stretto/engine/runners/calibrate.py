@@ -63,6 +63,7 @@ CALIBRATION_STEPS = (
     CalibrationStep(0, 0, 160),
 )
 # A GPU takes as long for 32 tokens as for one, so the cost of a prompt's token shows in longer steps only.
+# Each of these has as many tokens as a graph, so that no padding is measured.
 GPU_CALIBRATION_STEPS = (
     CalibrationStep(1, 16),
     CalibrationStep(0, 0, 512),
@@ -71,10 +72,10 @@ GPU_CALIBRATION_STEPS = (
     CalibrationStep(1, 2048),
     CalibrationStep(0, 0, 1024),
     CalibrationStep(128, 64),
-    CalibrationStep(16, 512, 512),
+    CalibrationStep(16, 512, 496),
     CalibrationStep(0, 0, 128),
     CalibrationStep(0, 0, 256, 2048),
-    CalibrationStep(64, 256, 1536),
+    CalibrationStep(64, 256, 1472),
 )
 MAX_FILES = 64
 LOOP_MS = 0.05  # of the engine's loop for one step

@@ -5,6 +5,7 @@ The choices themselves are made in `stretto.hardware`, so that `stretto doctor` 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -52,6 +53,7 @@ from stretto.models.load import MixedKernels, load
 from stretto.models.source import ProgressCallback
 from stretto.types import ModelInfo
 
+log = logging.getLogger(__name__)
 CUDA = "stretto.engine.runners.cuda"  # imported on demand: it needs Triton, which only comes with CUDA
 
 
@@ -74,9 +76,10 @@ class ModelLoader:
         self.machine = f"{machine.cpu}, {machine.cores} cores, {threads} threads, {machine.gpus}"
         use_threads(threads)
         self._device = torch.device(choose_device(config.device, torch.cuda.is_available()).value)
-        if self._device.type == "cuda":
+        cache = cache_folder(config.cache_dir)
+        if self._device.type == "cuda" and cache is not None:
             # Triton names a compiled kernel by its source, its own version and the device.
-            os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder(config.cache_dir) / "kernels"))
+            os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "kernels"))
         self.runners = [self._runner(model, len(config.models) - i) for i, model in enumerate(config.models)]
 
     def models(self) -> list[LoadedModel]:
@@ -241,13 +244,15 @@ def step_limits(config: EngineConfig, models: list[LoadedModel]) -> Limits:
     """What the engine may do at once: the step of each model keeps the tightest objective of the tiers."""
     tiers = tiers_of(config.tiers)
     itl_ms = min((tier.objective.itl_ms for tier in tiers.values() if tier.objective.itl_ms), default=inf)
-    tokens = [
+    chosen = [
         choose_step_tokens(
             config.max_step_tokens, base_ms=cost.base, per_token_ms=cost.per_prefill, itl_ms=itl_ms
-        ).value
+        )
         for cost in (model.times.cost for model in models)
     ]
-    return Limits(config.max_running, min(tokens), tiers)
+    fewest = min(chosen, key=lambda each: each.value)
+    log.info("a step has at most %d tokens: %s", fewest.value, fewest.why)
+    return Limits(config.max_running, fewest.value, tiers)
 
 
 def _named(dtype: torch.dtype) -> str:
