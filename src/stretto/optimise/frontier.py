@@ -67,8 +67,8 @@ def _apart(slow: Measured, fast: Measured, times: dict[str, float], faster: floa
 
 
 def _dominating(each: Measured, others: Sequence[Measured], times: dict[str, float]) -> str | None:
-    """A variant that is no worse and no slower than `each`, and better in one of the two."""
-    for other in others:
+    """The fastest variant that is no worse and no slower than `each`, and better in one of the two."""
+    for other in sorted(others, key=lambda other: (times[other.name], -other.quality.mean)):
         if other.name == each.name:
             continue
         quality = other.quality.mean - each.quality.mean
