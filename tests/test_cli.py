@@ -27,6 +27,7 @@ import pytest
 import typer
 
 from stretto import cli, config
+from stretto.gateway import settings as gateway_settings
 from tests.models.checkpoints import make
 
 STRETTO = [sys.executable, "-m", "stretto"]
@@ -112,7 +113,12 @@ def test_there_are_few_flags_and_at_most_eight_for_each_newer_command() -> None:
 def test_the_documented_settings_are_those_of_the_config() -> None:
     options = {cast(str, option.name) for option in commands()["serve"].params}
     page = Path(__file__).parent.parent / "docs" / "configuration.md"
-    assert config.reference(options - {"models"}) in page.read_text(), f"replace the table in {page}"
+    table = config.SERVE.reference(options - {"models"}, {"models"})
+    assert table in page.read_text(), f"replace the table in {page}"
+    page = page.with_name("gateway.md")
+    options = {cast(str, option.name) for option in commands()["gateway"].params}
+    table = gateway_settings.GATEWAY.reference(options)
+    assert table in page.read_text(), f"replace the table in {page}"
 
 
 def test_help_shows_every_command_without_colours() -> None:

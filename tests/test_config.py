@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from stretto.config import EngineConfig, ModelConfig, ServeConfig, known, load, reference, size
+from stretto.config import SERVE, EngineConfig, ModelConfig, ServeConfig, load, size
 from stretto.errors import StartError
-from stretto.gateway.settings import KNOWN as GATEWAY
+from stretto.gateway.settings import GATEWAY
 
 
 def test_without_sources_settings_have_their_defaults() -> None:
@@ -78,7 +78,7 @@ def test_every_documented_environment_variable_is_known() -> None:
         except StartError as error:
             assert "reads no such" not in str(error), variable
     load({}, {"STRETTO_URL": "http://127.0.0.1:8000", "STRETTO_DATA": "/data"}, None)
-    load({}, {f"STRETTO_{name.upper()}": "1" for name in GATEWAY.keys() - known().keys()}, None)
+    load({}, {f"STRETTO_{name.upper()}": "1" for name in GATEWAY.infos.keys() - SERVE.infos.keys()}, None)
 
 
 def test_a_model_is_named_after_its_directory_or_hub_id(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_engine_config_survives_a_json_round_trip() -> None:
 
 
 def test_the_reference_table_has_every_setting() -> None:
-    page = reference({"port"})
-    assert len(page.splitlines()) == 2 + len(known())
+    page = SERVE.reference({"port"}, {"models"})
+    assert len(page.splitlines()) == 2 + len(SERVE.infos)
     assert "| `port` | `STRETTO_PORT` | `--port` | `8000` |" in page
-    assert all(f"| `{name}` |" in page for name in known())
+    assert all(f"| `{name}` |" in page for name in SERVE.infos)

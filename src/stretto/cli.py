@@ -29,13 +29,12 @@ from stretto.config import EngineConfig, ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.engine.structured.sandbox import GrammarSandbox
 from stretto.errors import StartError, StrettoError, Unavailable
-from stretto.gateway import lifecycle as gateway
 from stretto.gateway import settings as gateway_settings
 from stretto.gateway.app import Gateway
+from stretto.http import serving as server
 from stretto.llm import LLM, locate
 from stretto.optimise import recipe as recipes
 from stretto.server import app as api
-from stretto.server import lifecycle as server
 from stretto.telemetry import log
 from stretto.types import Sampling
 
@@ -78,7 +77,7 @@ def root(
 
 def setting(name: str) -> Any:
     """The option of a setting. It has no default, so that environment and file are read when it is absent."""
-    info = config.known()[name]
+    info = config.SERVE.infos[name]
     text = f"{info.type.__metadata__[0].description} [dim]\\[{info.default}][/]"
     return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
 
@@ -163,7 +162,8 @@ def gateway_command(
     }
     with _usage():
         settings = gateway_settings.load(given, os.environ, file)
-    uvloop.run(gateway.run(Gateway(settings), typer.echo))
+    gateway = Gateway(settings)
+    uvloop.run(server.run(settings, gateway, gateway, typer.echo))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -25,10 +25,13 @@ KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Quantise = Literal["int8", "int4", "fp8"]
 TierName = Literal["priority", "default", "flex"]
 FILE_ONLY = ("api_keys", "tiers")
-LISTS = ("models", "allowed_hosts", "cors_origins")
+LISTS = ("models", "workers", "allowed_hosts", "cors_origins")
 ONE_KEY = "STRETTO_API_KEY"
 # Read by the gateway, the examples and the tests.
-OTHERS = ("STRETTO_WORKERS", "STRETTO_ROUTE", "STRETTO_HEDGE_SHARE", "STRETTO_URL", "STRETTO_DATA")
+OTHERS = (
+    *("STRETTO_WORKERS", "STRETTO_ROUTE", "STRETTO_HEDGE_SHARE"),
+    *("STRETTO_URL", "STRETTO_DATA", "STRETTO_KEY"),
+)
 API_KEY = re.compile(r"[!-~]+")
 HOST_NAME = re.compile(r"\*|(\*\.)?[\w.-]+|\[?[0-9a-fA-F:.]+\]?")
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/@?#]+/?", re.IGNORECASE)
@@ -184,22 +187,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     log_level: LogLevel = LOG_LEVEL
 
 
-class ServeConfig(Struct, frozen=True, kw_only=True):
-    """Settings of the API server. `schedule`, `tiers` and `log_level` are also the engine's.
+class HttpConfig(Struct, frozen=True, kw_only=True):
+    """Settings of any server that speaks HTTP to clients.
 
-    Raises StartError for a key, host or origin that nobody can send, and for a tier with
-    `on_miss = "reject"` when the schedule is `fcfs`, which rejects nothing.
+    Raises StartError for a key, host or origin that nobody can send.
     """
 
     host: Annotated[str, Meta(description="address to listen on; 0.0.0.0: all networks")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0: any free port")] = 8000
-    max_waiting: Annotated[
-        int,
-        Meta(ge=1, description="most answers that wait for their first token; more are rejected with 503"),
-    ] = 512
     max_body_bytes: Annotated[int, Meta(ge=1024, description="most bytes of a request")] = 4 * 2**20
-    max_n: Annotated[int, Meta(ge=1, description="most answers to one request")] = 16
-    max_stop: Annotated[int, Meta(ge=0, description="most stop strings of a request")] = 16
     drain_s: Annotated[
         float, Meta(ge=0, description="seconds that a shutdown waits for unfinished answers")
     ] = field(default=30.0, name="drain")
@@ -207,22 +203,6 @@ class ServeConfig(Struct, frozen=True, kw_only=True):
         dict[str, str],
         Meta(description="API keys, as a table of key = tenant; empty: no key needed, the tenant is `local`"),
     ] = {}
-    gateway_key: Annotated[
-        str,
-        Meta(
-            description="secret of the gateways in front of this worker, which speak for their tenants; "
-            "empty: with `api_keys` no gateway may, without them any client may"
-        ),
-    ] = ""
-    priority_share: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=1,
-            description="share of the machine's time that one tenant may use at tier priority in a minute; "
-            "further requests get tier default",
-        ),
-    ] = 0.5
     access_log: Annotated[
         bool,
         Meta(description="write one JSON line for each request to standard output, without content or keys"),
@@ -249,8 +229,7 @@ class ServeConfig(Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, description="seconds that an answer waits for a client that reads nothing; then it ends"),
     ] = field(default=30.0, name="send_timeout")
-    schedule: Schedule = SCHEDULE
-    tiers: Tiers = {}
+    gateway_key: str = ""
     log_level: LogLevel = LOG_LEVEL
 
     def __post_init__(self) -> None:
@@ -270,6 +249,42 @@ class ServeConfig(Struct, frozen=True, kw_only=True):
                 raise StartError(
                     f"cors_origins: {origin!r} is no origin; write one like https://app.example.org"
                 )
+
+
+class ServeConfig(HttpConfig, frozen=True, kw_only=True):
+    """Settings of the API server. `schedule`, `tiers` and `log_level` are also the engine's.
+
+    Raises StartError also for a tier with `on_miss = "reject"` under the schedule `fcfs`, because `fcfs`
+    rejects no request.
+    """
+
+    max_waiting: Annotated[
+        int,
+        Meta(ge=1, description="most answers that wait for their first token; more are rejected with 503"),
+    ] = 512
+    max_n: Annotated[int, Meta(ge=1, description="most answers to one request")] = 16
+    max_stop: Annotated[int, Meta(ge=0, description="most stop strings of a request")] = 16
+    gateway_key: Annotated[
+        str,
+        Meta(
+            description="secret of the gateways in front of this worker, which speak for their tenants; "
+            "empty: with `api_keys` no gateway may, without them any client may"
+        ),
+    ] = ""
+    priority_share: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="share of the machine's time that one tenant may use at tier priority in a minute; "
+            "further requests get tier default",
+        ),
+    ] = 0.5
+    schedule: Schedule = SCHEDULE
+    tiers: Tiers = {}
+
+    def __post_init__(self) -> None:
+        HttpConfig.__post_init__(self)
         for name, objective in self.tiers.items():
             if self.schedule == "fcfs" and objective.on_miss == "reject":
                 raise StartError(
@@ -296,15 +311,90 @@ class ModelSettings(Struct, frozen=True, kw_only=True):
     ] = None
 
 
-def known() -> dict[str, FieldInfo]:
-    """All settings by name."""
-    every = (*fields(ModelSettings), *fields(ServeConfig), *fields(EngineConfig)[1:])
-    return {info.encode_name: info for info in every}
+class SettingsTable:
+    """The settings of one command, by name: how they are read from flags, environment and file."""
+
+    def __init__(self, infos: Sequence[FieldInfo]) -> None:
+        self.infos = {info.encode_name: info for info in infos}
+        self._all = msgspec.defstruct(
+            "Settings",
+            [(name, info.type, None) for name, info in self.infos.items()],
+            forbid_unknown_fields=True,
+        )
+
+    def read(self, flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None) -> dict[str, Any]:
+        """The settings that are given somewhere: flags before environment before file.
+
+        Raises StartError that names the file and key, the environment variable or the flag of a wrong value.
+        """
+        merged = {} if file is None else self._checked(_read(file), f"{file}", strict=True)
+        self._refuse_unknown(environ)
+        for name in self.infos:
+            variable = ENVIRONMENT + name.upper()
+            if name not in FILE_ONLY and variable in environ:
+                text = environ[variable]
+                value: Any = text.split(",") if name in LISTS else text
+                merged |= self._checked({name: value}, variable, strict=False)
+        if (key := environ.get(ONE_KEY)) is not None:
+            if not key.strip():
+                raise StartError(f"{ONE_KEY} is empty: set it to a key, or unset it")
+            merged["api_keys"] = {key: "local"}
+        for name, value in flags.items():
+            merged |= self._checked({name: value}, f"--{name.replace('_', '-')}", strict=False)
+        return merged
+
+    def reference(self, flags: Collection[str], arguments: Collection[str] = ()) -> str:
+        """The settings as a Markdown table. `flags` are those that have a flag, `arguments` those that are
+        arguments of the command."""
+        rows = ["| in the file | environment | flag | default | meaning |", "| --- | --- | --- | --- | --- |"]
+        for name, info in self.infos.items():
+            variable = "" if name in FILE_ONLY else f"`{ENVIRONMENT}{name.upper()}`"
+            variable = f"`{ONE_KEY}` (one key)" if name == "api_keys" else variable
+            flag = (
+                f"`--{name.replace('_', '-')}`" if name in flags else "arguments" if name in arguments else ""
+            )
+            default = info.default if info.default is not msgspec.NODEFAULT else info.default_factory()
+            shown = msgspec.json.encode(default).decode()
+            rows.append(f"| `{name}` | {variable} | {flag} | `{shown}` | {meaning_of(info)} |")
+        return "\n".join(rows) + "\n"
+
+    def _refuse_unknown(self, environ: Mapping[str, str]) -> None:
+        """Raises StartError for a variable STRETTO_... that nothing reads, and names the likely one."""
+        usable = [name.upper() for name in self.infos if name not in FILE_ONLY]
+        usable += [name.removeprefix(ENVIRONMENT) for name in (ONE_KEY, *OTHERS)]
+        for variable in environ:
+            name = variable.upper().removeprefix(ENVIRONMENT)
+            if name != variable.upper() and variable not in (ENVIRONMENT + each for each in usable):
+                near = difflib.get_close_matches(name, usable, 1)
+                hint = f"did you mean {ENVIRONMENT}{near[0]}?" if near else "docs/configuration.md lists them"
+                raise StartError(f"{variable}: the server reads no such environment variable; {hint}")
+
+    def _checked(self, values: dict[str, Any], where: str, *, strict: bool) -> dict[str, Any]:
+        for name in values.keys() - self.infos.keys():
+            near = difflib.get_close_matches(name, self.infos, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(self.infos)}"
+            raise StartError(f"{where}: unknown setting {name}{hint}")
+        if "gateway_key" in values and not str(values["gateway_key"]).strip():
+            raise StartError(f"{where}: gateway_key is empty: set it to a secret, or leave it out")
+        try:
+            values = values | {name: size(values[name]) for name in SIZES & values.keys()}
+            parsed = msgspec.convert(values, self._all, strict=strict)
+        except ValueError as error:
+            raise StartError(f"{where}: {error}{self._hint(str(error))}") from error
+        return {name: getattr(parsed, name) for name in values}
+
+    def _hint(self, error: str) -> str:
+        """The allowed values of the setting that msgspec's message names, when it has a fixed set of them."""
+        at = ENUM_ERROR.search(error)
+        return f"; choose from {', '.join(_choices(self.infos[at[1]].type))}" if at else ""
 
 
-Settings = msgspec.defstruct(
-    "Settings", [(name, info.type, None) for name, info in known().items()], forbid_unknown_fields=True
-)
+def meaning_of(info: FieldInfo) -> str:
+    """The description of a setting."""
+    return info.type.__metadata__[0].description
+
+
+SERVE = SettingsTable([*fields(ModelSettings), *fields(ServeConfig), *fields(EngineConfig)[1:]])
 
 
 def load(
@@ -314,37 +404,10 @@ def load(
 
     Raises StartError that names the file and key, the environment variable or the flag of a wrong value.
     """
-    merged = {} if file is None else _checked(_read(file), f"{file}", strict=True)
-    _refuse_unknown(environ)
-    for name in known():
-        variable = ENVIRONMENT + name.upper()
-        if name not in FILE_ONLY and variable in environ:
-            text = environ[variable]
-            value: Any = text.split(",") if name in LISTS else text
-            merged |= _checked({name: value}, variable, strict=False)
-    if (key := environ.get(ONE_KEY)) is not None:
-        if not key.strip():
-            raise StartError(f"{ONE_KEY} is empty: set it to a key, or unset it")
-        merged["api_keys"] = {key: "local"}
-    for name, value in flags.items():
-        merged |= _checked({name: value}, f"--{name.replace('_', '-')}", strict=False)
-    settings = ModelSettings(**_part(ModelSettings, merged))
+    merged = SERVE.read(flags, environ, file)
+    settings = ModelSettings(**part(ModelSettings, merged))
     merged["models"] = _named(settings)
-    return ServeConfig(**_part(ServeConfig, merged)), EngineConfig(**_part(EngineConfig, merged))
-
-
-def reference(flags: Collection[str]) -> str:
-    """The settings as a Markdown table. `flags` are the names of settings that have a flag."""
-    rows = ["| in the file | environment | flag | default | meaning |", "| --- | --- | --- | --- | --- |"]
-    for name, info in known().items():
-        variable = "" if name in FILE_ONLY else f"`{ENVIRONMENT}{name.upper()}`"
-        variable = f"`{ONE_KEY}` (one key)" if name == "api_keys" else variable
-        flag = f"`--{name.replace('_', '-')}`" if name in flags else "arguments" if name == "models" else ""
-        default = info.default if info.default is not msgspec.NODEFAULT else info.default_factory()
-        shown = msgspec.json.encode(default).decode()
-        meaning = info.type.__metadata__[0].description
-        rows.append(f"| `{name}` | {variable} | {flag} | `{shown}` | {meaning} |")
-    return "\n".join(rows) + "\n"
+    return ServeConfig(**part(ServeConfig, merged)), EngineConfig(**part(EngineConfig, merged))
 
 
 def size(text: object) -> int:
@@ -363,46 +426,14 @@ def _read(file: Path) -> dict[str, Any]:
         raise StartError(f"cannot read the configuration {file}: {error}") from error
 
 
-def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    """Raises StartError for a variable STRETTO_... that nothing reads, and names the one that was meant."""
-    usable = [name.upper() for name in known() if name not in FILE_ONLY]
-    usable += [name.removeprefix(ENVIRONMENT) for name in (ONE_KEY, *OTHERS)]
-    for variable in environ:
-        name = variable.upper().removeprefix(ENVIRONMENT)
-        if name != variable.upper() and variable not in (ENVIRONMENT + each for each in usable):
-            near = difflib.get_close_matches(name, usable, 1)
-            hint = f"did you mean {ENVIRONMENT}{near[0]}?" if near else "docs/configuration.md lists them"
-            raise StartError(f"{variable}: the server reads no such environment variable; {hint}")
-
-
-def _checked(values: dict[str, Any], where: str, *, strict: bool) -> dict[str, Any]:
-    for name in values.keys() - known().keys():
-        near = difflib.get_close_matches(name, known(), 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known())}"
-        raise StartError(f"{where}: unknown setting {name}{hint}")
-    if "gateway_key" in values and not str(values["gateway_key"]).strip():
-        raise StartError(f"{where}: gateway_key is empty: set it to a secret, or leave it out")
-    try:
-        values = values | {name: size(values[name]) for name in SIZES & values.keys()}
-        parsed = msgspec.convert(values, Settings, strict=strict)
-    except ValueError as error:
-        raise StartError(f"{where}: {error}{_hint(str(error))}") from error
-    return {name: getattr(parsed, name) for name in values}
-
-
-def _hint(error: str) -> str:
-    """The allowed values of the setting that msgspec's message names, when it has a fixed set of them."""
-    at = ENUM_ERROR.search(error)
-    return f"; choose from {', '.join(_choices(known()[at[1]].type))}" if at else ""
-
-
 def _choices(kind: Any) -> list[str]:
     if get_origin(kind) is Literal:
         return list(get_args(kind))
     return [choice for part in get_args(kind) for choice in _choices(part)]
 
 
-def _part(struct: type[Struct], merged: dict[str, Any]) -> dict[str, Any]:
+def part(struct: type[Struct], merged: dict[str, Any]) -> dict[str, Any]:
+    """The settings of one structure, by the names of its fields."""
     return {info.name: merged[info.encode_name] for info in fields(struct) if info.encode_name in merged}
 
 

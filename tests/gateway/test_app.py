@@ -17,10 +17,10 @@ from benchmarks import failover
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.errors import EngineDied, StartError
-from stretto.gateway import lifecycle, settings
+from stretto.gateway import settings
 from stretto.gateway.app import Gateway
 from stretto.gateway.settings import GatewayConfig
-from stretto.server import lifecycle as worker_lifecycle
+from stretto.http import serving
 from stretto.server.app import build
 from tests.server.checkpoint import CHATML, byte_level, write
 from tests.server.fake_engine import FakeEngine, info
@@ -63,9 +63,9 @@ async def cluster(
         for engine in engines:
             config = ServeConfig(port=0, drain_s=0.3, gateway_key=extra.get("gateway_key", ""))
             app = build(config, cast(EngineClient, engine), {"tiny": checkpoint})
-            urls.append(await stack.enter_async_context(running(worker_lifecycle.run, config, app, engine)))
+            urls.append(await stack.enter_async_context(running(serving.run, config, app, engine)))
         gateway = Gateway(GatewayConfig(workers=tuple(urls), port=0, drain_s=0.3, **extra), seed=0)
-        url = await stack.enter_async_context(running(lifecycle.run, gateway))
+        url = await stack.enter_async_context(running(serving.run, gateway.config, gateway, gateway))
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
         for _ in range(200):
             usable = [each.view.usable for each in gateway.registry.workers.values()]
@@ -131,10 +131,10 @@ async def test_a_client_that_leaves_cancels_the_work(checkpoint: Path):
             async for _ in answer.aiter_bytes():
                 break
         for _ in range(100):
-            if not engine.open and not gateway.active:
+            if not engine.open and not gateway.server.running:
                 break
             await asyncio.sleep(0.02)
-        assert not engine.open and not gateway.active
+        assert not engine.open and not gateway.server.running
         assert [each.view.active for each in gateway.registry.workers.values()] == [0]
 
 
@@ -185,7 +185,10 @@ async def test_a_server_of_another_kind_is_a_worker_too(checkpoint: Path):
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     gateway = Gateway(GatewayConfig(workers=(f"http://127.0.0.1:{port}",), port=0))
-    async with running(lifecycle.run, gateway) as url, httpx.AsyncClient(base_url=url) as client:
+    async with (
+        running(serving.run, gateway.config, gateway, gateway) as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
         for _ in range(100):
             if (await client.get("/ready")).status_code == 200:
                 break

@@ -11,7 +11,7 @@ import pytest
 from msgspec import structs
 
 from stretto.config import ServeConfig
-from stretto.server import lifecycle
+from stretto.http import serving as lifecycle
 from stretto.server.app import App
 from stretto.types import Finish, Reason, StepStats, TokenEvent
 from tests.server.conftest import Served, app, checkpoint, config, engine, served, text

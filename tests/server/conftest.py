@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from stretto.config import ServeConfig
-from stretto.server import lifecycle
+from stretto.http import serving as lifecycle
 from stretto.server.app import App
 from stretto.text.tokenizer import TextModel
 from tests.server.checkpoint import CHATML, byte_level, write

@@ -17,7 +17,7 @@ import pytest
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.errors import StartError
-from stretto.server import lifecycle
+from stretto.http import serving as lifecycle
 from stretto.server.app import App
 from stretto.server.pages import VIEWERS
 from stretto.types import Reason, Request

@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from hmac import compare_digest
 from random import Random
+from typing import Any
 
 import msgspec
 from msgspec import Struct, json
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stretto.errors import (
-    InvalidRequest,
-    NotFound,
-    StrettoError,
-    TooLarge,
-    Unauthorised,
-    Unavailable,
-    WrongMethod,
-)
+from stretto.errors import Draining, InvalidRequest, NotFound, StrettoError, Unauthorised, Unavailable
 from stretto.gateway.registry import Registry, Worker
 from stretto.gateway.relay import PATHS, Relay, RelayedExchange
 from stretto.gateway.router import Router
 from stretto.gateway.settings import GatewayConfig
-from stretto.protocol.http import plain_path, tenant_of
+from stretto.http.errors import error_response, internal
+from stretto.http.exchange import KEY, Exchange, ExchangeLayer
+from stretto.http.guard import Guard
+from stretto.http.request import plain_path, read_body, tenant_of
 from stretto.protocol.openai import ModelCard, ModelList, Status
 from stretto.protocol.parsing import JSON, parse, require_json
 from stretto.protocol.relay import OperationName
+from stretto.telemetry.log import LineWriter
 
-log = logging.getLogger(__name__)
 LOCAL = "local"
+STDOUT = 1
 LEASE_S = 10.0  # a worker that joined by itself must renew within
 
 
@@ -78,6 +72,56 @@ class GatewayState(Struct, frozen=True):
     hedges_won: int
 
 
+class Calls:
+    """The requests that a gateway is relaying. It is the service that `http.serving` limits and drains."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.access_log = LineWriter(STDOUT) if config.access_log else None
+        self.rejections: Counter[str] = Counter()
+        self.draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._errors: dict[asyncio.Task[None], StrettoError] = {}
+
+    @property
+    def running(self) -> int:
+        """How many calls are running."""
+        return len(self._tasks)
+
+    def rejected(self, reason: str) -> None:
+        """Counts what was cut short."""
+        self.rejections[reason] += 1
+
+    def close(self) -> None:
+        """Refuses new calls from now on."""
+        self.draining = True
+
+    def end_calls(self, error: StrettoError) -> None:
+        """Ends all calls with `error`."""
+        for task in self._tasks:
+            self._errors[task] = error
+            task.cancel()
+
+    async def idle(self) -> None:
+        """Returns when no call is running."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    async def run(self, work: Coroutine[Any, Any, None], receive: Receive) -> None:
+        """Runs a call until it is done or its client leaves. Raises StrettoError."""
+        task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+        self._tasks.add(task)
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if task in self._errors:
+                raise self._errors.pop(task)
+            if task.done():
+                task.result()
+        finally:
+            self._tasks.discard(task)
+            gone.cancel()
+            task.cancel()
+
+
 @dataclass(frozen=True, slots=True)
 class RelayedPath:
     """A path that is relayed to a worker."""
@@ -88,20 +132,28 @@ class RelayedPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrival = time.monotonic()
         request = Request(scope, receive)
-        client = _Client(send)
+        gateway, client = self.gateway, _Client(send)
+        exchange: Exchange = scope[KEY]
         try:
-            tenant = self.gateway.tenant(request)
-            body = await _read(request, self.gateway.config.max_body_bytes)
+            exchange.tenant = gateway.tenant(request)
+            require_json(request.headers.get("content-type"))
+            body = await read_body(request, gateway.config.max_body_bytes)
+            exchange.bytes_in = len(body)
             try:
                 msgspec.json.decode(body, type=dict)
             except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
-                raise InvalidRequest(f"the body is not a JSON object: {error}") from error
-            exchange = RelayedExchange(self.operation, tenant, body, arrival, client.send)
-            await self.gateway.run(exchange, receive)
+                raise InvalidRequest(f"the body is not a JSON object: {error}") from None
+            if gateway.server.draining:
+                raise Draining("the gateway is shutting down; ask another one", retry_after=1.0)
+            relayed = RelayedExchange(
+                self.operation, exchange.tenant, body, arrival, client.send, exchange.id
+            )
+            await gateway.server.run(gateway.relay.run(relayed), receive)
         except ClientDisconnect:
             return
         except Exception as error:
-            failure = error if isinstance(error, StrettoError) else _internal(error)
+            failure = error if isinstance(error, StrettoError) else internal(error)
+            exchange.outcome = failure.code
             if not client.started:
                 raise failure from None
             await client.send(0, {}, b"data: " + json.encode(failure.body()) + b"\n\n", False)
@@ -128,13 +180,11 @@ class Gateway(Starlette):
     """The ASGI application of one gateway. It keeps no state that another one would need."""
 
     def __init__(self, config: GatewayConfig, seed: int | None = None) -> None:
-        random = Random(seed)
         self.config = config
+        self.server = Calls(config)
         headers = {"Authorization": f"Bearer {config.gateway_key}"} if config.gateway_key else {}
-        self.registry = Registry(Router(config.route, random.randrange), headers)
+        self.registry = Registry(Router(config.route, Random(seed).randrange), headers)
         self.relay = Relay(self.registry, config.hedge_share)
-        self.active: set[asyncio.Task[None]] = set()
-        self.draining = False
         work = [Route(path, RelayedPath(self, name), methods=["POST"]) for name, path in PATHS.items()]
         pages = [
             Route("/v1/models", self.models),
@@ -145,12 +195,27 @@ class Gateway(Starlette):
             Route("/v1/workers/{name}", self.leave, methods=["DELETE"]),
             Route("/v1/workers/{name}/{change}", self.drain, methods=["POST"]),
         ]
-        super().__init__(
-            routes=work + pages,
-            exception_handlers={HTTPException: _error_response, StrettoError: _error_response},
-            lifespan=_lifespan,
-        )
+        super().__init__(routes=work + pages)
         self.router.redirect_slashes = False
+        self.add_middleware(Guard, config=config, count=self.server.rejected)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The router, the middleware, and `ExchangeLayer` in place of Starlette's two layers for errors."""
+        app: ASGIApp = self.router
+        for middleware, args, kwargs in reversed(self.user_middleware):
+            app = middleware(app, *args, **kwargs)
+        routes = [route for route in self.routes if isinstance(route, Route)]
+        return ExchangeLayer(app, routes, self.server.access_log, error_response)
+
+    async def wait_ready(self) -> None:
+        """Starts to watch the configured workers. Raises StartError for a wrong URL."""
+        for written in self.config.workers:
+            site, equals, url = written.partition("=")
+            self.registry.join(url if equals else written, site if equals else "")
+
+    async def shutdown(self, grace_s: float) -> None:
+        """Leaves all workers."""
+        self.registry.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if "path" in scope:
@@ -163,23 +228,6 @@ class Gateway(Starlette):
         if not keys:
             return LOCAL
         return tenant_of(request.headers, keys)
-
-    async def run(self, exchange: RelayedExchange, receive: Receive) -> None:
-        """Relays one request until it is answered or its client leaves. Raises StrettoError."""
-        if self.draining:
-            raise Unavailable("the gateway is shutting down; ask another one", retry_after=1.0)
-        work = asyncio.create_task(self.relay.run(exchange))
-        watch = asyncio.create_task(_gone(receive))
-        self.active.add(work)
-        try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                return
-            work.result()
-        finally:
-            self.active.discard(work)
-            watch.cancel()
-            work.cancel()
 
     async def models(self, request: Request) -> Response:
         """The models of all workers."""
@@ -198,7 +246,7 @@ class Gateway(Starlette):
 
     async def ready(self, request: Request) -> Response:
         """Whether any worker can take a request."""
-        if self.draining or not any(worker.view.usable for worker in self.registry.workers.values()):
+        if self.server.draining or not any(worker.view.usable for worker in self.registry.workers.values()):
             raise Unavailable("no worker is ready; try again soon", retry_after=1.0)
         return _json(Status())
 
@@ -210,7 +258,7 @@ class Gateway(Starlette):
             GatewayState(
                 workers=[_row(worker, now) for worker in self.registry.workers.values()],
                 route=self.config.route,
-                active=len(self.active),
+                active=self.server.running,
                 failovers=relay.failovers,
                 retries=relay.retries,
                 hedges=relay.hedges,
@@ -255,30 +303,9 @@ class Gateway(Starlette):
             raise Unauthorised("changing the workers needs `Authorization: Bearer GATEWAY_KEY`")
 
 
-@asynccontextmanager
-async def _lifespan(app: Starlette) -> AsyncGenerator[None]:
-    assert isinstance(app, Gateway)
-    for written in app.config.workers:
-        site, equals, url = written.partition("=")
-        app.registry.join(url if equals else written, site if equals else "")
-    yield
-    app.registry.close()
-
-
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _read(request: Request, limit: int) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise TooLarge(f"the body may have {limit} bytes at most; send less")
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 def _row(worker: Worker, now: float) -> WorkerRow:
@@ -299,27 +326,3 @@ def _row(worker: Worker, now: float) -> WorkerRow:
 
 def _json(value: object) -> Response:
     return Response(json.encode(value), media_type=JSON)
-
-
-def _internal(error: BaseException) -> StrettoError:
-    log.exception("a request failed", exc_info=error)
-    return StrettoError("an error inside the gateway; its log names the place")
-
-
-async def _error_response(request: Request, error: Exception) -> Response:
-    headers: dict[str, str] = {}
-    if isinstance(error, HTTPException):
-        headers = dict(error.headers or {})
-        path = request.url.path
-        if error.status_code == WrongMethod.status:
-            error = WrongMethod(
-                f"{path} does not take {request.method}; use {headers.get('Allow', 'another')}"
-            )
-        else:
-            error = NotFound(f"there is nothing at {path}")
-    assert isinstance(error, StrettoError)
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if isinstance(error, Unauthorised):
-        headers["WWW-Authenticate"] = "Bearer"
-    return Response(json.encode(error.body()), error.status, headers, JSON)

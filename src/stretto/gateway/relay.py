@@ -67,6 +67,7 @@ class RelayedExchange:
     body: bytes
     arrival: float
     send: Send
+    request_id: str = ""
     progress: Progress = field(default_factory=Progress)
     tried: set[str] = field(default_factory=set[str])
     first: float | None = None  # when the first bytes came
@@ -287,7 +288,7 @@ class Relay:
 
     def _bytes(self, worker: Worker, exchange: RelayedExchange) -> bytes:
         """The request as the worker gets it."""
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "x-request-id": exchange.request_id}
         if worker.plain:
             return worker.pool.request("POST", PATHS[exchange.operation], headers, exchange.body)
         relayed = RelayedRequest(

@@ -15,29 +15,25 @@ from functools import partial
 from pathlib import Path
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
-from stretto.errors import NotFound, StrettoError, TooLarge, WrongMethod
-from stretto.protocol.http import plain_path
+from stretto.errors import StrettoError
+from stretto.http.errors import error_response, internal
+from stretto.http.exchange import KEY, Exchange, ExchangeLayer
+from stretto.http.guard import Guard
+from stretto.http.request import plain_path, read_body
 from stretto.protocol.parsing import require_json
 from stretto.protocol.relay import RELAY
 from stretto.server.adapters.messages import count_tokens, create_message
 from stretto.server.adapters.tokens import detokenize, tokenize
-from stretto.server.edge.answer import parts_of
-from stretto.server.edge.dialects import dialect_of
-from stretto.server.edge.exchange import KEY, Exchange, ExchangeLayer
-from stretto.server.edge.guard import Guard
 from stretto.server.embeddings import embed
 from stretto.server.generation import CHAT, COMPLETION, generate, relay
 from stretto.server.pages import Pages
 from stretto.server.state import Call, GrammarCheck, Server, status_of
-from stretto.telemetry.log import describe
 from stretto.telemetry.metrics import Ended
 from stretto.text.tokenizer import TextModel
 
@@ -88,57 +84,6 @@ class Endpoint:
             self.server.ended(exchange.ended)
             # The error holds this frame. Without the way back, it is freed at once, and the body with it.
             failure = None
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body.
-
-    Raises TooLarge as soon as the header announces more than `limit` bytes or more have arrived, and
-    ClientDisconnect when the client closes the connection.
-    """
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdigit() or int(declared) > limit:
-        raise _too_large(limit)
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(limit)
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _too_large(limit: int) -> TooLarge:
-    return TooLarge(f"the body may have {limit} bytes at most; send less")
-
-
-def internal(error: BaseException) -> StrettoError:
-    """Logs where a bug raised its error, and returns the error for the client.
-
-    Neither holds the error's message, because that may quote a prompt.
-    """
-    log.error("a request failed with %s", describe(error))
-    return StrettoError("an error inside the server; its log names the place")
-
-
-async def error_response(request: Request, error: Exception) -> Response:
-    """Every error as a response, the router's own included."""
-    allow: dict[str, str] = {}
-    if isinstance(error, HTTPException):
-        allow = dict(error.headers or {})
-        path = request.scope["path"]
-        if error.status_code == WrongMethod.status:
-            allowed = allow.get("Allow", "other methods")
-            error = WrongMethod(f"{path} does not take {request.method}; use {allowed}")
-        else:
-            error = NotFound(f"there is nothing at {path}")
-    if not isinstance(error, StrettoError):
-        error = internal(error)
-    exchange: Exchange = request.scope[KEY]
-    exchange.outcome = error.code
-    status, headers, body = parts_of(error, exchange.id, dialect_of(request.scope["path"]))
-    return Response(body, status, headers | allow)
 
 
 class App(Starlette):

@@ -22,14 +22,15 @@ from stretto.errors import (
     CannotBeOnTime,
     InvalidGrammar,
     StrettoError,
+    Unauthorised,
     Unavailable,
     UnknownModel,
 )
-from stretto.protocol.http import HEADERS, tenant_of
+from stretto.http.exchange import KEY, LEFT, Exchange
+from stretto.http.request import tenant_of
 from stretto.protocol.relay import Continuation, EmittedAnswer, WorkerReport
 from stretto.queueing.turns import Turns
 from stretto.server.admission_gate import START_S, AdmissionGate
-from stretto.server.edge.exchange import KEY, LEFT, Exchange
 from stretto.server.objectives import ServicePolicy
 from stretto.server.quota import PriorityQuota
 from stretto.server.validation import ModelHandle, RequestLimits
@@ -87,9 +88,14 @@ class Server:
         keys = self.config.api_keys
         if self.config.gateway_key:
             keys = keys | {self.config.gateway_key: GATEWAY}
-        if not keys or not (self.config.api_keys or any(name in headers for name in HEADERS)):
+        if not keys:
             return LOCAL
-        return tenant_of(headers, keys)
+        try:
+            return tenant_of(headers, keys)
+        except Unauthorised:
+            if self.config.api_keys:
+                raise
+            return LOCAL  # a server that is open to all takes any key
 
     def ensure_known(self, name: str) -> None:
         """Raises UnknownModel."""
@@ -144,6 +150,19 @@ class Server:
             tiers=dict(self.policy.tiers),
             snapshots={name: Raw(encode(seen)) for name, seen in self.engine.snapshots().items()},
         )
+
+    @property
+    def running(self) -> int:
+        """How many calls are running."""
+        return len(self.calls)
+
+    def close(self) -> None:
+        """Refuses new calls: the server is shutting down."""
+        self.gate.close()
+
+    def rejected(self, reason: str) -> None:
+        """Counts a request or a connection that was cut short."""
+        self.metrics.rejected(reason)
 
     def end_calls(self, error: StrettoError) -> None:
         """Ends all calls with `error`."""

@@ -1,6 +1,6 @@
 """The access log: one JSON line for each HTTP request, without content, keys or text that a client made up.
 
-The request id is the one exception: its characters and its length are limited (`server.edge.exchange`).
+The request id is the one exception: its characters and its length are limited (`http.exchange`).
 """
 
 from __future__ import annotations

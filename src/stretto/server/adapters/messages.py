@@ -11,6 +11,7 @@ from msgspec import json, structs
 from starlette.responses import Response
 
 from stretto.errors import CannotBeOnTime, Overloaded, UnsupportedField
+from stretto.http.dialects import ANTHROPIC, OVERLOADED
 from stretto.protocol.anthropic import (
     AnyChoice,
     AssistantBlock,
@@ -49,7 +50,6 @@ from stretto.protocol.openai import (
 from stretto.protocol.parsing import JSON, as_it_is, parse
 from stretto.server.adapters.message_writer import MessageWriter
 from stretto.server.adapters.naming import fields_named, with_possible_reasoning
-from stretto.server.edge.dialects import ANTHROPIC, OVERLOADED
 from stretto.server.generation import run
 from stretto.server.objectives import DEFAULT
 from stretto.server.state import Call

@@ -12,9 +12,10 @@ import pytest
 
 from stretto.config import ServeConfig
 from stretto.errors import StartError
-from stretto.server import lifecycle, pages
+from stretto.http import serving as lifecycle
+from stretto.http.hosts import HostRule
+from stretto.server import pages
 from stretto.server.app import App
-from stretto.server.edge.hosts import HostRule
 from tests.server.conftest import CHAT, HELLO
 from tests.server.fake_engine import FakeEngine, build
 

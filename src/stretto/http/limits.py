@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from stretto.config import ServeConfig
+from stretto.config import HttpConfig
 from stretto.errors import Overloaded, StrettoError
 
 HEAD_BYTES = 32 * 2**10
@@ -43,7 +43,7 @@ class Edge:
     """`count(reason)` counts what was cut short. `waiting` has the connections whose client owes a request or
     the rest of one, the longest first."""
 
-    def __init__(self, config: ServeConfig, max_connections: int, count: Callable[[str], None]) -> None:
+    def __init__(self, config: HttpConfig, max_connections: int, count: Callable[[str], None]) -> None:
         self.max_connections = max_connections
         self.request_timeout_s = config.request_timeout_s
         self.send_timeout_s = config.send_timeout_s

@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
-from stretto.config import ServeConfig
-from stretto.errors import Draining, StartError
-from stretto.server.app import App
-from stretto.server.edge.connection import ConnectionConfig
-from stretto.server.edge.hosts import is_loopback
-from stretto.server.edge.limits import Edge
-from stretto.telemetry.log import describe
+from stretto.config import HttpConfig
+from stretto.errors import Draining, StartError, StrettoError
+from stretto.http.connection import ConnectionConfig
+from stretto.http.hosts import is_loopback
+from stretto.http.limits import Edge
+from stretto.telemetry.log import LineWriter, describe
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
@@ -36,19 +36,54 @@ LAST_EVENTS_S = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StartingEngine(Protocol):
-    """The methods of the engine client that starting and stopping use."""
+class Backend(Protocol):
+    """What starts and stops with the server: a worker's engine, or a gateway's workers."""
 
     async def wait_ready(self) -> None: ...
     async def shutdown(self, grace_s: float) -> None: ...
 
 
-async def run(
-    config: ServeConfig, app: App, engine: StartingEngine, on_ready: Callable[[str], None] | None = None
-) -> None:
-    """Serves until a signal ends it, then stops the engine. `on_ready` gets the URL when the engine is ready.
+class Service(Protocol):
+    """What the application does, as far as it must be limited, drained and ended."""
 
-    Raises StartError when the address cannot be used or the engine cannot load.
+    access_log: LineWriter | None
+
+    @property
+    def running(self) -> int:
+        """How many calls are running."""
+        ...
+
+    def rejected(self, reason: str) -> None:
+        """Counts what was cut short."""
+        ...
+
+    def close(self) -> None:
+        """Refuses new calls from now on."""
+        ...
+
+    def end_calls(self, error: StrettoError) -> None:
+        """Ends all calls with `error`."""
+        ...
+
+    async def idle(self) -> None:
+        """Returns when no call is running."""
+        ...
+
+
+class Application(Protocol):
+    """An ASGI application over a service."""
+
+    server: Service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
+async def run(
+    config: HttpConfig, app: Application, backend: Backend, on_ready: Callable[[str], None] | None = None
+) -> None:
+    """Serves until a signal ends it, then stops the backend. `on_ready` gets the URL when that is ready.
+
+    Raises StartError when the address cannot be used or the backend cannot start.
     """
     try:
         listener = listen(config.host, config.port)
@@ -60,17 +95,17 @@ async def run(
                 listener.getsockname()[1],
             )
         with listener:
-            await _serve(config, app, engine, listener, on_ready)
+            await _serve(config, app, backend, listener, on_ready)
     finally:
-        await engine.shutdown(LAST_EVENTS_S)
+        await backend.shutdown(LAST_EVENTS_S)
         if app.server.access_log is not None:
             app.server.access_log.close()
 
 
 async def _serve(
-    config: ServeConfig,
-    app: App,
-    engine: StartingEngine,
+    config: HttpConfig,
+    app: Application,
+    backend: Backend,
     listener: socket.socket,
     on_ready: Callable[[str], None] | None,
 ) -> None:
@@ -79,7 +114,7 @@ async def _serve(
     gc.collect()
     gc.freeze()
     most = min(config.max_connections, max(files - SPARE_FILES, 2) // 2)
-    edge = Edge(config, most, app.server.metrics.rejected)
+    edge = Edge(config, most, app.server.rejected)
     server = _Server(app, edge)
     shutdown = _Shutdown(config, app, server)
     loop = asyncio.get_running_loop()
@@ -87,7 +122,7 @@ async def _serve(
     for number in SIGNALS:
         loop.add_signal_handler(number, shutdown.signal)
     serving = asyncio.create_task(server.serve([listener]))
-    loading = asyncio.create_task(engine.wait_ready())
+    loading = asyncio.create_task(backend.wait_ready())
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
@@ -151,7 +186,7 @@ def _log_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handlers, and with limits for its connections."""
 
-    def __init__(self, app: App, edge: Edge) -> None:
+    def __init__(self, app: Application, edge: Edge) -> None:
         self._edge = edge
         config = ConnectionConfig(
             app,
@@ -180,7 +215,7 @@ class _Server(uvicorn.Server):
 class _Shutdown:
     """Shuts the server down on signals. The event loop calls `signal`."""
 
-    def __init__(self, config: ServeConfig, app: App, server: uvicorn.Server) -> None:
+    def __init__(self, config: HttpConfig, app: Application, server: uvicorn.Server) -> None:
         self._config = config
         self._api = app.server
         self._server = server
@@ -191,8 +226,8 @@ class _Shutdown:
         if self._drain is not None:
             self._stop_now.set()
             return
-        self._api.gate.close()
-        log.info("draining: %d requests running", len(self._api.calls))
+        self._api.close()
+        log.info("draining: %d requests running", self._api.running)
         self._drain = asyncio.create_task(self._end())
 
     async def _end(self) -> None:

@@ -1,11 +1,13 @@
-"""What every HTTP server of Stretto reads alike: the API key of a request, and its path."""
+"""What server and gateway read alike: the API key of a request, its path, and its body."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from hmac import compare_digest
 
-from stretto.errors import Unauthorised
+from starlette.requests import Request
+
+from stretto.errors import TooLarge, Unauthorised
 
 HEADERS = ("authorization", "x-api-key")
 
@@ -33,3 +35,26 @@ def tenant_of(headers: Mapping[str, str], keys: Mapping[str, str]) -> str:
 def plain_path(path: str) -> str:
     """The path without a slash at its end, which many clients add to a base URL. No route ends in one."""
     return path[:-1] if len(path) > 1 and path[-1] == "/" else path
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body.
+
+    Raises TooLarge as soon as the header announces more than `limit` bytes or more have arrived, and
+    ClientDisconnect when the client closes the connection.
+    """
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdigit() or int(declared) > limit:
+        raise _too_large(limit)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body may have {limit} bytes at most; send less")

@@ -8,8 +8,8 @@ from http import HTTPStatus
 from msgspec import json
 
 from stretto.errors import StrettoError, Unauthorised
+from stretto.http.dialects import OPENAI, Dialect
 from stretto.protocol.parsing import JSON
-from stretto.server.edge.dialects import OPENAI, Dialect
 
 
 def parts_of(

@@ -26,9 +26,9 @@ from stretto.errors import (
     StrettoError,
     TooManyConnections,
 )
-from stretto.server.edge.answer import bytes_of
-from stretto.server.edge.exchange import id_of
-from stretto.server.edge.limits import (
+from stretto.http.answer import bytes_of
+from stretto.http.exchange import id_of
+from stretto.http.limits import (
     HEAD_BYTES,
     HEADERS,
     KEEP_ALIVE_S,

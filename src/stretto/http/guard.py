@@ -10,10 +10,10 @@ from collections.abc import Callable
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stretto.config import ServeConfig
+from stretto.config import HttpConfig
 from stretto.errors import ForeignHost, ForeignOrigin, InvalidHttp, StrettoError, UnsupportedMedia
-from stretto.server.edge.exchange import KEY
-from stretto.server.edge.hosts import HostRule, OriginRule
+from stretto.http.exchange import KEY
+from stretto.http.hosts import HostRule, OriginRule
 
 READING = ("GET", "HEAD", "OPTIONS")
 FROM_ELSEWHERE = ("cross-site", "same-site")
@@ -43,7 +43,7 @@ Found = dict[bytes, str]
 class Guard:
     """Checks `Host`, `Origin`, `Sec-Fetch-Site` and the coding of a body. `count` gets an error's code."""
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, count: Callable[[str], None]) -> None:
+    def __init__(self, app: ASGIApp, config: HttpConfig, count: Callable[[str], None]) -> None:
         self._app = app
         self._hosts = HostRule(config)
         self._origins = OriginRule(config)

@@ -7,7 +7,7 @@ import re
 import socket
 from ipaddress import ip_address
 
-from stretto.config import ServeConfig
+from stretto.config import HttpConfig
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ANY = "*"
@@ -32,7 +32,7 @@ class HostRule:
     address is no name. `*` allows every host, and `*.example.org` all names below example.org.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: HttpConfig) -> None:
         self._addresses = not is_loopback(config.host)
         own = {*LOOPBACK, config.host.lower()}
         if self._addresses:
@@ -64,7 +64,7 @@ class HostRule:
 class OriginRule:
     """The web origins whose pages may use the server: its own, and `cors_origins`."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: HttpConfig) -> None:
         self._origins = {origin.lower().rstrip("/") for origin in config.cors_origins}
         self._any = ANY in self._origins
 

@@ -1,0 +1,45 @@
+"""Every error of an application as a response: Stretto's own, the router's, and bugs."""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stretto.errors import NotFound, StrettoError, WrongMethod
+from stretto.http.answer import parts_of
+from stretto.http.dialects import dialect_of
+from stretto.http.exchange import KEY, Exchange
+from stretto.telemetry.log import describe
+
+log = logging.getLogger(__name__)
+
+
+def internal(error: BaseException) -> StrettoError:
+    """Logs where a bug raised its error, and returns the error for the client.
+
+    Neither holds the error's message, because that may quote a prompt.
+    """
+    log.error("a request failed with %s", describe(error))
+    return StrettoError("an error inside the server; its log names the place")
+
+
+async def error_response(request: Request, error: Exception) -> Response:
+    """Every error as a response, the router's own included."""
+    allow: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        allow = dict(error.headers or {})
+        path = request.scope["path"]
+        if error.status_code == WrongMethod.status:
+            allowed = allow.get("Allow", "other methods")
+            error = WrongMethod(f"{path} does not take {request.method}; use {allowed}")
+        else:
+            error = NotFound(f"there is nothing at {path}")
+    if not isinstance(error, StrettoError):
+        error = internal(error)
+    exchange: Exchange = request.scope[KEY]
+    exchange.outcome = error.code
+    status, headers, body = parts_of(error, exchange.id, dialect_of(request.scope["path"]))
+    return Response(body, status, headers | allow)
