@@ -251,7 +251,7 @@ def step_limits(config: EngineConfig, models: list[LoadedModel]) -> Limits:
         for cost in (model.times.cost for model in models)
     ]
     fewest = min(chosen, key=lambda each: each.value)
-    log.info("a step has at most %d tokens: %s", fewest.value, fewest.why)
+    log.debug("a step has at most %d tokens: %s", fewest.value, fewest.why)
     return Limits(config.max_running, fewest.value, tiers)
 
 
