@@ -151,6 +151,8 @@ def _error_with_path(message: str, body: bytes) -> InvalidRequest:
     if beyond := _TOO_LONG.match(problem):
         unit = "characters" if beyond[1] == "str" else "entries"
         most = int(beyond[2])
+        if not most:
+            return UnsupportedField(f"{path} is not supported by this server; leave it out", param=path)
         return Limit(most, unit, path).error(path, _length(body, path, most, keys="`key` in" in message))
     lower = cut(problem[0].lower() + problem[1:], LONGEST_PROBLEM)
     if problem.startswith(("Invalid value", "Invalid enum value")):

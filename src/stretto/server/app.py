@@ -28,7 +28,9 @@ from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
 from stretto.protocol.parsing import require_json
 from stretto.protocol.relay import RELAY
+from stretto.server.adapters import ollama
 from stretto.server.adapters.messages import count_tokens, create_message
+from stretto.server.adapters.ollama_models import ModelPages, show
 from stretto.server.adapters.tokens import detokenize, tokenize
 from stretto.server.embeddings import embed
 from stretto.server.generation import CHAT, COMPLETION, generate, relay
@@ -96,6 +98,11 @@ class App(Starlette):
             "/v1/embeddings": ("embeddings", embed),
             "/v1/messages": ("messages", create_message),
             "/v1/messages/count_tokens": ("count_tokens", count_tokens),
+            "/api/chat": ("ollama_chat", ollama.chat),
+            "/api/generate": ("ollama_generate", ollama.generate),
+            "/api/embed": ("ollama_embed", ollama.embed),
+            "/api/embeddings": ("ollama_embeddings", ollama.embedding),
+            "/api/show": ("ollama_show", show),
             "/tokenize": ("tokenize", tokenize),
             "/detokenize": ("detokenize", detokenize),
             RELAY: ("relay", relay),
@@ -104,7 +111,7 @@ class App(Starlette):
             Route(path, Endpoint(name, server, handler), methods=["POST"])
             for path, (name, handler) in work.items()
         ]
-        super().__init__(routes=routes + Pages(server).routes())
+        super().__init__(routes=routes + Pages(server).routes() + ModelPages(server).routes())
         self.router.redirect_slashes = False
         self.add_middleware(Guard, config=server.config, count=server.metrics.rejected)
         self.server = server

@@ -6,8 +6,9 @@ import base64
 import math
 import struct
 from functools import partial
+from typing import NamedTuple
 
-from msgspec import json
+from msgspec import json, structs
 from starlette.responses import Response
 
 from stretto.errors import CannotBeOnTime, EngineError, InvalidRequest
@@ -19,32 +20,49 @@ from stretto.server.state import Call
 from stretto.server.validation import ModelHandle, cache_salt, split_inputs
 from stretto.text.output import Output
 from stretto.text.prompts import encode_prompts
-from stretto.types import Request, Sampling
+from stretto.types import INT32_MAX, Request, Sampling
 
 DECODER = json.Decoder(EmbeddingRequest)
 WINDOW = 16
 
 
+class Embedded(NamedTuple):
+    """The vectors of some texts, and the number of their tokens."""
+
+    model: str
+    vectors: list[tuple[float, ...]]
+    tokens: int
+
+
 async def embed(call: Call) -> None:
     """Answers one request for embeddings. Raises StrettoError."""
-    server = call.server
     request = parse(DECODER, call.body)
+    model, vectors, tokens = await embedded(call, request)
+    data = [Embedding(index=at, embedding=_packed(request, each)) for at, each in enumerate(vectors)]
+    answer = EmbeddingList(data=data, model=model, usage=EmbeddingUsage(tokens, tokens))
+    await call.respond(Response(json.encode(answer), media_type=JSON))
+
+
+async def embedded(call: Call, request: EmbeddingRequest, *, cut: bool = False) -> Embedded:
+    """Computes the embeddings of a request. Raises StrettoError. `cut`: a text that is too long loses its
+    end, and is no error."""
+    server = call.server
     call.label(request.model, DEFAULT)
     model = server.model(request.model)
     inputs = split_inputs(request.input, "$.input")
     with server.gate.reserve(min(len(inputs), WINDOW)) as slot:
-        encode = partial(encode_prompts, model.text, inputs, model.info, "$.input")
-        prompts = await server.run_text(call, encode)
+        info = structs.replace(model.info, context=INT32_MAX) if cut else model.info
+        encode = partial(encode_prompts, model.text, inputs, info, "$.input")
+        prompts = [ids[: model.info.context] for ids in await server.run_text(call, encode)]
         vectors: list[tuple[float, ...]] = []
         for start in range(0, len(prompts), WINDOW):
             outputs = [submit(call, request, model, ids) for ids in prompts[start : start + WINDOW]]
             # Each window uses the same reserved slots, so only the last one releases them.
             last = start + WINDOW >= len(prompts)
             vectors += [await _vector(output, slot if last else None) for output in outputs]
-    data = [Embedding(index=at, embedding=_packed(request, each)) for at, each in enumerate(vectors)]
-    tokens = sum(map(len, prompts))
-    answer = EmbeddingList(data=data, model=model.name, usage=EmbeddingUsage(tokens, tokens))
-    await call.respond(Response(json.encode(answer), media_type=JSON))
+    if request.dimensions is not None:
+        vectors = [_shortened(vector, request.dimensions) for vector in vectors]
+    return Embedded(model.name, vectors, sum(map(len, prompts)))
 
 
 def submit(call: Call, request: EmbeddingRequest, model: ModelHandle, ids: tuple[int, ...]) -> Output:
@@ -88,8 +106,6 @@ async def _vector(output: Output, slot: Slot | None) -> tuple[float, ...]:
 
 
 def _packed(request: EmbeddingRequest, vector: tuple[float, ...]) -> list[float] | str:
-    if request.dimensions is not None:
-        vector = _shortened(vector, request.dimensions)
     if request.encoding_format == "base64":
         return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
     return list(vector)

@@ -36,11 +36,7 @@ from stretto.types import Request, Sampling, TokenEvent
 
 R = TypeVar("R", bound=Generation)
 Arrived = tuple[Output, list[TokenEvent]]
-EVENT_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+UNBUFFERED = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +185,8 @@ async def stream(call: Call, writer: AnswerWriter, slot: Slot) -> None:
 async def send_head(call: Call) -> None:
     """Begins a stream."""
     call.streaming = True
-    await call.send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+    headers = [(b"content-type", call.stream_type), *UNBUFFERED]
+    await call.send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
 def replay(call: Call, writer: AnswerWriter) -> int:

@@ -244,6 +244,7 @@ class Call:
         self.model = ""
         self.tier = ""
         self.streaming = False
+        self.stream_type = b"text/event-stream; charset=utf-8"
         self.error_event: Callable[[StrettoError], bytes] = error_event  # ends a stream that has begun
         self.client_gone = False
         self._task = asyncio.current_task()

@@ -80,6 +80,7 @@ class AnswerSpec:
     `encode` returns the prompts, which takes long for a long text. `grammar_path` is the path of the field
     that gave the grammar. `parser` makes a parser of tool calls for one answer. With `single_call`, the first
     tool call ends the answer. `relaxed`: paths of a schema's parts that the grammar does not enforce.
+    `whole_calls`: a stream has no part of a tool call before all of it.
     """
 
     model: ModelHandle
@@ -94,6 +95,7 @@ class AnswerSpec:
     parser: Callable[[], CallParser] | None = None
     single_call: bool = False
     relaxed: tuple[str, ...] = ()
+    whole_calls: bool = False
 
     def answer_parser(self, thinking: bool | None) -> AnswerParser | None:
         """The parser of an answer with reasoning or tool calls. None if the answer is only content."""
@@ -105,7 +107,13 @@ class AnswerSpec:
             # The reasoning may hold a stop string, so only what follows it is searched.
             stop = StopStrings(self.sampling.stop, self.sampling.min_tokens) if self.sampling.stop else None
         tools = self.parser() if self.parser else None
-        return AnswerParser(reasoning, tools, streamed=self.stream, single_call=self.single_call, stop=stop)
+        return AnswerParser(
+            reasoning,
+            tools,
+            streamed=self.stream and not self.whole_calls,
+            single_call=self.single_call,
+            stop=stop,
+        )
 
 
 def check_chat(request: ChatRequest, model: ModelHandle, limits: RequestLimits) -> AnswerSpec:

@@ -91,12 +91,12 @@ class ChatTemplate:
             ) from error
         except (TemplateError, RecursionError) as error:
             raise CheckpointError(f"the chat template does not parse: {error}") from error
-        self._source = "\n".join(sources.values())
+        self.source = "\n".join(sources.values())
         self._variables = variables
 
     def mentions(self, word: str) -> bool:
         """Whether the source of the template contains `word`."""
-        return word in self._source
+        return word in self.source
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
