@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,10 @@ def test_the_named_matrices_are_in_the_wider_format_and_no_others(tmp_path: Path
     make("llama", tmp_path, hidden_size=256, intermediate_size=256)
     names = ("model.layers.0.mlp.gate_proj", "model.layers.2.self_attn.o_proj")
     decoder = load(tmp_path, dtype=torch.float32, device=CPU, kernels=mixed(*names))
-    found = {
+    layers: list[Any] = list(decoder.weights.stack.layers)
+    found: dict[str, str] = {
         f"{number} {part}": matrix.format
-        for number, layer in enumerate(decoder.weights.stack.layers)
+        for number, layer in enumerate(layers)
         for part, matrix in (("gate", layer.feed_forward.gate_up), ("out", layer.out))
     }
     assert found == {f"{number} {part}": "int4" for number in range(4) for part in ("gate", "out")} | {
