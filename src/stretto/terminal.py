@@ -28,7 +28,7 @@ from rich.table import Table
 from stretto.bench import engine
 from stretto.bench.load import Outcome
 from stretto.bench.metrics import Sample
-from stretto.bench.report import COUNTS, TIMES, counts, objectives, times
+from stretto.bench.report import COUNTS, TIMES, counts, times
 from stretto.errors import StrettoError
 from stretto.hardware import gib, process_age
 from stretto.simulator.report import ReplayReport
@@ -157,7 +157,6 @@ def show_outcome(outcome: Outcome) -> None:
         out.print(
             f"goodput {report.goodput:.2f} requests/s · {report.good_share:.1%} of all requests were good"
         )
-    out.print(f"objectives: {objectives(report)}", markup=False)
     for kind, count in report.errors.items():
         out.print(f"[red]{count} failed:[/] ", end="")
         out.print(f"{kind}: {outcome.examples[kind]}", markup=False)

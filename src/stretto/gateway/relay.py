@@ -155,7 +155,8 @@ class Relay:
 
     def _objective(self, fields: RoutingFields) -> Objective:
         """The objective for routing. The worker resolves it again, and reports what is wrong with it."""
-        own: dict[str, Any] = fields.objective if type(fields.objective) is dict else {}
+        given: object = fields.objective
+        own = cast("dict[str, Any]", given) if isinstance(given, dict) else {}
         tier = fields.service_tier if fields.service_tier in ("priority", "flex") else "default"
         for worker in self.registry.workers.values():
             if tier in worker.tiers:

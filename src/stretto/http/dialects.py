@@ -23,14 +23,15 @@ ANTHROPIC_TYPES: dict[int, str] = {
 
 
 class Dialect(NamedTuple):
-    """`body(error, request_id)` is the JSON of an error, and `framed(json)` a part of a stream."""
+    """`body(error, request_id)`: the JSON of an error. In a stream, `before` and `after` surround it."""
 
     body: Callable[[StrettoError, str], dict[str, Any]]
-    framed: Callable[[bytes], bytes]
+    before: bytes
+    after: bytes
 
     def ending(self, error: StrettoError, request_id: str) -> bytes:
         """What ends a stream that fails."""
-        return self.framed(json.encode(self.body(error, request_id)))
+        return self.before + json.encode(self.body(error, request_id)) + self.after
 
 
 def _openai(error: StrettoError, request_id: str) -> dict[str, Any]:
@@ -47,9 +48,9 @@ def _ollama(error: StrettoError, request_id: str) -> dict[str, Any]:
     return {"error": error.message}
 
 
-OPENAI = Dialect(_openai, lambda body: b"data: " + body + b"\n\n")
-ANTHROPIC = Dialect(_anthropic, lambda body: b"event: error\ndata: " + body + b"\n\n")
-OLLAMA = Dialect(_ollama, lambda body: body + b"\n")
+OPENAI = Dialect(_openai, b"data: ", b"\n\n")
+ANTHROPIC = Dialect(_anthropic, b"event: error\ndata: ", b"\n\n")
+OLLAMA = Dialect(_ollama, b"", b"\n")
 PREFIXES = (("/v1/messages", ANTHROPIC), ("/api/", OLLAMA))
 
 

@@ -46,7 +46,10 @@ class Backend(Protocol):
 class Service(Protocol):
     """What the application does, as far as it must be limited, drained and ended."""
 
-    access_log: LineWriter | None
+    @property
+    def access_log(self) -> LineWriter | None:
+        """Where the lines of the access log go; None: nowhere."""
+        ...
 
     @property
     def running(self) -> int:
@@ -73,7 +76,10 @@ class Service(Protocol):
 class Application(Protocol):
     """An ASGI application over a service."""
 
-    server: Service
+    @property
+    def server(self) -> Service:
+        """What it serves."""
+        ...
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 

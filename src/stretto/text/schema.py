@@ -127,11 +127,8 @@ def _part(schema: Any, path: str, anchors: dict[str, str], found: EnforceableSch
 
 def _name_properties(names: Any, part: Schema, path: str, found: EnforceableSchema) -> None:
     """Says with other keywords which names of members are allowed."""
-    rules: Schema = (
-        {key: value for key, value in (names or {}).items() if key != "type"}
-        if isinstance(names, dict)
-        else {}
-    )
+    rules: Schema = {**names} if isinstance(names, dict) else {}
+    rules.pop("type", None)
     if not rules and names is not False:
         return  # a name is a string anyway
     others = part.get("additionalProperties", True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -20,6 +21,9 @@ from numpy.typing import NDArray
 from stretto.errors import InvalidGrammar
 from stretto.types import LONGEST_GRAMMAR, CallTag, Grammar, GrammarKind
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 # With llguidance's own limits one mask may take tens of milliseconds while every stream waits. With these it
 # takes about ten.
 LIMITS = LLParserLimits(
@@ -27,7 +31,7 @@ LIMITS = LLParserLimits(
 )
 # At most one blank where JSON allows blanks: each is a token, and a confused model emits them until its
 # limit. A schema's own `x-guidance` may say otherwise.
-COMPACT = {"whitespace_pattern": " "}
+COMPACT: JsonCompileOptions = {"whitespace_pattern": " "}
 COMPILED_GRAMMARS = 32  # kept for each model
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 LEVELS = 4
 F32, BF16, I8 = 0, 1, 2
@@ -132,7 +132,7 @@ class Native:
     def _function(self, name: str) -> Callable[..., int]:
         function = self._library[f"stretto_{name}"]
         function.argtypes = _FUNCTIONS[name]
-        function.errcheck = _raise
+        function.errcheck = cast(Any, _raise)
         return function
 
 
