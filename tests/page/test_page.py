@@ -1,9 +1,9 @@
+"""The page in a browser: a chat, its objective and timing, the live view, and the look."""
+
 from __future__ import annotations
 
 import asyncio
 import json
-import shutil
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -14,43 +14,9 @@ from stretto.config import ServeConfig
 from stretto.http import serving as lifecycle
 from stretto.server.app import App
 from stretto.types import Finish, Reason, StepStats, TokenEvent
-from tests.server.conftest import Served, app, checkpoint, config, engine, served, text
+from tests.page.conftest import send
+from tests.server.conftest import Served
 from tests.server.fake_engine import FakeEngine
-
-__all__ = ["app", "checkpoint", "config", "engine", "served", "text"]
-api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-
-
-@pytest.fixture
-def complaints() -> list[str]:
-    """The warnings and errors in the browser's console."""
-    return []
-
-
-@pytest.fixture
-async def page(served: Served, complaints: list[str]) -> AsyncIterator[Any]:
-    """The page in a browser. Any console message, such as a CSP violation, fails the test."""
-    async with api.async_playwright() as play:
-        browser = await play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = await browser.new_page()
-        page.on(
-            "console", lambda message: complaints.append(message.text) if message.type == "error" else None
-        )
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        await page.goto(served.url)
-        await page.wait_for_selector(".status.ready")
-        await page.wait_for_selector("#model option", state="attached")
-        yield page
-        await browser.close()
-    assert complaints == []
-
-
-async def send(page: Any, text: str = "Hi") -> None:
-    await page.fill("#input", text)
-    await page.press("#input", "Enter")
 
 
 async def test_a_chat_by_keyboard_streams_and_shows_its_timing(page: Any) -> None:
@@ -58,11 +24,14 @@ async def test_a_chat_by_keyboard_streams_and_shows_its_timing(page: Any) -> Non
     await page.keyboard.press("Enter")
     await page.wait_for_selector(".facts")
     assert await page.inner_text(".turn.assistant .text") == "Hello, world!"
+    assert await page.evaluate("document.activeElement.id") == "input"
+    assert await page.locator(".timing-graph").count() == 0, "the graph is folded"
+    await page.click(".timing summary")
     assert await page.locator(".timing-graph .mark").count() > 1
+    assert await page.inner_text(".timing .legend") == "tokens received\ndeadlines\na late token"
     assert "tokens" in await page.get_attribute(".timing-graph", "aria-label")
     assert await page.inner_text(".facts .good dd") == "On time"
     assert await page.inner_text("#said") == "The answer is complete."
-    assert await page.evaluate("document.activeElement.id") == "input"
 
 
 async def test_the_request_carries_the_chosen_objective_and_tier(page: Any) -> None:
@@ -86,6 +55,7 @@ async def test_late_tokens_are_marked_in_the_timing_graph(page: Any, engine: Fak
     await page.fill("#itl", "20")
     await send(page)
     await page.wait_for_selector(".facts .bad")
+    await page.click(".timing summary")
     assert await page.locator(".timing-graph .mark.late").count() >= 1
     assert await page.inner_text("#said") == "The answer is complete, and late."
 
@@ -94,10 +64,11 @@ async def test_late_tokens_are_marked_in_the_timing_graph(page: Any, engine: Fak
 async def test_stopping_an_answer_cancels_it_in_the_engine(page: Any, engine: FakeEngine, how: str) -> None:
     engine.script = lambda request: [65, 30.0, 65]
     await send(page)
-    await page.wait_for_selector(".timing-graph .mark", state="attached")
+    await page.wait_for_selector(".turn.assistant:not(.awaited) .text p")
     await (page.click("#send") if how == "click" else page.keyboard.press("Escape"))
     await page.wait_for_selector("#send:has-text('Send')")
-    assert (await page.inner_text(".turn.assistant .text")).endswith("…")
+    shown = await page.inner_text(".turn.assistant .facts")
+    assert "stopped" in shown and "TTFT" in shown and "tokens" in shown
     for _ in range(100):
         if not engine.open:
             break

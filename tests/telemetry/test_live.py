@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import UNSET
 
-from stretto.telemetry.live import WINDOW_S, Live, Recent, TierAttainment
+from stretto.telemetry.live import HISTORY, WINDOW_S, Live, Recent, TierAttainment
 from stretto.telemetry.metrics import Ended
 from stretto.types import Objective, StepStats
 
@@ -90,3 +91,23 @@ def test_an_unused_worker_shows_no_times() -> None:
     empty = Recent({}, lambda: 0.0).snapshot(running=0, restarts=0, ready=False)
     assert (empty.ttft_ms, empty.itl_ms, empty.step_ms) == ((None, None),) * 3
     assert (empty.model_error, empty.tiers, empty.steps) == (None, {}, ())
+
+
+def test_the_history_holds_the_windows_before_this_one() -> None:
+    world = World()
+    now = world.snapshot()
+    (past,) = world.recent.with_history(now).history or ()
+    assert past.ago_s == WINDOW_S
+    assert (past.live.tokens_s, past.live.ttft_ms) == (4 / WINDOW_S, (9000.0, 9000.0))
+    assert now.history is UNSET, "only the first event of a stream has it"
+
+
+def test_the_history_is_bounded_and_reads_each_step_once() -> None:
+    world = World()
+    for _ in range(1000):
+        world.now += WINDOW_S
+        world.step(1.0, None)
+    past = world.recent.with_history(world.snapshot()).history or ()
+    assert len(past) == HISTORY
+    assert [each.ago_s for each in past] == [WINDOW_S * index for index in range(HISTORY, 0, -1)]
+    assert {each.live.steps_s for each in past} == {1 / WINDOW_S}

@@ -31,7 +31,12 @@ MSGPACK = "application/msgpack"
 FILES = files("stretto.server") / "static"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 PLOTLY = "plotly.min.js"
-NAMES = frozenset({PLOTLY, *(file.name for file in FILES.iterdir())})
+VENDOR = "vendor/"
+NAMES = frozenset(
+    {PLOTLY}
+    | {file.name for file in FILES.iterdir() if file.is_file()}
+    | {VENDOR + file.name for file in (FILES / "vendor").iterdir() if file.name.endswith(".js")}
+)
 # The hash of a stylesheet that plotly.js adds to the page. Without it the browser reports a violation.
 MAPS = "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
 SECURITY = {
@@ -58,7 +63,7 @@ class Pages:
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/", self.page),
-            Route("/page/{name}", self.page),
+            Route("/page/{name:path}", self.page),
             Route("/openapi.json", self.openapi),
             Route("/version", self.version),
             Route("/health", self.health),
@@ -106,12 +111,15 @@ class Pages:
     async def _snapshots(self) -> AsyncIterator[bytes]:
         server = self._server
         self._viewers += 1
+        first = True
         try:
             while not server.gate.draining:
                 engine = server.engine
                 now = server.recent.snapshot(
                     running=len(server.calls), restarts=engine.restarts, ready=engine.ready
                 )
+                now = server.recent.with_history(now) if first else now
+                first = False
                 yield b"data: " + json.encode(now) + b"\n\n"
                 await asyncio.sleep(LIVE_S)
         finally:

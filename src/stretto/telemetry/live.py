@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType, structs
 
 from stretto.statistics import quantile
 from stretto.telemetry.metrics import Ended
@@ -20,6 +20,7 @@ KEPT_STEPS = 4096
 KEPT_REQUESTS = 1024
 GAPS_PER_REQUEST = 64  # bounds the weight of a long answer and the cost of sorting
 LISTED_STEPS = 120
+HISTORY = 30  # windows of WINDOW_S: five minutes, of which KEPT_STEPS may cover less
 
 MedianP99 = tuple[float | None, float | None]
 
@@ -42,7 +43,8 @@ class Live(Struct, frozen=True, kw_only=True):
 
     `step_tokens`: mean decode and prompt tokens of a step. `model_error`: median error of the step-time
     model, as a share of the measured time. `steps`: measured and predicted milliseconds of the last steps.
-    `refused`: requests since the start, by error code. `ended`: requests since the start.
+    `refused`: requests since the start, by error code. `ended`: requests since the start. `history`: the
+    windows before this one, the oldest first, in the first event of a stream.
     """
 
     tokens_s: float
@@ -64,6 +66,14 @@ class Live(Struct, frozen=True, kw_only=True):
     restarts: int
     ready: bool
     objectives: dict[str, Objective]
+    history: tuple[Past, ...] | UnsetType = UNSET
+
+
+class Past(Struct, frozen=True):
+    """An earlier window that ended `ago_s` seconds ago. Its counts since the start are those of now."""
+
+    ago_s: float
+    live: Live
 
 
 class Recent:
@@ -97,7 +107,38 @@ class Recent:
         since = self._clock() - WINDOW_S
         steps = [stats for at, stats in self._steps if at >= since]
         requests = [request for at, request in self._requests if at >= since]
-        last = list({stats.model: stats for _, stats in self._steps}.values()) if running else []
+        last = [stats for _, stats in self._steps] if running else []
+        return self._live(steps, requests, last, restarts=restarts, ready=ready)
+
+    def with_history(self, now: Live) -> Live:
+        """`now` with the windows before it. The work is bounded by what is kept: each step is read once."""
+        end = self._clock()
+        steps: dict[int, list[StepStats]] = {}
+        requests: dict[int, list[Ended]] = {}
+        for at, stats in self._steps:
+            steps.setdefault(int((end - at) // WINDOW_S), []).append(stats)
+        for at, request in self._requests:
+            requests.setdefault(int((end - at) // WINDOW_S), []).append(request)
+        oldest = min(HISTORY, max((*steps, *requests), default=0))
+        windows = range(oldest, 0, -1)
+        past: list[Past] = []
+        for index in windows:
+            held = steps.get(index, [])
+            live = self._live(held, requests.get(index, []), held, restarts=now.restarts, ready=True)
+            past.append(Past(index * WINDOW_S, live))
+        return structs.replace(now, history=tuple(past))
+
+    def _live(
+        self,
+        steps: list[StepStats],
+        requests: list[Ended],
+        counted: list[StepStats],
+        *,
+        restarts: int,
+        ready: bool,
+    ) -> Live:
+        """The statistics of a window. The last of the steps `counted` tells the sequences and blocks."""
+        last = list({stats.model: stats for stats in counted}.values())
         timed = [(s.ms, s.predicted_ms) for s in steps if s.predicted_ms is not None and s.ms > 0]
         decode, prefill = sum(s.decode_tokens for s in steps), sum(s.prefill_tokens for s in steps)
         count = max(1, len(steps))

@@ -1,196 +1,269 @@
-/** The playground: a conversation, the objective of each answer, and its timing. */
-import { $, element, events, headers, refusal, duration } from "./stream.js";
-import { graph } from "./timing.js";
+/** The playground: sends the conversation, and shows its turns and what can be done with each. */
+import { called, bottom, facts, fold, growing } from "./answer.js";
+import * as conversations from "./conversations.js";
+import { button, copy, show } from "./markdown.js";
+import { context, history, limits, models, request } from "./settings.js";
+import { $, element, events, headers, refusal } from "./stream.js";
 
-const history = [];
-const drawn = [];
+/** What to ask: `desk` knows a support desk's tasks only. */
+const EXAMPLES = {
+  desk: ["What do I have to pay in total?\n- mouse at 18.81 EUR\n- lamp at 30.40 EUR",
+    "Sam Ward returns the charger for 50.77 EUR. We keep a restocking fee of 12.96 EUR. What is the refund?",
+    "The router left our warehouse on 2025-02-07. Delivery takes 6 days. On which date does it arrive?",
+    "Extract product, order as JSON.\n\nThe order number is #78864. I bought the green wallet.",
+    "What is the urgency of \"I live in Oslo. My parcel is 25 days late.\"?",
+    "Translate 'The table costs 298.69 CHF.' to Spanish"],
+  "": ["Explain to a child why the sky is blue.", "Write a Python function that merges two sorted lists.",
+    "Compare tea and coffee in a table.", "Give me three ideas for dinner with rice and eggs.",
+    "Write a polite note that cancels a meeting."],
+};
 let running = null;
-let objectives = {};
+let editing = null;
 
-/** The default objective of each tier, from the live stream. */
-export function learn(tiers) {
-  objectives = tiers;
-  const usual = objectives[$("tier").value] ?? {};
-  for (const name of ["ttft", "itl", "total"]) {
-    $(name).placeholder = usual[`${name}_ms`] == null ? "no limit" : `${usual[`${name}_ms`]} ms`;
-  }
+/** Draws the whole conversation, after it was opened or shortened. */
+export function render() {
+  const { messages, skipped } = conversations.now();
+  $("log").replaceChildren();
+  if (!messages.length) $("log").append(welcome());
+  messages.forEach((message, index) => {
+    const shown = turn(message, index);
+    shown.box.classList.toggle("unsent", index < skipped);
+    if (message.role === "assistant") finished(shown, message, index);
+  });
+  if (skipped) $("log").children[skipped]?.before(element("p", "aside", "The model no longer reads what is above this line."));
+  count();
+  bottom();
 }
 
-function turn(who, text) {
+function welcome() {
+  const box = element("div", "empty");
+  const list = element("div", "examples");
+  list.append(...(EXAMPLES[$("model").value] ?? EXAMPLES[""]).map((text) => button(text, () => {
+    if (running) return;
+    $("input").value = text;
+    send();
+  }, "example")));
+  box.append(element("h2", "", "Ask something."), element("p", "", "The answer streams in as it is made. Try one of these:"), list);
+  return box;
+}
+
+/** The tokens of the conversation, as the last answer counted them. */
+function count() {
+  const { used } = conversations.now(), most = context();
+  $("count").textContent = used ? `${used.toLocaleString("en")}${most ? ` of ${most.toLocaleString("en")}` : ""} tokens of context` : "";
+  $("count").classList.toggle("near", Boolean(most && used > 0.9 * most));
+}
+
+function turn(message, index) {
   $("log").querySelector(".empty")?.remove();
-  const box = element("article", `turn ${who}`);
-  const body = element("p", "text", text);
-  box.append(element("p", "who", who === "user" ? "You" : $("model").value || "Model"), body);
+  const user = message.role === "user";
+  const box = element("article", `turn ${message.role}`);
+  const body = element("div", "text", user ? message.content : "");
+  box.append(element("p", "who", user ? "You" : message.model || $("model").value || "Model"), body);
+  if (user) box.append(actions([["Edit", () => edit(index)], ["Copy", (made) => copy(made, message.content)]]));
   $("log").append(box);
-  $("log").scrollTop = $("log").scrollHeight;
   return { box, body };
 }
 
-function objective() {
-  const limits = {};
-  for (const name of ["ttft", "itl", "total"]) {
-    const value = parseFloat($(name).value);
-    if (value > 0) limits[`${name}_ms`] = value;
+function actions(each) {
+  const box = element("div", "actions");
+  box.append(...each.map(([name, act]) => button(name, act, "plain")));
+  return box;
+}
+
+/** Adds to an answer what is known when it is over. `timing`: the fold with its graph, while the page is open. */
+function finished({ box, body }, message, index, timing = null) {
+  if (!timing) {
+    if (message.thought) body.before(fold("thought", "Reasoning", element("div", "words", message.thought)));
+    show(body, message.content, true);
+    for (const call of message.calls ?? []) box.append(called(call));
   }
-  if ($("miss").value) limits.on_miss = $("miss").value;
-  return limits;
+  if (message.figures) box.append(facts(message.figures));
+  if (timing) box.append(timing);
+  const cut = message.reason === "length" || message.reason === "stopped";
+  if (message.reason === "length") box.append(element("p", "aside", "The answer was cut: it reached the most tokens."));
+  if (message.reason === "deadline") box.append(element("p", "aside", "The answer was cut: its time was over."));
+  const can = [["Copy", (made) => copy(made, message.content)], ["Regenerate", () => again(index)]];
+  if (cut && message.content && !message.calls?.length) can.unshift(["Continue", () => resume(index)]);
+  box.append(actions(can));
 }
 
-function request() {
-  const system = $("system").value.trim();
-  const tokens = parseInt($("tokens").value, 10);
-  return {
-    model: $("model").value,
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...history],
-    temperature: parseFloat($("temperature").value),
-    service_tier: $("tier").value,
-    ...(Object.keys(objective()).length && { objective: objective() }),
-    stream: true,
-    stream_options: { include_usage: true },
-    ...(tokens > 0 && { max_completion_tokens: tokens }),
+/** The token ids of the conversation and of the answer so far, so that the model goes on in the middle of it. */
+async function continuation(body, text) {
+  const ids = async (asked) => {
+    const response = await fetch("tokenize", { method: "POST", headers: headers(), body: JSON.stringify({ model: body.model, ...asked }), signal: running.signal });
+    if (!response.ok) throw await refusal(response);
+    return (await response.json()).tokens;
   };
+  const { messages, max_completion_tokens: most, ...rest } = body;
+  const prompt = [...await ids({ messages }), ...await ids({ prompt: text, add_special_tokens: false })];
+  return { ...rest, prompt, max_tokens: most ?? Math.max(1, Math.min(512, (context() ?? 4096) - prompt.length)) };
 }
 
-/** The facts below an answer: its timing, its tokens, and whether it was on time. */
-function facts(report, usage, tier, seconds) {
-  const list = element("dl", "facts");
-  const add = (name, value, kind = "") => {
-    const pair = element("div", kind);
-    pair.append(element("dt", "", name), element("dd", "", value));
-    list.append(pair);
-  };
-  if (report?.on_time != null) add("objective", report.on_time ? "On time" : "Late", report.on_time ? "good" : "bad");
-  if (tier) add("tier", tier);
-  if (report?.queue_ms != null) add("queue time", duration(report.queue_ms));
-  if (report?.ttft_ms != null) add("first token", duration(report.ttft_ms));
-  if (report?.itl_p99_ms != null) add("gap, p99", duration(report.itl_p99_ms));
-  if (usage) add("tokens", `${usage.completion_tokens}`);
-  if (usage && seconds > 0) add("tokens/s", (usage.completion_tokens / seconds).toFixed(0));
-  return list;
-}
-
-/** Draws an answer's timing as it grows, at most once a frame, and again when the page changes its width. */
-function plotter(shown) {
-  const limits = { ...objectives[$("tier").value], ...objective() };
-  const arrivals = [];
-  let now = null, frame = 0;
-  const draw = () => {
-    frame = 0;
-    const next = graph(arrivals, limits, Math.max(240, shown.box.clientWidth));
-    if (now) now.replaceWith(next); else shown.body.after(next);
-    now = next;
-  };
-  drawn.push(draw);
-  return {
-    add(at) {
-      arrivals.push(at);
-      if (!frame) frame = requestAnimationFrame(draw);
-    },
-    finish() {
-      cancelAnimationFrame(frame);
-      if (arrivals.length) draw();
-    },
-  };
-}
-
-async function answer(shown) {
+/** Sends the conversation and reads the answer into `grown`. Returns what the server said about it. */
+async function stream(grown, text) {
   const started = performance.now();
-  const plot = plotter(shown);
-  const response = await fetch("v1/chat/completions", {
-    method: "POST", headers: headers(), body: JSON.stringify(request()), signal: running.signal,
+  const body = text ? await continuation(request(), text) : request();
+  const response = await fetch(text ? "v1/completions" : "v1/chat/completions", {
+    method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal,
   });
   if (!response.ok) throw await refusal(response);
-  let report = null, usage = null, tier = null, thought = null, reason = null, text = "";
-  try {
-    for await (const event of events(response)) {
-      if (event.error) throw new Error(event.error.message);
-      usage = event.usage ?? usage;
-      report = event.stretto ?? report;
-      tier = event.service_tier ?? tier;
-      reason = event.choices[0]?.finish_reason ?? reason;
-      const delta = event.choices[0]?.delta ?? {};
-      if (delta.content || delta.reasoning_content) {
-        plot.add(performance.now() - started);
-        shown.box.classList.remove("awaited");
-      }
-      if (delta.reasoning_content) {
-        if (!thought) shown.body.before((thought = element("p", "thought")));
-        thought.append(delta.reasoning_content);
-      }
-      if (delta.content) {
-        text += delta.content;
-        shown.body.append(delta.content);
-      }
-      const log = $("log");
-      if (log.scrollHeight - log.scrollTop - log.clientHeight < 200) log.scrollTop = log.scrollHeight;
-    }
-  } finally {
-    plot.finish();
+  const said = { figures: {}, reason: null };
+  let at = 0;
+  for await (const event of events(response, (received) => { at = received; })) {
+    if (event.error) throw new Error(event.error.message);
+    const choice = event.choices[0];
+    said.reason = choice?.finish_reason ?? said.reason;
+    if (event.usage) said.figures.usage = event.usage;
+    if (event.stretto) said.figures.report = event.stretto;
+    if (event.service_tier) said.figures.tier = event.service_tier;
+    if (choice) grown.add(at - started, choice.delta ?? choice);
+    said.figures.seconds = (at - started) / 1000;
   }
-  if (reason === "deadline") shown.body.append(element("span", "aside", " (its time was over)"));
-  shown.box.append(facts(report, usage, tier, (performance.now() - started) / 1000));
-  $("said").textContent = report?.on_time === false ? "The answer is complete, and late." : "The answer is complete.";
-  $("log").scrollTop = $("log").scrollHeight;
-  return text;
+  return said;
 }
 
-/** Shows an error, and a button that sends the request again after the server's `Retry-After`. */
+/** What an error means to the reader: `retry`, sending it again can help; `trim`, leaving out old messages can. */
+function explain(error) {
+  const { status = 0, code, message } = error;
+  if (error instanceof TypeError) return { text: "The server cannot be reached. Check that it runs.", retry: true };
+  if (status === 401) return { text: "This server needs an API key. Type it under API key, in the settings.", retry: true };
+  if (code === "context_length_exceeded") {
+    const most = context() ? `the ${context().toLocaleString("en")} tokens` : "what";
+    const sent = conversations.now().messages.length - conversations.now().skipped;
+    if (sent > 1) return { text: `The conversation is longer than ${most} that this model can read.`, trim: true };
+    return { text: `This message is longer than ${most} that this model can read. Shorten it.` };
+  }
+  const plain = message.replaceAll("$.", "");
+  return status >= 400 && status < 500 && status !== 408 ? { text: `The server refused this: ${plain}` } : { text: plain, retry: true };
+}
+
+/** Shows an error, and a button that sends the request again after the server's `Retry-After` if that can help. */
 function failed(shown, error) {
+  const { text, retry, trim } = explain(error);
   shown.box.classList.add("failed");
-  const note = element("p", "problem", error instanceof TypeError ? "The server cannot be reached." : error.message);
-  const retry = element("button", "quiet", "Try again");
-  retry.type = "button";
-  let left = Math.ceil(error.seconds ?? 0);
-  const wait = () => {
-    retry.textContent = left > 0 ? `Try again in ${left} s` : "Try again";
-    retry.disabled = left > 0;
-    if (left-- > 0) setTimeout(wait, 1000);
-  };
-  wait();
-  retry.addEventListener("click", () => {
-    if (running) return;
-    history.length = shown.turnsBefore;
-    shown.box.remove();
-    reply();
-  });
-  shown.box.append(note, retry);
-  $("said").textContent = note.textContent;
-  $("log").scrollTop = $("log").scrollHeight;
+  shown.box.append(element("p", "problem", text));
+  $("said").textContent = text;
+  const conversation = conversations.now();
+  if (trim) {
+    shown.box.append(button("Leave out the oldest messages", () => {
+      const left = conversation.messages.length - conversation.skipped;
+      conversation.skipped += Math.max(1, Math.floor(left / 2) + (Math.floor(left / 2) % 2));
+      conversation.skipped = Math.min(conversation.skipped, conversation.messages.length - 1);
+      render();
+      reply();
+    }));
+  } else if (retry) {
+    const made = button("Try again", () => { if (!running) { shown.box.remove(); reply(); } });
+    let left = Math.ceil(error.seconds ?? 0);
+    const wait = () => {
+      made.textContent = left > 0 ? `Try again in ${left} s` : "Try again";
+      made.disabled = left > 0;
+      if (left-- > 0) setTimeout(wait, 1000);
+    };
+    wait();
+    shown.box.append(made);
+  } else {
+    shown.box.append(button("Edit the message", () => edit(conversation.messages.length - 1)));
+  }
+  bottom();
 }
 
-async function reply() {
+/** Asks for an answer. `text`: the beginning of the answer, which the model continues. */
+async function reply(text = "") {
+  const conversation = conversations.now();
   running = new AbortController();
   $("send").textContent = "Stop";
-  const shown = turn("assistant", "");
-  shown.turnsBefore = history.length;
+  const message = { role: "assistant", content: text, model: $("model").value };
+  const shown = turn(message);
   shown.box.classList.add("awaited");
   shown.box.setAttribute("aria-busy", "true");
+  bottom();
+  const grown = growing(shown, limits());
+  grown.got.text = text;
+  const started = performance.now();
+  let error = null, said = null;
   try {
-    history.push({ role: "assistant", content: await answer(shown) });
-  } catch (error) {
-    if (error.name === "AbortError") {
-      history.push({ role: "assistant", content: shown.body.textContent });
-      shown.body.append(" …");
-      $("said").textContent = "Stopped.";
-    } else failed(shown, error);
-  } finally {
-    shown.box.classList.remove("awaited");
-    shown.box.removeAttribute("aria-busy");
-    running = null;
-    $("send").textContent = "Send";
-    $("input").focus();
+    said = await stream(grown, text);
+  } catch (problem) {
+    error = problem;
+    said = { reason: "stopped", figures: { note: "stopped", seconds: (performance.now() - started) / 1000, arrivals: grown.got.arrivals } };
   }
+  shown.box.classList.remove("awaited");
+  shown.box.removeAttribute("aria-busy");
+  const log = $("log"), follows = log.scrollHeight - log.scrollTop - log.clientHeight < 200;
+  const timing = grown.finish(), { thought, calls } = grown.got;
+  Object.assign(message, said, { content: grown.got.text, thought, calls });
+  const stopped = error?.name === "AbortError";
+  if (conversation === conversations.now()) {
+    if (message.content || thought || calls.length) finished(shown, message, conversation.messages.length, timing);
+    if (error && !stopped) failed(shown, error);
+    else if (stopped && !message.content) shown.box.append(element("p", "aside", "Stopped."));
+  }
+  if (message.content || calls.length) conversation.messages.push(message);
+  if (said.figures.usage) conversation.used = said.figures.usage.total_tokens;
+  // The facts of a stopped answer are in the message; its arrivals are only for this page.
+  if (message.figures.arrivals) message.figures = { ...message.figures, arrivals: message.figures.arrivals.slice(0, 1000) };
+  running = null;
+  $("send").textContent = "Send";
+  conversations.save();
+  count();
+  if (follows) bottom();
+  if (!error) $("said").textContent = said.figures.report?.on_time === false ? "The answer is complete, and late." : "The answer is complete.";
+  else if (stopped) $("said").textContent = "Stopped.";
+  if (!shown.box.isConnected) return;
+  $("input").focus();
+}
+
+function again(index) {
+  if (running) return;
+  conversations.now().messages.length = index;
+  conversations.now().skipped = Math.min(conversations.now().skipped, Math.max(0, index - 1));
+  render();
+  reply();
+}
+
+function resume(index) {
+  if (running) return;
+  const { messages } = conversations.now();
+  const { content } = messages[index];
+  messages.length = index;
+  render();
+  reply(content);
+}
+
+function edit(index) {
+  if (running) return;
+  editing = index;
+  $("input").value = conversations.now().messages[index].content;
+  $("log").querySelectorAll(".turn").forEach((box, at) => box.classList.toggle("replaced", at >= index));
+  grow();
+  $("input").focus();
 }
 
 function send() {
   const said = $("input").value.trim();
   if (!said || running) return;
+  const { messages } = conversations.now();
   $("input").value = "";
   grow();
-  if (history.at(-1)?.role === "user") history.pop();
-  turn("user", said);
-  history.push({ role: "user", content: said });
+  if (editing != null) messages.length = editing;
+  else if (messages.at(-1)?.role === "user") messages.pop();
+  editing = null;
+  messages.push({ role: "user", content: said });
+  conversations.now().skipped = Math.min(conversations.now().skipped, messages.length - 1);
+  conversations.save();
+  render();
   reply();
+}
+
+function escape() {
+  running?.abort();
+  if (editing == null) return;
+  editing = null;
+  $("input").value = "";
+  grow();
+  render();
 }
 
 function grow() {
@@ -199,36 +272,13 @@ function grow() {
   input.style.height = `${input.scrollHeight + 2}px`;
 }
 
-function clear() {
+/** Leaves the shown conversation; its running answer ends. */
+function turned() {
   running?.abort();
-  history.length = drawn.length = 0;
-  const empty = element("div", "empty");
-  empty.append(element("h2", "", "A new conversation."), element("p", "", "Nothing of the last one is sent again."));
-  $("log").replaceChildren(empty);
+  editing = null;
+  document.body.classList.remove("drawer-open");
+  render();
   $("input").focus();
-}
-
-async function copy() {
-  const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-  const body = request();
-  const said = $("input").value.trim();
-  if (said) body.messages.push({ role: "user", content: said });
-  const key = $("key").value.trim() ? ' -H "Authorization: Bearer $STRETTO_KEY"' : "";
-  const url = new URL("v1/chat/completions", document.baseURI);
-  const text = `curl -N ${url} -H 'Content-Type: application/json'${key} -d ${quote(JSON.stringify(body))}`;
-  let done = "Copied";
-  try { await navigator.clipboard.writeText(text); } catch { done = "The browser refused to copy"; }
-  $("copy").textContent = done;
-  setTimeout(() => { $("copy").textContent = "Copy as curl"; }, 2000);
-}
-
-export async function models() {
-  const response = await fetch("v1/models", { headers: headers() });
-  if (!response.ok) return;
-  const { data } = await response.json();
-  const chosen = $("model").value;
-  $("model").replaceChildren(...data.map((model) => new Option(model.id)));
-  if (data.some((model) => model.id === chosen)) $("model").value = chosen;
 }
 
 export function start() {
@@ -242,17 +292,14 @@ export function start() {
       send();
     }
   });
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") escape(); });
   $("input").addEventListener("input", grow);
-  $("tier").addEventListener("change", () => learn(objectives));
-  $("temperature").addEventListener("input", () => { $("temperature-value").textContent = $("temperature").value; });
-  $("key").addEventListener("change", () => models().catch(() => {}));
-  $("clear").addEventListener("click", clear);
-  $("copy").addEventListener("click", copy);
-  let width = innerWidth;
-  addEventListener("resize", () => {
-    if (width !== innerWidth) drawn.forEach((draw) => draw());
-    width = innerWidth;
-  });
+  $("clear").addEventListener("click", () => { conversations.fresh(); turned(); });
+  $("export").addEventListener("click", conversations.download);
+  $("drawer").addEventListener("change", () => conversations.save());
+  $("model").addEventListener("change", () => { if (!conversations.now().messages.length) render(); else count(); });
+  conversations.whenChosen(turned);
+  conversations.latest();
+  render();
   models().catch(() => {});
 }

@@ -146,11 +146,15 @@ export function open() {
 
 export const redraw = later;
 
-function keep(now) {
-  times.push(new Date());
+function keep(now, ago = 0) {
+  times.push(new Date(Date.now() - ago * 1000));
   past.push(now);
   if (times.length > KEPT) { times.shift(); past.shift(); }
 }
+
+let wake = () => {};
+/** Connects again now, and not after the pause. */
+export const hurry = () => wake();
 
 /** Reads the stream while the page is open, and reconnects after an error. Each event and each error calls
  * `report(now, problem)`. */
@@ -161,6 +165,7 @@ export async function follow(report) {
       const response = await fetch("live", { headers: headers() });
       if (!response.ok) throw await refusal(response);
       for await (const now of events(response)) {
+        if (now.history && !past.length) now.history.forEach((each) => keep(each.live, each.ago_s));
         seen = now;
         keep(now);
         words(now);
@@ -169,11 +174,12 @@ export async function follow(report) {
       }
       throw new Error("The server closed the stream.");
     } catch (error) {
-      const reason = error instanceof TypeError ? "The server cannot be reached." : error.message;
+      const problem = error instanceof TypeError ? new Error("The server cannot be reached.") : error;
+      if (error.status === 401) problem.message = "This server needs an API key: type it in the playground's settings.";
       if (past.at(-1)) keep(null);
-      $("live-note").textContent = `${reason} Trying again.`;
-      report(null, reason);
+      $("live-note").textContent = `${problem.message} Trying again.`;
+      report(null, problem);
     }
-    await new Promise((done) => setTimeout(done, RETRY_MS));
+    await new Promise((done) => { wake = done; setTimeout(done, RETRY_MS); });
   }
 }

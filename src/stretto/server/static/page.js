@@ -1,6 +1,7 @@
 /** Wires the page: its two views, its colours, and the state of the server from the live stream. */
-import { learn, models, start } from "./chat.js";
-import { follow, open, redraw } from "./live.js";
+import { start } from "./chat.js";
+import { follow, hurry, open, redraw } from "./live.js";
+import { learn, models, start as settle } from "./settings.js";
 import { $ } from "./stream.js";
 
 const VIEWS = ["play", "live"];
@@ -19,10 +20,15 @@ function show(view) {
 function paint(theme) {
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
-  $("theme").textContent = theme[0].toUpperCase() + theme.slice(1);
-  $("theme").setAttribute("aria-label", `Colours: ${theme}`);
+  $("theme").textContent = `Theme: ${theme}`;
   try { localStorage.setItem("theme", theme); } catch { /* a private window keeps nothing */ }
   redraw();
+}
+
+function drawer(shown) {
+  document.body.classList.toggle("drawer-open", shown);
+  $("menu").setAttribute("aria-expanded", `${shown}`);
+  $("menu").textContent = shown ? "Close" : "Settings";
 }
 
 function painted() {
@@ -41,17 +47,27 @@ addEventListener("hashchange", () => show(location.hash === "#live" ? "live" : "
 $("theme").addEventListener("click", () => paint(THEMES[(THEMES.indexOf(painted()) + 1) % THEMES.length]));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
+$("menu").addEventListener("click", () => drawer(!document.body.classList.contains("drawer-open")));
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") drawer(false); });
+$("log").addEventListener("click", () => drawer(false));
+
 paint(painted());
+settle(() => { models().catch(() => {}); hurry(); });
 start();
 show(location.hash === "#live" ? "live" : "play");
 follow((now, problem) => {
-  const ready = now?.ready ?? false;
-  const text = problem ? "not reachable" : ready ? "ready" : "the engine is starting";
+  const ready = now?.ready ?? false, locked = problem?.status === 401;
+  const text = locked ? "needs a key" : problem ? "not reachable" : ready ? "ready" : "the engine is starting";
   const changed = $("status-text").textContent !== text;
   $("status").className = `status ${ready ? "ready" : "down"}`;
-  $("status").title = problem ?? "";
+  $("status").title = problem?.message ?? "";
   if (!changed) return;
   $("status-text").textContent = text;
+  if (locked) {
+    location.hash = "play";
+    drawer(true);
+    $("key").focus();
+  }
   if (now) learn(now.objectives);
   if (ready) models().catch(() => {});
 });

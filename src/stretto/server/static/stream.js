@@ -1,12 +1,13 @@
 /** Reads the server's streams. */
 
-/** The JSON of each server-sent event of a response, until [DONE]. */
-export async function* events(response) {
+/** The JSON of each server-sent event of a response, until [DONE]. `at`, if given, gets the time of its receipt. */
+export async function* events(response, at = () => {}) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
+    at(performance.now());
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
@@ -22,6 +23,7 @@ export async function refusal(response) {
   const body = await response.json().catch(() => null);
   const error = new Error(body?.error?.message ?? `The server answered ${response.status}.`);
   error.status = response.status;
+  error.code = body?.error?.code;
   error.seconds = parseFloat(response.headers.get("retry-after")) || null;
   return error;
 }
