@@ -35,7 +35,7 @@ OTHERS = (
 API_KEY = re.compile(r"[!-~]+")
 HOST_NAME = re.compile(r"\*|(\*\.)?[\w.-]+|\[?[0-9a-fA-F:.]+\]?")
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/@?#]+/?", re.IGNORECASE)
-SIZES = {"kv_memory", "cache_size"}
+SIZES = {"kv_memory", "cache_size", "response_store"}
 ENVIRONMENT = "STRETTO_"
 ENUM_ERROR = re.compile(r"Invalid enum value .* at `\$\.(\w+)`$")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?", re.IGNORECASE)
@@ -280,6 +280,14 @@ class ServeConfig(HttpConfig, frozen=True, kw_only=True):
             "further requests get tier default",
         ),
     ] = 0.5
+    response_store: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="memory that keeps answers of /v1/responses with their conversations, like 64MiB (a"
+            " bare number is GiB), for `previous_response_id`; the oldest are dropped; 0: keep none",
+        ),
+    ] = 0
     schedule: Schedule = SCHEDULE
     tiers: Tiers = {}
 

@@ -127,6 +127,14 @@ class UnknownModel(StrettoError):
     code = "model_not_found"
 
 
+class UnknownResponse(StrettoError):
+    """This server keeps no answer of that id for the tenant."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "previous_response_not_found"
+
+
 class NotFound(StrettoError):
     """There is no such path."""
 

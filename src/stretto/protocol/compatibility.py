@@ -83,10 +83,10 @@ RENAMED = {
 }
 INTEGERS = frozenset(
     {"max_tokens", "max_completion_tokens", "min_tokens", "n", "seed", "top_k", "top_logprobs", "logprobs"}
-    | {"best_of", "dimensions"}
+    | {"best_of", "dimensions", "max_output_tokens"}
 )
 MESSAGE = frozenset({"role", "content", "name", "refusal", "reasoning_content", "tool_calls", "tool_call_id"})
-TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+TEXT_PARTS = ("text", "input_text", "output_text")  # compared with any JSON, so no set
 REASONING = ("reasoning_content", "reasoning")
 
 

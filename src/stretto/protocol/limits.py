@@ -31,7 +31,7 @@ class Limit(NamedTuple):
 
 
 LIMITS: dict[str, Limit] = {
-    "messages": Limit(4096, "entries", "messages"),
+    "messages": Limit(4096, "entries", "messages", "and the items of `input` in a response"),
     "parts": Limit(1024, "entries", "messages[].content", "its parts"),
     "tool_calls": Limit(128, "entries", "messages[].tool_calls"),
     "arguments": Limit(2**18, "characters", "messages[].tool_calls[].function.arguments"),

@@ -31,6 +31,8 @@ from stretto.protocol.relay import RELAY
 from stretto.server.adapters import ollama
 from stretto.server.adapters.messages import count_tokens, create_message
 from stretto.server.adapters.ollama_models import ModelPages, show
+from stretto.server.adapters.response_store import ResponseStore
+from stretto.server.adapters.responses import Responses
 from stretto.server.adapters.tokens import detokenize, tokenize
 from stretto.server.embeddings import embed
 from stretto.server.generation import CHAT, COMPLETION, generate, relay
@@ -92,6 +94,7 @@ class App(Starlette):
     """The ASGI application over one server."""
 
     def __init__(self, server: Server) -> None:
+        responses = Responses(server, ResponseStore(server.config.response_store))
         work: dict[str, tuple[str, Handler]] = {
             "/v1/chat/completions": ("chat", partial(generate, operation=CHAT)),
             "/v1/completions": ("completions", partial(generate, operation=COMPLETION)),
@@ -103,6 +106,7 @@ class App(Starlette):
             "/api/embed": ("ollama_embed", ollama.embed),
             "/api/embeddings": ("ollama_embeddings", ollama.embedding),
             "/api/show": ("ollama_show", show),
+            "/v1/responses": ("responses", responses.create),
             "/tokenize": ("tokenize", tokenize),
             "/detokenize": ("detokenize", detokenize),
             RELAY: ("relay", relay),
@@ -111,7 +115,8 @@ class App(Starlette):
             Route(path, Endpoint(name, server, handler), methods=["POST"])
             for path, (name, handler) in work.items()
         ]
-        super().__init__(routes=routes + Pages(server).routes() + ModelPages(server).routes())
+        pages = Pages(server).routes() + ModelPages(server).routes()
+        super().__init__(routes=routes + responses.routes() + pages)
         self.router.redirect_slashes = False
         self.add_middleware(Guard, config=server.config, count=server.metrics.rejected)
         self.server = server

@@ -24,6 +24,7 @@ from stretto.protocol.openai import (
     Status,
     TextCompletion,
 )
+from stretto.protocol.responses import DeletedResponse, ResponseEvent, ResponseObject, ResponseRequest
 from stretto.protocol.vllm import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, Version
 from stretto.telemetry.live import Live
 from stretto.types import WorkerState
@@ -32,7 +33,7 @@ ERRORS = {
     400: "The request is malformed, out of range or not supported; `param` is the path of the field.",
     401: "No API key, or an unknown one.",
     403: "The host is not one of this server's, or a web page of another origin sent the request.",
-    404: "This server has no model of that name.",
+    404: "This server has no model, or keeps no answer, of that name.",
     408: "The request did not arrive whole in time.",
     413: "The body is too large.",
     415: "The content type is not JSON, or the body is compressed.",
@@ -68,6 +69,17 @@ ROUTES = (
     _Route(
         "/v1/embeddings", "post", "Compute the embeddings of texts.", WORK, EmbeddingRequest, EmbeddingList
     ),
+    _Route(
+        "/v1/responses",
+        "post",
+        "Answer items of a conversation.",
+        WORK,
+        ResponseRequest,
+        ResponseObject,
+        ResponseEvent,
+    ),
+    _Route("/v1/responses/{id}", "get", "A kept answer.", (401, 404), response=ResponseObject),
+    _Route("/v1/responses/{id}", "delete", "Drop a kept answer.", (401, 404), response=DeletedResponse),
     _Route("/tokenize", "post", "Count and list a prompt's tokens.", WORK, TokenizeRequest, Tokenized),
     _Route("/detokenize", "post", "Write the text of tokens.", WORK, DetokenizeRequest, Detokenized),
     _Route("/v1/models", "get", "List the models.", (401,), response=ModelList),
@@ -137,9 +149,10 @@ def _operation(route: _Route) -> dict[str, Any]:
     if route.request is not None:
         schema = {"$ref": PREFIX + route.request.__name__}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    if "{name}" in route.path:
+    if "{" in route.path:
+        name = route.path.partition("{")[2][:-1]
         operation["parameters"] = [
-            {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         ]
     return operation
 

@@ -159,7 +159,7 @@ class ResponseWriter:
         self._style = style
         self._pieces = spec.model.text.pieces
         self._metadata = spec.metadata or UNSET
-        self._relaxed = list(spec.relaxed) or UNSET
+        self._relaxed = spec.relaxed
         self._logprobs = spec.sampling.logprobs is not None
         self._usage = bool(options.include_usage)
         self._each_usage = bool(options.continuous_usage_stats)
@@ -239,8 +239,7 @@ class ResponseWriter:
         return self._style.logprobs(self._pieces, [event], offset)
 
     def _report(self, outputs: list[Output]) -> AnswerReport:
-        report = outputs[0].report() if len(outputs) == 1 else report_of(outputs)
-        return structs.replace(report, schema_relaxed=self._relaxed) if self._relaxed else report
+        return report_of(outputs, self._relaxed)
 
     def _count(self, output: Output, delta: Delta) -> int:
         """The characters of content before this delta."""
@@ -269,8 +268,14 @@ def usage_of(outputs: list[Output]) -> Usage:
     )
 
 
-def report_of(outputs: list[Output]) -> AnswerReport:
-    """One report for all outputs: the longest of each time, and the sum of the cached tokens."""
+def report_of(outputs: list[Output], relaxed: Sequence[str] = ()) -> AnswerReport:
+    """One report for all outputs: the longest of each time, and the sum of the cached tokens. `relaxed`:
+    paths of the parts of a schema that are not enforced."""
+    report = outputs[0].report() if len(outputs) == 1 else _joined_report(outputs)
+    return structs.replace(report, schema_relaxed=list(relaxed)) if relaxed else report
+
+
+def _joined_report(outputs: list[Output]) -> AnswerReport:
     reports = [output.report() for output in outputs]
     on_time = [report.on_time for report in reports if report.on_time is not None]
     cached = [report.cached_tokens for report in reports if report.cached_tokens is not None]

@@ -204,7 +204,9 @@ def _encode_chat(
     check_token_ids(ids, model.info, "$.messages")
     check_length(len(ids), sampling.max_tokens or 1, model.info, "$.messages")
     thinking: bool | None = None
-    if sampling.grammar is None and text.template is not None:
+    # Calls that are constrained once they begin leave the reasoning before them free.
+    free = sampling.grammar is None or sampling.grammar.kind == "tool_calls"
+    if free and text.template is not None:
         if text.template.mentions(reasoning_parser.CLOSE):
             thinking = rendered.rstrip().endswith(reasoning_parser.OPEN)
     return [EncodedPrompt(ids, thinking=thinking)]
