@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from msgspec import json
 
 from stretto.errors import StrettoError, Unavailable
+from stretto.protocol.anthropic import AnthropicError, AnthropicErrorDetail
+from stretto.protocol.ollama import OllamaError
 
 OVERLOADED = 529  # Anthropic's status of a server that has too much to do
 ANTHROPIC_TYPES: dict[int, str] = {
@@ -23,9 +25,9 @@ ANTHROPIC_TYPES: dict[int, str] = {
 
 
 class Dialect(NamedTuple):
-    """`body(error, request_id)`: the JSON of an error. In a stream, `before` and `after` surround it."""
+    """`body(error, request_id)` is an error; in a stream its JSON stands between `before` and `after`."""
 
-    body: Callable[[StrettoError, str], dict[str, Any]]
+    body: Callable[[StrettoError, str], Any]
     before: bytes
     after: bytes
 
@@ -38,14 +40,14 @@ def _openai(error: StrettoError, request_id: str) -> dict[str, Any]:
     return error.body()
 
 
-def _anthropic(error: StrettoError, request_id: str) -> dict[str, Any]:
+def _anthropic(error: StrettoError, request_id: str) -> AnthropicError:
     usual = "invalid_request_error" if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else "api_error"
     kind = "overloaded_error" if isinstance(error, Unavailable) else ANTHROPIC_TYPES.get(error.status, usual)
-    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+    return AnthropicError(error=AnthropicErrorDetail(kind, error.message), request_id=request_id)
 
 
-def _ollama(error: StrettoError, request_id: str) -> dict[str, Any]:
-    return {"error": error.message}
+def _ollama(error: StrettoError, request_id: str) -> OllamaError:
+    return OllamaError(error.message)
 
 
 OPENAI = Dialect(_openai, b"data: ", b"\n\n")

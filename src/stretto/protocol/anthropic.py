@@ -241,3 +241,14 @@ class MadeMessage(Struct, frozen=True, kw_only=True):
 
 class TokenCount(Struct, frozen=True):
     input_tokens: int
+
+
+class AnthropicErrorDetail(Struct, frozen=True):
+    type: str
+    message: str
+
+
+class AnthropicError(Struct, frozen=True, kw_only=True):
+    error: AnthropicErrorDetail
+    request_id: str
+    type: Literal["error"] = "error"

@@ -107,7 +107,7 @@ class OllamaRequest(Wire, frozen=True, kw_only=True):
     """What `/api/chat` and `/api/generate` share. A stream is the default. `keep_alive` changes nothing: a
     model stays loaded."""
 
-    model: ModelName
+    model: ModelName | None = None
     format: Format | None = None
     options: OllamaOptions | None = None
     stream: bool | None = None
@@ -140,7 +140,7 @@ class OllamaGenerate(OllamaRequest, frozen=True, kw_only=True):
 class OllamaEmbed(Wire, frozen=True, kw_only=True):
     """Without `truncate: false`, a text that is too long is cut, as Ollama does."""
 
-    model: ModelName
+    model: ModelName | None = None
     input: str | Annotated[list[str], up_to("prompts")]
     truncate: bool | None = None
     dimensions: Positive | None = None
@@ -151,7 +151,7 @@ class OllamaEmbed(Wire, frozen=True, kw_only=True):
 class OllamaEmbedding(Wire, frozen=True, kw_only=True):
     """The older form, for one text."""
 
-    model: ModelName
+    model: ModelName | None = None
     prompt: str
     options: Annotation = None
     keep_alive: KeepAlive | None = None
@@ -255,3 +255,11 @@ class OllamaShown(Struct, frozen=True, kw_only=True):
     modelfile: str = ""
     parameters: str = ""
     license: str = ""
+
+
+class OllamaVersion(Struct, frozen=True):
+    version: str
+
+
+class OllamaError(Struct, frozen=True):
+    error: str

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
 from msgspec import json
 
+from stretto.http.dialects import OVERLOADED
+from stretto.protocol.anthropic import (
+    AnthropicError,
+    MadeMessage,
+    MessagesPrompt,
+    MessagesRequest,
+    TokenCount,
+)
 from stretto.protocol.descriptions import FIELDS, TYPES
+from stretto.protocol.ollama import (
+    OllamaAnswer,
+    OllamaChat,
+    OllamaEmbed,
+    OllamaEmbedding,
+    OllamaError,
+    OllamaGenerate,
+    OllamaModels,
+    OllamaShow,
+    OllamaShown,
+    OllamaVector,
+    OllamaVectors,
+    OllamaVersion,
+)
 from stretto.protocol.openai import (
     ChatChunk,
     ChatCompletion,
@@ -41,9 +63,14 @@ ERRORS = {
     500: "A bug, or a request that the engine could not finish.",
     503: "Unavailable: the objective cannot be met, the queue is full, the engine is starting, or the server "
     "is shutting down. `Retry-After` says when to try again.",
+    529: "The queue is full, or the objective cannot be met: Anthropic's status for that.",
 }
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
 PREFIX = "#/components/schemas/"
+OF_ERRORS = (
+    "The body of an error is an [ErrorBody](#errorbody). Of Anthropic's routes it is an"
+    " [AnthropicError](#anthropicerror), of Ollama's an [OllamaError](#ollamaerror)."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +83,51 @@ class _Route:
     response: type | None = None
     chunk: type | None = None
     media: tuple[str, ...] = ()
+    error: type = ErrorBody
+    streamed: str = "text/event-stream"
 
 
 WORK = (400, 401, 403, 404, 408, 413, 415, 431, 500, 503)
+ANTHROPIC = (
+    _Route(
+        "/v1/messages",
+        "post",
+        "Answer a conversation, as Anthropic's API does.",
+        (*WORK, OVERLOADED),
+        MessagesRequest,
+        MadeMessage,
+        MadeMessage,
+        error=AnthropicError,
+    ),
+    _Route(
+        "/v1/messages/count_tokens",
+        "post",
+        "Count the tokens of a conversation.",
+        WORK,
+        MessagesPrompt,
+        TokenCount,
+        error=AnthropicError,
+    ),
+)
+_OLLAMA = partial(_Route, error=OllamaError, streamed="application/x-ndjson")
+OLLAMA = (
+    _OLLAMA(
+        "/api/chat",
+        "post",
+        "Answer a conversation, as Ollama's API does.",
+        WORK,
+        OllamaChat,
+        OllamaAnswer,
+        OllamaAnswer,
+    ),
+    _OLLAMA("/api/generate", "post", "Answer a prompt.", WORK, OllamaGenerate, OllamaAnswer, OllamaAnswer),
+    _OLLAMA("/api/embed", "post", "Compute the embeddings of texts.", WORK, OllamaEmbed, OllamaVectors),
+    _OLLAMA("/api/embeddings", "post", "Compute an embedding.", WORK, OllamaEmbedding, OllamaVector),
+    _OLLAMA("/api/show", "post", "Describe one model.", WORK, OllamaShow, OllamaShown),
+    _OLLAMA("/api/tags", "get", "List the models.", (401,), response=OllamaModels),
+    _OLLAMA("/api/ps", "get", "List the models with their memory.", (401,), response=OllamaModels),
+    _OLLAMA("/api/version", "get", "The version of Ollama whose API this is.", (), response=OllamaVersion),
+)
 ROUTES = (
     _Route(
         "/v1/chat/completions", "post", "Answer a conversation.", WORK, ChatRequest, ChatCompletion, ChatChunk
@@ -80,6 +149,8 @@ ROUTES = (
     ),
     _Route("/v1/responses/{id}", "get", "A kept answer.", (401, 404), response=ResponseObject),
     _Route("/v1/responses/{id}", "delete", "Drop a kept answer.", (401, 404), response=DeletedResponse),
+    *ANTHROPIC,
+    *OLLAMA,
     _Route("/tokenize", "post", "Count and list a prompt's tokens.", WORK, TokenizeRequest, Tokenized),
     _Route("/detokenize", "post", "Write the text of tokens.", WORK, DetokenizeRequest, Detokenized),
     _Route("/v1/models", "get", "List the models.", (401,), response=ModelList),
@@ -101,7 +172,8 @@ ROUTES = (
 def document() -> dict[str, Any]:
     """The document, in OpenAPI 3.1."""
     types = [part for route in ROUTES for part in (route.request, route.response, route.chunk) if part]
-    _, components = json.schema_components([*types, ErrorBody], ref_template=PREFIX + "{name}")
+    types += [route.error for route in ROUTES]
+    _, components = json.schema_components(types, ref_template=PREFIX + "{name}")
     _describe(components)
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
@@ -129,7 +201,7 @@ def document() -> dict[str, Any]:
 def _operation(route: _Route) -> dict[str, Any]:
     content: dict[str, Any] = {media: {"schema": {"type": "string"}} for media in route.media}
     if route.chunk is not None:
-        content["text/event-stream"] = {"schema": _event(route.chunk)}
+        content[route.streamed] = {"schema": _events(route, route.chunk)}
     if route.path == "/openapi.json":
         content["application/json"] = {"schema": {"type": "object"}}
     if route.response is not None:
@@ -138,9 +210,9 @@ def _operation(route: _Route) -> dict[str, Any]:
     for status in route.errors:
         error: dict[str, Any] = {
             "description": ERRORS[status],
-            "content": {"application/json": {"schema": {"$ref": PREFIX + ErrorBody.__name__}}},
+            "content": {"application/json": {"schema": {"$ref": PREFIX + route.error.__name__}}},
         }
-        responses[str(status)] = error | ({"headers": RETRY} if status == 503 else {})
+        responses[str(status)] = error | ({"headers": RETRY} if status in (503, OVERLOADED) else {})
     operation: dict[str, Any] = {
         "operationId": route.method + "".join(part.title() for part in _words(route.path)),
         "summary": route.summary,
@@ -155,6 +227,15 @@ def _operation(route: _Route) -> dict[str, Any]:
             {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         ]
     return operation
+
+
+def _events(route: _Route, chunk: type) -> dict[str, Any]:
+    """The schema of a stream."""
+    if route.error is OllamaError:
+        return {"type": "string", "description": f"The JSON of a {chunk.__name__} on each line."}
+    if route.error is AnthropicError:
+        return {"type": "string", "description": f"Anthropic's events, which make a {chunk.__name__}."}
+    return _event(chunk)
 
 
 def _event(chunk: type) -> dict[str, Any]:
@@ -195,7 +276,7 @@ def reference() -> str:
             given = operation["responses"]["200"]["content"]
             shown = (f"`{method.upper()} {path}`", operation["summary"], _media(asked), _media(given))
             lines.append(f"| {' | '.join(shown)} |")
-    lines += ["", "## Errors", "", "The body of an error is an [ErrorBody](#errorbody).", ""]
+    lines += ["", "## Errors", "", OF_ERRORS, ""]
     lines += ["| status | meaning |", "| --- | --- |"]
     lines += [f"| {status} | {meaning} |" for status, meaning in ERRORS.items()]
     for name, schema in sorted(whole["components"]["schemas"].items()):
@@ -214,10 +295,12 @@ def _media(content: dict[str, Any]) -> str:
     """Each content type with its schema. An event stream names its type in the description of its data."""
     found: list[str] = []
     for media, each in content.items():
-        if media == "text/event-stream":
-            found.append(f"events: {each['schema']['properties']['data']['description'].split(';')[0]}")
+        schema = each["schema"]
+        told = schema.get("properties", {}).get("data", schema).get("description")
+        if told is not None:
+            found.append(f"a stream: {told.split(';')[0]}")
         else:
-            found.append(_kind(each["schema"]) if "$ref" in each["schema"] else media)
+            found.append(_kind(schema) if "$ref" in schema else media)
     return ", or ".join(found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from msgspec import structs
@@ -13,7 +13,7 @@ from stretto.server.validation import ModelHandle
 
 
 @contextmanager
-def fields_named(names: Sequence[tuple[str, str]]) -> Iterator[None]:
+def fields_named(names: Sequence[tuple[str, str]]) -> Generator[None]:
     """Gives the fields in errors the names that the client's API has for them: (ours, theirs)."""
     try:
         yield

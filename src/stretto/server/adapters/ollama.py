@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from msgspec import json, structs
+from msgspec import UNSET, json, structs
 from starlette.responses import Response
 
 from stretto.errors import InvalidRequest, UnsupportedField
@@ -76,9 +76,9 @@ NAMES = (
 PROMPT = (("$.messages", "$.prompt"),)
 
 
-def known_as(name: str) -> str:
+def known_as(name: str | None) -> str | None:
     """The name of a model here. Ollama's clients may add the tag that it has when none is given."""
-    return name.removesuffix(LATEST)
+    return None if name is None else name.removesuffix(LATEST)
 
 
 async def chat(call: Call) -> None:
@@ -113,11 +113,13 @@ async def embed(call: Call) -> None:
     request = parse(EMBED, call.body, as_it_is)
     if request.input == []:
         raise InvalidRequest("$.input is empty: send a text, or a list of texts", param="$.input")
-    inputs = request.input if isinstance(request.input, str) else [*request.input]
-    wanted = EmbeddingRequest(model=known_as(request.model), input=inputs, dimensions=request.dimensions)
+    texts: str | list[str | int | list[int]] = (
+        request.input if isinstance(request.input, str) else [*request.input]
+    )
+    wanted = EmbeddingRequest(model=known_as(request.model), input=texts, dimensions=request.dimensions)
     found = await embedded(call, wanted, cut=request.truncate is not False)
     answer = OllamaVectors(
-        model=request.model,
+        model=request.model or found.model,
         embeddings=[list(vector) for vector in found.vectors],
         total_duration=int((time.monotonic() - call.arrival) * 1e9),
         prompt_eval_count=found.tokens,
@@ -138,19 +140,25 @@ async def _generate(call: Call, request: OllamaRequest, wanted: ChatRequest | Co
     call.stream_type = NDJSON
     call.error_event = partial(OLLAMA.ending, request_id=call.exchange.id)
     shown = isinstance(request, OllamaChat)
-    await run(call, wanted, check, lambda spec, tier: OllamaWriter(spec, request.model, chat=shown))
+    await run(
+        call,
+        wanted,
+        check,
+        lambda spec, tier: OllamaWriter(spec, request.model or spec.model.name, chat=shown),
+    )
 
 
 async def _load(call: Call, request: OllamaRequest, *, chat: bool) -> None:
     """Answers a request that only loads or unloads the model, which stays loaded."""
     call.label(known_as(request.model), DEFAULT)
-    call.server.model(known_as(request.model))
+    model = call.server.model(known_as(request.model))
     answer = OllamaAnswer(
-        model=request.model,
+        model=request.model or model.name,
         created_at=stamp(),
         done=True,
         done_reason="unload" if request.keep_alive in (0, "0", "0s") else "load",
-        **({"message": OllamaSaid(content="")} if chat else {"response": ""}),
+        message=OllamaSaid(content="") if chat else UNSET,
+        response=UNSET if chat else "",
     )
     streamed = request.stream is not False
     body = json.encode(answer) + (b"\n" if streamed else b"")

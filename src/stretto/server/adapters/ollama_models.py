@@ -10,8 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from stretto.errors import InvalidRequest
-from stretto.protocol.ollama import ModelDetails, OllamaModel, OllamaModels, OllamaShow, OllamaShown
+from stretto.protocol.ollama import (
+    ModelDetails,
+    OllamaModel,
+    OllamaModels,
+    OllamaShow,
+    OllamaShown,
+    OllamaVersion,
+)
 from stretto.protocol.parsing import JSON, as_it_is, parse
 from stretto.server.adapters.ollama import known_as
 from stretto.server.objectives import DEFAULT
@@ -30,8 +36,6 @@ async def show(call: Call) -> None:
     """Describes one model. Raises StrettoError."""
     request = parse(SHOW, call.body, as_it_is)
     name = request.model or request.name
-    if name is None:
-        raise InvalidRequest("$.model is missing", param="$.model")
     call.label(known_as(name), DEFAULT)
     model = call.server.model(known_as(name))
     family, template = model.info.family, model.text.template
@@ -78,7 +82,7 @@ class ModelPages:
 
     async def version(self, request: Request) -> Response:
         """The version of the API."""
-        return _json({"version": API_VERSION})
+        return _json(OllamaVersion(API_VERSION))
 
     def _models(self) -> list[OllamaModel]:
         engine = self._server.engine
