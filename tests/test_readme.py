@@ -16,6 +16,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python) run\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 ADDRESS = "http://127.0.0.1:8000"
 BARE = "/usr/local/bin:/usr/bin:/bin"
+# Where this checkout is not the installed one, its path is all that the shell knows besides PATH and HOME.
+CHECKOUT = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
 
 
 @pytest.fixture
@@ -33,6 +35,8 @@ def test_the_readme_has_commands_to_run() -> None:
 
 @pytest.mark.parametrize(("language", "block"), BLOCKS)
 def test_each_command_block_runs(language: str, block: str, desk_url: str, clone: Path) -> None:
+    if "import openai" in block or "from openai" in block:
+        assert "pip install openai" in README.partition(block)[0], "it is not among Stretto's dependencies"
     block = block.replace(ADDRESS, desk_url)
     script = block if language == "bash" else f". .venv/bin/activate\npython -c {shlex.quote(block)}"
     done = subprocess.run(
@@ -40,7 +44,7 @@ def test_each_command_block_runs(language: str, block: str, desk_url: str, clone
         capture_output=True,
         text=True,
         cwd=clone,
-        env=os.environ | {"PATH": BARE},
+        env={"PATH": BARE, "HOME": str(clone), **CHECKOUT},
         timeout=100,
     )
     assert done.returncode == 0, done.stderr

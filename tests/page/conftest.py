@@ -29,7 +29,7 @@ async def tab(complaints: list[str]) -> AsyncIterator[Any]:
     api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
     async with api.async_playwright() as play:
         browser = await play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = await browser.new_page()
+        page = await (await browser.new_context()).new_page()
         page.on(
             "console", lambda message: complaints.append(message.text) if message.type == "error" else None
         )

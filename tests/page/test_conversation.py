@@ -87,6 +87,18 @@ async def test_a_reload_keeps_conversations_settings_and_key(page: Any) -> None:
     assert "secret" not in await page.evaluate("JSON.stringify(localStorage)")
 
 
+async def test_two_tabs_keep_each_others_conversations(page: Any, served: Served) -> None:
+    other = await page.context.new_page()
+    await other.goto(served.url)
+    await other.wait_for_selector(".status.ready")
+    await ask(page, "In the first tab")
+    await other.wait_for_selector("#conversations button:has-text('In the first tab')")
+    await ask(other, "In the second tab")
+    await other.reload()
+    await other.wait_for_selector("#conversations button:has-text('In the first tab')")
+    assert await other.locator("#conversations li").count() == 2
+
+
 async def test_a_message_can_be_edited_and_an_answer_made_again(
     page: Any, engine: FakeEngine, set_answer: SetAnswer
 ) -> None:

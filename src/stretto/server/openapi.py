@@ -314,8 +314,8 @@ def _kind(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return " or ".join(f"`{json.encode(each).decode()}`" for each in schema["enum"])
     if schema.get("type") == "array":
-        items = schema.get("items")
-        return f"list of ({_kind(items)})" if isinstance(items, dict) and items else "list"
+        items: dict[str, Any] = schema.get("items") or {}
+        return f"list of ({_kind(items)})" if items else "list"
     return _within(schema)
 
 

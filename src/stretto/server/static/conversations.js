@@ -21,11 +21,18 @@ export function save() {
   list();
 }
 
+// Another tab has written: take its conversations, but keep the one that is shown here as it is here.
+addEventListener("storage", ({ key }) => {
+  if (key !== "conversations") return;
+  all = read().map((each) => (each.id === current.id ? current : each));
+  list();
+});
+
 export const now = () => current;
 
 /** Makes a new conversation, with the settings of the last one. */
 export function fresh() {
-  current = { messages: [], skipped: 0, settings: current?.settings ?? all[0]?.settings ?? null };
+  current = { id: `${Date.now()} ${Math.random()}`, messages: [], skipped: 0, settings: current?.settings ?? all[0]?.settings ?? null };
   fill();
 }
 
