@@ -295,7 +295,7 @@ def _media(content: dict[str, Any]) -> str:
     """Each content type with its schema. An event stream names its type in the description of its data."""
     found: list[str] = []
     for media, each in content.items():
-        schema = each["schema"]
+        schema: dict[str, Any] = each["schema"]
         told = schema.get("properties", {}).get("data", schema).get("description")
         if told is not None:
             found.append(f"a stream: {told.split(';')[0]}")

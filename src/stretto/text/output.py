@@ -193,6 +193,7 @@ class Output:
     tokens: int = 0
     finish_reason: FinishReason | None = None
     began: Began | None = None
+    stop_token: int | None = None  # that ended it
     times: Times = field(init=False)
 
     def __post_init__(self) -> None:
@@ -261,6 +262,7 @@ class Output:
     def _finished(self, finish: Finish, deltas: list[OutputDelta]) -> None:
         if self.began is None:
             self.began = Began(finish.queue_ms, finish.cached_tokens)
+        self.stop_token = finish.stop_token
         self.times.end(monotonic(), cut=finish.reason is Reason.DEADLINE)
         if finish.reason is Reason.REFUSED:
             raise _refusal(finish)

@@ -10,10 +10,12 @@ import httpx
 import pytest
 from msgspec import json, structs
 
-from stretto.errors import Overloaded
+from stretto.errors import EngineError, Overloaded
+from stretto.protocol.openai import CalledFunction, MadeCall
+from stretto.server.adapters.naming import arguments_of
 from stretto.server.app import App
 from stretto.text.tokenizer import TextModel
-from stretto.types import Reason
+from stretto.types import Finish, Reason, TokenEvent
 from tests.server.fake_engine import FakeEngine
 
 URL = "/v1/messages"
@@ -170,6 +172,12 @@ async def test_a_cut_call_has_the_members_that_are_whole(
     assert found["content"][-1]["input"] == {"days": 3}
 
 
+def test_arguments_that_are_nested_too_deeply_are_an_error_of_the_answer() -> None:
+    text = '{"a": ' + "[" * 9000 + "]" * 9000 + "}"
+    with pytest.raises(EngineError, match="too deeply"):
+        arguments_of(MadeCall(id="a", function=CalledFunction(name="weather", arguments=text)))
+
+
 async def test_reasoning_is_asked_for_and_left_out(
     client: httpx.AsyncClient, set_answer: SetAnswer, engine: FakeEngine, text: TextModel
 ) -> None:
@@ -198,6 +206,17 @@ async def test_users_do_not_share_the_prefix_cache(client: httpx.AsyncClient, en
         await client.post(URL, json=body(metadata={"user_id": user}))
     ann, bob = (request.salt for request in engine.requests)
     assert ann != bob
+
+
+async def test_a_stop_sequence_may_be_a_special_token(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
+    end = text.tokenizer.token_to_id("<|end|>")
+    engine.script = lambda request: [300, TokenEvent(0, finish=Finish(Reason.STOP, 1, 1, 0, 0.0, end))]
+    found = (await client.post(URL, json=body(stop_sequences=["x", "<|end|>"]))).json()
+    assert (found["stop_reason"], found["stop_sequence"]) == ("stop_sequence", "<|end|>")
+    found = (await client.post(URL, json=body(stop_sequences=["x"]))).json()
+    assert (found["stop_reason"], found["stop_sequence"]) == ("end_turn", None)
 
 
 async def test_tokens_are_counted_without_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
@@ -258,6 +277,16 @@ async def test_errors_have_their_shape_and_name_the_field(
     assert (response.status_code, found["type"], found["error"]["type"]) == (status, "error", kind)
     assert words in found["error"]["message"]
     assert found["request_id"] == response.headers["request-id"]
+
+
+async def test_a_wrong_key_is_an_authentication_error(app: App, client: httpx.AsyncClient) -> None:
+    app.server.config = structs.replace(app.server.config, api_keys={"right": "ann"})
+    for key, status in (("right", 200), ("wrong", 401)):
+        response = await client.post(URL, json=body(), headers={"x-api-key": key})
+        assert response.status_code == status
+    assert response.json()["error"]["type"] == "authentication_error"
+    counted = await client.post(f"{URL}/count_tokens/", json={"messages": HI})
+    assert (counted.status_code, counted.json()["type"]) == (401, "error")
 
 
 async def test_an_error_ends_a_stream_that_has_begun(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -42,10 +42,10 @@ def folded(stream: list[dict[str, Any]]) -> dict[str, Any]:
     said = [line["message"] if "message" in line else line for line in stream]
     field = "content" if "message" in found else "response"
     parts: dict[str, Any] = {field: "".join(line[field] for line in said)}
-    for name, empty in (("thinking", ""), ("tool_calls", [])):
-        values = [line[name] for line in said if name in line]
-        if values:
-            parts[name] = sum(values, empty) if empty == [] else "".join(values)
+    if thoughts := [line["thinking"] for line in said if "thinking" in line]:
+        parts["thinking"] = "".join(thoughts)
+    if calls := [call for line in said for call in line.get("tool_calls", ())]:
+        parts["tool_calls"] = calls
     if logprobs := [each for line in stream for each in line.get("logprobs", ())]:
         found["logprobs"] = logprobs
     return found | ({"message": {"role": "assistant"} | parts} if "message" in found else parts)

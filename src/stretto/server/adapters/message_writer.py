@@ -17,9 +17,9 @@ from stretto.protocol.anthropic import (
     StopReason,
 )
 from stretto.protocol.openai import FinishReason, ToolCallDelta
+from stretto.server.adapters.naming import arguments_of
 from stretto.server.responses import WholeOutput, made_calls, usage_of
 from stretto.server.validation import AnswerSpec
-from stretto.text.json_stream import whole_members
 from stretto.text.output import Output, OutputDelta
 
 encode = json.Encoder().encode
@@ -42,6 +42,7 @@ class MessageWriter:
     def __init__(self, spec: AnswerSpec, request_id: str) -> None:
         self._id = f"msg_{request_id}"
         self._model = spec.model.name
+        self._pieces = spec.model.text.pieces
         self._relaxed = list(spec.relaxed)
         self._opened = False
         self._block = -1
@@ -86,9 +87,7 @@ class MessageWriter:
         if kept.text:
             blocks.append(MadeText(text=kept.text))
         blocks += [
-            MadeToolUse(
-                id=made.id, name=made.function.name, input=whole_members(made.function.arguments) or {}
-            )
+            MadeToolUse(id=made.id, name=made.function.name, input=arguments_of(made))
             for made in made_calls(kept)
         ]
         message = structs.replace(self._message(output), content=blocks, **self._ending(output))
@@ -103,13 +102,20 @@ class MessageWriter:
 
     def _ending(self, output: Output) -> dict[str, Any]:
         reason = REASONS[output.finish_reason or "stop"]
-        found = output.stop_string if reason == "end_turn" else None
+        found = self._stop_sequence(output) if reason == "end_turn" else None
         report = output.report()
         return {
             "stop_reason": reason if found is None else "stop_sequence",
             "stop_sequence": found,
             "stretto": structs.replace(report, schema_relaxed=self._relaxed) if self._relaxed else report,
         }
+
+    def _stop_sequence(self, output: Output) -> str | None:
+        """The stop string that ended the answer, which may be a special token."""
+        if output.stop_string is not None or output.stop_token is None:
+            return output.stop_string
+        name = self._pieces.name(output.stop_token)
+        return name if name in output.request.sampling.stop else None
 
     def _close(self, output: Output) -> bytes:
         ending = self._ending(output)

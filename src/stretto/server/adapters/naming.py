@@ -1,15 +1,17 @@
-"""What adapters of other APIs share: the names of fields in errors, and how far a model can reason."""
+"""What adapters of other APIs share: field names in errors, arguments as objects, possible reasoning."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from msgspec import structs
 
-from stretto.errors import StrettoError
-from stretto.protocol.openai import ChatRequest
+from stretto.errors import EngineError, StrettoError
+from stretto.protocol.openai import ChatRequest, MadeCall
 from stretto.server.validation import ModelHandle
+from stretto.text.json_stream import whole_members
 
 
 @contextmanager
@@ -22,6 +24,15 @@ def fields_named(names: Sequence[tuple[str, str]]) -> Generator[None]:
             error.message = error.message.replace(ours, theirs)
             error.param = error.param and error.param.replace(ours, theirs)
         raise
+
+
+def arguments_of(call: MadeCall) -> dict[str, Any]:
+    """The arguments of a call as an object. Of a call that was cut: the members that are whole. Raises
+    EngineError for arguments that are nested too deeply to be read."""
+    try:
+        return whole_members(call.function.arguments) or {}
+    except RecursionError:
+        raise EngineError("the model nested the arguments of a call too deeply; ask again") from None
 
 
 def with_possible_reasoning(request: ChatRequest, model: ModelHandle) -> ChatRequest:

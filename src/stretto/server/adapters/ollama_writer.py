@@ -11,9 +11,9 @@ from msgspec import UNSET, UnsetType, json, structs
 
 from stretto.protocol.ollama import CalledTool, OllamaAnswer, OllamaMade, OllamaSaid
 from stretto.protocol.openai import FinishReason, TokenLogprob
+from stretto.server.adapters.naming import arguments_of
 from stretto.server.responses import WholeOutput, chat_logprobs, made_calls, usage_of
 from stretto.server.validation import AnswerSpec
-from stretto.text.json_stream import whole_members
 from stretto.text.output import Output, OutputDelta
 from stretto.types import TokenEvent
 
@@ -144,9 +144,7 @@ def _made(kept: WholeOutput) -> list[OllamaMade]:
     return [
         OllamaMade(
             id=made.id,
-            function=CalledTool(
-                index=at, name=made.function.name, arguments=whole_members(made.function.arguments) or {}
-            ),
+            function=CalledTool(index=at, name=made.function.name, arguments=arguments_of(made)),
         )
         for at, made in enumerate(made_calls(kept))
     ]
