@@ -45,12 +45,21 @@ DELTAS: dict[ItemKind, str] = {
 
 @dataclass(slots=True)
 class OpenItem:
-    """The item that new deltas belong to. `call`: the first delta of a function call."""
+    """The item that new deltas belong to. `call`: the first delta of a function call.
+
+    `around`: the bytes of a delta's event before its number, before its text, and after it.
+    """
 
     kind: ItemKind
     id: str
     call: ToolCallDelta | None = None
     texts: list[str] = field(default_factory=list[str])
+    around: tuple[bytes, bytes, bytes] = (b"", b"", b"")
+
+    def delta(self, number: int, text: str) -> bytes:
+        """The event of one delta: what `framed` makes of it, five times faster."""
+        before, between, after = self.around
+        return b"%b%d%b%b%b" % (before, number, between, encode(text), after)
 
     def item(self, status: ItemStatus) -> OutputItem:
         """The item as far as it has come; without content when it has just begun."""
@@ -153,7 +162,8 @@ class EventWriter:
             opened = self._begin(output, kind, events)
         opened.texts.append(text)
         if self._streamed:
-            events.append(self._item_event(f"{DELTAS[kind]}.delta", opened, delta=text))
+            events.append(opened.delta(self._sequence, text))
+            self._sequence += 1
 
     def _begin(
         self, output: Output, kind: ItemKind, events: list[bytes], call: ToolCallDelta | None = None
@@ -164,6 +174,10 @@ class EventWriter:
         events.append(self._event("output_item.added", output_index=at, item=opened.item("in_progress")))
         if kind != "function_call":
             events.append(self._item_event("content_part.added", opened, part=_part(kind, "")))
+        if self._streamed:
+            name = f"response.{DELTAS[kind]}.delta"
+            plain = ResponseEvent(type=name, sequence_number=0, **self._placed(opened, delta=""))
+            opened.around = around_delta(plain)
         return opened
 
     def _close(self, output: Output, status: ItemStatus, events: list[bytes]) -> None:
@@ -226,20 +240,35 @@ class EventWriter:
         return self._event(name, response=self._response)
 
     def _item_event(self, event: str, opened: OpenItem, /, **fields: Any) -> bytes:
-        """An event of the open item, which has one part of content unless it is a call."""
+        return self._event(event, **self._placed(opened, **fields))
+
+    def _placed(self, opened: OpenItem, **fields: Any) -> dict[str, Any]:
+        """The fields of an event of the open item, which has one part of content unless it is a call."""
+        placed: dict[str, Any] = {"item_id": opened.id, "output_index": len(self._items)}
         if opened.kind != "function_call":
-            fields["content_index"] = 0
+            placed["content_index"] = 0
         if opened.kind == "message" and ("delta" in fields or "text" in fields):
-            fields["logprobs"] = []
-        return self._event(event, item_id=opened.id, output_index=len(self._items), **fields)
+            placed["logprobs"] = []
+        return placed | fields
 
     def _event(self, event: str, /, **fields: Any) -> bytes:
         if not self._streamed:
             return b""
-        kind = f"response.{event}"
-        encoded = encode(ResponseEvent(type=kind, sequence_number=self._sequence, **fields))
+        made = ResponseEvent(type=f"response.{event}", sequence_number=self._sequence, **fields)
         self._sequence += 1
-        return b"event: " + kind.encode() + b"\ndata: " + encoded + b"\n\n"
+        return framed(made)
+
+
+def framed(event: ResponseEvent) -> bytes:
+    """One server-sent event."""
+    return b"event: " + event.type.encode() + b"\ndata: " + encode(event) + b"\n\n"
+
+
+def around_delta(event: ResponseEvent) -> tuple[bytes, bytes, bytes]:
+    """The bytes of an event before its number, which is 0, before its delta, which is empty, and after it."""
+    before, _, rest = framed(event).partition(b'"sequence_number":0')
+    between, _, after = rest.partition(b'"delta":""')
+    return before + b'"sequence_number":', between + b'"delta":', after
 
 
 def _part(kind: ItemKind, text: str) -> OutputText | ReasoningText:

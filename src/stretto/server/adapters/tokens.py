@@ -32,7 +32,7 @@ async def tokenize(call: Call) -> None:
             "send a text in $.prompt or a chat in $.messages, and not both", param="$.prompt"
         )
     ids = await call.server.run_text(call, partial(_ids, request, model.text))
-    spelt = [model.text.tokenizer.id_to_token(id) for id in ids] if request.return_token_strs else None
+    spelt = [model.text.tokenizer.id_to_token(id) or "" for id in ids] if request.return_token_strs else None
     answer = Tokenized(count=len(ids), max_model_len=model.info.context, tokens=ids, token_strs=spelt)
     await call.respond(Response(json.encode(answer), media_type=JSON))
 
