@@ -150,6 +150,19 @@ class OutputConfig(Wire, frozen=True, kw_only=True):
     format: SchemaOutput | None = None
 
 
+class KeepThinking(Wire, frozen=True, kw_only=True):
+    """All reasoning of earlier answers stays: what this server does anyway."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+class ContextManagement(Wire, frozen=True, kw_only=True):
+    """Edits of the history. The server makes none, so only edits that change nothing are accepted."""
+
+    edits: Annotated[list[KeepThinking], up_to("parts")] | None = None
+
+
 class RequestMetadata(Wire, frozen=True, kw_only=True):
     user_id: UserKey | None = None
 
@@ -170,7 +183,7 @@ class MessagesPrompt(Wire, frozen=True, kw_only=True):
     output_config: OutputConfig | None = None
     cache_control: Annotation = None
     mcp_servers: Empty | None = None
-    context_management: None = None
+    context_management: ContextManagement | None = None
     speed: Literal["standard"] | None = None
 
 

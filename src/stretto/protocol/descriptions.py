@@ -12,7 +12,7 @@ ANNOTATIONS = (
     *("use_mmap", "use_mlock", "keep_alive", "verbose"),
 )
 ABSENT = (
-    *("mcp_servers", "context_management", "container", "speed", "defer_loading", "images", "mirostat"),
+    *("mcp_servers", "container", "speed", "defer_loading", "images", "mirostat"),
     *("tfs_z", "typical_p", "logits_all", "vocab_only", "embedding_only", "license", "modelfile"),
     *("parent_model", "OllamaGenerate.template", "OllamaGenerate.context"),
 )
@@ -38,6 +38,9 @@ FIELDS: dict[str, str] = {
     "tool_use_id": "The `id` of the call.",
     "is_error": "Whether the tool failed.",
     "signature": "Proves to Anthropic whose reasoning it is. Nothing here reads it.",
+    "context_management": "Edits of the history, as Anthropic names them.",
+    "edits": "The edits.",
+    "keep": "What stays.",
     "user_id": "Whom the request is for. Requests of different users share no KV blocks.",
     "input_tokens": "Tokens of the prompt that were computed; of a count: all of them.",
     "output_tokens": "Tokens of the answer.",

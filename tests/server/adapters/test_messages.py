@@ -195,7 +195,10 @@ async def test_reasoning_is_asked_for_and_left_out(
 
 async def test_a_schema_forms_the_answer(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     form = {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "high"}
-    await client.post(URL, json=body(output_config=form, thinking={"type": "adaptive"}))
+    edits = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    await client.post(
+        URL, json=body(output_config=form, context_management=edits, thinking={"type": "adaptive"})
+    )
     grammar = engine.requests[0].sampling.grammar
     assert grammar is not None
     assert json.decode(grammar.source)["required"] == ["city"]
@@ -263,6 +266,12 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ),
     ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "$.tool_choice"),
     ({"stop_sequences": ["x"] * 100}, 400, "invalid_request_error", "$.stop_sequences"),
+    (
+        {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
+        400,
+        "invalid_request_error",
+        "$.context_management.edits[0]",
+    ),
     ({"mcp_servers": [{"url": "x"}]}, 400, "invalid_request_error", "$.mcp_servers"),
     ({"objective": {"ttft_ms": 9, "total_ms": 1}}, 400, "invalid_request_error", "$.objective.total_ms"),
 ]
