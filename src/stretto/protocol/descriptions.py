@@ -194,6 +194,7 @@ FIELDS: dict[str, str] = {
     "ResponseRequest.input": "A text, or the items of a conversation.",
     "ResponseRequest.prompt": "Not supported: only null is accepted.",
     "ResponseRequest.max_tokens": "Not supported, named `max_output_tokens` here: only null is accepted.",
+    "ResponseUsage.input_tokens": "Tokens of the prompt.",
     "ResponseRequest.n": "Only 1.",
     "ResponseRequest.text": "The format of the answer.",
     "ResponseRequest.store": "Whether to keep the answer, if `response_store` is set. Absent: yes.",

@@ -77,7 +77,7 @@ async def test_items_become_the_prompt_of_the_same_chat(
     ]
     function = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
     wanted = await prompt_of(client, engine, {"messages": messages, "tools": [function]})
-    items = [
+    items: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
         {
             "type": "reasoning",
@@ -163,7 +163,7 @@ async def test_stream_and_whole_answer_have_the_same_items(
                 item["type"],
                 item["status"],
                 item.get("arguments"),
-                [p["text"] for p in item.get("content") or []],
+                [p["text"] for p in item.get("content", [])],
             )
             for item in answer["output"]
         ]
@@ -213,6 +213,17 @@ async def test_the_client_parses_answers_and_calls_into_types(
     (call,) = answer.output
     assert call.type == "function_call"
     assert (call.name, call.arguments, call.status) == ("weather", '{"city": "Bonn"}', "completed")
+
+
+async def test_what_a_schema_asks_in_vain_is_named(client: httpx.AsyncClient, set_answer: SetAnswer) -> None:
+    set_answer('{"city": "Bonn"}')
+    form = {"type": "json_schema", "name": "n", "schema": SCHEMA | {"not": {"required": ["x"]}}}
+    answer = (await client.post(URL, json={"input": "Hi", "text": {"format": form}})).json()
+    assert answer["stretto"]["schema_relaxed"] == ["$.text.format.schema.not"]
+    tool = WEATHER | {"parameters": form["schema"]}
+    body = {"input": "Hi", "tools": [tool], "tool_choice": "required"}
+    answer = (await client.post(URL, json=body)).json()
+    assert answer["stretto"]["schema_relaxed"] == ["$.tools[0].parameters.not"]
 
 
 async def test_a_cut_answer_is_incomplete(ai: Any, set_answer: SetAnswer, engine: FakeEngine) -> None:

@@ -95,7 +95,12 @@ def key(client: httpx.AsyncClient) -> None:
 async def test_a_key_may_come_in_either_header(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     del client.headers["x-api-key"]
     right = {"x-api-key": "key-of-ann"}, {"authorization": "Bearer key-of-ann"}
-    wrong = {}, {"x-api-key": "key"}, {"x-api-key": "Bearer key-of-ann"}, {"authorization": "key-of-ann"}
+    wrong: list[dict[str, str]] = [
+        {},
+        {"x-api-key": "key"},
+        {"x-api-key": "Bearer key-of-ann"},
+        {"authorization": "key-of-ann"},
+    ]
     for headers in right:
         assert (await client.post(CHAT, json=HELLO, headers=headers)).status_code == 200
         assert structs.asdict(engine.requests[-1])["tenant"] == "ann"

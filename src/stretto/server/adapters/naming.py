@@ -20,10 +20,16 @@ def fields_named(names: Sequence[tuple[str, str]]) -> Generator[None]:
     try:
         yield
     except StrettoError as error:
-        for ours, theirs in names:
-            error.message = error.message.replace(ours, theirs)
-            error.param = error.param and error.param.replace(ours, theirs)
+        error.message = renamed(error.message, names)
+        error.param = error.param and renamed(error.param, names)
         raise
+
+
+def renamed(text: str, names: Sequence[tuple[str, str]]) -> str:
+    """A text or a path with the client's names: (ours, theirs)."""
+    for ours, theirs in names:
+        text = text.replace(ours, theirs)
+    return text
 
 
 def arguments_of(call: MadeCall) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from stretto.protocol.responses import (
     ResponseRequest,
     TextOptions,
 )
-from stretto.server.adapters.naming import fields_named
+from stretto.server.adapters.naming import fields_named, renamed
 from stretto.server.adapters.response_events import EventWriter
 from stretto.server.adapters.response_items import ItemConversation
 from stretto.server.adapters.response_store import KeptResponse, ResponseStore
@@ -129,7 +129,8 @@ class Responses:
 
         def writer_of(spec: AnswerSpec, tier: str) -> EventWriter:
             response = response_of(request, spec, tier, keeps)
-            writer = EventWriter(response, done, streamed=streamed, relaxed=spec.relaxed)
+            relaxed = [renamed(path, NAMES) for path in spec.relaxed]
+            writer = EventWriter(response, done, streamed=streamed, relaxed=relaxed)
             call.error_event = writer.failed
             return writer
 
