@@ -41,9 +41,12 @@ InputParts = Annotated[list[InputPart], up_to("parts")]
 
 class InputItem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One item of a conversation. Which fields it needs depends on its type: a `message` role and content, a
-    `function_call` call_id, name and arguments, a `function_call_output` call_id and output."""
+    `function_call` call_id, name and arguments, a `function_call_output` call_id and output. An
+    `item_reference` is refused."""
 
-    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    type: Literal["message", "function_call", "function_call_output", "reasoning", "item_reference"] = (
+        "message"
+    )
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: str | InputParts | None = None
     summary: InputParts | None = None

@@ -303,6 +303,7 @@ async def test_a_kept_answer_goes_on_for_its_tenant_alone(
         ({"input": "Hi", "text": {"format": {"type": "json_schema", "name": "n", "strict": True,
                                              "schema": {"not": {"type": "object"}}}}},
          "$.text.format.schema"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "$.input[0]"),
         ({"input": [{"type": "web_search_call", "id": "w"}]}, "$.input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "$.input[0].content[0].type"),
         ({"input": [{"role": "user"}]}, "$.input[0].content"),
