@@ -489,3 +489,18 @@ def test_a_tight_request_is_seen_behind_any_number_of_lighter_ones():
     sent = world.clock()
     world.run()
     assert world.on_time(999) and world.stamps[999][0] - sent < 0.05
+
+
+def test_in_an_overload_a_displaced_request_is_refused_at_once():
+    world = TwoModels()
+    for ident in (1, 2, 3):
+        world.send(ident, 2400)
+    world.step()
+    assert not world.ends
+    world.engine.models["a"].history.arrivals.offer(1e6)
+    came = world.send(4, 1500, tier="priority").arrival
+    world.run()
+    displaced = [ident for ident in world.ends if world.reason(ident) is Reason.REFUSED]
+    assert displaced and all(world.ends[ident].retry_after for ident in displaced)
+    assert all(world.ended_at[ident] - came <= 4 * step_limit(COST) / 1e3 for ident in displaced)
+    assert all(world.on_time(ident) for ident in world.ends if ident not in displaced)

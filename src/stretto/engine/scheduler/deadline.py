@@ -8,6 +8,7 @@ gap between tokens is bounded by construction. `lateness` bounds the wait of all
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import repeat
 from math import inf
@@ -17,6 +18,7 @@ from stretto.engine.scheduler.estimate import Deferral, Estimate, step_limit
 from stretto.engine.scheduler.lateness import (
     ADMITTED,
     FIRST,
+    OVERLOAD,
     PAUSE_S,
     Backlog,
     Prompt,
@@ -72,7 +74,7 @@ def deadline(context: SchedulingContext) -> Plan:
     running = _sort_running(builder, expired)
     prompts = sorted(running.prompts + prompts)[:DEPTH]
     estimate = running.estimate(builder)
-    deferral = _defer(builder, prompts, estimate)
+    deferral = _defer(builder, prompts, estimate, context.history.arrivals.above)
     deferred = {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
     if builder.plan.newcomers or (prompts and prompts[0][0].negated_weight == FIRST):
         prompts, others = _admit(builder, prompts, others, deferral, deferred)
@@ -83,7 +85,7 @@ def deadline(context: SchedulingContext) -> Plan:
     owed = _owed_now(builder, best_effort)
     owed -= _fill(builder, best_effort, min(owed, builder.left_ms / 2))
     _run_prompts(builder, prompts, deferred, estimate)
-    put_off = _put_off(builder, prompts, others, deferral, deferred)
+    put_off = _put_off(builder, prompts, others, estimate, deferral, deferred)
     owed -= _fill(builder, best_effort + put_off, inf)
     builder.plan.owed = max(owed, 0.0)
     builder.plan.predicted = builder.ms
@@ -289,7 +291,9 @@ def _owed_now(builder: PlanBuilder, best_effort: list[Sequence]) -> float:
     return min(builder.context.history.fairness.owed + share, step_limit(builder.cost))
 
 
-def _defer(builder: PlanBuilder, prompts: list[Placed], estimate: Estimate) -> Deferral:
+def _defer(
+    builder: PlanBuilder, prompts: list[Placed], estimate: Estimate, heavier: Callable[[float], float]
+) -> Deferral:
     """Which prompts must be deferred. Newcomers rather than admitted ones, and never one that goes first."""
     history, per_prefill, per_pair = builder.context.history, builder.cost.per_prefill, builder.cost.per_pair
     worth = history.fairness.worth()
@@ -305,7 +309,7 @@ def _defer(builder: PlanBuilder, prompts: list[Placed], estimate: Estimate) -> D
         if seq.rank.group:
             value += ADMITTED if seq.started is None else STARTED
         jobs.append((order if negated_weight > FIRST else inf, ms, value))
-    return estimate.defer(groups, history.arrivals.above, builder.context.now)
+    return estimate.defer(groups, heavier, builder.context.now)
 
 
 def _admit(
@@ -316,27 +320,30 @@ def _admit(
     Returns the prompts and the others that are left. A newcomer that is admitted although it will be late is
     one of the others from now on.
     """
-    plan, now, newcomers = builder.plan, builder.context.now, set(builder.plan.newcomers)
-    behind = [seq for _, seq in others if seq not in newcomers]
-    horizon_s = max((rank.order - now for rank, _ in prompts if rank.negated_weight > FIRST), default=0.0)
-    backlog = backlog_of(builder.context, behind, horizon_s)
-    refused: dict[Sequence, float] = {}
-    late: list[Placed] = []
-    for rank, seq in prompts + others:
-        if seq not in newcomers:
-            if rank.negated_weight == FIRST and rank.order <= now and _may_refuse(seq):
-                refused[seq] = 0.0
-            continue
-        late_s = deferred.get(seq, 0.0)
-        asked = newcomer(_prompt(builder, seq, rank), deferral, late_s, backlog, now)
-        after = shortfall(asked, backlog) if _may_refuse(seq) else 0.0
-        if after > 0 or (late_s > 0 and seq.request.objective.on_miss == "reject"):
-            refused[seq] = max(after, late_s)
-            continue
-        if asked.late_s > 0:
-            late.append((_best_effort_rank(builder, seq, now), seq))
-        if asked.late_s > 0 or asked.ttft_s == inf:
-            backlog = backlog.more(asked)
+    plan, now, refused, late = builder.plan, builder.context.now, dict[Sequence, float](), list[Placed]()
+    newcomers = set(plan.newcomers)
+    for rank, seq in prompts:
+        if rank.negated_weight > FIRST:
+            break
+        if rank.order <= now and seq not in newcomers and _may_refuse(seq):
+            refused[seq] = 0.0
+    if newcomers:
+        horizon_s = max((rank.order - now for rank, _ in prompts if rank.negated_weight > FIRST), default=0.0)
+        behind = [seq for _, seq in others if seq not in newcomers]
+        backlog = backlog_of(builder.context, behind, horizon_s)
+        for rank, seq in [one for one in prompts + others if one[1] in newcomers]:
+            late_s = deferred.get(seq, 0.0)
+            asked = newcomer(_prompt(builder, seq, rank), deferral, late_s, backlog, now)
+            after = shortfall(asked, backlog) if _may_refuse(seq) else 0.0
+            if after > 0 or (late_s > 0 and seq.request.objective.on_miss == "reject"):
+                refused[seq] = max(after, late_s)
+                continue
+            if asked.late_s > 0:
+                late.append((_best_effort_rank(builder, seq, now), seq))
+            if asked.late_s > 0 or asked.ttft_s == inf:
+                backlog = backlog.more(asked)
+    if not refused and not late:
+        return prompts, others
     plan.refuse += refused.items()
     plan.place += [(seq, rank) for rank, seq in late]
     gone = {*refused, *(seq for _, seq in late)}
@@ -375,13 +382,19 @@ def _run_prompts(builder: PlanBuilder, prompts: list[Placed], deferred: Late, es
 
 
 def _put_off(
-    builder: PlanBuilder, prompts: list[Placed], others: list[Placed], deferral: Deferral, deferred: Late
+    builder: PlanBuilder,
+    prompts: list[Placed],
+    others: list[Placed],
+    estimate: Estimate,
+    deferral: Deferral,
+    deferred: Late,
 ) -> list[Sequence]:
-    """Refuse the deferred prompts that ask for it, or that can only be late while others are late already.
+    """Refuse the deferred prompts that ask for it, or that are sure to be late while others are late already.
 
     The rest may take what time is left.
     """
     put_off: list[Sequence] = []
+    sure = _sure_to_be_late(builder, prompts, estimate, deferred) if deferred else {}
     backlog: Backlog | None = None
     for rank, seq in prompts:
         if seq not in deferred:
@@ -389,19 +402,34 @@ def _put_off(
         if seq.request.objective.on_miss == "reject" and seq.started is None:
             builder.plan.refuse.append((seq, deferred[seq]))
             continue
-        if _is_hopeless(builder, seq):
+        hopeless = _is_hopeless(builder, seq)
+        if hopeless or seq in sure:
             backlog = backlog or backlog_of(builder.context, (other for _, other in others))
-            asked = newcomer(
-                _prompt(builder, seq, rank), deferral, deferred[seq], backlog, builder.context.now
-            )
-            asked = asked._replace(late_s=deferred[seq])
+            prompt, now = _prompt(builder, seq, rank), builder.context.now
+            asked = newcomer(prompt, deferral, deferred[seq], backlog, now)._replace(late_s=deferred[seq])
             if _may_refuse(seq) and shortfall(asked, backlog) > 0:
                 builder.plan.refuse.append((seq, deferred[seq]))
                 continue
-            backlog = backlog.more(asked)
-            builder.plan.place.append((seq, _best_effort_rank(builder, seq, builder.context.now)))
+            if hopeless:
+                backlog = backlog.more(asked)
+                builder.plan.place.append((seq, _best_effort_rank(builder, seq, now)))
         put_off.append(seq)
     return put_off
+
+
+def _sure_to_be_late(builder: PlanBuilder, prompts: list[Placed], estimate: Estimate, deferred: Late) -> Late:
+    """The deferred prompts that will be late even if nothing else comes. In an overload more is sure to come.
+
+    Only what comes makes others late, so this is looked at when something has come.
+    """
+    if not any(map(_may_refuse, deferred)):
+        return {}
+    if builder.context.history.arrivals.offered > OVERLOAD:
+        return deferred
+    if not builder.plan.newcomers:
+        return {}
+    deferral = _defer(builder, prompts, estimate, lambda weight: 0.0)
+    return {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
 
 
 def _is_hopeless(builder: PlanBuilder, seq: Sequence) -> bool:

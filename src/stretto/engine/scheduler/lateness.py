@@ -29,8 +29,9 @@ FREE = (
 )
 RESERVE = 1.0  # beyond it, and in overload, a prompt leaves room for so many more like it
 RESERVE_FLEX = 8.0, 24.0  # the same for one without a TTFT objective, at other times and in overload
-OVERLOAD = 1.15  # of the time: more prompt work than this that comes is an overload
-LATE_SHARE = 0.02  # of the time may go to prompts that are admitted although they will be late
+OVERLOAD = 0.95  # of the time: more prompt work than this that comes is an overload; streams take the rest
+LATE_SHARE = 0.02  # of the time may go to prompts that will be late; none of it in overload
+OVERLOAD_FLEX = 0.1  # of the time is counted on for prompts without an objective in overload
 MOST = 0.9  # of the time that others leave is counted on for prompts without an objective
 ADMITTED = 1.0  # what an admitted prompt is worth more than a newcomer, in steps of `Fairness.worth`
 FIRST = -inf  # the negated weight of those that go first
@@ -64,6 +65,11 @@ class Backlog(Struct, frozen=True, array_like=True):
     offered: float = 0.0  # prompt work that came recently, refused or not, as a share of the time
     heaviest: float = inf  # the weight of the weightiest tier
     horizon_s: float = inf  # the longest TTFT objective of a tier, or of a waiting prompt if that is longer
+
+    @property
+    def overload(self) -> bool:
+        """Whether more prompt work comes than can be done."""
+        return self.offered > OVERLOAD
 
     def more(self, admitted: Newcomer) -> Backlog:
         """The backlog with one more prompt that was admitted to it."""
@@ -104,7 +110,7 @@ def newcomer(prompt: Prompt, deferral: Deferral, late_s: float, backlog: Backlog
     timed, weight, rate = prompt.deadline < inf, prompt.weight, deferral.rate
     if not timed:
         weight = min(deferral.groups, default=weight)
-    overload = backlog.offered > OVERLOAD and weight in deferral.groups
+    overload = backlog.overload and weight in deferral.groups
     if overload:
         busy_s, rate = deferral.ends[weight] - now, deferral.groups[weight][1]
     else:
@@ -132,12 +138,15 @@ def shortfall(asked: Newcomer, backlog: Backlog) -> float:
     This is trunk reservation, which is close to optimal when more comes than can be served (Reiman, Queueing
     Systems 8, 1991).
     """
-    own_s, spare = asked.alone_ms / asked.rate, max(LEAD, MOST - backlog.timed)
+    own_s = asked.alone_ms / asked.rate
+    spare = OVERLOAD_FLEX if backlog.overload else max(LEAD, MOST - backlog.timed)
     crowded = asked.busy_s > FREE * backlog.horizon_s
     if asked.ttft_s == inf:
         excess = (1 + asked.reserve) * own_s + asked.busy_s - backlog.horizon_s if crowded else 0.0
         return max(excess, _excess(asked, backlog.flex_ms, spare), 0.0)
     if asked.late_s > 0:
+        if backlog.overload:
+            return asked.late_s
         hopeless = asked.alone_ms / 1e3 > asked.ttft_s
         excess = _excess(asked, backlog.late_ms + backlog.flex_ms, spare if hopeless else LATE_SHARE)
         return asked.late_s if excess > 0 else 0.0
@@ -150,9 +159,12 @@ def backlog_of(context: SchedulingContext, prompts: Iterable[Sequence], horizon_
 
     `horizon_s`: the longest TTFT objective of a waiting prompt.
     """
-    cost, arrivals, late_ms, flex_ms = context.history.times.cost, context.history.arrivals, 0.0, 0.0
+    arrivals, late_ms, flex_ms = context.history.arrivals, 0.0, 0.0
+    per_prefill, per_pair = context.history.times.cost.per_prefill, context.history.times.cost.per_pair
     for seq in prompts:
-        ms = cost.prefill(seq.kv.computed, seq.length - seq.kv.computed)
+        done = seq.kv.computed
+        count = len(seq.tokens) - done
+        ms = count * (per_prefill + per_pair * (done + count / 2))
         if seq.deadline.next < inf:
             late_ms += ms
         else:
@@ -177,7 +189,7 @@ def longest_wait_s(ttft_s: float, alone_ms: float) -> float:
 def longest_wait_of(seq: Sequence, cost: StepCost) -> float:
     """`longest_wait_s` of a sequence."""
     ttft_s = PATIENCE_S if seq.deadline.emitted else seq.deadline.start - seq.request.arrival
-    return longest_wait_s(ttft_s, cost.prefill(0, seq.prompt_len))
+    return longest_wait_s(ttft_s, cost.base + cost.prefill(0, seq.prompt_len))
 
 
 def goes_first_at(seq: Sequence, cost: StepCost) -> float:

@@ -13,6 +13,7 @@ KEPT_LENGTHS = 512
 DEFAULT_LENGTH = 256  # tokens of an answer before any of its tier has ended
 LONG = 0.7  # the quantile that stands for a long answer
 ARRIVALS_S = 120.0
+OFFERED_S = 600.0  # the same for what comes, refused or not: a burst is no overload
 
 
 class AnswerLengths:
@@ -51,7 +52,7 @@ class ArrivalRate:
     @property
     def offered(self) -> float:
         """The work that comes, refused or not, as a share of the time."""
-        return self._offered / (ARRIVALS_S * 1e3)
+        return self._offered / (OFFERED_S * 1e3)
 
     def above(self, weight: float) -> float:
         """The work of greater weight that arrives, as a share of the time."""
@@ -65,6 +66,6 @@ class ArrivalRate:
         """Let the past count less. Called after every step, it acts once a second."""
         if now - self._faded >= 1.0:
             share = exp((self._faded - now) / ARRIVALS_S)
-            self._offered *= share
+            self._offered *= exp((self._faded - now) / OFFERED_S)
             self._ms = {weight: ms * share for weight, ms in self._ms.items()}
             self._faded = now
