@@ -39,7 +39,6 @@ async def ask(page: Any, text: str = "Hi") -> None:
     """Send a message and wait for the end of its answer."""
     await send(page, text)
     await page.wait_for_selector("#send:has-text('Send')")
-    await page.wait_for_selector(".turn.assistant:last-of-type .actions")
 
 
 async def answers(page: Any, *deltas: dict[str, Any], reason: str = "stop") -> None:
