@@ -85,10 +85,11 @@ def _parse_otherwise(
         fields = json.decode(body)
     except (DecodeError, RecursionError):
         fields = None
-    if not isinstance(fields, dict):
+    usual = lenient(cast("dict[str, Any]", fields)) if isinstance(fields, dict) else fields
+    if json.encode(usual) == json.encode(fields):  # 40.0 equals 40, and only the latter is accepted
         raise _error_with_path(problem, body)
     try:
-        return convert(lenient(cast("dict[str, Any]", fields)), decoder.type, str_keys=True)
+        return convert(usual, decoder.type, str_keys=True)
     except ValidationError as error:
         raise _error_with_path(str(error), body) from None
     except RecursionError:
