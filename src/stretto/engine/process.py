@@ -57,6 +57,7 @@ class ChildProcess:
         with ExitStack() as undo:
             beats, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.enter_context(beats)
+            undo.enter_context(other_end)
             beats.setblocking(False)
             messages = context.socket(zmq.PAIR)
             undo.callback(messages.close)
@@ -66,18 +67,13 @@ class ChildProcess:
             # libzmq when it accepts a connection, while a connect is tried again.
             messages.set(zmq.RECONNECT_IVL, CONNECT_MS)
             messages.connect(f"ipc://{address}")
-            with other_end:
-                command = (
-                    sys.executable,
-                    "-m",
-                    "stretto.engine",
-                    ENGINE,
-                    str(address),
-                    str(other_end.fileno()),
-                )
-                process = await asyncio.create_subprocess_exec(
-                    *command, stdin=asyncio.subprocess.PIPE, pass_fds=(other_end.fileno(),)
-                )
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "stretto.engine", ENGINE, str(address), str(other_end.fileno())),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(other_end.fileno(),),
+            )
+            other_end.close()  # the process has its own
             undo.pop_all()
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(config))
