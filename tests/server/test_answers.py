@@ -655,3 +655,36 @@ async def test_what_a_schema_cannot_enforce_is_reported(
     form["json_schema"]["schema"] = {"not": {"type": "string"}}
     refused = await client.post(CHAT, json=HELLO | {"response_format": form})
     assert refused.json()["error"]["param"] == "$.response_format.json_schema.schema.not"
+
+
+async def test_the_stop_string_is_part_of_the_answer_on_request(
+    client: httpx.AsyncClient, set_answer: SetAnswer
+) -> None:
+    set_answer("One. Two. Three.")
+    for shown, answer in ((False, "One."), (True, "One. Two"), (None, "One.")):
+        (choice,) = (await whole(client, stop=[" Two"], include_stop_str_in_output=shown))["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (answer, "stop")
+
+
+async def test_only_the_last_tokens_of_a_prompt_are_read_on_request(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
+    await whole(client, truncate_prompt_tokens=3)
+    assert engine.requests[-1].prompt == tuple(text.encode_chat(HELLO["messages"]))[-3:]
+    await whole(client, TEXT, prompt="a " * 5000, truncate_prompt_tokens=4)
+    assert engine.requests[-1].prompt == tuple(text.encode("a " * 5000))[-4:]
+
+
+async def test_an_answer_goes_on_with_the_last_message_on_request(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
+    messages = [*HELLO["messages"], {"role": "assistant", "content": "The answer is"}]
+    given = {"messages": messages, "add_generation_prompt": False, "continue_final_message": True}
+    await whole(client, **given)
+    prompt = text.tokenizer.decode(list(engine.requests[-1].prompt), skip_special_tokens=False)
+    assert prompt.endswith("The answer is")
+    await whole(client, **(given | {"continue_final_message": False}))
+    closed = text.tokenizer.decode(list(engine.requests[-1].prompt), skip_special_tokens=False)
+    assert closed.startswith(prompt) and len(closed) > len(prompt)
+    refused = await client.post(CHAT, json=given | {"add_generation_prompt": True})
+    assert refused.json()["error"]["param"] == "$.continue_final_message"

@@ -209,6 +209,8 @@ class Generation(Wire, frozen=True, kw_only=True):
     stop: StopString | Annotated[list[StopString], up_to("stop")] | None = None
     stop_token_ids: Annotated[list[TokenId], up_to("stop_token_ids")] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: Positive | None = None
     presence_penalty: Annotated[float, BOUNDS["presence_penalty"]] | None = None
     frequency_penalty: Annotated[float, BOUNDS["frequency_penalty"]] | None = None
     repetition_penalty: Annotated[float, BOUNDS["repetition_penalty"]] | None = None
@@ -237,6 +239,8 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], up_to("variables")] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     modalities: Annotated[list[Literal["text"]], up_to("modalities")] | None = None
     audio: None = None
     function_call: None = None

@@ -145,7 +145,10 @@ def submit(
         request,
         sequence,
         model.text.detokenizer(
-            sampling.stop if prompt.thinking is None else (), sampling.min_tokens, visible
+            sampling.stop if prompt.thinking is None else (),
+            sampling.min_tokens,
+            visible,
+            stop_shown=spec.stop_shown,
         ),
         index=index,
         prompt_counts=first,

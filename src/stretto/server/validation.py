@@ -80,7 +80,8 @@ class AnswerSpec:
     `encode` returns the prompts, which takes long for a long text. `grammar_path` is the path of the field
     that gave the grammar. `parser` makes a parser of tool calls for one answer. With `single_call`, the first
     tool call ends the answer. `relaxed`: paths of a schema's parts that the grammar does not enforce.
-    `whole_calls`: a stream has no part of a tool call before all of it.
+    `whole_calls`: a stream has no part of a tool call before all of it. `stop_shown`: the stop string that
+    ends an answer is part of it.
     """
 
     model: ModelHandle
@@ -96,6 +97,7 @@ class AnswerSpec:
     single_call: bool = False
     relaxed: tuple[str, ...] = ()
     whole_calls: bool = False
+    stop_shown: bool = False
 
     def answer_parser(self, thinking: bool | None) -> AnswerParser | None:
         """The parser of an answer with reasoning or tool calls. None if the answer is only content."""
@@ -105,7 +107,9 @@ class AnswerSpec:
         if thinking is not None:
             reasoning = reasoning_parser.ReasoningParser(thinking)
             # The reasoning may hold a stop string, so only what follows it is searched.
-            stop = StopStrings(self.sampling.stop, self.sampling.min_tokens) if self.sampling.stop else None
+            sampling = self.sampling
+            if sampling.stop:
+                stop = StopStrings(sampling.stop, sampling.min_tokens, shown=self.stop_shown)
         tools = self.parser() if self.parser else None
         return AnswerParser(
             reasoning,
@@ -161,7 +165,9 @@ def check_completion(request: CompletionRequest, model: ModelHandle, limits: Req
     form = _grammar(request)
     sampling = _sampling(request, model.text, limit, request.logprobs, form.grammar)
     check_sampling_ids(sampling, model.info)
-    encode = partial(_encode_completion, inputs, model, sampling, bool(request.echo))
+    encode = partial(
+        _encode_completion, inputs, model, sampling, bool(request.echo), request.truncate_prompt_tokens
+    )
     return _spec(request, model, sampling, encode, prompts=len(inputs), relaxed=form.relaxed)
 
 
@@ -184,6 +190,7 @@ def _spec(
         ),
         metadata=request.metadata,
         stream=bool(request.stream),
+        stop_shown=bool(request.include_stop_str_in_output),
         options=request.stream_options or StreamOptions(),
         grammar_path=path if request.structured_outputs is None else "$.structured_outputs",
         **chat,
@@ -197,10 +204,12 @@ def _encode_chat(
     tools: list[dict[str, Any]] | None,
     variables: dict[str, Any],
 ) -> list[EncodedPrompt]:
-    text = model.text
-    rendered = text.render(messages.messages(request, text), tools, variables)
-    check_size(rendered, text, model.info, "$.messages")
-    ids = tuple(text.encode_rendered(rendered))
+    text, kept = model.text, request.truncate_prompt_tokens
+    history = messages.messages(request, text)
+    rendered = text.render(history, tools, variables, unfinished=bool(request.continue_final_message))
+    if kept is None:
+        check_size(rendered, text, model.info, "$.messages")
+    ids = tuple(text.encode_rendered(rendered))[-kept if kept else 0 :]
     check_token_ids(ids, model.info, "$.messages")
     check_length(len(ids), sampling.max_tokens or 1, model.info, "$.messages")
     thinking: bool | None = None
@@ -213,10 +222,10 @@ def _encode_chat(
 
 
 def _encode_completion(
-    inputs: list[RawPrompt], model: ModelHandle, sampling: Sampling, echo: bool
+    inputs: list[RawPrompt], model: ModelHandle, sampling: Sampling, echo: bool, kept: int | None
 ) -> list[EncodedPrompt]:
     prompts: list[EncodedPrompt] = []
-    encoded = encode_prompts(model.text, inputs, model.info, "$.prompt")
+    encoded = encode_prompts(model.text, inputs, model.info, "$.prompt", last=kept)
     for ids, source in zip(encoded, inputs, strict=True):
         check_length(len(ids), sampling.max_tokens or 1, model.info, "$.prompt")
         text = source if isinstance(source, str) else model.text.decode(list(source))

@@ -160,11 +160,14 @@ class Detokenizer:
 
     __slots__ = ("_decoder", "_push", "_stop")
 
-    def __init__(self, pieces: Pieces, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
-        """The text of the first `min_tokens` tokens is not searched for stop strings."""
+    def __init__(
+        self, pieces: Pieces, stop: tuple[str, ...] = (), min_tokens: int = 0, *, stop_shown: bool = False
+    ) -> None:
+        """The text of the first `min_tokens` tokens is not searched for stop strings. `stop_shown`: the one
+        that is found is part of the text."""
         self._decoder = pieces.decoder()
         self._push = self._decoder.push
-        self._stop = StopStrings(stop, min_tokens) if stop else None
+        self._stop = StopStrings(stop, min_tokens, shown=stop_shown) if stop else None
 
     @property
     def stopped(self) -> str | None:

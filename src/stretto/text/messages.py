@@ -112,6 +112,9 @@ def _called(call: ToolCall, path: str) -> dict[str, Any]:
 def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:
     """The request's variables for the template. Raises UnsupportedField for one that the template ignores."""
     found = dict(request.chat_template_kwargs or {})
+    if request.continue_final_message and request.add_generation_prompt is not False:
+        where = "$.continue_final_message"
+        raise InvalidRequest(f"{where} needs add_generation_prompt: false", param=where)
     template = text.template
     if template is None:
         return found
@@ -131,6 +134,8 @@ def variables(request: ChatRequest, text: TextModel) -> dict[str, Any]:
         elif effort not in ("none", "minimal"):
             where = "$.reasoning_effort"
             raise UnsupportedField(f"{where}: this model does not support it; leave it out", param=where)
+    if request.add_generation_prompt is False:
+        found["add_generation_prompt"] = False
     return found
 
 

@@ -15,9 +15,9 @@ RawPrompt = str | Sequence[int]
 
 
 def encode_prompts(
-    text: TextModel, prompts: Sequence[RawPrompt], info: ModelInfo, path: str
+    text: TextModel, prompts: Sequence[RawPrompt], info: ModelInfo, path: str, *, last: int | None = None
 ) -> list[tuple[int, ...]]:
-    """The token ids of each prompt. `path` names the field they came in.
+    """The token ids of each prompt, or the last `last` of them. `path` names the field they came in.
 
     Raises InvalidRequest for an empty prompt or an unknown token id, ContextExceeded for a long one.
     """
@@ -25,10 +25,11 @@ def encode_prompts(
     for index, prompt in enumerate(prompts):
         where = path if len(prompts) == 1 else f"{path}[{index}]"
         if isinstance(prompt, str):
-            check_size(prompt, text, info, where)
+            if last is None:
+                check_size(prompt, text, info, where)
             prompt = text.encode(prompt)
-        check_length(len(prompt), 0, info, where)
-        ids = tuple(prompt)
+        ids = tuple(prompt)[-last if last else 0 :]
+        check_length(len(ids), 0, info, where)
         check_token_ids(ids, info, path)
         encoded.append(ids)
     return encoded

@@ -9,11 +9,13 @@ class StopStrings:
     The result depends on the characters alone, not on the pieces. The stop string complete first wins.
     """
 
-    __slots__ = ("_held", "_stop", "_unsearched", "found")
+    __slots__ = ("_held", "_shown", "_stop", "_unsearched", "found")
 
-    def __init__(self, stop: tuple[str, ...], min_tokens: int = 0) -> None:
-        """The text of the first `min_tokens` tokens is not searched."""
+    def __init__(self, stop: tuple[str, ...], min_tokens: int = 0, *, shown: bool = False) -> None:
+        """The text of the first `min_tokens` tokens is not searched. `shown`: the stop string that is found
+        is part of the text."""
         self._stop = stop
+        self._shown = shown
         self._unsearched = min_tokens
         self._held = ""
         self.found: str | None = None
@@ -30,9 +32,9 @@ class StopStrings:
         text = self._held + text
         ends = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
-            _, at, self.found = min(ends)
+            end, at, self.found = min(ends)
             self._held = ""
-            return text[:at]
+            return text[: end if self._shown else at]
         cut = len(text) - max(partial_match(text, stop) for stop in self._stop)
         self._held = text[cut:]
         return text[:cut]

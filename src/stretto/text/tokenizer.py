@@ -16,7 +16,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from stretto.disk.files import loading, read_file
-from stretto.errors import CheckpointError, UnsupportedField
+from stretto.errors import CheckpointError, InvalidRequest, UnsupportedField
 from stretto.text import chat_template
 from stretto.text.detokenizer import BYTE_ALPHABET, Detokenizer, Pieces
 from stretto.text.special_tokens import SpecialTokenGuard
@@ -62,16 +62,27 @@ class TextModel:
         return self.encode_rendered(self.render(messages, tools, variables))
 
     def render(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        variables: dict[str, Any],
+        *,
+        unfinished: bool = False,
     ) -> str:
-        """The text of a chat's prompt. Special tokens in the arguments are broken by a secret mark."""
+        """The text of a chat's prompt. Special tokens in the arguments are broken by a secret mark.
+
+        `unfinished`: the prompt ends with the content of the last message, which the answer goes on with.
+        Raises InvalidRequest if the template changes that content.
+        """
         if self.template is None:
             raise UnsupportedField(
                 f"the model in {self.path.name} has no chat template; use /v1/completions instead",
                 param="$.messages",
             )
         guard = self._guard.guard
-        return self.template.render(guard(messages), guard(tools) if tools else None, guard(variables))
+        guarded = guard(messages)
+        rendered = self.template.render(guarded, guard(tools) if tools else None, guard(variables))
+        return _up_to(rendered, guarded[-1]["content"]) if unfinished else rendered
 
     def encode_rendered(self, rendered: str) -> list[int]:
         """The ids of what `render` returned."""
@@ -98,10 +109,15 @@ class TextModel:
         return self.tokenizer.decode(ids, skip_special_tokens=not special)
 
     def detokenizer(
-        self, stop: tuple[str, ...] = (), min_tokens: int = 0, show: frozenset[str] = frozenset()
+        self,
+        stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        show: frozenset[str] = frozenset(),
+        *,
+        stop_shown: bool = False,
     ) -> Detokenizer:
         """A detokenizer for one answer. `show` are special tokens to keep in the text, as tool calls need."""
-        return Detokenizer(self._pieces_showing(show), stop, min_tokens)
+        return Detokenizer(self._pieces_showing(show), stop, min_tokens, stop_shown=stop_shown)
 
     def holds(self, token: str) -> bool:
         """Whether the vocabulary has `token`."""
@@ -136,6 +152,18 @@ def _encoded(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -
     except TypeError:  # what the bindings raise for text that is not Unicode
         encoded = tokenizer.encode_batch_fast([_whole(text) for text in texts], add_special_tokens=special)
     return encoded[0].ids if len(encoded) == 1 else [id for each in encoded for id in each.ids]
+
+
+def _up_to(rendered: str, content: Any) -> str:
+    """The rendered chat up to the end of its last message's content. Raises InvalidRequest without one."""
+    found = content.strip() if isinstance(content, str) else ""
+    at = rendered.rfind(found) if found else -1
+    if at < 0:
+        raise InvalidRequest(
+            "$.continue_final_message: the prompt does not contain the last message as it is; leave it out",
+            param="$.continue_final_message",
+        )
+    return rendered[: at + len(found)]
 
 
 def _whole(text: str) -> str:
