@@ -67,6 +67,7 @@ def test_every_stretto_command_in_the_readme_exists() -> None:
         "bench trace",
         "bench engine",
         "optimise",
+        "gateway",
         "doctor",
     }
 

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from stretto.http.dialects import OVERLOADED
 from tests.server_process import ServerProcess, serving
 
 pytestmark = pytest.mark.slow
@@ -244,6 +245,11 @@ class Fuzzer:
         return httpx.Request(method, url, content=self.content(schema), headers=JSON)
 
 
+def kind_of(error: Any) -> str:
+    """The code of an error of OpenAI's API, the type of Anthropic's, or Ollama's text."""
+    return error if isinstance(error, str) else error.get("code") or error.get("type") or ""
+
+
 @dataclass
 class Seen:
     """What came back, and what is wrong with it."""
@@ -255,11 +261,11 @@ class Seen:
         self.statuses[f"{request.method} {request.url.path[:25]} {status}"] += 1
         code, problem = "", None
         if status >= 400 and request.method != "HEAD":
-            code = json.loads(text)["error"]["code"]
+            code = kind_of(json.loads(text)["error"])
             problem = "untyped" if not code else None
         elif text.startswith("data: ") and (last := text.rpartition("data: ")[2]).startswith('{"error":'):
             code = json.loads(last)["error"]["code"]
-        if status >= 500 and status != 503:
+        if status >= 500 and status not in (503, OVERLOADED):
             problem = "a server error"
         if code in BUGS or problem:
             body = request.content[:1500].decode(errors="replace")
@@ -312,7 +318,8 @@ async def test_no_request_breaks_the_server_or_hangs(server: ServerProcess) -> N
         )
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
         answered = seen.statuses[f"POST {path[:25]} 200"]
-        assert answered * 15 > REQUESTS / 3 or REQUESTS < 1000, "too few requests are valid"
+        sent = sum(count for key, count in seen.statuses.items() if key.startswith(f"POST {path[:25]} "))
+        assert answered * 5 > sent or REQUESTS < 1000, f"{answered} of {sent} requests to {path} are valid"
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
     async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 200

@@ -142,3 +142,9 @@ def test_completions_take_the_same_fields():
 def test_the_documented_table_is_the_one_in_the_code():
     page = Path(__file__).parents[2] / "docs" / "compatibility.md"
     assert reference() in page.read_text(), f"replace the table in {page}"
+
+
+def test_a_wrong_field_before_a_byte_that_is_no_text_is_named():
+    with pytest.raises(InvalidRequest) as caught:
+        parse(CHAT, b'{"messages": 3, "us\xff": 1}')
+    assert caught.value.param == "$.messages"

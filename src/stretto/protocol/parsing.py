@@ -83,7 +83,7 @@ def _parse_otherwise(
     """Decodes a body that clients of other servers may send. `problem`: why it is none of ours."""
     try:
         fields = json.decode(body)
-    except (DecodeError, RecursionError):
+    except (DecodeError, UnicodeDecodeError, RecursionError):
         fields = None
     usual = lenient(cast("dict[str, Any]", fields)) if isinstance(fields, dict) else fields
     if json.encode(usual) == json.encode(fields):  # 40.0 equals 40, and only the latter is accepted
