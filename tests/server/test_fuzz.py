@@ -47,7 +47,7 @@ def fuzzed(checkpoint: Path, text: TextModel) -> App:
 
     engine = FakeEngine(script, {"tiny": info(vocab=text.tokenizer.get_vocab_size())})
     return build(
-        ServeConfig(max_body_bytes=1_000_000, allowed_hosts=("testserver",)), engine, {"tiny": checkpoint}
+        ServeConfig(max_body_bytes=64 * 2**20, allowed_hosts=("testserver",)), engine, {"tiny": checkpoint}
     )
 
 
