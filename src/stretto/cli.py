@@ -162,6 +162,7 @@ def gateway_command(
     }
     with _usage():
         settings = gateway_settings.load(given, os.environ, file)
+    log.configure("gateway", settings.log_level)
     gateway = Gateway(settings)
     uvloop.run(server.run(settings, gateway, gateway, typer.echo))
 

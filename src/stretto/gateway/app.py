@@ -70,6 +70,7 @@ class GatewayState(Struct, frozen=True):
     retries: int
     hedges: int
     hedges_won: int
+    rejected: dict[str, int]  # connections and requests that were cut short, by reason
 
 
 class Calls:
@@ -263,6 +264,7 @@ class Gateway(Starlette):
                 retries=relay.retries,
                 hedges=relay.hedges,
                 hedges_won=relay.hedges_won,
+                rejected=dict(self.server.rejections),
             )
         )
 

@@ -18,6 +18,7 @@ from msgspec import DecodeError, ValidationError, json, msgpack, structs
 from stretto.engine.scheduler.admission import Outlook, Snapshot
 from stretto.errors import StartError
 from stretto.gateway.health import Breaker
+from stretto.gateway.prefixes import PIECE
 from stretto.gateway.router import Router, WorkerView
 from stretto.gateway.upstream import Address, Head, Pool, UpstreamConnection, WorkerLost
 from stretto.protocol.openai import ModelList
@@ -32,7 +33,7 @@ CONNECT_S = 1.0
 MOST_REPORT_BYTES = 4 << 20
 SENT_UNSEEN_S = 0.03  # a report may miss what arrived at the worker so shortly before
 VERSION = 1
-BYTES_PER_TOKEN = 3.0  # of a prompt, until answers have told
+BYTES_PER_TOKEN = 3.0  # of a prompt, roughly: the gateway has no tokenizer
 
 
 class NotAReport(WorkerLost):
@@ -54,7 +55,6 @@ class Worker:
     held: bool = False  # an operator lets it have no new requests
     tiers: Mapping[str, Any] = field(default_factory=dict[str, Any])
     models: dict[str, ModelInfo | None] = field(default_factory=dict[str, ModelInfo | None])
-    bytes_per_token: float = BYTES_PER_TOKEN
     error: str = "no report yet"
     streams: set[Callable[[], None]] = field(default_factory=set[Callable[[], None]])
     lease: float | None = None  # when a worker that joined by itself must have renewed; None: configured
@@ -218,7 +218,7 @@ class Registry:
         view.round_trip = worker.pool.round_trip
         view.offset = report.now - (asked + now) / 2
         view.seen = now
-        view.pieces = _pieces(report.models, worker.bytes_per_token)
+        view.pieces = _pieces(report.models)
         newest = worker.sent_before(asked - SENT_UNSEEN_S)
         outlooks = {name: view.outlooks.get(name) or Outlook(report.tiers) for name in worker.models}
         for name, snapshot in seen.items():
@@ -235,7 +235,7 @@ class Registry:
         worker.view.weight = worker.breaker.weight(now)
 
 
-def _pieces(models: tuple[ModelInfo, ...], bytes_per_token: float) -> int:
+def _pieces(models: tuple[ModelInfo, ...]) -> int:
     """How many pieces of prompts the KV caches of these models hold."""
     tokens = sum(info.blocks * info.block_size for info in models)
-    return max(1, int(tokens * bytes_per_token / 512))
+    return max(1, int(tokens * BYTES_PER_TOKEN / PIECE))

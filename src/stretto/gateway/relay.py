@@ -22,7 +22,7 @@ from stretto.errors import CannotBeOnTime, StrettoError, Unavailable, UnknownMod
 from stretto.gateway.hedge import Errors, HedgeBudget
 from stretto.gateway.prefixes import PIECE, keys_of
 from stretto.gateway.progress import RETRIABLE, Progress
-from stretto.gateway.registry import CONNECT_S, Registry, Worker
+from stretto.gateway.registry import BYTES_PER_TOKEN, CONNECT_S, Registry, Worker
 from stretto.gateway.router import Ask, Placement
 from stretto.gateway.upstream import Head, UpstreamConnection, WorkerLost
 from stretto.protocol.relay import RELAY, OperationName, RelayedRequest
@@ -129,9 +129,7 @@ class Relay:
         prompt = bytes(fields.messages or fields.prompt or fields.input)
         name, info = self._model(fields.model)
         salt = f"{fields.user}\0{fields.cache_salt}"
-        some = next(iter(self.registry.workers.values()), None)
-        ratio = 3.0 if some is None else some.bytes_per_token
-        tokens = max(1, min(int(len(prompt) / ratio), info))
+        tokens = max(1, min(int(len(prompt) / BYTES_PER_TOKEN), info))
         limit = fields.max_completion_tokens or fields.max_tokens
         request = Request(
             id=next(self._ids),
@@ -143,7 +141,7 @@ class Relay:
             objective=self._objective(fields),
             tier=fields.service_tier if fields.service_tier in ("priority", "flex") else "default",
         )
-        return Ask(request, keys_of(prompt, exchange.tenant, name, salt), PIECE / ratio)
+        return Ask(request, keys_of(prompt, exchange.tenant, name, salt), PIECE / BYTES_PER_TOKEN)
 
     def _model(self, name: Any) -> tuple[str, int]:
         """The model's name and context. The default is the first model of the first worker."""

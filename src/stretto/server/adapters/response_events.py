@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from msgspec import json, structs
 
-from stretto.errors import StrettoError
+from stretto.errors import InvalidRequest, StrettoError
 from stretto.protocol.openai import ToolCallDelta
 from stretto.protocol.responses import (
     IncompleteDetails,
@@ -107,7 +107,7 @@ class EventWriter:
 
     def skip(self, output: Output, deltas: Sequence[OutputDelta]) -> None:
         """No gateway relays these streams, so none is continued."""
-        raise NotImplementedError("a stream of /v1/responses cannot be continued")
+        raise InvalidRequest("a stream of /v1/responses cannot be continued; send the request again")
 
     def end(self, outputs: list[Output]) -> bytes:
         """What ends a stream that went well."""
