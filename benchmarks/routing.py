@@ -23,7 +23,7 @@ from msgspec import structs
 from stretto.bench import traces
 from stretto.engine.scheduler.admission import Outlook, snapshot
 from stretto.engine.sequence import Sequence as EngineSequence
-from stretto.gateway.router import Ask, Method, Router, WorkerView
+from stretto.gateway.routing.router import Ask, Method, Router, WorkerView
 from stretto.simulator.replay import Outcomes, TraceWorld, capacity
 from stretto.simulator.report import RequestOutcome, by_tier
 from stretto.simulator.setting import PREFIX_BLOCK, Arrival, Setting, planned, within

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": GROUND | {"simulator", "profiler.protocol"},
     "server": SERVING,
     "gateway": SERVING,
-    "cluster": GROUND | {"telemetry", "simulator", "gateway.router"},
+    "cluster": GROUND | {"telemetry", "simulator", "gateway.routing"},
     "optimise": GROUND | {"models", "kernels", "engine", "text", "ladder"},
 }
 # Modules that only wire others together -> who may import them.

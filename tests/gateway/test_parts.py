@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stretto.gateway.health import FAILURES, FIRST_PAUSE_S, LONGEST_PAUSE_S, SLOW_START_S, Breaker
-from stretto.gateway.hedge import FEW, Errors, HedgeBudget
-from stretto.gateway.prefixes import PIECE, PrefixIndex, keys_of
-from stretto.gateway.progress import Progress
+from stretto.gateway.routing.hedge import FEW, Errors, HedgeBudget
+from stretto.gateway.routing.prefixes import PIECE, PrefixIndex, keys_of
+from stretto.gateway.upstream.health import FAILURES, FIRST_PAUSE_S, LONGEST_PAUSE_S, SLOW_START_S, Breaker
+from stretto.gateway.upstream.progress import Progress
 from stretto.protocol.relay import EmittedAnswer, mark
 
 EVENT = b'data: {"id":"c1","created":7,"choices":[]}\n\n'

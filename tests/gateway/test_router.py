@@ -12,7 +12,7 @@ from stretto.config import TIERS
 from stretto.engine.scheduler.admission import Outlook, Snapshot
 from stretto.engine.scheduler.estimate import Estimate
 from stretto.engine.step_time import StepCost
-from stretto.gateway.router import STALE_S, Ask, Method, Router, WorkerView
+from stretto.gateway.routing.router import STALE_S, Ask, Method, Router, WorkerView
 from stretto.types import Objective, Request, Sampling
 
 COST = StepCost(base=10.0, per_decode=0.5, per_prefill=0.5)  # ms

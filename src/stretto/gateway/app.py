@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stretto.errors import Draining, InvalidRequest, NotFound, StrettoError, Unauthorised, Unavailable
 from stretto.gateway.registry import Registry, Worker
 from stretto.gateway.relay import PATHS, Relay, RelayedExchange
-from stretto.gateway.router import Router
+from stretto.gateway.routing.router import Router
 from stretto.gateway.settings import GatewayConfig
 from stretto.http.errors import error_response, internal
 from stretto.http.exchange import KEY, Exchange, ExchangeLayer

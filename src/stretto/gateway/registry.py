@@ -17,10 +17,10 @@ from msgspec import DecodeError, ValidationError, json, msgpack, structs
 
 from stretto.engine.scheduler.admission import Outlook, Snapshot
 from stretto.errors import StartError
-from stretto.gateway.health import Breaker
-from stretto.gateway.prefixes import PIECE
-from stretto.gateway.router import Router, WorkerView
-from stretto.gateway.upstream import Address, Head, Pool, UpstreamConnection, WorkerLost
+from stretto.gateway.routing.prefixes import PIECE
+from stretto.gateway.routing.router import Router, WorkerView
+from stretto.gateway.upstream.connection import Address, Head, Pool, UpstreamConnection, WorkerLost
+from stretto.gateway.upstream.health import Breaker
 from stretto.protocol.openai import ModelList
 from stretto.protocol.relay import RELAY, WorkerReport
 from stretto.types import ModelInfo

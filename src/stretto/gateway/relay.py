@@ -19,12 +19,12 @@ import msgspec
 from msgspec import Raw, Struct, json
 
 from stretto.errors import CannotBeOnTime, StrettoError, Unavailable, UnknownModel
-from stretto.gateway.hedge import Errors, HedgeBudget
-from stretto.gateway.prefixes import PIECE, keys_of
-from stretto.gateway.progress import RETRIABLE, Progress
 from stretto.gateway.registry import BYTES_PER_TOKEN, CONNECT_S, Registry, Worker
-from stretto.gateway.router import Ask, Placement
-from stretto.gateway.upstream import Head, UpstreamConnection, WorkerLost
+from stretto.gateway.routing.hedge import Errors, HedgeBudget
+from stretto.gateway.routing.prefixes import PIECE, keys_of
+from stretto.gateway.routing.router import Ask, Placement
+from stretto.gateway.upstream.connection import Head, UpstreamConnection, WorkerLost
+from stretto.gateway.upstream.progress import RETRIABLE, Progress
 from stretto.protocol.relay import RELAY, OperationName, RelayedRequest
 from stretto.types import Objective, Request, Sampling
 

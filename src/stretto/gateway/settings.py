@@ -11,7 +11,7 @@ from msgspec.structs import fields
 
 from stretto.config import HttpConfig, SettingsTable, part
 from stretto.errors import StartError
-from stretto.gateway.router import Method
+from stretto.gateway.routing.router import Method
 
 
 class GatewayConfig(HttpConfig, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from msgspec import Struct, structs
 
 from stretto.engine.scheduler.admission import Forecast, Outlook
-from stretto.gateway.prefixes import PrefixIndex
+from stretto.gateway.routing.prefixes import PrefixIndex
 from stretto.types import Request
 
 Method = Literal["deadline", "round-robin", "least-load", "two-choices", "sticky"]
