@@ -7,8 +7,19 @@ from typing import Any
 
 import pytest
 
+from stretto.protocol.openai import ToolCallDelta
 from stretto.text.tools.parser import ToolEvent
-from stretto.text.tools.xml_parser import GLM, QWEN_CODER, TagFormat, TagParser, value_of
+from stretto.text.tools.tag_formats import (
+    DEEPSEEK,
+    DEEPSEEK_DSML,
+    FUNCTION_GEMMA,
+    GEMMA,
+    GLM,
+    QWEN_CODER,
+    TagFormat,
+    value_of,
+)
+from stretto.text.tools.tag_parser import TagParser
 
 TOOLS: dict[str, dict[str, Any] | None] = {
     "weather": {
@@ -45,7 +56,54 @@ CASES: list[tuple[TagFormat, str, str, list[tuple[str, dict[str, Any]]]]] = [
         [("weather", {"city": "Paris", "days": 3})],
     ),
     (GLM, "<tool_call>ping\n</tool_call>", "", [("ping", {})]),
+    (
+        DEEPSEEK,
+        "Sure.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        '{"city": "Paris", "days": 3}\n```<｜tool▁call▁end｜>\n'
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>ping\n"
+        "```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "Sure.",
+        [("weather", {"city": "Paris", "days": 3}), ("ping", {})],
+    ),
+    (
+        DEEPSEEK,
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>"
+        '{"city": "a```b"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        "",
+        [("weather", {"city": "a```b"})],
+    ),
+    (
+        DEEPSEEK,
+        "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>no JSON<｜tool▁call▁end｜>",
+        "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>no JSON<｜tool▁call▁end｜>",
+        [],
+    ),
+    (
+        DEEPSEEK_DSML,
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="weather">\n'
+        '<｜DSML｜parameter name="city" string="true">3</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="at" string="false">[1, 2]</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+        "",
+        [("weather", {"city": "3", "at": [1, 2]})],
+    ),
+    (
+        FUNCTION_GEMMA,
+        "<start_function_call>call:weather{city:<escape>a, {b}<escape>,days:3}<end_function_call>",
+        "",
+        [("weather", {"city": "a, {b}", "days": 3})],
+    ),
+    (
+        GEMMA,
+        'Well. <|tool_call>call:weather{city:<|"|>Paris<|"|>,at:[1,<|"|>x<|"|>,{deep:true}],days:-2.5}'
+        "<tool_call|><|tool_call>call:ping{}<tool_call|>",
+        "Well. ",
+        [("weather", {"city": "Paris", "at": [1, "x", {"deep": True}], "days": -2.5}), ("ping", {})],
+    ),
+    (GEMMA, "<|tool_call>call:ping{a:<tool_call|>", "<|tool_call>call:ping{a:<tool_call|>", []),
     # cut by length: the arguments that are whole
+    (GEMMA, '<|tool_call>call:weather{days:3,city:<|"|>Par', "", [("weather", {"days": 3})]),
+    (DEEPSEEK, '<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Pa', "", [("weather", {})]),
     (QWEN_CODER, f"<tool_call>{PARIS[:60]}", "", [("weather", {"city": "Paris"})]),
 ]
 
@@ -56,6 +114,7 @@ def joined(events: list[ToolEvent]) -> tuple[str, list[tuple[str, dict[str, Any]
         if isinstance(event, str):
             content += event
         else:
+            assert isinstance(event, ToolCallDelta)
             assert event.index == len(calls)
             calls.append((str(event.function.name), json.loads(str(event.function.arguments))))
     return content, calls
@@ -87,3 +146,9 @@ def test_calls_are_found_however_the_text_is_split(
 )
 def test_the_schema_says_what_a_value_stands_for(text: str, schema: Any, value: Any):
     assert value_of(text, schema) == value
+
+
+def test_nesting_that_no_stack_could_hold_is_no_call():
+    text = "<|tool_call>call:ping{a:" + "[" * 5000 + "<tool_call|>"
+    parser = TagParser(GEMMA, TOOLS)
+    assert joined(parser.push(text) + parser.flush()) == (text, [])

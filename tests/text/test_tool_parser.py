@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from stretto.protocol.openai import ToolCallDelta
 from stretto.text.json_stream import JsonReader, closed
 from stretto.text.reasoning_parser import ReasoningParser, split_whole
 from stretto.text.tools.parser import (
@@ -33,7 +34,7 @@ def joined(events: list[ToolEvent]) -> tuple[str, list[list[str]]]:
             content += part
         elif isinstance(part, AbandonedCall):
             content += part.unsent
-        else:
+        elif isinstance(part, ToolCallDelta):
             call = calls.setdefault(part.index, ["", ""])
             if isinstance(part.function.name, str):
                 assert part.id and len(part.id) == 9 and part.type == "function"

@@ -31,7 +31,7 @@ from stretto.server.validation import (
     check_completion,
 )
 from stretto.text.output import Output, OutputDelta
-from stretto.text.tools.parser import MARKERS
+from stretto.text.tools import markers
 from stretto.types import Request, Sampling, TokenEvent
 
 R = TypeVar("R", bound=Generation)
@@ -140,7 +140,7 @@ def submit(
         request_id=call.exchange.id,
     )
     sequence = server.engine.submit(request)
-    visible = MARKERS if spec.parser else frozenset[str]()
+    visible = markers.VISIBLE if spec.parser else frozenset[str]()
     output = Output(
         request,
         sequence,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from msgspec import to_builtins
@@ -26,8 +27,10 @@ from stretto.text import reasoning_parser
 from stretto.text.json_stream import whole_members
 from stretto.text.schema import EnforceableSchema, enforceable, moved, object_schema
 from stretto.text.tokenizer import TextModel
+from stretto.text.tools.harmony_parser import CHANNEL, MESSAGE, HarmonyParser
 from stretto.text.tools.parser import FORCED, CallParser, NamedCallParser, ToolFormat, ToolParser, choose
-from stretto.text.tools.xml_parser import TAG_FORMATS, TagParser
+from stretto.text.tools.tag_formats import TAG_FORMATS
+from stretto.text.tools.tag_parser import TagParser
 from stretto.types import CallTag, Grammar
 
 
@@ -166,8 +169,9 @@ def calls(request: ChatRequest, text: TextModel) -> ToolCalling:
     choice = request.tool_choice or ("auto" if tools else "none")
     if not tools and choice not in ("none", "auto"):
         raise InvalidRequest("$.tool_choice asks for a call, but $.tools is empty", param="$.tool_choice")
+    harmony = text.template is not None and all(map(text.template.mentions, (CHANNEL, MESSAGE)))
     if choice == "none" or not tools:
-        return ToolCalling()
+        return ToolCalling(parser=partial(HarmonyParser, frozenset[str]()) if harmony else None)
     if text.template is None or not text.template.mentions("tools"):
         raise UnsupportedField(
             "$.tools: this model's chat template has no place for tools; leave them out", param="$.tools"
@@ -184,15 +188,22 @@ def calls(request: ChatRequest, text: TextModel) -> ToolCalling:
     if choice == "required":
         grammar = Grammar("json_schema", json.dumps(_any_call(tools, schemas, single)))
         return ToolCalling(shown, grammar, lambda: ToolParser(FORCED, names), relaxed=relaxed)
-    tagged = next((form for form in TAG_FORMATS if text.template.mentions(form.mentioned)), None)
+    if harmony and not strict:
+        return ToolCalling(shown, None, lambda: HarmonyParser(names), single)
+    tagged = (
+        None
+        if harmony
+        else next((form for form in TAG_FORMATS if text.template.mentions(form.mentioned)), None)
+    )
     if tagged is not None and not strict:
         parameters = {tool.function.name: tool.function.parameters for tool in tools}
         return ToolCalling(shown, None, lambda: TagParser(tagged, parameters), single)
-    form = None if tagged is not None else _format_of(text)
+    form = None if tagged is not None or harmony else _format_of(text)
     if form is None:
+        known = harmony or tagged is not None
+        why = "enforce `strict` in this model's tool calls" if known else "read this model's tool calls"
         raise UnsupportedField(
-            "$.tools: Stretto cannot read this model's tool calls; tool_choice `required` works",
-            param="$.tools",
+            f"$.tools: Stretto cannot {why}; tool_choice `required` works", param="$.tools"
         )
     grammar = _strict_calls(tools, schemas, form, text) if strict else None
     return ToolCalling(shown, grammar, lambda: ToolParser(form, names), single, relaxed)

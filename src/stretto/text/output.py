@@ -19,7 +19,7 @@ from stretto.statistics import quantile
 from stretto.text.detokenizer import Detokenizer
 from stretto.text.reasoning_parser import ReasoningParser
 from stretto.text.stop_strings import StopStrings
-from stretto.text.tools.parser import AbandonedCall, CallParser, ToolEvent
+from stretto.text.tools.parser import AbandonedCall, CallParser, Reasoning, ToolEvent
 from stretto.types import Began, Finish, Objective, Reason, Request, TokenEvent
 
 OutputDelta = tuple[Delta, TokenEvent | None]
@@ -166,6 +166,8 @@ class AnswerParser:
         for event in events:
             if isinstance(event, str):
                 deltas.append(Delta(content=event))
+            elif isinstance(event, Reasoning):
+                deltas.append(Delta(reasoning_content=event.text))
             elif isinstance(event, AbandonedCall):
                 self.abandoned.add(event.index)
                 deltas.append(Delta(content=event.unsent if self._streamed else event.text))

@@ -67,7 +67,14 @@ class AbandonedCall:
     unsent: str
 
 
-ToolEvent = str | ToolCallDelta | AbandonedCall
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Text that a model writes before its answer, in a format that marks reasoning and calls alike."""
+
+    text: str
+
+
+ToolEvent = str | ToolCallDelta | AbandonedCall | Reasoning
 State = Literal["text", "open", "name", "call", "close"]
 
 
