@@ -88,6 +88,16 @@ def test_stream_yields_the_same_text_as_generate(llm: LLM) -> None:
     assert llm.chat(messages, GREEDY).token_ids == llm.generate("uhelloa", GREEDY)[0].token_ids
 
 
+def test_no_tokens_computes_the_prompt_for_a_later_answer(llm: LLM, checkpoint: Path) -> None:
+    prompt = "the quick brown fox jumps over the lazy dog"
+    read = llm.generate(prompt, Sampling(max_tokens=0))[0]
+    assert (read.token_ids, read.text, read.finish_reason) == ((), "", "length")
+    later = llm.generate(prompt, GREEDY)[0]
+    assert 0 < later.cached_tokens < later.prompt_tokens
+    with LLM(str(checkpoint), threads=1, kv_memory="64MiB") as fresh:
+        assert fresh.generate(prompt, GREEDY)[0].token_ids == later.token_ids
+
+
 def test_a_stop_string_ends_the_answer_and_is_not_returned(llm: LLM) -> None:
     whole = llm.generate("hello", GREEDY)[0]
     stop = whole.text[3]

@@ -168,7 +168,7 @@ class LLM:
         arrival, ids = time.monotonic(), tuple(self._token_ids(prompt))
         check_token_ids(ids, self.info, "prompt")
         check_sampling_ids(sampling, self.info, root="")
-        check_length(len(ids), sampling.max_tokens or 1, self.info, "prompt")
+        check_length(len(ids), sampling.least_tokens, self.info, "prompt")
         return [
             Request(
                 id=self._client.next_id(), model=self.info.name, prompt=ids, arrival=arrival, sampling=each

@@ -22,7 +22,7 @@ LONGEST_GRAMMAR: dict[GrammarKind, int] = {
 }
 # The range of each sampling option, for the wire types and for `Sampling`. msgspec reads a Meta by itself.
 BOUNDS: dict[str, Meta] = {
-    "max_tokens": Meta(ge=1, le=INT32_MAX),
+    "max_tokens": Meta(ge=0, le=INT32_MAX),
     "min_tokens": Meta(ge=0, le=INT32_MAX),
     "temperature": Meta(ge=0, le=100),
     "top_p": Meta(gt=0, le=1),
@@ -68,8 +68,9 @@ class CallTag(Struct, frozen=True):
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are drawn. The engine applies all options except `stop` and `n`, which its clients apply.
 
-    `top_k = 0` means no limit, and `max_tokens = None` only that of the context. `logprobs = k` reports the
-    chosen token and the k likeliest; 0 reports only the chosen one. Raises ValueError for a wrong value.
+    `top_k = 0` means no limit, and `max_tokens = None` only that of the context. `max_tokens = 0` computes
+    the prompt and draws nothing: its full blocks stay in the prefix cache. `logprobs = k` reports the chosen
+    token and the k likeliest; 0 reports only the chosen one. Raises ValueError for a wrong value.
     """
 
     max_tokens: int | None = None
@@ -106,6 +107,11 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise ValueError(f"seed must be from -2^63 to 2^64 - 1, not {self.seed}")
         if "" in self.stop:
             raise ValueError("stop must not hold an empty string: it would end every answer at once")
+
+    @property
+    def least_tokens(self) -> int:
+        """The tokens for which the context must have room: all that are asked for, or one."""
+        return 1 if self.max_tokens is None else self.max_tokens
 
     def fan_out(self) -> tuple[Sampling, ...]:
         """One sampling for each of the `n` answers. With a seed, answer k (from 0) has `seed + k`."""
@@ -146,6 +152,8 @@ class Request(Struct, frozen=True, kw_only=True):
 
     `emitted` are output tokens that another worker generated before it failed. The sequence goes on after
     them: `sampling` counts them, and token k of the answer has the same random number on every worker.
+
+    `spare_time`: it has no objective, runs only in time that no other request needs, and makes none wait.
     """
 
     id: int
@@ -159,6 +167,7 @@ class Request(Struct, frozen=True, kw_only=True):
     objective: Objective = Objective(on_miss="late")  # without an objective it is never refused
     tier: str = "default"
     emitted: tuple[int, ...] = ()
+    spare_time: bool = False
     request_id: str = ""  # of the HTTP request, for log lines
 
 

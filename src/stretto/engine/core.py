@@ -29,10 +29,10 @@ from stretto.engine.scheduler.types import (
     SchedulePolicy,
     SchedulingContext,
 )
-from stretto.engine.sequence import Drawn, Ending, Rank, Sequence
+from stretto.engine.sequence import SPARE_TIME, Drawn, Ending, Rank, Sequence
 from stretto.engine.speculative.policy import Speculation
 from stretto.engine.step_time import StepLoad, StepTime
-from stretto.types import Began, Finish, ModelInfo, Reason, StepStats, TokenEvent
+from stretto.types import Finish, ModelInfo, Reason, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
 NOT_A_NUMBER = "the model's output was not a number (NaN or infinite logits)"
@@ -99,6 +99,12 @@ class ModelState:
     def busy(self) -> bool:
         return bool(self.in_flight or self.queues.waiting or self.queues.running)
 
+    @property
+    def needs_time(self) -> bool:
+        """Whether it has work that is not for spare time. Such work stands first in both queues."""
+        queues = (self.queues.waiting, self.queues.running)
+        return any(queue and queue[0].rank.group != SPARE_TIME for queue in queues)
+
     def latest_start(self) -> float:
         """When its next step must start for its deadlines to be met; inf when it has none."""
         return latest_start(self.queues, self.history.times.cost)
@@ -162,7 +168,8 @@ class EngineCore:
         insort(queues.waiting, seq, key=_rank)
         if seq.deadline.whole < inf:
             heappush(queues.ends, (seq.deadline.whole, seq.request.id, seq))
-        model.alarms.add(goes_first_at(seq, model.history.times.cost), seq.request.id)
+        if not seq.request.spare_time:
+            model.alarms.add(goes_first_at(seq, model.history.times.cost), seq.request.id)
         if seq.request.emitted and len(seq.tokens) >= seq.limit:
             self._end(seq, Ending(Reason.LENGTH))
 
@@ -191,7 +198,11 @@ class EngineCore:
     def context(self, name: str, until: float = inf, due: tuple[Sequence, ...] = ()) -> SchedulingContext:
         """What a policy looks at now to plan the next step of a model, which should be over at `until`."""
         model, now = self.models[name], self._clock()
-        return SchedulingContext(name, model.queues, model.pool, self._limits, model.history, now, until, due)
+        others = any(other.needs_time for other in self.models.values() if other is not model)
+        queues, pool, history = model.queues, model.pool, model.history
+        return SchedulingContext(
+            name, queues, pool, self._limits, history, now, until, due, spare_time=not others
+        )
 
     def _until(self, model: ModelState) -> float:
         """When a step of this model must be over for the streams of the others."""
@@ -272,13 +283,14 @@ class EngineCore:
         model.queues.running.remove(seq)
         self._release(model, seq)
         seq.preemptions += 1
-        model.alarms.add(self._clock() + RESUME_S, seq.request.id)
+        if not seq.request.spare_time:
+            model.alarms.add(self._clock() + RESUME_S, seq.request.id)
         insort(model.queues.waiting, seq, key=_rank)
 
     def _admit(self, model: ModelState, seq: Sequence, matched: list[int], now: float) -> None:
         """Let a waiting sequence run, with the cached blocks that it adopts."""
         model.queues.waiting.remove(seq)
-        model.pool.adopt(seq.kv, matched)
+        model.pool.adopt(seq.kv, matched, claim=not seq.request.spare_time)
         seq.slot = model.slots.pop()
         if seq.started is None:
             seq.started = now
@@ -307,7 +319,8 @@ class EngineCore:
         for row in plan.rows:
             model.pool.advance(row.seq.kv, row.count)
             row.seq.in_flight += row.draw
-            if row.count > 1 or row.start % model.pool.size == 0:
+            charged = row.count > 1 or row.start % model.pool.size == 0
+            if charged and not row.seq.request.spare_time:
                 self._charge(model, row)
         model.in_flight.append(InFlightStep(plan, pending, started, load))
 
@@ -342,6 +355,9 @@ class EngineCore:
         for row in launched.plan.rows:
             if not row.seq.ended and row.seq.kv.blocks:
                 model.pool.publish(row.seq.kv)
+                if not row.seq.draws and row.start + row.count == row.seq.length:
+                    self._record_emission(model, row.seq)
+                    self._end(row.seq, Ending(Reason.LENGTH))
         stats = self._stats(model, launched, accepted)
         model.history.times.observe(launched.load, stats.ms)
         now = self._clock()
@@ -373,7 +389,7 @@ class EngineCore:
             self._end(seq, Ending(Reason.STOP, embedding=drawn.embedding))
             return
         if token < 0:
-            self._end(seq, _grammar_ending(seq) or Ending(Reason.ERROR, error=NOT_A_NUMBER))
+            self._end(seq, seq.grammar_ending or Ending(Reason.ERROR, error=NOT_A_NUMBER))
             return
         stops = not sampling.ignore_eos and token in model.runner.eos
         if (stops or token in seq.stops) and seq.output_len >= sampling.min_tokens:
@@ -383,9 +399,9 @@ class EngineCore:
         seq.tokens.append(token)
         if seq.grammar is not None and not seq.grammar.accept(token):
             refused = Ending(Reason.ERROR, error="the grammar refused the model's token")
-            self._end(seq, _grammar_ending(seq) or refused)
+            self._end(seq, seq.grammar_ending or refused)
             return
-        began = _began(seq) if seq.output_len == len(seq.request.emitted) + 1 else None
+        began = seq.began if seq.output_len == len(seq.request.emitted) + 1 else None
         self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs, began=began))
         if seq.grammar is not None and seq.grammar.finished:
             self._end(seq, Ending(Reason.STOP))
@@ -403,7 +419,7 @@ class EngineCore:
     def _end(self, seq: Sequence, ending: Ending) -> None:
         """End a sequence wherever it stands, and emit its end."""
         model = self.models[seq.request.model]
-        if ending.reason in (Reason.STOP, Reason.LENGTH):
+        if ending.reason in (Reason.STOP, Reason.LENGTH) and seq.draws:
             model.history.lengths.observe(seq.request.tier, seq.output_len)
         del self._sequences[seq.request.id]
         seq.ended = True
@@ -478,18 +494,5 @@ class EngineCore:
             self._emit(events, stats)
 
 
-def _began(seq: Sequence) -> Began | None:
-    """How the sequence started. The first token carries it, because a client that cancels gets no end."""
-    if seq.started is None:
-        return None
-    return Began((seq.started - seq.request.arrival) * 1e3, min(seq.cached, seq.prompt_len))
-
-
 def _rank(seq: Sequence) -> Rank:
     return seq.rank
-
-
-def _grammar_ending(seq: Sequence) -> Ending | None:
-    """The end of a sequence whose grammar needs more work than a step may take; None while it does not."""
-    error = None if seq.grammar is None else seq.grammar.error
-    return None if error is None else Ending(Reason.INVALID, error=error)

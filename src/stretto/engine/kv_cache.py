@@ -79,8 +79,11 @@ class BlockPool:
         """Whether a running sequence is computing the block of this key: waiting costs less than redoing."""
         return key in self._expected
 
-    def adopt(self, kv: KvState, matched: list[int]) -> None:
-        """Give an admitted sequence the blocks that `match` found, and record which ones it will compute."""
+    def adopt(self, kv: KvState, matched: list[int], *, claim: bool = True) -> None:
+        """Give an admitted sequence the blocks that `match` found, and record which ones it will compute.
+
+        Without `claim` nothing is recorded, so no other sequence waits for those blocks.
+        """
         for block in matched:
             if self._refs[block] == 0:
                 del self._idle[block]
@@ -88,7 +91,7 @@ class BlockPool:
         kv.blocks = list(matched)
         kv.published = len(matched)
         kv.computed = len(matched) * self.size
-        if self._share:
+        if self._share and claim:
             for key in self._keys(kv, (len(kv.tokens) - 1) // self.size)[len(matched) :]:
                 self._expected.setdefault(key, kv)
 

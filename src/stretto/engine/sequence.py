@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stretto.deadlines import Deadline
 from stretto.engine.kv_cache import KvState
-from stretto.types import Logprobs, Reason, Request
+from stretto.types import Began, Logprobs, Reason, Request
 
 if TYPE_CHECKING:
     from stretto.engine.structured.grammar import Matcher
@@ -56,12 +56,13 @@ class Ending:
     retry_after: float | None = None
 
 
-UNPLACED, TIMED, BEST_EFFORT = 0, 1, 2
+UNPLACED, TIMED, BEST_EFFORT, SPARE_TIME = 0, 1, 2, 3
 
 
 class Rank(NamedTuple):
     """Orders the queues: newcomers by arrival (UNPLACED), then sequences with a deadline (TIMED) by weight
-    and deadline, then those that take what time is left (BEST_EFFORT) by fair share."""
+    and deadline, then those that take what time is left (BEST_EFFORT) by fair share, then those that no other
+    request may wait for (SPARE_TIME) by arrival."""
 
     group: int
     negated_weight: float
@@ -104,7 +105,7 @@ class Sequence:
             limit=min(context, wanted),
             kv=KvState(tokens, (request.tenant, request.salt)),
             deadline=Deadline.of(request.arrival, request.objective, len(request.emitted)),
-            rank=Rank(UNPLACED, 0.0, request.arrival, request.id),
+            rank=Rank(SPARE_TIME if request.spare_time else UNPLACED, 0.0, request.arrival, request.id),
             stops=frozenset(sampling.stop_token_ids),
             grammar=grammar,
         )
@@ -112,6 +113,28 @@ class Sequence:
     @property
     def output_len(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def began(self) -> Began | None:
+        """How it started. The first token carries it, because a client that cancels gets no end."""
+        if self.started is None:
+            return None
+        return Began((self.started - self.request.arrival) * 1e3, min(self.cached, self.prompt_len))
+
+    @property
+    def grammar_ending(self) -> Ending | None:
+        """The end of a sequence whose grammar needs more work than a step may take, else None."""
+        error = None if self.grammar is None else self.grammar.error
+        return None if error is None else Ending(Reason.INVALID, error=error)
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws tokens, rather than only computing its prompt."""
+        return self.request.sampling.max_tokens != 0
+
+    def draws_at(self, end: int) -> bool:
+        """Whether a step that computes its tokens up to `end` draws the next one."""
+        return end == self.length and self.draws
 
     @property
     def length(self) -> int:

@@ -211,7 +211,7 @@ def _encode_chat(
         check_size(rendered, text, model.info, "$.messages")
     ids = tuple(text.encode_rendered(rendered))[-kept if kept else 0 :]
     check_token_ids(ids, model.info, "$.messages")
-    check_length(len(ids), sampling.max_tokens or 1, model.info, "$.messages")
+    check_length(len(ids), sampling.least_tokens, model.info, "$.messages")
     thinking: bool | None = None
     # Calls that are constrained once they begin leave the reasoning before them free.
     free = sampling.grammar is None or sampling.grammar.kind == "tool_calls"
@@ -227,7 +227,7 @@ def _encode_completion(
     prompts: list[EncodedPrompt] = []
     encoded = encode_prompts(model.text, inputs, model.info, "$.prompt", last=kept)
     for ids, source in zip(encoded, inputs, strict=True):
-        check_length(len(ids), sampling.max_tokens or 1, model.info, "$.prompt")
+        check_length(len(ids), sampling.least_tokens, model.info, "$.prompt")
         text = source if isinstance(source, str) else model.text.decode(list(source))
         prompts.append(EncodedPrompt(ids, text if echo else ""))
     return prompts

@@ -22,7 +22,7 @@ from stretto.engine.scheduler.estimate import Estimate
 from stretto.engine.scheduler.lateness import ADMITTED, Backlog, Prompt, backlog_of, newcomer, shortfall
 from stretto.engine.scheduler.moore_hodgson import Job
 from stretto.engine.scheduler.types import SchedulingContext, tier_weight
-from stretto.engine.sequence import BEST_EFFORT, TIMED
+from stretto.engine.sequence import BEST_EFFORT, SPARE_TIME, TIMED
 from stretto.types import Request
 
 MAX_PROMPTS = 64
@@ -136,7 +136,8 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         ms = cost.prefill(seq.kv.computed, seq.length - seq.kv.computed)
         value = ADMITTED + worth.get(seq.request.tenant, 0.0)
         jobs[tier_weight(tiers, seq.request.tier)].append((seq.deadline.next, ms, value))
-    behind = islice(queues.waiting, bisect_left(queues.waiting, (BEST_EFFORT,), key=_rank), None)
+    first, last = (bisect_left(queues.waiting, (group,), key=_rank) for group in (BEST_EFFORT, SPARE_TIME))
+    behind = islice(queues.waiting, first, last)
     estimate = Estimate(
         cost=cost,
         margin=times.margin,

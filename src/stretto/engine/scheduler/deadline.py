@@ -14,6 +14,7 @@ from itertools import repeat
 from math import inf
 from operator import attrgetter
 
+from stretto.engine.scheduler import spare_time
 from stretto.engine.scheduler.estimate import Deferral, Estimate, step_limit
 from stretto.engine.scheduler.lateness import (
     ADMITTED,
@@ -30,7 +31,7 @@ from stretto.engine.scheduler.lateness import (
 from stretto.engine.scheduler.moore_hodgson import Job, tardy_jobs
 from stretto.engine.scheduler.plan_builder import PlanBuilder
 from stretto.engine.scheduler.types import Plan, Queues, Row, SchedulingContext, tier_weight
-from stretto.engine.sequence import BEST_EFFORT, TIMED, Rank, Sequence
+from stretto.engine.sequence import BEST_EFFORT, SPARE_TIME, TIMED, Rank, Sequence
 from stretto.engine.step_time import StepCost
 
 DEPTH = 64  # prompts that a step considers
@@ -87,6 +88,8 @@ def deadline(context: SchedulingContext) -> Plan:
     _run_prompts(builder, prompts, deferred, estimate)
     put_off = _put_off(builder, prompts, others, estimate, deferral, deferred)
     owed -= _fill(builder, best_effort + put_off, inf)
+    if spare_time.waits(context):
+        spare_time.fill(builder)
     builder.plan.owed = max(owed, 0.0)
     builder.plan.predicted = builder.ms
     return builder.plan
@@ -121,7 +124,8 @@ def _look_at_waiting(builder: PlanBuilder, expired: set[Sequence]) -> tuple[list
     timed = bisect_left(waiting, (TIMED,), key=_rank)
     best_effort = bisect_left(waiting, (BEST_EFFORT,), key=_rank)
     prompts = [(seq.rank, seq) for seq in waiting[timed : min(best_effort, timed + DEPTH)]]
-    others = [(seq.rank, seq) for seq in waiting[best_effort : best_effort + DEPTH]]
+    spare = bisect_left(waiting, (SPARE_TIME,), key=_rank)
+    others = [(seq.rank, seq) for seq in waiting[best_effort : min(spare, best_effort + DEPTH)]]
     due = builder.context.due
     if due:
         prompts = [one for one in prompts if one[1] not in due]
@@ -177,7 +181,8 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
     per_decode, per_key, load = builder.cost.per_decode, builder.cost.per_key, 0.0
     now, size, best_effort = builder.context.now, builder.context.pool.size, running.best_effort
     due = builder.context.due
-    for seq in builder.context.queues.running:
+    queue = builder.context.queues.running
+    for seq in queue[: bisect_left(queue, (SPARE_TIME,), key=_rank)]:
         at, rank = seq.kv.computed, seq.rank
         left = seq.remaining if seq.in_flight else len(seq.tokens) - at
         if left == 0 or (expired and seq in expired):
@@ -193,7 +198,7 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
             if timed:
                 rank = _best_effort_rank(builder, seq, now)
                 builder.plan.place.append((seq, rank))
-            if left == 1 and deadline.last_emission + PAUSE_S <= now:
+            if left == 1 and deadline.last_emission + PAUSE_S <= now and seq.draws:
                 streams.append(seq)
                 starts.append(at)
                 needs += at % size == 0
@@ -205,7 +210,7 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
         target = deadline.target_itl_s
         if target < itl_s:
             itl_s = target
-        if left == 1:
+        if left == 1 and seq.draws:
             streams.append(seq)
             starts.append(at)
             if deadline.latest < tightest:

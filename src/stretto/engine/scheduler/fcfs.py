@@ -6,8 +6,10 @@ Sarathi-Serve, arXiv 2403.02310.)
 
 from __future__ import annotations
 
+from stretto.engine.scheduler import spare_time
 from stretto.engine.scheduler.plan_builder import PlanBuilder
 from stretto.engine.scheduler.types import Plan, Row, SchedulingContext
+from stretto.engine.sequence import SPARE_TIME
 
 
 def fcfs(context: SchedulingContext) -> Plan:
@@ -16,16 +18,19 @@ def fcfs(context: SchedulingContext) -> Plan:
     _continue_running(builder)
     if not builder.plan.preempt:
         for seq in context.queues.waiting:
-            if builder.tokens_left <= 0 or builder.slots_left <= 0 or builder.full:
+            if builder.tokens_left <= 0 or builder.full or seq.rank.group == SPARE_TIME:
                 break
             builder.admit(seq)
+    if not builder.plan.rows and spare_time.waits(context):
+        builder = PlanBuilder.of(context, timed=True)
+        spare_time.fill(builder)
     return builder.plan
 
 
 def _continue_running(builder: PlanBuilder) -> None:
     """Add the running sequences, decodes first."""
     plan, running = builder.plan, builder.context.queues.running
-    ready = [(left, seq) for seq in running if (left := seq.remaining) > 0]
+    ready = [(left, seq) for seq in running if seq.rank.group != SPARE_TIME and (left := seq.remaining) > 0]
     latest = list(running)
     for left, seq in [one for one in ready if one[0] == 1] + [one for one in ready if one[0] > 1]:
         count = min(left, builder.tokens_left)
@@ -43,4 +48,4 @@ def _continue_running(builder: PlanBuilder) -> None:
         if seq not in plan.preempt:
             builder.free -= need
             builder.tokens_left -= count
-            plan.rows.append(Row(seq, seq.kv.computed, count, count == seq.remaining))
+            plan.rows.append(Row(seq, seq.kv.computed, count, seq.draws_at(seq.kv.computed + count)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from stretto.engine.scheduler.types import Plan, Row, SchedulingContext
-from stretto.engine.sequence import BEST_EFFORT, TIMED, Rank, Sequence
+from stretto.engine.sequence import BEST_EFFORT, SPARE_TIME, TIMED, Rank, Sequence
 from stretto.engine.step_time import StepCost
 
 UNLIMITED_MS = 1e9
@@ -77,7 +77,7 @@ class PlanBuilder:
         if count <= 0 or (need > self.free and not self._free_blocks(seq, need)):
             return
         self.free -= need
-        self.append(Row(seq, seq.kv.computed, count, count == seq.remaining))
+        self.append(Row(seq, seq.kv.computed, count, seq.draws_at(seq.kv.computed + count)))
 
     def admit(self, seq: Sequence, ms: float = UNLIMITED_MS) -> None:
         """Admit a waiting sequence and compute as much of its prompt as fits in `ms`.
@@ -105,7 +105,7 @@ class PlanBuilder:
             matched, start = [], 0
             count = self._chunk(0, seq.length, ms)
             need = pool.blocks_for(count)
-            if seq.rank.group != TIMED or not self._free_blocks(seq, need + growth, among=BEST_EFFORT):
+            if not self._free_blocks(seq, need + growth, among=_after(seq)):
                 self.full = True
                 return
         if count <= 0:
@@ -115,7 +115,7 @@ class PlanBuilder:
         if key is not None:
             self.claimed.add(key)
         self.plan.admit.append((seq, matched))
-        self.append(Row(seq, start, count, start + count == seq.length))
+        self.append(Row(seq, start, count, seq.draws_at(start + count)))
 
     def append(self, row: Row) -> None:
         """Add a row whose blocks are accounted for."""
@@ -150,12 +150,12 @@ class PlanBuilder:
         return True
 
     def _free_slot(self, seq: Sequence) -> bool:
-        """Whether a slot is free for a sequence with a deadline, after preempting a best-effort one."""
+        """Whether a slot is free for a sequence, after preempting one that has a later group."""
         self.full = True
-        if self.held or seq.rank.group != TIMED:
+        if self.held or seq.rank.group == SPARE_TIME:
             return False
-        looser = self._looser(seq, BEST_EFFORT)
-        self.held = not looser and not seq.deadline.late
+        looser = self._looser(seq, _after(seq))
+        self.held = seq.rank.group == TIMED and not looser and not seq.deadline.late
         if looser:
             self.free += self.context.pool.freed_by(looser[-1].kv)
             self._preempt(looser[-1:])
@@ -186,9 +186,15 @@ class PlanBuilder:
                 self.plan.place.append((seq, rank))
 
 
+def _after(seq: Sequence) -> int:
+    """The first group of those that a waiting sequence may preempt."""
+    group = seq.rank.group
+    return BEST_EFFORT if group == TIMED else group + 1 if group == SPARE_TIME else SPARE_TIME
+
+
 def _tightness(seq: Sequence) -> tuple[int, float, int]:
     """Who comes first when not all can: those with a deadline by the next one, then the others by rank."""
-    ident = seq.request.id
-    if seq.rank.group != BEST_EFFORT and not seq.deadline.late:
+    ident, group = seq.request.id, seq.rank.group
+    if group < BEST_EFFORT and not seq.deadline.late:
         return TIMED, seq.deadline.next, ident
-    return BEST_EFFORT, seq.rank.order, ident
+    return max(group, BEST_EFFORT), seq.rank.order, ident

@@ -66,6 +66,7 @@ class SchedulingContext:
     now: float
     until: float = inf  # when the step should be over, because other models on the device need it
     due: tuple[Sequence, ...] = ()  # those that go before all others from now on
+    spare_time: bool = True  # whether the other models on the device leave some
 
 
 class Row(Struct, frozen=True, gc=False):

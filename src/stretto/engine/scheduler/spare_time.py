@@ -1,0 +1,50 @@
+"""Work that no other request may wait for: prompts that are computed before anybody asks for an answer.
+
+It runs alone in short steps, or beside streams in the hundredth part of a step that nobody notices. A step
+with a prompt of another request has none of it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from operator import attrgetter
+
+from stretto.engine.scheduler.plan_builder import PlanBuilder
+from stretto.engine.scheduler.types import SchedulingContext
+from stretto.engine.sequence import SPARE_TIME, Sequence
+
+UNNOTICED = 0.02  # by this share at most, a step with streams becomes longer
+STEP_BASES = 5  # a step of its own takes so many bases at most: a newcomer waits for its end
+SHORTEST_MS = 5.0  # and may always take so long
+
+
+def waits(context: SchedulingContext) -> bool:
+    """Whether there is work for spare time, and spare time for it as far as the queues show."""
+    waiting, running = context.queues.waiting, context.queues.running
+    some = any(queue and queue[-1].rank.group == SPARE_TIME for queue in (waiting, running))
+    return some and context.spare_time and (not waiting or waiting[0].rank.group == SPARE_TIME)
+
+
+def fill(builder: PlanBuilder) -> None:
+    """Add what nobody notices to a plan that holds all other work of its step."""
+    others = [seq for seq in builder.context.queues.running if seq.rank.group != SPARE_TIME]
+    if any(seq.remaining > 1 for seq in others) or any(not row.decodes for row in builder.plan.rows):
+        return
+    alone = not builder.plan.rows
+    own = max(STEP_BASES * builder.cost.base, SHORTEST_MS)
+    before, most = builder.ms, own if alone else UNNOTICED * builder.ms
+    for seq in _sequences(builder.context):
+        left = min(most - (builder.ms - before), builder.left_ms)
+        if left <= 0 or builder.full or builder.tokens_left <= 0:
+            return
+        builder.run(seq, left)
+
+
+def _sequences(context: SchedulingContext) -> list[Sequence]:
+    """Those with tokens to compute: first those that run, then those that wait, each by arrival."""
+    queues = (context.queues.running, context.queues.waiting)
+    spare = [seq for queue in queues for seq in queue[bisect_left(queue, (SPARE_TIME,), key=_rank) :]]
+    return [seq for seq in spare if seq.remaining]
+
+
+_rank = attrgetter("rank")
