@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "http": GROUND | {"protocol", "telemetry"},
     "energy": GROUND,
     "privacy": GROUND,
-    "ladder": GROUND | {"engine.step_time"},
+    "ladder": GROUND | {"engine.step_time", "models.source"},
     "kernels": GROUND,
     "models": GROUND | {"kernels"},
     "text": GROUND | {"protocol"},

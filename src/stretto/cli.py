@@ -25,14 +25,15 @@ from stretto.bench import engine as alone
 from stretto.bench import load, trace, traces
 from stretto.bench.client import Client, RequestFailed
 from stretto.bench.metrics import GoodputLimits
-from stretto.config import EngineConfig, ServeConfig
+from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.engine.structured.sandbox import GrammarSandbox
 from stretto.errors import StartError, StrettoError, Unavailable
 from stretto.gateway import settings as gateway_settings
 from stretto.gateway.app import Gateway
 from stretto.http import serving as server
-from stretto.llm import LLM, locate
+from stretto.ladder.locate import LocatedModels, locate, locate_variants
+from stretto.llm import LLM
 from stretto.optimise import recipe as recipes
 from stretto.server import app as api
 from stretto.telemetry import log
@@ -120,25 +121,26 @@ def serve(
     }
     with _usage():
         front, engine = config.load(given, os.environ, file)
-    with terminal.LoadingBars() as loading:
-        engine = msgspec.structs.replace(engine, models=locate(engine.models, loading))
-        uvloop.run(_serve(front, engine, loading))
-
-
-async def _serve(front: ServeConfig, engine: EngineConfig, loading: terminal.LoadingBars) -> None:
-    """The engine process starts first, as importing torch takes longest; the server is built meanwhile."""
     log.configure("server", front.log_level)
+    with terminal.LoadingBars() as loading:
+        uvloop.run(_serve(front, locate_variants(engine, loading), loading))
+
+
+async def _serve(front: ServeConfig, located: LocatedModels, loading: terminal.LoadingBars) -> None:
+    """The engine process starts first, as importing torch takes longest; the server is built meanwhile."""
+    engine, ladders = located
     client, sandbox = EngineClient(engine, on_progress=loading), GrammarSandbox()
 
     def announce(url: str) -> None:
         loading.stop()
-        terminal.show_ready(url, list(client.models.values()), locked=bool(front.api_keys))
+        default = next(iter(application.server.texts))
+        terminal.show_ready(url, list(client.models.values()), default, locked=bool(front.api_keys))
 
     try:
         await client.start()
         models = {model.name: Path(model.path) for model in engine.models}
         application = api.build(
-            front, client, models, lambda _, grammar, tenant: sandbox.validate(grammar, tenant)
+            front, client, models, lambda _, grammar, tenant: sandbox.validate(grammar, tenant), ladders
         )
         await server.run(front, application, client, announce)
     finally:

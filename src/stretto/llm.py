@@ -18,11 +18,10 @@ import msgspec
 from msgspec import Struct
 
 from stretto import config
-from stretto.config import ModelConfig
 from stretto.engine.client import EngineClient
 from stretto.engine.structured.sandbox import GrammarSandbox
 from stretto.errors import InvalidRequest, Unavailable
-from stretto.models import source
+from stretto.ladder.locate import locate
 from stretto.text.output import Output, OutputDelta
 from stretto.text.prompts import check_length, check_sampling_ids, check_token_ids
 from stretto.text.tokenizer import TextModel
@@ -54,10 +53,11 @@ class Completion(Struct, frozen=True, kw_only=True):
 class LLM:
     """A model in an engine process of its own. It is loaded when the constructor returns.
 
-    `path` is a directory in the Hugging Face layout, a hub id, or `desk`, the bundled model. `settings` are
-    those of `stretto serve` under the same names: `device`, `threads`, `kv_memory="2GiB"`, `context`, ...
-    Call `close`, or use a `with` block. If the engine process dies, calls in progress raise EngineDied and it
-    restarts. Raises StartError for a wrong setting, CheckpointError for a model that cannot be loaded.
+    `path` is a directory in the Hugging Face layout, a ladder (its top variant is loaded), a hub id, or
+    `desk`, the bundled model. `settings` are those of `stretto serve` under the same names: `device`,
+    `threads`, `kv_memory="2GiB"`, `context`, ... Call `close`, or use a `with` block. If the engine process
+    dies, calls in progress raise EngineDied and it restarts. Raises StartError for a wrong setting,
+    CheckpointError for a model that cannot be loaded.
     """
 
     def __init__(
@@ -235,18 +235,6 @@ class LLM:
             future.result()
         finally:
             future.cancel()
-
-
-def locate(
-    models: Iterable[ModelConfig], on_progress: Callable[[str, int, int], None] | None
-) -> tuple[ModelConfig, ...]:
-    """The models with a directory for each path. Hub ids are downloaded first."""
-    return tuple(
-        model
-        if model.null_ms is not None
-        else msgspec.structs.replace(model, path=str(source.resolve(model.path, on_progress)))
-        for model in models
-    )
 
 
 def _text(deltas: Iterable[OutputDelta]) -> str:

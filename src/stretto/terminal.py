@@ -112,18 +112,19 @@ def request_bar(total: int | None) -> Generator[Callable[[Sample], None]]:
         yield lambda _: progress.advance(task)
 
 
-def show_ready(url: str, models: Sequence[ModelInfo], *, locked: bool) -> None:
-    """Print that a server is ready, its models, and a curl command that sends it a chat."""
+def show_ready(url: str, models: Sequence[ModelInfo], name: str, *, locked: bool) -> None:
+    """Print that a server is ready, its models, and a curl command that sends a chat to the model `name`."""
     for model in models:
         out.print(
             f"[bold]{model.name}[/] · {model.family}, {model.parameters / 1e6:,.1f} M parameters"
-            f" · {model.dtype} on {model.device} · context {model.context:,}"
+            f" · {model.quantise or model.dtype} on {model.device}, {gib(model.weight_bytes)}"
+            f" · context {model.context:,}"
             f" · KV cache {gib(model.kv_bytes)}, {model.blocks * model.block_size:,} tokens"
             + (f" ({model.kv_why})" if model.kv_why else "")
         )
     out.print(f"[bold green]ready[/] in {process_age():.1f} s · {url}")
     key = " -H 'Authorization: Bearer KEY'" if locked else ""
-    body = {"model": models[0].name, "messages": [{"role": "user", "content": QUESTION}]}
+    body = {"model": name, "messages": [{"role": "user", "content": QUESTION}]}
     document = msgspec.json.encode(body).decode()
     out.print(
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{document}'",

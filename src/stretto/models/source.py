@@ -21,6 +21,7 @@ from stretto.errors import CheckpointError
 
 ProgressCallback = Callable[[str, int, int], None]
 BUNDLED = "desk"
+LADDER = "ladder.json"  # in a directory of several models
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
 # In these patterns * also matches a slash. Weights in folders, and in another layout, are never read.
@@ -52,7 +53,8 @@ def _resolve(name: str, progress: ProgressCallback | None) -> Path:
 
 
 def check(path: Path) -> Path:
-    """`path`, if it is a directory with config.json and safetensors. Raises CheckpointError when not."""
+    """`path`, if it is a directory with config.json and safetensors, or with a ladder. Raises CheckpointError
+    when it is neither."""
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         raise CheckpointError(f"{path} is GGUF, which is not read: use the safetensors it was made from")
     if path.is_file():
@@ -63,6 +65,8 @@ def check(path: Path) -> Path:
         raise CheckpointError(f"{path} does not exist")
     if (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter, not a model: merge it into its base model first")
+    if (path / LADDER).exists():
+        return path
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} is not a model directory: it has no config.json")
     if any(path.glob("*.safetensors")):

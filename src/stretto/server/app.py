@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from stretto.http.errors import error_response, internal
 from stretto.http.exchange import KEY, Exchange, ExchangeLayer
 from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
+from stretto.ladder.serving import ServedLadder
 from stretto.protocol.parsing import require_json
 from stretto.protocol.relay import RELAY
 from stretto.server.adapters import ollama
@@ -140,11 +141,22 @@ def build(
     engine: EngineClient,
     models: dict[str, Path],
     check_grammar: GrammarCheck | None = None,
+    ladders: Sequence[ServedLadder] = (),
 ) -> App:
     """The application for `models`, name -> checkpoint; the first one is the default.
 
-    `check_grammar(model, grammar, tenant)` raises InvalidGrammar for a grammar that does not compile. Reads
-    each model's tokenizer; raises CheckpointError.
+    `ladders` stand before the models that are their variants: a client may name either. The variants have
+    the tokenizer and the template of their top. `check_grammar(model, grammar, tenant)` raises InvalidGrammar
+    for a grammar that does not compile. Reads each model's tokenizer; raises CheckpointError.
     """
-    texts = {name: TextModel(path) for name, path in models.items()}
-    return App(Server(config, engine, texts, check_grammar))
+    texts: dict[str, TextModel] = {}
+    above = {model.name: ladder for ladder in ladders for model in ladder.models.values()}
+    for name, path in models.items():
+        ladder = above.get(name)
+        if ladder is None:
+            texts[name] = TextModel(path)
+        else:
+            if ladder.name not in texts:
+                texts[ladder.name] = TextModel(Path(ladder.top.path))
+            texts[name] = texts[ladder.name]
+    return App(Server(config, engine, texts, check_grammar, ladders))

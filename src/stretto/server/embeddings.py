@@ -69,7 +69,7 @@ def submit(call: Call, request: EmbeddingRequest, model: ModelHandle, ids: tuple
     """Sends one text to the engine; the call owns its output."""
     sequence = Request(
         id=call.server.engine.next_id(),
-        model=model.name,
+        model=model.info.name,  # of a ladder always the top: each variant has a vector space of its own
         prompt=ids,
         arrival=call.arrival,
         sampling=Sampling(max_tokens=1),

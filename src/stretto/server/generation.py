@@ -128,7 +128,7 @@ def submit(
     emitted = call.emitted(index)
     request = Request(
         id=server.engine.next_id(),
-        model=model.name,
+        model=model.info.name,
         prompt=prompt.ids,
         arrival=call.arrival,
         sampling=sampling,

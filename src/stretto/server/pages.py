@@ -158,7 +158,7 @@ class Pages:
         return Response(status_code=304, headers=kept)
 
     def _card(self, name: str) -> ModelCard:
-        info = self._server.engine.models.get(name)
+        info = self._server.info(name)
         context = None if info is None else info.context
         return ModelCard(id=name, created=self._server.created, max_model_len=context)
 

@@ -28,6 +28,7 @@ from stretto.errors import (
 )
 from stretto.http.exchange import KEY, LEFT, Exchange
 from stretto.http.request import tenant_of
+from stretto.ladder.serving import ServedLadder
 from stretto.protocol.relay import Continuation, EmittedAnswer, WorkerReport
 from stretto.queueing.turns import Turns
 from stretto.server.admission_gate import START_S, AdmissionGate
@@ -39,7 +40,7 @@ from stretto.telemetry.log import LineWriter
 from stretto.telemetry.metrics import Ended, Gauges, Metrics, Verdict
 from stretto.text.output import Output
 from stretto.text.tokenizer import TextModel
-from stretto.types import Grammar, WorkerState
+from stretto.types import Grammar, ModelInfo, WorkerState
 
 T = TypeVar("T")
 GrammarCheck = Callable[[str, Grammar, str], Awaitable[None]]
@@ -53,7 +54,8 @@ STDOUT = 1
 
 class Server:
     """What all calls share. `check_grammar(model, grammar, tenant)` compiles a grammar in a sandbox; None
-    leaves that to the engine. `texts` are the models' tokenizers by name; the first model is the default."""
+    leaves that to the engine. `texts` are the tokenizers by the names that clients know; the first is the
+    default. `ladders`: those among the names that stand for several models of the engine."""
 
     def __init__(
         self,
@@ -61,11 +63,13 @@ class Server:
         engine: EngineClient,
         texts: dict[str, TextModel],
         check_grammar: GrammarCheck | None,
+        ladders: Sequence[ServedLadder] = (),
     ) -> None:
         tiers = tiers_of(config.tiers)
         self.config = config
         self.engine = engine
         self.texts = texts
+        self.ladders = {ladder.name: ladder for ladder in ladders}
         self.limits = RequestLimits(config.max_n, config.max_stop, config.max_waiting)
         self.policy = ServicePolicy(tiers, config.schedule)
         self.quota = PriorityQuota(config.priority_share)
@@ -108,10 +112,15 @@ class Server:
         """The model of that name, or the default. Raises UnknownModel, or Unavailable until it is loaded."""
         name = next(iter(self.texts)) if name is None else name
         self.ensure_known(name)
-        info = self.engine.models.get(name)
+        info = self.info(name)
         if info is None:
             raise Unavailable(f"the model {name} is not loaded yet; try again soon", retry_after=START_S)
         return ModelHandle(name, self.texts[name], info)
+
+    def info(self, name: str) -> ModelInfo | None:
+        """The engine's description of a model, of a ladder that of its top; None until it is loaded."""
+        ladder = self.ladders.get(name)
+        return self.engine.models.get(name if ladder is None else ladder.top.name)
 
     async def check_grammar(self, call: Call, grammar: Grammar | None, path: str) -> None:
         """Raises InvalidGrammar, with the path of the field it comes from, for one that does not compile."""
@@ -139,16 +148,23 @@ class Server:
         return structs.replace(self.engine.worker_state(), draining=self.gate.draining)
 
     def report(self) -> WorkerReport:
-        """What gateways need to know."""
-        encode = msgpack.Encoder().encode
+        """What gateways need to know. To them a ladder is a model beside its variants: it is described as its
+        top, has no blocks of its own, and is as busy as the variant that is fastest at the moment."""
+        encode, seen = msgpack.Encoder().encode, self.engine.snapshots()
+        tops = {name: info for name in self.ladders if (info := self.info(name)) is not None}
+        ladders = [structs.replace(info, name=name, blocks=0) for name, info in tops.items()]
+        for name, ladder in self.ladders.items():
+            known = [seen[model.name] for model in ladder.models.values() if model.name in seen]
+            if known:
+                seen[name] = min(known, key=lambda each: each.estimate.cost.decodes(1, 0))
         return WorkerReport(
             now=time.monotonic(),
             boot=self.engine.boot,
             ready=self.engine.ready,
             draining=self.gate.draining,
-            models=tuple(self.engine.models.values()),
+            models=(*self.engine.models.values(), *ladders),
             tiers=dict(self.policy.tiers),
-            snapshots={name: Raw(encode(seen)) for name, seen in self.engine.snapshots().items()},
+            snapshots={name: Raw(encode(snapshot)) for name, snapshot in seen.items()},
         )
 
     @property

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -57,6 +58,16 @@ log = logging.getLogger(__name__)
 CUDA = "stretto.engine.runners.cuda"  # imported on demand: it needs Triton, which only comes with CUDA
 
 
+class LoadedWeights(NamedTuple):
+    """A model whose weights are loaded. `why`: a phrase on the choice of its kernels."""
+
+    model: ModelConfig
+    decoder: Decoder
+    eos: frozenset[int]
+    why: str
+    load_s: float
+
+
 def no_progress(stage: str, done: int, total: int) -> None:
     """Ignore the progress of loading."""
 
@@ -80,7 +91,13 @@ class ModelLoader:
         if self._device.type == "cuda" and cache is not None:
             # Triton names a compiled kernel by its source, its own version and the device.
             os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "kernels"))
-        self.runners = [self._runner(model, len(config.models) - i) for i, model in enumerate(config.models)]
+        loaded = [self._load(model) for model in config.models]
+        self._free = self._available()
+        shares = _kv_shares([each for each in loaded if isinstance(each, LoadedWeights)], config.block_size)
+        self.runners = [
+            each if isinstance(each, NullRunner) else self._runner(each, shares[each.model.name])
+            for each in loaded
+        ]
 
     def models(self) -> list[LoadedModel]:
         """The models with their step times, measured now if need be, and their speculative decoding.
@@ -105,8 +122,8 @@ class ModelLoader:
             raise InvalidGrammar(f"model {model} has no tokenizer, so it cannot follow a grammar")
         return self._grammars[model]
 
-    def _runner(self, model: ModelConfig, left: int) -> Runner:
-        """Load a model. `left` models, this one included, still have to share the free memory."""
+    def _load(self, model: ModelConfig) -> LoadedWeights | NullRunner:
+        """Load the weights of a model."""
         if model.null_ms is not None:
             return NullRunner(null_info(name=model.name), cost=StepCost(base=model.null_ms), sleep=time.sleep)
         started, path = time.monotonic(), Path(model.path)
@@ -133,14 +150,18 @@ class ModelLoader:
         if store is not None:
             store.save()
         decoder = decoder.with_kv_dtype(self._kv_dtype(decoder, model.quantise is not None))
-        info = self._info(model, decoder, left)
-        info = msgspec.structs.replace(info, kernels=why, load_s=time.monotonic() - started)
         eos = frozenset(spec.eos)
         if (path / "tokenizer.json").exists():
             self._grammars[model.name] = Grammars(path, eos, spec.vocab)
+        return LoadedWeights(model, decoder, eos, why, time.monotonic() - started)
+
+    def _runner(self, loaded: LoadedWeights, share: float) -> Runner:
+        """The runner of a model. `share`: of the memory for KV caches. Raises StartError."""
+        info = self._info(loaded.model, loaded.decoder, share)
+        info = msgspec.structs.replace(info, kernels=loaded.why, load_s=loaded.load_s)
         if self._device.type == "cuda":
-            return self._cuda_runner(decoder, info, eos)
-        return TorchRunner(decoder, info, eos=eos, max_running=self._config.max_running)
+            return self._cuda_runner(loaded.decoder, info, loaded.eos)
+        return TorchRunner(loaded.decoder, info, eos=loaded.eos, max_running=self._config.max_running)
 
     def _cuda_runner(self, decoder: Decoder, info: ModelInfo, eos: frozenset[int]) -> Runner:
         """A runner whose graphs are captured. Raises StartError when they leave no memory."""
@@ -200,8 +221,8 @@ class ModelLoader:
             )
         return Speculation(DraftModel(small, runner, times[small.info.name]))
 
-    def _info(self, model: ModelConfig, decoder: Decoder, left: int) -> ModelInfo:
-        """The description of a loaded model, with its share of the KV memory."""
+    def _info(self, model: ModelConfig, decoder: Decoder, share: float) -> ModelInfo:
+        """The description of a loaded model, with its share of the memory that is free or set for caches."""
         config, spec = self._config, decoder.spec
         shape = KvShape(
             block_bytes=decoder.cache_bytes_per_block(config.block_size),
@@ -211,8 +232,8 @@ class ModelLoader:
         )
         kv = choose_kv(
             shape,
-            self._available() // left,
-            requested_bytes=config.kv_bytes // len(config.models),
+            int(self._free * share),
+            requested_bytes=int(config.kv_bytes * share),
             requested_context=config.context,
         )
         return ModelInfo(
@@ -238,6 +259,12 @@ class ModelLoader:
         if self._device.type == "cuda":
             return torch.cuda.mem_get_info(self._device)[0]
         return snapshot().available
+
+
+def _kv_shares(loaded: Sequence[LoadedWeights], block_size: int) -> dict[str, float]:
+    """Each model's share of the memory for KV caches. All caches have room for equally many tokens."""
+    sizes = {each.model.name: each.decoder.cache_bytes_per_block(block_size) for each in loaded}
+    return {name: size / sum(sizes.values()) for name, size in sizes.items()}
 
 
 def step_limits(config: EngineConfig, models: list[LoadedModel]) -> Limits:

@@ -72,25 +72,21 @@ class ModelPages:
     async def tags(self, request: Request) -> Response:
         """All models that are loaded."""
         self._server.tenant(request.headers)
-        return _json(OllamaModels(self._models()))
+        return _json(OllamaModels([model for model, _ in self._models()]))
 
     async def running(self, request: Request) -> Response:
         """The same models, with the memory that they take."""
         self._server.tenant(request.headers)
-        infos = self._server.engine.models
-        return _json(OllamaModels([_running(model, infos[model.name]) for model in self._models()]))
+        return _json(OllamaModels([_running(model, info) for model, info in self._models()]))
 
     async def version(self, request: Request) -> Response:
         """The version of the API."""
         return _json(OllamaVersion(API_VERSION))
 
-    def _models(self) -> list[OllamaModel]:
-        engine = self._server.engine
-        return [
-            _model(name, engine.models[name], self._server)
-            for name in self._server.texts
-            if name in engine.models
-        ]
+    def _models(self) -> list[tuple[OllamaModel, ModelInfo]]:
+        server = self._server
+        infos = {name: server.info(name) for name in server.texts}
+        return [(_model(name, info, server), info) for name, info in infos.items() if info is not None]
 
 
 def _model(name: str, info: ModelInfo, server: Server) -> OllamaModel:
