@@ -566,6 +566,66 @@ async def test_embeddings_are_returned_as_floats_base64_or_fewer_dimensions(
     assert not engine.open
 
 
+NEARNESS = {"a": (1.0, 0.0), "b": (0.0, 1.0), "near a": (0.8, 0.6)}
+
+
+@pytest.fixture
+def embedder(engine: FakeEngine, text: TextModel) -> FakeEngine:
+    """An engine that knows the embeddings of three texts."""
+    known = {tuple(text.encode(each)): vector for each, vector in NEARNESS.items()}
+    engine.script = lambda request: [TokenEvent(0, embedding=known[request.prompt]), Reason.STOP]
+    return engine
+
+
+async def test_documents_are_sorted_by_their_nearness_to_the_query(
+    client: httpx.AsyncClient, embedder: FakeEngine
+) -> None:
+    body = {"query": "a", "documents": ["b", "near a", "a"], "model": "tiny"}
+    for path in ("/v1/rerank", "/rerank", "/v2/rerank"):
+        found = (await client.post(path, json=body)).json()["results"]
+        assert [(each["index"], each["document"]["text"]) for each in found] == [
+            (2, "a"),
+            (1, "near a"),
+            (0, "b"),
+        ]
+        assert [each["relevance_score"] for each in found] == pytest.approx([1.0, 0.8, 0.0])
+    short = (await client.post("/v1/rerank", json=body | {"top_n": 1, "return_documents": False})).json()
+    assert short["results"] == [{"index": 2, "relevance_score": 1.0}]
+    assert short["usage"]["total_tokens"] > 0
+
+
+async def test_pairs_of_texts_have_scores(client: httpx.AsyncClient, embedder: FakeEngine) -> None:
+    async def scores(first: object, second: object) -> list[float]:
+        answer = await client.post("/v1/score", json={"text_1": first, "text_2": second})
+        assert answer.status_code == 200, answer.text
+        return [each["score"] for each in answer.json()["data"]]
+
+    assert await scores("a", "a") == [1.0]
+    assert await scores("a", ["a", "b", "near a"]) == pytest.approx([1.0, 0.0, 0.8])
+    assert await scores(["b", "near a"], "b") == pytest.approx([1.0, 0.6])
+    assert await scores(["a", "b"], ["b", "b"]) == pytest.approx([0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "a"]}, "$.text_2"),
+        ("/v1/score", {"text_1": "a", "text_2": []}, "$.text_2"),
+        ("/v1/score", {"text_1": "a", "text_2": ""}, "$.text_2"),
+        ("/v1/rerank", {"query": "", "documents": ["a"]}, "$.query"),
+        ("/v1/rerank", {"query": "a", "documents": ["a", ""]}, "$.documents[1]"),
+        ("/v1/rerank", {"query": "a", "documents": ["a"] * 2049}, "$.documents"),
+        ("/v1/rerank", {"query": "a", "documents": ["a"], "top_n": 0}, "$.top_n"),
+    ],
+)
+async def test_texts_that_cannot_be_compared_are_named(
+    client: httpx.AsyncClient, embedder: FakeEngine, path: str, body: dict[str, Any], param: str
+) -> None:
+    answer = await client.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+    assert not embedder.open
+
+
 async def test_a_stop_string_counts_in_the_content_and_not_in_the_reasoning(tmp_path: Path) -> None:
     template = "{{ messages[0].content }}<think>\n{# </think> #}"
     path = write(tmp_path, byte_level(), template, eos="<|stop|>")

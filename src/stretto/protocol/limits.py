@@ -41,7 +41,9 @@ LIMITS: dict[str, Limit] = {
     "tools": Limit(128, "entries", "tools"),
     "description": Limit(2**15, "characters", "tools[].function.description", "and that of a schema"),
     "tool_name": Limit(64, "characters", "tools[].function.name"),
-    "prompts": Limit(2048, "entries", "prompt, input", "its texts or lists of token ids"),
+    "prompts": Limit(
+        2048, "entries", "prompt, input, documents, text_1, text_2", "its texts or lists of token ids"
+    ),
     "token_ids": Limit(2**20, "entries", "prompt, input", "its token ids, or those of one list in it"),
     "stop": Limit(256, "entries", "stop", "`max_stop` may set a lower limit"),
     "stop_string": Limit(256, "characters", "stop[]"),

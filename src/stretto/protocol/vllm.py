@@ -1,4 +1,4 @@
-"""The types of vLLM's endpoints for tokens and for its version. No behaviour."""
+"""The types of vLLM's endpoints for tokens, scores and ranks, and for its version. No behaviour."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from typing import Annotated, Any
 from msgspec import Struct
 
 from stretto.protocol.limits import up_to
-from stretto.protocol.openai import Message, ModelName, TokenIds, Tool, Wire
+from stretto.protocol.openai import (
+    EmbeddingUsage,
+    Message,
+    ModelName,
+    Positive,
+    TokenIds,
+    Tool,
+    TotalObjective,
+    UserKey,
+    Wire,
+)
+
+Texts = Annotated[list[str], up_to("prompts", min_length=1)]
 
 
 class TokenizeRequest(Wire, frozen=True, kw_only=True):
@@ -45,6 +57,67 @@ class Detokenized(Struct, frozen=True):
     """`prompt` is the text of the tokens, special tokens included."""
 
     prompt: str
+
+
+class ScoreRequest(Wire, frozen=True, kw_only=True):
+    """Pairs of texts: one text with each of a list, or two lists of the same length."""
+
+    text_1: str | Texts
+    text_2: str | Texts
+    model: ModelName | None = None
+    user: UserKey | None = None
+    cache_salt: UserKey | None = None
+    objective: TotalObjective | None = None
+
+
+class Score(Struct, frozen=True, kw_only=True):
+    index: int
+    score: float
+    object: str = "score"
+
+
+class Scores(Struct, frozen=True, kw_only=True):
+    id: str
+    created: int
+    model: str
+    data: list[Score]
+    usage: EmbeddingUsage
+    object: str = "list"
+
+
+class RerankRequest(Wire, frozen=True, kw_only=True):
+    """`top_n`: how many documents the answer lists; by default all. `return_documents`: whether the texts of
+    the documents are in it."""
+
+    query: str
+    documents: Texts
+    model: ModelName | None = None
+    top_n: Positive | None = None
+    return_documents: bool | None = None
+    user: UserKey | None = None
+    cache_salt: UserKey | None = None
+    objective: TotalObjective | None = None
+
+
+class RankedText(Struct, frozen=True):
+    text: str
+
+
+class RankedDocument(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`index`: the document's place in the request."""
+
+    index: int
+    relevance_score: float
+    document: RankedText | None = None
+
+
+class Ranking(Struct, frozen=True, kw_only=True):
+    """`results`: the best document first."""
+
+    id: str
+    model: str
+    results: list[RankedDocument]
+    usage: EmbeddingUsage
 
 
 class Version(Struct, frozen=True):

@@ -29,9 +29,10 @@ from stretto.http.request import plain_path, read_body
 from stretto.ladder.serving import ServedLadder
 from stretto.protocol.parsing import require_json
 from stretto.protocol.relay import RELAY
-from stretto.server.adapters import ollama
 from stretto.server.adapters.messages import count_tokens, create_message
-from stretto.server.adapters.ollama_models import ModelPages, show
+from stretto.server.adapters.ollama import answers as ollama
+from stretto.server.adapters.ollama.models import ModelPages, show
+from stretto.server.adapters.ranking import rerank, score
 from stretto.server.adapters.response_store import ResponseStore
 from stretto.server.adapters.responses import Responses
 from stretto.server.adapters.tokens import detokenize, tokenize
@@ -108,6 +109,11 @@ class App(Starlette):
             "/api/embeddings": ("ollama_embeddings", ollama.embedding),
             "/api/show": ("ollama_show", show),
             "/v1/responses": ("responses", responses.create),
+            "/v1/score": ("score", score),
+            "/score": ("score", score),
+            "/v1/rerank": ("rerank", rerank),
+            "/v2/rerank": ("rerank", rerank),
+            "/rerank": ("rerank", rerank),
             "/tokenize": ("tokenize", tokenize),
             "/detokenize": ("detokenize", detokenize),
             RELAY: ("relay", relay),

@@ -43,16 +43,18 @@ async def embed(call: Call) -> None:
     await call.respond(Response(json.encode(answer), media_type=JSON))
 
 
-async def embedded(call: Call, request: EmbeddingRequest, *, cut: bool = False) -> Embedded:
+async def embedded(
+    call: Call, request: EmbeddingRequest, *, cut: bool = False, path: str = "$.input"
+) -> Embedded:
     """Computes the embeddings of a request. Raises StrettoError. `cut`: a text that is too long loses its
-    end, and is no error."""
+    end, and is no error. `path`: the field with the texts, for errors."""
     server = call.server
     call.label(request.model, DEFAULT)
     model = server.model(request.model)
-    inputs = split_inputs(request.input, "$.input")
+    inputs = split_inputs(request.input, path)
     with server.gate.reserve(min(len(inputs), WINDOW)) as slot:
         info = structs.replace(model.info, context=INT32_MAX) if cut else model.info
-        encode = partial(encode_prompts, model.text, inputs, info, "$.input")
+        encode = partial(encode_prompts, model.text, inputs, info, path)
         prompts = [ids[: model.info.context] for ids in await server.run_text(call, encode)]
         vectors: list[tuple[float, ...]] = []
         for start in range(0, len(prompts), WINDOW):

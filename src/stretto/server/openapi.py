@@ -47,7 +47,17 @@ from stretto.protocol.openai import (
     TextCompletion,
 )
 from stretto.protocol.responses import DeletedResponse, ResponseEvent, ResponseObject, ResponseRequest
-from stretto.protocol.vllm import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, Version
+from stretto.protocol.vllm import (
+    Detokenized,
+    DetokenizeRequest,
+    Ranking,
+    RerankRequest,
+    ScoreRequest,
+    Scores,
+    Tokenized,
+    TokenizeRequest,
+    Version,
+)
 from stretto.telemetry.live import Live
 from stretto.types import WorkerState
 
@@ -151,6 +161,10 @@ ROUTES = (
     _Route("/v1/responses/{id}", "delete", "Drop a kept answer.", (401, 404), response=DeletedResponse),
     *ANTHROPIC,
     *OLLAMA,
+    _Route("/v1/score", "post", "Compare pairs of texts.", WORK, ScoreRequest, Scores),
+    _Route(
+        "/v1/rerank", "post", "Sort documents by their nearness to a query.", WORK, RerankRequest, Ranking
+    ),
     _Route("/tokenize", "post", "Count and list a prompt's tokens.", WORK, TokenizeRequest, Tokenized),
     _Route("/detokenize", "post", "Write the text of tokens.", WORK, DetokenizeRequest, Detokenized),
     _Route("/v1/models", "get", "List the models.", (401,), response=ModelList),

@@ -30,7 +30,7 @@ def encode_prompts(
             prompt = text.encode(prompt)
         ids = tuple(prompt)[-last if last else 0 :]
         check_length(len(ids), 0, info, where)
-        check_token_ids(ids, info, path)
+        check_token_ids(ids, info, where)
         encoded.append(ids)
     return encoded
 

@@ -19,7 +19,7 @@ from stretto.protocol.ollama import (
     OllamaVersion,
 )
 from stretto.protocol.parsing import JSON, as_it_is, parse
-from stretto.server.adapters.ollama import known_as
+from stretto.server.adapters.ollama.answers import known_as
 from stretto.server.objectives import DEFAULT
 from stretto.server.state import Call, Server
 from stretto.text import reasoning_parser

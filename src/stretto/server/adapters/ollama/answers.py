@@ -48,7 +48,7 @@ from stretto.protocol.openai import (
 )
 from stretto.protocol.parsing import JSON, as_it_is, parse
 from stretto.server.adapters.naming import fields_named, with_possible_reasoning
-from stretto.server.adapters.ollama_writer import NDJSON, OllamaWriter, stamp
+from stretto.server.adapters.ollama.writer import NDJSON, OllamaWriter, stamp
 from stretto.server.embeddings import embedded
 from stretto.server.generation import run
 from stretto.server.objectives import DEFAULT
