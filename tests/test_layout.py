@@ -57,7 +57,9 @@ WIRING: dict[str, set[str]] = {
     "llm": {"cli", "__init__"},
     "doctor": {"cli"},
     "chat": {"cli"},
-    "terminal": {"cli", "chat"},
+    "commands": {"cli"},
+    "commands.keys": {"cli"},
+    "terminal": {"cli", "chat", "commands.keys"},
     "__main__": set(),
     "__init__": set(),
 }
@@ -308,7 +310,7 @@ def test_functions_stay_within_their_line_budget():
 def test_functions_stay_within_their_parameter_budget():
     wide: dict[str, int] = {}
     for name, tree in TREES.items():
-        if name.startswith(("kernels.", "cli")):  # Exempt: kernel launchers and commands.
+        if name.startswith(("kernels.", "cli", "commands.")):  # Exempt: kernel launchers and commands.
             continue
         for node in functions(tree):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

@@ -25,6 +25,7 @@ from stretto.bench import engine as alone
 from stretto.bench import load, trace, traces
 from stretto.bench.client import Client, RequestFailed
 from stretto.bench.metrics import GoodputLimits
+from stretto.commands import keys
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.engine.structured.sandbox import GrammarSandbox
@@ -58,6 +59,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure a server, a schedule, or the engine alone.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(keys.app, name="keys")
 
 
 def _show_version(show: bool) -> None:

@@ -24,12 +24,13 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Quantise = Literal["int8", "int4", "fp8"]
 TierName = Literal["priority", "default", "flex"]
-FILE_ONLY = ("api_keys", "tiers")
+FILE_ONLY = ("api_keys", "tiers", "prices")
 LISTS = ("models", "workers", "allowed_hosts", "cors_origins")
 ONE_KEY = "STRETTO_API_KEY"
 # Read by the gateway, the examples and the tests.
 OTHERS = (
     *("STRETTO_WORKERS", "STRETTO_ROUTE", "STRETTO_HEDGE_SHARE"),
+    *("STRETTO_KEYS_FILE", "STRETTO_USAGE_FILE", "STRETTO_GATEWAYS"),
     *("STRETTO_URL", "STRETTO_DATA", "STRETTO_KEY"),
 )
 API_KEY = re.compile(r"[!-~]+")
@@ -231,6 +232,11 @@ class HttpConfig(Struct, frozen=True, kw_only=True):
     ] = field(default=30.0, name="send_timeout")
     gateway_key: str = ""
     log_level: LogLevel = LOG_LEVEL
+
+    @property
+    def locked(self) -> bool:
+        """Whether a request needs a key."""
+        return bool(self.api_keys)
 
     def __post_init__(self) -> None:
         for key, tenant in self.api_keys.items():

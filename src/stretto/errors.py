@@ -119,6 +119,42 @@ class Unauthorised(StrettoError):
     code = "invalid_api_key"
 
 
+class KeyRevoked(Unauthorised):
+    """The API key was revoked."""
+
+    code = "key_revoked"
+
+
+class KeyExpired(Unauthorised):
+    """The API key has expired."""
+
+    code = "key_expired"
+
+
+class NotAllowed(StrettoError):
+    """The API key does not allow this path, tier or model."""
+
+    status = 403
+    type = "permission_error"
+    code = "not_allowed"
+
+
+class RateLimited(StrettoError):
+    """The API key or its tenant has used up a rate: requests or tokens per second or minute."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class BudgetExceeded(StrettoError):
+    """The API key or its tenant has used up a budget."""
+
+    status = 429
+    type = "insufficient_quota"
+    code = "budget_exceeded"
+
+
 class UnknownModel(StrettoError):
     """This server has no model of that name."""
 

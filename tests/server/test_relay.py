@@ -12,7 +12,7 @@ import pytest
 
 from stretto.config import EngineConfig, ModelConfig, ServeConfig
 from stretto.engine.client import EngineClient
-from stretto.protocol.relay import MARK, RELAY, Mark, mark, read_mark
+from stretto.protocol.relay import MARK, RELAY, TOOK_MARK, Mark, mark, read_mark
 from stretto.server.app import App
 from tests.server.fake_engine import FakeEngine, build
 
@@ -54,7 +54,7 @@ async def relayed(
     answer = await client.post(RELAY, json=body | {"continuation": continuation})
     assert answer.status_code == 200, answer.text
     events = answer.content.split(b"\n\n")[:-1]
-    marks = [read_mark(event) for event in events if event.startswith(MARK)]
+    marks = [read_mark(each) for each in events if each.startswith(MARK) and not each.startswith(TOOK_MARK)]
     texts = [event.removeprefix(b"data: ") for event in events if not event.startswith(MARK)]
     assert texts.pop() == b"[DONE]"
     return [json.loads(text) for text in texts], marks

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Container, Coroutine, Mapping
 from dataclasses import dataclass
-from hmac import compare_digest
 from random import Random
 from typing import Any
 
@@ -19,7 +18,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stretto.errors import Draining, InvalidRequest, NotFound, StrettoError, Unauthorised, Unavailable
+from stretto.errors import Draining, InvalidRequest, KeyRevoked, NotFound, StrettoError, Unavailable
+from stretto.gateway.accounts.accounts import Account
+from stretto.gateway.accounts.keys import KeyScope
+from stretto.gateway.accounts.ledger import Charge, Ledger
+from stretto.gateway.accounts.usage_page import usage_page
 from stretto.gateway.registry import Registry, Worker
 from stretto.gateway.relay import PATHS, Relay, RelayedExchange
 from stretto.gateway.routing.router import Router
@@ -27,13 +30,12 @@ from stretto.gateway.settings import GatewayConfig
 from stretto.http.errors import error_response, internal
 from stretto.http.exchange import KEY, Exchange, ExchangeLayer
 from stretto.http.guard import Guard
-from stretto.http.request import plain_path, read_body, tenant_of
+from stretto.http.request import plain_path, read_body
 from stretto.protocol.openai import ModelCard, ModelList, Status
 from stretto.protocol.parsing import JSON, parse, require_json
 from stretto.protocol.relay import OperationName
 from stretto.telemetry.log import LineWriter
 
-LOCAL = "local"
 STDOUT = 1
 LEASE_S = 10.0  # a worker that joined by itself must renew within
 
@@ -71,6 +73,7 @@ class GatewayState(Struct, frozen=True):
     hedges: int
     hedges_won: int
     rejected: dict[str, int]  # connections and requests that were cut short, by reason
+    keys_error: str  # why the key file was not read when it changed last
 
 
 class Calls:
@@ -80,7 +83,7 @@ class Calls:
         self.access_log = LineWriter(STDOUT) if config.access_log else None
         self.rejections: Counter[str] = Counter()
         self.draining = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], str] = {}  # and whose they are
         self._errors: dict[asyncio.Task[None], StrettoError] = {}
 
     @property
@@ -96,21 +99,22 @@ class Calls:
         """Refuses new calls from now on."""
         self.draining = True
 
-    def end_calls(self, error: StrettoError) -> None:
-        """Ends all calls with `error`."""
-        for task in self._tasks:
-            self._errors[task] = error
-            task.cancel()
+    def end_calls(self, error: StrettoError, owners: Container[str] | None = None) -> None:
+        """Ends all calls with `error`, or those of some owners."""
+        for task, owner in self._tasks.items():
+            if owners is None or owner in owners:
+                self._errors[task] = error
+                task.cancel()
 
     async def idle(self) -> None:
         """Returns when no call is running."""
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
-    async def run(self, work: Coroutine[Any, Any, None], receive: Receive) -> None:
-        """Runs a call until it is done or its client leaves. Raises StrettoError."""
+    async def run(self, work: Coroutine[Any, Any, None], receive: Receive, owner: str = "") -> None:
+        """Runs a call of `owner` until it is done or its client leaves. Raises StrettoError."""
         task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
-        self._tasks.add(task)
+        self._tasks[task] = owner
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if task in self._errors:
@@ -118,7 +122,7 @@ class Calls:
             if task.done():
                 task.result()
         finally:
-            self._tasks.discard(task)
+            del self._tasks[task]
             gone.cancel()
             task.cancel()
 
@@ -135,8 +139,11 @@ class RelayedPath:
         request = Request(scope, receive)
         gateway, client = self.gateway, _Client(send)
         exchange: Exchange = scope[KEY]
+        relayed: RelayedExchange | None = None
+        charge: Charge | None = None
         try:
-            exchange.tenant = gateway.tenant(request)
+            account = gateway.account(request, "infer")
+            exchange.tenant = account.tenant
             require_json(request.headers.get("content-type"))
             body = await read_body(request, gateway.config.max_body_bytes)
             exchange.bytes_in = len(body)
@@ -146,10 +153,11 @@ class RelayedPath:
                 raise InvalidRequest(f"the body is not a JSON object: {error}") from None
             if gateway.server.draining:
                 raise Draining("the gateway is shutting down; ask another one", retry_after=1.0)
+            charge = gateway.ledger.charge(account)
             relayed = RelayedExchange(
-                self.operation, exchange.tenant, body, arrival, client.send, exchange.id
+                self.operation, account.tenant, body, arrival, client.send, exchange.id, charge.admit
             )
-            await gateway.server.run(gateway.relay.run(relayed), receive)
+            await gateway.server.run(gateway.relay.run(relayed), receive, account.record.id)
         except ClientDisconnect:
             return
         except Exception as error:
@@ -158,6 +166,9 @@ class RelayedPath:
             if not client.started:
                 raise failure from None
             await client.send(0, {}, b"data: " + json.encode(failure.body()) + b"\n\n", False)
+        finally:
+            if charge is not None and relayed is not None:
+                charge.settle(relayed.tally(), gateway.registry.known(relayed.model))
 
 
 class _Client:
@@ -186,12 +197,14 @@ class Gateway(Starlette):
         headers = {"Authorization": f"Bearer {config.gateway_key}"} if config.gateway_key else {}
         self.registry = Registry(Router(config.route, Random(seed).randrange), headers)
         self.relay = Relay(self.registry, config.hedge_share)
+        self.ledger = Ledger(config.keys, self._end_revoked)
         work = [Route(path, RelayedPath(self, name), methods=["POST"]) for name, path in PATHS.items()]
         pages = [
             Route("/v1/models", self.models),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/state", self.state_page),
+            Route("/v1/usage", self.used),
             Route("/v1/workers", self.join, methods=["POST"]),
             Route("/v1/workers/{name}", self.leave, methods=["DELETE"]),
             Route("/v1/workers/{name}/{change}", self.drain, methods=["POST"]),
@@ -209,34 +222,41 @@ class Gateway(Starlette):
         return ExchangeLayer(app, routes, self.server.access_log, error_response)
 
     async def wait_ready(self) -> None:
-        """Starts to watch the configured workers. Raises StartError for a wrong URL."""
+        """Starts to watch the configured workers and the key file. Raises StartError for a wrong URL."""
+        self.ledger.start()
         for written in self.config.workers:
             site, equals, url = written.partition("=")
             self.registry.join(url if equals else written, site if equals else "")
 
     async def shutdown(self, grace_s: float) -> None:
-        """Leaves all workers."""
+        """Leaves all workers, and saves the usage."""
         self.registry.close()
+        self.ledger.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if "path" in scope:
             scope["path"] = plain_path(scope["path"])
         await super().__call__(scope, receive, send)
 
-    def tenant(self, request: Request) -> str:
-        """The tenant of a request's key. Raises Unauthorised."""
-        keys = self.config.api_keys
-        if not keys:
-            return LOCAL
-        return tenant_of(request.headers, keys)
+    def account(self, request: Request, scope: KeyScope | None = None) -> Account:
+        """The account of a request's key. Raises Unauthorised, or NotAllowed for a key without the scope."""
+        account = self.ledger.accounts.find(request.headers, self.ledger.now())
+        if scope is not None:
+            account.ensure(scope)
+        return account
+
+    def _end_revoked(self, ids: set[str]) -> None:
+        """Ends the streams of keys that were revoked: whoever has such a key must not have the rest."""
+        self.server.end_calls(KeyRevoked("the API key was revoked; the answer ends here"), ids)
 
     async def models(self, request: Request) -> Response:
         """The models of all workers."""
-        self.tenant(request)
+        account = self.account(request)
         known = {
             name: None if info is None else info.context
             for worker in self.registry.workers.values()
             for name, info in worker.models.items()
+            if account.allows(name)
         }
         cards = [ModelCard(id=name, created=0, max_model_len=context) for name, context in known.items()]
         return _json(ModelList(data=cards))
@@ -253,7 +273,7 @@ class Gateway(Starlette):
 
     async def state_page(self, request: Request) -> Response:
         """The workers, and what the gateway has done."""
-        self.tenant(request)
+        self.account(request)
         now, relay = time.monotonic(), self.relay
         return _json(
             GatewayState(
@@ -265,12 +285,17 @@ class Gateway(Starlette):
                 hedges=relay.hedges,
                 hedges_won=relay.hedges_won,
                 rejected=dict(self.server.rejections),
+                keys_error=self.ledger.error if self.account(request).may("admin") else "",
             )
         )
 
+    async def used(self, request: Request) -> Response:
+        """What the key's tenant has used, or all tenants for an operator, and the key's limits."""
+        return usage_page(request, self.account(request), self.ledger)
+
     async def join(self, request: Request) -> Response:
         """A worker joins, or renews its lease."""
-        self._ensure_operator(request)
+        self.account(request, "admin")
         require_json(request.headers.get("content-type"))
         joining = parse(json.Decoder(Joining), await request.body())
         worker = self.registry.join(joining.url, joining.site, lease=time.monotonic() + LEASE_S)
@@ -278,13 +303,13 @@ class Gateway(Starlette):
 
     async def leave(self, request: Request) -> Response:
         """A worker leaves. Its streams go on elsewhere."""
-        self._ensure_operator(request)
+        self.account(request, "admin")
         self.registry.leave(self._worker(request).name)
         return _json({"status": "ok"})
 
     async def drain(self, request: Request) -> Response:
         """`drain`: a worker gets no new requests; `undrain`: it gets them again."""
-        self._ensure_operator(request)
+        self.account(request, "admin")
         change = request.path_params["change"]
         if change not in ("drain", "undrain"):
             raise NotFound(f"there is nothing at {request.url.path}")
@@ -296,13 +321,6 @@ class Gateway(Starlette):
         if worker is None:
             raise NotFound(f"there is no worker {request.path_params['name']!r}")
         return worker
-
-    def _ensure_operator(self, request: Request) -> None:
-        """Raises Unauthorised unless the request has the gateway's key."""
-        key = self.config.gateway_key
-        given = request.headers.get("authorization", "")
-        if not key or not compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise Unauthorised("changing the workers needs `Authorization: Bearer GATEWAY_KEY`")
 
 
 async def _gone(receive: Receive) -> None:

@@ -33,6 +33,7 @@ CONNECT_S = 1.0
 MOST_REPORT_BYTES = 4 << 20
 SENT_UNSEEN_S = 0.03  # a report may miss what arrived at the worker so shortly before
 VERSION = 1
+UNKNOWN = "unknown"
 BYTES_PER_TOKEN = 3.0  # of a prompt, roughly: the gateway has no tokenizer
 
 
@@ -115,6 +116,10 @@ class Registry:
             worker.task.cancel()
         worker.pool.close()
         worker.lost()
+
+    def known(self, model: str) -> str:
+        """The model's name if a worker has it, else `unknown`: clients must not make up names in reports."""
+        return model if any(model in worker.models for worker in self.workers.values()) else UNKNOWN
 
     def close(self) -> None:
         """Forgets all workers."""

@@ -19,13 +19,15 @@ import msgspec
 from msgspec import Raw, Struct, json
 
 from stretto.errors import CannotBeOnTime, StrettoError, Unavailable, UnknownModel
+from stretto.gateway.accounts.took import PlainStream, took_of
+from stretto.gateway.accounts.usage import Tally
 from stretto.gateway.registry import BYTES_PER_TOKEN, CONNECT_S, Registry, Worker
 from stretto.gateway.routing.hedge import Errors, HedgeBudget
 from stretto.gateway.routing.prefixes import PIECE, keys_of
 from stretto.gateway.routing.router import Ask, Placement
 from stretto.gateway.upstream.connection import Head, UpstreamConnection, WorkerLost
 from stretto.gateway.upstream.progress import RETRIABLE, Progress
-from stretto.protocol.relay import RELAY, OperationName, RelayedRequest
+from stretto.protocol.relay import RELAY, TOOK, OperationName, RelayedRequest, Took
 from stretto.types import Objective, Request, Sampling
 
 MOST_ANSWER_BYTES = 64 << 20
@@ -56,11 +58,15 @@ class RoutingFields(Struct):
     objective: Any = None
     user: Any = None
     cache_salt: Any = None
+    n: Any = None
 
 
 @dataclass(slots=True)
 class RelayedExchange:
-    """One client request. `send(status, headers, body, more)` writes to the client."""
+    """One client request. `send(status, headers, body, more)` writes to the client.
+
+    `admit(request, answers)` asks the tenant's limits; it raises StrettoError for a request that may not run.
+    """
 
     operation: OperationName
     tenant: str
@@ -68,9 +74,23 @@ class RelayedExchange:
     arrival: float
     send: Send
     request_id: str = ""
+    admit: Callable[[Request, int], None] = lambda request, answers: None
+    took: Took | None = None  # of an answer in one piece, and of a stream from a server of another kind
     progress: Progress = field(default_factory=Progress)
     tried: set[str] = field(default_factory=set[str])
     first: float | None = None  # when the first bytes came
+    model: str = ""
+    tier: str = ""
+    prompt_tokens: int = 0  # roughly
+
+    def tally(self) -> Tally:
+        """What the answer took. Of one that was broken off the length of the prompt is an estimate."""
+        emitted, took = self.progress.emitted, self.progress.took or self.took
+        if took is None:
+            return Tally(prompt_tokens=self.prompt_tokens if emitted else 0, completion_tokens=emitted)
+        return Tally(
+            prompt_tokens=took.prompt, cached_tokens=took.cached, completion_tokens=emitted or took.output
+        )
 
 
 @dataclass(slots=True)
@@ -97,7 +117,10 @@ class Relay:
     async def run(self, exchange: RelayedExchange) -> None:
         """Answers a request. Raises StrettoError; after the first byte, the stream ends in its event."""
         self._budget.earn()
-        ask = self._ask(exchange)
+        ask, answers = self._ask(exchange)
+        exchange.model, exchange.tier = ask.request.model, ask.request.tier
+        exchange.prompt_tokens = len(ask.request.prompt)
+        exchange.admit(ask.request, answers)
         while True:
             try:
                 attempt = await self._begin(ask, exchange)
@@ -124,7 +147,8 @@ class Relay:
             finally:
                 self._end(attempt)
 
-    def _ask(self, exchange: RelayedExchange) -> Ask:
+    def _ask(self, exchange: RelayedExchange) -> tuple[Ask, int]:
+        """What the router must know, and how many answers are asked for."""
         fields = json.decode(exchange.body, type=RoutingFields)
         prompt = bytes(fields.messages or fields.prompt or fields.input)
         name, info = self._model(fields.model)
@@ -141,7 +165,8 @@ class Relay:
             objective=self._objective(fields),
             tier=fields.service_tier if fields.service_tier in ("priority", "flex") else "default",
         )
-        return Ask(request, keys_of(prompt, exchange.tenant, name, salt), PIECE / BYTES_PER_TOKEN)
+        answers = fields.n if isinstance(fields.n, int) and fields.n > 0 else 1
+        return Ask(request, keys_of(prompt, exchange.tenant, name, salt), PIECE / BYTES_PER_TOKEN), answers
 
     def _model(self, name: Any) -> tuple[str, int]:
         """The model's name and context. The default is the first model of the first worker."""
@@ -304,11 +329,14 @@ class Relay:
         head, connection, progress = attempt.head, attempt.connection, exchange.progress
         if "text/event-stream" not in head.headers.get("content-type", ""):
             body = await connection.read_all(MOST_ANSWER_BYTES)
+            exchange.took = took_of(head.headers.get(TOOK), body)
             await exchange.send(head.status, _headers(head), body, False)
             return
         headers = _headers(head)
         if attempt.worker.plain:
+            counted = PlainStream()
             while data := await connection.read():
+                exchange.took = counted.push(data)
                 await exchange.send(head.status, headers, data, True)
             await exchange.send(head.status, headers, b"", False)
             return

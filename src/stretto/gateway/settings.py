@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import Meta
+from msgspec import Meta, field
 from msgspec.structs import fields
 
 from stretto.config import HttpConfig, SettingsTable, part
 from stretto.errors import StartError
+from stretto.gateway.accounts.ledger import KeySettings
+from stretto.gateway.accounts.prices import Price
 from stretto.gateway.routing.router import Method
 
 
@@ -35,6 +37,43 @@ class GatewayConfig(HttpConfig, frozen=True, kw_only=True):
     hedge_share: Annotated[
         float, Meta(ge=0, le=1, description="most requests that may start a second attempt, as a share")
     ] = 0.05
+    keys_file: Annotated[
+        str, Meta(description="the file of `stretto keys`; with it every request needs a key")
+    ] = ""
+    usage_file: Annotated[
+        str,
+        Meta(
+            description="file that keeps usage and spent budgets over a restart, one for each gateway; "
+            "empty: they begin at zero"
+        ),
+    ] = ""
+    gateways: Annotated[
+        int, Meta(ge=1, description="gateways that share the limits of the keys; each gives out its part")
+    ] = 1
+    prices: Annotated[
+        dict[str, Price],
+        Meta(
+            description="prices of models, as a table `[prices.MODEL]` with `input`, `cached` and `output`"
+            " per million tokens and `joules` per token of an answer; `*` is for all others"
+        ),
+    ] = field(default_factory=dict[str, Price])
+
+    @property
+    def keys(self) -> KeySettings:
+        """The settings of keys and budgets."""
+        return KeySettings(
+            plain=self.api_keys,
+            operator=self.gateway_key,
+            keys_file=self.keys_file,
+            usage_file=self.usage_file,
+            prices=self.prices,
+            share=1 / self.gateways,
+        )
+
+    @property
+    def locked(self) -> bool:
+        """Whether a request needs a key."""
+        return bool(self.api_keys or self.keys_file)
 
 
 GATEWAY = SettingsTable(fields(GatewayConfig))

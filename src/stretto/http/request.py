@@ -12,15 +12,21 @@ from stretto.errors import TooLarge, Unauthorised
 HEADERS = ("authorization", "x-api-key")
 
 
-def tenant_of(headers: Mapping[str, str], keys: Mapping[str, str]) -> str:
-    """The tenant whose key a request has, of `keys`: key -> tenant. Raises Unauthorised.
-
-    A key comes as `Authorization: Bearer KEY` or as `x-api-key: KEY`, and one valid key is enough. A wrong
-    key takes as long as a right one, so that the time tells nothing about the keys.
-    """
+def given_keys(headers: Mapping[str, str]) -> list[str]:
+    """The API keys that a request has: `Authorization: Bearer KEY`, then `x-api-key: KEY`."""
     scheme, _, bearer = headers.get(HEADERS[0], "").partition(" ")
     given = [bearer.strip()] if scheme.lower() == "bearer" else []
     given.append(headers.get(HEADERS[1], "").strip())
+    return [key for key in given if key]
+
+
+def tenant_of(headers: Mapping[str, str], keys: Mapping[str, str]) -> str:
+    """The tenant whose key a request has, of `keys`: key -> tenant. Raises Unauthorised.
+
+    One valid key is enough. A wrong key takes as long as a right one, so that the time tells nothing about
+    the keys.
+    """
+    given = given_keys(headers)
     found = [
         tenant
         for key, tenant in keys.items()

@@ -93,7 +93,7 @@ async def run(
     """
     try:
         listener = listen(config.host, config.port)
-        if not config.api_keys and not is_loopback(config.host):
+        if not config.locked and not is_loopback(config.host):
             log.warning(
                 "listening on %s without API keys: everybody who reaches port %d can use the models and read"
                 " /state; set STRETTO_API_KEY or api_keys, or listen on 127.0.0.1",

@@ -17,6 +17,8 @@ from stretto.types import ModelInfo
 
 RELAY = "/v1/relay"
 MARK = b":~"  # how a mark's line begins
+TOOK_MARK = MARK + b"$ "  # how the line begins that says what a stream took
+TOOK = "x-stretto-took"  # the header that says it of an answer in one piece
 OperationName = Literal["chat", "completions", "embeddings"]
 
 
@@ -74,6 +76,27 @@ def mark(index: int, tokens: list[int], *, complete: bool, last: bool) -> bytes:
     """
     end = b"!" if last else b"." if complete else b""
     return b"%b%d %b%b\n\n" % (MARK, index, " ".join(map(str, tokens)).encode(), end)
+
+
+class Took(NamedTuple):
+    """The tokens that the answers to one request took. `cached` is part of `prompt`."""
+
+    prompt: int = 0
+    cached: int = 0
+    output: int = 0
+
+    @classmethod
+    def of(cls, text: str) -> Took:
+        """Reads what `str` wrote. Raises ValueError."""
+        prompt, cached, output = map(int, text.split())
+        return cls(prompt, cached, output)
+
+    def __str__(self) -> str:
+        return f"{self.prompt} {self.cached} {self.output}"
+
+    def mark(self) -> bytes:
+        """The line that stands in front of the last mark of a stream."""
+        return b"%b%b\n\n" % (TOOK_MARK, str(self).encode())
 
 
 class Mark(NamedTuple):

@@ -178,6 +178,8 @@ async def stream(call: Call, writer: AnswerWriter, slot: Slot) -> None:
                 body += writer.end(call.outputs)
             if call.relayed:
                 tokens = [event.token for _, event in fresh if event is not None and event.token is not None]
+                if not running:
+                    body += call.took().mark()
                 body += mark(output.index, tokens, complete=complete, last=not running)
             if not call.streaming:
                 await send_head(call)

@@ -29,7 +29,7 @@ from stretto.errors import (
 from stretto.http.exchange import KEY, LEFT, Exchange
 from stretto.http.request import tenant_of
 from stretto.ladder.serving import ServedLadder
-from stretto.protocol.relay import Continuation, EmittedAnswer, WorkerReport
+from stretto.protocol.relay import TOOK, Continuation, EmittedAnswer, Took, WorkerReport
 from stretto.queueing.turns import Turns
 from stretto.server.admission_gate import START_S, AdmissionGate
 from stretto.server.objectives import ServicePolicy
@@ -300,8 +300,19 @@ class Call:
         return answers[index] if index < len(answers) else NOTHING
 
     async def respond(self, response: Response) -> None:
-        """Sends a response that is not a stream."""
+        """Sends a response that is not a stream. A gateway gets a header that says what it took."""
+        if self.relayed:
+            response.headers[TOOK] = str(self.took())
         await response(self.request.scope, self.request.receive, self.send)
+
+    def took(self) -> Took:
+        """What the answers took, for the accounts of a gateway."""
+        firsts = [output for output in self.outputs if output.prompt_counts]
+        return Took(
+            sum(output.prompt_tokens for output in firsts),
+            sum(output.began.cached_tokens for output in firsts if output.began is not None),
+            sum(output.tokens for output in self.outputs),
+        )
 
     def end(self, error: StrettoError | None) -> None:
         """Ends the call: with `error`, or silently when the client has left."""

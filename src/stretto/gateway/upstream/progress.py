@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import DecodeError, Struct, ValidationError, json
 
-from stretto.protocol.relay import MARK, Continuation, EmittedAnswer, read_mark
+from stretto.protocol.relay import MARK, TOOK_MARK, Continuation, EmittedAnswer, Took, read_mark
 
 MARK_LINE = b"\n\n" + MARK
 END = b"\n\n"
@@ -30,11 +30,12 @@ class Progress:
     Bytes after the last mark are held back: if the worker is lost, the next one makes them again.
     """
 
-    __slots__ = ("_complete", "_head", "_held", "_tokens", "ended")
+    __slots__ = ("_complete", "_head", "_held", "_tokens", "ended", "took")
 
     def __init__(self) -> None:
         self.ended = False  # whether the client has the whole stream
-        self._held = b""
+        self.took: Took | None = None  # as the worker said at the end
+        self._held: bytes = b""
         self._head: _Head | None = None
         self._tokens: dict[int, list[int]] = {}
         self._complete: set[int] = set()
@@ -43,6 +44,11 @@ class Progress:
     def begun(self) -> bool:
         """Whether the client has any part of the stream."""
         return self._head is not None
+
+    @property
+    def emitted(self) -> int:
+        """How many tokens the client has."""
+        return sum(map(len, self._tokens.values()))
 
     def push(self, data: bytes) -> bytes:
         """The bytes for the client that `data` completes. Raises ValueError for a malformed mark."""
@@ -53,7 +59,12 @@ class Progress:
             if end < 0:
                 break
             events = data[: at + len(END)]
-            mark = read_mark(data[at + len(END) : end])
+            line = data[at + len(END) : end]
+            if line.startswith(TOOK_MARK):
+                self.took = Took.of(line.removeprefix(TOOK_MARK).decode())
+                data = events + data[end + len(END) :]
+                continue
+            mark = read_mark(line)
             if self._head is None:
                 self._head = _head_of(events)
             self._tokens.setdefault(mark.answer, []).extend(mark.tokens)

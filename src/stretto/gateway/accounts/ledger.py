@@ -1,0 +1,160 @@
+"""The accounts of a running gateway: reads the key file when it changes, and saves what was used.
+
+A key file that cannot be read changes nothing: the keys that were read last stay in force, and the log and
+`/state` say so. One task looks at the file twice a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from msgspec import Struct
+
+from stretto.errors import StartError
+from stretto.gateway.accounts.accounts import Account, Accounts, Bill, Demand, Prepared
+from stretto.gateway.accounts.keys import KeyBook, KeyFile
+from stretto.gateway.accounts.limits import Now
+from stretto.gateway.accounts.prices import Price
+from stretto.gateway.accounts.usage import Saved, Tally, UsageFile, UsageTable
+from stretto.types import Request
+
+log = logging.getLogger(__name__)
+LOOK_S = 0.5  # between two looks at the key file
+SAVE_S = 5.0  # between two writes of the usage file
+Revoked = Callable[[set[str]], None]
+
+
+def clock() -> Now:
+    """This moment."""
+    return Now(time.monotonic(), time.time())
+
+
+class KeySettings(Struct, frozen=True):
+    """The settings that accounts depend on. `operator`: the gateway's own key; `share`: of each limit."""
+
+    plain: Mapping[str, str]
+    operator: str
+    keys_file: str
+    usage_file: str
+    prices: Mapping[str, Price]
+    share: float
+
+
+class Ledger:
+    """The accounts and their files. `revoked(ids)` is called with the keys that are no longer valid."""
+
+    def __init__(self, settings: KeySettings, revoked: Revoked, now: Callable[[], Now] = clock) -> None:
+        """Raises StartError for a file that cannot be read."""
+        self.error = ""  # what is wrong with the key file now
+        self.now = now
+        self.accounts = Accounts(settings.prices, settings.share)
+        self._settings = settings
+        self._revoked = revoked
+        self._keys = KeyFile(Path(settings.keys_file)) if settings.keys_file else None
+        self._stamp = None if self._keys is None else self._keys.stamp()
+        self._book = KeyBook() if self._keys is None else self._keys.read()
+        self._usage_file = UsageFile(Path(settings.usage_file)) if settings.usage_file else None
+        saved = Saved() if self._usage_file is None else self._usage_file.read()
+        self._saved = saved
+        self.usage = UsageTable(saved.rows)
+        self.accounts.restore(saved.budgets)
+        self._take(self._prepare())
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to watch the key file and to save the usage."""
+        self._task = asyncio.create_task(self._run())
+
+    def close(self) -> None:
+        """Saves the usage and lets go of its file."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        if self._usage_file is not None:
+            self._save()
+            self._usage_file.close()
+            self._usage_file = None
+
+    async def apply(self, settings: KeySettings) -> None:
+        """Takes over other settings. The files stay those of the start."""
+        self.accounts.prices = settings.prices
+        self.accounts.share(settings.share)
+        self._settings = settings
+        self._take(await asyncio.to_thread(self._prepare))
+
+    async def look(self) -> None:
+        """Reads the key file if it has changed."""
+        if self._keys is None or (stamp := self._keys.stamp()) == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            # A thread reads many keys, so that no stream pauses for it.
+            self._book = await asyncio.to_thread(self._keys.read)
+        except StartError as error:
+            self.error = error.message
+            log.error("the keys stay as they were: %s", error.message)
+            return
+        self.error = ""
+        self._take(await asyncio.to_thread(self._prepare))
+        log.info("read %d keys from %s", len(self._book.keys), self._keys.path)
+
+    def charge(self, account: Account) -> Charge:
+        """The bill of a request that begins."""
+        return Charge(self, account)
+
+    def _prepare(self) -> Prepared:
+        return self.accounts.prepare(self._book, self._settings.plain, self._settings.operator)
+
+    def _take(self, prepared: Prepared) -> None:
+        locked = bool(self._settings.plain) or self._keys is not None
+        gone = self.accounts.take(prepared, locked=locked)
+        if gone:
+            self._revoked(gone)
+
+    def _save(self) -> None:
+        assert self._usage_file is not None
+        saved = Saved(rows=tuple(self.usage.rows()), budgets=self.accounts.spent())
+        if saved == self._saved:
+            return
+        try:
+            self._usage_file.write(saved)
+            self._saved = saved
+        except StartError as error:
+            log.error("the usage is not saved: %s", error.message)
+
+    async def _run(self) -> None:
+        due = time.monotonic() + SAVE_S
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.look()
+            if self._usage_file is not None and time.monotonic() >= due:
+                self._save()
+                due = time.monotonic() + SAVE_S
+
+
+class Charge:
+    """What one request owes. It is admitted once, and settled once when it has ended."""
+
+    def __init__(self, ledger: Ledger, account: Account) -> None:
+        self.account = account
+        self._ledger = ledger
+        self._bill: Bill | None = None
+
+    def admit(self, request: Request, answers: int) -> None:
+        """Reserves what the answers may take. Raises NotAllowed, RateLimited or BudgetExceeded."""
+        work = Demand(request.model, request.tier, len(request.prompt), request.sampling.max_tokens, answers)
+        ledger = self._ledger
+        self._bill = ledger.accounts.admit(self.account, work, ledger.now())
+
+    def settle(self, tally: Tally, model: str) -> None:
+        """Counts what the answers took. `model`: its name in the usage, which no client makes up."""
+        if self._bill is None:
+            return
+        ledger, now = self._ledger, self._ledger.now()
+        whole = ledger.accounts.settle(self._bill, tally, now)
+        ledger.usage.add(now.wall, self.account.tenant, model, whole)
+        self._bill = None
