@@ -17,9 +17,10 @@ from statistics import quantiles
 import msgspec
 
 from stretto.config import EngineConfig, ModelConfig
-from stretto.engine.core import EngineCore, LoadedModel, Runner
+from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.calibrate import known_times
 from stretto.engine.runners.factory import ModelLoader
+from stretto.engine.runners.interface import Runner
 from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence

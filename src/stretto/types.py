@@ -33,6 +33,7 @@ BOUNDS: dict[str, Meta] = {
     "presence_penalty": Meta(ge=-2, le=2),
     "logit_bias": Meta(ge=-100, le=100),
     "logprobs": Meta(ge=0, le=20),
+    "prompt_logprobs": Meta(ge=0, le=20),
     "n": Meta(ge=1, le=INT32_MAX),
 }
 Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
@@ -70,7 +71,9 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `top_k = 0` means no limit, and `max_tokens = None` only that of the context. `max_tokens = 0` computes
     the prompt and draws nothing: its full blocks stay in the prefix cache. `logprobs = k` reports the chosen
-    token and the k likeliest; 0 reports only the chosen one. Raises ValueError for a wrong value.
+    token and the k likeliest; 0 reports only the chosen one. `prompt_logprobs` does so for the tokens of the
+    prompt after the first; the prompt is then computed anew, whatever the prefix cache holds. Raises
+    ValueError for a wrong value.
     """
 
     max_tokens: int | None = None
@@ -85,6 +88,7 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     presence_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict[int, float])
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -199,10 +203,14 @@ class Finish(Struct, frozen=True, array_like=True):
 
 
 class Logprobs(Struct, frozen=True, array_like=True):
-    """Natural-log probability of the chosen token, and of the likeliest ones, best first."""
+    """Natural-log probability of the chosen token, and of the likeliest ones, best first.
+
+    `rank`: how many tokens are at least as likely as the chosen one. Only a prompt's tokens have it.
+    """
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 class Began(Struct, frozen=True, array_like=True, gc=False):
@@ -211,6 +219,7 @@ class Began(Struct, frozen=True, array_like=True, gc=False):
     queue_ms: float  # from arrival to its first step
     cached_tokens: int  # of its prompt
     forecast_ms: float | None = None  # the `queue_ms` that was predicted when the request was sent
+    prompt_logprobs: tuple[Logprobs, ...] | None = None  # of its prompt's tokens after the first
 
 
 class TokenEvent(Struct, frozen=True, array_like=True, gc=False):

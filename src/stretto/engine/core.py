@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf, isfinite
-from typing import Protocol
 
 from msgspec.structs import replace
 
 from stretto.engine.kv_cache import BlockPool
+from stretto.engine.runners.interface import Pending, Runner
 from stretto.engine.scheduler.deadline import latest_start
 from stretto.engine.scheduler.lateness import RESUME_S, Alarms, goes_first_at
 from stretto.engine.scheduler.types import (
@@ -36,31 +36,6 @@ from stretto.types import Finish, ModelInfo, Reason, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
 NOT_A_NUMBER = "the model's output was not a number (NaN or infinite logits)"
-
-
-class Pending(Protocol):
-    """A launched step."""
-
-    def wait(self) -> list[Drawn]:
-        """Wait for the step; one result for each row of the plan that draws, in order."""
-        ...
-
-
-class Runner(Protocol):
-    """Runs plans for one model. `depth` launched steps may be unfinished when the next is launched."""
-
-    info: ModelInfo
-    eos: frozenset[int]
-    depth: int
-
-    def launch(self, plan: Plan) -> Pending:
-        """Start the plan's step. A step that fails raises here or in `wait`."""
-        ...
-
-    def erase(self, blocks: list[int]) -> None:
-        """Zero the KV memory of these blocks."""
-
-    def prepare(self) -> bool: ...  # use a little spare time for later steps; whether there is more to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,18 +310,20 @@ class EngineCore:
 
     def _commit(self, model: ModelState, launched: InFlightStep) -> StepStats:
         """Append the tokens that a step drew, end what is complete, and publish the new blocks."""
-        drawing = [row for row in launched.plan.rows if row.draw]
+        waiting = [row for row in launched.plan.rows if row.has_result]
         try:
             drawn = launched.pending.wait()
         except Exception as error:
-            for row in drawing:
-                row.seq.in_flight -= 1
+            for row in waiting:
+                row.seq.in_flight -= row.draw
             self._fail(launched.plan.rows, error)
-            drawing, drawn = [], []
+            waiting, drawn = [], []
         accepted = 0
-        for row, result in zip(drawing, drawn, strict=True):
-            row.seq.in_flight -= 1
-            if not row.seq.ended:
+        for row, result in zip(waiting, drawn, strict=True):
+            row.seq.in_flight -= row.draw
+            if row.scored and not row.seq.ended:
+                self._score(row, result)
+            if row.draw and not row.seq.ended:
                 try:
                     self._take(model, row, result)
                     accepted += self._take_more(model, row, result.then)
@@ -364,6 +341,15 @@ class EngineCore:
         model.history.fairness.fade(now)
         model.history.arrivals.fade(now)
         return stats
+
+    def _score(self, row: Row, drawn: Drawn) -> None:
+        """Keep the log-probabilities of a prompt's tokens. A step before a preemption may have given some of
+        them already."""
+        seq = row.seq
+        if len(drawn.scores) != row.scored:
+            self._end(seq, Ending(Reason.ERROR, error=NOT_A_NUMBER))
+        elif seq.scores is not None and (known := len(seq.scores) - row.positions_scored.start) >= 0:
+            seq.scores += drawn.scores[known:]
 
     def _take_more(self, model: ModelState, row: Row, drawn: tuple[Drawn, ...]) -> int:
         """Take the tokens drawn after accepted draft tokens, until one ends the sequence; returns how many.
@@ -401,7 +387,9 @@ class EngineCore:
             refused = Ending(Reason.ERROR, error="the grammar refused the model's token")
             self._end(seq, seq.grammar_ending or refused)
             return
-        began = seq.began if seq.output_len == len(seq.request.emitted) + 1 else None
+        began = None
+        if seq.output_len == len(seq.request.emitted) + 1:
+            began, seq.scores = seq.began, None
         self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs, began=began))
         if seq.grammar is not None and seq.grammar.finished:
             self._end(seq, Ending(Reason.STOP))
@@ -445,7 +433,9 @@ class EngineCore:
             late=seq.deadline.late or ending.reason in (Reason.DEADLINE, Reason.REFUSED),
             retry_after=ending.retry_after,
         )
-        self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=ending.embedding))
+        began = None if seq.scores is None else seq.began
+        event = TokenEvent(seq.request.id, finish=finish, embedding=ending.embedding, began=began)
+        self._events.append(event)
 
     def _erase(self, model: ModelState, blocks: list[int]) -> None:
         """Zero blocks that may hold NaN, which would spread to their next owner."""

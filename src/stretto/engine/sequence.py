@@ -24,13 +24,18 @@ class Drawn:
     """What a step drew for one sequence.
 
     `token` is negative for an embedding request, which has a vector (`embedding`) instead, and when the
-    logits were not numbers. `then` holds the tokens drawn after accepted draft tokens.
+    logits were not numbers. `then` holds the tokens drawn after accepted draft tokens. `scores`: one for each
+    token of the prompt that its row scored; none if the logits were not numbers.
     """
 
     token: int
     logprobs: Logprobs | None = None
     embedding: tuple[float, ...] | None = None
     then: tuple[Drawn, ...] = ()
+    scores: tuple[Logprobs, ...] = ()
+
+
+NOTHING = Drawn(-1)  # of a row that draws nothing
 
 
 def follow(draft: tuple[int, ...], draw: Callable[[int], Drawn]) -> Drawn:
@@ -84,6 +89,7 @@ class Sequence:
     rank: Rank
     stops: frozenset[int]  # its `stop_token_ids`
     grammar: Matcher | None = None
+    scores: list[Logprobs] | None = None  # of its prompt's tokens after the first; None: not wanted, or sent
     slot: int = -1  # its row in the runner's tables; -1 while it waits
     in_flight: int = 0  # tokens that launched steps are drawing, so not in `tokens` yet
     cached: int = 0  # tokens of the prompt that the prefix cache held when it started
@@ -108,6 +114,7 @@ class Sequence:
             rank=Rank(SPARE_TIME if request.spare_time else UNPLACED, 0.0, request.arrival, request.id),
             stops=frozenset(sampling.stop_token_ids),
             grammar=grammar,
+            scores=None if sampling.prompt_logprobs is None else [],
         )
 
     @property
@@ -119,7 +126,9 @@ class Sequence:
         """How it started. The first token carries it, because a client that cancels gets no end."""
         if self.started is None:
             return None
-        return Began((self.started - self.request.arrival) * 1e3, min(self.cached, self.prompt_len))
+        scores = None if self.scores is None else tuple(self.scores)
+        cached = min(self.cached, self.prompt_len)
+        return Began((self.started - self.request.arrival) * 1e3, cached, prompt_logprobs=scores)
 
     @property
     def grammar_ending(self) -> Ending | None:
@@ -135,6 +144,13 @@ class Sequence:
     def draws_at(self, end: int) -> bool:
         """Whether a step that computes its tokens up to `end` draws the next one."""
         return end == self.length and self.draws
+
+    def scored_at(self, start: int, end: int) -> int:
+        """How many tokens of the prompt a step scores that computes the tokens from `start` to `end`: each
+        position tells how likely the next token is."""
+        if self.scores is None:
+            return 0
+        return max(min(end, self.prompt_len - 1) - max(start, len(self.scores)), 0)
 
     @property
     def length(self) -> int:

@@ -16,8 +16,9 @@ from random import Random
 import msgspec
 
 from stretto.config import EngineConfig, tiers_of
-from stretto.engine.core import EngineCore, LoadedModel, Runner
+from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.factory import ModelLoader
+from stretto.engine.runners.interface import Runner
 from stretto.engine.runners.torch import TorchRunner
 from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.types import Limits

@@ -205,6 +205,26 @@ def test_answers_do_not_depend_on_the_batch(bench: Bench) -> None:
         assert bench.run(bench.engine(blocks=20, step_tokens=7), PROMPTS, *samplings) == alone
 
 
+def test_the_tokens_of_prompts_are_scored_beside_others(bench: Bench) -> None:
+    """In chunks, beside a stream, with the prompt in the cache: the same scores as in one step."""
+    prompts = [PROMPTS[1], PROMPTS[0]]
+
+    def scores(engine: EngineCore, *samplings: dict[str, object]) -> list[float]:
+        bench.run(engine, prompts, *samplings)
+        (began,) = [event.began for event in bench.events if event.id == 0 and event.began is not None]
+        assert began.prompt_logprobs is not None and len(began.prompt_logprobs) == len(prompts[0]) - 1
+        assert all(score.rank is not None and len(score.top) == 2 for score in began.prompt_logprobs)
+        return [score.chosen for score in began.prompt_logprobs]
+
+    wanted: list[dict[str, object]] = [{"prompt_logprobs": 2}, {}]
+    engine = bench.engine()
+    whole = scores(engine, *wanted)
+    tolerance = 0.05 if GPU else 1e-4
+    assert scores(engine, {"prompt_logprobs": 2, "max_tokens": 0}, {}) == pytest.approx(whole, abs=tolerance)
+    assert scores(bench.engine(step_tokens=7), *wanted) == pytest.approx(whole, abs=tolerance)
+    assert max(whole) < 0
+
+
 PENALISED: list[dict[str, object]] = [
     {"repetition_penalty": 1.8, "ignore_eos": True},
     {"frequency_penalty": 0.9, "presence_penalty": 0.4, "ignore_eos": True},

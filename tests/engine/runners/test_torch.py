@@ -21,7 +21,7 @@ from stretto.kernels import AnyKernels
 from stretto.kernels.choice import choose_kernels
 from stretto.kernels.reference import REFERENCE
 from stretto.models.load import load
-from stretto.types import ModelInfo, Reason, Request, Sampling, StepStats, TokenEvent
+from stretto.types import Logprobs, ModelInfo, Reason, Request, Sampling, StepStats, TokenEvent
 from tests.models.checkpoints import FAMILIES, VOCAB, expected, make
 
 BLOCK = 4
@@ -138,6 +138,63 @@ def test_seeded_requests_draw_the_same_tokens_in_any_batch(checkpoint: Path):
     assert bench.run(bench.engine(), PROMPTS, **sampling) == alone
     assert bench.run(bench.engine(step_tokens=5), PROMPTS, **sampling) == alone
     assert bench.run(bench.engine(blocks=20, step_tokens=16), PROMPTS, **sampling) == alone
+
+
+def scores_of(bench: Bench, ident: int) -> tuple[Logprobs, ...]:
+    """The scores of a prompt, which come once: with the first token, or with the end."""
+    (began,) = [event.began for event in bench.events if event.id == ident and event.began is not None]
+    assert began.prompt_logprobs is not None
+    return began.prompt_logprobs
+
+
+@pytest.mark.parametrize("most", [0, OUTPUT])
+@pytest.mark.parametrize("kernels", TABLES, ids=lambda table: table.name)
+def test_the_tokens_of_a_prompt_are_scored_as_by_transformers(most: int, kernels: AnyKernels, tmp_path: Path):
+    """Whole, in chunks, beside others, with the prompt in the prefix cache, and after preemption."""
+    model, bench = make("qwen3", tmp_path), Bench(tmp_path, kernels)
+    engine = bench.engine()
+    engines = [engine, engine, bench.engine(step_tokens=7), bench.engine(blocks=20, step_tokens=16)]
+    for each in engines:
+        answers = bench.run(each, PROMPTS, max_tokens=most, prompt_logprobs=3)
+        assert [len(answer) for answer in answers] == [most] * len(PROMPTS)
+        for ident, prompt in enumerate(PROMPTS):
+            truth = expected(model, prompt).log_softmax(-1)
+            found = scores_of(bench, ident)
+            assert len(found) == len(prompt) - 1
+            for at, score in enumerate(found):
+                row, token = truth[at], prompt[at + 1]
+                assert score.chosen == pytest.approx(float(row[token]), abs=1e-4)
+                assert score.rank is not None
+                assert abs(score.rank - int((row >= row[token]).sum())) <= 1  # nearly equal ones may swap
+                best = row.topk(3)
+                assert [value for _, value in score.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert most == 0 or sum(step.preempted for step in bench.steps) > 0
+
+
+def test_a_scored_prompt_reads_no_cached_block_and_fills_the_cache(checkpoint: Path):
+    bench = Bench(checkpoint)
+    engine = bench.engine()
+    for _ in range(2):
+        bench.run(engine, PROMPTS[3:4], prompt_logprobs=0)
+        (end,) = [event.finish for event in bench.events if event.finish is not None]
+        assert end.cached_tokens == 0 and len(scores_of(bench, 0)) == len(PROMPTS[3]) - 1
+    bench.run(engine, PROMPTS[3:4])
+    (end,) = [event.finish for event in bench.events if event.finish is not None]
+    assert end.cached_tokens >= len(PROMPTS[3]) - BLOCK
+
+
+def test_a_prompt_whose_scores_are_no_numbers_fails(tmp_path: Path):
+    make("llama", tmp_path)
+    bench = Bench(tmp_path)
+    bench.decoder.weights.embedding[PROMPTS[1][3]] = torch.inf
+    engine = bench.engine()
+    sampling = Sampling(max_tokens=0, prompt_logprobs=1)
+    request = Request(id=1, model="m", prompt=tuple(PROMPTS[1]), arrival=0.0, sampling=sampling)
+    engine.submit(Sequence.of(request, 256))
+    while not engine.idle:
+        engine.step()
+    (end,) = [event.finish for event in bench.events if event.finish is not None]
+    assert end.reason is Reason.ERROR and "not a number" in str(end.error)
 
 
 def test_an_embedding_is_a_unit_vector_and_does_not_depend_on_chunks(checkpoint: Path):

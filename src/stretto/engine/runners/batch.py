@@ -80,6 +80,9 @@ class BatchBuilder:
             if len(tokens) < end:
                 unknown.append((end - 1, row.seq.slot))
                 tokens.append(0)
+            if row.scored:
+                first = end - row.count - row.start
+                outputs += [first + position for position in row.positions_scored]
             if row.draw:
                 outputs += range(end - 1 - len(row.draft), end)
         table_rows = np.array([row.seq.slot for row in rows])

@@ -21,7 +21,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from stretto.engine.core import Runner
+from stretto.engine.runners.interface import Runner
 from stretto.engine.runners.null import NullRunner
 from stretto.engine.scheduler.types import Limits, Plan, Row
 from stretto.engine.sequence import Sequence

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +22,14 @@ from torch import Tensor
 
 from stretto.engine.runners.graphs import StepSize, decode_size, first_sizes, later_sizes, nearest
 from stretto.engine.runners.sampler import GREEDY_BELOW, Sampler, uniform
+from stretto.engine.runners.scores import score
 from stretto.engine.scheduler.types import Plan, Row
 from stretto.engine.sequence import Drawn, Sequence
 from stretto.kernels import Batch
 from stretto.kernels.cuda import draw
 from stretto.kernels.cuda.launch import compiling_ahead
 from stretto.models.decoder import Decoder
-from stretto.types import ModelInfo
+from stretto.types import Logprobs, ModelInfo
 
 log = logging.getLogger(__name__)
 RING = 4
@@ -56,26 +57,29 @@ class Launched:
     """A launched step.
 
     tokens: int64 in pinned memory, valid once `arrived`, one for each row of the plan
-    drawing: the rows whose tokens are results
+    waiting: the rows that have a result
     on_host: results that the host drew, by their row
     vectors: results of embedding requests, likewise
+    scores: of the tokens of prompts, likewise
     """
 
     tokens: Tensor
     arrived: torch.cuda.Event
-    drawing: list[int]
+    waiting: list[int]
     on_host: dict[int, Drawn]
     vectors: dict[int, Tensor]
+    scores: dict[int, tuple[Logprobs, ...]]
 
     def wait(self) -> list[Drawn]:
         self.arrived.synchronize()
         tokens: list[int] = self.tokens.tolist()
-        return [self._result(row, tokens[row]) for row in self.drawing]
+        return [self._result(row, tokens[row]) for row in self.waiting]
 
     def _result(self, row: int, token: int) -> Drawn:
         if row in self.vectors:
             return Drawn(-1, embedding=tuple(self.vectors[row].tolist()))
-        return self.on_host.get(row) or Drawn(token)
+        drawn = self.on_host.get(row) or Drawn(token)
+        return replace(drawn, scores=self.scores[row]) if row in self.scores else drawn
 
 
 class StepOutput(NamedTuple):
@@ -84,6 +88,7 @@ class StepOutput(NamedTuple):
     tokens: Tensor
     logits: Tensor
     hidden: Tensor
+    every: Tensor | None = None  # the hidden states of all tokens, where they are wanted
 
 
 @dataclass(slots=True)
@@ -192,12 +197,13 @@ class CudaRunner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
-        """Start the plan. One result for each row that draws, in the plan's order."""
+        """Start the plan. One result for each row that draws or scores, in the plan's order."""
         rows = plan.rows
         drawing = [index for index, row in enumerate(rows) if row.draw]
         on_host = [index for index in drawing if _drawn_on_host(rows[index].seq)]
         embedded = [index for index in drawing if rows[index].seq.request.task == "embed"]
-        self.depth = 0 if on_host else 1
+        scoring = [index for index, row in enumerate(rows) if row.scored]
+        self.depth = 0 if on_host or scoring else 1
         self._turn = (self._turn + 1) % RING
         pinned = self._ring[self._turn]
         decodes = len(drawing) == len(rows) and all(row.count == 1 for row in rows)
@@ -208,11 +214,13 @@ class CudaRunner:
         memory = self._allocate(size) if held is None else self._memory[held]
         self._fill(memory, rows, pinned)
         logits = hidden = None
-        if memory.graph is not None and memory.replayed is not None and not on_host and not embedded:
+        every = None
+        eager = on_host or embedded or scoring
+        if memory.graph is not None and memory.replayed is not None and not eager:
             memory.graph.replay()
             tokens = memory.replayed
         else:
-            tokens, logits, hidden = self._step(memory)
+            tokens, logits, hidden, every = self._step(memory, every=bool(scoring))
         draw.move(tokens[: len(rows)], pinned.tokens)
         pinned.arrived.record()
         results: dict[int, Drawn] = {}
@@ -224,7 +232,9 @@ class CudaRunner:
             for index in embedded
             if hidden is not None
         }
-        return Launched(pinned.tokens[: len(rows)], pinned.arrived, drawing, results, vectors)
+        scores = {} if every is None else self._scores(rows, every)
+        waiting = sorted({*drawing, *scoring})
+        return Launched(pinned.tokens[: len(rows)], pinned.arrived, waiting, results, vectors, scores)
 
     def erase(self, blocks: list[int]) -> None:
         """Zero the KV memory of these blocks."""
@@ -261,7 +271,19 @@ class CudaRunner:
         torch.cuda.current_stream().wait_stream(stream)
         memory.graph = graph
 
-    def _step(self, memory: StepMemory) -> StepOutput:
+    def _scores(self, rows: list[Row], every: Tensor) -> dict[int, tuple[Logprobs, ...]]:
+        """The scores of the tokens of prompts, by row. `every`: the hidden states of all tokens."""
+        scores: dict[int, tuple[Logprobs, ...]] = {}
+        first = 0
+        for index, row in enumerate(rows):
+            if row.scored:
+                start = first + row.positions_scored.start - row.start
+                scores[index] = score(row, every[start : start + row.scored], self._decoder.logits)
+            first += row.count
+        return scores
+
+    def _step(self, memory: StepMemory, *, every: bool = False) -> StepOutput:
+        """Run a step, with the hidden states of all its tokens if `every`."""
         inputs, batch = memory.inputs, memory.batch
         if memory.size.decodes:
             draw.read(inputs, self._drawn, self._tables, batch, self.info.block_size)
@@ -269,10 +291,15 @@ class CudaRunner:
             draw.read_mixed(
                 inputs, memory.ids, self._drawn, self._tables, memory.outputs, batch, self.info.block_size
             )
-        hidden = self._decoder.forward(batch, self._cache)
+        states = None
+        if every and batch.outputs is not None:
+            states = self._decoder.forward(replace(batch, outputs=None), self._cache)
+            hidden = states[batch.outputs]
+        else:
+            hidden = self._decoder.forward(batch, self._cache)
         logits = self._decoder.logits(hidden)
         tokens = draw.draw(logits, inputs[: memory.size.rows], self._drawn, self._seen)
-        return StepOutput(tokens, logits, hidden)
+        return StepOutput(tokens, logits, hidden, states)
 
     def _allocate(self, size: StepSize) -> StepMemory:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:

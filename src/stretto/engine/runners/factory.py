@@ -19,9 +19,10 @@ import msgspec
 import torch
 
 from stretto.config import EngineConfig, ModelConfig, tiers_of
-from stretto.engine.core import LoadedModel, Runner
+from stretto.engine.core import LoadedModel
 from stretto.engine.runners.calibrate import known_times
 from stretto.engine.runners.draft_model import DraftModel
+from stretto.engine.runners.interface import Runner
 from stretto.engine.runners.null import NullRunner, null_info
 from stretto.engine.runners.torch import TorchRunner
 from stretto.engine.scheduler.types import Limits

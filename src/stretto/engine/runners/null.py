@@ -7,11 +7,11 @@ the model costs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from stretto.engine.scheduler.types import Plan
-from stretto.engine.sequence import Drawn, Sequence, follow
+from stretto.engine.scheduler.types import Plan, Row
+from stretto.engine.sequence import NOTHING, Drawn, Sequence, follow
 from stretto.engine.step_time import StepCost, StepLoad
 from stretto.types import Logprobs, ModelInfo
 
@@ -82,7 +82,11 @@ class NullRunner:
         milliseconds = self.step_ms(plan.load)
         if milliseconds > 0:
             self._sleep(milliseconds / 1e3)
-        return Finished([follow(row.draft, partial(self.draw, row.seq)) for row in plan.rows if row.draw])
+        return Finished([self._result(row) for row in plan.rows if row.has_result])
+
+    def _result(self, row: Row) -> Drawn:
+        drawn = follow(row.draft, partial(self.draw, row.seq)) if row.draw else NOTHING
+        return replace(drawn, scores=(Logprobs(0.0, rank=1),) * row.scored) if row.scored else drawn
 
     def draw(self, seq: Sequence, ahead: int) -> Drawn:
         """What comes after the sequence's tokens and `ahead` accepted draft tokens."""

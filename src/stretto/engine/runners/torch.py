@@ -12,6 +12,7 @@ from torch import Tensor
 from stretto.engine.runners.batch import BatchBuilder
 from stretto.engine.runners.null import Finished
 from stretto.engine.runners.sampler import Sampler
+from stretto.engine.runners.scores import scored_rows
 from stretto.engine.scheduler.types import Plan, Row
 from stretto.engine.sequence import Drawn
 from stretto.models.decoder import Decoder
@@ -36,21 +37,14 @@ class TorchRunner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Finished:
-        """Run the plan. One result for each row that draws, in the plan's order."""
+        """Run the plan. One result for each row that draws or scores, in the plan's order."""
         drawing = [row for row in plan.rows if row.draw]
+        scoring = any(row.scored for row in plan.rows)
         batch = self.batches.build(plan.rows).to_batch(torch.as_tensor)
         hidden = self.decoder.forward(batch, self._cache)
-        generating = [row for row in drawing if row.seq.request.task == "generate"]
-        if len(generating) == len(drawing):
-            return Finished(self._draw(hidden, generating))
-        drawn = iter(self._draw(hidden[_outputs_of("generate", drawing)], generating))
-        vectors = iter(hidden[_outputs_of("embed", drawing)])
-        return Finished(
-            [
-                next(drawn) if row.seq.request.task == "generate" else _embedding(next(vectors))
-                for row in drawing
-            ]
-        )
+        if scoring:
+            return Finished(scored_rows(hidden, plan.rows, self.decoder.logits, self._results))
+        return Finished(self._results(hidden, drawing))
 
     def erase(self, blocks: list[int]) -> None:
         """Zero the KV memory of these blocks."""
@@ -59,6 +53,18 @@ class TorchRunner:
     def prepare(self) -> bool:
         """Nothing: all steps are run alike."""
         return False
+
+    def _results(self, hidden: Tensor, drawing: list[Row]) -> list[Drawn]:
+        """One result for each row, from the hidden states of the positions after which they draw."""
+        generating = [row for row in drawing if row.seq.request.task == "generate"]
+        if len(generating) == len(drawing):
+            return self._draw(hidden, generating)
+        drawn = iter(self._draw(hidden[_outputs_of("generate", drawing)], generating))
+        vectors = iter(hidden[_outputs_of("embed", drawing)])
+        return [
+            next(drawn) if row.seq.request.task == "generate" else _embedding(next(vectors))
+            for row in drawing
+        ]
 
     def _draw(self, hidden: Tensor, rows: list[Row]) -> list[Drawn]:
         """Draw for each row from its hidden states: one, and one more for each draft token."""

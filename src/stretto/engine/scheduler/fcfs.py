@@ -48,4 +48,4 @@ def _continue_running(builder: PlanBuilder) -> None:
         if seq not in plan.preempt:
             builder.free -= need
             builder.tokens_left -= count
-            plan.rows.append(Row(seq, seq.kv.computed, count, seq.draws_at(seq.kv.computed + count)))
+            plan.rows.append(Row.of(seq, seq.kv.computed, count))

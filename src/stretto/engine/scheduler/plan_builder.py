@@ -77,23 +77,24 @@ class PlanBuilder:
         if count <= 0 or (need > self.free and not self._free_blocks(seq, need)):
             return
         self.free -= need
-        self.append(Row(seq, seq.kv.computed, count, seq.draws_at(seq.kv.computed + count)))
+        self.append(Row.of(seq, seq.kv.computed, count))
 
     def admit(self, seq: Sequence, ms: float = UNLIMITED_MS) -> None:
         """Admit a waiting sequence and compute as much of its prompt as fits in `ms`.
 
         A prompt whose next block another sequence is computing waits for that block. In a step that preempts
         a sequence no cached blocks are adopted: the two might share them, and then fewer would become free.
+        Nor are they by a sequence whose prompt is scored: all of it has to be computed.
         """
         pool, context = self.context.pool, self.context
         if self._chunk(0, seq.length, ms) <= 0:
             return
         if self.slots_left <= 0 and not self._free_slot(seq):
             return
-        preempts = bool(self.plan.preempt)
-        matched, idle = ([], 0) if preempts else pool.match(seq.kv)
+        anew = bool(self.plan.preempt) or seq.scores is not None
+        matched, idle = ([], 0) if anew else pool.match(seq.kv)
         key = pool.next_key(seq.kv, len(matched))
-        if key is not None and not preempts and (key in self.claimed or pool.expects(key)):
+        if key is not None and not anew and (key in self.claimed or pool.expects(key)):
             return
         growth = len(context.queues.running) - len(
             self.plan.preempt
@@ -115,7 +116,7 @@ class PlanBuilder:
         if key is not None:
             self.claimed.add(key)
         self.plan.admit.append((seq, matched))
-        self.append(Row(seq, start, count, seq.draws_at(start + count)))
+        self.append(Row.of(seq, start, count))
 
     def append(self, row: Row) -> None:
         """Add a row whose blocks are accounted for."""

@@ -77,6 +77,24 @@ class Row(Struct, frozen=True, gc=False):
     count: int
     draw: bool  # whether these are its last tokens, so that the next one is drawn
     draft: tuple[int, ...] = ()  # draft tokens among `count`, at the end: a token is drawn after each of them
+    scored: int = 0  # positions whose next token, one of the prompt's, is scored
+
+    @classmethod
+    def of(cls, seq: Sequence, start: int, count: int) -> Row:
+        """The row that computes these tokens of a sequence, and draws or scores what follows from them."""
+        end = start + count
+        return cls(seq, start, count, seq.draws_at(end), (), seq.scored_at(start, end))
+
+    @property
+    def positions_scored(self) -> range:
+        """The positions whose next token is scored."""
+        end = min(self.start + self.count, self.seq.prompt_len - 1)
+        return range(end - self.scored, end)
+
+    @property
+    def has_result(self) -> bool:
+        """Whether its step draws or scores a token for it."""
+        return self.draw or self.scored > 0
 
     @property
     def decodes(self) -> bool:
