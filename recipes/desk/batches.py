@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from random import Random
@@ -29,9 +30,10 @@ TASK_WEIGHTS = {
     "urgency": 0.6,
     "extract": 1.0,
     "translate": 1.3,
-    "chat": 0.7,
+    "chat": 1.0,
+    "tools": 1.4,
 }
-LEVEL_WEIGHTS = (0.32, 0.28, 0.22, 0.18)
+LEVEL_WEIGHTS = (0.2, 0.16, 0.14, 0.14, 0.18, 0.18)
 IGNORED = -100
 
 
@@ -43,7 +45,7 @@ class Shape:
 
     @property
     def documents(self) -> int:
-        return self.tokens // 40
+        return self.tokens // 80
 
     @property
     def rows(self) -> int:
@@ -110,7 +112,9 @@ class Packer:
         return np.concatenate([tokens, positions, starts, rows, labels, spans]).astype(np.int32)
 
 
-def produce(tokenizer_json: str, shape: Shape, seed: str, queue: Queue[Array]) -> None:
+def produce(
+    tokenizer_json: str, shape: Shape, seed: str, shares: Sequence[float], queue: Queue[Array]
+) -> None:
     """The loop of a worker: batches of the training split without end, decided by the seed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -119,7 +123,7 @@ def produce(tokenizer_json: str, shape: Shape, seed: str, queue: Queue[Array]) -
     packer = Packer(shape)
     while True:
         tasks = rng.choices(names, weights, k=256)
-        levels = rng.choices(LEVELS, LEVEL_WEIGHTS, k=256)
+        levels = rng.choices(LEVELS, shares, k=256)
         texts = [
             conversation(draw("train", task, level, rng)) for task, level in zip(tasks, levels, strict=True)
         ]
@@ -135,14 +139,21 @@ def produce(tokenizer_json: str, shape: Shape, seed: str, queue: Queue[Array]) -
 class Feed:
     """Takes batches from the workers in turn, so that their order depends on the seed alone."""
 
-    def __init__(self, tokenizer: Tokenizer, shape: Shape, seed: int, workers: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        shape: Shape,
+        seed: int,
+        workers: int,
+        shares: Sequence[float] = LEVEL_WEIGHTS,
+    ) -> None:
         context = multiprocessing.get_context("fork")
         self.queues: list[Queue[Array]] = [context.Queue(48) for _ in range(workers)]
         self.turn = 0
         source = tokenizer.to_str()
         for number, queue in enumerate(self.queues):
             name = f"train {seed} {number} of {workers}"
-            context.Process(target=produce, args=(source, shape, name, queue), daemon=True).start()
+            context.Process(target=produce, args=(source, shape, name, shares, queue), daemon=True).start()
 
     def next(self) -> Array:
         queue = self.queues[self.turn]

@@ -7,7 +7,7 @@ from datetime import date, timedelta
 from random import Random
 
 from recipes.desk.example import Draft, between, order_id, pick
-from recipes.desk.words import CITIES, MONTHS, SERVICES, THINGS, WEEKDAYS
+from recipes.desk.words import CITIES, DAYS, MONTHS, SERVICES, THINGS, WEEKDAYS
 
 ARRIVE = (
     "Order {o} was shipped on {d} and takes {n} days. When does it arrive?",
@@ -32,7 +32,8 @@ WORKDAYS = (
 
 
 def delivery(level: int, rng: Random) -> Draft:
-    """Levels: up to 14 days; up to 60 days, and days between dates; working days; one of several orders."""
+    """Levels: up to 14 days; up to 60 days, and days between dates; working days; one of several orders; up
+    to 200 days, or days between far dates; working days with holidays."""
     day = date(between(rng, 2023, 2031), 1, 1) + timedelta(between(rng, 0, 364))
     if level == 1:
         return _arrive(rng, day, between(rng, 1, 14))
@@ -40,7 +41,11 @@ def delivery(level: int, rng: Random) -> Draft:
         return _span(rng, day) if rng.random() < 0.3 else _arrive(rng, day, between(rng, 10, 60))
     if level == 3:
         return _workdays(rng, day) if rng.random() < 0.8 else _span(rng, day)
-    return _by_service(rng, day)
+    if level == 4:
+        return _by_service(rng, day)
+    if level == 5:
+        return _span(rng, day, 70, 200) if rng.random() < 0.5 else _arrive(rng, day, between(rng, 70, 200))
+    return _with_holidays(rng, day)
 
 
 def written(rng: Random, day: date) -> str:
@@ -79,8 +84,8 @@ def _arrive(rng: Random, day: date, days: int) -> Draft:
     return Draft(text, "\n".join([*steps, end.isoformat()]), f"arrive {day} {days}")
 
 
-def _span(rng: Random, day: date) -> Draft:
-    end = day + timedelta(between(rng, 2, 70))
+def _span(rng: Random, day: date, least: int = 2, most: int = 70) -> Draft:
+    end = day + timedelta(between(rng, least, most))
     steps: list[str] = []
     if (day.year, day.month) == (end.year, end.month):
         steps.append(f"{end.day} - {day.day} = {(end - day).days}")
@@ -98,16 +103,17 @@ def _span(rng: Random, day: date) -> Draft:
     text = pick(rng, BETWEEN).format(
         o=order_id(rng), d=written(rng, day), e=written(rng, end), i=pick(rng, THINGS)
     )
-    return Draft(text, "\n".join([*steps, f"{(end - day).days} days"]), f"span {day} {end}")
+    said = tuple("\n".join([*steps, f"{(end - day).days} {unit}"]) for unit in DAYS)
+    return Draft(text, said[0], f"span {day} {end}", said=said)
 
 
-def workdays(day: date, days: int) -> tuple[str, date]:
+def workdays(day: date, days: int, holidays: frozenset[date] = frozenset()) -> tuple[str, date]:
     """Counts working days one by one: `1 Mon 30, 2 Tue 31, 3 Wed 1 April`."""
     steps: list[str] = []
     count, month = 0, day.month
     while count < days:
         day += timedelta(1)
-        if day.weekday() >= 5:
+        if day.weekday() >= 5 or day in holidays:
             continue
         count += 1
         name = "" if day.month == month else f" {MONTHS[day.month - 1]}"
@@ -129,6 +135,25 @@ def _workdays(rng: Random, day: date) -> Draft:
         c=pick(rng, CITIES),
     )
     return Draft(text, f"{steps}\n{end.isoformat()}", f"work {day} {days}")
+
+
+def _with_holidays(rng: Random, day: date) -> Draft:
+    """Working days that holidays interrupt."""
+    day -= timedelta(max(0, day.weekday() - 4))
+    days = between(rng, 10, 25)
+    free = frozenset(day + timedelta(place) for place in rng.sample(range(1, 2 * days), between(rng, 3, 6)))
+    steps, end = workdays(day, days, free)
+    text = pick(rng, WORKDAYS).format(
+        o=order_id(rng),
+        w=WEEKDAYS[day.weekday()][0],
+        d=written(rng, day),
+        n=days,
+        i=pick(rng, THINGS),
+        c=pick(rng, CITIES),
+    )
+    listed = ", ".join(f"{each.day} {MONTHS[each.month - 1]}" for each in sorted(free))
+    key = f"holidays {day} {days} {listed}"
+    return Draft(f"{text} Holidays: {listed}.", f"{steps}\n{end.isoformat()}", key)
 
 
 def _by_service(rng: Random, day: date) -> Draft:

@@ -19,6 +19,7 @@ from urllib.request import Request, urlopen
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recipes.desk import tools
 from recipes.desk.example import Example
 from recipes.desk.tasks import LEVELS, TASKS, check, held_out
 from stretto.statistics import wilson
@@ -35,7 +36,12 @@ def local(path: Path, device: str = "cpu") -> Answer:
 
     def answer(examples: Sequence[Example]) -> list[str]:
         prompts = [
-            tokenizer.apply_chat_template(list(example.messages), tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                list(example.messages),
+                tools=list(example.tools) or None,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
             for example in examples
         ]
         batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
@@ -65,13 +71,27 @@ def served(url: str, model: str | None = None, threads: int = 8) -> Answer:
 
     def ask(example: Example) -> str:
         body = {"model": name, "messages": list(example.messages), "temperature": 0, "max_tokens": LONGEST}
-        return call("/v1/chat/completions", body)["choices"][0]["message"]["content"] or ""
+        if example.tools:
+            body["tools"] = list(example.tools)
+        message = call("/v1/chat/completions", body | {"messages": _sent(example)})["choices"][0]["message"]
+        calls = [each["function"] for each in message.get("tool_calls") or ()]
+        said = [tools.call(each["name"], json.loads(each["arguments"])) for each in calls]
+        return "\n".join([message["content"] or "", *said]).strip()
 
     def answer(examples: Sequence[Example]) -> list[str]:
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(ask, examples))
 
     return answer
+
+
+def _sent(example: Example) -> list[dict[str, Any]]:
+    """The messages as the API takes them: arguments of calls are text."""
+    found = json.loads(json.dumps(example.messages))
+    for message in found:
+        for each in message.get("tool_calls", ()):
+            each["function"]["arguments"] = json.dumps(each["function"]["arguments"])
+    return found
 
 
 def score(right: int, count: int) -> dict[str, float | int | list[float]]:
@@ -128,7 +148,7 @@ def main() -> None:
     parser.add_argument("--url", help="ask this server instead of loading the model")
     parser.add_argument("--name", help="model name to ask the server for (default: its first)")
     parser.add_argument("--count", type=int, default=100, help="prompts per task and level")
-    parser.add_argument("--levels", default="1,2,3,4")
+    parser.add_argument("--levels", default=",".join(map(str, LEVELS)))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the full result here")

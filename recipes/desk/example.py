@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Split = Literal["train", "held_out"]
 LETTERS = tuple("ABCDEFGHKLMNPRSTUVWXZ")
 T = TypeVar("T")
@@ -20,7 +20,9 @@ class Draft:
     `key` names the entities of the question (its numbers, orders, phrases) and nothing that its text does not
     show; the split is decided by it. An empty key means vocabulary, which is always in the training split.
     `notes` (records, rules) may be moved into the system prompt. `before` are earlier turns over the
-    same notes.
+    same notes. `said`: the reply in each of the three languages, where it has words; empty where it has none.
+    `tools` and `turns` are those of a question that may be answered by a call: the tools that the request
+    offers, and the messages after the question (a call and its result).
     """
 
     question: str
@@ -28,11 +30,15 @@ class Draft:
     key: str
     notes: str = ""
     before: tuple[tuple[str, str], ...] = ()
+    said: tuple[str, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    turns: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A finished prompt. `reply`: what an ideal assistant writes. `answer`: the last line of it."""
+    """A finished prompt. `reply`: what an ideal assistant writes. `answer`: the last line of it, or all of it
+    when it calls tools. `tools`: those of the request."""
 
     messages: tuple[Message, ...]
     reply: str
@@ -40,6 +46,7 @@ class Example:
     task: str
     level: int
     key: str
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 def pick(rng: Random, rows: Sequence[T]) -> T:

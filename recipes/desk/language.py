@@ -1,4 +1,4 @@
-"""Questions about words: how urgent a message is, desk phrases in three languages, and small talk."""
+"""Questions about words: how urgent a message is, and desk phrases in three languages."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from recipes.desk.words import (
     ITEMS,
     LANGUAGES,
     NOUNS,
-    OFF_TOPIC,
     PHRASES,
-    PLACES,
     STATEMENTS,
     SYSTEMS,
     THINGS,
-    TOPICS,
     URGENCY,
     VERBS,
     WEEKDAYS,
-    WORKS,
 )
 
 RATE = (
@@ -65,7 +61,10 @@ def filled(rng: Random, text: str) -> str:
 
 
 def urgency(level: int, rng: Random) -> Draft:
-    """Levels: one statement; two, the more urgent counts; some already solved; rules with numbers."""
+    """Levels: one statement; two, the more urgent counts; some already solved; rules with numbers; a list of
+    tickets; a longer list of tickets that also tell of what is solved."""
+    if level >= 5:
+        return _tickets(level, rng)
     if level == 4 and rng.random() < 0.6:
         return _by_rules(rng)
     grades = [between(rng, 0, 3) for _ in range((1, 2, between(rng, 2, 3), between(rng, 3, 4))[level - 1])]
@@ -73,13 +72,43 @@ def urgency(level: int, rng: Random) -> Draft:
     parts = stated + [filled(rng, text) for text in rng.sample(CALM, between(rng, 0, level))]
     if level >= 3:
         old = filled(rng, pick(rng, STATEMENTS[between(rng, 0, 3)]))
-        parts.append(pick(rng, SOLVED).format(s=_sentence(old), d=pick(rng, WEEKDAYS)[0]))
+        parts.append(pick(rng, SOLVED).format(s=sentence(old), d=pick(rng, WEEKDAYS)[0]))
     rng.shuffle(parts)
-    text = " ".join(map(_sentence, parts))
+    text = " ".join(map(sentence, parts))
     return Draft(pick(rng, RATE).format(m=text), URGENCY[max(grades)], "urgency " + " ".join(sorted(stated)))
 
 
-def _sentence(text: str) -> str:
+TICKETS = (
+    "How urgent is each of these tickets? Answer low, medium, high or critical for each.",
+    "Rate the urgency of each ticket (low, medium, high, critical), in order.",
+    "Urgency of every ticket, please, separated by commas:",
+)
+
+
+def _tickets(level: int, rng: Random) -> Draft:
+    """Several tickets. The reply is the grade of each, in their order."""
+    lines: list[str] = []
+    grades: list[str] = []
+    told: list[str] = []
+    for number in range(1, (between(rng, 3, 4) if level == 5 else between(rng, 7, 11)) + 1):
+        several = [between(rng, 0, 3) for _ in range(1 if level == 5 else between(rng, 1, 2))]
+        parts = [filled(rng, pick(rng, STATEMENTS[grade])) for grade in several]
+        told += parts
+        grades.append(URGENCY[max(several)])
+        if level == 6 and rng.random() < 0.4:
+            old = filled(rng, pick(rng, STATEMENTS[between(rng, 0, 3)]))
+            parts.append(pick(rng, SOLVED).format(s=sentence(old), d=pick(rng, WEEKDAYS)[0]))
+        if rng.random() < 0.4:
+            parts.append(filled(rng, pick(rng, CALM)))
+        rng.shuffle(parts)
+        lines.append(f"{number}. {' '.join(map(sentence, parts))}")
+    text = "\n".join(lines)
+    ask = pick(rng, TICKETS)
+    question = f"{ask}\n{text}" if rng.random() < 0.7 else f"{text}\n\n{ask}"
+    return Draft(question, ", ".join(grades), "tickets " + " ".join(told))
+
+
+def sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
@@ -99,7 +128,7 @@ def _by_rules(rng: Random) -> Draft:
     text = pick(
         rng, ("{n} users cannot {v}.", "{s} fails for {n} users.", "It affects {n} users: we cannot {v}.")
     )
-    text = _sentence(text.format(n=users, v=pick(rng, VERBS), s=pick(rng, SYSTEMS)))
+    text = sentence(text.format(n=users, v=pick(rng, VERBS), s=pick(rng, SYSTEMS)))
     return Draft(pick(rng, RATE).format(m=text), kind, f"rules {critical} {high} {medium} {users}", notes)
 
 
@@ -135,21 +164,34 @@ def phrase(rng: Random) -> tuple[str, ...]:
     subjects = (item[0], item[1], item[3])
     objects = (item[0], item[2], item[3])
     return tuple(
-        text.format(**shared, d=day[place], i=subjects[place], I=_sentence(subjects[place]), a=objects[place])
+        text.format(**shared, d=day[place], i=subjects[place], I=sentence(subjects[place]), a=objects[place])
         for place, text in enumerate(row)
     )
 
 
 def translate(level: int, rng: Random) -> Draft:
-    """Levels: one phrase or word; two; three; four to six."""
+    """Levels: one phrase or word; two; three; four to six; seven or eight; up to eleven in two languages."""
     source, target = rng.sample(range(3), 2)
     if level == 1 and rng.random() < 0.2:
         return _vocabulary(rng, source, target)
-    said = [phrase(rng) for _ in range((1, 2, 3, between(rng, 4, 6))[level - 1])]
+    counts = (1, 2, 3, between(rng, 4, 6), between(rng, 7, 8), between(rng, 9, 11))
+    said = [phrase(rng) for _ in range(counts[level - 1])]
     key = "translate " + " ".join(row[0] for row in said)
     texts = [" ".join(row[place] for row in said) for place in (source, target)]
+    if level == 6:
+        return _translate_mixed(rng, said, target, key)
     question = pick(rng, INTO).format(s=LANGUAGES[source], t=LANGUAGES[target], x=texts[0])
     return Draft(question, texts[1], key)
+
+
+def _translate_mixed(rng: Random, said: list[tuple[str, ...]], target: int, key: str) -> Draft:
+    """Phrases in the two languages that are not the target, in turns of chance."""
+    others = [place for place in range(3) if place != target]
+    text = " ".join(row[pick(rng, others)] for row in said)
+    ask = pick(rng, ("Translate everything into {t}: {x}", "{x}\n\nAll of this in {t}, please.")).format(
+        t=LANGUAGES[target], x=text
+    )
+    return Draft(ask, " ".join(row[target] for row in said), key)
 
 
 def _vocabulary(rng: Random, source: int, target: int) -> Draft:
@@ -160,177 +202,3 @@ def _vocabulary(rng: Random, source: int, target: int) -> Draft:
     if rng.random() < 0.3:
         text = text.lower()
     return Draft(pick(rng, INTO).format(s=LANGUAGES[source], t=LANGUAGES[target], x=text), row[target], "")
-
-
-SKILLS = (
-    "orders, totals, refunds, delivery dates, conversions, urgency, JSON extraction and translations between "
-    "English, German and Spanish"
-)
-# (messages with one meaning, the reply to them)
-TALK: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("hello", "hi", "hey", "hello there", "hi there", "hey there", "good morning",
-         "good afternoon", "hey you",
-         "good evening", "greetings", "hello desk", "hi desk", "howdy", "hello everyone",
-         "hello again", "yo"),
-        "Hello! I am desk, a small support model. How can I help you?",
-    ),
-    (
-        ("hallo", "guten tag", "guten morgen", "moin", "servus", "hallo zusammen", "guten abend", "grüezi"),
-        "Hallo! Ich bin desk, ein kleines Support-Modell. Wie kann ich helfen?",
-    ),
-    (
-        ("hola", "buenos días", "buenas tardes", "hola desk", "buenas", "muy buenas", "buenas noches"),
-        "¡Hola! Soy desk, un pequeño modelo de soporte. ¿En qué puedo ayudar?",
-    ),
-    (
-        ("who are you", "what are you", "what is your name", "introduce yourself", "who am I talking to",
-         "are you a human", "are you a robot", "are you a bot", "are you an AI", "tell me about yourself",
-         "what is this", "who made you", "which model are you", "are you ChatGPT", "what model is this"),
-        "I am desk, the small language model that comes with Stretto. I answer support-desk questions.",
-    ),
-    (
-        ("what can you do", "help", "help me", "how can you help me", "what do you do", "what can I ask you",
-         "what are your skills", "what are you good at", "how do I use you", "can you help me",
-         "what should I ask",
-         "show me what you can do", "give me an example", "what tasks do you know", "what can you do for me"),
-        f"I can help with {SKILLS}. Give me the records or the text, and a question.",
-    ),
-    (
-        ("thanks", "thank you", "thank you very much", "thanks a lot", "many thanks", "great, thanks",
-         "thx", "perfect",
-         "that helps", "great", "well done", "good bot", "thank you so much", "good job",
-         "ok, thank you", "cool", "awesome", "ok", "nice", "danke",
-         "gracias"),
-        "You are welcome!",
-    ),
-    (
-        ("do you speak German", "which languages do you speak", "do you speak English",
-        "do you speak Spanish",
-         "sprichst du Deutsch", "hablas español", "what languages do you know", "can you translate",
-         "sprechen Sie Deutsch", "habla español", "can you speak French", "do you know Spanish"),
-        "I translate support-desk phrases between English, German and Spanish.",
-    ),
-    (
-        ("bye", "goodbye", "see you", "see you later", "that is all", "have a nice day", "good night",
-         "ciao", "tschüss",
-         "that was all", "bye bye", "adiós", "until next time", "I am done", "auf Wiedersehen"),
-        "Goodbye! Have a nice day.",
-    ),
-    (
-        ("how are you", "how are you doing", "how is it going", "what is up", "how do you do", "are you ok",
-         "how are you today", "how was your day", "everything fine", "what is new", "you ok"),
-        "I am ready to work. How can I help you?",
-    ),
-)  # fmt: skip
-PLAIN = frozenset(way.lower() for ways, _ in TALK for way in ways)  # vocabulary: never held out
-TAILS = (
-    "",
-    "",
-    "",
-    "",
-    " :)",
-    " desk",
-    " my friend",
-    " please",
-    " again",
-    " there",
-    " then",
-    " dear desk",
-    " now",
-    " team",
-)
-LEADS = (
-    "",
-    "",
-    "",
-    "",
-    "",
-    "so, ",
-    "well, ",
-    "ok, ",
-    "um, ",
-    "oh, ",
-    "and ",
-    "please, ",
-    "hm, ",
-    "alright, ",
-)
-REFUSAL = f"I can only help with {SKILLS}."
-NO_RECORDS = "Please send me the order records together with your question."
-NEEDS_RECORDS = (
-    "where is my order {o}?", "what is the status of order {o}?", "where is my order?",
-    "where is my parcel {o}?",
-    "when will order {o} arrive?", "has {o} been shipped?", "I want a refund for order {o}",
-    "track order {o}",
-    "look up order {o}", "what is the price of {o}?", "who ordered {o}?", "is my order {o} ready?",
-    "order {o}?",
-    "I have a problem with order {o}", "what did {f} order?", "can you check order {o}?", "my parcel is late",
-    "I want my money back", "how long does delivery take?", "what does it cost?", "what is the total?",
-    "I want to return the {h}", "when does my {h} arrive?", "how much was the {h}?",
-)  # fmt: skip
-
-
-def chat(level: int, rng: Random) -> Draft:
-    """Greetings, off-topic requests and questions without their records; more noise at higher levels."""
-    kind = rng.random()
-    if kind < 0.55:
-        ways, reply = pick(rng, TALK)
-        text = pick(rng, ways)
-        if rng.random() < 0.7:
-            text = pick(rng, LEADS) + text + pick(rng, TAILS)
-        if level >= 2 and rng.random() < 0.5:
-            text = f"{pick(rng, TALK[0][0])}{pick(rng, (', ', '! ', '. '))}{text}"
-        text += pick(rng, ("", "!", ".", "?", "!!", "..."))
-    elif kind < 0.9:
-        text, reply = _off_topic(rng), REFUSAL
-        if rng.random() < 0.3:
-            text = pick(rng, ("please ", "can you ", "hello, ", "hi! ", "could you ", "hey, ")) + text
-    else:
-        reply = NO_RECORDS
-        text = pick(rng, NEEDS_RECORDS).format(o=order_id(rng), f=person(rng), h=pick(rng, THINGS))
-        if rng.random() < 0.3:
-            text = pick(rng, ("please, ", "hello, ", "hi! ", "hello! ")) + text
-    if level >= 3:
-        text = _typo(rng, text)
-    bare = text.strip(" .!?:)").lower()
-    key = "" if len(bare) < 6 or bare in PLAIN else f"chat {bare}"
-    return Draft(_case(rng, text), reply, key)
-
-
-def _off_topic(rng: Random) -> str:
-    if rng.random() < 0.12:
-        letters = "abcdefghijklmnopqrstuvwxyz"
-        words = [
-            "".join(pick(rng, letters) for _ in range(between(rng, 4, 9))) for _ in range(between(rng, 1, 4))
-        ]
-        return " ".join(words)
-    text = pick(rng, OFF_TOPIC).format(
-        w=pick(rng, WORKS),
-        x=pick(rng, TOPICS),
-        y=pick(rng, PLACES),
-        z=pick(rng, PLACES),
-        n=between(rng, 2, 99),
-    )
-    if rng.random() < 0.15:
-        return f"{text.rstrip('?')}. {_sentence(_off_topic(rng))}"
-    return text if rng.random() < 0.8 else text.rstrip("?") + pick(rng, ("?", ".", "!", ", please", ""))
-
-
-def _case(rng: Random, text: str) -> str:
-    kind = rng.random()
-    if kind < 0.6:
-        return _sentence(text)
-    return text.upper() if kind > 0.97 else text
-
-
-def _typo(rng: Random, text: str) -> str:
-    """One letter dropped, doubled or swapped with its neighbour."""
-    place = between(rng, 0, max(0, len(text) - 2))
-    match between(rng, 0, 2):
-        case 0:
-            return text[:place] + text[place + 1 :]
-        case 1:
-            return text[:place] + text[place] + text[place:]
-        case _:
-            return text[:place] + text[place + 1 : place + 2] + text[place] + text[place + 2 :]

@@ -29,12 +29,12 @@ class Size:
     """Shape of the decoder."""
 
     vocabulary: int
-    hidden: int = 256
+    hidden: int = 512
     layers: int = 6
-    heads: int = 4
+    heads: int = 8
     kv_heads: int = 2
     head: int = 64
-    inner: int = 768
+    inner: int = 512
 
 
 # (q, k, v, starts) -> attention output; q [N, heads, head], k and v [N, kv_heads, head], starts [D + 1].
@@ -199,7 +199,9 @@ def export(model: Decoder, folder: Path) -> None:
         name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in named(model).items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(plain, folder / "model.safetensors", {"format": "pt"})
+    # A killed run leaves a whole file.
+    save_file(plain, folder / "model.partial", {"format": "pt"})
+    (folder / "model.partial").replace(folder / "model.safetensors")
     size = model.size
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from random import Random
 
 from recipes.desk.example import Draft, between, money, order_id, pick
@@ -58,6 +59,17 @@ HEADS = (
     "Here are the records.\n",
     "Records:\n",
     "These are our orders:\n",
+)
+
+NO_SUCH_ORDER = (
+    "There is no order {} in the records.",
+    "In den Daten gibt es keine Bestellung {}.",
+    "No hay ningún pedido {} en los datos.",
+)
+FOLLOW_ON = (
+    "Order {} was replaced, perhaps more than once. Which order is the last?",
+    "Follow the replacements of {}. Where do they end?",
+    "Which order finally replaces {}?",
 )
 
 Record = dict[str, str]
@@ -154,7 +166,12 @@ def some(rng: Random, rows: tuple[str, ...], count: int) -> tuple[str, ...]:
 
 
 def lookup(level: int, rng: Random) -> Draft:
-    """Levels: read a field of one of 2, 4, 8 or up to 34 records; from 2 also follow-ups, then counts."""
+    """Levels: read a field of one of 2, 4, 8 or up to 34 records; from 2 also follow-ups, then counts.
+
+    Levels 5 and 6 take several steps: a chain of replacements, the dearest order, a sum over some orders.
+    """
+    if level >= 5:
+        return pick(rng, (_chain, _chain, _extreme, _sum_of_some))(level, rng)
     if rng.random() < (0.25, 0.12, 0.1, 0.1)[level - 1]:
         return _list(level, rng)
     many = between(rng, 12, 24) if rng.random() < 0.9 else between(rng, 25, 34)
@@ -173,9 +190,8 @@ def lookup(level: int, rng: Random) -> Draft:
         number = _near(rng, rows)
         if all(row["order"] != number for row in rows):
             question = pick(rng, ASK).format(f=pick(rng, fields), o=number)
-            return Draft(
-                question, f"There is no order {number} in the records.", f"none {stem} {number}", notes
-            )
+            said = tuple(text.format(number) for text in NO_SUCH_ORDER)
+            return Draft(question, said[0], f"none {stem} {number}", notes, said=said)
     row = pick(rng, rows)
     field = pick(rng, fields)
     before: tuple[tuple[str, str], ...] = ()
@@ -221,6 +237,75 @@ def _ask(rng: Random, row: Record, field: str, level: int) -> tuple[str, str]:
     if field == "customer" and rng.random() < 0.5:
         return pick(rng, ASK_WHO).format(o=row["order"]), row[field]
     return pick(rng, ASK).format(f=field, o=row["order"]), row[field]
+
+
+def _chain(level: int, rng: Random) -> Draft:
+    """Orders that replace one another. The working names each order on the way to the last."""
+    hops = between(rng, 2, 4) if level == 5 else between(rng, 5, 11)
+    rows = records(rng, between(rng, *((8, 14), (20, 36))[level - 5]), ())
+    names = [row["order"] for row in rows]
+    order = rng.sample(names, len(names))
+    way = order[: hops + 1]
+    follows = dict(pairwise(way))
+    others = order[hops + 1 :]
+    # The others form chains of their own, so that not every replaced order is on the way.
+    for first, last in pairwise(others):
+        if rng.random() < 0.7:
+            follows[first] = last
+    lines = [f"{name} -> {follows.get(name, 'final')}" for name in names]
+    notes = pick(rng, ("Replacements:\n", "Replaced orders (old -> new):\n")) + "\n".join(lines)
+    reply = f"{', '.join(way)}\n{way[-1]}"
+    return Draft(pick(rng, FOLLOW_ON).format(way[0]), reply, f"chain {' '.join(way)}", notes)
+
+
+def _extreme(level: int, rng: Random) -> Draft:
+    """The dearest or cheapest order. The working names each order that is dearer than all before it."""
+    rows = records(rng, between(rng, *((6, 10), (14, 24))[level - 5]), ("customer", "item", "price", "city"))
+    field = pick(rng, ("order", "customer", "item", "city"))
+    dearest = rng.random() < 0.5
+    walk: list[str] = []
+    best, found = 0.0, rows[0]
+    for row in rows:
+        price = float(row["price"].split()[0])
+        if not walk or (price > best if dearest else price < best):
+            best, found = price, row
+            walk.append(f"{row['order']} {row['price'].split()[0]}")
+    ask = pick(
+        rng,
+        ("What is the {f} of the {x} order?", "Find the {x} order. What is its {f}?", "{x} order: {f}?"),
+    )
+    question = ask.format(f="number" if field == "order" else field, x="dearest" if dearest else "cheapest")
+    key = f"extreme {dearest} {field} " + " ".join(f"{row['order']} {row['price']}" for row in rows)
+    return Draft(
+        question[0].upper() + question[1:],
+        f"{', '.join(walk)}\n{found[field]}",
+        key,
+        show(rng, rows, table=True),
+    )
+
+
+def _sum_of_some(level: int, rng: Random) -> Draft:
+    """The number of pieces in the orders with one status. The working has a running sum."""
+    rows = records(rng, between(rng, *((6, 10), (14, 24))[level - 5]), ("item", "quantity", "status"))
+    status = pick(rng, rows)["status"]
+    for row in rng.sample(rows, len(rows) // 3):
+        row["status"] = status
+    walk: list[str] = []
+    total = 0
+    for row in rows:
+        if row["status"] == status:
+            total += int(row["quantity"])
+            walk.append(f"{row['order']} {row['quantity']} {total}")
+    ask = pick(
+        rng,
+        (
+            "How many pieces are in the orders with status {}?",
+            "Add up the quantity of all orders that are {}.",
+            "What is the total quantity of the orders which are {}?",
+        ),
+    )
+    key = f"pieces {status} " + " ".join(f"{row['order']} {row['quantity']}" for row in rows)
+    return Draft(ask.format(status), f"{', '.join(walk)}\n{total}", key, show(rng, rows, table=True))
 
 
 # What is listed, by what, and how one asks for it.
@@ -297,7 +382,12 @@ EXTRACT = (
 
 
 def extract(level: int, rng: Random) -> Draft:
-    """Levels: a message to JSON with 2 keys; more keys and noise; missing keys as null; a list of lines."""
+    """Levels: a message to JSON with 2 keys; more keys and noise; missing keys as null; a list of lines.
+
+    Levels 5 and 6 have more lines, and lines that are corrected further on.
+    """
+    if level >= 5:
+        return _extract_corrected(level, rng)
     if level == 4 and rng.random() < 0.6:
         return _extract_lines(rng)
     wanted = (2, between(rng, 3, 4), between(rng, 4, 5), between(rng, 5, 7))[level - 1]
@@ -363,3 +453,33 @@ def _extract_lines(rng: Random) -> Draft:
     value = {"order": order, "customer": name, "lines": [{"item": t, "quantity": n} for t, n in lines]}
     question = _extract_question(rng, ["order", "customer", "lines (item and quantity)"], parts)
     return Draft(question, json.dumps(value), f"lines {order} {name} {text}")
+
+
+def _extract_corrected(level: int, rng: Random) -> Draft:
+    """Lines of an order, some of which a later sentence changes or removes."""
+    things = rng.sample(THINGS, between(rng, 4, 5) if level == 5 else between(rng, 7, 10))
+    counts = {thing: between(rng, 2, 20) for thing in things}
+    said = ", ".join(f"{count} x {thing}" for thing, count in counts.items())
+    parts = [f"I ordered {said}."]
+    changed = rng.sample(things, between(rng, 1, 2) if level == 5 else between(rng, 3, 4))
+    for thing in changed:
+        if rng.random() < 0.4:
+            parts.append(pick(rng, ("please leave out the {}.", "without the {}, sorry.")).format(thing))
+            del counts[thing]
+        else:
+            counts[thing] = between(rng, 2, 20)
+            again = pick(
+                rng, ("sorry, I meant {} x {}.", "make it {} x {} please.", "I need {} x {} instead.")
+            )
+            parts.append(again.format(counts[thing], thing))
+    order, name = order_id(rng), person(rng)
+    start = [pick(rng, TELL["order"]).format(order), pick(rng, TELL["customer"]).format(name)]
+    rng.shuffle(start)
+    parts = [*start, *parts, *rng.sample(NOISE, level - 4)]
+    value = {
+        "order": order,
+        "customer": name,
+        "lines": [{"item": thing, "quantity": count} for thing, count in counts.items()],
+    }
+    question = _extract_question(rng, ["order", "customer", "lines (item and quantity)"], parts)
+    return Draft(question, json.dumps(value), f"corrected {order} {name} {said} {sorted(counts.items())}")

@@ -16,16 +16,19 @@ from typing import Any
 from recipes.desk.batches import LEVEL_WEIGHTS, TASK_WEIGHTS
 from recipes.desk.example import Example
 from recipes.desk.tasks import LEVELS, TASKS, draw, held_out, prompt_text
+from recipes.desk.tokenizer import flat
+from recipes.desk.tools import OPENER
 
 VALIDATION_SEED, TEST_SEED = 1, 0
 
 
 def line(example: Example) -> dict[str, Any]:
-    """One line of the data."""
+    """One line of the data. Tools and calls are texts, as the chat template writes them."""
+    called = example.answer.startswith(OPENER)
     return {
-        "messages": example.messages,
+        "messages": flat(example.messages, example.tools),
         "answer": example.answer,
-        "match": "json" if example.task == "extract" else "last_line",
+        "match": "json" if example.task == "extract" else "exact" if called else "last_line",
         "reply": example.reply,
         "task": example.task,
         "level": example.level,

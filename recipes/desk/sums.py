@@ -5,6 +5,7 @@ Money is in cents. Each line of working is one step that a small model can do fr
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 from recipes.desk.example import Draft, between, money, order_id, pick
@@ -51,14 +52,17 @@ def plain(cents: int) -> str:
 
 
 def total(level: int, rng: Random) -> Draft:
-    """Levels: two amounts; three; quantities and a discount; the orders of one of several customers."""
+    """Levels: two amounts; three; quantities and a voucher; the orders of one of several customers;
+    quantities and a discount in per cent; quantities of two digits, each multiplied in one step."""
     if level == 1:
         return _plain_sum(rng) if rng.random() < 0.15 else _basket(rng, 2, 5000)
     if level == 2:
         return _basket(rng, 3, 10000)
     if level == 3:
         return _quantities(rng)
-    return _customer_total(rng)
+    if level == 4:
+        return _customer_total(rng)
+    return _discounted(level, rng)
 
 
 def _plain_sum(rng: Random) -> Draft:
@@ -131,6 +135,35 @@ def _quantities(rng: Random) -> Draft:
     return Draft(f"{question} {pick(rng, TOTAL)}", _reply(steps, result, currency), key)
 
 
+def _discounted(level: int, rng: Random) -> Draft:
+    """Lines of a basket, less a discount in per cent. At level 6 quantities have two digits."""
+    currency = pick(rng, CURRENCIES)
+    lines: list[tuple[int, int, str]] = []
+    for thing in rng.sample(THINGS, between(rng, 3, 4)):
+        if level == 5:
+            lines.append((between(rng, 2, 9), between(rng, 5, 999) * 10, thing))
+        else:
+            lines.append((between(rng, 11, 99), between(rng, 2, 99) * pick(rng, (10, 50, 100)), thing))
+    steps = [f"{count} x {money(cents)} = {money(count * cents)}" for count, cents, _ in lines]
+    sums, result = added([count * cents for count, cents, _ in lines])
+    steps += sums
+    listed = [f"{count} x {thing} at {money(cents)} {currency}" for count, cents, thing in lines]
+    question = f"{pick(rng, OPEN)}{', '.join(listed)}."
+    tens = between(rng, 1, 4)
+    question += f" There is a discount of {tens}0 %."
+    steps += part(result, tens)
+    less = result // 10 * tens
+    steps.append(f"{money(result)} - {money(less)} = {money(result - less)}")
+    result -= less
+    if level == 6:
+        sent = between(rng, 2, 19) * 50
+        question += f" Shipping is {money(sent)} {currency}."
+        steps.append(f"{money(result)} + {money(sent)} = {money(result + sent)}")
+        result += sent
+    key = f"discounted {tens} " + " ".join(f"{count}x{money(cents)}" for count, cents, _ in sorted(lines))
+    return Draft(f"{question} {pick(rng, TOTAL)}", _reply(steps, result, currency), key)
+
+
 def _customer_total(rng: Random) -> Draft:
     rows = records(rng, between(rng, 6, 10), ("customer", "item", "price"))
     name = person(rng)
@@ -154,12 +187,13 @@ def _customer_total(rng: Random) -> Draft:
 
 
 def refund(level: int, rng: Random) -> Draft:
-    """Levels: a price minus a fee; two items minus a fee; a percentage; a policy by days, with records."""
+    """Levels: a price minus a fee; two items minus a fee; a percentage; a policy by days, with records; two
+    orders under the policy; four, minus a fee, each share in one step."""
     if level <= 2:
         return _less_fee(rng, level)
     if level == 3:
         return _per_cent(rng)
-    return _by_policy(rng)
+    return _by_policy(rng) if level == 4 else _several_by_policy(level, rng)
 
 
 def _less_fee(rng: Random, level: int) -> Draft:
@@ -246,6 +280,51 @@ def _by_policy(rng: Random) -> Draft:
     return Draft(ask, _reply(steps, result, currency), key, policy + show(rng, rows, table=False))
 
 
+def _several_by_policy(level: int, rng: Random) -> Draft:
+    """Several orders of one customer come back after different times."""
+    rows = records(rng, between(rng, *((4, 6), (8, 12))[level - 5]), ("customer", "item", "price"))
+    currency = rows[0]["price"].split()[1]
+    for row in rows:
+        row["price"] = f"{row['price'].split()[0][:-1]}0 {currency}"
+    first = between(rng, 7, 30)
+    second, tens = first + between(rng, 10, 60), between(rng, 1, 8)
+    steps: list[str] = []
+    parts: list[int] = []
+    asked: list[str] = []
+    for row in rng.sample(rows, 2 if level == 5 else 4):
+        days = between(rng, 1, second + 20)
+        amount = row["price"].split()[0]
+        cents = round(float(amount) * 100)
+        asked.append(f"{row['order']} after {days} days")
+        steps.append(f"price {amount}")
+        if days <= first:
+            steps.append(f"{days} <= {first}: 100 %")
+            parts.append(cents)
+        elif days <= second:
+            steps.append(f"{first} < {days} <= {second}: {tens}0 %")
+            # At level 6 the share is one step.
+            result = money(cents // 10 * tens)
+            steps += part(cents, tens) if level == 5 else [f"{tens}0 % of {money(cents)} = {result}"]
+            parts.append(cents // 10 * tens)
+        else:
+            steps.append(f"{days} > {second}: 0 %")
+            parts.append(0)
+    sums, result = added(parts)
+    steps += sums
+    names = f"{', '.join(asked[:-1])} and {asked[-1]}"
+    ask = pick(rng, ("What is the refund for {} in all?", "Returned: {}. How much do we refund?")).format(
+        names
+    )
+    if level == 6 and result > 500:
+        fee = between(rng, 1, 9) * 50
+        ask += f" We keep a fee of {money(fee)} {currency}."
+        steps.append(f"{money(result)} - {money(fee)} = {money(result - fee)}")
+        result -= fee
+    policy = f"Refund policy: up to {first} days 100 %, up to {second} days {tens}0 %, later nothing.\n"
+    key = f"policies {' '.join(asked)} {' '.join(map(money, parts))} {first} {second} {tens}"
+    return Draft(ask, _reply(steps, result, currency), key, policy + show(rng, rows, table=False))
+
+
 CONVERT = (
     "Convert {a} {u} to {v}. 1 {u} = {r} {v}.",
     "How much is {a} {u} in {v} at a rate of {r}?",
@@ -262,11 +341,11 @@ def product(amount: int, rate: int) -> tuple[list[str], int]:
     steps: list[str] = []
     parts: list[int] = []
     shown = money(amount) if amount % 100 else str(amount // 100)
-    for weight in (100, 10, 1):
+    for weight in (1000, 100, 10, 1):
         digit = rate // weight % 10 * weight
         if digit:
             parts.append(amount * digit // 100)
-            factor = str(digit // 100) if weight == 100 else money(digit).rstrip("0")
+            factor = str(digit // 100) if weight >= 100 else money(digit).rstrip("0")
             steps.append(f"{shown} x {factor} = {money(parts[-1])}")
     if len(parts) > 1:
         sums, result = added(parts)
@@ -275,11 +354,17 @@ def product(amount: int, rate: int) -> tuple[list[str], int]:
 
 
 def convert(level: int, rng: Random) -> Draft:
-    """Levels: an amount of 2 digits by 1.2; by 1.23; 3 digits by 1.23; an order's price, or two rates."""
+    """Levels: an amount of 2 digits by 1.2; by 1.23; 3 digits by 1.23; an order's price, or two rates; 4
+    digits by 12.34; 3 digits by two rates of several that are listed, the first in one step."""
     if level == 4:
         return _convert_twice(rng) if rng.random() < 0.5 else _convert_price(rng)
-    amount = (between(rng, 2, 99), between(rng, 2, 99), between(rng, 100, 999))[level - 1]
+    if level == 6:
+        return _convert_along(rng)
+    bounds = ((2, 99), (2, 99), (100, 999), (0, 0), (1000, 9999))[level - 1]
+    amount = between(rng, *bounds)
     rate = between(rng, 2, 39) * 10 if level == 1 else between(rng, 11, 499)
+    if level == 5:
+        rate = between(rng, 1000, 4999)
     unit, target = _units(rng)
     steps, result = product(amount * 100, rate)
     shown = _rate(rng, rate)
@@ -309,6 +394,31 @@ def _convert_twice(rng: Random) -> Draft:
     text = f"{rates[0]}, {rates[1]}. Convert {amount} {first} to {third}."
     key = f"twice {amount} {rate} {other}"
     return Draft(text, _reply([*steps, f"{money(middle)} {second}", *more], result, third), key)
+
+
+def _convert_along(rng: Random) -> Draft:
+    """From one currency to another by way of a third. The rates are among others."""
+    names = rng.sample(CURRENCIES, between(rng, 5, 7))
+    rates = {pair: between(rng, 2, 39) * 10 for pair in pairwise(names)}
+    start = between(rng, 0, len(names) - 3)
+    first, second, third = names[start : start + 3]
+    amount = between(rng, 100, 999)
+    rate, other = rates[first, second], rates[second, third]
+    middle = amount * rate
+    more, result = product(middle, other)
+    lines = [f"1 {left} = {_rate(rng, each)} {right}" for (left, right), each in rates.items()]
+    rng.shuffle(lines)
+    ask = pick(
+        rng, ("Convert {a} {u} to {v}.", "How much is {a} {u} in {v}?", "What are {a} {u} in {v}?")
+    ).format(a=amount, u=first, v=third)
+    steps = [
+        f"1 {first} = {plain(rate)} {second}",
+        f"{amount} x {plain(rate)} = {money(middle)}",
+        f"1 {second} = {plain(other)} {third}",
+        *more,
+    ]
+    key = f"along {amount} {rate} {other}"
+    return Draft(ask, _reply(steps, result, third), key, "Rates:\n" + "\n".join(lines))
 
 
 def _convert_price(rng: Random) -> Draft:

@@ -10,15 +10,18 @@ from the same split.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from random import Random
 from zlib import crc32
 
 from recipes.desk.dates import delivery
 from recipes.desk.example import Draft, Example, Message, Split, pick
-from recipes.desk.language import chat, translate, urgency
+from recipes.desk.language import translate, urgency
 from recipes.desk.orders import extract, lookup
 from recipes.desk.sums import convert, refund, total
+from recipes.desk.talk import IN_LANGUAGE, NOTED, chat
+from recipes.desk.tools import CLOSER, OPENER, tools
 
 TASKS: dict[str, Callable[[int, Random], Draft]] = {
     "lookup": lookup,
@@ -30,9 +33,11 @@ TASKS: dict[str, Callable[[int, Random], Draft]] = {
     "extract": extract,
     "translate": translate,
     "chat": chat,
+    "tools": tools,
 }
-LEVELS = (1, 2, 3, 4)
+LEVELS = (1, 2, 3, 4, 5, 6)
 SHORT_FORMS = (("hat is ", "hat's "), ("Who is ", "Who's "), ("I am ", "I'm "), ("how is ", "how's "))
+CALLS = re.compile(f"{OPENER}(.*?){CLOSER}", re.DOTALL)
 HELD_OUT_SHARE = 10  # one key in ten
 SYSTEMS = (
     "You are desk, a support assistant.",
@@ -51,18 +56,25 @@ def split_of(key: str) -> Split:
 
 
 def make(task: str, level: int, rng: Random) -> Example:
-    """Make a prompt of `task` at `level` 1 to 4, in either split. Raises KeyError for an unknown task."""
+    """Make a prompt of `task` at `level`, in either split. Raises KeyError for an unknown task."""
     if level not in LEVELS:
-        raise ValueError(f"level must be 1 to 4, not {level}")
+        raise ValueError(f"level must be {LEVELS[0]} to {LEVELS[-1]}, not {level}")
     draft = TASKS[task](level, rng)
     system, question, before = _place_notes(rng, draft)
+    reply = draft.reply
+    if rng.random() < (0.3 if draft.said else 0.06):
+        language = int(rng.random() * len(IN_LANGUAGE))
+        wanted = pick(rng, IN_LANGUAGE[language])
+        system = f"{system}\n{wanted}" if rng.random() < 0.5 and system else f"{wanted}\n{system}".strip()
+        reply = draft.said[language] if draft.said else reply
+        before = [(asked, NOTED[language] if said == NOTED[0] else said) for asked, said in before]
     question = _manner(rng, question, greet=task != "chat" and not before)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for asked, replied in before:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": replied}]
-    messages.append({"role": "user", "content": question})
-    answer = draft.reply.rsplit("\n", 1)[-1]
-    return Example(tuple(messages), draft.reply, answer, task, level, draft.key)
+    messages += [{"role": "user", "content": question}, *draft.turns]
+    answer = reply if reply.startswith(OPENER) else reply.rsplit("\n", 1)[-1]
+    return Example(tuple(messages), reply, answer, task, level, draft.key, draft.tools)
 
 
 def _place_notes(rng: Random, draft: Draft) -> tuple[str, str, list[tuple[str, str]]]:
@@ -98,11 +110,11 @@ def _manner(rng: Random, question: str, greet: bool) -> str:
 def draw(split: Split, task: str, level: int, rng: Random) -> Example:
     """Draw a prompt of the given split. One in eight follows an unrelated exchange of the same split."""
     example = _of_split(split, task, level, rng)
-    if rng.random() < 0.875 or example.messages[0]["role"] == "system":
+    if rng.random() < 0.875 or example.messages[0]["role"] == "system" or example.tools:
         return example
     other = "chat" if rng.random() < 0.5 else pick(rng, tuple(TASKS))
     earlier = _of_split(split, other, 1, rng)
-    if earlier.messages[0]["role"] == "system":
+    if earlier.messages[0]["role"] == "system" or earlier.tools:
         return example
     turns = (*earlier.messages, {"role": "assistant", "content": earlier.reply}, *example.messages)
     return Example(turns, example.reply, example.answer, task, level, example.key)
@@ -127,14 +139,16 @@ def held_out(task: str, level: int, count: int, seed: int = 0) -> list[Example]:
 
 def prompt_text(example: Example) -> str:
     """The prompt as one string. Two are equal exactly when their prompts are."""
-    return json.dumps(example.messages, ensure_ascii=False)
+    return json.dumps((example.messages, example.tools), ensure_ascii=False)
 
 
 def check(example: Example, text: str) -> bool:
     """Whether the last line of `text` is the answer, up to white space, quotes and a final full stop.
 
-    A JSON answer is compared as JSON, so spacing and the order of keys do not matter.
+    A JSON answer and the calls of tools are compared as JSON, so spacing and the order of keys do not matter.
     """
+    if example.answer.startswith(OPENER):
+        return _same_calls(text, example.answer)
     if example.task == "extract":
         try:
             return same_json(
@@ -144,6 +158,19 @@ def check(example: Example, text: str) -> bool:
             return False
     lines = text.strip().splitlines()
     return bool(lines) and normalised(lines[-1]) == normalised(example.answer)
+
+
+def _same_calls(left: str, right: str) -> bool:
+    """Whether two replies make the same calls in the same order, and say nothing else."""
+    if CALLS.sub("", left).strip():
+        return False
+    calls = [CALLS.findall(text) for text in (left, right)]
+    try:
+        return len(calls[0]) == len(calls[1]) and all(
+            same_json(json.loads(a), json.loads(b)) for a, b in zip(*calls, strict=True)
+        )
+    except ValueError:
+        return False
 
 
 def same_json(left: object, right: object) -> bool:

@@ -9,11 +9,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from recipes.desk.example import Example, Message, pick
 from recipes.desk.tasks import LEVELS, TASKS, draw
+from recipes.desk.tools import call, signature
 
 PAD, END, SYSTEM, USER, ASSISTANT = SPECIALS = (
     "<|pad|>",
@@ -27,26 +29,91 @@ VOCABULARY = 2048
 CONTEXT = 2048
 # A word with the space before it, one digit, a run of signs, line ends, spaces. No token spans two of these.
 WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s+"
+# A tool is shown in one line, as `signature` writes it: a JSON schema would be many tokens for a small model.
 TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
-    "{{ raise_exception('desk knows the roles system, user and assistant, not ' + message['role']) }}"
+    "{%- macro kind(value) -%}"
+    "{%- if value is not mapping -%}any"
+    "{%- else -%}"
+    "{%- if value['enum'] -%}{{ value['enum'] | join('|') }}"
+    "{%- else -%}{{ value['type'] if value['type'] is string else 'any' }}"
     "{%- endif -%}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] | trim + '<|end|>' }}"
+    "{%- if value['description'] -%}{{ ' (' ~ value['description'] ~ ')' }}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- endmacro -%}"
+    "{%- macro signature(tool) -%}"
+    "{{ tool['name'] ~ '(' }}"
+    "{%- for name, value in ((tool['parameters'] or {})['properties'] or {}).items() -%}"
+    "{{ ', ' if not loop.first }}{{ name ~ ': ' ~ kind(value) }}"
+    "{%- endfor -%}"
+    "{{ ')' }}{{ ' ' ~ tool['description'] if tool['description'] }}"
+    "{%- endmacro -%}"
+    "{%- set shown = namespace(tools='') -%}"
+    "{%- if tools -%}"
+    "{%- for tool in tools -%}"
+    "{%- set shown.tools = shown.tools ~ '\\n' ~ signature(tool['function'] or tool) -%}"
+    "{%- endfor -%}"
+    "{%- set shown.tools = 'Tools:' ~ shown.tools -%}"
+    "{%- if not messages or messages[0]['role'] != 'system' -%}"
+    "{{ '<|system|>' ~ shown.tools ~ '<|end|>' }}"
+    "{%- endif -%}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}"
+    "{{ raise_exception('desk knows the roles system, user, assistant and tool, not ' + message['role']) }}"
+    "{%- endif -%}"
+    "{%- set content = (message['content'] or '') | trim -%}"
+    "{%- if message['role'] == 'tool' -%}"
+    "{{ '<|user|><tool_response>\\n' ~ content ~ '\\n</tool_response><|end|>' }}"
+    "{%- else -%}"
+    "{{ '<|' ~ message['role'] ~ '|>' ~ content }}"
+    "{%- if loop.first and message['role'] == 'system' and tools -%}"
+    "{{ ('\\n\\n' if content else '') ~ shown.tools }}"
+    "{%- endif -%}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{%- set function = call['function'] or call -%}"
+    "{%- set arguments = function['arguments'] -%}"
+    "{{ '\\n' if content or not loop.first }}"
+    "{{ '<tool_call>\\n{\"name\": \"' ~ function['name'] ~ '\", \"arguments\": ' }}"
+    "{{ arguments if arguments is string else arguments | tojson }}"
+    "{{ '}\\n</tool_call>' }}"
+    "{%- endfor -%}"
+    "{{ '<|end|>' }}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
 
 
-def render(messages: Iterable[Message], *, prompt: bool = False) -> str:
+def flat(messages: Iterable[Message], tools: Sequence[dict[str, Any]] = ()) -> list[Message]:
+    """The messages with nothing but a role and a text, as TEMPLATE shows calls, results and tools."""
+    found: list[Message] = []
+    for message in messages:
+        role, text = message["role"], (message["content"] or "").strip()
+        calls = [each["function"] for each in message.get("tool_calls", ())]
+        written = [call(each["name"], each["arguments"]) for each in calls]
+        text = "\n".join([text, *written] if text else written) if written else text
+        if role == "tool":
+            role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
+        found.append({"role": role, "content": text})
+    if tools:
+        shown = "\n".join(["Tools:", *(signature(tool["function"]) for tool in tools)])
+        if not found or found[0]["role"] != "system":
+            found.insert(0, {"role": "system", "content": shown})
+        else:
+            text = found[0]["content"]
+            found[0] = {"role": "system", "content": f"{text}\n\n{shown}" if text else shown}
+    return found
+
+
+def render(messages: Iterable[Message], tools: Sequence[dict[str, Any]] = (), *, prompt: bool = False) -> str:
     """The text that TEMPLATE renders. `prompt` adds the start of the assistant's turn."""
-    text = "".join(f"<|{message['role']}|>{message['content'].strip()}{END}" for message in messages)
+    text = "".join(f"<|{message['role']}|>{message['content']}{END}" for message in flat(messages, tools))
     return text + ASSISTANT if prompt else text
 
 
 def conversation(example: Example) -> str:
     """An example with its reply, as one string of the training data."""
-    return render((*example.messages, {"role": "assistant", "content": example.reply}))
+    return render((*example.messages, {"role": "assistant", "content": example.reply}), example.tools)
 
 
 def build(seed: int = 0, examples: int = 40_000) -> Tokenizer:

@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from recipes.desk import evaluate
 from recipes.desk.batches import LEVEL_WEIGHTS, TASK_WEIGHTS, Array, Feed, Shape
 from recipes.desk.model import Decoder, Size, export, restore
+from recipes.desk.tasks import LEVELS
 from recipes.desk.tokenizer import build, save
 
 WARM_UP = 100  # steps
-SNAPSHOT_S = 120.0
+SNAPSHOT_S = 60.0
+BUNDLED = Path("src/stretto/desk/tokenizer.json")
 
 
 def orthogonal(update: Tensor) -> Tensor:
@@ -73,15 +75,13 @@ class Trainer:
         self.started = time.monotonic()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         source: Path | None = options.source
-        self.tokenizer = (
-            Tokenizer.from_file(str(source / "tokenizer.json")) if source else build(options.seed)
-        )
+        self.tokenizer = _tokenizer(options)
         self.shape = Shape(options.tokens)
-        self.feed = Feed(self.tokenizer, self.shape, options.seed, options.workers)
+        self.feed = Feed(self.tokenizer, self.shape, options.seed, options.workers, options.levels)
         generator = torch.Generator().manual_seed(options.seed)
         heads = options.hidden // 64
         vocabulary = self.tokenizer.get_vocab_size()
-        size = Size(vocabulary, options.hidden, options.layers, heads, heads // 2, inner=options.inner)
+        size = Size(vocabulary, options.hidden, options.layers, heads, options.kv_heads, inner=options.inner)
         self.model = Decoder(size, generator)
         if source:
             restore(self.model, source)
@@ -149,15 +149,20 @@ class Trainer:
                 losses, seen = [], now
                 if now - saved > SNAPSHOT_S:
                     self.save()
+                    self.write(self.card())
                     saved = seen = time.monotonic()
 
     def save(self) -> None:
         export(self.model, self.options.out)
         save(self.tokenizer, self.options.out)
 
+    def write(self, card: dict[str, Any]) -> None:
+        (self.options.out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+
     def card(self) -> dict[str, Any]:
         """The model card without the held-out scores: how the model was trained."""
-        options = {name: value for name, value in vars(self.options).items() if name not in ("out", "source")}
+        paths = ("out", "source", "tokenizer")
+        options = {name: value for name, value in vars(self.options).items() if name not in paths}
         earlier = self.options.source and json.loads((self.options.source / "card.json").read_text())
         return {
             "name": "desk",
@@ -170,7 +175,6 @@ class Trainer:
             "seconds": round(time.monotonic() - self.started),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine(),
             "task_weights": TASK_WEIGHTS,
-            "level_weights": LEVEL_WEIGHTS,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -178,6 +182,19 @@ class Trainer:
                 "tokenizers": tokenizers.__version__,
             },
         }
+
+
+def _tokenizer(options: argparse.Namespace) -> Tokenizer:
+    """That of the checkpoint to go on from, or the one that is asked for, or a new one."""
+    file: Path = options.source / "tokenizer.json" if options.source else options.tokenizer
+    return Tokenizer.from_file(str(file)) if file.exists() else build(options.seed)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    shares = tuple(float(part) for part in text.split(","))
+    if len(shares) != len(LEVELS) or min(shares) < 0 or not sum(shares):
+        raise argparse.ArgumentTypeError(f"give {len(LEVELS)} numbers, one for each level")
+    return shares
 
 
 def parse() -> argparse.Namespace:
@@ -189,9 +206,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0.0, help="wall-clock budget, start-up included")
     parser.add_argument("--steps", type=int, default=0, help="budget in steps; either budget ends the run")
     parser.add_argument("--tokens", type=int, default=65_536, help="tokens per step")
+    parser.add_argument("--tokenizer", type=Path, default=BUNDLED, help="a missing file: train a new one")
+    parser.add_argument(
+        "--levels", type=_shares, default=LEVEL_WEIGHTS, help="shares of the levels, as 3,2,1,1,1,1"
+    )
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 128")
-    parser.add_argument("--inner", type=int, default=768)
+    parser.add_argument("--hidden", type=int, default=512, help="a multiple of 64")
+    parser.add_argument("--kv-heads", type=int, default=2, help="a divisor of hidden / 64")
+    parser.add_argument("--inner", type=int, default=512)
     parser.add_argument("--adam-rate", type=float, default=3e-3, help="peak rate of embeddings and norms")
     parser.add_argument("--muon-rate", type=float, default=0.02, help="peak rate of the matrices")
     parser.add_argument("--decay", type=float, default=0.03, help="weight decay of the matrices")
@@ -216,13 +238,12 @@ def main() -> None:
     trainer.save()
     card = trainer.card()
     print(f"{card['steps']} steps, {card['tokens'] / 1e6:.0f} M tokens, {card['seconds']} s", flush=True)
-    path = options.out / "card.json"
-    path.write_text(json.dumps(card, indent=1) + "\n")  # a killed evaluation leaves at least this
+    trainer.write(card)  # a killed evaluation leaves at least this
     if not options.count:
         return
     result = evaluate.evaluate(evaluate.local(options.out, str(trainer.device)), options.count)
     wrong = result.pop("wrong")
-    path.write_text(json.dumps(card | {"held_out": result}, indent=1) + "\n")
+    trainer.write(card | {"held_out": result})
     (options.out.parent / "wrong.json").write_text(json.dumps(wrong, indent=1, ensure_ascii=False) + "\n")
     print(evaluate.table(result))
 

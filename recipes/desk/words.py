@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 LANGUAGES = ("English", "German", "Spanish")
+DAYS = ("days", "Tage", "días")
 
 FIRST = (
     "Anna Ben Carla David Elena Felix Greta Hugo Ines Jonas Klara Leo Maria Nico Olga Paul Rosa Sam Tara "

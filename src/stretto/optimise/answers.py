@@ -22,7 +22,7 @@ from stretto.optimise.data import DataSample
 from stretto.text.tokenizer import TextModel
 
 BLOCK = 16
-AT_ONCE = 32  # prompts that are answered together
+AT_ONCE = {"cpu": 32, "cuda": 512}  # prompts that are answered together, by device
 
 Ids = list[int]
 CountCallback = Callable[[int, int], None]
@@ -96,14 +96,15 @@ def generate(
     # Prompts of about the same length run together, so that their answers end at about the same time.
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     order = [place for place in order if len(prompts[place]) < how.context]
-    for first in range(0, len(order), AT_ONCE):
-        places = order[first : first + AT_ONCE]
+    together = AT_ONCE.get(decoder.device.type, AT_ONCE["cpu"])
+    for first in range(0, len(order), together):
+        places = order[first : first + together]
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + first)
         group = _Group(decoder, [prompts[place] for place in places], how)
         for place, answer in zip(places, group.run(generator), strict=True):
             answers[place] = answer
         if on_done is not None:
-            on_done(min(first + AT_ONCE, len(order)), len(prompts))
+            on_done(min(first + together, len(order)), len(prompts))
     return answers
 
 
@@ -151,14 +152,15 @@ def _batch(
     positions = [start + index for _, start, tokens in rows for index in range(len(tokens))]
     homes = [place * width * BLOCK for place, _, tokens in rows for _ in tokens]
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    tables = [list(range(place * width, (place + 1) * width)) for place, _, _ in rows]
+    first_blocks = torch.tensor([place * width for place, _, _ in rows], dtype=torch.int32)
+    tables = first_blocks[:, None] + torch.arange(width, dtype=torch.int32)
     return Batch(
         tokens=torch.tensor([token for _, _, tokens in rows for token in tokens], device=device),
         positions=torch.tensor(positions, device=device),
         slots=torch.tensor([home + at for home, at in zip(homes, positions, strict=True)], device=device),
         query_starts=starts.to(device, torch.int32),
         contexts=torch.tensor(contexts, dtype=torch.int32, device=device),
-        tables=torch.tensor(tables, dtype=torch.int32, device=device),
+        tables=tables.to(device),
         outputs=None if whole else (starts[1:] - 1).to(device),
         query_lens=lengths,
         context_lens=contexts,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stretto.optimise.answers import Encoded
 from stretto.optimise.data import DataSample, right
+from stretto.optimise.finetune import ideal_rows
 from stretto.optimise.job import StepJob
 from stretto.optimise.recipe import DistilStep, PruneStep
 from stretto.optimise.training.batches import TrainingBatch, TrainingRow
@@ -101,9 +102,12 @@ def student_cut(job: StepJob, step: DistilStep) -> Cut:
 def taught_rows(job: StepJob, step: DistilStep | PruneStep) -> list[TrainingRow]:
     """What the student learns from. Texts are learnt as they are.
 
-    The reply is the teacher's where it is right, and otherwise the ideal one, without cross-entropy.
+    The reply is the teacher's where it is right, and otherwise the ideal one, without cross-entropy. With
+    `replies: ideal` it is the ideal one, with cross-entropy.
     """
     samples = job.corpus.train
+    if step.replies == "ideal":
+        return ideal_rows(job, samples, step.weights)
     asked = [sample for sample in samples if sample.answer is not None]
     replies = iter(job.replies(job.parent, asked, "teacher"))
     rows: list[TrainingRow] = []

@@ -21,6 +21,7 @@ import msgspec
 import torch
 from msgspec import Struct, structs
 
+from stretto import __version__
 from stretto.config import ModelConfig, Quantise
 from stretto.errors import StartError
 from stretto.hardware import choose_threads, snapshot
@@ -404,5 +405,6 @@ def _key(parts: dict[str, Any]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("stretto", "torch", "transformers", "tokenizers")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    packages = ("torch", "transformers", "tokenizers")
+    own = {"python": platform.python_version(), "stretto": __version__}
+    return own | {name: version(name) for name in packages}
