@@ -68,7 +68,7 @@ class DistilStep(
     The student is the parent with fewer `layers`, a smaller `intermediate` or a smaller `hidden`, or the
     checkpoint `student`. The loss is KL(parent || student) plus `cross_entropy` times the cross-entropy on
     the parent's own right answers. With `replies: ideal` both are on the replies of the data, and the parent
-    is not asked, which is much faster. Then `on_policy_steps` on answers that the student draws.
+    is not asked, which is faster. Then `on_policy_steps` on answers that the student draws.
     """
 
     name: str
@@ -89,8 +89,8 @@ class PruneStep(
     """Remove the layers and the neurons that matter least, and heal the rest by distillation from the parent.
 
     Layers go by the change that each makes to its input (`block_influence`), or by the KL of the model
-    without them (`kl`), which is slower and better. Neurons go by their mean activation. `replies` is as for
-    `distil`.
+    without them (`kl`), which is slower and better. Neurons go by their mean activation. `replies` means
+    what it means for `distil`.
     """
 
     name: str
