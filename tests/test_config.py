@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from stretto.config import SERVE, EngineConfig, ModelConfig, ServeConfig, load, size
+from stretto.config import FILE_ONLY, SERVE, EngineConfig, ModelConfig, ServeConfig, load, size
 from stretto.errors import StartError
 from stretto.gateway.settings import GATEWAY
 
@@ -80,7 +80,10 @@ def test_every_documented_environment_variable_is_known() -> None:
     load({}, {"STRETTO_URL": "http://127.0.0.1:8000", "STRETTO_DATA": "/data"}, None)
     load(
         {},
-        {f"STRETTO_{name.upper()}": "1" for name in GATEWAY.infos.keys() - SERVE.infos.keys() - {"prices"}},
+        {
+            f"STRETTO_{name.upper()}": "1"
+            for name in GATEWAY.infos.keys() - SERVE.infos.keys() - set(FILE_ONLY)
+        },
         None,
     )
 

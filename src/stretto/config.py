@@ -24,13 +24,13 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Quantise = Literal["int8", "int4", "fp8"]
 TierName = Literal["priority", "default", "flex"]
-FILE_ONLY = ("api_keys", "tiers", "prices")
+FILE_ONLY = ("api_keys", "tiers", "prices", "caches")
 LISTS = ("models", "workers", "allowed_hosts", "cors_origins")
 ONE_KEY = "STRETTO_API_KEY"
 # Read by the gateway, the examples and the tests.
 OTHERS = (
-    *("STRETTO_WORKERS", "STRETTO_ROUTE", "STRETTO_HEDGE_SHARE"),
     *("STRETTO_KEYS_FILE", "STRETTO_USAGE_FILE", "STRETTO_GATEWAYS"),
+    *("STRETTO_WORKERS", "STRETTO_ROUTE", "STRETTO_HEDGE_SHARE", "STRETTO_REDIS"),
     *("STRETTO_URL", "STRETTO_DATA", "STRETTO_KEY"),
 )
 API_KEY = re.compile(r"[!-~]+")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct, field, structs
+from msgspec import Meta, Struct, field, json, structs
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "tool_calls"]
 INT32_MAX = 2**31 - 1
@@ -151,6 +151,16 @@ class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
         return (self.ttft_ms, self.itl_ms, self.total_ms) != (None, None, None)
 
 
+def cache_salt(*parts: str | None) -> str:
+    """The key that, beside the tenant, keeps the cached prompts of different users apart."""
+    return json.encode(parts).decode() if any(part is not None for part in parts) else ""
+
+
+def is_about(salt: str, subject: str) -> bool:
+    """Whether a salt has the subject among its parts."""
+    return bool(salt) and subject in json.decode(salt, type=list[str | None])
+
+
 class Request(Struct, frozen=True, kw_only=True):
     """One sequence to run. Its maker has validated it for the model.
 
@@ -287,7 +297,7 @@ class EngineHealth(Struct, frozen=True, kw_only=True):
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
     """A loaded model. `kernels` names the kernels that compute it, and the reason; `kv_why` is the reason for
-    the size of its KV cache."""
+    the size of its KV cache. `revision` changes when the checkpoint does."""
 
     name: str
     path: str
@@ -305,6 +315,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     load_s: float
     kernels: str = ""
     kv_why: str = ""
+    revision: str = ""
 
 
 class WorkerState(Struct, frozen=True, kw_only=True):

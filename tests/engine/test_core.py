@@ -16,7 +16,7 @@ from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import Drawn, Sequence
 from stretto.engine.step_time import StepCost
 from stretto.simulator.harness import World
-from stretto.types import Reason, Request, Sampling
+from stretto.types import Reason, Request, Sampling, cache_salt
 
 COST = StepCost(base=1.0, per_decode=0.1, per_prefill=0.05)
 
@@ -236,3 +236,38 @@ def test_every_request_ends_and_no_block_is_lost(data: st.DataObject):
             assert end.output_tokens == len(world.tokens(ident))
     for model in world.engine.models.values():
         assert model.pool.available == model.pool.total
+
+
+def test_a_tenants_cached_prompts_are_dropped_by_subject():
+    world = TwoModels()
+    prompt = list(range(40))
+
+    def send(ident: int, tenant: str, user: str | None) -> int:
+        """Runs a request; returns how many tokens of its prompt were cached."""
+        request = Request(
+            id=ident,
+            model="a",
+            prompt=tuple(prompt),
+            arrival=world.clock(),
+            sampling=Sampling(max_tokens=2, seed=1),
+            tenant=tenant,
+            salt=cache_salt(user, None),
+        )
+        world.submit(request)
+        world.run()
+        return world.ends[ident].cached_tokens
+
+    owners = [("ann", "u1"), ("ann", "u2"), ("ann", None), ("bob", "u1")]
+    assert [send(ident, *owner) for ident, owner in enumerate(owners)] == [0, 0, 0, 0]
+    assert list(world.engine.erase("ann", "u1")) == [(2, 0), (0, 0)]
+    assert [send(10 + ident, *owner) for ident, owner in enumerate(owners)] == [0, 32, 32, 32]
+    assert list(world.engine.erase("ann", None)) == [(6, 0), (0, 0)]
+    assert [send(20 + ident, *owner) for ident, owner in enumerate(owners)] == [0, 0, 0, 32]
+    world.send(30, prompt, max_tokens=3)
+    world.engine.step()
+    world.engine.step()
+    assert next(world.engine.erase("local", None))[1] == 2  # a running sequence keeps its blocks
+    world.run()
+    assert world.ends[30].reason is Reason.LENGTH
+    world.engine.check()
+    assert world.engine.models["a"].pool.available == 64

@@ -138,6 +138,7 @@ class FakeEngine:
     ended: bool = False
     work_ms: float = 0.0
     boot: str = "first"
+    erased: list[tuple[str, str | None]] = field(default_factory=list[Any])
     last: dict[str, StepStats] = field(default_factory=dict[str, StepStats])
     _ids: count[int] = field(default_factory=lambda: count(1))
 
@@ -180,6 +181,10 @@ class FakeEngine:
         self.streams.append(stream)
         self.open.add(stream)
         return stream
+
+    async def erase(self, tenant: str, subject: str | None) -> tuple[int, int]:
+        self.erased.append((tenant, subject))
+        return 5, 1
 
     def snapshots(self) -> dict[str, Snapshot]:
         return {}

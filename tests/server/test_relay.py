@@ -156,3 +156,29 @@ async def test_the_name_of_a_relayed_tenant_has_a_limit(client: httpx.AsyncClien
     body = {"operation": "chat", "tenant": "a" * 257, "request": ASK}
     answer = await client.post(RELAY, json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "$.tenant")
+
+
+async def test_a_gateway_drops_the_cached_prompts_of_a_subject(desk: httpx.AsyncClient):
+    words = " ".join(["Please read this long text again."] * 12)
+
+    async def cached_tokens(user: str) -> int:
+        asked = {"messages": [{"role": "user", "content": words}], "max_tokens": 2, "user": user}
+        body = {"operation": "chat", "tenant": "ann", "request": asked}
+        answer = (await desk.post(RELAY, json=body)).json()
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    async def erase(**body: Any) -> dict[str, int]:
+        answer = await desk.request("DELETE", RELAY, json={"tenant": "ann"} | body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    assert [await cached_tokens(user) for user in ("u1", "u2")] == [0, 0]
+    assert await cached_tokens("u1") > 32
+    assert await erase(subject="u3") == {"blocks": 0, "held": 0}
+    erased = await erase(subject="u1")
+    assert erased["blocks"] > 2 and erased["held"] == 0
+    assert await cached_tokens("u1") == 0 and await cached_tokens("u2") > 32
+    assert (await erase())["blocks"] > 4
+    assert await cached_tokens("u2") == 0
+    wrong = await desk.request("DELETE", RELAY, json={"tenant": 1})
+    assert wrong.status_code == 400

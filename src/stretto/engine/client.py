@@ -40,6 +40,7 @@ from stretto.types import (
 log = logging.getLogger(__name__)
 RESTART_S = (0.0, 0.5, 2.0, 5.0, 15.0, 30.0)  # the pause before a start, by the failures in a row before it
 FAILING = 5  # failures in a row after which `/health` says so; it is tried again all the same
+ERASE_S = 10.0  # a step may run before the engine reads its messages
 SOON_S = 2.0  # after which a refused client may try again
 
 
@@ -127,6 +128,7 @@ class EngineClient:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._process: ChildProcess | None = None
         self._streams: dict[int, Stream] = {}
+        self._erasures: dict[int, asyncio.Future[tuple[int, int]]] = {}
         self._ids = count(1)
         self._started = time.monotonic()
         self._loaded = asyncio.Event()  # or failed to load: then `_failure` is set
@@ -221,6 +223,26 @@ class EngineClient:
         """End a request in the engine. Its stream gets no more events."""
         if self._streams.pop(ident, None) is not None:
             self._send(ipc.Cancel([ident]))
+
+    async def erase(self, tenant: str, subject: str | None) -> tuple[int, int]:
+        """Drop the cached prompts of a tenant: those about a subject, or all.
+
+        Returns how many blocks that were, and how many more are dropped when running sequences end. Raises
+        Unavailable when the engine does not answer; one that has ended has no cache any more.
+        """
+        if not self.ready:
+            return 0, 0
+        ident = self.next_id()
+        erased = self._erasures[ident] = asyncio.get_running_loop().create_future()
+        self._send(ipc.Erase(ident, tenant, subject))
+        try:
+            return await asyncio.wait_for(erased, ERASE_S)
+        except TimeoutError:
+            raise Unavailable(
+                "the engine did not confirm the erasure; try again", retry_after=SOON_S
+            ) from None
+        finally:
+            del self._erasures[ident]
 
     def queues(self) -> dict[str, QueueState | StepStats]:
         """What each model runs and holds now, by its name; empty while no engine is loaded."""
@@ -359,6 +381,9 @@ class EngineClient:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(error)
+        for erased in self._erasures.values():
+            if not erased.done():
+                erased.set_result((0, 0))
 
     def _refuse_unbegun(self) -> None:
         """End the requests that rather want a refusal than to be late, as far as nothing of them has come."""
@@ -391,6 +416,10 @@ class EngineClient:
                 self._failures = 0
                 self._change("ready", "")
                 self._loaded.set()
+            case ipc.Erased(ident, blocks, held):
+                waiting = self._erasures.get(ident)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result((blocks, held))
             case ipc.Failed(text):
                 self._cause = text
 

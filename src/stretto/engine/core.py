@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf, isfinite
+from operator import attrgetter
 
 from msgspec.structs import replace
 
@@ -29,12 +30,13 @@ from stretto.engine.scheduler.types import (
     SchedulePolicy,
     SchedulingContext,
 )
-from stretto.engine.sequence import SPARE_TIME, Drawn, Ending, Rank, Sequence
+from stretto.engine.sequence import SPARE_TIME, Drawn, Ending, Sequence
 from stretto.engine.speculative.policy import Speculation
 from stretto.engine.step_time import StepLoad, StepTime
-from stretto.types import Finish, ModelInfo, Reason, StepStats, TokenEvent
+from stretto.types import ModelInfo, Reason, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
+_rank = attrgetter("rank")
 NOT_A_NUMBER = "the model's output was not a number (NaN or infinite logits)"
 
 
@@ -150,9 +152,15 @@ class EngineCore:
 
     def cancel(self, ident: int) -> None:
         """End a sequence now. Ignores one that is unknown or has ended: a cancel may cross the end."""
-        seq = self._sequences.get(ident)
-        if seq is not None:
+        if (seq := self._sequences.get(ident)) is not None:
             self._end(seq, Ending(Reason.CANCELLED))
+
+    def erase(self, tenant: str, subject: str | None) -> Iterator[tuple[int, int]]:
+        """Drop and zero the cached prompts of a tenant or of its subject: blocks, and those still in use."""
+        for model in self.models.values():
+            blocks, held = model.pool.drop(tenant, subject)
+            self._erase(model, blocks)
+            yield len(blocks), held
 
     def step(self) -> bool:
         """Run one step of one model; False when no model has anything to run.
@@ -420,20 +428,8 @@ class EngineCore:
             self._release(model, seq)
         else:
             model.queues.waiting.remove(seq)
-        started = self._clock() if seq.started is None else seq.started
-        finish = Finish(
-            reason=ending.reason,
-            prompt_tokens=seq.prompt_len,
-            output_tokens=seq.output_len,
-            cached_tokens=min(seq.cached, seq.prompt_len),
-            queue_ms=(started - seq.request.arrival) * 1e3,
-            stop_token=ending.stop_token,
-            error=ending.error,
-            preemptions=seq.preemptions,
-            late=seq.deadline.late or ending.reason in (Reason.DEADLINE, Reason.REFUSED),
-            retry_after=ending.retry_after,
-        )
         began = None if seq.scores is None else seq.began
+        finish = seq.finish(ending, self._clock())
         event = TokenEvent(seq.request.id, finish=finish, embedding=ending.embedding, began=began)
         self._events.append(event)
 
@@ -482,7 +478,3 @@ class EngineCore:
         if self._events or stats is not None:
             events, self._events = self._events, []
             self._emit(events, stats)
-
-
-def _rank(seq: Sequence) -> Rank:
-    return seq.rank

@@ -21,6 +21,14 @@ class Cancel(Struct, frozen=True, tag="cancel", array_like=True):
     ids: list[int]
 
 
+class Erase(Struct, frozen=True, tag="erase", array_like=True):
+    """Drop the cached prompts of a tenant: those about a subject, or all. `id` comes back in `Erased`."""
+
+    id: int
+    tenant: str
+    subject: str | None
+
+
 class Stop(Struct, frozen=True, tag="stop", array_like=True):
     """End the engine process now."""
 
@@ -59,8 +67,16 @@ class StepResult(Struct, frozen=True, tag="step", array_like=True):
     queues: dict[str, QueueState] = {}
 
 
-ToEngine = Submit | Cancel | Stop
-FromEngine = LoadProgress | Ready | Failed | StepResult
+class Erased(Struct, frozen=True, tag="erased", array_like=True):
+    """The answer to `Erase`: so many blocks are dropped, and so many are until running sequences end."""
+
+    id: int
+    blocks: int
+    held: int
+
+
+ToEngine = Submit | Cancel | Erase | Stop
+FromEngine = LoadProgress | Ready | Failed | StepResult | Erased
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

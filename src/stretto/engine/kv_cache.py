@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from stretto.types import is_about
+
 KEY_BYTES = 16
 
 
@@ -44,6 +46,7 @@ class BlockPool:
         self._refs = [0] * total
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self._root_of: dict[int, tuple[str, str]] = {}
         self._expected: dict[bytes, KvState] = {}
 
     @property
@@ -119,6 +122,7 @@ class BlockPool:
             if key not in self._block_of:
                 self._block_of[key] = block
                 self._key_of[block] = key
+                self._root_of[block] = kv.root
         kv.published = full
 
     def trim(self, kv: KvState, tokens: int) -> None:
@@ -152,10 +156,24 @@ class BlockPool:
     def forget(self, kv: KvState) -> list[int]:
         """Stop sharing its blocks, because their contents are wrong; returns those that it alone holds."""
         for block in kv.blocks:
-            key = self._key_of.pop(block, None)
-            if key is not None:
-                del self._block_of[key]
+            self._unshare(block)
         return [block for block in kv.blocks if self._refs[block] == 1]
+
+    def drop(self, tenant: str, subject: str | None) -> tuple[list[int], int]:
+        """Stop sharing a tenant's blocks, or those whose salt names the subject. Returns the idle ones, which
+        become free, and the number of those that sequences still hold."""
+        found = [
+            block
+            for block, (owner, salt) in self._root_of.items()
+            if owner == tenant and (subject is None or is_about(salt, subject))
+        ]
+        for block in found:
+            self._unshare(block)
+        idle = [block for block in found if block in self._idle]
+        for block in idle:
+            del self._idle[block]
+        self._free += idle
+        return idle, len(found) - len(idle)
 
     def freed_by(self, kv: KvState) -> int:
         """Blocks that `release` would make available."""
@@ -177,12 +195,18 @@ class BlockPool:
         assert {block: key for key, block in self._block_of.items()} == self._key_of, (
             "the tree's two maps differ"
         )
+        assert self._root_of.keys() == self._key_of.keys(), "a shared block has no root"
         assert all(owner in holders for owner in self._expected.values()), "a block is expected from nobody"
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
-        del self._block_of[self._key_of.pop(block)]
+        self._unshare(block)
         return block
+
+    def _unshare(self, block: int) -> None:
+        key = self._key_of.pop(block, None)
+        if key is not None:
+            del self._block_of[key], self._root_of[block]
 
     def _keys(self, kv: KvState, count: int) -> list[bytes]:
         """The keys of the first `count` full blocks; each is computed once."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stretto.deadlines import Deadline
 from stretto.engine.kv_cache import KvState
-from stretto.types import Began, Logprobs, Reason, Request
+from stretto.types import Began, Finish, Logprobs, Reason, Request
 
 if TYPE_CHECKING:
     from stretto.engine.structured.grammar import Matcher
@@ -129,6 +129,21 @@ class Sequence:
         scores = None if self.scores is None else tuple(self.scores)
         cached = min(self.cached, self.prompt_len)
         return Began((self.started - self.request.arrival) * 1e3, cached, prompt_logprobs=scores)
+
+    def finish(self, ending: Ending, now: float) -> Finish:
+        """What is reported of its end."""
+        return Finish(
+            reason=ending.reason,
+            prompt_tokens=self.prompt_len,
+            output_tokens=self.output_len,
+            cached_tokens=min(self.cached, self.prompt_len),
+            queue_ms=((now if self.started is None else self.started) - self.request.arrival) * 1e3,
+            stop_token=ending.stop_token,
+            error=ending.error,
+            preemptions=self.preemptions,
+            late=self.deadline.late or ending.reason in (Reason.DEADLINE, Reason.REFUSED),
+            retry_after=ending.retry_after,
+        )
 
     @property
     def grammar_ending(self) -> Ending | None:

@@ -23,6 +23,8 @@ from stretto.gateway.accounts.accounts import Account
 from stretto.gateway.accounts.keys import KeyScope
 from stretto.gateway.accounts.ledger import Charge, Ledger
 from stretto.gateway.accounts.usage_page import usage_page
+from stretto.gateway.cache.answers import Answers
+from stretto.gateway.cache.stats import CacheReport
 from stretto.gateway.registry import Registry, Worker
 from stretto.gateway.relay import PATHS, Relay, RelayedExchange
 from stretto.gateway.routing.router import Router
@@ -74,6 +76,7 @@ class GatewayState(Struct, frozen=True):
     hedges_won: int
     rejected: dict[str, int]  # connections and requests that were cut short, by reason
     keys_error: str  # why the key file was not read when it changed last
+    cache: CacheReport
 
 
 class Calls:
@@ -157,7 +160,7 @@ class RelayedPath:
             relayed = RelayedExchange(
                 self.operation, account.tenant, body, arrival, client.send, exchange.id, charge.admit
             )
-            await gateway.server.run(gateway.relay.run(relayed), receive, account.record.id)
+            await gateway.server.run(gateway.answers.run(relayed), receive, account.record.id)
         except ClientDisconnect:
             return
         except Exception as error:
@@ -198,6 +201,7 @@ class Gateway(Starlette):
         self.registry = Registry(Router(config.route, Random(seed).randrange), headers)
         self.relay = Relay(self.registry, config.hedge_share)
         self.ledger = Ledger(config.keys, self._end_revoked)
+        self.answers = Answers(config, self.relay)
         work = [Route(path, RelayedPath(self, name), methods=["POST"]) for name, path in PATHS.items()]
         pages = [
             Route("/v1/models", self.models),
@@ -205,6 +209,7 @@ class Gateway(Starlette):
             Route("/ready", self.ready),
             Route("/state", self.state_page),
             Route("/v1/usage", self.used),
+            Route("/v1/cache", self.erase, methods=["DELETE"]),
             Route("/v1/workers", self.join, methods=["POST"]),
             Route("/v1/workers/{name}", self.leave, methods=["DELETE"]),
             Route("/v1/workers/{name}/{change}", self.drain, methods=["POST"]),
@@ -232,6 +237,7 @@ class Gateway(Starlette):
         """Leaves all workers, and saves the usage."""
         self.registry.close()
         self.ledger.close()
+        await self.answers.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if "path" in scope:
@@ -286,12 +292,23 @@ class Gateway(Starlette):
                 hedges_won=relay.hedges_won,
                 rejected=dict(self.server.rejections),
                 keys_error=self.ledger.error if self.account(request).may("admin") else "",
+                cache=self.answers.stats.report(),
             )
         )
 
     async def used(self, request: Request) -> Response:
         """What the key's tenant has used, or all tenants for an operator, and the key's limits."""
         return usage_page(request, self.account(request), self.ledger)
+
+    async def erase(self, request: Request) -> Response:
+        """Deletes what is cached of a tenant, or of a subject of it, here and on the workers.
+
+        A tenant erases its own. An operator's query names the `tenant`.
+        """
+        query = request.query_params
+        tenant = query.get("tenant")
+        account = self.account(request, "admin" if tenant else "infer")
+        return _json(await self.answers.erase(tenant or account.tenant, query.get("subject")))
 
     async def join(self, request: Request) -> Response:
         """A worker joins, or renews its lease."""

@@ -82,6 +82,7 @@ class RelayedExchange:
     model: str = ""
     tier: str = ""
     prompt_tokens: int = 0  # roughly
+    ask: Ask | None = None  # once it is admitted
 
     def tally(self) -> Tally:
         """What the answer took. Of one that was broken off the length of the prompt is an estimate."""
@@ -117,10 +118,7 @@ class Relay:
     async def run(self, exchange: RelayedExchange) -> None:
         """Answers a request. Raises StrettoError; after the first byte, the stream ends in its event."""
         self._budget.earn()
-        ask, answers = self._ask(exchange)
-        exchange.model, exchange.tier = ask.request.model, ask.request.tier
-        exchange.prompt_tokens = len(ask.request.prompt)
-        exchange.admit(ask.request, answers)
+        ask = self.admit(exchange)
         while True:
             try:
                 attempt = await self._begin(ask, exchange)
@@ -147,11 +145,21 @@ class Relay:
             finally:
                 self._end(attempt)
 
+    def admit(self, exchange: RelayedExchange) -> Ask:
+        """Asks the tenant's limits, once for a request. Raises StrettoError for one that may not run."""
+        if exchange.ask is None:
+            ask, answers = self._ask(exchange)
+            exchange.model, exchange.tier = ask.request.model, ask.request.tier
+            exchange.prompt_tokens = len(ask.request.prompt)
+            exchange.admit(ask.request, answers)
+            exchange.ask = ask
+        return exchange.ask
+
     def _ask(self, exchange: RelayedExchange) -> tuple[Ask, int]:
         """What the router must know, and how many answers are asked for."""
         fields = json.decode(exchange.body, type=RoutingFields)
         prompt = bytes(fields.messages or fields.prompt or fields.input)
-        name, info = self._model(fields.model)
+        name, info = self.model(fields.model)
         salt = f"{fields.user}\0{fields.cache_salt}"
         tokens = max(1, min(int(len(prompt) / BYTES_PER_TOKEN), info))
         limit = fields.max_completion_tokens or fields.max_tokens
@@ -168,7 +176,7 @@ class Relay:
         answers = fields.n if isinstance(fields.n, int) and fields.n > 0 else 1
         return Ask(request, keys_of(prompt, exchange.tenant, name, salt), PIECE / BYTES_PER_TOKEN), answers
 
-    def _model(self, name: Any) -> tuple[str, int]:
+    def model(self, name: Any) -> tuple[str, int]:
         """The model's name and context. The default is the first model of the first worker."""
         for worker in self.registry.workers.values():
             for known, info in worker.models.items():

@@ -13,6 +13,7 @@ from stretto.config import HttpConfig, SettingsTable, part
 from stretto.errors import StartError
 from stretto.gateway.accounts.ledger import KeySettings
 from stretto.gateway.accounts.prices import Price
+from stretto.gateway.cache.policy import CachePolicy
 from stretto.gateway.routing.router import Method
 
 
@@ -57,6 +58,28 @@ class GatewayConfig(HttpConfig, frozen=True, kw_only=True):
             " per million tokens and `joules` per token of an answer; `*` is for all others"
         ),
     ] = field(default_factory=dict[str, Price])
+
+    caches: Annotated[
+        dict[str, CachePolicy],
+        Meta(
+            description="which tenants have a cache of answers, as a table `[caches.TENANT]` with `semantic`,"
+            " `max_error`, `ttl`, `size`, `sampled`; the tenant `*` stands for all others"
+        ),
+    ] = field(default_factory=dict[str, CachePolicy])
+    redis: Annotated[
+        str,
+        Meta(
+            description="URL of the Redis in which gateways share the kept answers, like redis://10.0.0.9:6379;"
+            " empty: each keeps its own"
+        ),
+    ] = ""
+
+    def __post_init__(self) -> None:
+        HttpConfig.__post_init__(self)
+        if self.redis and not self.gateway_key:
+            raise StartError(
+                "redis needs gateway_key: gateways that share kept answers derive their keys from it"
+            )
 
     @property
     def keys(self) -> KeySettings:

@@ -187,6 +187,17 @@ class TotalObjective(Wire, frozen=True, kw_only=True):
     total_ms: Milliseconds | None = None
 
 
+class CacheFields(Wire, frozen=True, kw_only=True):
+    """What a gateway's cache may do with the answer. A worker by itself keeps no answers.
+
+    `mode`: `use` keeps and takes also an answer drawn at random, `refresh` replaces the kept answer, `bypass`
+    neither takes nor keeps one. `personal`: the request holds personal data, so its answer is never kept.
+    """
+
+    mode: Literal["use", "refresh", "bypass"] | None = None
+    personal: bool | None = None
+
+
 # Requests
 
 
@@ -225,6 +236,7 @@ class Generation(Wire, frozen=True, kw_only=True):
     safety_identifier: UserKey | None = None
     prompt_cache_key: UserKey | None = None
     cache_salt: UserKey | None = None
+    cache: CacheFields | None = None
     metadata: Metadata | None = None
     store: bool | None = None
 
@@ -267,6 +279,7 @@ class EmbeddingRequest(Wire, frozen=True, kw_only=True):
     dimensions: Positive | None = None
     user: UserKey | None = None
     cache_salt: UserKey | None = None
+    cache: CacheFields | None = None
     objective: TotalObjective | None = None
 
 
@@ -289,7 +302,8 @@ class AnswerReport(Struct, frozen=True, kw_only=True):
 
     `variant`: which variant of the model answered. `on_time`: every token met its deadline. `queue_ms`: from
     arrival to the sequence's first step, measured by the engine. The API server measures the other times.
-    `schema_relaxed`: paths of the parts of a schema that could not be enforced.
+    `schema_relaxed`: paths of the parts of a schema that could not be enforced. `cached`: a gateway had kept
+    the answer, to this request (`exact`) or to one that asks the same (`semantic`).
     """
 
     variant: str
@@ -301,6 +315,7 @@ class AnswerReport(Struct, frozen=True, kw_only=True):
     energy_j: float | None = None
     energy_source: str | None = None
     schema_relaxed: list[str] | UnsetType = UNSET
+    cached: Literal["exact", "semantic"] | UnsetType = UNSET
 
 
 class TopLogprob(Struct, frozen=True):

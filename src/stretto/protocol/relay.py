@@ -69,6 +69,21 @@ class RelayedRequest(Struct, frozen=True):
     continuation: Continuation | None = None
 
 
+class ErasureRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a DELETE of the RELAY path: drop the cached prompts of a tenant. `subject`: only those of
+    requests with this `user`, `safety_identifier`, `prompt_cache_key` or `cache_salt`."""
+
+    tenant: Annotated[str, Meta(max_length=256)]
+    subject: Annotated[str, Meta(max_length=1024)] | None = None
+
+
+class ErasureReport(Struct, frozen=True):
+    """Blocks of the KV cache that were zeroed, and those that will be free when running sequences end."""
+
+    blocks: int
+    held: int
+
+
 def mark(index: int, tokens: list[int], *, complete: bool, last: bool) -> bytes:
     """The mark after events of the answer `index` that are made of `tokens`.
 

@@ -17,10 +17,10 @@ from stretto.protocol.parsing import JSON, parse
 from stretto.server.admission_gate import Slot
 from stretto.server.objectives import DEFAULT, embedding_objective
 from stretto.server.state import Call
-from stretto.server.validation import ModelHandle, cache_salt, split_inputs
+from stretto.server.validation import ModelHandle, split_inputs
 from stretto.text.output import Output
 from stretto.text.prompts import encode_prompts
-from stretto.types import INT32_MAX, Request, Sampling
+from stretto.types import INT32_MAX, Request, Sampling, cache_salt
 
 DECODER = json.Decoder(EmbeddingRequest)
 WINDOW = 16

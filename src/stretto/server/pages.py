@@ -17,13 +17,14 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from stretto.errors import NotFound, Overloaded
+from stretto.errors import NotFound, Overloaded, Unauthorised
+from stretto.http.request import read_body
 from stretto.protocol.openai import Health, ModelCard, ModelList, Status
-from stretto.protocol.parsing import JSON
-from stretto.protocol.relay import RELAY
+from stretto.protocol.parsing import JSON, parse
+from stretto.protocol.relay import RELAY, ErasureReport, ErasureRequest
 from stretto.protocol.vllm import Version
 from stretto.server import openapi
-from stretto.server.state import Server
+from stretto.server.state import GATEWAY, LOCAL, Server
 
 LIVE_S = 0.5
 VIEWERS = 32  # each costs a snapshot every LIVE_S
@@ -72,6 +73,7 @@ class Pages:
             Route("/live", self.live),
             Route("/metrics", self.metrics),
             Route(RELAY, self.report, methods=["GET"]),
+            Route(RELAY, self.erase, methods=["DELETE"]),
         ]
 
     async def health(self, request: Request) -> Response:
@@ -94,6 +96,15 @@ class Pages:
         """The worker's state for gateways, as msgpack."""
         self._server.tenant(request.headers)
         return Response(msgpack.encode(self._server.report()), media_type=MSGPACK)
+
+    async def erase(self, request: Request) -> Response:
+        """Drops the cached prompts of a tenant, for a gateway. Raises Unauthorised for anybody else."""
+        config = self._server.config
+        expected = GATEWAY if config.gateway_key or config.api_keys else LOCAL
+        if self._server.tenant(request.headers) != expected:
+            raise Unauthorised("only a gateway may erase: give it the gateway_key of this worker")
+        erasure = parse(json.Decoder(ErasureRequest), await read_body(request, config.max_body_bytes))
+        return _json(ErasureReport(*await self._server.engine.erase(erasure.tenant, erasure.subject)))
 
     async def state(self, request: Request) -> Response:
         """The worker's state."""

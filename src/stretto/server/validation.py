@@ -35,7 +35,7 @@ from stretto.text.prompts import (
 from stretto.text.stop_strings import StopStrings
 from stretto.text.tokenizer import TextModel
 from stretto.text.tools.parser import CallParser
-from stretto.types import Grammar, ModelInfo, Sampling
+from stretto.types import Grammar, ModelInfo, Sampling, cache_salt
 
 COMPLETION_TOKENS = 16
 # Sampling options whose value in a request is the engine's.
@@ -248,11 +248,6 @@ def split_inputs(prompt: str | Sequence[str | int | list[int]], path: str) -> li
             f"{path} mixes texts, token ids and lists of token ids; send one kind", param=path
         )
     return cast("list[RawPrompt]", prompt)
-
-
-def cache_salt(*parts: str | None) -> str:
-    """The key that, beside the tenant, keeps the cached prompts of different users apart."""
-    return json.dumps(parts) if any(part is not None for part in parts) else ""
 
 
 def _check_options(request: Generation, prompts: int, limits: RequestLimits) -> None:

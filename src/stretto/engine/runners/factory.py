@@ -253,6 +253,7 @@ class ModelLoader:
             blocks=kv.value.blocks,
             load_s=0.0,
             kv_why=kv.why,
+            revision=identity(Path(model.path)),
         )
 
     def _available(self) -> int:

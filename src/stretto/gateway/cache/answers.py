@@ -1,0 +1,228 @@
+"""A gateway's caches, as one request meets them: kept answers, answers in flight, and then a worker.
+
+A tenant without a policy passes straight on to the relay. Tenants share nothing: every key covers the
+tenant, and each tenant has a budget of its own, so no timing tells one what another has asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from hashlib import sha256
+from secrets import token_bytes
+from typing import NamedTuple
+
+from msgspec import DecodeError, Struct, ValidationError, json
+
+from stretto.errors import Unavailable
+from stretto.gateway.cache import answer
+from stretto.gateway.cache.answer import KeptAnswer, Recipient
+from stretto.gateway.cache.flight import AnswerFlight, FlightFailed, Piece
+from stretto.gateway.cache.key import KeyMaker, Source, revision_of, revisions
+from stretto.gateway.cache.memory import AnswerStore, Keeping, MemoryStore
+from stretto.gateway.cache.policy import Wish, policy_of, wish_of, without_field
+from stretto.gateway.cache.stats import CacheKind, CacheStats
+from stretto.gateway.registry import CONNECT_S, Worker
+from stretto.gateway.relay import Relay, RelayedExchange
+from stretto.gateway.settings import GatewayConfig
+from stretto.gateway.upstream.connection import UpstreamConnection, WorkerLost
+from stretto.protocol.relay import RELAY, ErasureReport, ErasureRequest
+
+log = logging.getLogger(__name__)
+MOST_ANSWER = 1 << 20  # bytes of an answer that is kept or shared
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+ERASE_S = 15.0  # a worker's step may take this long
+HEADER = "x-stretto-cached"
+
+
+class Asked(NamedTuple):
+    """A request that may meet the cache, with the keys of tenant and answer."""
+
+    wish: Wish
+    source: Source
+    tenant: bytes
+    key: bytes
+
+
+class Erasure(Struct, frozen=True):
+    """What an erasure has deleted: kept answers, and by worker the blocks of its KV cache. `held`: blocks
+    that are free when the sequences that use them end."""
+
+    answers: int
+    blocks: dict[str, int]
+    held: int
+
+
+class Answers:
+    """The caches of one gateway, in front of its relay."""
+
+    def __init__(self, config: GatewayConfig, relay: Relay) -> None:
+        key = config.gateway_key
+        self.stats = CacheStats()
+        self._policies = config.caches
+        self._relay = relay
+        self._keys = KeyMaker(sha256(b"answers " + key.encode()).digest() if key else token_bytes(32))
+        self._store: AnswerStore = MemoryStore(time.monotonic, self.stats)
+        self._flights: dict[bytes, AnswerFlight] = {}
+        self._erasures = 0  # an answer that was in flight during one is not kept
+
+    async def run(self, exchange: RelayedExchange) -> None:
+        """Answers a request. Raises StrettoError, as the relay does."""
+        fields, exchange.body = without_field(exchange.body)
+        policy = policy_of(self._policies, exchange.tenant)
+        wish = None if policy is None else wish_of(policy, fields, exchange.operation, exchange.body)
+        if wish is None:
+            await self._relay.run(exchange)
+            return
+        self._relay.admit(exchange)
+        asked = self._asked(wish, exchange)
+        kept = await self._kept(asked, exchange) if wish.takes else None
+        if kept is not None:
+            await self._reply(kept, exchange, asked, "exact")
+            return
+        await self._fly(asked, exchange)
+
+    async def erase(self, tenant: str, subject: str | None) -> Erasure:
+        """Deletes a tenant's answers about a subject, or all of them, here and in the workers' KV caches.
+
+        Raises Unavailable when the shared store or a worker cannot confirm it; then ask again.
+        """
+        self._erasures += 1
+        about = None if subject is None else self._keys.subject(tenant, subject)
+        erased = await self._store.erase(self._keys.tenant(tenant), about)
+        self.stats.erased += erased
+        workers = [worker for worker in self._relay.registry.workers.values() if not worker.plain]
+        asked = json.encode(ErasureRequest(tenant, subject))
+        reports = await asyncio.gather(*(erase_prefixes(worker, asked) for worker in workers))
+        names = [worker.name for worker in workers]
+        failed = [name for name, report in zip(names, reports, strict=True) if report is None]
+        if failed:
+            raise Unavailable(
+                f"{erased} answers are erased, but not confirmed by {', '.join(failed)}; ask again",
+                retry_after=1.0,
+            )
+        blocks = {name: report.blocks for name, report in zip(names, reports, strict=True) if report}
+        return Erasure(erased, blocks, sum(report.held for report in reports if report))
+
+    async def close(self) -> None:
+        """Lets go of the store."""
+        await self._store.close()
+
+    def _asked(self, wish: Wish, exchange: RelayedExchange) -> Asked:
+        source = self._source(wish, exchange)
+        return Asked(wish, source, self._keys.tenant(exchange.tenant), self._keys.answer(source, wish.body))
+
+    def _source(self, wish: Wish, exchange: RelayedExchange) -> Source:
+        """Who would answer. All workers of the model count, so the key holds while some are away."""
+        model, _ = self._relay.model(wish.body.get("model"))
+        known = [
+            f"plain {worker.name}" if info is None else revision_of(info)
+            for worker in self._relay.registry.workers.values()
+            for name, info in worker.models.items()
+            if name == model
+        ]
+        return Source(exchange.operation, exchange.tenant, model, revisions(known))
+
+    async def _kept(self, asked: Asked, exchange: RelayedExchange) -> KeptAnswer | None:
+        raw = await self._store.get(asked.tenant, asked.key)
+        kept = None if raw is None else answer.load(raw)
+        return kept if kept is not None and kept.serves(_recipient(asked, exchange)) else None
+
+    async def _reply(
+        self, kept: KeptAnswer, exchange: RelayedExchange, asked: Asked, kind: CacheKind
+    ) -> None:
+        self.stats.hits[kind] += 1
+        recipient = _recipient(asked, exchange)
+        streams = recipient.streams and exchange.operation != "embeddings"
+        headers = STREAM_HEADERS if streams else {"content-type": "application/json"}
+        await exchange.send(200, headers | {HEADER: kind}, kept.bytes_for(recipient, kind), False)
+
+    async def _fly(self, asked: Asked, exchange: RelayedExchange) -> None:
+        """Joins the answer to an equal request in flight, or has a worker make one.
+
+        When the joined one fails before it has begun, the request is tried once more, in a new flight.
+        """
+        key = self._keys.flight(asked.source, asked.wish.body)
+        client = exchange.send
+        for again in (True, False):
+            flight = self._flights.get(key)
+            joins = asked.wish.takes and flight is not None and flight.joinable
+            if flight is None or not joins:
+                flight = self._take_off(key, asked, exchange)
+                self.stats.misses += asked.wish.takes
+            else:
+                self.stats.joined += 1
+            try:
+                await flight.follow(client)
+                return
+            except FlightFailed as failure:
+                if not (joins and again) or failure.begun:
+                    raise failure.error from None
+
+    def _take_off(self, key: bytes, asked: Asked, exchange: RelayedExchange) -> AnswerFlight:
+        flight = self._flights[key] = AnswerFlight(MOST_ANSWER)
+        erasures = self._erasures
+        exchange.send = flight.send
+
+        async def work() -> None:
+            began = time.monotonic()
+            try:
+                await self._relay.run(exchange)
+                if erasures == self._erasures and asked.source == self._source(asked.wish, exchange):
+                    await self._keep(asked, flight, time.monotonic() - began)
+            finally:
+                if self._flights.get(key) is flight:
+                    del self._flights[key]
+
+        flight.start(work)
+        return flight
+
+    async def _keep(self, asked: Asked, flight: AnswerFlight, took_s: float) -> None:
+        """Keeps the answer of a flight if it is whole and well."""
+        made = _made(asked, flight.pieces) if flight.whole and flight.pieces else None
+        if made is None:
+            self.stats.not_kept += 1
+            return
+        policy = asked.wish.policy
+        subjects = tuple(self._keys.subject(asked.source.tenant, name) for name in asked.wish.subjects)
+        keeping = Keeping(policy.ttl, policy.bytes, max(took_s, 1e-3), subjects)
+        if await self._store.put(asked.tenant, asked.key, answer.dump(made), keeping):
+            self.stats.kept += 1
+        else:
+            self.stats.not_kept += 1
+
+
+async def erase_prefixes(worker: Worker, asked: bytes) -> ErasureReport | None:
+    """Has a worker drop cached prompts; None if it does not confirm. `asked`: an ErasureRequest as JSON."""
+    connection: UpstreamConnection | None = None
+    try:
+        async with asyncio.timeout(ERASE_S):
+            connection = await worker.pool.acquire(CONNECT_S)
+            sent = worker.pool.request("DELETE", RELAY, {"Content-Type": "application/json"}, asked)
+            head = await connection.exchange(sent)
+            body = await connection.read_all(MOST_ANSWER)
+        return json.decode(body, type=ErasureReport) if head.status == 200 else None
+    except (WorkerLost, TimeoutError, DecodeError, ValidationError) as error:
+        log.warning("%s did not confirm an erasure: %s", worker.name, error)
+        return None
+    finally:
+        if connection is not None:
+            worker.pool.release(connection)
+
+
+def _made(asked: Asked, pieces: list[Piece]) -> KeptAnswer | None:
+    first, last = pieces[0], pieces[-1]
+    if last.more:
+        return None
+    body = b"".join([piece.body for piece in pieces])
+    return answer.read(asked.source.operation, first.status, first.headers, body)
+
+
+def _recipient(asked: Asked, exchange: RelayedExchange) -> Recipient:
+    took_ms = (time.monotonic() - exchange.arrival) * 1e3
+    return Recipient(asked.wish.body, exchange.request_id, int(time.time()), took_ms)

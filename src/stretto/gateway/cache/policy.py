@@ -1,0 +1,112 @@
+"""What a tenant's cache keeps, and what one request asks of it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import msgspec
+from msgspec import Struct, json
+
+from stretto.config import size
+from stretto.errors import InvalidRequest
+from stretto.protocol.openai import CacheFields
+from stretto.protocol.relay import OperationName
+
+EVERYBODY = "*"  # the policy of tenants that have none of their own
+SUBJECTS = ("user", "safety_identifier", "prompt_cache_key", "cache_salt")
+JsonObject = dict[str, Any]
+
+
+class CachePolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table `[caches.TENANT]` of the configuration: this tenant has a cache.
+
+    `off`: it has none, although the tenant `*` has. `semantic`: a request that asks the same in other words
+    gets the kept answer too; at most a share of `max_error` of these answers is wrong. `ttl`: seconds that an
+    answer is kept. `size`: memory for the tenant's answers, like 64MiB. `sampled`: also answers that were
+    drawn at random. Raises ValueError for a wrong value.
+    """
+
+    off: bool = False
+    semantic: bool = False
+    max_error: float = 0.01
+    ttl: float = 3600.0
+    size: int | str = "64MiB"
+    sampled: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_error <= 0.5:
+            raise ValueError(f"max_error must be above 0 to 0.5, not {self.max_error}")
+        if not 0 < self.ttl <= 30 * 86_400:
+            raise ValueError(f"ttl must be above 0 seconds to 30 days, not {self.ttl}")
+        if self.bytes < 1 << 16:
+            raise ValueError(f"size must be at least 64KiB, not {self.size}")
+
+    @property
+    def bytes(self) -> int:
+        """The size in bytes; a bare number is GiB, as in every size."""
+        return size(self.size)
+
+
+class Wish(NamedTuple):
+    """What one request asks of the cache.
+
+    `takes`: a kept answer will do. `body`: the request without the field `cache`. `subjects`: whom it is
+    about, for erasure.
+    """
+
+    policy: CachePolicy
+    body: JsonObject
+    takes: bool
+    subjects: tuple[str, ...]
+
+
+def policy_of(policies: Mapping[str, CachePolicy], tenant: str) -> CachePolicy | None:
+    """The policy of a tenant; None for one that has no cache."""
+    policy = policies.get(tenant, policies.get(EVERYBODY))
+    return policy if policy is not None and not policy.off else None
+
+
+def without_field(raw: bytes) -> tuple[CacheFields, bytes]:
+    """The request's field `cache`, and the body without it, for the worker. Raises InvalidRequest."""
+    if b'"cache"' not in raw:
+        return CacheFields(), raw
+    body: JsonObject = json.decode(raw)
+    if "cache" not in body:
+        return CacheFields(), raw
+    given = body.pop("cache")
+    try:
+        fields = CacheFields() if given is None else msgspec.convert(given, CacheFields)
+    except msgspec.ValidationError as error:
+        path = "$.cache" + str(error).partition("`$")[2].partition("`")[0]
+        raise InvalidRequest(f"{path}: {str(error).partition(' - at')[0]}", param=path) from None
+    return fields, json.encode(body)
+
+
+def wish_of(policy: CachePolicy, fields: CacheFields, operation: OperationName, raw: bytes) -> Wish | None:
+    """What a request asks of the cache; None when it must not touch it.
+
+    An answer that would come out the same each time may be kept: an embedding, or text drawn with
+    temperature 0 or a seed. Others are kept where the tenant or the request asks for it.
+    """
+    if fields.personal or fields.mode == "bypass":
+        return None
+    body: JsonObject = json.decode(raw)
+    if fields.mode != "use" and not policy.sampled and not _repeats(operation, body):
+        return None
+    if operation != "embeddings" and not _replayable(body):
+        return None
+    subjects = tuple(str(body[name]) for name in SUBJECTS if body.get(name) is not None)
+    return Wish(policy, body, takes=fields.mode != "refresh", subjects=subjects)
+
+
+def _repeats(operation: OperationName, body: JsonObject) -> bool:
+    return operation == "embeddings" or body.get("temperature") == 0 or body.get("seed") is not None
+
+
+def _replayable(body: JsonObject) -> bool:
+    """A stream that counts its tokens in every chunk is passed on alone: its chunks cannot be made again."""
+    options = body.get("stream_options")
+    if not isinstance(options, dict):
+        return True
+    return not cast(JsonObject, options).get("continuous_usage_stats")
