@@ -34,12 +34,15 @@ class Deadline:
     late: bool = False  # whether a token was late
 
     @classmethod
-    def of(cls, arrival: float, objective: Objective, emitted: int = 0) -> Deadline:
+    def of(cls, arrival: float, objective: Objective, emitted: int = 0, emitted_at: float = inf) -> Deadline:
         """The deadlines of a request that arrived at `arrival` and has `emitted` tokens already.
 
-        Without `ttft_ms` the deadlines of a request with tokens count from its next token.
+        `emitted_at`: when the first of them came. Without `ttft_ms` the deadlines of a request with tokens
+        count from then, and if that is not known, from its next token.
         """
         first = arrival + _seconds(objective.ttft_ms)
+        if first == inf and emitted:
+            first = emitted_at
         itl_s = _seconds(objective.itl_ms)
         whole = arrival + _seconds(objective.total_ms)
         if not emitted or first == inf:

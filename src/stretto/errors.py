@@ -179,6 +179,14 @@ class NotFound(StrettoError):
     code = "not_found"
 
 
+class NotImplementedHere(StrettoError):
+    """No server behind this address can do that."""
+
+    status = 501
+    type = "invalid_request_error"
+    code = "not_implemented"
+
+
 class WrongMethod(StrettoError):
     """The path exists, but not for this HTTP method."""
 

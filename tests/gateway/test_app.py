@@ -3,84 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
 from benchmarks import failover
-from stretto.config import ServeConfig
-from stretto.engine.client import EngineClient
 from stretto.errors import EngineDied, StartError
 from stretto.gateway import settings
 from stretto.gateway.app import Gateway
 from stretto.gateway.settings import GatewayConfig
 from stretto.http import serving
-from stretto.server.app import build
-from tests.server.checkpoint import CHATML, byte_level, write
-from tests.server.fake_engine import FakeEngine, info
+from tests.gateway.cluster import ASK, CHAT, cluster, fake, running, text_of
 
-CHAT = "/v1/chat/completions"
-ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
 KEY = {"Authorization": "Bearer secret"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("tiny"), byte_level(), CHATML, eos="<|stop|>")
-
-
-def fake(*script: Any) -> FakeEngine:
-    """An engine that plays the script for every request, without what a continued request already has."""
-    return FakeEngine(lambda request: list(script)[len(request.emitted) :], {"tiny": info(vocab=400)})
-
-
-@asynccontextmanager
-async def running(run: Any, *arguments: Any) -> AsyncGenerator[str]:
-    """A server task; yields its URL."""
-    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(run(*arguments, ready.set_result))
-    await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
-    try:
-        yield ready.result()
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-@asynccontextmanager
-async def cluster(
-    checkpoint: Path, *engines: FakeEngine, **extra: Any
-) -> AsyncGenerator[tuple[httpx.AsyncClient, Gateway]]:
-    """Workers over these engines, and a client of the gateway in front of them."""
-    async with AsyncExitStack() as stack:
-        urls: list[str] = []
-        for engine in engines:
-            config = ServeConfig(port=0, drain_s=0.3, gateway_key=extra.get("gateway_key", ""))
-            app = build(config, cast(EngineClient, engine), {"tiny": checkpoint})
-            urls.append(await stack.enter_async_context(running(serving.run, config, app, engine)))
-        gateway = Gateway(GatewayConfig(workers=tuple(urls), port=0, drain_s=0.3, **extra), seed=0)
-        url = await stack.enter_async_context(running(serving.run, gateway.config, gateway, gateway))
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
-        for _ in range(200):
-            usable = [each.view.usable for each in gateway.registry.workers.values()]
-            if len(usable) == len(engines) and all(usable):
-                break
-            await asyncio.sleep(0.02)
-        yield client, gateway
-
-
-def text_of(answer: httpx.Response) -> str:
-    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
-    assert answer.text.count("data: [DONE]") == 1 and ":~" not in answer.text, answer.text
-    return "".join(
-        choice["delta"].get("content") or "" for event in events for choice in json.loads(event)["choices"]
-    )
 
 
 async def test_streams_and_whole_answers_pass(checkpoint: Path):

@@ -12,7 +12,7 @@ from stretto.gateway.routing.hedge import FEW, Errors, HedgeBudget
 from stretto.gateway.routing.prefixes import PIECE, PrefixIndex, keys_of
 from stretto.gateway.upstream.health import FAILURES, FIRST_PAUSE_S, LONGEST_PAUSE_S, SLOW_START_S, Breaker
 from stretto.gateway.upstream.progress import Progress
-from stretto.protocol.relay import EmittedAnswer, mark
+from stretto.protocol.relay import EmittedAnswer, error_mark, mark
 
 EVENT = b'data: {"id":"c1","created":7,"choices":[]}\n\n'
 
@@ -105,36 +105,59 @@ def test_hedges_stay_within_their_share():
 def test_a_stream_reaches_the_client_whole_however_it_is_cut(size: int):
     stream = (
         EVENT + mark(0, [5, 6], complete=False, last=False)
-        + EVENT + EVENT + mark(1, [8], complete=True, last=False)
+        + EVENT + EVENT + mark(1, [8], complete=True, last=False, late=True)
         + EVENT + b"data: [DONE]\n\n" + mark(0, [9], complete=True, last=True)
     )  # fmt: skip
-    progress, passed = Progress(), b""
+    progress, passed = Progress(lambda: 1.25), b""
     for start in range(0, len(stream), size):
         passed += progress.push(stream[start : start + size])
     assert passed == EVENT * 4 + b"data: [DONE]\n\n"
     assert progress.ended
-    continuation = progress.continuation()
+    continuation = progress.continuation(1.0)
     assert continuation is not None and (continuation.id, continuation.created) == ("c1", 7)
-    assert continuation.answers == [EmittedAnswer([5, 6, 9], True), EmittedAnswer([8], True)]
+    assert continuation.answers == [
+        EmittedAnswer([5, 6, 9], True, False, 250.0, 250.0),
+        EmittedAnswer([8], True, True, 250.0, 250.0),
+    ]
+
+
+def test_lines_of_json_have_marks_too_and_tokens_without_events_count():
+    progress = Progress(lambda: 0.0)
+    assert progress.push(mark(0, [1, 2], complete=False, last=False)) == b""
+    assert not progress.begun and progress.continuation(0.0) is None
+    line = b'{"model":"m","created_at":"2026-01-01T00:00:00Z","response":"Hi"}\n'
+    assert progress.push(line + mark(0, [3], complete=False, last=False)) == line
+    continuation = progress.continuation(0.0)
+    assert continuation is not None and continuation.answers[0].tokens == [1, 2, 3]
+
+
+def test_the_id_of_a_response_is_found_in_its_first_event():
+    event = b'event: response.created\ndata: {"response":{"id":"resp_1","created_at":9}}\n\n'
+    progress = Progress(lambda: 0.0)
+    progress.push(event + mark(0, [1], complete=False, last=False))
+    continuation = progress.continuation(0.0)
+    assert continuation is not None and (continuation.id, continuation.created) == ("resp_1", 9)
 
 
 def test_events_without_their_mark_are_held_back_and_dropped_with_the_worker():
-    progress = Progress()
+    progress = Progress(lambda: 0.0)
     assert progress.push(EVENT + mark(0, [1], complete=False, last=False) + EVENT) == EVENT
     progress.lost()
-    continuation = progress.continuation()
-    assert continuation is not None and continuation.answers == [EmittedAnswer([1], False)]
+    continuation = progress.continuation(0.0)
+    assert continuation is not None
+    assert continuation.answers == [EmittedAnswer([1], False, False, 0.0, 0.0)]
     assert progress.push(EVENT + mark(0, [2], complete=False, last=False)) == EVENT
 
 
 @pytest.mark.parametrize(("code", "retriable"), [("engine_died", True), ("invalid_value", False)])
 def test_an_error_at_the_end_of_a_stream_says_whether_another_worker_may_go_on(code: str, retriable: bool):
-    progress = Progress()
+    progress = Progress(lambda: 0.0)
     event = b'data: {"error":{"message":"m","type":"t","param":null,"code":"%b"}}\n\n' % code.encode()
-    assert progress.push(EVENT + mark(0, [1], complete=False, last=False) + event) == EVENT
-    assert progress.error() == (event, retriable)
+    stream = EVENT + mark(0, [1], complete=False, last=False) + event + error_mark(code)
+    assert progress.push(stream) == (EVENT if retriable else EVENT + event)
+    assert (progress.error, progress.ended) == (code, not retriable)
 
 
 def test_a_malformed_mark_is_an_error():
     with pytest.raises(ValueError):
-        Progress().push(EVENT + b":~x y\n\n")
+        Progress(lambda: 0.0).push(EVENT + b":~x y\n\n")

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import msgspec
 import pytest
 
 from stretto.config import EngineConfig, ModelConfig, ServeConfig
 from stretto.engine.client import EngineClient
-from stretto.protocol.relay import MARK, RELAY, TOOK_MARK, Mark, mark, read_mark
+from stretto.gateway.upstream.progress import Progress
+from stretto.protocol.relay import MARK, RELAY, TOOK_MARK, Mark, error_mark, mark, read_mark
 from stretto.server.app import App
 from tests.server.fake_engine import FakeEngine, build
 
@@ -60,25 +62,37 @@ async def relayed(
     return [json.loads(text) for text in texts], marks
 
 
-def parts(chunks: list[dict[str, Any]], index: int = 0) -> list[Any]:
-    """All that a client sees of one answer. A log probability is rounded: it depends a little on how much of
-    the prompt was in the prefix cache."""
+def parts(chunks: list[dict[str, Any]], index: int = 0, *, near: bool = False) -> list[Any]:
+    """All that a client sees of one answer. `near`: a log probability equals others within 0.05, because it
+    depends a little on how much of the prompt was in the prefix cache."""
     return [
-        (choice["delta"], rounded(choice.get("logprobs")), choice["finish_reason"])
+        (choice["delta"], logprobs(choice.get("logprobs"), near), choice["finish_reason"])
         for chunk in chunks
         for choice in chunk["choices"]
         if choice["index"] == index
     ]
 
 
-def rounded(logprobs: dict[str, Any] | None) -> list[tuple[str, float]]:
-    return [(each["token"], round(each["logprob"], 2)) for each in (logprobs or {"content": []})["content"]]
+def logprobs(given: dict[str, Any] | None, near: bool) -> list[tuple[str, Any]]:
+    content = (given or {"content": []})["content"]
+    return [
+        (each["token"], pytest.approx(each["logprob"], abs=0.05) if near else each["logprob"])  # pyright: ignore
+        for each in content
+    ]
 
 
 def test_a_mark_is_read_as_it_was_written():
-    for written in (Mark(0, [1, 22], False, False), Mark(3, [], True, False), Mark(1, [5], True, True)):
-        line = mark(written.answer, written.tokens, complete=written.complete, last=written.last)
+    cases = (Mark(0, [1, 22]), Mark(3, [], True), Mark(1, [5], True, True), Mark(1, [], True, late=True))
+    for written in cases:
+        line = mark(
+            written.answer,
+            written.tokens,
+            complete=written.complete,
+            last=written.last,
+            late=written.late,
+        )
         assert read_mark(line) == written
+    assert read_mark(error_mark("draining")) == Mark(0, [], last=True, error="draining")
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -96,7 +110,7 @@ async def test_an_answer_goes_on_after_any_mark_as_if_it_had_not_been_cut(desk: 
     for name, extra in CASES.items():
         request = ASK | extra
         whole, marks = await relayed(desk, request)
-        for cut in sorted({0, 1, len(marks) // 2, len(marks) - 1}):
+        for cut in sorted({0, min(1, len(marks) - 1), len(marks) // 2, len(marks) - 1}):
             answers = [(list[int](), [False]) for _ in range(request.get("n", 1))]
             for seen in marks[:cut]:
                 answers[seen.answer][0].extend(seen.tokens)
@@ -105,7 +119,7 @@ async def test_an_answer_goes_on_after_any_mark_as_if_it_had_not_been_cut(desk: 
             rest, more = await relayed(desk, request, {"id": "chatcmpl-1", "created": 5, "answers": emitted})
             assert {(chunk["id"], chunk["created"]) for chunk in rest} == {("chatcmpl-1", 5)}
             for index, (tokens, _) in enumerate(answers):
-                before, after = parts(whole, index), parts(rest, index)
+                before, after = parts(whole, index, near=True), parts(rest, index)
                 assert after == before[len(before) - len(after) :], (name, cut, index)
                 total, left = (
                     sum(len(made.tokens) for made in some if made.answer == index) for some in (marks, more)
@@ -113,6 +127,77 @@ async def test_an_answer_goes_on_after_any_mark_as_if_it_had_not_been_cut(desk: 
                 assert len(tokens) + left == total, (name, cut, index)
             assert more[-1].last
             assert usage(rest) == usage(whole)
+
+
+CHAT = {"messages": [{"role": "user", "content": "Where is my order?"}]}
+OTHER_APIS: list[tuple[str, dict[str, Any]]] = [
+    ("responses", {"input": "Where is my order?", "stream": True, "max_output_tokens": 20, "seed": 3}),
+    ("messages", CHAT | {"model": "desk", "max_tokens": 20, "stream": True, "temperature": 0}),
+    ("ollama_chat", CHAT | {"model": "desk", "options": {"num_predict": 20, "seed": 3}}),
+    (
+        "ollama_generate",
+        {"model": "desk:latest", "prompt": "Where is it?", "options": {"num_predict": 20, "seed": 3}},
+    ),
+]
+CHANGING = {"stretto", "usage", "created_at", "total_duration", "prompt_eval_duration", "eval_duration"}
+
+
+def seen_by_client(body: bytes) -> list[Any]:
+    """The events of a stream of any API, without marks, times and what counts cached tokens."""
+    lines = [line for line in body.split(b"\n") if line and not line.startswith((MARK, b"event:"))]
+    return [steady(json.loads(line.removeprefix(b"data: "))) for line in lines]
+
+
+def steady(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: steady(each) for name, each in value.items() if name not in CHANGING}  # pyright: ignore
+    return [steady(each) for each in value] if isinstance(value, list) else value  # pyright: ignore
+
+
+async def test_streams_of_every_api_go_on_on_another_worker(desk: httpx.AsyncClient):
+    for operation, request in OTHER_APIS:
+        body = {"operation": operation, "tenant": "ann", "request": request, "nonce": "n1"}
+        whole = await desk.post(RELAY, json=body, headers={"x-request-id": "r1"})
+        assert whole.status_code == 200, whole.text
+        progress, cuts = Progress(lambda: 0.0), list[tuple[bytes, Any]]()
+        for at, line in enumerate(whole.content.splitlines(keepends=True)):
+            if line.startswith(MARK):
+                passed = progress.push(b"".join(whole.content.splitlines(keepends=True)[: at + 2]))
+                cuts.append((passed, progress.continuation(0.0)))
+                progress = Progress(lambda: 0.0)
+        for passed, continuation in (cuts[0], cuts[len(cuts) // 2]):
+            if continuation is None or passed == cuts[-1][0]:
+                continue  # the client has nothing, or all
+            left = body | {"continuation": json.loads(msgspec.json.encode(continuation))}
+            rest = await desk.post(RELAY, json=left, headers={"x-request-id": "r1"})
+            assert seen_by_client(passed + rest.content) == seen_by_client(whole.content), operation
+
+
+async def test_a_late_token_of_the_first_worker_makes_the_whole_answer_late(desk: httpx.AsyncClient):
+    request = ASK | {"objective": {"itl_ms": 60_000.0}}
+    for late, when in ((True, 5.0), (False, 5.0), (False, 200_000.0)):
+        emitted = [[1, 2], False, late, 1.0, when]
+        body: dict[str, Any] = {"operation": "chat", "tenant": "ann", "request": request}
+        # With 200 s since the first token, the third one is due after 120 s: the pause counts too.
+        age = {"age_ms": when, "continuation": {"id": "c", "created": 1, "answers": [emitted]}}
+        answer = await desk.post(RELAY, json=body | age)
+        (report,) = [event["stretto"] for event in seen(answer.content) if event.get("stretto")]
+        assert report["on_time"] is (not late and when < 1000), (late, when)
+        assert report["ttft_ms"] == pytest.approx(1.0)
+        assert when < 1000 or report["itl_p99_ms"] >= 0
+
+
+def seen(body: bytes) -> list[dict[str, Any]]:
+    lines = [line.removeprefix(b"data: ") for line in body.splitlines() if line.startswith(b"data: {")]
+    return [json.loads(line) for line in lines]
+
+
+async def test_errors_are_written_as_the_api_of_the_operation_has_them(desk: httpx.AsyncClient):
+    for operation, kind in (("messages", "error"), ("chat", None)):
+        body = {"operation": operation, "tenant": "ann", "request": {"model": "desk", "messages": 3}}
+        answer = await desk.post(RELAY, json=body)
+        assert (answer.status_code, answer.json().get("type")) == (400, kind)
+        assert answer.headers["x-stretto-error"] == "invalid_value"
 
 
 def usage(chunks: list[dict[str, Any]]) -> list[int]:

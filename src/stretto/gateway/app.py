@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-import msgspec
 from msgspec import Struct, json
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -18,24 +17,28 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stretto.errors import Draining, InvalidRequest, KeyRevoked, NotFound, StrettoError, Unavailable
+from stretto.errors import Draining, KeyRevoked, NotFound, StrettoError, Unavailable
 from stretto.gateway.accounts.accounts import Account
 from stretto.gateway.accounts.keys import KeyScope
 from stretto.gateway.accounts.ledger import Charge, Ledger
 from stretto.gateway.accounts.usage_page import usage_page
 from stretto.gateway.cache.answers import Answers
 from stretto.gateway.cache.stats import CacheReport
+from stretto.gateway.exchange import RelayedExchange
+from stretto.gateway.model_listing import ModelListing
 from stretto.gateway.registry import Registry, Worker
-from stretto.gateway.relay import PATHS, Relay, RelayedExchange
+from stretto.gateway.relay import METHODS, Relay
+from stretto.gateway.routing.fields import read_fields
 from stretto.gateway.routing.router import Router
 from stretto.gateway.settings import GatewayConfig
+from stretto.http.dialects import dialect_of
 from stretto.http.errors import error_response, internal
 from stretto.http.exchange import KEY, Exchange, ExchangeLayer
 from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
-from stretto.protocol.openai import ModelCard, ModelList, Status
+from stretto.protocol.openai import Status
 from stretto.protocol.parsing import JSON, parse, require_json
-from stretto.protocol.relay import OperationName
+from stretto.protocol.relay import PATHS, RESPONSES, OperationName
 from stretto.telemetry.log import LineWriter
 
 STDOUT = 1
@@ -147,18 +150,27 @@ class RelayedPath:
         try:
             account = gateway.account(request, "infer")
             exchange.tenant = account.tenant
-            require_json(request.headers.get("content-type"))
-            body = await read_body(request, gateway.config.max_body_bytes)
+            body = b"{}"
+            if self.operation not in METHODS:
+                require_json(request.headers.get("content-type"))
+                body = await read_body(request, gateway.config.max_body_bytes)
             exchange.bytes_in = len(body)
-            try:
-                msgspec.json.decode(body, type=dict)
-            except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
-                raise InvalidRequest(f"the body is not a JSON object: {error}") from None
+            fields = read_fields(body)
             if gateway.server.draining:
                 raise Draining("the gateway is shutting down; ask another one", retry_after=1.0)
             charge = gateway.ledger.charge(account)
+            kept = request.path_params.get("id", fields.previous_response_id)
             relayed = RelayedExchange(
-                self.operation, account.tenant, body, arrival, client.send, exchange.id, charge.admit
+                self.operation,
+                scope["path"],
+                account.tenant,
+                body,
+                fields,
+                arrival,
+                client.send,
+                exchange.id,
+                kept if isinstance(kept, str) else "",
+                charge.admit,
             )
             await gateway.server.run(gateway.answers.run(relayed), receive, account.record.id)
         except ClientDisconnect:
@@ -168,7 +180,8 @@ class RelayedPath:
             exchange.outcome = failure.code
             if not client.started:
                 raise failure from None
-            await client.send(0, {}, b"data: " + json.encode(failure.body()) + b"\n\n", False)
+            ending = dialect_of(scope["path"]).ending(failure, exchange.id)
+            await client.send(0, {}, ending, False)
         finally:
             if charge is not None and relayed is not None:
                 charge.settle(relayed.tally(), gateway.registry.known(relayed.model))
@@ -202,9 +215,17 @@ class Gateway(Starlette):
         self.relay = Relay(self.registry, config.hedge_share)
         self.ledger = Ledger(config.keys, self._end_revoked)
         self.answers = Answers(config, self.relay)
-        work = [Route(path, RelayedPath(self, name), methods=["POST"]) for name, path in PATHS.items()]
+        work = [
+            Route(path, RelayedPath(self, name), methods=["POST"])
+            for name, paths in PATHS.items()
+            for path in paths
+        ]
+        work += [
+            Route(RESPONSES + "/{id}", RelayedPath(self, name), methods=[method])
+            for name, method in METHODS.items()
+        ]
         pages = [
-            Route("/v1/models", self.models),
+            *ModelListing(self.registry, self.account).routes(),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/state", self.state_page),
@@ -254,18 +275,6 @@ class Gateway(Starlette):
     def _end_revoked(self, ids: set[str]) -> None:
         """Ends the streams of keys that were revoked: whoever has such a key must not have the rest."""
         self.server.end_calls(KeyRevoked("the API key was revoked; the answer ends here"), ids)
-
-    async def models(self, request: Request) -> Response:
-        """The models of all workers."""
-        account = self.account(request)
-        known = {
-            name: None if info is None else info.context
-            for worker in self.registry.workers.values()
-            for name, info in worker.models.items()
-            if account.allows(name)
-        }
-        cards = [ModelCard(id=name, created=0, max_model_len=context) for name, context in known.items()]
-        return _json(ModelList(data=cards))
 
     async def health(self, request: Request) -> Response:
         """Whether the process is alive."""

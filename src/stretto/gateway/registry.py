@@ -11,34 +11,45 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 from msgspec import DecodeError, ValidationError, json, msgpack, structs
 
+from stretto.config import Tier
 from stretto.engine.scheduler.admission import Outlook, Snapshot
 from stretto.errors import StartError
+from stretto.gateway.routing.fields import BYTES_PER_TOKEN, LATEST
 from stretto.gateway.routing.prefixes import PIECE
 from stretto.gateway.routing.router import Router, WorkerView
 from stretto.gateway.upstream.connection import Address, Head, Pool, UpstreamConnection, WorkerLost
 from stretto.gateway.upstream.health import Breaker
 from stretto.protocol.openai import ModelList
-from stretto.protocol.relay import RELAY, WorkerReport
+from stretto.protocol.relay import RELAY, OperationName, WorkerReport
 from stretto.types import ModelInfo
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05  # between two reports of a worker
 PLAIN_POLL_S = 1.0  # the same for a worker that is no Stretto
 SILENT_S = 0.5  # without a report, a worker is lost
+PLAIN_SILENT_S = 5.0  # the same for a worker that is no Stretto
 CONNECT_S = 1.0
 MOST_REPORT_BYTES = 4 << 20
 SENT_UNSEEN_S = 0.03  # a report may miss what arrived at the worker so shortly before
 VERSION = 1
 UNKNOWN = "unknown"
-BYTES_PER_TOKEN = 3.0  # of a prompt, roughly: the gateway has no tokenizer
+NO_TIERS: Mapping[str, Tier] = {}
 
 
 class NotAReport(WorkerLost):
     """The worker's answer is no report of a version that this gateway knows."""
+
+
+class ModelOfAll(NamedTuple):
+    """A model that workers have. `ratio`: bytes of a request for each token of its prompt."""
+
+    name: str
+    info: ModelInfo | None
+    ratio: float
 
 
 @dataclass(slots=True)
@@ -54,18 +65,30 @@ class Worker:
     boot: str = ""
     draining: bool = False  # by its own report
     held: bool = False  # an operator lets it have no new requests
-    tiers: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tiers: Mapping[str, Tier] = field(default_factory=dict[str, Tier])
     models: dict[str, ModelInfo | None] = field(default_factory=dict[str, ModelInfo | None])
     error: str = "no report yet"
+    lacks: set[OperationName] = field(default_factory=set[OperationName])  # of a plain worker, as learned
+    store: str = ""  # what the ids of the answers begin with that it keeps
+    ratios: Mapping[str, float] = field(default_factory=dict[str, float])  # bytes of a token, by model
     streams: set[Callable[[], None]] = field(default_factory=set[Callable[[], None]])
     lease: float | None = None  # when a worker that joined by itself must have renewed; None: configured
     task: asyncio.Task[None] | None = None
     _sent: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
 
+    def keeps(self, response: str) -> bool:
+        """Whether it may keep the answer with this id."""
+        return bool(self.store) and response.startswith(self.store)
+
     def lost(self) -> None:
         """Tells all its streams that it is gone."""
         for tell in list(self.streams):
             tell()
+
+    @property
+    def patience_s(self) -> float:
+        """How long it may be silent."""
+        return PLAIN_SILENT_S if self.plain else SILENT_S
 
     def sent(self, ident: int) -> None:
         """A request with that id is on its way to the worker."""
@@ -121,6 +144,19 @@ class Registry:
         """The model's name if a worker has it, else `unknown`: clients must not make up names in reports."""
         return model if any(model in worker.models for worker in self.workers.values()) else UNKNOWN
 
+    def model(self, name: object) -> ModelOfAll:
+        """What is known of the model of that name; of the first one if the name is None."""
+        names = {None, name, name.removesuffix(LATEST)} if isinstance(name, str) and name else {name}
+        for worker in self.workers.values():
+            for known, info in worker.models.items():
+                if name is None or known in names:
+                    return ModelOfAll(known, info, worker.ratios.get(known, BYTES_PER_TOKEN))
+        return ModelOfAll(str(name), None, BYTES_PER_TOKEN)
+
+    def tiers(self) -> Mapping[str, Tier]:
+        """The tiers of the first worker that has any."""
+        return next((worker.tiers for worker in self.workers.values() if worker.tiers), NO_TIERS)
+
     def close(self) -> None:
         """Forgets all workers."""
         for name in list(self.workers):
@@ -143,7 +179,7 @@ class Registry:
         try:
             while True:
                 try:
-                    async with asyncio.timeout(SILENT_S if connection is not None else CONNECT_S):
+                    async with asyncio.timeout(CONNECT_S if connection is None else worker.patience_s):
                         if connection is None or not connection.reusable:
                             connection = await worker.pool.acquire(CONNECT_S)
                         await self._ask(worker, connection)
@@ -152,7 +188,7 @@ class Registry:
                     if connection is not None:
                         connection.close()
                     connection = None
-                    self._silent(worker, str(error) or f"no report for {SILENT_S} s", last)
+                    self._silent(worker, str(error) or f"no report for {worker.patience_s} s", last)
                 self._judge(worker)
                 if worker.lease is not None and time.monotonic() > worker.lease:
                     log.warning("worker %s: its lease is over", worker.name)
@@ -169,7 +205,7 @@ class Registry:
             log.warning("worker %s is lost: %s", worker.name, reason)
         worker.error = reason
         worker.breaker.fail(now, lost=True)
-        if now - last >= SILENT_S or not worker.plain:
+        if now - last >= worker.patience_s or not worker.plain:
             worker.lost()
 
     async def _ask(self, worker: Worker, connection: UpstreamConnection) -> None:
@@ -218,12 +254,14 @@ class Registry:
             view.outlooks = {}
         worker.boot = report.boot
         worker.draining = report.draining or not report.ready
-        worker.tiers = report.tiers
+        worker.tiers, worker.store = report.tiers, report.store
+        ratios = report.bytes_per_token.items()
+        worker.ratios = {name: min(max(ratio, 0.5), 20.0) for name, ratio in ratios}
         worker.models = {info.name: info for info in report.models}
         view.round_trip = worker.pool.round_trip
         view.offset = report.now - (asked + now) / 2
         view.seen = now
-        view.pieces = _pieces(report.models)
+        view.pieces = _pieces(report.models, worker.ratios)
         newest = worker.sent_before(asked - SENT_UNSEEN_S)
         outlooks = {name: view.outlooks.get(name) or Outlook(report.tiers) for name in worker.models}
         for name, snapshot in seen.items():
@@ -240,7 +278,7 @@ class Registry:
         worker.view.weight = worker.breaker.weight(now)
 
 
-def _pieces(models: tuple[ModelInfo, ...]) -> int:
+def _pieces(models: tuple[ModelInfo, ...], ratios: Mapping[str, float]) -> int:
     """How many pieces of prompts the KV caches of these models hold."""
-    tokens = sum(info.blocks * info.block_size for info in models)
-    return max(1, int(tokens * BYTES_PER_TOKEN / PIECE))
+    size = sum(info.blocks * info.block_size * ratios.get(info.name, BYTES_PER_TOKEN) for info in models)
+    return max(1, int(size / PIECE))

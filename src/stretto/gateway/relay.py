@@ -8,26 +8,40 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from math import inf
-from typing import Any, cast
+from typing import cast
 
-import msgspec
-from msgspec import Raw, Struct, json
+from msgspec import Raw, json
 
-from stretto.errors import CannotBeOnTime, StrettoError, Unavailable, UnknownModel
+from stretto.errors import (
+    CannotBeOnTime,
+    NotImplementedHere,
+    Overloaded,
+    StrettoError,
+    Unavailable,
+    UnknownModel,
+    UnknownResponse,
+)
 from stretto.gateway.accounts.took import PlainStream, took_of
-from stretto.gateway.accounts.usage import Tally
-from stretto.gateway.registry import BYTES_PER_TOKEN, CONNECT_S, Registry, Worker
+from stretto.gateway.exchange import Refusal, RelayedExchange
+from stretto.gateway.registry import CONNECT_S, Registry, Worker
+from stretto.gateway.routing.fields import GENERATING
 from stretto.gateway.routing.hedge import Errors, HedgeBudget
 from stretto.gateway.routing.prefixes import PIECE, keys_of
 from stretto.gateway.routing.router import Ask, Placement
 from stretto.gateway.upstream.connection import Head, UpstreamConnection, WorkerLost
-from stretto.gateway.upstream.progress import RETRIABLE, Progress
-from stretto.protocol.relay import RELAY, TOOK, OperationName, RelayedRequest, Took
+from stretto.gateway.upstream.progress import RETRIABLE
+from stretto.protocol.relay import (
+    ERROR_CODE,
+    MARKED,
+    RELAY,
+    TOOK,
+    KeptResponseId,
+    OperationName,
+    RelayedRequest,
+)
 from stretto.types import Objective, Request, Sampling
 
 MOST_ANSWER_BYTES = 64 << 20
@@ -35,63 +49,11 @@ ATTEMPTS = 4  # before the first token; a stream that has begun goes on as long 
 PATIENCE_S = 10.0  # how long a begun stream waits for a worker
 RETRY_PAUSE_S = 0.02
 MISS_BOUND = 0.5  # a second attempt starts when a miss is likelier than this
-Send = Callable[[int, Mapping[str, str], bytes, bool], Awaitable[None]]
-PATHS: dict[OperationName, str] = {
-    "chat": "/v1/chat/completions",
-    "completions": "/v1/completions",
-    "embeddings": "/v1/embeddings",
-}
-PASSED_ON = ("content-type", "retry-after", "cache-control", "x-accel-buffering")
-
-
-class RoutingFields(Struct):
-    """The fields of a request that routing needs. Their values are checked by the worker."""
-
-    model: Any = None
-    stream: Any = None
-    messages: Raw = Raw(b"")
-    prompt: Raw = Raw(b"")
-    input: Raw = Raw(b"")
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    service_tier: Any = None
-    objective: Any = None
-    user: Any = None
-    cache_salt: Any = None
-    n: Any = None
-
-
-@dataclass(slots=True)
-class RelayedExchange:
-    """One client request. `send(status, headers, body, more)` writes to the client.
-
-    `admit(request, answers)` asks the tenant's limits; it raises StrettoError for a request that may not run.
-    """
-
-    operation: OperationName
-    tenant: str
-    body: bytes
-    arrival: float
-    send: Send
-    request_id: str = ""
-    admit: Callable[[Request, int], None] = lambda request, answers: None
-    took: Took | None = None  # of an answer in one piece, and of a stream from a server of another kind
-    progress: Progress = field(default_factory=Progress)
-    tried: set[str] = field(default_factory=set[str])
-    first: float | None = None  # when the first bytes came
-    model: str = ""
-    tier: str = ""
-    prompt_tokens: int = 0  # roughly
-    ask: Ask | None = None  # once it is admitted
-
-    def tally(self) -> Tally:
-        """What the answer took. Of one that was broken off the length of the prompt is an estimate."""
-        emitted, took = self.progress.emitted, self.progress.took or self.took
-        if took is None:
-            return Tally(prompt_tokens=self.prompt_tokens if emitted else 0, completion_tokens=emitted)
-        return Tally(
-            prompt_tokens=took.prompt, cached_tokens=took.cached, completion_tokens=emitted or took.output
-        )
+EVERY_SERVER: frozenset[OperationName] = frozenset({"chat", "completions", "embeddings"})
+METHODS: dict[OperationName, str] = {"retrieve_response": "GET", "delete_response": "DELETE"}
+PASSED_ON = ("content-type", "retry-after", "cache-control", "x-accel-buffering", "request-id")
+NOT_THERE = (404, 405, 501)  # how a server says that it does not know a path
+GATEWAY_ERRORS = (502, 503, 504)  # how a server in front of another one says that it is lost
 
 
 @dataclass(slots=True)
@@ -122,12 +84,20 @@ class Relay:
         while True:
             try:
                 attempt = await self._begin(ask, exchange)
-            except Answered:
-                return
-            except WorkerLost:
+            except (WorkerLost, Refusal) as error:
+                exchange.refusal = error if isinstance(error, Refusal) else exchange.refusal
                 if exchange.progress.begun or len(exchange.tried) < ATTEMPTS:
                     continue
-                raise
+                if isinstance(error, WorkerLost):
+                    raise
+                await exchange.send(error.head.status, _headers(error.head), error.body, False)
+                return
+            except Unavailable:
+                refusal = exchange.refusal
+                if refusal is None or exchange.progress.begun:
+                    raise
+                await exchange.send(refusal.head.status, _headers(refusal.head), refusal.body, False)
+                return
             try:
                 await self._pass_on(attempt, exchange)
                 self.registry.succeeded(attempt.worker)
@@ -148,56 +118,30 @@ class Relay:
     def admit(self, exchange: RelayedExchange) -> Ask:
         """Asks the tenant's limits, once for a request. Raises StrettoError for one that may not run."""
         if exchange.ask is None:
-            ask, answers = self._ask(exchange)
+            ask = self._ask(exchange)
             exchange.model, exchange.tier = ask.request.model, ask.request.tier
             exchange.prompt_tokens = len(ask.request.prompt)
-            exchange.admit(ask.request, answers)
+            exchange.admit(ask.request, exchange.fields.answers)
             exchange.ask = ask
         return exchange.ask
 
-    def _ask(self, exchange: RelayedExchange) -> tuple[Ask, int]:
-        """What the router must know, and how many answers are asked for."""
-        fields = json.decode(exchange.body, type=RoutingFields)
-        prompt = bytes(fields.messages or fields.prompt or fields.input)
-        name, info = self.model(fields.model)
-        salt = f"{fields.user}\0{fields.cache_salt}"
-        tokens = max(1, min(int(len(prompt) / BYTES_PER_TOKEN), info))
-        limit = fields.max_completion_tokens or fields.max_tokens
+    def _ask(self, exchange: RelayedExchange) -> Ask:
+        fields, generates = exchange.fields, exchange.operation in GENERATING
+        name, info, ratio = self.registry.model(fields.name if fields.model is None else fields.model)
+        prompt = fields.text
+        tokens = max(1, min(int(len(prompt) / ratio), 1 << 20 if info is None else info.context))
         request = Request(
             id=next(self._ids),
             model=name,
             prompt=cast("tuple[int, ...]", range(tokens)),  # only its length is read
             arrival=exchange.arrival,
-            sampling=Sampling(max_tokens=limit if isinstance(limit, int) and limit > 0 else None),
+            sampling=Sampling(max_tokens=fields.most_tokens),
             tenant=exchange.tenant,
-            objective=self._objective(fields),
-            tier=fields.service_tier if fields.service_tier in ("priority", "flex") else "default",
+            objective=fields.wanted(self.registry.tiers()) if generates else Objective(on_miss="late"),
+            tier=fields.tier,
         )
-        answers = fields.n if isinstance(fields.n, int) and fields.n > 0 else 1
-        return Ask(request, keys_of(prompt, exchange.tenant, name, salt), PIECE / BYTES_PER_TOKEN), answers
-
-    def model(self, name: Any) -> tuple[str, int]:
-        """The model's name and context. The default is the first model of the first worker."""
-        for worker in self.registry.workers.values():
-            for known, info in worker.models.items():
-                if name in (None, known):
-                    return known, 1 << 20 if info is None else info.context
-        return str(name), 1 << 20
-
-    def _objective(self, fields: RoutingFields) -> Objective:
-        """The objective for routing. The worker resolves it again, and reports what is wrong with it."""
-        given: object = fields.objective
-        own = cast("dict[str, Any]", given) if isinstance(given, dict) else {}
-        tier = fields.service_tier if fields.service_tier in ("priority", "flex") else "default"
-        for worker in self.registry.workers.values():
-            if tier in worker.tiers:
-                usual = msgspec.structs.asdict(worker.tiers[tier].objective)
-                own = usual | {key: value for key, value in own.items() if value is not None}
-                break
-        try:
-            return msgspec.convert(own, Objective)
-        except msgspec.ValidationError:
-            return Objective()
+        keys = keys_of(prompt, exchange.tenant, name, fields.salt) if generates else []
+        return Ask(request, keys, PIECE / ratio)
 
     async def _begin(self, ask: Ask, exchange: RelayedExchange) -> Attempt:
         """The first attempt whose response begins. Raises WorkerLost when none does, and Unavailable."""
@@ -255,12 +199,13 @@ class Relay:
     async def _place(self, ask: Ask, exchange: RelayedExchange) -> Placement:
         """A worker for the request. Raises Unavailable, or CannotBeOnTime if the request wants that."""
         deadline = time.monotonic() + (PATIENCE_S if exchange.progress.begun else 0.0)
+        unable = self._unable(exchange)
         while True:
-            placement = self.router.place(ask, time.monotonic(), exchange.tried)
+            placement = self.router.place(ask, time.monotonic(), exchange.tried | unable)
             if placement is not None:
                 break
             if time.monotonic() >= deadline:
-                raise self._nobody(ask.request.model)
+                raise self._nobody(ask.request.model, exchange, unable)
             await asyncio.sleep(RETRY_PAUSE_S)
             exchange.tried.clear()
         refuses = ask.request.objective.on_miss == "reject" and placement.ttft_s < inf
@@ -270,7 +215,25 @@ class Relay:
             raise CannotBeOnTime("no worker can meet $.objective now; try again later", retry_after=after)
         return placement
 
-    def _nobody(self, model: str) -> StrettoError:
+    def _unable(self, exchange: RelayedExchange) -> set[str]:
+        """The workers that do not have the operation, or the kept answer. Raises UnknownResponse."""
+        workers, kept = self.registry.workers, exchange.kept
+        if not kept:
+            return {name for name, worker in workers.items() if exchange.operation in worker.lacks}
+        holders = {name for name, worker in workers.items() if worker.keeps(kept)}
+        if not holders:
+            raise UnknownResponse(
+                f"no worker keeps the response {kept!r}; send the conversation in $.input",
+                param="$.previous_response_id",
+            )
+        return workers.keys() - holders
+
+    def _nobody(self, model: str, exchange: RelayedExchange, unable: set[str]) -> StrettoError:
+        able = [worker for worker in self.registry.workers.values() if worker.name not in unable]
+        if unable and not able:
+            return NotImplementedHere(
+                f"no worker knows {exchange.path}: all of them are servers of another kind"
+            )
         known = {name for worker in self.registry.workers.values() for name in worker.models}
         if known and model not in known:
             return UnknownModel(
@@ -290,8 +253,7 @@ class Relay:
             worker.sent(ask.request.id)
             worker.streams.add(connection.lose)
             head = await connection.exchange(self._bytes(worker, exchange))
-            if head.status == 503:
-                await self._raise_if_retriable(worker, connection, head, exchange)
+            await self._raise_refusal(worker, connection, head, exchange)
         except BaseException as error:
             self.router.done(placement.worker)
             if connection is not None:
@@ -305,43 +267,49 @@ class Relay:
             exchange.first = time.monotonic() - sent
         return Attempt(worker, placement, connection, head)
 
-    async def _raise_if_retriable(
+    async def _raise_refusal(
         self, worker: Worker, connection: UpstreamConnection, head: Head, exchange: RelayedExchange
     ) -> None:
-        """Raises WorkerLost for a refusal that says nothing about the request."""
+        """Raises Refusal for a response that says nothing about the request, or WorkerLost."""
+        code, operation = head.headers.get(ERROR_CODE, ""), exchange.operation
+        absent = worker.plain and head.status in NOT_THERE and operation not in EVERY_SERVER
+        lost = worker.plain and head.status in GATEWAY_ERRORS
+        if not (code in RETRIABLE or absent or lost):
+            return
         body = await connection.read_all(MOST_ANSWER_BYTES)
-        code = ""
-        with suppress(msgspec.DecodeError, KeyError, TypeError):
-            code = str(json.decode(body)["error"]["code"])
-        if code in RETRIABLE:
+        if absent:
+            worker.lacks.add(operation)
+        elif code != Overloaded.code and not lost:
             raise WorkerLost(f"{worker.name} refused: {code}")
-        await exchange.send(head.status, _headers(head), body, False)
-        raise Answered
+        raise Refusal(head, body)
 
     def _bytes(self, worker: Worker, exchange: RelayedExchange) -> bytes:
         """The request as the worker gets it."""
         headers = {"Content-Type": "application/json", "x-request-id": exchange.request_id}
+        operation = exchange.operation
         if worker.plain:
-            return worker.pool.request("POST", PATHS[exchange.operation], headers, exchange.body)
+            return worker.pool.request(METHODS.get(operation, "POST"), exchange.path, headers, exchange.body)
+        body = json.encode(KeptResponseId(exchange.kept)) if operation in METHODS else exchange.body
         relayed = RelayedRequest(
-            operation=exchange.operation,
+            operation=operation,
             tenant=exchange.tenant,
-            request=Raw(exchange.body),
+            request=Raw(body),
             age_ms=(time.monotonic() - exchange.arrival + worker.view.round_trip / 2) * 1e3,
-            continuation=exchange.progress.continuation(),
+            continuation=exchange.progress.continuation(exchange.arrival),
+            nonce=exchange.nonce,
         )
         return worker.pool.request("POST", RELAY, headers, json.encode(relayed))
 
     async def _pass_on(self, attempt: Attempt, exchange: RelayedExchange) -> None:
         """Passes a response on. Raises WorkerLost when it breaks off."""
         head, connection, progress = attempt.head, attempt.connection, exchange.progress
-        if "text/event-stream" not in head.headers.get("content-type", ""):
-            body = await connection.read_all(MOST_ANSWER_BYTES)
-            exchange.took = took_of(head.headers.get(TOOK), body)
-            await exchange.send(head.status, _headers(head), body, False)
-            return
         headers = _headers(head)
-        if attempt.worker.plain:
+        if MARKED not in head.headers:
+            if "content-length" in head.headers:
+                body = await connection.read_all(MOST_ANSWER_BYTES)
+                exchange.took = took_of(head.headers.get(TOOK), body)
+                await exchange.send(head.status, headers, body, False)
+                return
             counted = PlainStream()
             while data := await connection.read():
                 exchange.took = counted.push(data)
@@ -358,19 +326,12 @@ class Relay:
             if progress.ended:
                 await connection.read()
                 return
-        event, retriable = progress.error()
-        if retriable:
-            raise WorkerLost(f"{attempt.worker.name} broke off an answer")
-        await exchange.send(head.status, headers, event, False)
+        raise WorkerLost(f"{attempt.worker.name} broke off an answer: {progress.error or 'no end'}")
 
     def _end(self, attempt: Attempt) -> None:
         attempt.worker.streams.discard(attempt.connection.lose)
         attempt.worker.pool.release(attempt.connection)
         self.router.done(attempt.placement.worker)
-
-
-class Answered(Exception):
-    """The client has its answer: nothing is left to do."""
 
 
 def _headers(head: Head) -> dict[str, str]:

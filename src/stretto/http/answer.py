@@ -10,13 +10,14 @@ from msgspec import json
 from stretto.errors import StrettoError, Unauthorised
 from stretto.http.dialects import OPENAI, Dialect
 from stretto.protocol.parsing import JSON
+from stretto.protocol.relay import ERROR_CODE
 
 
 def parts_of(
     error: StrettoError, request_id: str, dialect: Dialect = OPENAI
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers without the body's length, and body."""
-    headers = {"content-type": JSON}
+    headers = {"content-type": JSON, ERROR_CODE: error.code}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, Unauthorised):

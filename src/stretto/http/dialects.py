@@ -25,19 +25,25 @@ ANTHROPIC_TYPES: dict[int, str] = {
 
 
 class Dialect(NamedTuple):
-    """`body(error, request_id)` is an error; in a stream its JSON stands between `before` and `after`."""
+    """`body(error, request_id)` is an error. `event` is the same in a stream, if it differs there; its JSON
+    stands between `before` and `after`."""
 
     body: Callable[[StrettoError, str], Any]
     before: bytes
     after: bytes
+    event: Callable[[StrettoError, str], Any] | None = None
 
     def ending(self, error: StrettoError, request_id: str) -> bytes:
         """What ends a stream that fails."""
-        return self.before + json.encode(self.body(error, request_id)) + self.after
+        return self.before + json.encode((self.event or self.body)(error, request_id)) + self.after
 
 
 def _openai(error: StrettoError, request_id: str) -> dict[str, Any]:
     return error.body()
+
+
+def _response_event(error: StrettoError, request_id: str) -> dict[str, Any]:
+    return {"type": "error", "code": error.code, "message": error.message, "param": error.param}
 
 
 def _anthropic(error: StrettoError, request_id: str) -> AnthropicError:
@@ -51,9 +57,10 @@ def _ollama(error: StrettoError, request_id: str) -> OllamaError:
 
 
 OPENAI = Dialect(_openai, b"data: ", b"\n\n")
+RESPONSES = Dialect(_openai, b"event: error\ndata: ", b"\n\n", _response_event)
 ANTHROPIC = Dialect(_anthropic, b"event: error\ndata: ", b"\n\n")
 OLLAMA = Dialect(_ollama, b"", b"\n")
-PREFIXES = (("/v1/messages", ANTHROPIC), ("/api/", OLLAMA))
+PREFIXES = (("/v1/messages", ANTHROPIC), ("/api/", OLLAMA), ("/v1/responses", RESPONSES))
 
 
 def dialect_of(path: str) -> Dialect:

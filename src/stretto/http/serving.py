@@ -135,7 +135,8 @@ async def _serve(
             loading.result()
             if on_ready is not None:
                 on_ready(url(config.host, listener.getsockname()[1]))
-        await serving
+        # A cancellation here must not reach uvicorn, which closes its sockets only when it is asked to exit.
+        await asyncio.wait({serving})
     finally:
         loading.cancel()
         server.should_exit = True

@@ -27,6 +27,8 @@ from stretto.protocol.openai import (
 from stretto.types import BOUNDS, INT32_MAX
 
 One = Annotated[float, Meta(ge=1, le=1)]
+# The version of Ollama whose API this is. Clients compare it before they use a field.
+API_VERSION = "0.12.11"
 KeepAlive = float | str
 Format = Literal["", "json"] | dict[str, Any]
 Think = bool | Literal["low", "medium", "high"]

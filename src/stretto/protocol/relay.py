@@ -19,14 +19,55 @@ RELAY = "/v1/relay"
 MARK = b":~"  # how a mark's line begins
 TOOK_MARK = MARK + b"$ "  # how the line begins that says what a stream took
 TOOK = "x-stretto-took"  # the header that says it of an answer in one piece
-OperationName = Literal["chat", "completions", "embeddings"]
+ERROR_CODE = "x-stretto-error"  # the header of a refusal: the error's code, in the words of every API
+MARKED = "x-stretto-marks"  # the header of a stream that has marks
+OperationName = Literal[
+    "chat",
+    "completions",
+    "embeddings",
+    "responses",
+    "retrieve_response",
+    "delete_response",
+    "messages",
+    "count_tokens",
+    "ollama_chat",
+    "ollama_generate",
+    "ollama_embed",
+    "ollama_embeddings",
+    "ollama_show",
+    "score",
+    "rerank",
+    "tokenize",
+    "detokenize",
+]
+# The paths of each operation whose request is the body of a POST, at a worker and at a gateway alike.
+PATHS: dict[OperationName, tuple[str, ...]] = {
+    "chat": ("/v1/chat/completions",),
+    "completions": ("/v1/completions",),
+    "embeddings": ("/v1/embeddings",),
+    "responses": ("/v1/responses",),
+    "messages": ("/v1/messages",),
+    "count_tokens": ("/v1/messages/count_tokens",),
+    "ollama_chat": ("/api/chat",),
+    "ollama_generate": ("/api/generate",),
+    "ollama_embed": ("/api/embed",),
+    "ollama_embeddings": ("/api/embeddings",),
+    "ollama_show": ("/api/show",),
+    "score": ("/v1/score", "/score"),
+    "rerank": ("/v1/rerank", "/v2/rerank", "/rerank"),
+    "tokenize": ("/tokenize",),
+    "detokenize": ("/detokenize",),
+}
+RESPONSES = "/v1/responses"
 
 
 class WorkerReport(Struct, frozen=True):
     """What a worker tells gateways about itself, as msgpack in answer to a GET of the RELAY path.
 
     `now`: the worker's monotonic clock. `boot`: changes with each start of its engine, which empties the KV
-    cache. `snapshots`: by model, the scheduler's `admission.Snapshot`; none under the schedule fcfs.
+    cache. `snapshots`: by model, the scheduler's `admission.Snapshot`; none under the schedule fcfs. `store`:
+    what the ids of the answers begin with that this server keeps. `bytes_per_token`: by model, the bytes of
+    requests for each token of their prompts.
     """
 
     now: float
@@ -37,13 +78,22 @@ class WorkerReport(Struct, frozen=True):
     tiers: dict[str, Tier]
     snapshots: dict[str, Raw]
     version: int = 1
+    store: str = ""
+    bytes_per_token: dict[str, float] = {}
 
 
 class EmittedAnswer(Struct, frozen=True, array_like=True):
-    """The part of one answer that the client already has."""
+    """The part of one answer that the client already has.
+
+    `complete`: it has the finish reason. `late`: a token missed its deadline. `first_ms` and `last_ms`: when
+    its first and its latest token came, from the request's arrival; negative when they are not known.
+    """
 
     tokens: list[int] = []
-    complete: bool = False  # whether the client has its finish reason
+    complete: bool = False
+    late: bool = False
+    first_ms: float = -1.0
+    last_ms: float = -1.0
 
 
 class Continuation(Struct, frozen=True):
@@ -59,7 +109,8 @@ class RelayedRequest(Struct, frozen=True):
     """A client's request as a gateway passes it on.
 
     `age_ms`: milliseconds since it reached the gateway, from which its deadlines count. `request` is the
-    body as the client sent it.
+    body as the client sent it. `nonce`: a random text of which ids in the answer are made, so that they stay
+    the same when another worker goes on.
     """
 
     operation: OperationName
@@ -67,6 +118,7 @@ class RelayedRequest(Struct, frozen=True):
     request: Raw
     age_ms: float = 0.0
     continuation: Continuation | None = None
+    nonce: Annotated[str, Meta(max_length=64)] = ""
 
 
 class ErasureRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,13 +136,25 @@ class ErasureReport(Struct, frozen=True):
     held: int
 
 
-def mark(index: int, tokens: list[int], *, complete: bool, last: bool) -> bytes:
+class KeptResponseId(Struct, frozen=True):
+    """The request of `retrieve_response` and `delete_response`."""
+
+    id: Annotated[str, Meta(max_length=256)]
+
+
+def mark(index: int, tokens: list[int], *, complete: bool, last: bool, late: bool = False) -> bytes:
     """The mark after events of the answer `index` that are made of `tokens`.
 
-    `complete`: the answer has its finish reason. `last`: nothing follows in the stream.
+    `complete`: the answer has its finish reason. `last`: nothing follows in the stream. `late`: a token of
+    the answer has missed its deadline.
     """
     end = b"!" if last else b"." if complete else b""
-    return b"%b%d %b%b\n\n" % (MARK, index, " ".join(map(str, tokens)).encode(), end)
+    return b"%b%d %b%b%b\n\n" % (MARK, index, " ".join(map(str, tokens)).encode(), b"-" if late else b"", end)
+
+
+def error_mark(code: str) -> bytes:
+    """The mark after the event with which a stream ends in an error."""
+    return b"%b? %b\n\n" % (MARK, code.encode())
 
 
 class Took(NamedTuple):
@@ -115,19 +179,27 @@ class Took(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A mark that was read. `answer` is the index of the answer."""
+    """A mark that was read. `answer` is the index of the answer; `error`: the stream ends in that error."""
 
     answer: int
     tokens: list[int]
-    complete: bool
-    last: bool
+    complete: bool = False
+    last: bool = False
+    late: bool = False
+    error: str = ""
 
 
 def read_mark(line: bytes) -> Mark:
     """The meaning of a mark's line. Raises ValueError for a line that is no mark."""
     text = line.strip()
-    last, complete = text.endswith(b"!"), text.endswith((b"!", b"."))
-    index, _, tokens = text[len(MARK) : len(text) - complete].partition(b" ")
     if not text.startswith(MARK):
         raise ValueError(f"no mark: {line[:40]!r}")
-    return Mark(int(index), [int(token) for token in tokens.split()], complete, last)
+    index, _, rest = text[len(MARK) :].partition(b" ")
+    if index == b"?":
+        return Mark(0, [], last=True, error=rest.decode())
+    tokens = rest.rstrip(b"-.!")
+    flags = rest[len(tokens) :]
+    last = b"!" in flags
+    return Mark(
+        int(index), [int(each) for each in tokens.split()], last or b"." in flags, last, b"-" in flags
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
 from stretto.ladder.serving import ServedLadder
 from stretto.protocol.parsing import require_json
-from stretto.protocol.relay import RELAY
+from stretto.protocol.relay import PATHS, RELAY, OperationName, error_mark
 from stretto.server.adapters.messages import count_tokens, create_message
 from stretto.server.adapters.ollama import answers as ollama
 from stretto.server.adapters.ollama.models import ModelPages, show
@@ -37,14 +37,13 @@ from stretto.server.adapters.response_store import ResponseStore
 from stretto.server.adapters.responses import Responses
 from stretto.server.adapters.tokens import detokenize, tokenize
 from stretto.server.embeddings import embed
-from stretto.server.generation import CHAT, COMPLETION, generate, relay
+from stretto.server.generation import CHAT, COMPLETION, Handler, generate, relay
 from stretto.server.pages import Pages
 from stretto.server.state import Call, GrammarCheck, Server, status_of
 from stretto.telemetry.metrics import Ended
 from stretto.text.tokenizer import TextModel
 
 log = logging.getLogger(__name__)
-Handler = Callable[[Call], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,10 @@ class Endpoint:
             failure = error if isinstance(error, StrettoError) else internal(error)
             if call is None or not call.streaming:
                 raise failure from None
-            await send({"type": "http.response.body", "body": call.error_event(failure)})
+            ending = call.error_event(failure)
+            if call.relayed:
+                ending += error_mark(failure.code)
+            await send({"type": "http.response.body", "body": ending})
         finally:
             if call is not None:
                 call.client_gone = call.client_gone or client_gone
@@ -97,31 +99,32 @@ class App(Starlette):
 
     def __init__(self, server: Server) -> None:
         responses = Responses(server, ResponseStore(server.config.response_store))
-        work: dict[str, tuple[str, Handler]] = {
-            "/v1/chat/completions": ("chat", partial(generate, operation=CHAT)),
-            "/v1/completions": ("completions", partial(generate, operation=COMPLETION)),
-            "/v1/embeddings": ("embeddings", embed),
-            "/v1/messages": ("messages", create_message),
-            "/v1/messages/count_tokens": ("count_tokens", count_tokens),
-            "/api/chat": ("ollama_chat", ollama.chat),
-            "/api/generate": ("ollama_generate", ollama.generate),
-            "/api/embed": ("ollama_embed", ollama.embed),
-            "/api/embeddings": ("ollama_embeddings", ollama.embedding),
-            "/api/show": ("ollama_show", show),
-            "/v1/responses": ("responses", responses.create),
-            "/v1/score": ("score", score),
-            "/score": ("score", score),
-            "/v1/rerank": ("rerank", rerank),
-            "/v2/rerank": ("rerank", rerank),
-            "/rerank": ("rerank", rerank),
-            "/tokenize": ("tokenize", tokenize),
-            "/detokenize": ("detokenize", detokenize),
-            RELAY: ("relay", relay),
+        work: dict[OperationName, Handler] = {
+            "chat": partial(generate, operation=CHAT),
+            "completions": partial(generate, operation=COMPLETION),
+            "embeddings": embed,
+            "messages": create_message,
+            "count_tokens": count_tokens,
+            "ollama_chat": ollama.chat,
+            "ollama_generate": ollama.generate,
+            "ollama_embed": ollama.embed,
+            "ollama_embeddings": ollama.embedding,
+            "ollama_show": show,
+            "responses": responses.create,
+            "retrieve_response": responses.retrieve_relayed,
+            "delete_response": responses.delete_relayed,
+            "score": score,
+            "rerank": rerank,
+            "tokenize": tokenize,
+            "detokenize": detokenize,
         }
         routes = [
-            Route(path, Endpoint(name, server, handler), methods=["POST"])
-            for path, (name, handler) in work.items()
+            Route(path, Endpoint(name, server, work[name]), methods=["POST"])
+            for name, paths in PATHS.items()
+            for path in paths
         ]
+        relayed = Endpoint("relay", server, partial(relay, operations=work))
+        routes.append(Route(RELAY, relayed, methods=["POST"]))
         pages = Pages(server).routes() + ModelPages(server).routes()
         super().__init__(routes=routes + responses.routes() + pages)
         self.router.redirect_slashes = False

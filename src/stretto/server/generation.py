@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -15,10 +15,9 @@ from starlette.responses import Response
 from stretto.errors import EngineError, Unauthorised
 from stretto.protocol.openai import ChatRequest, CompletionRequest, Generation
 from stretto.protocol.parsing import JSON, parse
-from stretto.protocol.relay import RelayedRequest, mark
+from stretto.protocol.relay import MARKED, PATHS, RESPONSES, OperationName, RelayedRequest, mark
 from stretto.server import responses
 from stretto.server.admission_gate import Slot
-from stretto.server.embeddings import embed
 from stretto.server.objectives import PRIORITY, ServiceLevel, requested_tier, resolve_objective
 from stretto.server.responses import ResponseWriter, Style
 from stretto.server.state import GATEWAY, LOCAL, Call
@@ -36,6 +35,7 @@ from stretto.types import Request, Sampling, TokenEvent
 
 R = TypeVar("R", bound=Generation)
 Arrived = tuple[Output, list[TokenEvent]]
+Handler = Callable[[Call], Awaitable[None]]
 UNBUFFERED = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
@@ -54,9 +54,10 @@ OLDEST_MS = 600_000.0  # no gateway holds a request for longer
 RELAYED = json.Decoder(RelayedRequest)
 
 
-async def relay(call: Call) -> None:
-    """Answers a request that a gateway passes on: the same pipeline, for the gateway's tenant, with deadlines
-    that count from its arrival there. Raises StrettoError; Unauthorised for a caller that is no gateway."""
+async def relay(call: Call, operations: Mapping[OperationName, Handler]) -> None:
+    """Answers a request that a gateway passes on: the same handler, for the gateway's tenant, with deadlines
+    that count from its arrival there. Errors are written as the API of the operation has them. Raises
+    StrettoError; Unauthorised for a caller that is no gateway."""
     config = call.server.config
     if call.tenant != (GATEWAY if config.gateway_key or config.api_keys else LOCAL):
         raise Unauthorised("only a gateway may relay requests: give it the gateway_key of this worker")
@@ -66,12 +67,9 @@ async def relay(call: Call) -> None:
     call.arrival -= min(max(relayed.age_ms, 0.0), OLDEST_MS) / 1e3
     call.relayed = True
     call.continuation = relayed.continuation
-    if relayed.operation == "embeddings":
-        await embed(call)
-    elif relayed.operation == "chat":
-        await generate(call, CHAT)
-    else:
-        await generate(call, COMPLETION)
+    call.nonce = relayed.nonce or call.nonce
+    call.request.scope["path"] = PATHS.get(relayed.operation, (RESPONSES,))[0]
+    await operations[relayed.operation](call)
 
 
 class AnswerWriter(Protocol):
@@ -113,6 +111,7 @@ async def run(
         call.tier = slo.tier
         await server.check_grammar(call, spec.sampling.grammar, spec.grammar_path)
         prompts = await server.run_text(call, spec.encode)
+        server.encoded(model.name, len(call.body), max(sum(len(prompt.ids) for prompt in prompts), 1))
         samplings = spec.sampling.fan_out()
         for prompt in prompts:
             for copy, sampling in enumerate(samplings):
@@ -141,6 +140,9 @@ def submit(
     )
     sequence = server.engine.submit(request)
     visible = markers.VISIBLE if spec.parser else frozenset[str]()
+    parser = spec.answer_parser(prompt.thinking)
+    if parser is not None:
+        parser.nonce = f"{call.nonce}.{index}"
     output = Output(
         request,
         sequence,
@@ -153,7 +155,7 @@ def submit(
         index=index,
         prompt_counts=first,
         echo=prompt.echo,
-        parser=spec.answer_parser(prompt.thinking),
+        parser=parser,
         grammar_path=None if sampling.grammar is None else spec.grammar_path,
     )
     call.outputs.append(output)
@@ -168,7 +170,10 @@ async def stream(call: Call, writer: AnswerWriter, slot: Slot) -> None:
     send = call.send
     if not running:
         await send_head(call)
-        await send({"type": "http.response.body", "body": writer.end(call.outputs)})
+        ending = writer.end(call.outputs)
+        if call.relayed:
+            ending += call.took().mark() + mark(0, [], complete=True, last=True)
+        await send({"type": "http.response.body", "body": ending})
     async with aclosing(deltas(call.outputs, slot)) as parts:
         async for output, fresh in parts:
             body = writer.events(output, fresh)
@@ -180,7 +185,9 @@ async def stream(call: Call, writer: AnswerWriter, slot: Slot) -> None:
                 tokens = [event.token for _, event in fresh if event is not None and event.token is not None]
                 if not running:
                     body += call.took().mark()
-                body += mark(output.index, tokens, complete=complete, last=not running)
+                body += mark(
+                    output.index, tokens, complete=complete, last=not running, late=output.times.late
+                )
             if not call.streaming:
                 await send_head(call)
             if body:
@@ -191,6 +198,8 @@ async def send_head(call: Call) -> None:
     """Begins a stream."""
     call.streaming = True
     headers = [(b"content-type", call.stream_type), *UNBUFFERED]
+    if call.relayed:
+        headers.append((MARKED.encode(), b"1"))
     await call.send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
@@ -199,8 +208,7 @@ def replay(call: Call, writer: AnswerWriter) -> int:
     if call.continuation is None:
         return 0
     for output in call.outputs:
-        emitted = call.emitted(output.index)
-        writer.skip(output, output.replay(emitted.tokens, complete=emitted.complete))
+        writer.skip(output, output.replay(call.emitted(output.index)))
     return sum(output.finish_reason is not None for output in call.outputs)
 
 
@@ -217,7 +225,7 @@ async def deltas(outputs: list[Output], slot: Slot) -> AsyncGenerator[tuple[Outp
     if len(outputs) == 1:  # nearly always; one generator less saves 0.4 us for each token
         (output,) = outputs
         async for arrived in output.stream:
-            if output.times.first is None:
+            if not output.started:
                 slot.first_token()
             yield output, output.push(arrived)
             if output.finish_reason is not None:
@@ -226,7 +234,7 @@ async def deltas(outputs: list[Output], slot: Slot) -> AsyncGenerator[tuple[Outp
         return
     async with aclosing(_of_all(outputs)) as events:
         async for output, arrived in events:
-            if output.times.first is None:
+            if not output.started:
                 slot.first_token()
             yield output, output.push(arrived)
 

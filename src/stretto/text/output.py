@@ -6,15 +6,19 @@ times. It closes its stream when the text ends the answer. It knows neither HTTP
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from math import isfinite
+from hashlib import blake2b
+from math import inf, isfinite
 from time import monotonic
 from typing import Protocol
+
+from msgspec import structs
 
 from stretto.deadlines import Deadline
 from stretto.errors import CannotBeOnTime, EngineError, InvalidGrammar, InvalidRequest
 from stretto.protocol.openai import AnswerReport, Delta, FinishReason
+from stretto.protocol.relay import EmittedAnswer
 from stretto.statistics import quantile
 from stretto.text.detokenizer import Detokenizer
 from stretto.text.reasoning_parser import ReasoningParser
@@ -48,7 +52,7 @@ class Times:
     arrival: float
     deadline: Deadline
     timed: bool  # whether the request set any deadline
-    cut: bool = False  # whether the engine ended the answer because its time had run out
+    cut: bool = False  # whether the answer was late elsewhere, or ended because its time had run out
     first: float | None = None
     last: float = 0.0
     gaps: list[float] = field(default_factory=list[float])  # between arrivals of tokens
@@ -57,6 +61,16 @@ class Times:
     def of(cls, arrival: float, objective: Objective, emitted: int = 0) -> Times:
         """Of a request that arrived at `arrival`; only `emitted` tokens have come yet, elsewhere."""
         return cls(arrival, Deadline.of(arrival, objective, emitted), objective.timed)
+
+    @classmethod
+    def continued(cls, request: Request, emitted: EmittedAnswer) -> Times:
+        """Of an answer that goes on after what the client has of it: late tokens there count here."""
+        first = request.arrival + emitted.first_ms / 1e3 if emitted.first_ms >= 0 else None
+        count = len(emitted.tokens)
+        deadline = Deadline.of(request.arrival, request.objective, count, inf if first is None else first)
+        times = cls(request.arrival, deadline, request.objective.timed, cut=emitted.late, first=first)
+        times.last = request.arrival + max(emitted.last_ms, emitted.first_ms) / 1e3
+        return times
 
     def mark(self, now: float, tokens: int) -> None:
         """Record that events with so many tokens arrived."""
@@ -71,7 +85,7 @@ class Times:
     def end(self, now: float, *, cut: bool) -> None:
         """Record the end of the answer."""
         self.deadline.end(now)
-        self.cut = cut
+        self.cut = self.cut or cut
 
     @property
     def slack(self) -> float:
@@ -120,6 +134,7 @@ class AnswerParser:
         self._single_call = single_call
         self._stop = stop
         self.abandoned: set[int] = set()
+        self.nonce = ""  # of which the ids of tool calls are made, if there is one
 
     @property
     def calls(self) -> int:
@@ -172,8 +187,15 @@ class AnswerParser:
                 self.abandoned.add(event.index)
                 deltas.append(Delta(content=event.unsent if self._streamed else event.text))
             else:
+                if self.nonce and isinstance(event.id, str):
+                    event = structs.replace(event, id=call_id(self.nonce, event.index))
                 deltas.append(Delta(tool_calls=[event]))
         return deltas
+
+
+def call_id(nonce: str, index: int) -> str:
+    """The id of a tool call: the same for the same nonce. Mistral's templates insist on nine characters."""
+    return blake2b(f"{nonce}.{index}".encode(), digest_size=5).hexdigest()[:9]
 
 
 @dataclass(slots=True)
@@ -195,6 +217,7 @@ class Output:
     tokens: int = 0
     finish_reason: FinishReason | None = None
     began: Began | None = None
+    started: bool = False  # whether any of its events came from this worker
     stop_token: int | None = None  # that ended it
     times: Times = field(init=False)
 
@@ -218,6 +241,7 @@ class Output:
         Raises EngineError when the sequence failed, CannotBeOnTime when the engine refused it.
         """
         now = monotonic()
+        self.started = True
         # Only the last event may come without a token: it ends the sequence.
         self.times.mark(now, len(events) - (events[-1].token is None) if events else 0)
         if self.began is None and events:
@@ -240,12 +264,12 @@ class Output:
                 self._finished(event.finish, deltas)
         return deltas
 
-    def replay(self, tokens: Sequence[int], *, complete: bool) -> list[OutputDelta]:
-        """The deltas of tokens that the client already has. `complete`: it has the end of the answer too."""
-        times = self.times
+    def replay(self, emitted: EmittedAnswer) -> list[OutputDelta]:
+        """The deltas of the tokens that the client already has from another worker."""
+        tokens = emitted.tokens
         deltas = self.push([TokenEvent(self.request.id, token) for token in tokens]) if tokens else []
-        self.times, self.began = Times.of(times.arrival, self.request.objective, len(tokens)), None
-        if complete and self.finish_reason is None:
+        self.times, self.began, self.started = Times.continued(self.request, emitted), None, False
+        if emitted.complete and self.finish_reason is None:
             self._end("stop", deltas)
         return deltas
 

@@ -19,10 +19,8 @@ from stretto.gateway.accounts import issue
 from stretto.gateway.accounts.keys import KeyFile
 from stretto.gateway.app import Gateway
 from stretto.gateway.settings import GatewayConfig
-from tests.gateway.test_app import ASK, CHAT, checkpoint, cluster, fake
+from tests.gateway.cluster import ASK, CHAT, cluster, fake
 from tests.server.fake_engine import FakeEngine
-
-__all__ = ["checkpoint"]
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from stretto.errors import EngineDied, Unavailable
 from stretto.gateway.app import Gateway
 from stretto.gateway.cache.answers import Answers
 from stretto.gateway.cache.policy import CachePolicy
-from stretto.gateway.relay import Relay, RelayedExchange
+from stretto.gateway.exchange import RelayedExchange
+from stretto.gateway.relay import Relay
+from stretto.gateway.routing.fields import read_fields
 from stretto.gateway.settings import GatewayConfig
 from stretto.types import Finish, Reason, Request, TokenEvent
-from tests.gateway.test_app import ASK, CHAT, cluster, fake, text_of
-from tests.server.checkpoint import CHATML, byte_level, write
+from tests.gateway.cluster import ASK, CHAT, cluster, fake, text_of
 from tests.server.fake_engine import FakeEngine, info
 
 FIXED: dict[str, Any] = ASK | {"temperature": 0}
@@ -31,11 +32,6 @@ ON = {"caches": {"local": CachePolicy()}}
 TWO = {"gateway_key": "secret", "api_keys": {"k-ann": "ann", "k-bob": "bob"}}
 ANN, BOB = ({"Authorization": f"Bearer k-{name}"} for name in ("ann", "bob"))
 OPERATOR = {"Authorization": "Bearer secret"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("tiny"), byte_level(), CHATML, eos="<|stop|>")
 
 
 def cached(answer: httpx.Response) -> str | None:
@@ -275,7 +271,9 @@ async def test_a_failed_leaders_followers_try_once_more_together(failures: int, 
             got.append(body)
 
         body = json.dumps(WHOLE).encode()
-        await answers.run(RelayedExchange("chat", "ann", body, time.monotonic(), send))
+        await answers.run(
+            RelayedExchange("chat", CHAT, "ann", body, read_fields(body), time.monotonic(), send)
+        )
 
     results = await asyncio.gather(*(ask() for _ in range(5)), return_exceptions=True)
     assert sum(isinstance(result, Unavailable) for result in results) == 5 - answered

@@ -23,11 +23,12 @@ from stretto.gateway.cache.key import KeyMaker, Source, revision_of, revisions
 from stretto.gateway.cache.memory import AnswerStore, Keeping, MemoryStore
 from stretto.gateway.cache.policy import Wish, policy_of, wish_of, without_field
 from stretto.gateway.cache.stats import CacheKind, CacheStats
+from stretto.gateway.exchange import RelayedExchange
 from stretto.gateway.registry import CONNECT_S, Worker
-from stretto.gateway.relay import Relay, RelayedExchange
+from stretto.gateway.relay import Relay
 from stretto.gateway.settings import GatewayConfig
 from stretto.gateway.upstream.connection import UpstreamConnection, WorkerLost
-from stretto.protocol.relay import RELAY, ErasureReport, ErasureRequest
+from stretto.protocol.relay import RELAY, ErasureReport, ErasureRequest, OperationName
 
 log = logging.getLogger(__name__)
 MOST_ANSWER = 1 << 20  # bytes of an answer that is kept or shared
@@ -38,6 +39,7 @@ STREAM_HEADERS = {
 }
 ERASE_S = 15.0  # a worker's step may take this long
 HEADER = "x-stretto-cached"
+KEPT: frozenset[OperationName] = frozenset({"chat", "completions", "embeddings"})
 
 
 class Asked(NamedTuple):
@@ -73,6 +75,9 @@ class Answers:
 
     async def run(self, exchange: RelayedExchange) -> None:
         """Answers a request. Raises StrettoError, as the relay does."""
+        if exchange.operation not in KEPT:
+            await self._relay.run(exchange)
+            return
         fields, exchange.body = without_field(exchange.body)
         policy = policy_of(self._policies, exchange.tenant)
         wish = None if policy is None else wish_of(policy, fields, exchange.operation, exchange.body)
@@ -119,7 +124,7 @@ class Answers:
 
     def _source(self, wish: Wish, exchange: RelayedExchange) -> Source:
         """Who would answer. All workers of the model count, so the key holds while some are away."""
-        model, _ = self._relay.model(wish.body.get("model"))
+        model = self._relay.registry.model(wish.body.get("model")).name
         known = [
             f"plain {worker.name}" if info is None else revision_of(info)
             for worker in self._relay.registry.workers.values()

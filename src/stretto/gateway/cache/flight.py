@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
-from stretto.gateway.relay import Send
+from stretto.gateway.exchange import Send
 
 HIGH_WATER = 256 * 1024  # unread bytes for which the upstream waits
 

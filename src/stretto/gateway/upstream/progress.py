@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 from msgspec import DecodeError, Struct, ValidationError, json
 
 from stretto.protocol.relay import MARK, TOOK_MARK, Continuation, EmittedAnswer, Took, read_mark
 
-MARK_LINE = b"\n\n" + MARK
+MARK_LINE = b"\n" + MARK
 END = b"\n\n"
-RETRIABLE = {"engine_died", "draining", "unavailable", "worker_lost"}
+DATA = b"data: "
+# The request can go on, or begin again, on another worker.
+RETRIABLE = {"engine_died", "engine_stalled", "draining", "unavailable", "overloaded", "worker_lost"}
 
 
-class _Head(Struct):
+class _Opened(Struct):
+    """The first event of an answer, as far as another worker must repeat it."""
+
     id: str = ""
     created: int = 0
+    created_at: int | str = 0
+    response: _Opened | None = None
 
 
-class _Detail(Struct):
-    code: str | None = None
+@dataclass(slots=True)
+class _Part:
+    """What the client has of one answer. Times are seconds of the gateway's clock."""
 
-
-class _Error(Struct):
-    error: _Detail
+    first: float
+    last: float
+    tokens: list[int] = field(default_factory=list[int])
+    complete: bool = False
+    late: bool = False
 
 
 class Progress:
     """Splits a relayed stream into bytes for the client and marks, and keeps the tokens of the marks.
 
-    Bytes after the last mark are held back: if the worker is lost, the next one makes them again.
+    Bytes after the last mark are held back: if the worker is lost, the next one makes them again. `error` is
+    the code of the error in which the worker ended the stream; the client gets it unless it is RETRIABLE.
     """
 
-    __slots__ = ("_complete", "_head", "_held", "_tokens", "ended", "took")
+    __slots__ = ("_clock", "_head", "_held", "_parts", "ended", "error", "took")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.ended = False  # whether the client has the whole stream
         self.took: Took | None = None  # as the worker said at the end
+        self.error = ""
+        self._clock = clock
         self._held: bytes = b""
-        self._head: _Head | None = None
-        self._tokens: dict[int, list[int]] = {}
-        self._complete: set[int] = set()
+        self._head: _Opened | None = None
+        self._parts: dict[int, _Part] = {}
 
     @property
     def begun(self) -> bool:
@@ -48,60 +62,82 @@ class Progress:
     @property
     def emitted(self) -> int:
         """How many tokens the client has."""
-        return sum(map(len, self._tokens.values()))
+        return sum(len(part.tokens) for part in self._parts.values())
 
     def push(self, data: bytes) -> bytes:
         """The bytes for the client that `data` completes. Raises ValueError for a malformed mark."""
         data = self._held + data if self._held else data
         passed = b""
-        while (at := data.find(MARK_LINE)) >= 0:
-            end = data.find(END, at + len(MARK_LINE))
+        while True:
+            at = 0 if data.startswith(MARK) else data.find(MARK_LINE) + 1
+            if at == 0 and not data.startswith(MARK):
+                break
+            end = data.find(END, at)
             if end < 0:
                 break
-            events = data[: at + len(END)]
-            line = data[at + len(END) : end]
+            line = data[at:end]
             if line.startswith(TOOK_MARK):
                 self.took = Took.of(line.removeprefix(TOOK_MARK).decode())
-                data = events + data[end + len(END) :]
+                data = data[:at] + data[end + len(END) :]
                 continue
-            mark = read_mark(line)
-            if self._head is None:
-                self._head = _head_of(events)
-            self._tokens.setdefault(mark.answer, []).extend(mark.tokens)
-            if mark.complete:
-                self._complete.add(mark.answer)
-            self.ended = self.ended or mark.last
-            passed += events
+            self._take(data[:at], line)
+            if self.error in RETRIABLE:
+                return passed
+            passed += data[:at]
             data = data[end + len(END) :]
         self._held = data
         return passed
 
     def lost(self) -> None:
         """The worker is gone: forget what was held back."""
-        self._held = b""
-
-    def error(self) -> tuple[bytes, bool]:
-        """The error event with which the worker ended the stream, and whether another worker may go on."""
-        text = self._held.strip().removeprefix(b"data: ")
-        try:
-            code = json.decode(text, type=_Error).error.code
-        except (DecodeError, ValidationError):
-            return b"", True
-        return self._held, code in RETRIABLE
-
-    def continuation(self) -> Continuation | None:
-        """Where another worker must go on; None when the client has nothing yet."""
+        self._held, self.error = b"", ""
         if self._head is None:
+            self._parts.clear()
+
+    def continuation(self, arrival: float) -> Continuation | None:
+        """Where another worker must go on with a request that came at `arrival`; None when the client has
+        nothing yet."""
+        head = self._head
+        if head is None:
             return None
-        count = max(self._tokens, default=-1) + 1
+        head = head.response or head
         answers = [
-            EmittedAnswer(self._tokens.get(index, []), index in self._complete) for index in range(count)
+            self._emitted(self._parts.get(index), arrival)
+            for index in range(max(self._parts, default=-1) + 1)
         ]
-        return Continuation(self._head.id, self._head.created, answers)
+        created = head.created or (head.created_at if isinstance(head.created_at, int) else 0)
+        return Continuation(head.id, created, answers)
+
+    def _emitted(self, part: _Part | None, arrival: float) -> EmittedAnswer:
+        if part is None:
+            return EmittedAnswer()
+        times = [(when - arrival) * 1e3 for when in (part.first, part.last)]
+        return EmittedAnswer(part.tokens, part.complete, part.late, *times)
+
+    def _take(self, events: bytes, line: bytes) -> None:
+        """Counts what a mark says of the events before it."""
+        mark = read_mark(line)
+        if mark.error:
+            self.error = mark.error
+            self.ended = mark.error not in RETRIABLE
+            return
+        if self._head is None and events:
+            self._head = _opened(events)
+        now = self._clock()
+        part = self._parts.get(mark.answer)
+        if part is None:
+            part = self._parts[mark.answer] = _Part(now, now)
+        part.tokens += mark.tokens
+        part.last = now
+        part.complete = part.complete or mark.complete
+        part.late = part.late or mark.late
+        self.ended = self.ended or mark.last
 
 
-def _head_of(events: bytes) -> _Head:
+def _opened(events: bytes) -> _Opened:
+    at = events.find(DATA)
+    first = events[at + len(DATA) :].split(END, 1)[0] if at >= 0 else events.split(b"\n", 1)[0]
     try:
-        return json.decode(events.split(END, 1)[0].removeprefix(b"data: "), type=_Head)
+        return json.decode(first, type=_Opened)
     except (DecodeError, ValidationError):
-        return _Head()
+        return _Opened()

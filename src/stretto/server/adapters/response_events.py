@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from secrets import token_hex
 from typing import Any, Literal
 
 from msgspec import json, structs
 
-from stretto.errors import InvalidRequest, StrettoError
+from stretto.errors import StrettoError
 from stretto.protocol.openai import ToolCallDelta
 from stretto.protocol.responses import (
     IncompleteDetails,
@@ -106,8 +105,9 @@ class EventWriter:
         return opening + self._add(output, deltas)
 
     def skip(self, output: Output, deltas: Sequence[OutputDelta]) -> None:
-        """No gateway relays these streams, so none is continued."""
-        raise InvalidRequest("a stream of /v1/responses cannot be continued; send the request again")
+        """Takes deltas that the client has from another worker."""
+        if output.request.emitted:
+            self.events(output, deltas)
 
     def end(self, outputs: list[Output]) -> bytes:
         """What ends a stream that went well."""
@@ -169,8 +169,10 @@ class EventWriter:
         self, output: Output, kind: ItemKind, events: list[bytes], call: ToolCallDelta | None = None
     ) -> OpenItem:
         self._close(output, "completed", events)
-        opened = self._open = OpenItem(kind, PREFIXES[kind] + token_hex(12), call)
         at = len(self._items)
+        # Made of the response's id, so that it stays the same when another worker goes on.
+        id = f"{PREFIXES[kind]}{self._response.id.removeprefix('resp_')}{at:02x}"
+        opened = self._open = OpenItem(kind, id, call)
         events.append(self._event("output_item.added", output_index=at, item=opened.item("in_progress")))
         if kind != "function_call":
             events.append(self._item_event("content_part.added", opened, part=_part(kind, "")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from secrets import token_hex
+from hashlib import blake2b
 
 from msgspec import json, structs
 from starlette.requests import Request
@@ -29,6 +29,7 @@ from stretto.protocol.openai import (
     Tool,
 )
 from stretto.protocol.parsing import JSON, parse
+from stretto.protocol.relay import KeptResponseId
 from stretto.protocol.responses import (
     DeletedResponse,
     FlatChoice,
@@ -50,6 +51,8 @@ from stretto.server.validation import AnswerSpec, check_chat
 
 DECODER = json.Decoder(ResponseRequest)
 ITEMS = json.Decoder(list[InputItem])
+KEPT = json.Decoder(KeptResponseId)
+PATH = "/v1/responses"
 DIFFERENT = {"max_tokens", "n", "store", "stream_options", "response_format"}
 SAME = [name for name in Generation.__struct_fields__ if name not in DIFFERENT]
 PREVIOUS = "$.previous_response_id"
@@ -77,7 +80,7 @@ class Responses:
 
     def routes(self) -> list[Route]:
         """The routes of kept answers."""
-        path = "/v1/responses/{id}"
+        path = PATH + "/{id}"
         return [Route(path, self.retrieve, methods=["GET"]), Route(path, self.delete, methods=["DELETE"])]
 
     async def create(self, call: Call) -> None:
@@ -90,15 +93,25 @@ class Responses:
 
     async def retrieve(self, request: Request) -> Response:
         """A kept answer."""
-        tenant = self.server.tenant(request.headers)
-        kept = self.store.get(request.path_params["id"], tenant, request.url.path)
-        return Response(kept.answer, media_type=JSON)
+        return self._kept(request.path_params["id"], self.server.tenant(request.headers))
 
     async def delete(self, request: Request) -> Response:
         """Drops a kept answer."""
-        tenant = self.server.tenant(request.headers)
-        id = request.path_params["id"]
-        self.store.delete(id, tenant, request.url.path)
+        return self._deleted(request.path_params["id"], self.server.tenant(request.headers))
+
+    async def retrieve_relayed(self, call: Call) -> None:
+        """A kept answer, for a gateway. Raises UnknownResponse."""
+        await call.respond(self._kept(parse(KEPT, call.body).id, call.tenant))
+
+    async def delete_relayed(self, call: Call) -> None:
+        """Drops a kept answer, for a gateway. Raises UnknownResponse."""
+        await call.respond(self._deleted(parse(KEPT, call.body).id, call.tenant))
+
+    def _kept(self, id: str, tenant: str) -> Response:
+        return Response(self.store.get(id, tenant, f"{PATH}/{id}").answer, media_type=JSON)
+
+    def _deleted(self, id: str, tenant: str) -> Response:
+        self.store.delete(id, tenant, f"{PATH}/{id}")
         return Response(json.encode(DeletedResponse(id=id)), media_type=JSON)
 
     def _items(self, request: ResponseRequest, tenant: str) -> tuple[list[InputItem], int]:
@@ -128,7 +141,12 @@ class Responses:
                 self.store.put(response.id, KeptResponse(call.tenant, json.encode(response), conversation))
 
         def writer_of(spec: AnswerSpec, tier: str) -> EventWriter:
+            id = f"{self.server.store_id}{blake2b(call.nonce.encode(), digest_size=12).hexdigest()}"
+            created = int(time.time())
+            if call.continuation is not None:
+                id, created = call.continuation.id, call.continuation.created
             response = response_of(request, spec, tier, keeps)
+            response = structs.replace(response, id=id, created_at=created)
             relaxed = [renamed(path, NAMES) for path in spec.relaxed]
             writer = EventWriter(response, done, streamed=streamed, relaxed=relaxed)
             call.error_event = writer.failed
@@ -171,11 +189,11 @@ def chat_of(request: ResponseRequest, messages: list[Message]) -> ChatRequest:
 
 
 def response_of(request: ResponseRequest, spec: AnswerSpec, tier: str, kept: bool) -> ResponseObject:
-    """The answer to a request before anything is generated."""
+    """The answer to a request before anything is generated, without its id and its time."""
     text = request.text or TextOptions()
     return ResponseObject(
-        id=f"resp_{token_hex(16)}",
-        created_at=int(time.time()),
+        id="",
+        created_at=0,
         model=spec.model.name,
         instructions=request.instructions,
         previous_response_id=request.previous_response_id,

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stretto.protocol.ollama import (
+    API_VERSION,
     ModelDetails,
     OllamaModel,
     OllamaModels,
@@ -27,8 +28,6 @@ from stretto.text.tokenizer import TextModel
 from stretto.types import ModelInfo
 
 SHOW = json.Decoder(OllamaShow)
-# The version of Ollama whose API this is. Clients compare it before they use a field.
-API_VERSION = "0.12.11"
 NEVER = "2318-12-31T00:00:00Z"  # no model is unloaded
 
 

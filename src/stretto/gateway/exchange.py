@@ -1,0 +1,67 @@
+"""One client request on its way through the gateway, whatever workers it meets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from secrets import token_hex
+
+from stretto.gateway.accounts.usage import Tally
+from stretto.gateway.routing.fields import RoutingFields
+from stretto.gateway.routing.router import Ask
+from stretto.gateway.upstream.connection import Head
+from stretto.gateway.upstream.progress import Progress
+from stretto.protocol.relay import OperationName, Took
+from stretto.types import Request
+
+Send = Callable[[int, Mapping[str, str], bytes, bool], Awaitable[None]]
+
+
+class Refusal(Exception):
+    """A worker cannot take the request, for a reason that another one need not have."""
+
+    def __init__(self, head: Head, body: bytes) -> None:
+        super().__init__(head.status)
+        self.head = head
+        self.body = body
+
+
+@dataclass(slots=True)
+class RelayedExchange:
+    """One client request to a path. `send(status, headers, body, more)` writes to the client.
+
+    `kept`: the id of the answer that it asks for or goes on from. `admit(request, answers)` asks the tenant's
+    limits; it raises StrettoError for a request that may not run. `refusal`: what the last worker answered
+    that could not take it.
+    """
+
+    operation: OperationName
+    path: str
+    tenant: str
+    body: bytes
+    fields: RoutingFields
+    arrival: float
+    send: Send
+    request_id: str = ""
+    kept: str = ""
+    admit: Callable[[Request, int], None] = lambda request, answers: None
+    nonce: str = field(default_factory=token_hex)
+    took: Took | None = None  # of an answer in one piece, and of a stream from a server of another kind
+    progress: Progress = field(default_factory=lambda: Progress(time.monotonic))
+    tried: set[str] = field(default_factory=set[str])
+    first: float | None = None  # when the first bytes came
+    refusal: Refusal | None = None
+    model: str = ""
+    tier: str = ""
+    prompt_tokens: int = 0  # roughly
+    ask: Ask | None = None  # once it is admitted
+
+    def tally(self) -> Tally:
+        """What the answer took. Of one that was broken off the length of the prompt is an estimate."""
+        emitted, took = self.progress.emitted, self.progress.took or self.took
+        if took is None:
+            return Tally(prompt_tokens=self.prompt_tokens if emitted else 0, completion_tokens=emitted)
+        return Tally(
+            prompt_tokens=took.prompt, cached_tokens=took.cached, completion_tokens=emitted or took.output
+        )
