@@ -288,7 +288,7 @@ class Relay:
         headers = {"Content-Type": "application/json", "x-request-id": exchange.request_id}
         operation = exchange.operation
         if worker.plain:
-            return worker.pool.request(METHODS.get(operation, "POST"), exchange.path, headers, exchange.body)
+            return worker.pool.request("POST", exchange.path, headers, exchange.body)
         body = json.encode(KeptResponseId(exchange.kept)) if operation in METHODS else exchange.body
         relayed = RelayedRequest(
             operation=operation,
