@@ -243,13 +243,10 @@ class FailingRelay:
     def __init__(self, failures: int) -> None:
         self.runs = 0
         self.failures = failures
-        self.registry = SimpleNamespace(workers={})
+        self.registry = SimpleNamespace(workers={}, model=lambda name: SimpleNamespace(name="tiny"))  # pyright: ignore
 
     def admit(self, exchange: RelayedExchange) -> None:
         pass
-
-    def model(self, name: str | None) -> tuple[str, int]:
-        return "tiny", 512
 
     async def run(self, exchange: RelayedExchange) -> None:
         self.runs += 1
