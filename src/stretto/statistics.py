@@ -44,10 +44,10 @@ def spread(values: Iterable[float]) -> Spread | None:
     return Spread(mean, quantile(ordered, 0.5), quantile(ordered, 0.9), quantile(ordered, 0.99), ordered[-1])
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: float, count: float, z: float = 1.96) -> tuple[float, float]:
     """Wilson's interval of a proportion: 95 % with the default `z` (E. B. Wilson, JASA 22, 1927).
 
-    `count = 0` gives (0, 1).
+    Both numbers may be effective ones of weighted values. `count = 0` gives (0, 1).
     """
     if not count:
         return 0.0, 1.0
