@@ -76,6 +76,26 @@ async def test_a_client_that_leaves_cancels_the_work(checkpoint: Path):
         assert [each.view.active for each in gateway.registry.workers.values()] == [0]
 
 
+async def test_a_client_may_leave_at_any_moment(checkpoint: Path):
+    engine = fake(10, 30.0)
+    async with cluster(checkpoint, engine) as (client, gateway):
+        for turns in range(50):
+            task = asyncio.create_task(client.post(CHAT, json=ASK))
+            while not gateway.server.running:
+                await asyncio.sleep(0)
+            for _ in range(turns):  # until just before and just after the answer begins
+                await asyncio.sleep(0)
+            task.cancel()
+            while gateway.server.running:
+                await asyncio.sleep(0.005)
+        for _ in range(400):
+            if not engine.open:
+                break
+            await asyncio.sleep(0.02)
+        assert not engine.open
+        assert [each.view.active for each in gateway.registry.workers.values()] == [0]
+
+
 async def test_a_drained_worker_gets_no_new_requests(checkpoint: Path):
     engines = fake(10), fake(10)
     async with cluster(checkpoint, *engines, gateway_key="secret") as (client, gateway):

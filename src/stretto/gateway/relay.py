@@ -148,6 +148,7 @@ class Relay:
         placement = await self._place(ask, exchange)
         first = asyncio.create_task(self._start(ask, exchange, placement))
         racers = {first}
+        winner: Attempt | None = None
         try:
             wait = self._hedge_after(ask, exchange, placement)
             if wait < inf:
@@ -155,11 +156,14 @@ class Relay:
                 if not first.done() and (second := self._second(ask, exchange, placement)) is not None:
                     self.hedges += 1
                     racers.add(asyncio.create_task(self._start(ask, exchange, second)))
-            return await self._winner(racers, first)
+            winner = await self._winner(racers, first)
+            return winner
         finally:
             for racer in racers:
                 if not racer.done():
                     racer.cancel()
+                elif not racer.cancelled() and racer.exception() is None and racer.result() is not winner:
+                    self._end(racer.result())
 
     async def _winner(self, racers: set[asyncio.Task[Attempt]], first: asyncio.Task[Attempt]) -> Attempt:
         """The first attempt that has a head; the others end. Raises what the last of them raised."""
@@ -168,8 +172,6 @@ class Relay:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             good = [task for task in done if task.exception() is None]
             if good:
-                for task in good[1:]:
-                    self._end(task.result())
                 self.hedges_won += good[0] is not first
                 return good[0].result()
             if not waiting:
