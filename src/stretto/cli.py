@@ -386,6 +386,9 @@ def optimise(
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="leave out lines of the data that are no samples")
     ] = False,
+    until: Annotated[
+        str | None, option("end after the step that makes this variant; go on with --resume")
+    ] = None,
     device: Annotated[str, option("device to train and measure on: auto, cpu or cuda")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -401,6 +404,7 @@ def optimise(
             folder=recipe.parent,
             resume=resume,
             skip_bad_lines=skip_bad_lines,
+            until=until,
             device=device,
             progress=bars,
         )

@@ -277,6 +277,30 @@ def test_a_student_of_its_own_is_trained(few: Path) -> None:
     assert config["num_hidden_layers"] == 1
 
 
+def test_a_run_that_ended_early_goes_on_in_another_place(few: Path) -> None:
+    """As for a recipe whose students are trained on one machine and measured on another."""
+    tiny.checkpoint(few / "own-student", layers=1)
+    first: dict[str, Any] = {"step": "distil", "name": "s", "student": "own-student", "replies": "ideal"}
+    first |= {"steps": 3, "on_policy_steps": 0, "batch": 4}
+    parts = [first, {"step": "quantise", "name": "q", "from": "s", "format": "int8"}]
+    early = run(few, parts, few / "here", until="s")
+    assert [each.name for each in early.steps] == ["full", "s"] and not (few / "here" / "q").exists()
+    there = few / "there"
+    for name in ("model", "own-student", "data.jsonl", "here"):
+        copy = shutil.copytree if (few / name).is_dir() else shutil.copyfile
+        there.mkdir(exist_ok=True)
+        copy(few / name, there / name)
+    later = run(there, parts, there / "here", resume=True)
+    assert [(each.name, each.status) for each in later.steps] == [
+        ("full", "kept"),
+        ("s", "kept"),
+        ("q", "made"),
+    ]
+    with pytest.raises(StartError, match=r"--until: no step makes 'smal'"):
+        run(few, parts, few / "never", until="smal")
+    assert not (few / "never").exists()
+
+
 def test_other_mistakes_of_a_run_say_what_to_do(few: Path) -> None:
     rate = {"step": "finetune", "name": "t", "steps": 30, "rate": 1.0, "batch": 4, "warm_up": 0}
     with pytest.raises(StartError, match=r"train: the loss of training step \d+ is not finite: lower `rate`"):

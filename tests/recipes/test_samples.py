@@ -32,11 +32,13 @@ def test_any_beginning_of_the_test_split_is_balanced() -> None:
 def test_the_recipe_of_the_ladder_is_good() -> None:
     found = recipe.read(RECIPE)
     assert [step.name for _, step in found.making] == [
+        "pruned",
+        "small",
+        "tiny",
         "int8",
         "int4",
-        "pruned",
         "pruned-int8",
-        "small",
         "small-int8",
+        "tiny-int8",
     ]
     assert all("build/desk-samples" in (name or "") for name in (found.files.train, found.files.test))

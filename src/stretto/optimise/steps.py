@@ -28,6 +28,7 @@ from stretto.hardware import choose_threads, snapshot
 from stretto.kernels.cpu import native
 from stretto.ladder import registry
 from stretto.ladder.registry import Ladder, Origin, Variant, weight_digests
+from stretto.ladder.strict import nearest
 from stretto.models import families, source
 from stretto.optimise import data, frontier, report
 from stretto.optimise.answers import TextCodec
@@ -40,7 +41,6 @@ from stretto.optimise.prune import prune
 from stretto.optimise.quantise import quantise
 from stretto.optimise.recipe import (
     FULL,
-    DistilStep,
     EvaluateStep,
     FinetuneStep,
     LadderStep,
@@ -83,7 +83,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
 class RunOptions(Struct, frozen=True, kw_only=True):
     """How a recipe is run.
 
-    `out`: the folder of the ladder. `folder`: what paths in the recipe are relative to.
+    `out`: the folder of the ladder. `folder`: what paths in the recipe are relative to. `until`: the variant
+    after which the run ends; None: all steps.
     """
 
     out: Path
@@ -93,6 +94,7 @@ class RunOptions(Struct, frozen=True, kw_only=True):
     device: str = "auto"
     progress: StageCallback = no_stage
     snapshot_s: float = SNAPSHOT_S
+    until: str | None = None
 
 
 class StepReport(Struct, frozen=True):
@@ -117,9 +119,12 @@ class RunReport(Struct, frozen=True, kw_only=True):
 def run(recipe: Recipe, options: RunOptions) -> RunReport:
     """Run a recipe.
 
-    Raises StartError for wrong data, wrong sizes, or an output folder that is in use. What is finished stays,
-    and `resume` goes on from there.
+    Raises StartError for wrong data, wrong sizes, an unknown `until`, or an output folder that is in use.
+    What is finished stays, and `resume` goes on from there.
     """
+    names = [step.name for _, step in recipe.making]
+    if options.until is not None and options.until not in names:
+        raise StartError(f"--until: no step makes {options.until!r}{nearest(options.until, names)}")
     corpus = data.read(recipe.files, options.folder, skip_bad_lines=options.skip_bad_lines)
     try:
         with _locked(options):
@@ -159,7 +164,10 @@ class _Run:
     """One run. It owns the output folder; `made` holds the manifests of the variants so far."""
 
     def __init__(self, recipe: Recipe, options: RunOptions, corpus: Corpus) -> None:
-        self.recipe, self.options, self.corpus, self.out = recipe, options, corpus, options.out
+        self.options, self.corpus, self.out = options, corpus, options.out
+        self.answer_tokens = [step.max_tokens for step in recipe.steps if isinstance(step, EvaluateStep)]
+        ends = [at + 1 for at, step in recipe.making if step.name == options.until]
+        self.recipe = structs.replace(recipe, steps=recipe.steps[: ends[0]]) if ends else recipe
         chosen = (
             options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         )
@@ -207,16 +215,15 @@ class _Run:
 
     def _make(self, at: int, step: Making) -> None:
         parent = self.made[step.parent]
-        step = self._located(step)
+        located = self._located(step)
+        # The key holds no path of this machine, so a run may go on elsewhere.
         key = _key(
             {
                 "step": msgspec.to_builtins(step),
                 "parent": parent.files,
                 "data": self.corpus.digest,
                 "seed": self.recipe.seed,
-                "student": weight_digests(Path(step.student))
-                if isinstance(step, DistilStep) and step.student
-                else {},
+                "student": weight_digests(self.students[step.name]) if step.name in self.students else {},
             }
         )
         if not self._is_done(step.name, key):
@@ -224,7 +231,7 @@ class _Run:
             job = self._job(f"$.steps[{at}]", parent, work, step.name)
             shutil.rmtree(job.made, ignore_errors=True)
             kind = str(step.__struct_config__.tag)
-            made = MAKERS[kind](job, step)
+            made = MAKERS[kind](job, located)
             self._finish(self._manifest_of(job, step, key, made), work)
         self._record(step.name)
 
@@ -240,9 +247,8 @@ class _Run:
             self.options.progress(f"{stage}: {part}", done, total)
 
         session = StepSession(work, self.device, progress, self.options.snapshot_s)
-        evaluated = [step.max_tokens for step in self.recipe.steps if isinstance(step, EvaluateStep)]
         codec = TextCodec(path, families.read(path).eos)
-        return StepJob(at, path, self.corpus, codec, session, self.recipe.seed, *evaluated)
+        return StepJob(at, path, self.corpus, codec, session, self.recipe.seed, *self.answer_tokens)
 
     def _manifest_of(self, job: StepJob, step: Making, key: str, made: dict[str, Any]) -> Manifest:
         own = not isinstance(step, QuantiseStep)
