@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from stretto.gateway.operations import catalogue as gateway
 from stretto.telemetry.catalogue import METRICS, BulkHistogram
 from stretto.telemetry.metrics import Gauges, Metrics
 
@@ -24,7 +25,7 @@ RULES = [
 ]
 KINDS = {
     metric.name: type(metric.create(metric.name, metric.help, registry=None)).__name__.lower()
-    for metric in METRICS
+    for metric in (*METRICS, *gateway.METRICS)
 }
 WITHOUT_GRAPH = {"stretto_draining", "stretto_build_info"}
 promtool = shutil.which("promtool") or ""
@@ -37,6 +38,7 @@ def shown(name: str) -> str:
 
 
 KNOWN = {shown(metric.name) for metric in METRICS}
+OF_GATEWAYS = {shown(metric.name) for metric in gateway.METRICS}
 ENGINE_PROCESS = re.compile(r"\bstretto_engine_process_\w+")  # from ProcessCollector, not in the catalogue
 
 
@@ -51,7 +53,7 @@ def queries() -> str:
 
 
 def test_metric_names_are_unique_and_follow_prometheus_rules() -> None:
-    names = [metric.name for metric in METRICS]
+    names = [metric.name for metric in (*METRICS, *gateway.METRICS)]
     assert len(set(names)) == len(names) > 20
     assert [name for name in names if not name.startswith("stretto_") or name.endswith("_total")] == []
 
@@ -60,7 +62,7 @@ def test_the_reference_page_equals_the_catalogue() -> None:
     rows = [
         f"| `{shown(metric.name)}` | {KINDS[metric.name].removeprefix('bulk')} | "
         f"{', '.join(f'`{label}`' for label in metric.labels)} | {metric.help} |"
-        for metric in METRICS
+        for metric in (*METRICS, *gateway.METRICS)
     ]
     lines = (DOCS / "metrics.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("| `")] == rows
@@ -98,7 +100,7 @@ def test_dashboard_graphs_do_not_overlap() -> None:
 def test_rules_query_only_existing_metrics_and_records() -> None:
     records = {rule["record"] for rule in RULES if "record" in rule}
     read = {name for rule in RULES for name in re.findall(r"stretto:\w+:\w+", rule["expr"])}
-    assert set().union(*(named(rule["expr"]) for rule in RULES)) <= KNOWN
+    assert set().union(*(named(rule["expr"]) for rule in RULES)) <= KNOWN | OF_GATEWAYS
     assert read <= records == {"stretto:attainment:ratio5m", "stretto:goodput:rate5m"}
 
 
@@ -113,6 +115,11 @@ def test_every_alert_has_a_severity_and_instructions() -> None:
         "StrettoDown",
         "StrettoEngineDown",
         "StrettoEngineRestarted",
+        "StrettoGatewayWithoutWorkers",
+        "StrettoGatewayWorkerLost",
+        "StrettoGatewayFailing",
+        "StrettoGatewayKeysStale",
+        "StrettoGatewayForecastOff",
     }
     for alert in alerts.values():
         assert alert["labels"]["severity"] in ("warning", "critical")

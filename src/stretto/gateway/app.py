@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Container, Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 from msgspec import Struct, json
 from starlette.applications import Starlette
@@ -21,11 +19,12 @@ from stretto.errors import Draining, KeyRevoked, NotFound, StrettoError, Unavail
 from stretto.gateway.accounts.accounts import Account
 from stretto.gateway.accounts.keys import KeyScope
 from stretto.gateway.accounts.ledger import Charge, Ledger
-from stretto.gateway.accounts.usage_page import usage_page
 from stretto.gateway.cache.answers import Answers
 from stretto.gateway.cache.stats import CacheReport
+from stretto.gateway.calls import Calls
 from stretto.gateway.exchange import RelayedExchange
 from stretto.gateway.model_listing import ModelListing
+from stretto.gateway.operations.monitor import CallEnd, Monitor
 from stretto.gateway.registry import Registry, Worker
 from stretto.gateway.relay import METHODS, Relay
 from stretto.gateway.routing.fields import read_fields
@@ -39,9 +38,7 @@ from stretto.http.request import plain_path, read_body
 from stretto.protocol.openai import Status
 from stretto.protocol.parsing import JSON, parse, require_json
 from stretto.protocol.relay import PATHS, RESPONSES, OperationName
-from stretto.telemetry.log import LineWriter
 
-STDOUT = 1
 LEASE_S = 10.0  # a worker that joined by itself must renew within
 
 
@@ -82,57 +79,6 @@ class GatewayState(Struct, frozen=True):
     cache: CacheReport
 
 
-class Calls:
-    """The requests that a gateway is relaying. It is the service that `http.serving` limits and drains."""
-
-    def __init__(self, config: GatewayConfig) -> None:
-        self.access_log = LineWriter(STDOUT) if config.access_log else None
-        self.rejections: Counter[str] = Counter()
-        self.draining = False
-        self._tasks: dict[asyncio.Task[None], str] = {}  # and whose they are
-        self._errors: dict[asyncio.Task[None], StrettoError] = {}
-
-    @property
-    def running(self) -> int:
-        """How many calls are running."""
-        return len(self._tasks)
-
-    def rejected(self, reason: str) -> None:
-        """Counts what was cut short."""
-        self.rejections[reason] += 1
-
-    def close(self) -> None:
-        """Refuses new calls from now on."""
-        self.draining = True
-
-    def end_calls(self, error: StrettoError, owners: Container[str] | None = None) -> None:
-        """Ends all calls with `error`, or those of some owners."""
-        for task, owner in self._tasks.items():
-            if owners is None or owner in owners:
-                self._errors[task] = error
-                task.cancel()
-
-    async def idle(self) -> None:
-        """Returns when no call is running."""
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
-
-    async def run(self, work: Coroutine[Any, Any, None], receive: Receive, owner: str = "") -> None:
-        """Runs a call of `owner` until it is done or its client leaves. Raises StrettoError."""
-        task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
-        self._tasks[task] = owner
-        try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if task in self._errors:
-                raise self._errors.pop(task)
-            if task.done():
-                task.result()
-        finally:
-            del self._tasks[task]
-            gone.cancel()
-            task.cancel()
-
-
 @dataclass(frozen=True, slots=True)
 class RelayedPath:
     """A path that is relayed to a worker."""
@@ -147,6 +93,8 @@ class RelayedPath:
         exchange: Exchange = scope[KEY]
         relayed: RelayedExchange | None = None
         charge: Charge | None = None
+        gone = False
+        failure: StrettoError | None = None
         try:
             account = gateway.account(request, "infer")
             exchange.tenant = account.tenant
@@ -158,7 +106,7 @@ class RelayedPath:
             fields = read_fields(body)
             if gateway.server.draining:
                 raise Draining("the gateway is shutting down; ask another one", retry_after=1.0)
-            charge = gateway.ledger.charge(account)
+            charge = gateway.ledger.charge(account, names_model=self.operation not in METHODS)
             kept = request.path_params.get("id", fields.previous_response_id)
             relayed = RelayedExchange(
                 self.operation,
@@ -172,9 +120,12 @@ class RelayedPath:
                 kept if isinstance(kept, str) else "",
                 charge.admit,
             )
-            await gateway.server.run(gateway.answers.run(relayed), receive, account.record.id)
+            gone = not await gateway.server.run(gateway.answers.run(relayed), receive, account.record.id)
         except ClientDisconnect:
-            return
+            gone = True
+        except asyncio.CancelledError:
+            gone = True
+            raise
         except Exception as error:
             failure = error if isinstance(error, StrettoError) else internal(error)
             exchange.outcome = failure.code
@@ -183,8 +134,9 @@ class RelayedPath:
             ending = dialect_of(scope["path"]).ending(failure, exchange.id)
             await client.send(0, {}, ending, False)
         finally:
-            if charge is not None and relayed is not None:
-                charge.settle(relayed.tally(), gateway.registry.known(relayed.model))
+            end = CallEnd(self.operation, arrival, relayed, charge, failure, gone)
+            gateway.monitor.ended(exchange, end)
+            failure = None  # the error holds this frame, and the frame the body
 
 
 class _Client:
@@ -215,6 +167,7 @@ class Gateway(Starlette):
         self.relay = Relay(self.registry, config.hedge_share)
         self.ledger = Ledger(config.keys, self._end_revoked)
         self.answers = Answers(config, self.relay)
+        self.monitor = Monitor(self.registry, self.answers, self.server, self.ledger)
         work = [
             Route(path, RelayedPath(self, name), methods=["POST"])
             for name, paths in PATHS.items()
@@ -229,7 +182,7 @@ class Gateway(Starlette):
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/state", self.state_page),
-            Route("/v1/usage", self.used),
+            *self.monitor.routes(),
             Route("/v1/cache", self.erase, methods=["DELETE"]),
             Route("/v1/workers", self.join, methods=["POST"]),
             Route("/v1/workers/{name}", self.leave, methods=["DELETE"]),
@@ -305,10 +258,6 @@ class Gateway(Starlette):
             )
         )
 
-    async def used(self, request: Request) -> Response:
-        """What the key's tenant has used, or all tenants for an operator, and the key's limits."""
-        return usage_page(request, self.account(request), self.ledger)
-
     async def erase(self, request: Request) -> Response:
         """Deletes what is cached of a tenant, or of a subject of it, here and on the workers.
 
@@ -347,11 +296,6 @@ class Gateway(Starlette):
         if worker is None:
             raise NotFound(f"there is no worker {request.path_params['name']!r}")
         return worker
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _row(worker: Worker, now: float) -> WorkerRow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from secrets import token_hex
 
 from stretto.gateway.accounts.usage import Tally
@@ -12,9 +13,10 @@ from stretto.gateway.routing.fields import RoutingFields
 from stretto.gateway.routing.router import Ask
 from stretto.gateway.upstream.connection import Head
 from stretto.gateway.upstream.progress import Progress
-from stretto.protocol.relay import OperationName, Took
+from stretto.protocol.relay import MARKED, OperationName, Took
 from stretto.types import Request
 
+EVENTS = "text/event-stream"
 Send = Callable[[int, Mapping[str, str], bytes, bool], Awaitable[None]]
 
 
@@ -56,6 +58,17 @@ class RelayedExchange:
     tier: str = ""
     prompt_tokens: int = 0  # roughly
     ask: Ask | None = None  # once it is admitted
+    worker: str = ""  # that answers, or did last
+    ttft: float | None = None  # of a stream, from its arrival
+    forecast: float = inf  # of `ttft`
+
+    def answered(self, worker: str, forecast: float, head: Head) -> None:
+        """A worker's response has begun. `forecast`: the predicted time from arrival to the first token."""
+        self.worker = worker
+        streams = MARKED in head.headers or EVENTS in head.headers.get("content-type", "")
+        if self.ttft is None and streams:
+            self.ttft = time.monotonic() - self.arrival
+            self.forecast = forecast
 
     def tally(self) -> Tally:
         """What the answer took. Of one that was broken off the length of the prompt is an estimate."""

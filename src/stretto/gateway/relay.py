@@ -98,6 +98,7 @@ class Relay:
                     raise
                 await exchange.send(refusal.head.status, _headers(refusal.head), refusal.body, False)
                 return
+            exchange.answered(attempt.worker.name, attempt.placement.ttft_s, attempt.head)
             try:
                 await self._pass_on(attempt, exchange)
                 self.registry.succeeded(attempt.worker)
@@ -316,6 +317,7 @@ class Relay:
             while data := await connection.read():
                 exchange.took = counted.push(data)
                 await exchange.send(head.status, headers, data, True)
+            exchange.took = counted.end()
             await exchange.send(head.status, headers, b"", False)
             return
         while data := await connection.read():

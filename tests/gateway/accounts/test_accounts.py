@@ -103,7 +103,7 @@ def test_models_tiers_and_scopes_are_enforced():
     account = find(made, "k")
     made.admit(account, work(tier="flex"), at())
     with pytest.raises(NotAllowed, match="may not use the model 'x'; it may use m"):
-        made.admit(account, work("x", "flex"), at())
+        account.ensure_model("x")
     with pytest.raises(NotAllowed, match="may not use the tier priority"):
         made.admit(account, work(tier="priority"), at())
     with pytest.raises(NotAllowed, match="the scope admin; this key has infer, usage"):
@@ -290,7 +290,12 @@ def test_streams_of_other_servers_are_counted_however_they_are_cut(size: int):
         seen = Took()
         for at_byte in range(0, len(stream), size):
             seen = counted.push(stream[at_byte : at_byte + size])
-        assert seen == took
+        assert seen == counted.end() == took
+    whole = PlainStream()
+    body = b'{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4}}'
+    for at_byte in range(0, len(body), size):
+        whole.push(body[at_byte : at_byte + size])
+    assert whole.end() == Took(9, 0, 4)
 
 
 def test_an_answer_in_one_piece_says_what_it_took():

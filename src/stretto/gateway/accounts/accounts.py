@@ -69,6 +69,14 @@ class Account:
         """Whether the key may use the model."""
         return not self.record.models or model in self.record.models
 
+    def ensure_model(self, model: str) -> None:
+        """Raises NotAllowed."""
+        if not self.allows(model):
+            raise NotAllowed(
+                f"this API key may not use the model {model!r}; it may use {', '.join(self.record.models)}",
+                param="$.model",
+            )
+
     def _scopes(self) -> str:
         return ", ".join(self.record.scopes) or "none"
 
@@ -181,11 +189,6 @@ class Accounts:
     def admit(self, account: Account, work: Demand, now: Now) -> Bill:
         """Reserves what a request may take. Raises NotAllowed, RateLimited or BudgetExceeded."""
         record = account.record
-        if not account.allows(work.model):
-            raise NotAllowed(
-                f"this API key may not use the model {work.model!r}; it may use {', '.join(record.models)}",
-                param="$.model",
-            )
         if record.tiers and work.tier not in record.tiers:
             raise NotAllowed(
                 f"this API key may not use the tier {work.tier}; it may use {', '.join(record.tiers)}",

@@ -102,9 +102,9 @@ class Ledger:
         self._take(await asyncio.to_thread(self._prepare))
         log.info("read %d keys from %s", len(self._book.keys), self._keys.path)
 
-    def charge(self, account: Account) -> Charge:
-        """The bill of a request that begins."""
-        return Charge(self, account)
+    def charge(self, account: Account, *, names_model: bool = True) -> Charge:
+        """The bill of a request that begins. `names_model`: it is one of those that choose a model."""
+        return Charge(self, account, names_model)
 
     def _prepare(self) -> Prepared:
         return self.accounts.prepare(self._book, self._settings.plain, self._settings.operator)
@@ -139,22 +139,27 @@ class Ledger:
 class Charge:
     """What one request owes. It is admitted once, and settled once when it has ended."""
 
-    def __init__(self, ledger: Ledger, account: Account) -> None:
+    def __init__(self, ledger: Ledger, account: Account, names_model: bool) -> None:
         self.account = account
         self._ledger = ledger
+        self._names_model = names_model
         self._bill: Bill | None = None
 
     def admit(self, request: Request, answers: int) -> None:
         """Reserves what the answers may take. Raises NotAllowed, RateLimited or BudgetExceeded."""
         work = Demand(request.model, request.tier, len(request.prompt), request.sampling.max_tokens, answers)
         ledger = self._ledger
+        if self._names_model:
+            self.account.ensure_model(work.model)
         self._bill = ledger.accounts.admit(self.account, work, ledger.now())
 
-    def settle(self, tally: Tally, model: str) -> None:
-        """Counts what the answers took. `model`: its name in the usage, which no client makes up."""
+    def settle(self, tally: Tally, model: str) -> Tally:
+        """Counts what the answers took, and returns it with its cost. `model`: its name in the usage, which
+        no client makes up."""
         if self._bill is None:
-            return
+            return Tally()
         ledger, now = self._ledger, self._ledger.now()
         whole = ledger.accounts.settle(self._bill, tally, now)
         ledger.usage.add(now.wall, self.account.tenant, model, whole)
         self._bill = None
+        return whole

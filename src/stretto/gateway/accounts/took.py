@@ -59,6 +59,12 @@ class PlainStream:
                 self._took = self._took._replace(output=self._took.output + 1)
         return self._took
 
+    def end(self) -> Took:
+        """What it took in all. A body in one piece may have come in chunks; it has no events."""
+        found = _used(self._rest) if USAGE in self._rest else None
+        self._took = found or self._took
+        return self._took
+
 
 def _used(body: bytes) -> Took | None:
     try:

@@ -67,7 +67,7 @@ class Answers:
         key = config.gateway_key
         self.stats = CacheStats()
         self._policies = config.caches
-        self._relay = relay
+        self.relay = relay
         self._keys = KeyMaker(sha256(b"answers " + key.encode()).digest() if key else token_bytes(32))
         self._store: AnswerStore = MemoryStore(time.monotonic, self.stats)
         self._flights: dict[bytes, AnswerFlight] = {}
@@ -76,15 +76,15 @@ class Answers:
     async def run(self, exchange: RelayedExchange) -> None:
         """Answers a request. Raises StrettoError, as the relay does."""
         if exchange.operation not in KEPT:
-            await self._relay.run(exchange)
+            await self.relay.run(exchange)
             return
         fields, exchange.body = without_field(exchange.body)
         policy = policy_of(self._policies, exchange.tenant)
         wish = None if policy is None else wish_of(policy, fields, exchange.operation, exchange.body)
         if wish is None:
-            await self._relay.run(exchange)
+            await self.relay.run(exchange)
             return
-        self._relay.admit(exchange)
+        self.relay.admit(exchange)
         asked = self._asked(wish, exchange)
         kept = await self._kept(asked, exchange) if wish.takes else None
         if kept is not None:
@@ -101,7 +101,7 @@ class Answers:
         about = None if subject is None else self._keys.subject(tenant, subject)
         erased = await self._store.erase(self._keys.tenant(tenant), about)
         self.stats.erased += erased
-        workers = [worker for worker in self._relay.registry.workers.values() if not worker.plain]
+        workers = [worker for worker in self.relay.registry.workers.values() if not worker.plain]
         asked = json.encode(ErasureRequest(tenant, subject))
         reports = await asyncio.gather(*(erase_prefixes(worker, asked) for worker in workers))
         names = [worker.name for worker in workers]
@@ -124,10 +124,10 @@ class Answers:
 
     def _source(self, wish: Wish, exchange: RelayedExchange) -> Source:
         """Who would answer. All workers of the model count, so the key holds while some are away."""
-        model = self._relay.registry.model(wish.body.get("model")).name
+        model = self.relay.registry.model(wish.body.get("model")).name
         known = [
             f"plain {worker.name}" if info is None else revision_of(info)
-            for worker in self._relay.registry.workers.values()
+            for worker in self.relay.registry.workers.values()
             for name, info in worker.models.items()
             if name == model
         ]
@@ -177,7 +177,7 @@ class Answers:
         async def work() -> None:
             began = time.monotonic()
             try:
-                await self._relay.run(exchange)
+                await self.relay.run(exchange)
                 if erasures == self._erasures and asked.source == self._source(asked.wish, exchange):
                     await self._keep(asked, flight, time.monotonic() - began)
             finally:
