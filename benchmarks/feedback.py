@@ -20,9 +20,9 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
-from stretto.ladder.bandit import SETTINGS, Bandit, BanditSettings, Lesson, context, corrected
 from stretto.ladder.estimate import Quality, QualityModel, estimate, features
-from stretto.ladder.off_policy import LoggedChoice, MissingOverlap, OffPolicyReport, evaluate
+from stretto.ladder.learning.bandit import SETTINGS, Bandit, BanditSettings, Lesson, context, corrected
+from stretto.ladder.learning.off_policy import LoggedChoice, MissingOverlap, OffPolicyReport, evaluate
 from stretto.optimise import data, recipe
 from stretto.optimise.data import DataSample
 from stretto.optimise.evaluate import EvaluateStep, Measured, fitted

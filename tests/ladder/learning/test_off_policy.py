@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stretto.ladder.off_policy import LoggedChoice, MissingOverlap, PolicyValue, evaluate
+from stretto.ladder.learning.off_policy import LoggedChoice, MissingOverlap, PolicyValue, evaluate
 from stretto.statistics import wilson
 
 EVEN = (0.5, 0.5)

@@ -42,7 +42,7 @@ class BanditSettings(Struct, frozen=True, kw_only=True):
     keep: float = 0.995
     keep_own: float = 0.95
     shrink: float = 10.0
-    users: int = 512
+    users: int = 256
     doubt: float = 1.0
     caution: float = 0.5
     proof: float = 1.64

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from stretto.ladder.bandit import (
+from stretto.ladder.estimate import Quality, features
+from stretto.ladder.learning.bandit import (
     SETTINGS,
     Bandit,
     BanditSettings,
@@ -21,7 +22,6 @@ from stretto.ladder.bandit import (
     context,
     corrected,
 )
-from stretto.ladder.estimate import Quality, features
 
 ESTIMATES = [Quality(0.9, 0.85), Quality(0.8, 0.75), Quality(0.6, 0.5)]
 SUM = context(features("What is the sum of 4 8 15?"))
