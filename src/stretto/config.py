@@ -18,13 +18,13 @@ from msgspec import Meta, Struct, field
 from msgspec.structs import FieldInfo, fields
 
 from stretto.errors import StartError
-from stretto.types import Objective
+from stretto.types import Objective, Preference
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Quantise = Literal["int8", "int4", "fp8"]
 TierName = Literal["priority", "default", "flex"]
-FILE_ONLY = ("api_keys", "tiers", "prices", "caches")
+FILE_ONLY = ("api_keys", "tiers", "prices", "caches", "tenants_prefer")
 LISTS = ("models", "workers", "allowed_hosts", "cors_origins")
 ONE_KEY = "STRETTO_API_KEY"
 # Read by the gateway, the examples and the tests.
@@ -294,6 +294,17 @@ class ServeConfig(HttpConfig, frozen=True, kw_only=True):
             " bare number is GiB), for `previous_response_id`; the oldest are dropped; 0: keep none",
         ),
     ] = 0
+    prefer: Annotated[
+        Preference,
+        Meta(
+            description="what counts among a ladder's variants that would be on time: the best `quality`, the"
+            " least `energy` or the least `latency`"
+        ),
+    ] = "quality"
+    tenants_prefer: Annotated[
+        dict[str, Preference],
+        Meta(description="the same for single tenants, as a table of tenant = preference"),
+    ] = {}
     schedule: Schedule = SCHEDULE
     tiers: Tiers = {}
 
@@ -313,7 +324,8 @@ class ModelSettings(Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         Meta(
             min_length=1,
-            description="directories or hub ids, as PATH or NAME=PATH; the first is the default",
+            description="directories of models or ladders, or hub ids, as PATH or NAME=PATH; the first is the"
+            " default",
         ),
     ] = ("desk",)
     dtype: Annotated[

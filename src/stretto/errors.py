@@ -51,6 +51,12 @@ class ContextExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class QualityOutOfReach(InvalidRequest):
+    """No variant reaches `min_quality` for this prompt, and the objective has `on_miss: reject`."""
+
+    code = "quality_out_of_reach"
+
+
 class InvalidGrammar(InvalidRequest):
     """A regex or JSON schema does not compile, or needs too much time or memory to compile."""
 

@@ -37,6 +37,13 @@ BOUNDS: dict[str, Meta] = {
     "n": Meta(ge=1, le=INT32_MAX),
 }
 Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
+QualityFloor = Annotated[float, Meta(ge=0, le=1)]
+Preference = Literal["quality", "energy", "latency"]  # what a choice among variants that are on time is by
+# Why a variant answers. `best`: no other is better by the preference. `deadline`: better ones would be late.
+# `floor`: better ones are below `min_quality`. `load`: better ones take machine time that others need more.
+# `below_floor`, `late`: none keeps both the deadlines and the floor. `moved`: the one chosen first would have
+# been late after all. `no_forecast`: nothing is known of the queues, as under the schedule fcfs.
+VariantReason = Literal["best", "deadline", "floor", "load", "below_floor", "late", "moved", "no_forecast"]
 
 
 class Grammar(Struct, frozen=True):
@@ -137,12 +144,16 @@ def _check_within(name: str, value: float, bounds: Meta) -> None:
 
 
 class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The latency and quality that a request needs. None: no limit of that kind."""
+    """The latency and quality that a request needs. None: no limit of that kind.
+
+    `min_quality`: the least share of right answers that is expected, with 95 % confidence, of the variant
+    that answers.
+    """
 
     ttft_ms: Milliseconds | None = None
     itl_ms: Milliseconds | None = None
     total_ms: Milliseconds | None = None
-    min_quality: None = None
+    min_quality: QualityFloor | None = None
     on_miss: Literal["degrade", "reject", "late"] = "degrade"
 
     @property
@@ -183,6 +194,8 @@ class Request(Struct, frozen=True, kw_only=True):
     emitted: tuple[int, ...] = ()
     spare_time: bool = False
     request_id: str = ""  # of the HTTP request, for log lines
+    # Models that may answer in place of `model` if it would be late, the best first. They have its tokenizer.
+    lighter: tuple[str, ...] = ()
 
 
 class Reason(StrEnum):
@@ -230,6 +243,7 @@ class Began(Struct, frozen=True, array_like=True, gc=False):
     cached_tokens: int  # of its prompt
     forecast_ms: float | None = None  # the `queue_ms` that was predicted when the request was sent
     prompt_logprobs: tuple[Logprobs, ...] | None = None  # of its prompt's tokens after the first
+    moved: str | None = None  # the model that runs it, if it is another than the request's own
 
 
 class TokenEvent(Struct, frozen=True, array_like=True, gc=False):

@@ -76,7 +76,7 @@ def test_the_choice_is_the_best_of_those_that_keep_time_and_floor(
     predicted = [predict(each, need) for each in candidates]
     on_time = [each for each in predicted if each.excess_ms <= 0]
     feasible = [each for each in on_time if each.candidate.quality_low >= need.min_quality]
-    assert choice.feasible == len(feasible)
+    assert choice.feasible == feasible
     if feasible:
         assert choice.outcome == "on_time" and choice.chosen is not None and choice.chosen in feasible
         best = {

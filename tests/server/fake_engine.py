@@ -14,7 +14,7 @@ from msgspec import structs
 
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
-from stretto.engine.scheduler.admission import Snapshot
+from stretto.engine.scheduler.admission import Outlook, Snapshot
 from stretto.errors import EngineDied, StartError, Unavailable
 from stretto.server import app
 from stretto.server.state import GrammarCheck
@@ -139,6 +139,7 @@ class FakeEngine:
     work_ms: float = 0.0
     boot: str = "first"
     erased: list[tuple[str, str | None]] = field(default_factory=list[Any])
+    outlooks: dict[str, Outlook] = field(default_factory=dict[str, Outlook])
     last: dict[str, StepStats] = field(default_factory=dict[str, StepStats])
     _ids: count[int] = field(default_factory=lambda: count(1))
 

@@ -55,6 +55,7 @@ def writer(text: TextModel, style: Style, **options: bool) -> ResponseWriter:
     spec = AnswerSpec(
         model=ModelHandle("tiny", text, info(vocab=400)),
         encode=list,
+        question=str,
         sampling=Sampling(),
         answers=1,
         salt="",

@@ -22,7 +22,7 @@ from stretto.engine import ipc
 from stretto.engine.heartbeat import BEAT_S, Watch
 from stretto.engine.process import ChildProcess
 from stretto.engine.runtime_folder import RuntimeFolder
-from stretto.engine.scheduler.admission import Outlook, Snapshot
+from stretto.engine.scheduler.admission import Forecast, Outlook, Snapshot
 from stretto.errors import EngineDied, EngineStalled, StartError, Unavailable
 from stretto.types import (
     EngineHealth,
@@ -196,15 +196,16 @@ class EngineClient:
     def submit(self, request: Request) -> Stream:
         """Send a request to the engine.
 
-        A request with `on_miss="reject"` that is predicted to be late, or any that cannot be admitted, is not
-        sent: its stream holds only the refusal. Raises Unavailable, EngineDied or EngineStalled while
+        A request with `on_miss="reject"` that is predicted to be late, or any that cannot be admitted, goes
+        to the first of its `lighter` models that takes it; the stream then has that request. Without one it
+        is not sent: its stream holds only the refusal. Raises Unavailable, EngineDied or EngineStalled while
         the engine takes no requests.
         """
         problem = self.unavailable()
         if problem is not None:
             raise problem
+        request, forecast = self._admitted(request, time.monotonic())
         outlook = self._outlooks[request.model]
-        forecast = outlook.forecast(request, time.monotonic())
         if forecast is None:
             stream = Stream(self, request)
         elif (refused_for := forecast.refusal(request)) > 0:
@@ -218,6 +219,19 @@ class EngineClient:
             outlook.sent(request)
         self._streams[request.id] = stream
         return stream
+
+    def _admitted(self, request: Request, now: float) -> tuple[Request, Forecast | None]:
+        """The request as a model takes it, its own or a lighter one, and what would become of it there; as it
+        is when none does."""
+        own = self._outlooks[request.model].forecast(request, now)
+        if own is None or own.refusal(request) <= 0:
+            return request, own
+        for place, model in enumerate(request.lighter, 1):
+            lighter = msgspec.structs.replace(request, model=model, lighter=request.lighter[place:])
+            forecast = self._outlooks[model].forecast(lighter, now)
+            if forecast is None or forecast.refusal(lighter) <= 0:
+                return lighter, forecast
+        return request, own
 
     def cancel(self, ident: int) -> None:
         """End a request in the engine. Its stream gets no more events."""
@@ -252,6 +266,11 @@ class EngineClient:
     def boot(self) -> str:
         """Changes with each start of the engine process."""
         return f"{self._name}-{self.restarts}"
+
+    @property
+    def outlooks(self) -> dict[str, Outlook]:
+        """What is known of each model's scheduler, by the model's name. Not to be changed."""
+        return self._outlooks
 
     def snapshots(self) -> dict[str, Snapshot]:
         """The last snapshot of each model's scheduler; none before the first, or under the schedule fcfs."""

@@ -35,7 +35,7 @@ from stretto.http.errors import error_response, internal
 from stretto.http.exchange import KEY, Exchange, ExchangeLayer
 from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
-from stretto.protocol.openai import Status
+from stretto.protocol.health import Status
 from stretto.protocol.parsing import JSON, parse, require_json
 from stretto.protocol.relay import PATHS, RESPONSES, OperationName
 

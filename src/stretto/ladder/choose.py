@@ -12,17 +12,19 @@ from msgspec import Struct
 
 from stretto.deadlines import Deadline
 from stretto.engine.step_time import StepCost
-from stretto.types import Objective
+from stretto.types import Objective, Preference, VariantReason
 
-Preference = Literal["quality", "energy", "latency"]
 ChoiceOutcome = Literal["on_time", "below_floor", "late", "refused"]
+CROWDED_MS = 50.0  # a request that crowds out a stream is late by so much at least
 
 
 class LadderCandidate(Struct, frozen=True, kw_only=True):
     """A variant as one request would meet it now.
 
     `cost`: its step-time model. A prediction times `margin` holds for most steps. `queue_ms`: from now until
-    its first step. `streams` and `context`: the decodes that would share its steps, and the keys they read.
+    its first step. `pace`: the share of the time that its prompts get. `streams` and `context`: the decodes
+    that would share its steps, and the keys they read. `beside_ms`: the steps of other variants that come
+    between two of its steps. `crowded`: whether one more stream would make others late.
     `quality`: the expected share of right answers; `quality_low`: the lower end of its confidence interval.
     """
 
@@ -33,8 +35,11 @@ class LadderCandidate(Struct, frozen=True, kw_only=True):
     joules_per_token: float = 0.0
     margin: float = 1.0
     queue_ms: float = 0.0
+    pace: float = 1.0
     streams: int = 0
     context: int = 0
+    beside_ms: float = 0.0
+    crowded: bool = False
 
 
 class Need(Struct, frozen=True, kw_only=True):
@@ -52,7 +57,8 @@ class Need(Struct, frozen=True, kw_only=True):
 
 
 class Prediction(NamedTuple):
-    """What a variant would do for a request. Times count from the request's arrival."""
+    """What a variant would do for a request. Times count from the request's arrival. `work_ms`: the machine
+    time that it takes, with its share of each step's base."""
 
     candidate: LadderCandidate
     ttft_ms: float
@@ -60,28 +66,35 @@ class Prediction(NamedTuple):
     total_ms: float
     energy_j: float
     excess_ms: float  # by how much it would miss the objective; 0: on time
+    work_ms: float
 
 
 class VariantChoice(NamedTuple):
-    """The chosen variant; None when the request is refused. `feasible`: how many met time and floor."""
+    """The chosen variant; None when the request is refused. `feasible`: those that met time and floor.
+
+    `predicted`: what each candidate would do, in their order.
+    """
 
     outcome: ChoiceOutcome
     chosen: Prediction | None
-    feasible: int
+    reason: VariantReason
+    feasible: list[Prediction]
+    predicted: list[Prediction]
 
     @property
     def name(self) -> str | None:
         return None if self.chosen is None else self.chosen.candidate.name
 
 
-def choose(candidates: Sequence[LadderCandidate], need: Need) -> VariantChoice:
+def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0) -> VariantChoice:
     """The variant that answers.
 
     Among those that are on time and whose `quality_low` reaches the floor: the best by the preference. If
     there is none, the objective's `on_miss` decides. `reject`: none answers. `degrade`: the best quality that
     is on time, below the floor (`below_floor`); if none is, the one that ends soonest (`late`). `late`: of
     those that reach the floor, the one that is least late; if none does, the best quality (`below_floor`).
-    Raises ValueError when there are no candidates.
+    `price`: quality that a millisecond of machine time must be worth (`price.TimePrice`). Raises ValueError
+    when there are no candidates.
     """
     if not candidates:
         raise ValueError("there is no variant to choose from")
@@ -89,36 +102,59 @@ def choose(candidates: Sequence[LadderCandidate], need: Need) -> VariantChoice:
     on_time = [each for each in predicted if each.excess_ms <= 0.0]
     feasible = [each for each in on_time if each.candidate.quality_low >= need.min_quality]
     if feasible:
-        return VariantChoice("on_time", min(feasible, key=_ORDERS[need.preference]), len(feasible))
+        order = _ORDERS[need.preference]
+        chosen = best = min(feasible, key=order)
+        if price > 0.0 and need.preference == "quality":
+            chosen = min(feasible, key=lambda each: _by_worth(each, price))
+        reason = "load" if chosen is not best else _reason(min(predicted, key=order), chosen)
+        return VariantChoice("on_time", chosen, reason, feasible, predicted)
+    able = [each for each in predicted if each.candidate.quality_low >= need.min_quality]
+    outcome: ChoiceOutcome = "late"
     match need.objective.on_miss:
         case "reject":
-            return VariantChoice("refused", None, 0)
+            return VariantChoice("refused", None, "late" if able else "below_floor", [], predicted)
         case "degrade":
             if on_time:
-                return VariantChoice("below_floor", min(on_time, key=_by_quality), 0)
-            return VariantChoice("late", min(predicted, key=_by_excess), 0)
+                outcome, chosen = "below_floor", min(on_time, key=_by_quality)
+            else:
+                chosen = min(predicted, key=_by_excess)
         case "late":
-            able = [each for each in predicted if each.candidate.quality_low >= need.min_quality]
             if able:
-                return VariantChoice("late", min(able, key=_by_excess), 0)
-            return VariantChoice("below_floor", min(predicted, key=_by_quality), 0)
+                chosen = min(able, key=_by_excess)
+            else:
+                outcome, chosen = "below_floor", min(predicted, key=_by_quality)
+    return VariantChoice(outcome, chosen, outcome, [], predicted)
 
 
 def predict(candidate: LadderCandidate, need: Need) -> Prediction:
     """What the candidate would do: queue + prefill, then `output_tokens` steps of its usual duration."""
     cost, margin, objective = candidate.cost, candidate.margin, need.objective
     length, tokens = need.prompt_tokens, max(need.output_tokens, 1)
-    ttft = need.elapsed_ms + candidate.queue_ms + margin * (cost.base + cost.prefill(0, length))
-    keys = candidate.context + length + tokens // 2
-    step = cost.decodes(candidate.streams + 1, keys)
-    itl = margin * step
+    prefill, keys = cost.prefill(0, length), length + tokens // 2
+    ttft = need.elapsed_ms + candidate.queue_ms + margin * (cost.base + prefill) / candidate.pace
+    itl = margin * cost.decodes(candidate.streams + 1, candidate.context + keys) + candidate.beside_ms
     total = ttft + (tokens - 1) * itl
     # Tokens come evenly, so if the first and the last are on time, all are.
     deadline = Deadline.of(0.0, objective)
     late_s = ttft / 1e3 - deadline.of_token(0)
     deadline.emit(ttft / 1e3)
     excess = max(0.0, late_s, total / 1e3 - deadline.of_token(tokens - 1)) * 1e3
-    return Prediction(candidate, ttft, itl, total, candidate.joules_per_token * tokens, excess)
+    if candidate.crowded and excess < CROWDED_MS:
+        excess = CROWDED_MS
+    work = prefill + tokens * (cost.row(keys) + cost.base / (candidate.streams + 1))
+    return Prediction(candidate, ttft, itl, total, candidate.joules_per_token * tokens, excess, work)
+
+
+def _reason(best: Prediction, chosen: Prediction) -> VariantReason:
+    """Why the chosen one is not the best of all by the preference."""
+    if best is chosen:
+        return "best"
+    return "deadline" if best.excess_ms > 0.0 else "floor"
+
+
+def _by_worth(each: Prediction, price: float) -> tuple[float, float, str]:
+    """The most quality, less what its machine time is worth."""
+    return price * each.work_ms - each.candidate.quality, each.total_ms, each.candidate.name
 
 
 def _by_quality(each: Prediction) -> tuple[float, float, str]:

@@ -122,7 +122,9 @@ FIELDS: dict[str, str] = {
     "ttft_ms": "Most milliseconds from the arrival of the request to its first token.",
     "itl_ms": "Milliseconds between the deadlines of two tokens.",
     "total_ms": "Most milliseconds from the arrival of the request to the end of its answer.",
-    "min_quality": "Least quality of the variant that answers.",
+    "min_quality": "Least share of right answers that is expected, with 95 % confidence, of the variant that "
+    "answers. It needs a model that is a ladder.",
+    "prefer": "By what a variant is chosen among those that are on time. Absent: the server's setting.",
     "on_miss": "What happens when the objective cannot be met: `degrade`, `reject` (status 503) or `late`.",
     "user": "Whom the request is for. Requests of different users share no KV blocks.",
     "safety_identifier": "Separates the prefix cache, as `user` does.",
@@ -229,6 +231,11 @@ FIELDS: dict[str, str] = {
     "prompt_tokens_details": "Parts of the prompt's tokens.",
     "stretto": "What Stretto measured for this answer.",
     "variant": "Which variant of the model answered.",
+    "variant_reason": "Why this variant of a ladder answered. Absent when the request named the model. "
+    "`best`: none is better by the preference. `deadline`: better ones would be late. `floor`: better ones "
+    "are below `min_quality`. `load`: better ones take machine time that others need more. `below_floor` and "
+    "`late`: none keeps both. `moved`: the one chosen first would have been late. `no_forecast`: the queues "
+    "are not known.",
     "on_time": "Whether every token met its deadline.",
     "queue_ms": "Milliseconds from arrival to the first step.",
     "itl_p99_ms": "99th percentile of the milliseconds between two tokens.",
@@ -333,8 +340,6 @@ FIELDS: dict[str, str] = {
     "Tokenized.max_model_len": "Most tokens of prompt and answer together.",
     "TokenizeRequest.prompt": "A text. Give it, or `messages`.",
     "Detokenized.prompt": "The text of the tokens, special tokens included.",
-    "ObjectiveFields.min_quality": "Not supported yet: only null is accepted.",
-    "Objective.min_quality": "Not supported yet: only null is accepted.",
     "AnswerReport.ttft_ms": "Milliseconds from arrival to the first token.",
     "Live.ttft_ms": "Milliseconds to the first token: median and 99th percentile.",
     "Live.itl_ms": "Milliseconds between two tokens: median and 99th percentile.",

@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from stretto.protocol.limits import up_to
-from stretto.types import BOUNDS, INT32_MAX, EngineHealth, Milliseconds
+from stretto.types import (
+    BOUNDS,
+    INT32_MAX,
+    Milliseconds,
+    Preference,
+    QualityFloor,
+    VariantReason,
+)
 
 Positive = Annotated[int, Meta(ge=1, le=INT32_MAX)]
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
@@ -172,12 +179,16 @@ class StructuredOutputs(Wire, frozen=True, kw_only=True):
 
 
 class ObjectiveFields(Wire, frozen=True, kw_only=True):
-    """The latency objective of a request, in milliseconds. An absent limit is that of the tier."""
+    """The objective of a request; times are milliseconds. An absent limit is that of the tier.
+
+    `prefer`: by what a variant is chosen among those that are on time; absent: the server's setting.
+    """
 
     ttft_ms: Milliseconds | None = None
     itl_ms: Milliseconds | None = None
     total_ms: Milliseconds | None = None
-    min_quality: None = None
+    min_quality: QualityFloor | None = None
+    prefer: Preference | None = None
     on_miss: Literal["degrade", "reject", "late"] | None = None
 
 
@@ -300,10 +311,11 @@ class Usage(Struct, frozen=True, kw_only=True):
 class AnswerReport(Struct, frozen=True, kw_only=True):
     """Stretto's measurements of one answer, all in milliseconds or tokens. An unknown value is null.
 
-    `variant`: which variant of the model answered. `on_time`: every token met its deadline. `queue_ms`: from
-    arrival to the sequence's first step, measured by the engine. The API server measures the other times.
-    `schema_relaxed`: paths of the parts of a schema that could not be enforced. `cached`: a gateway had kept
-    the answer, to this request (`exact`) or to one that asks the same (`semantic`).
+    `variant`: which variant of the model answered; `variant_reason`: why this one. `on_time`: every token met
+    its deadline. `queue_ms`: from arrival to the sequence's first step, measured by the engine. The API
+    server measures the other times. `schema_relaxed`: paths of the parts of a schema that could not be
+    enforced. `cached`: a gateway had kept the answer, to this request (`exact`) or to one that asks the
+    same (`semantic`).
     """
 
     variant: str
@@ -316,6 +328,7 @@ class AnswerReport(Struct, frozen=True, kw_only=True):
     energy_source: str | None = None
     schema_relaxed: list[str] | UnsetType = UNSET
     cached: Literal["exact", "semantic"] | UnsetType = UNSET
+    variant_reason: VariantReason | UnsetType = UNSET
 
 
 class TopLogprob(Struct, frozen=True):
@@ -479,16 +492,3 @@ class ErrorDetail(Struct, frozen=True, kw_only=True):
 
 class ErrorBody(Struct, frozen=True):
     error: ErrorDetail
-
-
-class Status(Struct, frozen=True):
-    """The response of `/ready` on success."""
-
-    status: Literal["ready"] = "ready"
-
-
-class Health(Struct, frozen=True, kw_only=True):
-    """The response of `/health`, which any live process gives. `degraded`: its engine takes no requests."""
-
-    status: Literal["ok", "degraded"]
-    engine: EngineHealth

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
-from stretto.errors import StrettoError
+from stretto.errors import StartError, StrettoError
 from stretto.http.errors import error_response, internal
 from stretto.http.exchange import KEY, Exchange, ExchangeLayer
 from stretto.http.guard import Guard
@@ -156,8 +156,10 @@ def build(
 
     `ladders` stand before the models that are their variants: a client may name either. The variants have
     the tokenizer and the template of their top. `check_grammar(model, grammar, tenant)` raises InvalidGrammar
-    for a grammar that does not compile. Reads each model's tokenizer; raises CheckpointError.
+    for a grammar that does not compile. Reads each model's tokenizer; raises CheckpointError, and StartError
+    for a tier with `min_quality` if a model was not measured.
     """
+    _check_floors(config, models, ladders)
     texts: dict[str, TextModel] = {}
     above = {model.name: ladder for ladder in ladders for model in ladder.models.values()}
     for name, path in models.items():
@@ -169,3 +171,14 @@ def build(
                 texts[ladder.name] = TextModel(Path(ladder.top.path))
             texts[name] = texts[ladder.name]
     return App(Server(config, engine, texts, check_grammar, ladders))
+
+
+def _check_floors(config: ServeConfig, models: Iterable[str], ladders: Sequence[ServedLadder]) -> None:
+    floors = [name for name, objective in config.tiers.items() if objective.min_quality is not None]
+    measured = {model.name for ladder in ladders for model in ladder.models.values()}
+    unmeasured = [name for name in models if name not in measured]
+    if floors and unmeasured:
+        raise StartError(
+            f"tiers.{floors[0]}: min_quality needs a ladder, and {unmeasured[0]} is a single model, whose"
+            " quality was not measured: leave min_quality out, or serve ladders only"
+        )

@@ -29,6 +29,7 @@ from stretto.server.validation import (
     check_chat,
     check_completion,
 )
+from stretto.server.variants.placement import learn_lengths, place
 from stretto.text.output import Output, OutputDelta
 from stretto.text.tools import markers
 from stretto.types import Request, Sampling, TokenEvent
@@ -106,28 +107,30 @@ async def run(
     spec = check(request, model, server.limits)
     with server.gate.reserve(spec.answers) as slot:
         slo = resolve_objective(
-            request, server.policy, lambda: server.quota.allows(call.tenant, time.monotonic())
+            request, server.policy, call.tenant, lambda: server.quota.allows(call.tenant, time.monotonic())
         )
         call.tier = slo.tier
         await server.check_grammar(call, spec.sampling.grammar, spec.grammar_path)
         prompts = await server.run_text(call, spec.encode)
         server.encoded(model.name, len(call.body), max(sum(len(prompt.ids) for prompt in prompts), 1))
+        call.placement = place(call, spec, slo, prompts)
         samplings = spec.sampling.fan_out()
         for prompt in prompts:
             for copy, sampling in enumerate(samplings):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)
         await (stream if spec.stream else answer)(call, writer_of(spec, slo.tier), slot)
+    learn_lengths(call, model.name)
 
 
 def submit(
     call: Call, spec: AnswerSpec, slo: ServiceLevel, prompt: EncodedPrompt, sampling: Sampling, *, first: bool
 ) -> None:
     """Sends one sequence to the engine; the call owns its output. `first`: of the answers to its prompt."""
-    server, model, index = call.server, spec.model, len(call.outputs)
+    server, model, placed, index = call.server, spec.model, call.placement, len(call.outputs)
     emitted = call.emitted(index)
     request = Request(
         id=server.engine.next_id(),
-        model=model.info.name,
+        model=placed.model or model.info.name,
         prompt=prompt.ids,
         arrival=call.arrival,
         sampling=sampling,
@@ -137,6 +140,7 @@ def submit(
         tier=slo.tier,
         emitted=tuple(emitted.tokens),
         request_id=call.exchange.id,
+        lighter=placed.lighter,
     )
     sequence = server.engine.submit(request)
     visible = markers.VISIBLE if spec.parser else frozenset[str]()
@@ -144,7 +148,7 @@ def submit(
     if parser is not None:
         parser.nonce = f"{call.nonce}.{index}"
     output = Output(
-        request,
+        sequence.request,
         sequence,
         model.text.detokenizer(
             sampling.stop if prompt.thinking is None else (),
@@ -157,6 +161,7 @@ def submit(
         echo=prompt.echo,
         parser=parser,
         grammar_path=None if sampling.grammar is None else spec.grammar_path,
+        variant_reason=placed.reason if sequence.request.model == request.model else "moved",
     )
     call.outputs.append(output)
     if slo.tier == PRIORITY:

@@ -11,17 +11,19 @@ from typing import NamedTuple
 from stretto.config import Schedule, Tier
 from stretto.errors import InvalidRequest
 from stretto.protocol.openai import Generation, ObjectiveFields, TotalObjective
-from stretto.types import Objective
+from stretto.types import Objective, Preference
 
 DEFAULT = "default"
 PRIORITY = "priority"
+NO_TENANTS: Mapping[str, Preference] = {}
 
 
 class ServiceLevel(NamedTuple):
-    """The objective of a request, and the tier whose weight it has."""
+    """The objective of a request, the tier whose weight it has, and by what its variant is chosen."""
 
     objective: Objective
     tier: str
+    prefer: Preference = "quality"
 
 
 class ServicePolicy(NamedTuple):
@@ -29,6 +31,12 @@ class ServicePolicy(NamedTuple):
 
     tiers: Mapping[str, Tier]
     schedule: Schedule
+    prefer: Preference = "quality"
+    tenants_prefer: Mapping[str, Preference] = NO_TENANTS
+
+    def preference_of(self, tenant: str) -> Preference:
+        """By what a tenant's variants are chosen when its request says nothing."""
+        return self.tenants_prefer.get(tenant, self.prefer)
 
 
 def requested_tier(request: Generation) -> str:
@@ -37,7 +45,7 @@ def requested_tier(request: Generation) -> str:
 
 
 def resolve_objective(
-    request: Generation, policy: ServicePolicy, within_quota: Callable[[], bool]
+    request: Generation, policy: ServicePolicy, tenant: str, within_quota: Callable[[], bool]
 ) -> ServiceLevel:
     """Decides a request's tier, then its objective: its own limits, and its tier's where it sets none.
 
@@ -62,9 +70,10 @@ def resolve_objective(
         ttft_ms=usual.ttft_ms if own.ttft_ms is None else own.ttft_ms,
         itl_ms=itl_ms if request.stream else None,
         total_ms=usual.total_ms if own.total_ms is None else own.total_ms,
+        min_quality=usual.min_quality if own.min_quality is None else own.min_quality,
         on_miss=usual.on_miss if own.on_miss is None else own.on_miss,
     )
-    return ServiceLevel(objective, tier)
+    return ServiceLevel(objective, tier, own.prefer or policy.preference_of(tenant))
 
 
 def embedding_objective(own: TotalObjective | None) -> Objective:

@@ -18,6 +18,7 @@ from stretto.protocol.anthropic import (
     TokenCount,
 )
 from stretto.protocol.descriptions import FIELDS, TYPES
+from stretto.protocol.health import Health, Status
 from stretto.protocol.ollama import (
     OllamaAnswer,
     OllamaChat,
@@ -40,10 +41,8 @@ from stretto.protocol.openai import (
     EmbeddingList,
     EmbeddingRequest,
     ErrorBody,
-    Health,
     ModelCard,
     ModelList,
-    Status,
     TextCompletion,
 )
 from stretto.protocol.responses import DeletedResponse, ResponseEvent, ResponseObject, ResponseRequest

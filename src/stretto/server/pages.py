@@ -19,7 +19,8 @@ from starlette.routing import Route
 
 from stretto.errors import NotFound, Overloaded, Unauthorised
 from stretto.http.request import read_body
-from stretto.protocol.openai import Health, ModelCard, ModelList, Status
+from stretto.protocol.health import Health, Status
+from stretto.protocol.openai import ModelCard, ModelList
 from stretto.protocol.parsing import JSON, parse
 from stretto.protocol.relay import RELAY, ErasureReport, ErasureRequest
 from stretto.protocol.vllm import Version

@@ -36,6 +36,7 @@ from stretto.server.admission_gate import START_S, AdmissionGate
 from stretto.server.objectives import ServicePolicy
 from stretto.server.quota import PriorityQuota
 from stretto.server.validation import ModelHandle, RequestLimits
+from stretto.server.variants.router import VariantPlacement, VariantRouter
 from stretto.telemetry.live import Recent
 from stretto.telemetry.log import LineWriter
 from stretto.telemetry.metrics import Ended, Gauges, Metrics, Verdict
@@ -72,8 +73,14 @@ class Server:
         self.engine = engine
         self.texts = texts
         self.ladders = {ladder.name: ladder for ladder in ladders}
+        self._routers = {
+            name: router
+            for ladder in ladders
+            for router in [VariantRouter(ladder, tiers, lambda: engine.outlooks, lambda: engine.models)]
+            for name in (ladder.name, *(model.name for model in ladder.models.values()))
+        }
         self.limits = RequestLimits(config.max_n, config.max_stop, config.max_waiting)
-        self.policy = ServicePolicy(tiers, config.schedule)
+        self.policy = ServicePolicy(tiers, config.schedule, config.prefer, config.tenants_prefer)
         self.quota = PriorityQuota(config.priority_share)
         self.gate = AdmissionGate(config.max_waiting, config.drain_s, engine.unavailable)
         self.access_log = LineWriter(STDOUT) if config.access_log else None
@@ -120,6 +127,10 @@ class Server:
         if info is None:
             raise Unavailable(f"the model {name} is not loaded yet; try again soon", retry_after=START_S)
         return ModelHandle(name, self.texts[name], info)
+
+    def router(self, name: str) -> VariantRouter | None:
+        """What chooses among the variants of a ladder, by its name or that of a variant; None for a model."""
+        return self._routers.get(name)
 
     def info(self, name: str) -> ModelInfo | None:
         """The engine's description of a model, of a ladder that of its top; None until it is loaded."""
@@ -269,6 +280,7 @@ class Call:
         self.relayed = False  # whether a gateway reads the answer
         self.continuation: Continuation | None = None
         self.nonce = token_hex(12)  # of which ids in the answer are made
+        self.placement = VariantPlacement(None)
         self.model = ""
         self.tier = ""
         self.streaming = False
@@ -357,7 +369,8 @@ class Call:
             slack=None if slack == inf else slack,
             gaps=_gaps(outputs),
             status=status_of(error, self.exchange, client_gone=self.client_gone),
-            variant=outputs[0].request.model if outputs else "",
+            variant=outputs[0].variant if outputs else "",
+            variant_reason=(outputs[0].why or "") if outputs else "",
             finish_reason=_finish_reason(outputs),
         )
 

@@ -21,6 +21,7 @@ from stretto.protocol.openai import (
     JsonObjectFormat,
     JsonSchemaFormat,
     StreamOptions,
+    TextPart,
 )
 from stretto.text import messages, reasoning_parser
 from stretto.text.output import AnswerParser
@@ -77,7 +78,8 @@ class EncodedPrompt(NamedTuple):
 class AnswerSpec:
     """A valid request: what to generate and what to send. `answers` counts the answers to all prompts.
 
-    `encode` returns the prompts, which takes long for a long text. `grammar_path` is the path of the field
+    `encode` returns the prompts, which takes long for a long text. `question` returns the text of the last
+    message, or of the first prompt. `grammar_path` is the path of the field
     that gave the grammar. `parser` makes a parser of tool calls for one answer. With `single_call`, the first
     tool call ends the answer. `relaxed`: paths of a schema's parts that the grammar does not enforce.
     `whole_calls`: a stream has no part of a tool call before all of it. `stop_shown`: the stop string that
@@ -86,6 +88,7 @@ class AnswerSpec:
 
     model: ModelHandle
     encode: Callable[[], list[EncodedPrompt]]
+    question: Callable[[], str]
     sampling: Sampling
     answers: int
     salt: str
@@ -146,7 +149,14 @@ def check_chat(request: ChatRequest, model: ModelHandle, limits: RequestLimits) 
         variables.setdefault("enable_thinking", False)
     encode = partial(_encode_chat, request, model, sampling, tools.shown, variables)
     return _spec(
-        request, model, sampling, encode, parser=tools.parser, single_call=tools.single, relaxed=relaxed
+        request,
+        model,
+        sampling,
+        encode,
+        question=partial(_last_text, request),
+        parser=tools.parser,
+        single_call=tools.single,
+        relaxed=relaxed,
     )
 
 
@@ -168,7 +178,10 @@ def check_completion(request: CompletionRequest, model: ModelHandle, limits: Req
     encode = partial(
         _encode_completion, inputs, model, sampling, bool(request.echo), request.truncate_prompt_tokens
     )
-    return _spec(request, model, sampling, encode, prompts=len(inputs), relaxed=form.relaxed)
+    question = partial(_first_text, inputs, model.text)
+    return _spec(
+        request, model, sampling, encode, prompts=len(inputs), question=question, relaxed=form.relaxed
+    )
 
 
 def _spec(
@@ -195,6 +208,18 @@ def _spec(
         grammar_path=path if request.structured_outputs is None else "$.structured_outputs",
         **chat,
     )
+
+
+def _last_text(request: ChatRequest) -> str:
+    content = request.messages[-1].content
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content if isinstance(part, TextPart))
+
+
+def _first_text(inputs: Sequence[RawPrompt], text: TextModel) -> str:
+    first = inputs[0]
+    return first if isinstance(first, str) else text.decode(list(first))
 
 
 def _encode_chat(

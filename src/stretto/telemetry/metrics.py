@@ -30,7 +30,8 @@ class Ended:
     """One request after its end. Times are seconds, and None where the event never happened.
 
     `verdict`: what became of its objective; None for a request that was never valid. `model` is the one asked
-    for and `variant` the one that answered, both empty for an unknown one. `queued`: until a step read the
+    for and `variant` the one that answered, both empty for an unknown one; `variant_reason`: why this one was
+    chosen, empty when nothing was. `queued`: until a step read the
     prompt; `forecast`: the prediction of it. `first`: until the first token. `slack`: the smallest time by
     which a token was ahead of its deadline, negative when one was late. `gaps`: between tokens.
     """
@@ -51,6 +52,7 @@ class Ended:
     gaps: Sequence[float] = ()
     status: int = 200
     variant: str = ""
+    variant_reason: str = ""
     finish_reason: str | None = None
 
 
@@ -93,6 +95,8 @@ class Metrics:
             self._of(catalogue.TOKENS, "cached", model).inc(request.cached_tokens)
         if request.verdict is not None:
             self._of(catalogue.JUDGED, tier, model, request.verdict).inc()
+        if request.variant_reason and request.output_tokens:
+            self._of(catalogue.VARIANTS, model, request.variant, request.variant_reason).inc()
         if request.verdict == "refused":
             self._of(catalogue.REFUSALS, request.outcome, tier).inc()
         if request.slack is not None and request.slack < inf:

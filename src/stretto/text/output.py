@@ -13,7 +13,7 @@ from math import inf, isfinite
 from time import monotonic
 from typing import Protocol
 
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from stretto.deadlines import Deadline
 from stretto.errors import CannotBeOnTime, EngineError, InvalidGrammar, InvalidRequest
@@ -24,7 +24,7 @@ from stretto.text.detokenizer import Detokenizer
 from stretto.text.reasoning_parser import ReasoningParser
 from stretto.text.stop_strings import StopStrings
 from stretto.text.tools.parser import AbandonedCall, CallParser, Reasoning, ToolEvent
-from stretto.types import Began, Finish, Objective, Reason, Request, TokenEvent
+from stretto.types import Began, Finish, Objective, Reason, Request, TokenEvent, VariantReason
 
 OutputDelta = tuple[Delta, TokenEvent | None]
 FINISH: dict[Reason, FinishReason] = {
@@ -214,6 +214,7 @@ class Output:
     echo: str = ""
     parser: AnswerParser | None = None
     grammar_path: str | None = None  # of the field that gave the grammar
+    variant_reason: VariantReason | None = None  # why this variant was chosen, if one was
     tokens: int = 0
     finish_reason: FinishReason | None = None
     began: Began | None = None
@@ -273,11 +274,23 @@ class Output:
             self._end("stop", deltas)
         return deltas
 
+    @property
+    def variant(self) -> str:
+        """The engine's model that answers. It may change until the first token."""
+        moved = None if self.began is None else self.began.moved
+        return moved or self.request.model
+
+    @property
+    def why(self) -> VariantReason | None:
+        """Why this variant answers; None when there was no choice."""
+        return "moved" if self.variant != self.request.model else self.variant_reason
+
     def report(self) -> AnswerReport:
-        """What the client is told about the latency of this answer."""
+        """What the client is told about this answer: its latency, and the variant."""
         times, began = self.times, self.began
         return AnswerReport(
-            variant=self.request.model,
+            variant=self.variant,
+            variant_reason=self.why or UNSET,
             on_time=self.times.on_time,
             queue_ms=None if began is None else round(began.queue_ms, 3),
             ttft_ms=_ms(times.ttft),

@@ -73,6 +73,11 @@ class Outlook:
         return self._seen
 
     @property
+    def sent_since(self) -> list[tuple[int, float, Job]]:
+        """The prompts sent since the snapshot: id, weight, and deadline with work. Not to be changed."""
+        return self._sent
+
+    @property
     def backlog_ms(self) -> float:
         """The work of all prompts that wait there, as far as they have deadlines."""
         waiting = () if self._seen is None else chain.from_iterable(self._seen.prompts.values())

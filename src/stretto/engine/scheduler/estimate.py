@@ -51,6 +51,17 @@ class Estimate(Struct, frozen=True, array_like=True):
     itl_ms: float = inf  # the shortest inter-token target of a stream
     load: float = 0.0  # share of the time that the streams take at their slowest pace
 
+    @property
+    def pressure(self) -> float:
+        """The share of the time that the streams take at their slowest pace, with their steps' bases."""
+        return self.cost.base / self.itl_ms + self.load if self.streams else 0.0
+
+    def rate(self, itl_ms: float = inf, elsewhere: float = 0.0) -> float:
+        """The share of the time that is left for prompts. `itl_ms`: the target of a stream that may be added;
+        `elsewhere`: the share that the streams of other models take."""
+        base = self.cost.base / min(self.itl_ms, itl_ms, step_limit(self.cost))
+        return max(1.0 / self.margin - base - self.load - elsewhere, LEAST_PREFILL)
+
     def bears(self, length: int, itl_ms: float, heavier: float) -> bool:
         """Whether all streams would keep their pace if a prompt of `length` tokens became one of them.
 
@@ -73,8 +84,7 @@ class Estimate(Struct, frozen=True, array_like=True):
         ones to come will leave: those take `heavier(weight)` of the time. `itl_ms` is the target of a stream
         that may be added.
         """
-        base = self.cost.base / min(self.itl_ms, itl_ms, step_limit(self.cost))
-        rate = max(1.0 / self.margin - base - self.load, LEAST_PREFILL)
+        rate = self.rate(itl_ms)
         deferral = Deferral({}, {}, {}, {}, 1e3 * rate)
         first, work = 0, 0.0
         for weight, jobs in groups.items():

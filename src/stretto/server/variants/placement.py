@@ -1,0 +1,87 @@
+"""Where a request goes: to its model, or to the variant of a ladder that is chosen for it.
+
+It turns the router's answer into one of the pipeline: a placement, or an error that names the field.
+"""
+
+from __future__ import annotations
+
+import time
+
+from stretto.errors import CannotBeOnTime, QualityOutOfReach, UnsupportedField
+from stretto.server.objectives import ServiceLevel
+from stretto.server.state import Call
+from stretto.server.validation import AnswerSpec, EncodedPrompt
+from stretto.server.variants.router import LadderRequest, VariantPlacement, VariantRouter
+
+FLOOR, PREFER = "$.objective.min_quality", "$.objective.prefer"
+
+
+def place(call: Call, spec: AnswerSpec, slo: ServiceLevel, prompts: list[EncodedPrompt]) -> VariantPlacement:
+    """The model that answers all prompts of a call. Nothing is chosen for a model without variants.
+
+    Raises UnsupportedField for a floor or a preference that this model has no measurements for,
+    QualityOutOfReach and CannotBeOnTime for a request that rather wants a refusal.
+    """
+    model, floor = spec.model, slo.objective.min_quality
+    router = call.server.router(model.name)
+    if router is None:
+        if floor is not None:
+            raise UnsupportedField(
+                f"{FLOOR}: the quality of {model.name} was not measured; serve a ladder, as docs/ladder.md"
+                " says, or leave it out",
+                param=FLOOR,
+            )
+        return VariantPlacement(model.info.name)
+    only = None if model.name == router.ladder.name else model.info.name
+    if floor is None and (only is not None or len(router.ladder.models) == 1):
+        return VariantPlacement(model.info.name)
+    if slo.prefer == "energy" and not router.measures_energy:
+        raise UnsupportedField(
+            f"{PREFER}: energy was not measured for the variants of {router.ladder.name}; prefer quality or"
+            " latency",
+            param=PREFER,
+        )
+    return _chosen(call, router, _asked(call, spec, slo, prompts, only))
+
+
+def _asked(
+    call: Call, spec: AnswerSpec, slo: ServiceLevel, prompts: list[EncodedPrompt], only: str | None
+) -> LadderRequest:
+    """All answers of a call come from one variant, so their prompts count as one."""
+    return LadderRequest(
+        question=spec.question(),
+        prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
+        longest_prompt=max(len(prompt.ids) for prompt in prompts),
+        arrival=call.arrival,
+        max_tokens=spec.sampling.max_tokens,
+        objective=slo.objective,
+        tier=slo.tier,
+        tenant=call.tenant,
+        prefer=slo.prefer,
+        request_id=call.exchange.id,
+        only=only,
+    )
+
+
+def _chosen(call: Call, router: VariantRouter, asked: LadderRequest) -> VariantPlacement:
+    placed = router.place(asked, time.monotonic())
+    if placed.model is None and placed.late:
+        raise CannotBeOnTime(
+            "no variant of this model can meet $.objective now; try again later, or ask for more time",
+            retry_after=placed.retry_after,
+        )
+    if placed.model is None:
+        raise QualityOutOfReach(
+            f"{FLOOR} is {asked.objective.min_quality:g}, and {placed.best_quality:.3g} is the most that a"
+            " variant of this model is sure to reach for this prompt; lower it, or send on_miss: degrade",
+            param=FLOOR,
+        )
+    return placed
+
+
+def learn_lengths(call: Call, model: str) -> None:
+    """Lets the ladder of a model learn from the lengths of a call's answers, which are complete."""
+    router = call.server.router(model)
+    if router is not None:
+        for output in call.outputs:
+            router.lengths.observe(call.tenant, output.tokens, cut=output.finish_reason == "length")

@@ -1,0 +1,130 @@
+"""What a newcomer would find at each variant: the queues and streams of an engine, ready for quick questions.
+
+It reads the snapshots that admission reads and applies the same estimate. Models of one engine take turns, so
+the prompts and streams of all of them count. What a snapshot says is worked out once, not for each request.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
+from typing import NamedTuple
+
+from stretto.deadlines import Deadline
+from stretto.engine.scheduler.admission import Outlook, Snapshot
+from stretto.types import Objective
+
+
+class Standing(NamedTuple):
+    """Where a newcomer would stand with one variant. `queue_ms`: until its first step. `pace`: the share of
+    the time that its prompt then gets. `beside_ms`: the steps of other models between two of its own."""
+
+    seen: Snapshot
+    queue_ms: float
+    pace: float
+    beside_ms: float
+    crowded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSnapshot:
+    """One model's snapshot. `waiting`: by falling weight, the deadlines of the prompts that can be on time
+    and the work until each of them is done. `pressure`: the share of the time that its streams take at least.
+    """
+
+    seen: Snapshot
+    waiting: tuple[tuple[float, list[float], list[float]], ...]
+    pressure: float
+    step_ms: float
+
+    @classmethod
+    def of(cls, seen: Snapshot) -> PreparedSnapshot:
+        """Leaves out the prompts that the scheduler would defer."""
+        estimate = seen.estimate
+        late = estimate.defer(seen.prompts, lambda weight: seen.inflow.get(weight, 0.0), seen.now).late_by
+        waiting: list[tuple[float, list[float], list[float]]] = []
+        first = 0
+        for weight, jobs in seen.prompts.items():
+            kept = [job for index, job in enumerate(jobs, first) if index not in late]
+            first += len(jobs)
+            if kept:
+                work = list(accumulate(ms for _, ms, _ in kept))
+                waiting.append((weight, [deadline for deadline, _, _ in kept], work))
+        step_ms = 0.0
+        if estimate.streams:
+            step_ms = estimate.margin * estimate.cost.decodes(estimate.streams, seen.context)
+        return cls(seen, tuple(waiting), estimate.pressure, step_ms)
+
+    def ahead_ms(self, weight: float, deadline: float) -> float:
+        """The work of the prompts that go before one of this weight and deadline."""
+        total = 0.0
+        for other, deadlines, work in self.waiting:
+            if other > weight:
+                total += work[-1]
+            elif other == weight and (place := bisect_right(deadlines, deadline)):
+                total += work[place - 1]
+        return total
+
+
+class Prospects:
+    """The standings of newcomers, from the outlooks of an engine's models."""
+
+    def __init__(self, outlooks: Callable[[], Mapping[str, Outlook]]) -> None:
+        self._outlooks = outlooks
+        self._prepared: dict[str, PreparedSnapshot] = {}
+
+    def standings(
+        self, models: Mapping[str, object], objective: Objective, weight: float, arrival: float, length: int
+    ) -> dict[str, Standing]:
+        """Where a request would stand with each of these models; none for a model without a snapshot.
+
+        Its prompt has `length` tokens, its tier this weight.
+        """
+        prepared = self._current()
+        deadline = Deadline.of(arrival, objective)
+        first, itl_ms = deadline.of_token(0), deadline.itl_s * 1e3
+        ahead = {
+            name: each.ahead_ms(weight, first) + self._sent_ms(name, weight, first)
+            for name, each in prepared.items()
+        }
+        pressure = sum(each.pressure for each in prepared.values())
+        steps_ms = sum(each.step_ms for each in prepared.values())
+        found: dict[str, Standing] = {}
+        for name in models:
+            each = prepared.get(name)
+            if each is None:
+                continue
+            estimate, elsewhere = each.seen.estimate, pressure - each.pressure
+            heavier = each.seen.inflow.get(weight, 0.0)
+            pace = estimate.rate(itl_ms, elsewhere + heavier)
+            own = ahead[name] + estimate.cost.prefill(0, length)
+            others = sum(min(ms, own) for other, ms in ahead.items() if other != name)
+            crowded = (
+                itl_ms < inf and pressure > 0 and not estimate.bears(length, itl_ms, heavier + elsewhere)
+            )
+            found[name] = Standing(
+                each.seen, (ahead[name] + others) / pace, pace, steps_ms - each.step_ms, crowded
+            )
+        return found
+
+    def _current(self) -> dict[str, PreparedSnapshot]:
+        prepared = self._prepared
+        for name, outlook in self._outlooks().items():
+            seen = outlook.seen
+            known = prepared.get(name)
+            if seen is None:
+                prepared.pop(name, None)
+            elif known is None or known.seen is not seen:
+                prepared[name] = PreparedSnapshot.of(seen)
+        return prepared
+
+    def _sent_ms(self, name: str, weight: float, deadline: float) -> float:
+        """The work of the prompts that were sent since the snapshot and go before this one."""
+        return sum(
+            job[1]
+            for _, other, job in self._outlooks()[name].sent_since
+            if other > weight or (other == weight and job[0] <= deadline)
+        )

@@ -1,0 +1,221 @@
+"""Chooses the variant of a ladder that answers a request, from what was measured and what the engine reports.
+
+The choice itself is `ladder.choose`; this collects what it needs. It knows no HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from stretto.config import Tier
+from stretto.engine.scheduler.admission import Outlook
+from stretto.ladder.choose import LadderCandidate, Need, Prediction, VariantChoice, choose
+from stretto.ladder.estimate import features
+from stretto.ladder.lengths import OutputLengths
+from stretto.ladder.price import TimePrice, WorkOption
+from stretto.ladder.quality import (
+    ChoiceRecord,
+    PromptFeatures,
+    QualityEstimate,
+    VariantDraw,
+    measured,
+)
+from stretto.ladder.registry import Variant
+from stretto.ladder.serving import ServedLadder
+from stretto.server.variants.prospects import Prospects
+from stretto.types import ModelInfo, Objective, Preference, VariantReason
+
+SOONEST_S = 0.05  # the shortest time after which a client is told to try again
+
+
+class LadderRequest(Struct, frozen=True, kw_only=True):
+    """A request for a ladder. `question`: the text of its last message. `only`: the variant it names.
+
+    `prompt_tokens`: of all its prompts together; `longest_prompt`: of the longest.
+    """
+
+    question: str
+    prompt_tokens: int
+    longest_prompt: int
+    arrival: float
+    max_tokens: int | None = None
+    objective: Objective = Objective()
+    tier: str = "default"
+    tenant: str = "local"
+    prefer: Preference = "quality"
+    request_id: str = ""
+    only: str | None = None
+
+
+class VariantPlacement(NamedTuple):
+    """Where a request goes: the engine's model, why, and the models that it may move to while it waits.
+
+    `reason` is None when nothing was chosen. `model` is None when the request is refused; `best_quality` is
+    then the lower bound of the best variant, `late` says whether one would have been good enough, and
+    `retry_after` after how many seconds it might be on time.
+    """
+
+    model: str | None
+    reason: VariantReason | None = None
+    lighter: tuple[str, ...] = ()
+    best_quality: float = 1.0
+    late: bool = False
+    retry_after: float | None = None
+
+
+class VariantRouter:
+    """The choice among one ladder's variants. `outlooks`: of the engine's models; `infos`: of
+    those that are loaded.
+
+    `quality` and `draw` may be replaced to learn from use, and `on_choice` is told each choice.
+    """
+
+    def __init__(
+        self,
+        ladder: ServedLadder,
+        tiers: Mapping[str, Tier],
+        outlooks: Callable[[], Mapping[str, Outlook]],
+        infos: Callable[[], Mapping[str, ModelInfo]],
+    ) -> None:
+        self.ladder = ladder
+        self.quality: QualityEstimate = measured
+        self.draw: VariantDraw | None = None
+        self.on_choice: Callable[[ChoiceRecord], None] | None = None
+        self.lengths = OutputLengths(max(each.lengths.p90 for each in ladder.variants))
+        self._tiers = tiers
+        self._infos = infos
+        self._prospects = Prospects(outlooks)
+        self._price = TimePrice()
+        self._variants = {ladder.models[each.name].name: each for each in ladder.variants}
+
+    @property
+    def measures_energy(self) -> bool:
+        """Whether the energy of every variant is known."""
+        return all(each.energy is not None for each in self.ladder.variants)
+
+    def place(self, asked: LadderRequest, now: float) -> VariantPlacement:
+        """The variant that answers, by `ladder.choose`; the top while nothing is known of the queues."""
+        found = features(asked.question)
+        models = self._able(asked)
+        tier = self._tiers.get(asked.tier)
+        weight = 0.0 if tier is None else tier.weight
+        standings = self._prospects.standings(
+            models, asked.objective, weight, asked.arrival, asked.prompt_tokens
+        )
+        candidates: list[LadderCandidate] = []
+        for model, standing in standings.items():
+            variant, seen = models[model], standing.seen
+            quality = self.quality(found, variant, asked.tenant)
+            candidates.append(
+                LadderCandidate(
+                    name=model,
+                    cost=seen.estimate.cost,
+                    quality=quality.mean,
+                    quality_low=quality.low,
+                    joules_per_token=0.0 if variant.energy is None else variant.energy.joules_per_token,
+                    margin=seen.estimate.margin,
+                    queue_ms=standing.queue_ms,
+                    pace=standing.pace,
+                    streams=seen.estimate.streams,
+                    context=seen.context,
+                    beside_ms=standing.beside_ms,
+                    crowded=standing.crowded,
+                )
+            )
+        floor = asked.objective.min_quality or 0.0
+        if len(candidates) < len(models):
+            return self._unforeseen(asked, models, found, floor)
+        need = Need(
+            prompt_tokens=asked.prompt_tokens,
+            output_tokens=self.lengths.predict(asked.tenant, asked.max_tokens),
+            objective=asked.objective,
+            min_quality=floor,
+            preference=asked.prefer,
+            elapsed_ms=(now - asked.arrival) * 1e3,
+        )
+        choice = choose(candidates, need, self._price.value(now))
+        self._price.offer(now, _options(choice, floor))
+        return self._placed(asked, choice, found, floor)
+
+    def _able(self, asked: LadderRequest) -> dict[str, Variant]:
+        """The variants that may answer, by the engine's names: their context holds prompt and answer."""
+        if asked.only is not None:
+            return {asked.only: self._variants[asked.only]}
+        needed = asked.longest_prompt + (asked.max_tokens or 1)
+        infos = self._infos()
+        able = {
+            model: variant
+            for model, variant in self._variants.items()
+            if model in infos and infos[model].context >= needed
+        }
+        top = self.ladder.top.name
+        return able or {top: self._variants[top]}
+
+    def _unforeseen(
+        self, asked: LadderRequest, models: Mapping[str, Variant], found: PromptFeatures, floor: float
+    ) -> VariantPlacement:
+        """The placement by quality alone."""
+        estimates = {model: self.quality(found, each, asked.tenant) for model, each in models.items()}
+        best = max(estimates, key=lambda model: (estimates[model].low >= floor, estimates[model].mean))
+        low = max(each.low for each in estimates.values())
+        if low < floor and asked.objective.on_miss == "reject":
+            return VariantPlacement(None, "below_floor", best_quality=low)
+        return VariantPlacement(best, "no_forecast" if low >= floor else "below_floor")
+
+    def _placed(
+        self, asked: LadderRequest, choice: VariantChoice, found: PromptFeatures, floor: float
+    ) -> VariantPlacement:
+        low = max(each.candidate.quality_low for each in choice.predicted)
+        if choice.chosen is None:
+            after = min(each.excess_ms for each in choice.predicted) / 1e3
+            return VariantPlacement(None, choice.reason, (), low, low >= floor, max(after, SOONEST_S))
+        chosen, propensity, reason = choice.chosen, 1.0, choice.reason
+        if self.draw is not None and len(choice.feasible) > 1:
+            place = choice.feasible.index(chosen)
+            drawn = self.draw(found, asked.tenant, choice.feasible, place)
+            chosen, propensity = choice.feasible[drawn.place], drawn.propensity
+        name = chosen.candidate.name
+        if self.on_choice is not None:
+            names = tuple(self._variants[each.candidate.name].name for each in choice.feasible)
+            self.on_choice(
+                ChoiceRecord(
+                    request_id=asked.request_id,
+                    ladder=self.ladder.name,
+                    tenant=asked.tenant,
+                    features=found,
+                    feasible=names,
+                    variant=self._variants[name].name,
+                    propensity=propensity,
+                )
+            )
+        return VariantPlacement(
+            name, None if asked.only else reason, _lighter(choice, chosen, asked, floor), low
+        )
+
+
+def _options(choice: VariantChoice, floor: float) -> list[WorkOption]:
+    """What the choice could have taken of the machine's time: the variants that reach the floor, or all."""
+    able = [each for each in choice.predicted if each.candidate.quality_low >= floor]
+    return [WorkOption(each.work_ms, each.candidate.quality) for each in able or choice.predicted]
+
+
+def _lighter(
+    choice: VariantChoice, chosen: Prediction, asked: LadderRequest, floor: float
+) -> tuple[str, ...]:
+    """The variants that the request may move to while it waits, the best first: those that take less time and
+    reach the floor, and with `degrade` then those below it. None if nothing is ever due."""
+    if not asked.objective.timed:
+        return ()
+    lighter = [each for each in choice.predicted if each.work_ms < chosen.work_ms]
+    able = [each for each in lighter if each.candidate.quality_low >= floor]
+    able.sort(key=_quality, reverse=True)
+    if asked.objective.on_miss == "degrade":
+        able += sorted((each for each in lighter if each not in able), key=_quality, reverse=True)
+    return tuple(each.candidate.name for each in able)
+
+
+_quality = attrgetter("candidate.quality")

@@ -1,0 +1,44 @@
+"""The 90 % quantile of answers, by tenant."""
+
+from __future__ import annotations
+
+from stretto.ladder.lengths import ENOUGH, MOST_TENANTS, UNKNOWN, OutputLengths
+
+
+def test_the_prior_counts_until_enough_answers_have_ended() -> None:
+    lengths = OutputLengths(40)
+    assert lengths.predict("a") == 40
+    assert lengths.predict("a", 10) == 10
+    for _ in range(ENOUGH - 1):
+        lengths.observe("a", 5, cut=False)
+    assert lengths.predict("a") == 40
+    lengths.observe("a", 5, cut=False)
+    assert lengths.predict("a") == 5
+    assert OutputLengths().predict("a") == UNKNOWN
+
+
+def test_a_tenant_has_its_own_quantile_and_strangers_that_of_all() -> None:
+    lengths = OutputLengths(40)
+    for tokens in range(1, 101):
+        lengths.observe("long", 1000 + tokens, cut=False)
+        lengths.observe("short", tokens, cut=False)
+    assert 1085 <= lengths.predict("long") <= 1095
+    assert 85 <= lengths.predict("short") <= 95
+    assert 100 < lengths.predict("nobody") <= 1095
+
+
+def test_answers_that_were_cut_say_only_that_answers_may_be_as_long() -> None:
+    lengths = OutputLengths(40)
+    for _ in range(50):
+        lengths.observe("a", 4, cut=True)
+    assert lengths.predict("a") == 40, "a short limit does not make answers short"
+    for _ in range(50):
+        lengths.observe("a", 100, cut=True)
+    assert lengths.predict("a") == 100
+
+
+def test_tenants_are_bounded() -> None:
+    lengths = OutputLengths()
+    for number in range(MOST_TENANTS + 100):
+        lengths.observe(f"t{number}", 5, cut=False)
+    assert len(lengths) == MOST_TENANTS

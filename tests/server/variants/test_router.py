@@ -1,0 +1,218 @@
+"""Which variant a request gets, from snapshots of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from stretto.config import TIERS, ModelConfig
+from stretto.engine.scheduler.admission import Outlook
+from stretto.ladder.choose import Prediction
+from stretto.ladder.estimate import Quality
+from stretto.ladder.quality import ChoiceRecord, DrawnVariant
+from stretto.ladder.serving import ServedLadder
+from stretto.server.variants.router import LadderRequest, VariantRouter
+from stretto.types import Objective, Request
+from tests.ladder.tiny_ladder import ladder_of, variant
+from tests.server.fake_engine import info
+from tests.server.variants.snapshots import FULL, INT8, SMALL, outlook
+
+NAMES = ("full", "int8", "small")
+NOW = 1000.0
+QUALITIES = {"full": Quality(0.5, 0.4), "int8": Quality(0.8, 0.7), "small": Quality(0.8, 0.7)}
+
+
+def router(outlooks: dict[str, Outlook], context: int = 4096) -> VariantRouter:
+    models = {name: ModelConfig(name=f"m:{name}", path=name) for name in NAMES}
+    served = ServedLadder("m", Path(), ladder_of(*map(variant, NAMES)), models)
+    infos = {f"m:{name}": info(f"m:{name}", vocab=99, context=context) for name in NAMES}
+    return VariantRouter(served, TIERS, lambda: outlooks, lambda: infos)
+
+
+def idle() -> dict[str, Outlook]:
+    return {"m:full": outlook(FULL), "m:int8": outlook(INT8), "m:small": outlook(SMALL)}
+
+
+def asked(**fields: Any) -> LadderRequest:
+    usual: dict[str, Any] = {
+        "question": "What is 1 + 2?",
+        "prompt_tokens": 100,
+        "longest_prompt": 100,
+        "arrival": NOW,
+        "max_tokens": 10,
+        "objective": Objective(ttft_ms=5000),
+    }
+    return LadderRequest(**(usual | fields))
+
+
+def test_an_idle_machine_answers_with_the_best_variant() -> None:
+    placed = router(idle()).place(asked(), NOW)
+    assert (placed.model, placed.reason) == ("m:full", "best")
+    assert placed.lighter == ("m:int8", "m:small")
+
+
+@pytest.mark.parametrize(
+    ("ttft_ms", "model", "reason"),
+    [
+        (130, "m:full", "best"),
+        (110, "m:int8", "deadline"),
+        (20, "m:small", "deadline"),
+        (5, "m:small", "late"),
+    ],
+)
+def test_a_tighter_deadline_gets_a_lighter_variant(ttft_ms: float, model: str, reason: str) -> None:
+    placed = router(idle()).place(asked(objective=Objective(ttft_ms=ttft_ms)), NOW)
+    assert (placed.model, placed.reason) == (model, reason)
+
+
+def test_time_that_has_passed_counts() -> None:
+    placed = router(idle()).place(asked(objective=Objective(ttft_ms=130)), NOW + 0.05)
+    assert placed.model == "m:int8"
+
+
+def test_the_queue_of_a_variant_counts_and_so_does_that_of_the_others() -> None:
+    prompts = {2.0: [(NOW + 0.32, 300.0, 1.0)]}
+    busy = idle() | {"m:full": outlook(FULL, jobs=prompts)}
+    asks = asked(objective=Objective(ttft_ms=400))
+    assert router(busy).place(asks, NOW).model == "m:int8", "its own queue makes the top late"
+    elsewhere = idle() | {"m:int8": outlook(INT8, jobs=prompts)}
+    tight = asked(objective=Objective(ttft_ms=330))
+    assert router(idle()).place(tight, NOW).model == "m:full"
+    fast = asked(objective=Objective(ttft_ms=330), prompt_tokens=155)
+    assert router(elsewhere).place(fast, NOW).model == "m:small", "variants take turns on one device"
+
+
+def test_what_was_sent_since_the_snapshot_counts() -> None:
+    outlooks = idle()
+    waits = Request(id=1, model="m:full", prompt=(0,) * 200, arrival=NOW, objective=Objective(ttft_ms=300))
+    asks = asked(objective=Objective(ttft_ms=310))
+    assert router(outlooks).place(asks, NOW).model == "m:full"
+    outlooks["m:full"].sent(waits)
+    assert router(outlooks).place(asks, NOW).model == "m:int8"
+
+
+def test_streams_of_any_variant_slow_every_other_one_down() -> None:
+    streams: dict[str, Any] = {"streams": 4, "itl_ms": 250.0, "load": 0.02}
+    busy = idle() | {"m:int8": outlook(INT8, **streams)}
+    asks = asked(objective=Objective(itl_ms=25))
+    assert router(idle()).place(asks, NOW).model == "m:full"
+    assert router(busy).place(asks, NOW).model == "m:int8", "a step of the top waits for one of int8: 31 ms"
+
+
+def test_a_stream_that_would_crowd_out_others_is_late() -> None:
+    full = outlook(FULL, streams=8, itl_ms=30.0, load=0.25)
+    objective = Objective(itl_ms=250, on_miss="reject")
+    placed = router(idle() | {"m:full": full}).place(asked(objective=objective), NOW)
+    assert placed.model is None and placed.late and placed.retry_after == pytest.approx(0.05)
+
+
+def test_the_preference_decides_among_those_on_time() -> None:
+    assert router(idle()).place(asked(prefer="latency"), NOW).model == "m:small"
+    assert router(idle()).place(asked(prefer="energy"), NOW).model == "m:small"
+    floor = Objective(ttft_ms=5000, min_quality=0.8)
+    placed = router(idle()).place(asked(prefer="energy", objective=floor), NOW)
+    assert (placed.model, placed.reason) == ("m:int8", "floor"), "0.85 is sure"
+    assert placed.lighter == ("m:small",), "with degrade, time goes before quality"
+
+
+@pytest.mark.parametrize(
+    ("on_miss", "model", "reason", "lighter"),
+    [
+        ("degrade", "m:small", "below_floor", ()),
+        ("late", "m:int8", "late", ()),
+        ("reject", None, "late", ()),
+    ],
+)
+def test_on_miss_decides_when_floor_and_deadline_contradict(
+    on_miss: Any, model: str | None, reason: str, lighter: tuple[str, ...]
+) -> None:
+    objective = Objective(ttft_ms=20, min_quality=0.8, on_miss=on_miss)
+    placed = router(idle()).place(asked(objective=objective), NOW)
+    assert (placed.model, placed.reason, placed.lighter) == (model, reason, lighter)
+    assert placed.late is (on_miss == "reject")
+
+
+def test_a_floor_that_no_variant_reaches_is_refused_on_reject_only() -> None:
+    out_of_reach = Objective(ttft_ms=5000, min_quality=0.99, on_miss="reject")
+    placed = router(idle()).place(asked(objective=out_of_reach), NOW)
+    assert placed.model is None and not placed.late and placed.best_quality == pytest.approx(0.9)
+    degraded = structs.replace(out_of_reach, on_miss="degrade")
+    assert router(idle()).place(asked(objective=degraded), NOW)[:2] == ("m:full", "below_floor")
+
+
+def test_a_request_never_moves_below_its_floor_unless_it_may_degrade() -> None:
+    floor = Objective(ttft_ms=5000, min_quality=0.8, on_miss="late")
+    assert router(idle()).place(asked(objective=floor), NOW).lighter == ("m:int8",)
+
+
+def test_without_a_snapshot_quality_alone_decides() -> None:
+    placed = router({"m:full": Outlook(TIERS)}).place(asked(), NOW)
+    assert (placed.model, placed.reason) == ("m:full", "no_forecast")
+
+
+def test_a_variant_whose_context_is_too_short_is_not_chosen() -> None:
+    made = router(idle(), context=64)
+    assert made.place(asked(longest_prompt=100), NOW).model == "m:full", "as the request was checked"
+    assert made.place(asked(longest_prompt=20, objective=Objective(ttft_ms=20)), NOW).model == "m:small"
+
+
+def test_a_named_variant_is_judged_alone() -> None:
+    floor = Objective(min_quality=0.8, on_miss="reject")
+    assert router(idle()).place(asked(only="m:small", objective=floor), NOW).model is None
+    placed = router(idle()).place(asked(only="m:int8", objective=floor), NOW)
+    assert (placed.model, placed.reason, placed.lighter) == ("m:int8", None, ())
+
+
+def test_more_work_than_the_top_can_do_goes_to_lighter_variants() -> None:
+    made = router(idle())
+    models: list[str | None] = []
+    for number in range(400):  # 20 a second; the top does about 3
+        placed = made.place(asked(arrival=NOW + number / 20, objective=Objective()), NOW + number / 20)
+        models.append(placed.model)
+    assert models[0] == "m:full"
+    assert set(models[-100:]) <= {"m:int8", "m:small"}
+    assert made.place(asked(arrival=NOW + 100, objective=Objective()), NOW + 100).model == "m:full"
+
+
+def test_a_correction_and_a_draw_act_inside_the_feasible_set() -> None:
+    made = router(idle())
+    records: list[ChoiceRecord] = []
+    made.on_choice = records.append
+    made.quality = lambda features, variant, tenant: Quality(
+        *{"full": (0.5, 0.4)}.get(variant.name, (0.8, 0.7))
+    )
+    assert made.place(asked(), NOW).model == "m:small", "of equals, the one that ends first"
+    seen: list[list[str]] = []
+
+    def draw(features: Any, tenant: str, feasible: Sequence[Prediction], best: int) -> DrawnVariant:
+        seen.append([each.candidate.name for each in feasible])
+        return DrawnVariant(0, 0.25)
+
+    made.draw = draw
+    tight = asked(objective=Objective(ttft_ms=110), request_id="r1")
+    assert made.place(tight, NOW).model == "m:int8"
+    assert seen == [["m:int8", "m:small"]], "the late one cannot be drawn"
+    assert [each.propensity for each in records] == [1.0, 0.25]
+    assert records[1].feasible == ("int8", "small") and records[1].variant == "int8"
+    assert records[1].request_id == "r1"
+
+
+def test_a_decision_takes_at_most_100_us_of_processor_time() -> None:
+    """Features, standings, estimates and the choice among three variants with queues."""
+    prompts = {2.0: [(NOW + 1.0 + k / 10, 30.0, 1.0) for k in range(30)]}
+    busy = {
+        f"m:{name}": outlook(cost, jobs=prompts)
+        for name, cost in zip(NAMES, (FULL, INT8, SMALL), strict=True)
+    }
+    made, asks, best = router(busy), asked(), 1.0
+    for _ in range(20):
+        started = process_time()
+        for _ in range(100):
+            made.place(asks, NOW)
+        best = min(best, (process_time() - started) / 100)
+    assert best < 250e-6, "five times the usual"
