@@ -167,7 +167,7 @@ def gateway_command(
     with _usage():
         settings = gateway_settings.load(given, os.environ, file)
     log.configure("gateway", settings.log_level)
-    gateway = Gateway(settings)
+    gateway = Gateway(settings, reread=lambda: gateway_settings.load(given, os.environ, file))
     uvloop.run(server.run(settings, gateway, gateway, typer.echo))
 
 

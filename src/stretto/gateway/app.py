@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from stretto.gateway.calls import Calls
 from stretto.gateway.exchange import RelayedExchange
 from stretto.gateway.model_listing import ModelListing
 from stretto.gateway.operations.monitor import CallEnd, Monitor
+from stretto.gateway.operations.reload import Reloader, Reread
 from stretto.gateway.registry import Registry, Worker
 from stretto.gateway.relay import METHODS, Relay
 from stretto.gateway.routing.fields import read_fields
@@ -76,6 +78,7 @@ class GatewayState(Struct, frozen=True):
     hedges_won: int
     rejected: dict[str, int]  # connections and requests that were cut short, by reason
     keys_error: str  # why the key file was not read when it changed last
+    settings_error: str  # why the last reload of the settings changed nothing
     cache: CacheReport
 
 
@@ -159,8 +162,9 @@ class _Client:
 class Gateway(Starlette):
     """The ASGI application of one gateway. It keeps no state that another one would need."""
 
-    def __init__(self, config: GatewayConfig, seed: int | None = None) -> None:
-        self.config = config
+    def __init__(self, config: GatewayConfig, seed: int | None = None, reread: Reread | None = None) -> None:
+        """`reread` reads the settings again, for a reload."""
+        self.reloader = Reloader(config, reread, self._take)
         self.server = Calls(config)
         headers = {"Authorization": f"Bearer {config.gateway_key}"} if config.gateway_key else {}
         self.registry = Registry(Router(config.route, Random(seed).randrange), headers)
@@ -203,9 +207,22 @@ class Gateway(Starlette):
     async def wait_ready(self) -> None:
         """Starts to watch the configured workers and the key file. Raises StartError for a wrong URL."""
         self.ledger.start()
-        for written in self.config.workers:
-            site, equals, url = written.partition("=")
-            self.registry.join(url if equals else written, site if equals else "")
+        self.registry.configure(self.config.workers)
+        self.reloader.listen()
+
+    @property
+    def config(self) -> GatewayConfig:
+        """The present settings."""
+        return self.reloader.config
+
+    async def _take(self, config: GatewayConfig) -> None:
+        """Takes over other settings; all that may be wrong with them comes first. Raises StartError."""
+        self.registry.configure(config.workers)
+        await self.ledger.apply(config.keys)
+        self.registry.router.choose_by(config.route)
+        self.relay.budget.share = config.hedge_share
+        self.answers.policies = config.caches
+        logging.getLogger().setLevel(config.log_level.upper())
 
     async def shutdown(self, grace_s: float) -> None:
         """Leaves all workers, and saves the usage."""
@@ -241,7 +258,7 @@ class Gateway(Starlette):
 
     async def state_page(self, request: Request) -> Response:
         """The workers, and what the gateway has done."""
-        self.account(request)
+        shows = self.account(request).may("admin")
         now, relay = time.monotonic(), self.relay
         return _json(
             GatewayState(
@@ -253,7 +270,8 @@ class Gateway(Starlette):
                 hedges=relay.hedges,
                 hedges_won=relay.hedges_won,
                 rejected=dict(self.server.rejections),
-                keys_error=self.ledger.error if self.account(request).may("admin") else "",
+                keys_error=self.ledger.error if shows else "",
+                settings_error=self.reloader.error if shows else "",
                 cache=self.answers.stats.report(),
             )
         )

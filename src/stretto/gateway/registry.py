@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -112,11 +112,8 @@ class Registry:
 
     def join(self, url: str, site: str = "", *, name: str = "", lease: float | None = None) -> Worker:
         """Adds a worker, or renews its lease. Raises StartError for a wrong URL."""
-        try:
-            address = Address.of(url)
-        except ValueError as error:
-            raise StartError(str(error)) from error
-        name = name or f"{address.host}:{address.port}{address.path}"
+        address = _address(url)
+        name = name or _name_of(address)
         known = self.workers.get(name)
         if known is not None:
             known.lease = lease if known.lease is not None else None
@@ -127,6 +124,21 @@ class Registry:
         self.router.workers[name] = view
         worker.task = asyncio.create_task(self._watch(worker))
         return worker
+
+    def configure(self, written: Sequence[str]) -> None:
+        """Has the workers `URL` or `SITE=URL`, and those that joined by themselves. Raises StartError for a
+        wrong URL; then nothing has changed."""
+        sites: dict[str, tuple[str, str]] = {}
+        for each in written:
+            site, equals, url = each.partition("=")
+            site, url = (site, url) if equals else ("", each)
+            sites[_name_of(_address(url))] = (site, url)
+        for name in [name for name, worker in self.workers.items() if worker.lease is None]:
+            if name not in sites:
+                self.leave(name)
+        for site, url in sites.values():
+            worker = self.join(url, site)
+            worker.lease, worker.view.site = None, site
 
     def leave(self, name: str) -> None:
         """Removes a worker. Its streams go on elsewhere."""
@@ -276,6 +288,18 @@ class Registry:
             worker.draining or worker.held or not worker.models
         )
         worker.view.weight = worker.breaker.weight(now)
+
+
+def _address(url: str) -> Address:
+    """Raises StartError."""
+    try:
+        return Address.of(url)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+
+
+def _name_of(address: Address) -> str:
+    return f"{address.host}:{address.port}{address.path}"
 
 
 def _pieces(models: tuple[ModelInfo, ...], ratios: Mapping[str, float]) -> int:

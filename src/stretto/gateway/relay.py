@@ -74,12 +74,12 @@ class Relay:
         self.router = registry.router
         self.failovers = self.retries = self.hedges = self.hedges_won = 0
         self._errors = Errors()
-        self._budget = HedgeBudget(hedge_share)
+        self.budget = HedgeBudget(hedge_share)
         self._ids = count(1)
 
     async def run(self, exchange: RelayedExchange) -> None:
         """Answers a request. Raises StrettoError; after the first byte, the stream ends in its event."""
-        self._budget.earn()
+        self.budget.earn()
         ask = self.admit(exchange)
         while True:
             try:
@@ -194,7 +194,7 @@ class Relay:
         if second is None:
             return None
         limit_s = (ask.request.objective.ttft_ms or inf) / 1e3
-        if not second.feasible or second.ttft_s > limit_s or not self._budget.spend():
+        if not second.feasible or second.ttft_s > limit_s or not self.budget.spend():
             self.router.done(second.worker)
             return None
         return second

@@ -66,7 +66,7 @@ class Answers:
     def __init__(self, config: GatewayConfig, relay: Relay) -> None:
         key = config.gateway_key
         self.stats = CacheStats()
-        self._policies = config.caches
+        self.policies = config.caches
         self.relay = relay
         self._keys = KeyMaker(sha256(b"answers " + key.encode()).digest() if key else token_bytes(32))
         self._store: AnswerStore = MemoryStore(time.monotonic, self.stats)
@@ -79,7 +79,7 @@ class Answers:
             await self.relay.run(exchange)
             return
         fields, exchange.body = without_field(exchange.body)
-        policy = policy_of(self._policies, exchange.tenant)
+        policy = policy_of(self.policies, exchange.tenant)
         wish = None if policy is None else wish_of(policy, fields, exchange.operation, exchange.body)
         if wish is None:
             await self.relay.run(exchange)

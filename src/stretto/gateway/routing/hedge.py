@@ -55,13 +55,13 @@ class HedgeBudget:
     """At most `share` of the requests may be hedged; a short burst may use what was saved up."""
 
     def __init__(self, share: float, most: float = 10.0) -> None:
-        self._share = share
+        self.share = share
         self._most = most
         self._saved = 0.0
 
     def earn(self) -> None:
         """A request has come."""
-        self._saved = min(self._saved + self._share, self._most)
+        self._saved = min(self._saved + self.share, self._most)
 
     def spend(self) -> bool:
         """Takes one hedge from the budget; False when it is empty."""

@@ -81,6 +81,10 @@ class Router:
         self.prefixes = PrefixIndex()
         self._draw = draw
         self._turn = 0
+        self.choose_by(method)
+
+    def choose_by(self, method: Method) -> None:
+        """Places requests by that method from now on."""
         self._method: Callable[[Ask, list[WorkerView], float], Placement] = {
             "deadline": self._by_deadline,
             "round-robin": self._round_robin,
