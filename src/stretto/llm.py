@@ -38,7 +38,8 @@ class Completion(Struct, frozen=True, kw_only=True):
 
     `token_ids` holds every generated token, also those of a stop string, which `text` leaves out.
     `finish_reason` is `stop` or `length`. `logprobs` has one entry per token when `Sampling.logprobs` is set.
-    With `Sampling(n=k)`, `alternatives` holds the k - 1 other answers.
+    `prompt_logprobs` has one for each token of the prompt after the first, when `Sampling.prompt_logprobs` is
+    set. With `Sampling(n=k)`, `alternatives` holds the k - 1 other answers.
     """
 
     text: str
@@ -47,6 +48,7 @@ class Completion(Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int = 0
     logprobs: tuple[Logprobs, ...] | None = None
+    prompt_logprobs: tuple[Logprobs, ...] | None = None
     alternatives: tuple[Completion, ...] = ()
 
 
@@ -222,6 +224,7 @@ class LLM:
             prompt_tokens=output.prompt_tokens,
             cached_tokens=0 if output.began is None else output.began.cached_tokens,
             logprobs=None if sampling.logprobs is None else logprobs,
+            prompt_logprobs=None if output.began is None else output.began.prompt_logprobs,
         )
 
     def _stream(self, request: Request) -> Generator[str]:

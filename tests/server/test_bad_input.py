@@ -153,7 +153,6 @@ OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, {"prompt": ["a"] * 33}, "invalid_value", "$.prompt"),
     (TEXT, {"prompt": "a", "best_of": 2}, "unsupported_field", "$.best_of"),
     (TEXT, {"prompt": "a", "suffix": "b"}, "unsupported_field", "$.suffix"),
-    (TEXT, {"prompt": "a", "echo": True, "logprobs": 1}, "unsupported_field", "$.echo"),
     (TEXT, {"prompt": "a", "messages": []}, "unsupported_field", "$.messages"),
     (TEXT, {"prompt": "The fox " * 400}, "context_length_exceeded", "$.prompt"),
     (EMBED, {"input": ""}, "invalid_value", "$.input"),

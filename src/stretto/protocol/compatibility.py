@@ -27,7 +27,6 @@ NOTHING: dict[str, Accepted] = {
     "skip_special_tokens": Accepted((True,), "vLLM"),
     "spaces_between_special_tokens": Accepted((True, False), "vLLM"),
     "continue_final_message": Accepted((False,), "vLLM"),
-    "return_token_ids": Accepted((False,), "vLLM"),
     "return_tokens_as_token_ids": Accepted((False,), "vLLM"),
     "truncate_prompt_tokens": Accepted((-1,), "vLLM"),
     "use_beam_search": Accepted((False,), "vLLM"),

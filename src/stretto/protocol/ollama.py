@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from stretto.protocol.anthropic import Annotation
 from stretto.protocol.limits import up_to
+from stretto.protocol.logprobs import TokenLogprob
 from stretto.protocol.openai import (
     AnswerReport,
     Empty,
@@ -20,7 +21,6 @@ from stretto.protocol.openai import (
     ObjectiveFields,
     Positive,
     StopString,
-    TokenLogprob,
     TopLogprobs,
     Wire,
 )

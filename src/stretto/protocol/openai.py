@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from stretto.protocol.limits import up_to
+from stretto.protocol.logprobs import ChatLogprobs, PromptLogprobs, TextLogprobs
 from stretto.types import (
     BOUNDS,
     INT32_MAX,
@@ -232,6 +233,8 @@ class Generation(Wire, frozen=True, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], up_to("stop_token_ids")] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    prompt_logprobs: TopLogprobs | None = None
+    return_token_ids: bool | None = None
     truncate_prompt_tokens: Positive | None = None
     presence_penalty: Annotated[float, BOUNDS["presence_penalty"]] | None = None
     frequency_penalty: Annotated[float, BOUNDS["frequency_penalty"]] | None = None
@@ -277,6 +280,7 @@ class CompletionRequest(Generation, frozen=True, kw_only=True):
     """A prompt is a text, token ids, or a list of either. Special token ids are allowed."""
 
     prompt: str | Annotated[list[str | TokenId | TokenIds], up_to("token_ids", min_length=1)]
+    max_tokens: Annotated[int, BOUNDS["max_tokens"]] | None = None
     echo: bool | None = None
     logprobs: TopLogprobs | None = None
     best_of: Positive | None = None
@@ -331,31 +335,6 @@ class AnswerReport(Struct, frozen=True, kw_only=True):
     variant_reason: VariantReason | UnsetType = UNSET
 
 
-class TopLogprob(Struct, frozen=True):
-    """`bytes` are the token's UTF-8 bytes, which may split a character."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob, frozen=True):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(Struct, frozen=True):
-    content: list[TokenLogprob]
-
-
-class TextLogprobs(Struct, frozen=True):
-    """Parallel lists, one entry per token. `text_offset` counts characters of the choice's text."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
 class FunctionDelta(Struct, frozen=True, omit_defaults=True):
     name: str | UnsetType = UNSET
     arguments: str | UnsetType = UNSET
@@ -385,6 +364,7 @@ class ChunkChoice(Struct, frozen=True, kw_only=True):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class AnswerFields(Struct, frozen=True, kw_only=True):
@@ -400,6 +380,7 @@ class AnswerFields(Struct, frozen=True, kw_only=True):
 class ChatChunk(AnswerFields, frozen=True, kw_only=True):
     choices: list[ChunkChoice]
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    prompt_token_ids: list[int] | UnsetType = UNSET
     usage: Usage | UnsetType | None = UNSET
     stretto: AnswerReport | UnsetType = UNSET
 
@@ -423,6 +404,7 @@ class ChatChoice(Struct, frozen=True, kw_only=True):
     message: AnswerMessage
     finish_reason: FinishReason
     logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(AnswerFields, frozen=True, kw_only=True):
@@ -430,6 +412,8 @@ class ChatCompletion(AnswerFields, frozen=True, kw_only=True):
     usage: Usage
     stretto: AnswerReport
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class TextChoice(Struct, frozen=True, kw_only=True):
@@ -437,6 +421,9 @@ class TextChoice(Struct, frozen=True, kw_only=True):
     text: str
     logprobs: TextLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class TextCompletion(AnswerFields, frozen=True, kw_only=True):

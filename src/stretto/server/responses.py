@@ -7,13 +7,13 @@ makes the same bytes faster for chunks in which only the delta varies, which are
 from __future__ import annotations
 
 import time
-from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from msgspec import UNSET, UnsetType, json, structs
 
+from stretto.protocol.logprobs import ChatLogprobs, PromptLogprobs, TextLogprobs
 from stretto.protocol.openai import (
     AnswerMessage,
     AnswerReport,
@@ -22,20 +22,17 @@ from stretto.protocol.openai import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
-    ChatLogprobs,
     ChunkChoice,
     Delta,
     FinishReason,
     MadeCall,
     TextChoice,
     TextCompletion,
-    TextLogprobs,
-    TokenLogprob,
     ToolCallDelta,
-    TopLogprob,
     Usage,
 )
 from stretto.protocol.relay import Continuation
+from stretto.server.logprobs import chat_logprobs, prompt_logprobs, scored_prompt, text_logprobs
 from stretto.server.validation import AnswerSpec
 from stretto.text.detokenizer import Pieces
 from stretto.text.output import Output, OutputDelta
@@ -62,15 +59,29 @@ class ChunkPart(NamedTuple):
     delta: Delta = EMPTY
     logprobs: ChatLogprobs | TextLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class ShownTokens(NamedTuple):
+    """Which lists of tokens an answer has: log-probabilities of its own tokens, those of the prompt, ids."""
+
+    logprobs: bool = False
+    prompt: bool = False
+    ids: bool = False
+
+
+NO_LISTS = ShownTokens()
 
 
 @dataclass(slots=True)
 class WholeOutput:
-    """The joined deltas of one output, for an answer that is not streamed. `pieces`: the text of each token,
-    for log probabilities; None if the request wants none."""
+    """The joined deltas of one output, for an answer that is not streamed. `pieces`: the text of each token.
+    `shows`: which lists of tokens the answer has."""
 
     output: Output
-    pieces: Pieces | None
+    pieces: Pieces
+    shows: ShownTokens = NO_LISTS
     content: list[str] = field(default_factory=list[str])
     reasoning: list[str] = field(default_factory=list[str])
     calls: list[ToolCallDelta] = field(default_factory=list[ToolCallDelta])
@@ -85,13 +96,34 @@ class WholeOutput:
                 self.reasoning.append(delta.reasoning_content)
             if isinstance(delta.tool_calls, list):
                 self.calls += delta.tool_calls
-            if event is not None and event.logprobs is not None:
+            if event is not None:
                 self.events.append(event)
 
     @property
     def text(self) -> str:
         """All content."""
         return "".join(self.content)
+
+    @property
+    def token_ids(self) -> list[int] | UnsetType:
+        """The tokens of the answer, with the one that ended it."""
+        if not self.shows.ids:
+            return UNSET
+        ids = [event.token for event in self.events if event.token is not None]
+        return ids if self.output.stop_token is None else [*ids, self.output.stop_token]
+
+    @property
+    def tokens(self) -> list[TokenEvent]:
+        """The tokens of the text, with those of a prompt that it begins with."""
+        return (scored_prompt(self.output) if self.output.echo else []) + self.events
+
+    @property
+    def prompt_token_ids(self) -> list[int] | UnsetType:
+        return list(self.output.request.prompt) if self.shows.ids else UNSET
+
+    @property
+    def prompt_logprobs(self) -> PromptLogprobs | UnsetType:
+        return prompt_logprobs(self.pieces, scored_prompt(self.output)) if self.shows.prompt else UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +192,10 @@ class ResponseWriter:
         self._pieces = spec.model.text.pieces
         self._metadata = spec.metadata or UNSET
         self._relaxed = spec.relaxed
-        self._logprobs = spec.sampling.logprobs is not None
+        self._shows = ShownTokens(spec.sampling.logprobs is not None, spec.prompt_logprobs, spec.token_ids)
         self._usage = bool(options.include_usage)
         self._each_usage = bool(options.continuous_usage_stats)
-        self._only_deltas = not self._logprobs and not self._each_usage
+        self._only_deltas = not (self._shows.logprobs or self._shows.ids or self._each_usage)
         self._templates: dict[int, ChunkTemplate] = {}
         self._offsets: dict[int, int] = {}
         self._kept: dict[int, WholeOutput] = {}
@@ -175,11 +207,29 @@ class ResponseWriter:
             template = self._open(output)
             first, event = deltas[0] if deltas else (EMPTY, None)
             deltas = [(self._style.opening(output, first), event), *deltas[1:]]
+            opening = self._opening(output)
+            if opening is not None:
+                return opening + self.events(output, [(first, event), *deltas[1:]])
         if output.finish_reason is None:
             return self._unfinished(output, template, deltas)
         delta, event = deltas[-1] if deltas else (EMPTY, None)
         before = self._unfinished(output, template, deltas[:-1])
         return before + event_of(self.chunk(output, delta, event, ends=True))
+
+    def _opening(self, output: Output) -> bytes | None:
+        """The event of a prompt whose tokens the answer lists, before those of the answer's own tokens."""
+        scored = scored_prompt(output) if output.echo and self._shows.logprobs else []
+        if not scored and not self._shows.ids:
+            return None
+        delta = self._style.opening(output, EMPTY)
+        offset = self._count(output, delta)
+        part = ChunkPart(
+            output.index,
+            delta,
+            self._style.logprobs(self._pieces, scored, offset) if scored else None,
+            prompt_token_ids=list(output.request.prompt) if self._shows.ids else UNSET,
+        )
+        return event_of(self._with_usage(output, self._style.chunk(self._head, part)))
 
     def skip(self, output: Output, deltas: Sequence[OutputDelta]) -> None:
         """Counts deltas that the client has from another worker, which has also opened the answer."""
@@ -203,7 +253,12 @@ class ResponseWriter:
     ) -> ChatChunk | TextCompletion:
         """One chunk as a wire type. `ends`: it is the last one of its output."""
         reason = output.finish_reason if ends else None
-        part = ChunkPart(output.index, delta, self._logprobs_of(output, delta, event), reason)
+        ids: list[int] | UnsetType = UNSET
+        if self._shows.ids:
+            ids = [] if event is None or event.token is None else [event.token]
+            if ends and output.stop_token is not None:
+                ids.append(output.stop_token)
+        part = ChunkPart(output.index, delta, self._logprobs_of(output, delta, event), reason, ids)
         chunk = self._with_usage(output, self._style.chunk(self._head, part))
         if ends:
             chunk = structs.replace(chunk, stretto=self._report([output]), metadata=self._metadata)
@@ -220,8 +275,7 @@ class ResponseWriter:
         """Keeps new deltas for `whole`."""
         kept = self._kept.get(output.index)
         if kept is None:
-            pieces = self._pieces if self._logprobs else None
-            kept = self._kept[output.index] = WholeOutput(output, pieces, [output.echo])
+            kept = self._kept[output.index] = WholeOutput(output, self._pieces, self._shows, [output.echo])
         kept.add(deltas)
 
     def whole(self, outputs: list[Output]) -> bytes:
@@ -234,7 +288,7 @@ class ResponseWriter:
         self, output: Output, delta: Delta, event: TokenEvent | None
     ) -> ChatLogprobs | TextLogprobs | None:
         offset = self._count(output, delta)
-        if event is None or event.logprobs is None or not self._logprobs:
+        if event is None or event.logprobs is None or not self._shows.logprobs:
             return None
         return self._style.logprobs(self._pieces, [event], offset)
 
@@ -293,39 +347,6 @@ def _longest(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def chat_logprobs(pieces: Pieces, events: list[TokenEvent], offset: int) -> ChatLogprobs:
-    """Log probabilities as chat completions have them. `offset` is for the other style."""
-    content: list[TokenLogprob] = []
-    for event in events:
-        if event.token is not None and event.logprobs is not None:
-            own = _top_logprob(pieces, event.token, event.logprobs.chosen)
-            top = [_top_logprob(pieces, token, logprob) for token, logprob in event.logprobs.top]
-            content.append(TokenLogprob(own.token, own.logprob, own.bytes, top))
-    return ChatLogprobs(content)
-
-
-def text_logprobs(pieces: Pieces, events: list[TokenEvent], offset: int) -> TextLogprobs:
-    """Log probabilities as plain completions have them, for text that begins `offset` characters in."""
-    found = TextLogprobs([], [], [], [])
-    characters = getincrementaldecoder("utf-8")("replace")
-    for event in events:
-        if event.token is not None and event.logprobs is not None:
-            found.tokens.append(pieces.name(event.token))
-            found.token_logprobs.append(event.logprobs.chosen)
-            top: dict[str, float] = {}
-            for id, logprob in event.logprobs.top:
-                name = pieces.name(id)
-                top[f"token_id:{id}" if name in top else name] = logprob
-            found.top_logprobs.append(top)
-            found.text_offset.append(offset)
-            offset += len(characters.decode(pieces[event.token]))
-    return found
-
-
-def _top_logprob(pieces: Pieces, token: int, logprob: float) -> TopLogprob:
-    return TopLogprob(pieces.name(token), logprob, list(pieces[token]))
-
-
 def _with_role(output: Output, delta: Delta) -> Delta:
     return structs.replace(delta, role="assistant")
 
@@ -345,16 +366,25 @@ def _text_bytes(delta: Delta) -> bytes:
 def _chat_chunk(head: ResponseHead, part: ChunkPart) -> ChatChunk:
     assert not isinstance(part.logprobs, TextLogprobs)
     choice = ChunkChoice(
-        index=part.choice, delta=part.delta, logprobs=part.logprobs, finish_reason=part.finish_reason
+        index=part.choice,
+        delta=part.delta,
+        logprobs=part.logprobs,
+        finish_reason=part.finish_reason,
+        token_ids=part.token_ids,
     )
-    return ChatChunk(**head._asdict(), choices=[choice])
+    return ChatChunk(**head._asdict(), choices=[choice], prompt_token_ids=part.prompt_token_ids)
 
 
 def _text_chunk(head: ResponseHead, part: ChunkPart) -> TextCompletion:
     assert not isinstance(part.logprobs, ChatLogprobs)
     text = _text_of(part.delta)
     choice = TextChoice(
-        index=part.choice, text=text, logprobs=part.logprobs, finish_reason=part.finish_reason
+        index=part.choice,
+        text=text,
+        logprobs=part.logprobs,
+        finish_reason=part.finish_reason,
+        token_ids=part.token_ids,
+        prompt_token_ids=part.prompt_token_ids,
     )
     return TextCompletion(**head._asdict(), choices=[choice])
 
@@ -395,10 +425,18 @@ def _whole_chat(
                 index=part.output.index,
                 message=message,
                 finish_reason=part.output.finish_reason,
-                logprobs=None if part.pieces is None else chat_logprobs(part.pieces, part.events, 0),
+                logprobs=chat_logprobs(part.pieces, part.events, 0) if part.shows.logprobs else None,
+                token_ids=part.token_ids,
             )
         )
-    return ChatCompletion(**head._asdict(), choices=choices, usage=usage, stretto=report)
+    return ChatCompletion(
+        **head._asdict(),
+        choices=choices,
+        usage=usage,
+        stretto=report,
+        prompt_logprobs=kept[0].prompt_logprobs,
+        prompt_token_ids=kept[0].prompt_token_ids,
+    )
 
 
 def _whole_text(
@@ -409,7 +447,10 @@ def _whole_text(
             index=part.output.index,
             text=part.text,
             finish_reason=part.output.finish_reason,
-            logprobs=None if part.pieces is None else text_logprobs(part.pieces, part.events, 0),
+            logprobs=text_logprobs(part.pieces, part.tokens, 0) if part.shows.logprobs else None,
+            token_ids=part.token_ids,
+            prompt_logprobs=part.prompt_logprobs,
+            prompt_token_ids=part.prompt_token_ids,
         )
         for part in kept
     ]

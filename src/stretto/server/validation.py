@@ -38,6 +38,7 @@ from stretto.text.tokenizer import TextModel
 from stretto.text.tools.parser import CallParser
 from stretto.types import Grammar, ModelInfo, Sampling, cache_salt
 
+MOST_SCORES = 2**18  # log-probabilities of a prompt
 COMPLETION_TOKENS = 16
 # Sampling options whose value in a request is the engine's.
 EQUAL_OPTIONS = (
@@ -83,7 +84,7 @@ class AnswerSpec:
     that gave the grammar. `parser` makes a parser of tool calls for one answer. With `single_call`, the first
     tool call ends the answer. `relaxed`: paths of a schema's parts that the grammar does not enforce.
     `whole_calls`: a stream has no part of a tool call before all of it. `stop_shown`: the stop string that
-    ends an answer is part of it.
+    ends an answer is part of it. `prompt_logprobs`, `token_ids`: whether the answer lists them.
     """
 
     model: ModelHandle
@@ -101,6 +102,8 @@ class AnswerSpec:
     relaxed: tuple[str, ...] = ()
     whole_calls: bool = False
     stop_shown: bool = False
+    prompt_logprobs: bool = False
+    token_ids: bool = False
 
     def answer_parser(self, thinking: bool | None) -> AnswerParser | None:
         """The parser of an answer with reasoning or tool calls. None if the answer is only content."""
@@ -169,8 +172,6 @@ def check_completion(request: CompletionRequest, model: ModelHandle, limits: Req
         raise UnsupportedField(
             "$.best_of must equal n: this server does not rank candidates", param="$.best_of"
         )
-    if request.echo and request.logprobs is not None:
-        raise UnsupportedField("$.echo cannot be combined with logprobs", param="$.echo")
     limit = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     form = _grammar(request)
     sampling = _sampling(request, model.text, limit, request.logprobs, form.grammar)
@@ -204,6 +205,8 @@ def _spec(
         metadata=request.metadata,
         stream=bool(request.stream),
         stop_shown=bool(request.include_stop_str_in_output),
+        prompt_logprobs=request.prompt_logprobs is not None,
+        token_ids=bool(request.return_token_ids),
         options=request.stream_options or StreamOptions(),
         grammar_path=path if request.structured_outputs is None else "$.structured_outputs",
         **chat,
@@ -237,6 +240,7 @@ def _encode_chat(
     ids = tuple(text.encode_rendered(rendered))[-kept if kept else 0 :]
     check_token_ids(ids, model.info, "$.messages")
     check_length(len(ids), sampling.least_tokens, model.info, "$.messages")
+    _check_scores(len(ids), sampling)
     thinking: bool | None = None
     # Calls that are constrained once they begin leave the reasoning before them free.
     free = sampling.grammar is None or sampling.grammar.kind == "tool_calls"
@@ -253,9 +257,21 @@ def _encode_completion(
     encoded = encode_prompts(model.text, inputs, model.info, "$.prompt", last=kept)
     for ids, source in zip(encoded, inputs, strict=True):
         check_length(len(ids), sampling.least_tokens, model.info, "$.prompt")
+        _check_scores(len(ids), sampling)
         text = source if isinstance(source, str) else model.text.decode(list(source))
         prompts.append(EncodedPrompt(ids, text if echo else ""))
     return prompts
+
+
+def _check_scores(tokens: int, sampling: Sampling) -> None:
+    """Raises InvalidRequest for log-probabilities of a prompt that would fill an answer of megabytes."""
+    each = sampling.prompt_logprobs
+    if each is not None and tokens * (each + 1) > MOST_SCORES:
+        raise InvalidRequest(
+            f"{tokens} tokens of the prompt with {each + 1} log-probabilities each are more than the"
+            f" {MOST_SCORES} that an answer may hold: ask for fewer, or send a shorter prompt",
+            param="$.prompt_logprobs",
+        )
 
 
 def split_inputs(prompt: str | Sequence[str | int | list[int]], path: str) -> list[RawPrompt]:
@@ -289,6 +305,9 @@ def _check_options(request: Generation, prompts: int, limits: RequestLimits) -> 
             f"$.prompt needs {prompts * n} answers; this server allows at most {limits.answers} in a request",
             param="$.prompt",
         )
+    if request.prompt_logprobs is not None and request.stream:
+        path = "$.prompt_logprobs"
+        raise UnsupportedField(f"{path} are not part of a stream; leave $.stream out", param=path)
     if request.store:
         raise UnsupportedField("$.store: this server stores no answers; leave it out", param="$.store")
 
@@ -329,12 +348,16 @@ def _sampling(
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     # The text of a special token is not in the answer, so such a stop string is found by its id.
     special = [id for each in stops if (id := text.special_id(each)) is not None]
+    scored = request.prompt_logprobs
+    if isinstance(request, CompletionRequest) and request.echo and logprobs is not None:
+        scored = max(logprobs, scored or 0)
     given: dict[str, Any] = {name: getattr(request, name) for name in EQUAL_OPTIONS}
     given["top_k"] = None if request.top_k is None else max(0, request.top_k)
     try:
         return Sampling(
             max_tokens=max_tokens,
             logprobs=logprobs,
+            prompt_logprobs=scored,
             stop=stops,
             stop_token_ids=(*(request.stop_token_ids or ()), *special),
             grammar=grammar,

@@ -74,13 +74,13 @@ class MessageWriter:
     def keep(self, output: Output, deltas: list[OutputDelta]) -> None:
         """Keeps new deltas for `whole`."""
         if self._kept is None:
-            self._kept = WholeOutput(output, None)
+            self._kept = WholeOutput(output, self._pieces)
         self._kept.add(deltas)
 
     def whole(self, outputs: list[Output]) -> bytes:
         """The message in one piece."""
         (output,) = outputs
-        kept = self._kept or WholeOutput(output, None)
+        kept = self._kept or WholeOutput(output, self._pieces)
         blocks: list[MadeBlock] = []
         if kept.reasoning:
             blocks.append(MadeThinking(thinking="".join(kept.reasoning), signature=self._id))

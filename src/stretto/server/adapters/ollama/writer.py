@@ -9,10 +9,12 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType, json, structs
 
+from stretto.protocol.logprobs import TokenLogprob
 from stretto.protocol.ollama import CalledTool, OllamaAnswer, OllamaMade, OllamaSaid
-from stretto.protocol.openai import FinishReason, TokenLogprob
+from stretto.protocol.openai import FinishReason
 from stretto.server.adapters.naming import arguments_of
-from stretto.server.responses import WholeOutput, chat_logprobs, made_calls, usage_of
+from stretto.server.logprobs import chat_logprobs
+from stretto.server.responses import WholeOutput, made_calls, usage_of
 from stretto.server.validation import AnswerSpec
 from stretto.text.output import Output, OutputDelta
 from stretto.types import TokenEvent
@@ -70,13 +72,13 @@ class OllamaWriter:
     def keep(self, output: Output, deltas: list[OutputDelta]) -> None:
         """Keeps new deltas for `whole`, and the parts of tool calls."""
         if self._kept is None:
-            self._kept = WholeOutput(output, None, [output.echo])
+            self._kept = WholeOutput(output, self._pieces, content=[output.echo])
         self._kept.add(deltas)
 
     def whole(self, outputs: list[Output]) -> bytes:
         """The answer in one piece."""
         (output,) = outputs
-        kept = self._kept or WholeOutput(output, None)
+        kept = self._kept or WholeOutput(output, self._pieces)
         said = self._said(
             kept.text,
             thinking="".join(kept.reasoning) or UNSET,
