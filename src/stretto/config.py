@@ -305,6 +305,13 @@ class ServeConfig(HttpConfig, frozen=True, kw_only=True):
         dict[str, Preference],
         Meta(description="the same for single tenants, as a table of tenant = preference"),
     ] = {}
+    max_sessions: Annotated[
+        int, Meta(ge=0, description="most sockets of /v1/realtime that one tenant may have open; 0: none")
+    ] = 64
+    session_timeout_s: Annotated[
+        float,
+        Meta(gt=0, description="seconds without an event of its client after which such a socket is closed"),
+    ] = field(default=900.0, name="session_timeout")
     schedule: Schedule = SCHEDULE
     tiers: Tiers = {}
 

@@ -177,6 +177,34 @@ class UnknownResponse(StrettoError):
     code = "previous_response_not_found"
 
 
+class ActiveResponse(InvalidRequest):
+    """A session has one response at a time."""
+
+    code = "conversation_already_has_active_response"
+
+
+class NoActiveResponse(InvalidRequest):
+    """The response to cancel does not run."""
+
+    code = "response_cancel_not_active"
+
+
+class SessionExpired(StrettoError):
+    """A session had no event of its client for too long."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "session_expired"
+
+
+class UpgradeRequired(StrettoError):
+    """The path is a WebSocket, and the request is no handshake."""
+
+    status = 426
+    type = "invalid_request_error"
+    code = "upgrade_required"
+
+
 class NotFound(StrettoError):
     """There is no such path."""
 

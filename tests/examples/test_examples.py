@@ -53,6 +53,14 @@ def test_the_structured_output_example_follows_its_schema(desk_url: str) -> None
     assert run("structured_output.py", desk_url).strip() in {"German", "Spanish", "other"}
 
 
+def test_the_realtime_example_reads_ahead_and_interrupts(desk_url: str) -> None:
+    out = run("realtime.py", desk_url)
+    found = re.search(r"(\d+) of (\d+) tokens were read before", out)
+    assert found is not None and int(found[2]) - 64 <= int(found[1]) < int(found[2])
+    assert "tokens of the prompt are read]" in out
+    assert re.findall(r"^(?:first|second) answer: (\w+)$", out, re.MULTILINE) == ["cancelled", "completed"]
+
+
 def test_the_langchain_example_answers_and_streams(desk_url: str) -> None:
     pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
     assert len(run("langchain_chat.py", desk_url).splitlines()) >= 2

@@ -33,7 +33,7 @@ from stretto.gateway.routing.fields import read_fields
 from stretto.gateway.routing.router import Router
 from stretto.gateway.settings import GatewayConfig
 from stretto.http.dialects import dialect_of
-from stretto.http.errors import error_response, internal
+from stretto.http.errors import error_response, internal, nothing_there
 from stretto.http.exchange import KEY, Exchange, ExchangeLayer
 from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
@@ -194,6 +194,7 @@ class Gateway(Starlette):
         ]
         super().__init__(routes=work + pages)
         self.router.redirect_slashes = False
+        self.router.default = nothing_there
         self.add_middleware(Guard, config=config, count=self.server.rejected)
 
     def build_middleware_stack(self) -> ASGIApp:

@@ -272,7 +272,11 @@ class HttpConnection(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(data[upgrade.args[0] :])
+            rest = data[upgrade.args[0] :]
+            if self._becomes_socket():
+                self._become_socket(rest)
+            else:
+                self._ignore_upgrade(rest)
         except httptools.HttpParserError:
             self.refuse(self._error or InvalidHttp("the bytes are not an HTTP/1.1 request"))
         else:
@@ -291,6 +295,19 @@ class HttpConnection(HttpToolsProtocol):
             self.refuse(InvalidHttp("the body has more bytes of framing than of content; send larger chunks"))
         elif not cycle.response_complete:
             self._edge.hold(self, cycle.received)
+
+    def _becomes_socket(self) -> bool:
+        """Whether the request is the handshake of a WebSocket, and no answer comes before it."""
+        modern = self.parser.get_http_version() == "1.1" and self.parser.get_method() == b"GET"
+        keyed = any(name == b"sec-websocket-key" for name, _ in self.headers)
+        return modern and keyed and self._should_upgrade() and self._open() is None
+
+    def _become_socket(self, rest: bytes) -> None:
+        """Gives the connection to uvicorn's WebSocket protocol, and `rest`, which uvicorn would drop."""
+        self._forget()
+        self.handle_websocket_upgrade()
+        if rest and not self.transport.is_closing():
+            cast(asyncio.Protocol, self.transport.get_protocol()).data_received(rest)
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Parses the request again without its Upgrade, as the parser takes the body for another protocol."""

@@ -7,6 +7,7 @@ import logging
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from stretto.errors import NotFound, StrettoError, WrongMethod
 from stretto.http.answer import parts_of
@@ -24,6 +25,13 @@ def internal(error: BaseException) -> StrettoError:
     """
     log.error("a request failed with %s", describe(error))
     return StrettoError("an error inside the server; its log names the place")
+
+
+async def nothing_there(scope: Scope, receive: Receive, send: Send) -> None:
+    """The router's handler of paths without a route. Raises NotFound or HTTPException."""
+    if scope["type"] == "websocket":
+        raise NotFound(f"there is no WebSocket at {scope['path']}")
+    raise HTTPException(404)
 
 
 async def error_response(request: Request, error: Exception) -> Response:

@@ -16,7 +16,7 @@ from typing import Any
 from msgspec import json
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stretto.statistics import quantile
@@ -28,6 +28,8 @@ HEADER = b"x-request-id"
 TOKEN = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,64}")
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 LEFT = 499  # in logs and metrics: the client left before a response
+SWITCHED = 101  # the status of a WebSocket
+STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 KEY = "stretto.exchange"  # of an Exchange in the ASGI scope
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 encode = json.Encoder().encode
@@ -55,9 +57,11 @@ class Exchange:
     def __call__(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.body":
             self.bytes_out += len(message.get("body", b""))
-        elif message["type"] == "http.response.start":
-            self.status = message["status"]
+        elif message["type"] in STARTS:
+            self.status = message.get("status", SWITCHED)
             message["headers"] = [*message.get("headers", ()), (HEADER, self.id.encode()), *self.extra]
+        elif message["type"] == "websocket.send":
+            self.bytes_out += len(message.get("bytes") or message.get("text") or b"")
         return self.onward(message)
 
 
@@ -77,7 +81,11 @@ class ExchangeLayer:
     """
 
     def __init__(
-        self, app: ASGIApp, routes: Sequence[Route], log: LineWriter | None, answer: ErrorAnswer
+        self,
+        app: ASGIApp,
+        routes: Sequence[Route | WebSocketRoute],
+        log: LineWriter | None,
+        answer: ErrorAnswer,
     ) -> None:
         self._app = app
         self._log = log
@@ -94,7 +102,11 @@ class ExchangeLayer:
         except Exception as error:
             if exchange.status is not None:
                 raise
-            response = await self._answer(Request(scope), error)
+            # A refused handshake gets an HTTP response, which Starlette sends in messages of the socket.
+            request = Request(
+                scope if scope["type"] == "http" else {**scope, "type": "http", "method": "GET"}
+            )
+            response = await self._answer(request, error)
             await response(scope, receive, exchange)
         finally:
             if self._log is not None:
@@ -107,7 +119,7 @@ class ExchangeLayer:
             time=timestamp(time.time()),
             request_id=exchange.id,
             tenant=exchange.tenant,
-            method=scope["method"] if scope["method"] in METHODS else "other",
+            method=method if (method := scope.get("method", "GET")) in METHODS else "other",
             route=self._templates.get((scope.get("endpoint"), bool(scope.get("path_params")))),
             model=ended.model or None,
             tier=ended.tier or None,

@@ -16,6 +16,7 @@ from stretto.http.exchange import KEY
 from stretto.http.hosts import HostRule, OriginRule
 
 READING = ("GET", "HEAD", "OPTIONS")
+SOCKET = "WebSocket"  # stands where a request has its method
 FROM_ELSEWHERE = ("cross-site", "same-site")
 EXPOSED = b"x-request-id, retry-after"
 METHODS = "GET, POST, PUT, DELETE"
@@ -41,7 +42,10 @@ Found = dict[bytes, str]
 
 
 class Guard:
-    """Checks `Host`, `Origin`, `Sec-Fetch-Site` and the coding of a body. `count` gets an error's code."""
+    """Checks `Host`, `Origin`, `Sec-Fetch-Site` and the coding of a body. `count` gets an error's code.
+
+    A page of another origin may open no WebSocket, whose messages it could read without being asked.
+    """
 
     def __init__(self, app: ASGIApp, config: HttpConfig, count: Callable[[str], None]) -> None:
         self._app = app
@@ -60,7 +64,7 @@ class Guard:
         app = self._app
         if origin is not None:
             scope[KEY].extra = _shared(origin)
-            if scope["method"] == "OPTIONS" and PREFLIGHT in found:
+            if scope["type"] == "http" and scope["method"] == "OPTIONS" and PREFLIGHT in found:
                 app = _preflight(found)
         await app(scope, receive, send)
 
@@ -88,16 +92,16 @@ class Guard:
                 raise UnsupportedMedia(
                     f"{name.decode()} {coding[:100]!r} is not supported; send the body as it is"
                 )
-        origin = found.get(b"origin")
+        origin, reading = found.get(b"origin"), scope.get("method", SOCKET) in READING
         if origin is None:
-            if found.get(b"sec-fetch-site") in FROM_ELSEWHERE and scope["method"] not in READING:
+            if found.get(b"sec-fetch-site") in FROM_ELSEWHERE and not reading:
                 raise ForeignOrigin("web pages of other sites may not send requests to this server")
             return None
         if self._origins.shares(origin):
             return origin
         own = self._origins.own(origin, host or "")
         elsewhere = not own or found.get(b"sec-fetch-site") in FROM_ELSEWHERE
-        if elsewhere and (scope["method"] not in READING or PREFLIGHT in found):
+        if elsewhere and (not reading or PREFLIGHT in found):
             raise ForeignOrigin(
                 f"web pages of {origin[:100]!r} may not use this server; add that origin to `cors_origins`"
             )

@@ -26,6 +26,7 @@ from stretto.errors import Draining, StartError, StrettoError
 from stretto.http.connection import ConnectionConfig
 from stretto.http.hosts import is_loopback
 from stretto.http.limits import Edge
+from stretto.http.socket import PING_S, SocketConnection
 from stretto.telemetry.log import LineWriter, describe
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ async def _serve(
     gc.freeze()
     most = min(config.max_connections, max(files - SPARE_FILES, 2) // 2)
     edge = Edge(config, most, app.server.rejected)
-    server = _Server(app, edge)
+    server = _Server(app, edge, config.max_body_bytes)
     shutdown = _Shutdown(config, app, server)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_failure)
@@ -193,12 +194,16 @@ def _log_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handlers, and with limits for its connections."""
 
-    def __init__(self, app: Application, edge: Edge) -> None:
+    def __init__(self, app: Application, edge: Edge, max_body_bytes: int) -> None:
         self._edge = edge
         config = ConnectionConfig(
             app,
             edge,
-            ws="none",
+            ws=SocketConnection,
+            ws_max_size=max_body_bytes,
+            ws_ping_interval=PING_S,
+            ws_ping_timeout=PING_S,
+            ws_per_message_deflate=False,  # it would cost more time for each token than its bytes take
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.errors import StartError, StrettoError
-from stretto.http.errors import error_response, internal
+from stretto.http.errors import error_response, internal, nothing_there
 from stretto.http.exchange import KEY, Exchange, ExchangeLayer
 from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
@@ -39,6 +39,7 @@ from stretto.server.adapters.tokens import detokenize, tokenize
 from stretto.server.embeddings import embed
 from stretto.server.generation import CHAT, COMPLETION, Handler, generate, relay
 from stretto.server.pages import Pages
+from stretto.server.realtime import socket as realtime
 from stretto.server.state import Call, GrammarCheck, Server, status_of
 from stretto.telemetry.metrics import Ended
 from stretto.text.tokenizer import TextModel
@@ -126,8 +127,11 @@ class App(Starlette):
         relayed = Endpoint("relay", server, partial(relay, operations=work))
         routes.append(Route(RELAY, relayed, methods=["POST"]))
         pages = Pages(server).routes() + ModelPages(server).routes()
-        super().__init__(routes=routes + responses.routes() + pages)
+        sockets = [WebSocketRoute(realtime.PATH, realtime.RealtimeSockets(server))]
+        explained = [Route(realtime.PATH, realtime.explain)]
+        super().__init__(routes=[*routes, *responses.routes(), *pages, *sockets, *explained])
         self.router.redirect_slashes = False
+        self.router.default = nothing_there
         self.add_middleware(Guard, config=server.config, count=server.metrics.rejected)
         self.server = server
 
@@ -141,7 +145,7 @@ class App(Starlette):
         app: ASGIApp = self.router
         for middleware, args, kwargs in reversed(self.user_middleware):
             app = middleware(app, *args, **kwargs)
-        routes = [route for route in self.routes if isinstance(route, Route)]
+        routes = [route for route in self.routes if isinstance(route, Route | WebSocketRoute)]
         return ExchangeLayer(app, routes, self.server.access_log, error_response)
 
 

@@ -64,6 +64,7 @@ async def relay(call: Call, operations: Mapping[OperationName, Handler]) -> None
         raise Unauthorised("only a gateway may relay requests: give it the gateway_key of this worker")
     relayed = parse(RELAYED, call.body)
     call.body = bytes(relayed.request)
+    call.size = len(call.body)
     call.tenant = relayed.tenant
     call.arrival -= min(max(relayed.age_ms, 0.0), OLDEST_MS) / 1e3
     call.relayed = True
@@ -112,7 +113,7 @@ async def run(
         call.tier = slo.tier
         await server.check_grammar(call, spec.sampling.grammar, spec.grammar_path)
         prompts = await server.run_text(call, spec.encode)
-        server.encoded(model.name, len(call.body), max(sum(len(prompt.ids) for prompt in prompts), 1))
+        server.encoded(model.name, call.size, max(sum(len(prompt.ids) for prompt in prompts), 1))
         call.placement = place(call, spec, slo, prompts)
         samplings = spec.sampling.fan_out()
         for prompt in prompts:

@@ -178,6 +178,7 @@ ROUTES = (
     _Route("/version", "get", "The version of Stretto.", (), response=Version),
     _Route("/openapi.json", "get", "This document.", ()),
     _Route("/", "get", "A web page to try the server.", (), media=("text/html",)),
+    _Route("/realtime", "get", "A web page whose prompt is read while you type.", (), media=("text/html",)),
 )
 
 

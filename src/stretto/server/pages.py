@@ -33,11 +33,17 @@ MSGPACK = "application/msgpack"
 FILES = files("stretto.server") / "static"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 PLOTLY = "plotly.min.js"
-VENDOR = "vendor/"
+FOLDERS = ("vendor", "realtime")
+REALTIME = "realtime/index.html"
 NAMES = frozenset(
     {PLOTLY}
     | {file.name for file in FILES.iterdir() if file.is_file()}
-    | {VENDOR + file.name for file in (FILES / "vendor").iterdir() if file.name.endswith(".js")}
+    | {
+        f"{folder}/{file.name}"
+        for folder in FOLDERS
+        for file in (FILES / folder).iterdir()
+        if file.name.rpartition(".")[2] in TYPES
+    }
 )
 # The hash of a stylesheet that plotly.js adds to the page. Without it the browser reports a violation.
 MAPS = "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
@@ -66,6 +72,7 @@ class Pages:
             Route("/v1/models/{name:path}", self.model),
             Route("/", self.page),
             Route("/page/{name:path}", self.page),
+            Route("/realtime", self.realtime),
             Route("/openapi.json", self.openapi),
             Route("/version", self.version),
             Route("/health", self.health),
@@ -159,8 +166,14 @@ class Pages:
 
     def page(self, request: Request) -> Response:
         """A file of the page. Starlette runs this in a thread: the first call of each file compresses it."""
+        return self._answer(request, request.path_params.get("name", "index.html"))
+
+    def realtime(self, request: Request) -> Response:
+        """The page on which a prompt is read while it is typed."""
+        return self._answer(request, REALTIME)
+
+    def _answer(self, request: Request, name: str) -> Response:
         zipped = "gzip" in request.headers.get("accept-encoding", "")
-        name = request.path_params.get("name", "index.html")
         if name not in NAMES:  # Before the cache, which would keep every name.
             raise NotFound(f"the page has no file {name!r}")
         found = _file(name, zipped)

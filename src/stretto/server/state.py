@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from math import inf
 from secrets import token_hex
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from msgspec import Raw, json, msgpack, structs
 from starlette.datastructures import Headers
@@ -22,6 +23,7 @@ from stretto.engine.client import EngineClient
 from stretto.errors import (
     CannotBeOnTime,
     InvalidGrammar,
+    Overloaded,
     StrettoError,
     Unauthorised,
     Unavailable,
@@ -53,6 +55,15 @@ GATEWAY = "gateway"
 NOTHING = EmittedAnswer()
 STDOUT = 1
 KEPT = 0.98  # of what older bodies say of the bytes of a token
+
+
+class TextSource(Protocol):
+    """Whose text is encoded: the tenant, and the size of the text in bytes."""
+
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def size(self) -> int: ...
 
 
 class Server:
@@ -87,6 +98,8 @@ class Server:
         self.metrics = Metrics(self._gauges)
         self.recent = Recent({name: tier.objective for name, tier in tiers.items()})
         self.calls: set[Call] = set()
+        self.sockets: Counter[str] = Counter()  # open sessions by tenant
+        self.closing = asyncio.Event()  # set when the server shuts down
         self.created = int(time.time())
         self.store_id = f"resp_{token_hex(4)}"  # what the ids of the answers begin with that it keeps
         self._check_grammar = check_grammar
@@ -147,16 +160,16 @@ class Server:
             error.param = path
             raise
 
-    async def run_text(self, call: Call, work: Callable[[], T]) -> T:
-        """`work()`, in a thread if the text of the call's body would hold up the event loop.
+    async def run_text(self, source: TextSource, work: Callable[[], T]) -> T:
+        """`work()`, in a thread if the text of the source would hold up the event loop.
 
         Very long texts have a thread of their own, so that no other text waits for one. Raises Overloaded
         when too many texts wait.
         """
-        size = len(call.body)
-        if size <= LONG_TEXT:
+        if source.size <= LONG_TEXT:
             return work()
-        return await (self._long if size <= VERY_LONG_TEXT else self._very_long).run(call.tenant, work)
+        thread = self._long if source.size <= VERY_LONG_TEXT else self._very_long
+        return await thread.run(source.tenant, work)
 
     def encoded(self, model: str, size: int, tokens: int) -> None:
         """A body of `size` bytes made a prompt of so many tokens. Older bodies count less and less."""
@@ -195,8 +208,9 @@ class Server:
         return len(self.calls)
 
     def close(self) -> None:
-        """Refuses new calls: the server is shutting down."""
+        """Refuses new calls, and has sockets end: the server is shutting down."""
         self.gate.close()
+        self.closing.set()
 
     def rejected(self, reason: str) -> None:
         """Counts a request or a connection that was cut short."""
@@ -208,8 +222,8 @@ class Server:
             call.end(error)
 
     async def idle(self) -> None:
-        """Returns when no call is running."""
-        while self.calls:
+        """Returns when no call is running and no socket is open."""
+        while self.calls or self.sockets:
             self._idle.clear()
             await self._idle.wait()
 
@@ -220,8 +234,22 @@ class Server:
     def stopped(self, call: Call) -> None:
         """A call has nothing left in the engine."""
         self.calls.discard(call)
-        if not self.calls:
-            self._idle.set()
+        self._idle.set()
+
+    def socket_opened(self, tenant: str) -> None:
+        """Counts a socket. Raises Overloaded when its tenant has too many."""
+        most = self.config.max_sessions
+        if self.sockets[tenant] >= most:
+            raise Overloaded(
+                f"{most} sessions are open already, and no more are allowed; close one", retry_after=10.0
+            )
+        self.sockets[tenant] += 1
+
+    def socket_closed(self, tenant: str) -> None:
+        """A socket of this tenant has nothing left to send."""
+        self.sockets[tenant] -= 1
+        self.sockets += Counter()  # without tenants that have none
+        self._idle.set()
 
     def ended(self, request: Ended) -> None:
         """Counts a request that is over."""
@@ -238,6 +266,7 @@ class Server:
             engine.queues(),
             engine_pid=engine.pid,
             log_dropped=0 if self.access_log is None else self.access_log.dropped,
+            sessions=self.sockets.total(),
         )
 
 
@@ -273,6 +302,7 @@ class Call:
         self.request = request
         self.send = send
         self.body = body
+        self.size = len(body)  # of the text that it brings
         self.tenant = tenant
         self.arrival = arrival
         self.exchange: Exchange = request.scope[KEY]

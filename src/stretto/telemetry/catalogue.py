@@ -134,6 +134,12 @@ TOKENS = Metric(
     "Tokens of finished requests by kind: prompt, cached (also part of prompt), output.",
     ("kind", "model"),
 )
+READ_AHEAD = Metric(
+    Counter,
+    "stretto_read_ahead_tokens",
+    "Tokens of prompts that were computed in spare time, while somebody typed them.",
+    MODEL,
+)
 REFUSALS = Metric(
     Counter,
     "stretto_refusals",
@@ -184,6 +190,7 @@ BLOCKS = Metric(Gauge, "stretto_kv_blocks", "All blocks of the KV cache.", MODEL
 # The worker, at the time of a scrape.
 OPEN = Metric(Gauge, "stretto_open_requests", "Requests being answered.")
 READY = Metric(Gauge, "stretto_engine_ready", "1 while the engine accepts requests, else 0.")
+SESSIONS = Metric(Gauge, "stretto_realtime_sessions", "Open sockets of /v1/realtime.")
 DRAINING = Metric(Gauge, "stretto_draining", "1 while the worker shuts down, else 0.")
 LOG_DROPPED = Metric(
     Counter,

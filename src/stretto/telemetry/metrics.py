@@ -67,6 +67,7 @@ class Gauges:
     queues: Mapping[str, QueueState | StepStats] = field(default_factory=dict[str, QueueState | StepStats])
     engine_pid: int | None = None
     log_dropped: int = 0
+    sessions: int = 0
 
 
 class Metrics:
@@ -118,6 +119,10 @@ class Metrics:
         """Count a request or a connection that was ended before a handler answered."""
         self._of(catalogue.REJECTED, reason).inc()
 
+    def read_ahead(self, model: str, tokens: int) -> None:
+        """Count the tokens of a prompt that were computed while it was typed."""
+        self._of(catalogue.READ_AHEAD, model).inc(tokens)
+
     def step(self, stats: StepStats) -> None:
         """Count a step of the engine. There may be thousands a second, so they are counted in batches."""
         steps = self._steps[stats.model]
@@ -132,6 +137,7 @@ class Metrics:
         now = self._now()
         self._engine_pid = now.engine_pid
         self._of(catalogue.OPEN).set(now.open_requests)
+        self._of(catalogue.SESSIONS).set(now.sessions)
         self._of(catalogue.READY).set(now.ready)
         self._of(catalogue.DRAINING).set(now.draining)
         for metric, value in ((catalogue.RESTARTS, now.restarts), (catalogue.LOG_DROPPED, now.log_dropped)):

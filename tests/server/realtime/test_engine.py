@@ -1,0 +1,83 @@
+"""Reading ahead with a real model: the answer is the same, and only the tail of its prompt is left."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import httpx
+import pytest
+from websockets.asyncio.client import connect
+
+from tests.server.realtime.conftest import Talk
+
+pytestmark = pytest.mark.slow
+WORDS = (
+    "please order number help refund late box blue small when where thanks deliver street paid twice".split()
+)
+LONG = " ".join(random.Random(3).choices(WORDS, k=300))
+
+
+def socket_of(url: str) -> Any:
+    return connect(url.replace("http", "ws") + "/v1/realtime", compression=None)
+
+
+async def read(talk: Talk, least: int) -> int:
+    """Waits until so many tokens of the prompt are read; returns how many."""
+    while (tokens := (await talk.until("input_text.read"))["tokens"]) < least:
+        pass
+    return tokens
+
+
+async def test_a_typed_prompt_has_the_same_answer_and_is_read_once(desk_url: str) -> None:
+    options = {"temperature": 0.0, "max_output_tokens": 24}
+    async with socket_of(desk_url) as socket, httpx.AsyncClient(base_url=desk_url, timeout=60) as client:
+        talk = Talk(socket)
+        await talk.send("session.update", session={"type": "realtime", "instructions": "Be kind.", **options})
+        for word in LONG.split(" "):
+            await talk.send("input_text.append", text=word + " ")
+        await talk.send("input_text.replace", text="Finally", start=len(LONG) - 12)
+        body = {
+            "messages": [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": LONG[: len(LONG) - 12] + "Finally"},
+            ]
+        }
+        count = (await client.post("/tokenize", json=body)).json()["count"]
+        tokens = await read(talk, count - 60)
+        await talk.send("input_text.commit")
+        response = await talk.answer()
+        usage = response["usage"]
+        assert usage["input_tokens"] == count
+        cached = usage["input_token_details"]["cached_tokens"]
+        assert count - 60 <= tokens <= cached < count
+        posted = await client.post(
+            "/v1/chat/completions", json={**body, "temperature": 0.0, "max_tokens": 24}
+        )
+        answer = posted.json()
+        assert answer["choices"][0]["message"]["content"] == response["output"][0]["content"][0]["text"]
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, "sessions share with nobody"
+
+
+async def test_a_closed_socket_costs_no_step(desk_url: str) -> None:
+    async with httpx.AsyncClient(base_url=desk_url, timeout=60) as client:
+
+        async def state() -> dict[str, Any]:
+            found: dict[str, Any] = (await client.get("/state")).json()
+            return found
+
+        for commit in (False, True):
+            async with socket_of(desk_url) as socket:
+                talk = Talk(socket)
+                await talk.send("input_text.append", text=LONG)
+                if commit:
+                    await talk.send("input_text.commit", response={"max_output_tokens": 1500})
+                    await talk.until("response.output_text.delta")
+                socket.transport.abort()
+            async with asyncio.timeout(30):
+                while (await state())["active"] or (await state())["running"]:
+                    await asyncio.sleep(0.05)
+            steps = (await state())["steps"]
+            await asyncio.sleep(0.5)
+            assert (await state())["steps"] == steps
