@@ -17,7 +17,7 @@ ladder: $(TESTED)
 	test -e build/desk || $(DESK) --out build/desk --minutes 9
 	test -e build/desk-small || $(DESK) --out build/desk-small --minutes 3 --layers 4 --hidden 192 --kv-heads 1
 	test -e build/desk-tiny || $(DESK) --out build/desk-tiny --minutes 3 --layers 4 --hidden 128 --kv-heads 1 \
-		--inner 384 --levels 0.4,0.2,0.14,0.1,0.08,0.08
+		--inner 384 --levels 0.45,0.2,0.14,0.1,0.06,0.05
 	$(BIN)/python -m recipes.desk.samples build/desk-samples --train 60000
 	$(BIN)/stretto optimise recipes/desk/ladder.yaml --out build/desk-ladder --resume --until tiny
 	$(BIN)/stretto optimise recipes/desk/ladder.yaml --out build/desk-ladder --resume --device cpu

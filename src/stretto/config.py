@@ -91,7 +91,8 @@ def tiers_of(objectives: Mapping[TierName, Objective]) -> dict[str, Tier]:
 class ModelConfig(Struct, frozen=True, kw_only=True):
     """One model to serve. `path` is a directory in the Hugging Face layout.
 
-    `exclude`: matrices that `quantise` leaves in a wider format, as a ladder names them.
+    `exclude`: matrices that `quantise` leaves in a wider format, as a ladder names them. `draft`: the model
+    of the same engine that drafts for this one where `speculate` is `auto`.
 
     The path `null` is the null model, whose steps take no time; with `null:20` they take 20 milliseconds.
     """
@@ -101,6 +102,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     dtype: ComputeDtype = "auto"
     quantise: Quantise | None = None
     exclude: tuple[str, ...] = ()
+    draft: str | None = None
 
     @property
     def null_ms(self) -> float | None:
@@ -155,10 +157,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     speculate: Annotated[
         str,
         Meta(
-            description="speculative decoding: `off`, `ngram` (prompt lookup), or the name of a loaded model"
-            " to use as the draft model"
+            description="speculative decoding: `auto` (prompt lookup, and the smallest variant of a ladder"
+            " drafts for the others), `ngram` (prompt lookup), `off`, or the name of a loaded model to use as"
+            " the draft model"
         ),
-    ] = "ngram"
+    ] = "auto"
     prefix_cache: Annotated[
         bool, Meta(description="reuse the KV blocks of prompts with equal beginnings")
     ] = True

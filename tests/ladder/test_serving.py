@@ -32,6 +32,8 @@ def test_each_variant_is_a_model_with_the_ladders_name_in_front(folder: Path) ->
     assert [model.name for model in engine.models] == ["tiny:full", "tiny:int8", "tiny:small"]
     assert [model.quantise for model in engine.models] == [None, "int8", None]
     assert engine.models[0].path == engine.models[1].path == str((folder / "full").resolve())
+    # The smallest checkpoint drafts for the others, and not for itself.
+    assert [model.draft for model in engine.models] == ["tiny:small", "tiny:small", None]
     assert (ladder.name, ladder.top.name) == ("tiny", "tiny:full")
     assert [variant.name for variant in ladder.variants] == ["full", "int8", "small"]
 

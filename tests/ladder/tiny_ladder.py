@@ -19,7 +19,7 @@ def variant(name: str, **fields: Any) -> Variant:
     share = SHARES.get(name, 0.5)
     usual: dict[str, Any] = {
         "path": name,
-        "bytes": 1000,
+        "bytes": 300 if name == "small" else 1000,
         "quality": QualityInterval(share, share - 0.05, min(1.0, share + 0.05), 500),
         "files": {},
         "times": {"here": StepCost(base=share)},

@@ -6,6 +6,7 @@ It reads `ladder.json` through `registry`. It knows neither engine nor HTTP.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ def read(model: ModelConfig, device: str) -> ServedLadder:
     """
     folder = Path(model.path)
     ladder = registry.load(folder)
+    drafting = _drafting([each for each in ladder.variants if each.quantise in FORMATS[device]])
     models = {
         variant.name: structs.replace(
             model,
@@ -64,6 +66,7 @@ def read(model: ModelConfig, device: str) -> ServedLadder:
             path=str((folder / variant.path).resolve()),
             quantise=variant.quantise,
             exclude=variant.exclude,
+            draft=f"{model.name}:{drafting.name}" if drafting and drafting.path != variant.path else None,
         )
         for variant in ladder.variants
         if variant.quantise in FORMATS[device]
@@ -82,6 +85,13 @@ def read(model: ModelConfig, device: str) -> ServedLadder:
             ", ".join(missing),
         )
     return ServedLadder(model.name, folder, ladder, models)
+
+
+def _drafting(variants: Sequence[Variant]) -> Variant | None:
+    """The smallest variant, which drafts for those of other checkpoints; None: all are of one checkpoint."""
+    smallest = min(variants, key=lambda each: each.bytes, default=None)
+    several = len({each.path for each in variants}) > 1
+    return smallest if several else None
 
 
 def top_alone(model: ModelConfig) -> ModelConfig:

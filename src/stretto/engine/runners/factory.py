@@ -105,7 +105,8 @@ class ModelLoader:
 
         Raises StartError when `speculate` names a model that cannot draft.
         """
-        small, cache = self._draft_runner(), cache_folder(self._config.cache_dir)
+        cache = cache_folder(self._config.cache_dir)
+        drafts = self._draft_runners()
         folder = cache and cache / "step-times"
         limits = Limits(self._config.max_running, self._config.max_step_tokens or MOST_STEP_TOKENS)
         times = {
@@ -113,7 +114,11 @@ class ModelLoader:
             for runner in self.runners
         }
         return [
-            LoadedModel(runner, times[runner.info.name], self._speculation(runner, small, times))
+            LoadedModel(
+                runner,
+                times[runner.info.name],
+                self._speculation(runner, drafts.get(runner.info.name), times),
+            )
             for runner in self.runners
         ]
 
@@ -194,18 +199,20 @@ class ModelLoader:
         folder = Folder(kept, self._config.cache_bytes)
         return PackedCache.open(library, folder, f"{kernels} {identity(path)}")
 
-    def _draft_runner(self) -> TorchRunner | None:
-        """The runner of the draft model that `speculate` names; None: it names none. Raises StartError."""
+    def _draft_runners(self) -> dict[str, TorchRunner]:
+        """By model, the runner of its draft model, where it has one. Raises StartError for a wrong name."""
         name = self._config.speculate
         if name in ("off", "ngram"):
-            return None
+            return {}
         able = {each.info.name: each for each in self.runners if isinstance(each, TorchRunner)}
+        if name == "auto":
+            return {each.name: able[each.draft] for each in self._config.models if each.draft in able}
         if name not in able:
             names = ", ".join(able) or "none"
             raise StartError(
-                f"speculate: {name!r} is neither off, ngram nor a loaded model that can draft ({names})"
+                f"speculate: {name!r} is neither auto, off, ngram nor a loaded model that can draft ({names})"
             )
-        return able[name]
+        return dict.fromkeys((each.name for each in self._config.models), able[name])
 
     def _speculation(
         self, runner: Runner, small: TorchRunner | None, times: Mapping[str, StepTime]
