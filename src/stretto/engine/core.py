@@ -340,7 +340,7 @@ class EngineCore:
         for row in launched.plan.rows:
             if not row.seq.ended and row.seq.kv.blocks:
                 model.pool.publish(row.seq.kv)
-                if not row.seq.draws and row.start + row.count == row.seq.length:
+                if not row.draw and not row.seq.draws and row.start + row.count == row.seq.length:
                     self._record_emission(model, row.seq)
                     self._end(row.seq, Ending(Reason.LENGTH))
         stats = self._stats(model, launched, accepted)

@@ -89,6 +89,7 @@ class Sequence:
     rank: Rank
     stops: frozenset[int]  # its `stop_token_ids`
     grammar: Matcher | None = None
+    draws: bool = True  # whether it draws tokens, rather than only computing its prompt
     scores: list[Logprobs] | None = None  # of its prompt's tokens after the first; None: not wanted, or sent
     slot: int = -1  # its row in the runner's tables; -1 while it waits
     in_flight: int = 0  # tokens that launched steps are drawing, so not in `tokens` yet
@@ -114,6 +115,7 @@ class Sequence:
             rank=Rank(SPARE_TIME if request.spare_time else UNPLACED, 0.0, request.arrival, request.id),
             stops=frozenset(sampling.stop_token_ids),
             grammar=grammar,
+            draws=sampling.max_tokens != 0,
             scores=None if sampling.prompt_logprobs is None else [],
         )
 
@@ -150,11 +152,6 @@ class Sequence:
         """The end of a sequence whose grammar needs more work than a step may take, else None."""
         error = None if self.grammar is None else self.grammar.error
         return None if error is None else Ending(Reason.INVALID, error=error)
-
-    @property
-    def draws(self) -> bool:
-        """Whether it draws tokens, rather than only computing its prompt."""
-        return self.request.sampling.max_tokens != 0
 
     def draws_at(self, end: int) -> bool:
         """Whether a step that computes its tokens up to `end` draws the next one."""

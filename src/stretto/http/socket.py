@@ -7,6 +7,7 @@ it does not ask for the next message, nothing more is read from the client.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, cast
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -15,6 +16,9 @@ from uvicorn.server import ServerState
 from stretto.errors import StrettoError
 from stretto.http.limits import Edge
 
+# uvicorn would log every handshake, and with its traceback every message that is no UTF-8.
+SILENT = logging.getLogger(f"{__name__}.uvicorn")
+SILENT.setLevel(logging.CRITICAL + 1)
 PING_S = 20.0  # between two pings, and until a client must have answered one
 
 
@@ -29,6 +33,7 @@ class SocketConnection(WebSocketsSansIOProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.logger = SILENT
         self._edge = cast(Edge, config.edge)
         self._since = self._edge.now
         self._blocked_since: float | None = None

@@ -20,6 +20,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from stretto.config import ServeConfig
 from stretto.errors import StrettoError
+from stretto.gateway.app import Gateway
+from stretto.gateway.settings import GatewayConfig
 from tests.server.conftest import Served
 from tests.server.fake_engine import FakeEngine
 from tests.server.realtime.conftest import Opener, Talk, settled
@@ -316,6 +318,52 @@ async def test_binary_frames_fragments_and_pings(talk: Talk) -> None:
     await talk.socket.send('{"type": "input_text.append", "text": "\\ud83d"}')
     await talk.send("input_text.commit", create_response=False)
     assert "\ufffd" in (await talk.until("conversation.item.done"))["item"]["content"][0]["text"]
+
+
+async def test_text_that_is_none_ends_the_session_and_is_not_logged(
+    open_session: Opener, caplog: pytest.LogCaptureFixture, engine: FakeEngine
+) -> None:
+    async with open_session() as talk:
+        await talk.socket.send(b"\xff\xfe", text=True)
+        with pytest.raises(ConnectionClosed):
+            await talk.next()
+        assert talk.socket.close_code == 1007
+    assert not [record for record in caplog.records if record.name.startswith(("uvicorn", "stretto.http"))]
+
+
+async def test_a_gateway_has_no_socket() -> None:
+    made = Gateway(GatewayConfig(port=0))
+    sent: list[Any] = []
+    scope = {
+        "type": "websocket",
+        "path": "/v1/realtime",
+        "http_version": "1.1",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost")],
+        "subprotocols": [],
+    }
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await made(scope, receive, send)
+    assert (sent[0]["type"], sent[0]["status"]) == ("websocket.http.response.start", 404)
+    assert b"not_found" in sent[1]["body"]
+
+
+@configured(access_log=True)
+async def test_a_session_has_a_line_in_the_access_log(open_session: Opener, app: Any) -> None:
+    lines: list[bytes] = []
+    app.server.access_log.write = lines.append
+    async with open_session() as talk:
+        await talk.say("private words")
+    await settled(lambda: len(lines) == 1)
+    line = json.loads(lines[0])
+    assert (line["route"], line["status"], line["method"]) == ("/v1/realtime", 101, "GET")
+    assert line["bytes_in"] > 50 and line["bytes_out"] > 500 and b"private" not in lines[0]
 
 
 @pytest.mark.parametrize("handshake", ["no version", "no key", "old version", "http 1.0", "post"])

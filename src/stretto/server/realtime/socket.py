@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from stretto.errors import Draining, SessionExpired, StrettoError, UnsupportedField, UpgradeRequired
+from stretto.http.errors import internal
 from stretto.http.exchange import KEY, Exchange
 from stretto.server.realtime.outbox import Outbox
 from stretto.server.realtime.session import Session
@@ -66,6 +67,10 @@ class RealtimeSockets:
             outbox = Outbox(send, older=older)
             session = Session(server, tenant, model, outbox, exchange.id)
             await self._run(session, outbox, receive, exchange)
+        except Exception as error:
+            if exchange.status is None:
+                raise
+            exchange.outcome = internal(error).code  # the connection ends, and the log names the place
         finally:
             server.socket_closed(tenant)
             exchange.ended = Ended(ENDPOINT, exchange.outcome, time.monotonic() - started, model=model)
