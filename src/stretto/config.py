@@ -233,6 +233,13 @@ class HttpConfig(Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, description="seconds that an answer waits for a client that reads nothing; then it ends"),
     ] = field(default=30.0, name="send_timeout")
+    trace_endpoint: Annotated[
+        str,
+        Meta(
+            description="URL of an OpenTelemetry collector (OTLP over HTTP) for traces, like"
+            " http://127.0.0.1:4318; needs the extra `otel`; empty: no traces"
+        ),
+    ] = ""
     gateway_key: str = ""
     log_level: LogLevel = LOG_LEVEL
 

@@ -40,6 +40,7 @@ from stretto.http.request import plain_path, read_body
 from stretto.protocol.health import Status
 from stretto.protocol.parsing import JSON, parse, require_json
 from stretto.protocol.relay import PATHS, RESPONSES, OperationName
+from stretto.telemetry import tracing
 
 LEASE_S = 10.0  # a worker that joined by itself must renew within
 
@@ -122,6 +123,7 @@ class RelayedPath:
                 exchange.id,
                 kept if isinstance(kept, str) else "",
                 charge.admit,
+                span=exchange.span,
             )
             gone = not await gateway.server.run(gateway.answers.run(relayed), receive, account.record.id)
         except ClientDisconnect:
@@ -166,6 +168,7 @@ class Gateway(Starlette):
         """`reread` reads the settings again, for a reload."""
         self.reloader = Reloader(config, reread, self._take)
         self.server = Calls(config)
+        self.tracer = tracing.connect(config.trace_endpoint, "stretto-gateway")
         headers = {"Authorization": f"Bearer {config.gateway_key}"} if config.gateway_key else {}
         self.registry = Registry(Router(config.route, Random(seed).randrange), headers)
         self.relay = Relay(self.registry, config.hedge_share)
@@ -203,7 +206,7 @@ class Gateway(Starlette):
         for middleware, args, kwargs in reversed(self.user_middleware):
             app = middleware(app, *args, **kwargs)
         routes = [route for route in self.routes if isinstance(route, Route)]
-        return ExchangeLayer(app, routes, self.server.access_log, error_response)
+        return ExchangeLayer(app, routes, self.server.access_log, error_response, self.tracer)
 
     async def wait_ready(self) -> None:
         """Starts to watch the configured workers and the key file. Raises StartError for a wrong URL."""

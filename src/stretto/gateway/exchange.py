@@ -14,6 +14,7 @@ from stretto.gateway.routing.router import Ask
 from stretto.gateway.upstream.connection import Head
 from stretto.gateway.upstream.progress import Progress
 from stretto.protocol.relay import MARKED, OperationName, Took
+from stretto.telemetry.tracing import TraceSpan
 from stretto.types import Request
 
 EVENTS = "text/event-stream"
@@ -58,6 +59,7 @@ class RelayedExchange:
     tier: str = ""
     prompt_tokens: int = 0  # roughly
     ask: Ask | None = None  # once it is admitted
+    span: TraceSpan | None = None  # None: traces are off
     worker: str = ""  # that answers, or did last
     ttft: float | None = None  # of a stream, from its arrival
     forecast: float = inf  # of `ttft`

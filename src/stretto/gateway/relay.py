@@ -42,6 +42,7 @@ from stretto.protocol.relay import (
     OperationName,
     RelayedRequest,
 )
+from stretto.telemetry.tracing import TraceSpan
 from stretto.types import Objective, Request, Sampling
 
 MOST_ANSWER_BYTES = 64 << 20
@@ -64,6 +65,7 @@ class Attempt:
     placement: Placement
     connection: UpstreamConnection
     head: Head
+    span: TraceSpan | None  # None: traces are off
 
 
 class Relay:
@@ -251,11 +253,14 @@ class Relay:
         worker.breaker.try_one(time.monotonic())
         connection: UpstreamConnection | None = None
         sent = time.monotonic()
+        span = (
+            None if exchange.span is None else exchange.span.child("relay", {"stretto.worker": worker.name})
+        )
         try:
             connection = await worker.pool.acquire(CONNECT_S)
             worker.sent(ask.request.id)
             worker.streams.add(connection.lose)
-            head = await connection.exchange(self._bytes(worker, exchange))
+            head = await connection.exchange(self._bytes(worker, exchange, span))
             await self._raise_refusal(worker, connection, head, exchange)
         except BaseException as error:
             self.router.done(placement.worker)
@@ -264,11 +269,13 @@ class Relay:
                 connection.close()
             if isinstance(error, WorkerLost):
                 self.registry.failed(worker, error.message, lost=True)
+            if span is not None:
+                span.end({}, error.code if isinstance(error, StrettoError) else "cancelled")
             raise
         if exchange.first is None:
             self._errors.add(placement.ttft_s, time.monotonic() - exchange.arrival)
             exchange.first = time.monotonic() - sent
-        return Attempt(worker, placement, connection, head)
+        return Attempt(worker, placement, connection, head, span)
 
     async def _raise_refusal(
         self, worker: Worker, connection: UpstreamConnection, head: Head, exchange: RelayedExchange
@@ -286,9 +293,11 @@ class Relay:
             raise WorkerLost(f"{worker.name} refused: {code}")
         raise Refusal(head, body)
 
-    def _bytes(self, worker: Worker, exchange: RelayedExchange) -> bytes:
+    def _bytes(self, worker: Worker, exchange: RelayedExchange, span: TraceSpan | None) -> bytes:
         """The request as the worker gets it."""
         headers = {"Content-Type": "application/json", "x-request-id": exchange.request_id}
+        if span is not None:
+            headers["traceparent"] = str(span.parent)
         operation = exchange.operation
         if worker.plain:
             return worker.pool.request("POST", exchange.path, headers, exchange.body)
@@ -333,6 +342,11 @@ class Relay:
         raise WorkerLost(f"{attempt.worker.name} broke off an answer: {progress.error or 'no end'}")
 
     def _end(self, attempt: Attempt) -> None:
+        if attempt.span is not None:
+            whole = attempt.connection.reusable
+            attempt.span.end(
+                {"http.response.status_code": attempt.head.status}, "" if whole else "broken_off"
+            )
         attempt.worker.streams.discard(attempt.connection.lose)
         attempt.worker.pool.release(attempt.connection)
         self.router.done(attempt.placement.worker)

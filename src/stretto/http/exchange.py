@@ -23,6 +23,7 @@ from stretto.statistics import quantile
 from stretto.telemetry.access import Access
 from stretto.telemetry.log import LineWriter, request_id, timestamp
 from stretto.telemetry.metrics import Ended
+from stretto.telemetry.tracing import Tracer, TraceSpan, attributes_of, parent_of, stages_of
 
 HEADER = b"x-request-id"
 TOKEN = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,64}")
@@ -53,6 +54,7 @@ class Exchange:
     outcome: str = "ok"
     extra: Sequence[tuple[bytes, bytes]] = ()
     ended: Ended | None = None
+    span: TraceSpan | None = None  # None: traces are off
 
     def __call__(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.body":
@@ -73,8 +75,13 @@ def id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     return token_hex(12)
 
 
+def method_of(scope: Scope) -> str:
+    """The method, GET for a WebSocket, or `other` for one that nobody knows."""
+    return method if (method := scope.get("method", "GET")) in METHODS else "other"
+
+
 class ExchangeLayer:
-    """Wraps the application. Without `log` there is no access log.
+    """Wraps the application. Without `log` there is no access log, and without `tracer` there are no traces.
 
     `answer` makes the response to an error that the application raised. It takes the place of Starlette's
     layers for errors, each of which costs time for each token.
@@ -86,9 +93,11 @@ class ExchangeLayer:
         routes: Sequence[Route | WebSocketRoute],
         log: LineWriter | None,
         answer: ErrorAnswer,
+        tracer: Tracer | None = None,
     ) -> None:
         self._app = app
         self._log = log
+        self._tracer = tracer
         self._answer = answer
         self._templates: dict[tuple[Callable[..., Any] | None, bool], str] = {
             (route.endpoint, "{" in route.path): route.path for route in routes
@@ -97,6 +106,11 @@ class ExchangeLayer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = scope[KEY] = Exchange(id_of(scope["headers"]), send)
         request_id.set(exchange.id)  # each request has a task, and so a context, of its own
+        if self._tracer is not None:
+            parent = parent_of(scope["headers"])
+            # Those that only look come many times a second.
+            if parent is not None or method_of(scope) == "POST":
+                exchange.span = self._tracer.request(method_of(scope), parent)
         try:
             await self._app(scope, receive, exchange)
         except Exception as error:
@@ -111,6 +125,29 @@ class ExchangeLayer:
         finally:
             if self._log is not None:
                 self._log.write(encode(self._line(exchange, scope)))
+            if exchange.span is not None:
+                self._trace(exchange.span, exchange, scope)
+
+    def _route(self, scope: Scope) -> str | None:
+        return self._templates.get((scope.get("endpoint"), bool(scope.get("path_params"))))
+
+    def _trace(self, span: TraceSpan, exchange: Exchange, scope: Scope) -> None:
+        """Ends the span of a request, with a span for each of its stages."""
+        ended, status = exchange.ended, LEFT if exchange.status is None else exchange.status
+        outcome = exchange.outcome
+        attributes: dict[str, str | int | float | bool] = {
+            "http.request.method": method_of(scope),
+            "http.route": self._route(scope) or "",
+            "http.response.status_code": status,
+            "stretto.request_id": exchange.id,
+            "stretto.tenant": exchange.tenant or "",
+        }
+        if ended is not None:
+            outcome = ended.outcome or outcome
+            attributes |= attributes_of(ended)
+            for stage in stages_of(ended):
+                span.stage(stage)
+        span.end(attributes, "" if outcome == "ok" else outcome)
 
     def _line(self, exchange: Exchange, scope: Scope) -> Access:
         ended = exchange.ended or Ended("", "", 0.0)
@@ -119,8 +156,8 @@ class ExchangeLayer:
             time=timestamp(time.time()),
             request_id=exchange.id,
             tenant=exchange.tenant,
-            method=method if (method := scope.get("method", "GET")) in METHODS else "other",
-            route=self._templates.get((scope.get("endpoint"), bool(scope.get("path_params")))),
+            method=method_of(scope),
+            route=self._route(scope),
             model=ended.model or None,
             tier=ended.tier or None,
             variant=ended.variant or None,

@@ -41,6 +41,7 @@ from stretto.server.generation import CHAT, COMPLETION, Handler, generate, relay
 from stretto.server.pages import Pages
 from stretto.server.realtime import socket as realtime
 from stretto.server.state import Call, GrammarCheck, Server, status_of
+from stretto.telemetry import tracing
 from stretto.telemetry.metrics import Ended
 from stretto.text.tokenizer import TextModel
 
@@ -134,6 +135,7 @@ class App(Starlette):
         self.router.default = nothing_there
         self.add_middleware(Guard, config=server.config, count=server.metrics.rejected)
         self.server = server
+        self.tracer = tracing.connect(server.config.trace_endpoint, "stretto-worker")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if "path" in scope:
@@ -146,7 +148,7 @@ class App(Starlette):
         for middleware, args, kwargs in reversed(self.user_middleware):
             app = middleware(app, *args, **kwargs)
         routes = [route for route in self.routes if isinstance(route, Route | WebSocketRoute)]
-        return ExchangeLayer(app, routes, self.server.access_log, error_response)
+        return ExchangeLayer(app, routes, self.server.access_log, error_response, self.tracer)
 
 
 def build(
