@@ -25,7 +25,7 @@ KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Quantise = Literal["int8", "int4", "fp8"]
 TierName = Literal["priority", "default", "flex"]
 FILE_ONLY = ("api_keys", "tiers", "prices", "caches", "tenants_prefer")
-LISTS = ("models", "workers", "allowed_hosts", "cors_origins")
+LISTS = ("models", "workers", "allowed_hosts", "cors_origins", "feedback_prompts")
 ONE_KEY = "STRETTO_API_KEY"
 # Read by the gateway, the examples and the tests.
 OTHERS = (
@@ -61,17 +61,13 @@ TIERS: dict[str, Tier] = {
 
 Tiers = Annotated[
     dict[TierName, Objective],
-    Meta(
-        description="the objective of each tier, as a table `[tiers.priority]` with `ttft_ms`, `itl_ms`, ..."
-    ),
+    Meta(description="objective of each tier, as a table `[tiers.priority]` with `ttft_ms`, `itl_ms`, ..."),
 ]
 
 
 Schedule = Annotated[
     Literal["fcfs", "deadline"],
-    Meta(
-        description="order of requests: `deadline` (as many on time as possible) or `fcfs` (first come first)"
-    ),
+    Meta(description="order of requests: `deadline` (as many on time as can be) or `fcfs` (by arrival)"),
 ]
 SCHEDULE: Schedule = "deadline"
 LogLevel = Annotated[
@@ -307,13 +303,11 @@ class ServeConfig(HttpConfig, frozen=True, kw_only=True):
     prefer: Annotated[
         Preference,
         Meta(
-            description="what counts among a ladder's variants that would be on time: the best `quality`, the"
-            " least `energy` or the least `latency`"
+            description="what counts among variants that would be on time: `quality`, `energy` or `latency`"
         ),
     ] = "quality"
     tenants_prefer: Annotated[
-        dict[str, Preference],
-        Meta(description="the same for single tenants, as a table of tenant = preference"),
+        dict[str, Preference], Meta(description="the same, as a table of tenant = preference")
     ] = {}
     max_sessions: Annotated[
         int, Meta(ge=0, description="most sockets of /v1/realtime that one tenant may have open; 0: none")
@@ -322,6 +316,13 @@ class ServeConfig(HttpConfig, frozen=True, kw_only=True):
         float,
         Meta(gt=0, description="seconds without an event of its client after which such a socket is closed"),
     ] = field(default=900.0, name="session_timeout")
+    feedback_wait_s: Annotated[
+        float, Meta(ge=0, description="seconds that an answer waits for feedback; 0: there is none")
+    ] = field(default=86_400.0, name="feedback_wait")
+    feedback_prompts: Annotated[
+        tuple[str, ...],
+        Meta(description="tenants whose prompts are kept with feedback, to train on; `*`: all"),
+    ] = ()
     schedule: Schedule = SCHEDULE
     tiers: Tiers = {}
 

@@ -205,6 +205,14 @@ class UpgradeRequired(StrettoError):
     code = "upgrade_required"
 
 
+class UnknownRequest(StrettoError):
+    """No request of that id waits for the tenant's feedback."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "request_not_found"
+
+
 class NotFound(StrettoError):
     """There is no such path."""
 

@@ -80,6 +80,21 @@ FIELDS: dict[str, str] = {
     "model_info": "Family, number of weights and context.",
     "capabilities": "What the model can do.",
     "OllamaShown.template": "The chat template.",
+    # Feedback
+    "FeedbackRequest.request_id": "The `x-request-id` of the response, or the `id` of a chat completion, a "
+    "completion or a message.",
+    "reward": "What the answer was worth: from 0, wrong, to 1, right.",
+    "thumbs": "The same as a reward of 1 (`up`) or 0 (`down`).",
+    "corrected_answer": "The answer that would have been right.",
+    "learnt": "Whether later choices among variants depend on it.",
+    "rewards": "How many rewards there are.",
+    "mean_reward": "Their mean.",
+    "mean_expected": "The mean quality that was measured for these prompts. Null: it was not.",
+    "FeedbackSummary.models": "The rewards by model, then by variant.",
+    "erased": "How many choices, with and without rewards, are gone.",
+    "FeedbackSummary.waiting": "How many answers have no feedback yet.",
+    "answer": "The answer that would have been right.",
+    "task": "Always `feedback`, so that a recipe can weigh these lines.",
     # Requests
     "model": "Name of the model. In a request, absent: the server's first.",
     "messages": "The conversation, oldest message first.",

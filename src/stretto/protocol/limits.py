@@ -58,6 +58,8 @@ LIMITS: dict[str, Limit] = {
     "variables": Limit(64, "entries", "chat_template_kwargs"),
     "regex": Limit(LONGEST_GRAMMAR["regex"], "characters", "structured_outputs.regex"),
     "choices": Limit(4096, "entries", "structured_outputs.choice"),
+    "request_id": Limit(128, "characters", "request_id"),
+    "corrected_answer": Limit(2**15, "characters", "corrected_answer"),
     "schema": Limit(
         LONGEST_GRAMMAR["json_schema"],
         "characters",

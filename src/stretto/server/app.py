@@ -37,6 +37,8 @@ from stretto.server.adapters.response_store import ResponseStore
 from stretto.server.adapters.responses import Responses
 from stretto.server.adapters.tokens import detokenize, tokenize
 from stretto.server.embeddings import embed
+from stretto.server.feedback.routes import PATH as FEEDBACK
+from stretto.server.feedback.routes import FeedbackRoutes
 from stretto.server.generation import CHAT, COMPLETION, Handler, generate, relay
 from stretto.server.pages import Pages
 from stretto.server.realtime import socket as realtime
@@ -101,6 +103,7 @@ class App(Starlette):
 
     def __init__(self, server: Server) -> None:
         responses = Responses(server, ResponseStore(server.config.response_store))
+        feedback = FeedbackRoutes(server)
         work: dict[OperationName, Handler] = {
             "chat": partial(generate, operation=CHAT),
             "completions": partial(generate, operation=COMPLETION),
@@ -125,12 +128,15 @@ class App(Starlette):
             for name, paths in PATHS.items()
             for path in paths
         ]
+        routes.append(Route(FEEDBACK, Endpoint("feedback", server, feedback.give), methods=["POST"]))
         relayed = Endpoint("relay", server, partial(relay, operations=work))
         routes.append(Route(RELAY, relayed, methods=["POST"]))
         pages = Pages(server).routes() + ModelPages(server).routes()
         sockets = [WebSocketRoute(realtime.PATH, realtime.RealtimeSockets(server))]
         explained = [Route(realtime.PATH, realtime.explain)]
-        super().__init__(routes=[*routes, *responses.routes(), *pages, *sockets, *explained])
+        super().__init__(
+            routes=[*routes, *responses.routes(), *feedback.routes(), *pages, *sockets, *explained]
+        )
         self.router.redirect_slashes = False
         self.router.default = nothing_there
         self.add_middleware(Guard, config=server.config, count=server.metrics.rejected)

@@ -13,11 +13,13 @@ from msgspec import json
 from starlette.responses import Response
 
 from stretto.errors import EngineError, Unauthorised
+from stretto.ladder.learning.feedback import MadeChoice
 from stretto.protocol.openai import ChatRequest, CompletionRequest, Generation
 from stretto.protocol.parsing import JSON, parse
 from stretto.protocol.relay import MARKED, PATHS, RESPONSES, OperationName, RelayedRequest, mark
 from stretto.server import responses
 from stretto.server.admission_gate import Slot
+from stretto.server.feedback.choices import remember
 from stretto.server.objectives import PRIORITY, ServiceLevel, requested_tier, resolve_objective
 from stretto.server.responses import ResponseWriter, Style
 from stretto.server.state import GATEWAY, LOCAL, Call
@@ -119,6 +121,7 @@ async def run(
         for prompt in prompts:
             for copy, sampling in enumerate(samplings):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)
+        remember(call, request, MadeChoice(model.name, model.info.name))
         await (stream if spec.stream else answer)(call, writer_of(spec, slo.tier), slot)
     learn_lengths(call, model.name)
 

@@ -18,6 +18,13 @@ from stretto.protocol.anthropic import (
     TokenCount,
 )
 from stretto.protocol.descriptions import FIELDS, TYPES
+from stretto.protocol.extensions.feedback import (
+    CorrectedSample,
+    ErasedFeedback,
+    FeedbackReceipt,
+    FeedbackRequest,
+    FeedbackSummary,
+)
 from stretto.protocol.health import Health, Status
 from stretto.protocol.ollama import (
     OllamaAnswer,
@@ -75,6 +82,7 @@ ERRORS = {
     529: "The queue is full, or the objective cannot be met: Anthropic's status for that.",
 }
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
+SSE = "text/event-stream"
 PREFIX = "#/components/schemas/"
 OF_ERRORS = (
     "The body of an error is an [ErrorBody](#errorbody). Of Anthropic's routes it is an"
@@ -93,7 +101,7 @@ class _Route:
     chunk: type | None = None
     media: tuple[str, ...] = ()
     error: type = ErrorBody
-    streamed: str = "text/event-stream"
+    streamed: str = SSE
 
 
 WORK = (400, 401, 403, 404, 408, 413, 415, 431, 500, 503)
@@ -158,6 +166,31 @@ ROUTES = (
     ),
     _Route("/v1/responses/{id}", "get", "A kept answer.", (401, 404), response=ResponseObject),
     _Route("/v1/responses/{id}", "delete", "Drop a kept answer.", (401, 404), response=DeletedResponse),
+    _Route("/v1/feedback", "post", "Say what an answer was worth.", WORK, FeedbackRequest, FeedbackReceipt),
+    _Route("/v1/feedback", "get", "Your feedback, by variant.", (401,), response=FeedbackSummary),
+    _Route("/v1/feedback", "delete", "Erase all of your feedback.", (401,), response=ErasedFeedback),
+    _Route(
+        "/v1/feedback/export",
+        "get",
+        "Your corrected answers, a CorrectedSample on each line.",
+        (401,),
+        chunk=CorrectedSample,
+        streamed="application/jsonl",
+    ),
+    _Route(
+        "/v1/feedback/users/{user}",
+        "delete",
+        "Erase the feedback of one user.",
+        (401,),
+        response=ErasedFeedback,
+    ),
+    _Route(
+        "/v1/feedback/{id}",
+        "delete",
+        "Erase the feedback of one request.",
+        (401, 404),
+        response=ErasedFeedback,
+    ),
     *ANTHROPIC,
     *OLLAMA,
     _Route("/v1/score", "post", "Compare pairs of texts.", WORK, ScoreRequest, Scores),
@@ -245,7 +278,7 @@ def _operation(route: _Route) -> dict[str, Any]:
 
 def _events(route: _Route, chunk: type) -> dict[str, Any]:
     """The schema of a stream."""
-    if route.error is OllamaError:
+    if route.streamed != SSE:
         return {"type": "string", "description": f"The JSON of a {chunk.__name__} on each line."}
     if route.error is AnthropicError:
         return {"type": "string", "description": f"Anthropic's events, which make a {chunk.__name__}."}

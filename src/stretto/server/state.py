@@ -12,6 +12,7 @@ from math import inf
 from secrets import token_hex
 from typing import Protocol, TypeVar
 
+import numpy as np
 from msgspec import Raw, json, msgpack, structs
 from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
@@ -31,6 +32,8 @@ from stretto.errors import (
 )
 from stretto.http.exchange import KEY, LEFT, Exchange
 from stretto.http.request import tenant_of
+from stretto.ladder.learning.feedback import FeedbackLimits, FeedbackStore
+from stretto.ladder.learning.learner import Learner
 from stretto.ladder.serving import ServedLadder
 from stretto.protocol.relay import TOOK, Continuation, EmittedAnswer, Took, WorkerReport
 from stretto.queueing.turns import Turns
@@ -97,6 +100,11 @@ class Server:
         self.access_log = LineWriter(STDOUT) if config.access_log else None
         self.metrics = Metrics(self._gauges)
         self.recent = Recent({name: tier.objective for name, tier in tiers.items()})
+        self.learner = Learner(
+            FeedbackStore(FeedbackLimits(wait_s=config.feedback_wait_s)),
+            {ladder.name: [each.name for each in ladder.variants] for ladder in ladders},
+            np.random.default_rng(),
+        )
         self.calls: set[Call] = set()
         self.sockets: Counter[str] = Counter()  # open sessions by tenant
         self.closing = asyncio.Event()  # set when the server shuts down

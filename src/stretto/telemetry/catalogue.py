@@ -147,6 +147,13 @@ REFUSALS = Metric(
     ("reason", "tier"),
 )
 
+FEEDBACK = Metric(
+    Counter,
+    "stretto_feedback",
+    "Feedback by model, variant that answered, and vote: up (a reward of at least 0.5) or down.",
+    ("model", "variant", "vote"),
+)
+
 REJECTED = Metric(
     Counter,
     "stretto_rejected_requests",

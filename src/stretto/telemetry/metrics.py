@@ -115,6 +115,10 @@ class Metrics:
         if request.gaps:
             self._of(catalogue.ITL, tier, model).observe_all(request.gaps)
 
+    def rewarded(self, model: str, variant: str, reward: float) -> None:
+        """Count a reward, from 0 to 1."""
+        self._of(catalogue.FEEDBACK, model, variant, "up" if reward >= 0.5 else "down").inc()
+
     def rejected(self, reason: str) -> None:
         """Count a request or a connection that was ended before a handler answered."""
         self._of(catalogue.REJECTED, reason).inc()

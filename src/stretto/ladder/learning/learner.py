@@ -71,6 +71,10 @@ class Learner:
             self._rebuild(*key)
         return kept
 
+    def teaches(self, kept: KeptChoice) -> bool:
+        """Whether later choices depend on a reward."""
+        return self._lesson(kept) is not None
+
     def erase(self, tenant: str, wanted: Callable[[KeptChoice], bool], now: float) -> int:
         """Drop a tenant's choices that are wanted, with their rewards. All that the tenant has taught is
         forgotten, and learnt again from the rest within a second. Returns how many choices there were."""

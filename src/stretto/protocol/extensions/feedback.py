@@ -1,0 +1,67 @@
+"""The types of `/v1/feedback`: rewards for answers, what became of them, what is erased. No behaviour."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from stretto.protocol.limits import up_to
+from stretto.protocol.openai import Wire
+
+
+class FeedbackRequest(Wire, frozen=True, kw_only=True):
+    """What somebody thinks of an answer: a reward or thumbs, exactly one of them. A second one for the same
+    request takes the place of the first.
+
+    `corrected_answer` needs the setting `feedback_prompts`, because without its prompt nobody can learn it.
+    """
+
+    request_id: Annotated[str, up_to("request_id", min_length=1)]
+    reward: Annotated[float, Meta(ge=0, le=1)] | None = None
+    thumbs: Literal["up", "down"] | None = None
+    corrected_answer: Annotated[str, up_to("corrected_answer", min_length=1)] | None = None
+
+
+class FeedbackReceipt(Struct, frozen=True, kw_only=True):
+    """The reward as it was kept. `learnt`: whether later choices among variants depend on it."""
+
+    object: Literal["feedback"] = "feedback"
+    request_id: str
+    model: str
+    variant: str
+    reward: float
+    learnt: bool
+
+
+class VariantFeedback(Struct, frozen=True, kw_only=True):
+    """The rewards of one variant. `mean_expected`: the quality that was measured, for these prompts."""
+
+    rewards: int
+    mean_reward: float
+    mean_expected: float | None = None
+
+
+class FeedbackSummary(Struct, frozen=True, kw_only=True):
+    """A tenant's rewards, by model and then by variant. `waiting`: answers that have none yet."""
+
+    object: Literal["feedback.summary"] = "feedback.summary"
+    waiting: int
+    models: dict[str, dict[str, VariantFeedback]]
+
+
+class ErasedFeedback(Struct, frozen=True, kw_only=True):
+    """`erased`: how many choices and rewards are gone."""
+
+    object: Literal["feedback.erased"] = "feedback.erased"
+    erased: int
+
+
+class CorrectedSample(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A line of the export: a prompt, and the answer that would have been right. A recipe of `stretto
+    optimise` can train on it."""
+
+    messages: list[dict[str, str]] = []
+    prompt: str | None = None
+    answer: str
+    task: str = ""
