@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from websockets.asyncio.client import connect
 
 from stretto.config import ServeConfig
+from stretto.errors import EngineDied
 from stretto.server.realtime.reading import TypedText, certain
 from stretto.text.tokenizer import TextModel
 from stretto.types import Finish, Reason, Request, TokenEvent
@@ -191,6 +192,24 @@ async def test_a_cache_that_keeps_nothing_is_not_fed(engine: FakeEngine, talk: T
         await talk.send("conversation.item.retrieve", item_id="no")
         await talk.error()
     assert len(reads(engine)) == 2, "the second reading has shown it"
+
+
+@pytest.mark.parametrize("error", [EngineDied("the engine ended"), ValueError("a bug")])
+async def test_a_reading_that_fails_harms_nothing(
+    engine: FakeEngine, talk: Talk, error: Exception, text: TextModel
+) -> None:
+    engine.script = lambda request: [error] if request.spare_time else [65]
+    await talk.type(WORDS)
+    await settled(lambda: len(engine.requests) == 1 and not engine.open)
+    engine.restarts += 1
+    engine.script = lambda request: finished(request, 0)
+    await talk.type(WORDS)
+    await talk.until("input_text.read")
+    first, second = reads(engine)[:2]
+    assert common(first.prompt, second.prompt) == len(first.prompt), "all of it is read again"
+    await talk.send("input_text.commit")
+    assert (await talk.answer())["status"] == "completed"
+    assert "error" not in talk.types
 
 
 async def test_two_sessions_share_nothing(open_session: Opener, reading_engine: FakeEngine) -> None:

@@ -28,7 +28,7 @@ def waits(context: SchedulingContext) -> bool:
 def fill(builder: PlanBuilder) -> None:
     """Add what nobody notices to a plan that holds all other work of its step."""
     others = [seq for seq in builder.context.queues.running if seq.rank.group != SPARE_TIME]
-    if any(seq.remaining > 1 for seq in others) or any(not row.decodes for row in builder.plan.rows):
+    if any(seq.remaining > 1 for seq in others):
         return
     alone = not builder.plan.rows
     own = max(STEP_BASES * builder.cost.base, SHORTEST_MS)
