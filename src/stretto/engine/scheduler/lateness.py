@@ -1,7 +1,7 @@
 """How late an answer may be: the one rule by which a request is admitted, waits, and goes first.
 
 A request has its first token by its limit, or it is refused, nearly always when it arrives. The limit is
-`LATEST` times its TTFT objective, or `PATIENCE_S` without one. In its last quarter it goes first. A
+`LATEST` times its TTFT objective, or `FLEX_WAIT_S` without one. In its last quarter it goes first. A
 request with `on_miss="late"` is never refused. Pure numbers, which the scheduler and admission share.
 """
 
@@ -20,17 +20,13 @@ from stretto.engine.sequence import TIMED, Rank, Sequence
 from stretto.engine.step_time import StepCost
 
 LATEST = 3.0  # times the TTFT objective, or the time that the prompt takes alone if that is longer
-PATIENCE_S = 600.0  # the longest wait of a request without a TTFT objective
+FLEX_WAIT_S = 600.0  # the longest wait of a request without a TTFT objective
 LEAD = 0.25  # of its longest wait a request goes first; prompts without an objective may fill so much of it
-PAUSE_S = 2.0  # a stream that is late or has no objective pauses at most so long
+PAUSE_S = 3.0  # a stream that is late or has no objective pauses at most so long
 RESUME_S = 10.0  # after so long a preempted sequence goes first
-FREE = (
-    0.3  # of the longest TTFT objective; while less work waits, every prompt that can be on time is admitted
-)
-RESERVE = 1.0  # beyond it, and in overload, a prompt leaves room for so many more like it
-RESERVE_FLEX = 8.0, 24.0  # the same for one without a TTFT objective, at other times and in overload
+FREE = 0.3, 0.15  # of the longest TTFT objective; while less work waits, prompts without one are admitted
+RESERVE = 8.0, 24.0  # beyond it they leave room for so many more like them; at other times and in overload
 OVERLOAD = 0.95  # of the time: more prompt work than this that comes is an overload; streams take the rest
-LATE_SHARE = 0.02  # of the time may go to prompts that will be late; none of it in overload
 OVERLOAD_FLEX = 0.1  # of the time is counted on for prompts without an objective in overload
 MOST = 0.9  # of the time that others leave is counted on for prompts without an objective
 ADMITTED = 1.0  # what an admitted prompt is worth more than a newcomer, in steps of `Fairness.worth`
@@ -60,10 +56,8 @@ class Backlog(Struct, frozen=True, array_like=True):
 
     late_ms: float = 0.0  # prompts with a TTFT objective that will miss it
     flex_ms: float = 0.0  # prompts without a TTFT objective
-    lighter: float = 0.0  # share of the recent time that both of these were admitted for
-    timed: float = 0.0  # share of the recent time that all others were admitted for
+    timed: float = 0.0  # share of the recent time that prompts which can be on time were admitted for
     offered: float = 0.0  # prompt work that came recently, refused or not, as a share of the time
-    heaviest: float = inf  # the weight of the weightiest tier
     horizon_s: float = inf  # the longest TTFT objective of a tier, or of a waiting prompt if that is longer
 
     @property
@@ -90,7 +84,6 @@ class Newcomer(NamedTuple):
     busy_s: float  # that the prompts before it take, itself included if it can be on time
     rate: float  # work for such prompts that is done in a second, ms
     late_s: float = 0.0  # by how much it would be late
-    reserve: float = 0.0  # times its own work that it must leave free
 
 
 class Prompt(NamedTuple):
@@ -117,9 +110,6 @@ def newcomer(prompt: Prompt, deferral: Deferral, late_s: float, backlog: Backlog
         busy_s = deferral.busy.get(weight, 0.0) / rate
         late_s = busy_s + prompt.alone_ms / rate - (prompt.deadline - now) if late_s > 0 else 0.0
     ttft_s = prompt.deadline - prompt.arrival
-    reserve = RESERVE if overload and weight < backlog.heaviest else 0.0
-    if not timed:
-        reserve = RESERVE_FLEX[overload]
     return Newcomer(
         alone_ms=prompt.alone_ms,
         ttft_s=ttft_s,
@@ -127,31 +117,30 @@ def newcomer(prompt: Prompt, deferral: Deferral, late_s: float, backlog: Backlog
         busy_s=busy_s,
         rate=rate,
         late_s=max(late_s, 0.0),
-        reserve=reserve,
     )
 
 
 def shortfall(asked: Newcomer, backlog: Backlog) -> float:
     """The seconds after which a prompt could be admitted if nothing else came; 0: it is admitted now.
 
-    While many prompts wait, one must leave room for several more like it, so only short ones are admitted.
-    This is trunk reservation, which is close to optimal when more comes than can be served (Reiman, Queueing
-    Systems 8, 1991).
+    While many prompts wait, one without an objective must leave room for several more like it, so only short
+    ones are admitted. This is trunk reservation, which is close to optimal when more comes than can be served
+    (Reiman, Queueing Systems 8, 1991). One that will be late is admitted if none like it waits.
     """
-    own_s = asked.alone_ms / asked.rate
-    spare = OVERLOAD_FLEX if backlog.overload else max(LEAD, MOST - backlog.timed)
-    crowded = asked.busy_s > FREE * backlog.horizon_s
+    overload = backlog.overload
+    spare = OVERLOAD_FLEX if overload else max(LEAD, MOST - backlog.timed)
     if asked.ttft_s == inf:
-        excess = (1 + asked.reserve) * own_s + asked.busy_s - backlog.horizon_s if crowded else 0.0
-        return max(excess, _excess(asked, backlog.flex_ms, spare), 0.0)
-    if asked.late_s > 0:
-        if backlog.overload:
-            return asked.late_s
-        hopeless = asked.alone_ms / 1e3 > asked.ttft_s
-        excess = _excess(asked, backlog.late_ms + backlog.flex_ms, spare if hopeless else LATE_SHARE)
-        return asked.late_s if excess > 0 else 0.0
-    room_s = asked.ttft_s * (1 - backlog.lighter) - asked.busy_s
-    return max(asked.reserve * own_s - room_s, 0.0) if crowded and asked.reserve else 0.0
+        own_s, horizon_s = asked.alone_ms / asked.rate, backlog.horizon_s
+        excess = _excess(asked, backlog.flex_ms, spare)
+        if asked.busy_s > FREE[overload] * horizon_s:
+            excess = max(excess, (1 + RESERVE[overload]) * own_s + asked.busy_s - horizon_s)
+        return max(excess, 0.0)
+    if asked.late_s <= 0 or overload:
+        return asked.late_s
+    ahead_ms = backlog.late_ms + backlog.flex_ms
+    if asked.alone_ms / 1e3 <= asked.ttft_s:
+        return asked.late_s if ahead_ms else 0.0
+    return asked.late_s if _excess(asked, ahead_ms, spare) > 0 else 0.0
 
 
 def backlog_of(context: SchedulingContext, prompts: Iterable[Sequence], horizon_s: float = 0.0) -> Backlog:
@@ -173,22 +162,20 @@ def backlog_of(context: SchedulingContext, prompts: Iterable[Sequence], horizon_
     return Backlog(
         late_ms=late_ms,
         flex_ms=flex_ms,
-        lighter=arrivals.of(0.0),
         timed=arrivals.above(0.0),
         offered=arrivals.offered,
-        heaviest=max((tier.weight for tier in context.limits.tiers.values()), default=inf),
         horizon_s=max((horizon_s, *(ms / 1e3 for ms in targets if ms is not None))) or inf,
     )
 
 
 def longest_wait_s(ttft_s: float, alone_ms: float) -> float:
     """How long after its arrival a request has its first token at the latest. `ttft_s`: inf without one."""
-    return PATIENCE_S if ttft_s == inf else LATEST * max(ttft_s, alone_ms / 1e3)
+    return FLEX_WAIT_S if ttft_s == inf else LATEST * max(ttft_s, alone_ms / 1e3)
 
 
 def longest_wait_of(seq: Sequence, cost: StepCost) -> float:
     """`longest_wait_s` of a sequence."""
-    ttft_s = PATIENCE_S if seq.deadline.emitted else seq.deadline.start - seq.request.arrival
+    ttft_s = FLEX_WAIT_S if seq.deadline.emitted else seq.deadline.start - seq.request.arrival
     return longest_wait_s(ttft_s, cost.base + cost.prefill(0, seq.prompt_len))
 
 
