@@ -181,7 +181,7 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     own: Job = (first_deadline, own_ms, seen.worth.get(request.tenant, 0.0))
     groups[weight] = [*jobs[:place], own, *jobs[place:]]
     deferral = estimate.defer(groups, lambda weight: seen.inflow.get(weight, 0.0), now, itl_ms)
-    begin, pace = deferral.groups[weight]
+    begin, pace, _, _ = deferral.groups[weight]
     first = sum(map(len, groups.values())) - len(groups[weight])
     ahead = sum(ms for index, (_, ms, _) in enumerate(jobs[:place], first) if index not in deferral.late_by)
     start = begin + ahead / pace
@@ -197,17 +197,20 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     alone = not estimate.streams and not any(seen.prompts.values())
     if not alone and not estimate.bears(length, itl_ms, heavier):
         excess = max(excess, SOONEST_S)
-    prompt = Prompt(prefill_ms, request.arrival, first_deadline, weight)
-    asked = newcomer(prompt, deferral, deferral.late_by.get(first + place, 0.0), seen.backlog, now)
-    retry_after = 0.0
+    retry_after = refused_for = 0.0
     if excess > 0:
         retry_after = inf if now + prefill_ms / 1e3 > first_deadline else max(excess, SOONEST_S)
+    on_miss = request.objective.on_miss
+    if on_miss != "late" and not (on_miss == "reject" and retry_after):
+        prompt = Prompt(prefill_ms, request.arrival, first_deadline, weight)
+        asked = newcomer(prompt, deferral, deferral.late_by.get(first + place, 0.0), seen.backlog, now)
+        refused_for = shortfall(asked, seen.backlog)
     return Forecast(
         queue_ms=(start - request.arrival) * 1e3,
         ttft_ms=(first_token - request.arrival) * 1e3,
         feasible=excess <= 0,
         retry_after=retry_after,
-        refused_for=0.0 if request.objective.on_miss == "late" else shortfall(asked, seen.backlog),
+        refused_for=refused_for,
     )
 
 

@@ -184,12 +184,13 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
     queue = builder.context.queues.running
     for seq in queue[: bisect_left(queue, (SPARE_TIME,), key=_rank)]:
         at, rank = seq.kv.computed, seq.rank
+        group, negated_weight, _, _ = rank
         left = seq.remaining if seq.in_flight else len(seq.tokens) - at
         if left == 0 or (expired and seq in expired):
             continue
-        deadline, timed = seq.deadline, rank.group == TIMED
-        if (left > 1 or not deadline.emitted) and (rank.negated_weight == FIRST or (due and seq in due)):
-            if rank.negated_weight != FIRST:
+        deadline, timed = seq.deadline, group == TIMED
+        if (left > 1 or not deadline.emitted) and (negated_weight == FIRST or (due and seq in due)):
+            if negated_weight != FIRST:
                 rank = first_rank(seq, builder.cost)
                 builder.plan.place.append((seq, rank))
             running.prompts.append((rank, seq))
@@ -303,17 +304,20 @@ def _defer(
     history, per_prefill, per_pair = builder.context.history, builder.cost.per_prefill, builder.cost.per_pair
     worth = history.fairness.worth()
     groups: dict[float, list[Job]] = {}
-    jobs: list[Job] = []
+    jobs, group = list[Job](), inf
     for (_, negated_weight, order, _), seq in prompts:
         done = seq.kv.computed
         count = len(seq.tokens) - done
         ms = count * (per_prefill + per_pair * (done + count / 2))
-        if -negated_weight not in groups:
-            jobs = groups[-negated_weight] = []
+        if negated_weight != group:
+            group, jobs = negated_weight, []
+            groups[-negated_weight] = jobs
         value = worth.get(seq.request.tenant, 0.0) if worth else 0.0
         if seq.rank.group:
             value += ADMITTED if seq.started is None else STARTED
-        jobs.append((order if negated_weight > FIRST else inf, ms, value))
+        jobs.append((order, ms, value))
+    if -FIRST in groups:
+        groups[-FIRST] = [(inf, ms, value) for _, ms, value in groups[-FIRST]]
     return estimate.defer(groups, heavier, builder.context.now)
 
 
@@ -370,10 +374,11 @@ def _prompt(builder: PlanBuilder, seq: Sequence, rank: Rank) -> Prompt:
 def _run_prompts(builder: PlanBuilder, prompts: list[Placed], deferred: Late, estimate: Estimate) -> None:
     """Give the rest of the step to prompts that need not be deferred."""
     crowded, left, weight, heavier = False, builder.left_ms, -inf, 0.0
+    token = builder.cost.per_prefill if builder.plan.rows else 0.0
     for rank, seq in prompts:
         if left <= 0 or builder.tokens_left <= 0:
             return
-        if seq in deferred or (seq.slot < 0 and (crowded or builder.held)):
+        if seq in deferred or (seq.slot < 0 and (crowded or builder.held or left < token)):
             continue
         if seq.slot < 0 and estimate.streams and rank.negated_weight > FIRST:
             if weight != -rank.negated_weight:
@@ -401,23 +406,25 @@ def _put_off(
     put_off: list[Sequence] = []
     sure = _sure_to_be_late(builder, prompts, estimate, deferred) if deferred else {}
     backlog: Backlog | None = None
+    many = len(deferred) > DEPTH // 2
     for rank, seq in prompts:
         if seq not in deferred:
             continue
         if seq.request.objective.on_miss == "reject" and seq.started is None:
             builder.plan.refuse.append((seq, deferred[seq]))
             continue
-        hopeless = _is_hopeless(builder, seq)
-        if hopeless or seq in sure:
+        hopeless = many or _is_hopeless(builder, seq)
+        if (hopeless or seq in sure) and _may_refuse(seq):
             backlog = backlog or backlog_of(builder.context, (other for _, other in others))
             prompt, now = _prompt(builder, seq, rank), builder.context.now
             asked = newcomer(prompt, deferral, deferred[seq], backlog, now)._replace(late_s=deferred[seq])
-            if _may_refuse(seq) and shortfall(asked, backlog) > 0:
+            if shortfall(asked, backlog) > 0:
                 builder.plan.refuse.append((seq, deferred[seq]))
                 continue
             if hopeless:
                 backlog = backlog.more(asked)
-                builder.plan.place.append((seq, _best_effort_rank(builder, seq, now)))
+        if hopeless:
+            builder.plan.place.append((seq, _best_effort_rank(builder, seq, builder.context.now)))
         put_off.append(seq)
     return put_off
 
@@ -427,11 +434,9 @@ def _sure_to_be_late(builder: PlanBuilder, prompts: list[Placed], estimate: Esti
 
     Only what comes makes others late, so this is looked at when something has come.
     """
-    if not any(map(_may_refuse, deferred)):
-        return {}
     if builder.context.history.arrivals.offered > OVERLOAD:
         return deferred
-    if not builder.plan.newcomers:
+    if not builder.plan.newcomers or not any(map(_may_refuse, deferred)):
         return {}
     deferral = _defer(builder, prompts, estimate, lambda weight: 0.0)
     return {prompts[index][1]: excess for index, excess in deferral.late_by.items()}

@@ -30,15 +30,22 @@ def step_limit(cost: StepCost) -> float:
     return max(LONGEST_STEP_BASES * cost.base, SHORTEST_LIMIT_MS)
 
 
+class Group(NamedTuple):
+    """The prompts of one weight that are not deferred."""
+
+    start: float  # of the first one
+    pace: float  # work done in a second, ms
+    end: float  # of the last one
+    busy_ms: float  # their work and that of heavier ones
+
+
 class Deferral(NamedTuple):
-    """Which prompts must be deferred, and when the prompts of each weight start."""
+    """Which prompts must be deferred, and when the prompts of each weight run."""
 
     late_by: dict[
         int, float
     ]  # by index over all groups, the seconds by which each deferred one would be late
-    groups: dict[float, tuple[float, float]]  # by weight: the first one's start, and work done per second, ms
-    busy: dict[float, float]  # by weight: the work of those that are not deferred, and of heavier ones, ms
-    ends: dict[float, float]  # by weight: when those are done
+    groups: dict[float, Group]  # by weight
     rate: float  # work for prompts that is done in a second if nothing else comes, ms
 
 
@@ -85,16 +92,15 @@ class Estimate(Struct, frozen=True, array_like=True):
         that may be added.
         """
         rate = self.rate(itl_ms)
-        deferral = Deferral({}, {}, {}, {}, 1e3 * rate)
+        deferral = Deferral({}, {}, 1e3 * rate)
         first, work = 0, 0.0
         for weight, jobs in groups.items():
             share = heavier(weight)
             pace = 1e3 * max(rate - share, LEAST_LIGHTER * rate) * (CAUTION if share else 1.0)
-            deferral.groups[weight] = start, pace
             begin = start
             tardy, start = tardy_jobs(jobs, begin, pace)
             work += (start - begin) * pace
-            deferral.busy[weight], deferral.ends[weight] = work, start
+            deferral.groups[weight] = Group(begin, pace, start, work)
             for place, excess in tardy.items():
                 deferral.late_by[first + place] = excess
             first += len(jobs)

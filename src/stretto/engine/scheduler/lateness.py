@@ -26,7 +26,7 @@ PAUSE_S = 3.0  # a stream that is late or has no objective pauses at most so lon
 RESUME_S = 10.0  # after so long a preempted sequence goes first
 FREE = 0.3, 0.15  # of the longest TTFT objective; while less work waits, prompts without one are admitted
 RESERVE = 8.0, 24.0  # beyond it they leave room for so many more like them; at other times and in overload
-OVERLOAD = 0.95  # of the time: more prompt work than this that comes is an overload; streams take the rest
+OVERLOAD = 0.9  # of the time: more prompt work than this that comes is an overload; streams take the rest
 OVERLOAD_FLEX = 0.1  # of the time is counted on for prompts without an objective in overload
 MOST = 0.9  # of the time that others leave is counted on for prompts without an objective
 ADMITTED = 1.0  # what an admitted prompt is worth more than a newcomer, in steps of `Fairness.worth`
@@ -103,11 +103,11 @@ def newcomer(prompt: Prompt, deferral: Deferral, late_s: float, backlog: Backlog
     timed, weight, rate = prompt.deadline < inf, prompt.weight, deferral.rate
     if not timed:
         weight = min(deferral.groups, default=weight)
-    overload = backlog.overload and weight in deferral.groups
-    if overload:
-        busy_s, rate = deferral.ends[weight] - now, deferral.groups[weight][1]
+    group = deferral.groups.get(weight)
+    if backlog.overload and group is not None:
+        busy_s, rate = group.end - now, group.pace
     else:
-        busy_s = deferral.busy.get(weight, 0.0) / rate
+        busy_s = group.busy_ms / rate if group is not None else 0.0
         late_s = busy_s + prompt.alone_ms / rate - (prompt.deadline - now) if late_s > 0 else 0.0
     ttft_s = prompt.deadline - prompt.arrival
     return Newcomer(
