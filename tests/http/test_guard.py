@@ -224,7 +224,8 @@ def test_a_host_or_origin_that_cannot_match_is_a_start_error(settings: dict[str,
 async def test_names_of_page_files_that_do_not_exist_are_not_kept(app: App) -> None:
     for number in range(50):
         assert code(await ask(app, "GET", f"/page/{number}{'a' * 20_000}", {})) == (404, "not_found")
-    assert pages._file.cache_info().currsize <= 2 * len(pages.NAMES)  # pyright: ignore[reportPrivateUsage]
+    page = pages.PAGE
+    assert len(page._made) <= 2 * len(page._files)  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize(

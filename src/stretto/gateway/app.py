@@ -25,6 +25,7 @@ from stretto.gateway.cache.stats import CacheReport
 from stretto.gateway.calls import Calls
 from stretto.gateway.exchange import RelayedExchange
 from stretto.gateway.model_listing import ModelListing
+from stretto.gateway.operations.live import LivePage
 from stretto.gateway.operations.monitor import CallEnd, Monitor
 from stretto.gateway.operations.reload import Reloader, Reread
 from stretto.gateway.registry import Registry, Worker
@@ -175,6 +176,9 @@ class Gateway(Starlette):
         self.ledger = Ledger(config.keys, self._end_revoked)
         self.answers = Answers(config, self.relay)
         self.monitor = Monitor(self.registry, self.answers, self.server, self.ledger)
+        self.live = LivePage(
+            self.registry, self.monitor, self.ledger, lambda: self.config.route, self.problems
+        )
         work = [
             Route(path, RelayedPath(self, name), methods=["POST"])
             for name, paths in PATHS.items()
@@ -190,10 +194,11 @@ class Gateway(Starlette):
             Route("/ready", self.ready),
             Route("/state", self.state_page),
             *self.monitor.routes(),
+            *self.live.routes(),
             Route("/v1/cache", self.erase, methods=["DELETE"]),
             Route("/v1/workers", self.join, methods=["POST"]),
-            Route("/v1/workers/{name}", self.leave, methods=["DELETE"]),
-            Route("/v1/workers/{name}/{change}", self.drain, methods=["POST"]),
+            Route("/v1/workers/{name:path}", self.leave, methods=["DELETE"]),
+            Route("/v1/workers/{name:path}/{change}", self.drain, methods=["POST"]),
         ]
         super().__init__(routes=work + pages)
         self.router.redirect_slashes = False
@@ -218,6 +223,10 @@ class Gateway(Starlette):
     def config(self) -> GatewayConfig:
         """The present settings."""
         return self.reloader.config
+
+    def problems(self) -> list[str]:
+        """What an operator should mend in the key file and the settings."""
+        return [error for error in (self.ledger.error, self.reloader.error) if error]
 
     async def _take(self, config: GatewayConfig) -> None:
         """Takes over other settings; all that may be wrong with them comes first. Raises StartError."""

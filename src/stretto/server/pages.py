@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
 from collections.abc import AsyncIterator
-from functools import cache
-from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
@@ -18,6 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from stretto.errors import NotFound, Overloaded, Unauthorised
+from stretto.http.page_files import TYPES, PageFiles
 from stretto.http.request import read_body
 from stretto.protocol.health import Health, Status
 from stretto.protocol.openai import ModelCard, ModelList
@@ -31,31 +29,31 @@ LIVE_S = 0.5
 VIEWERS = 32  # each costs a snapshot every LIVE_S
 MSGPACK = "application/msgpack"
 FILES = files("stretto.server") / "static"
-TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 PLOTLY = "plotly.min.js"
 FOLDERS = ("vendor", "realtime")
 REALTIME = "realtime/index.html"
-NAMES = frozenset(
-    {PLOTLY}
-    | {file.name for file in FILES.iterdir() if file.is_file()}
+LASTING = frozenset({PLOTLY})  # changes only with a release of its package
+
+
+def plotly() -> Path:
+    """The file of plotly.js. The package is not imported. Raises NotFound."""
+    spec = find_spec("plotly")
+    if spec is None or spec.origin is None:
+        raise NotFound(f"{PLOTLY} is not installed")
+    return Path(spec.origin).parent / "package_data" / PLOTLY
+
+
+PAGE = PageFiles(
+    {PLOTLY: plotly}
+    | {file.name: file for file in FILES.iterdir() if file.is_file()}
     | {
-        f"{folder}/{file.name}"
+        f"{folder}/{file.name}": file
         for folder in FOLDERS
         for file in (FILES / folder).iterdir()
         if file.name.rpartition(".")[2] in TYPES
-    }
+    },
+    LASTING,
 )
-# The hash of a stylesheet that plotly.js adds to the page. Without it the browser reports a violation.
-MAPS = "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
-SECURITY = {
-    "Content-Security-Policy": f"default-src 'none'; script-src 'self'; style-src 'self' {MAPS}; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Vary": "Accept-Encoding",
-}
-# plotly.js changes only with a release of its package.
-A_WEEK = "public, max-age=604800"
 
 
 class Pages:
@@ -166,21 +164,11 @@ class Pages:
 
     def page(self, request: Request) -> Response:
         """A file of the page. Starlette runs this in a thread: the first call of each file compresses it."""
-        return self._answer(request, request.path_params.get("name", "index.html"))
+        return PAGE.answer(request, request.path_params.get("name", "index.html"))
 
     def realtime(self, request: Request) -> Response:
         """The page on which a prompt is read while it is typed."""
-        return self._answer(request, REALTIME)
-
-    def _answer(self, request: Request, name: str) -> Response:
-        zipped = "gzip" in request.headers.get("accept-encoding", "")
-        if name not in NAMES:  # Before the cache, which would keep every name.
-            raise NotFound(f"the page has no file {name!r}")
-        found = _file(name, zipped)
-        if request.headers.get("if-none-match") != found.headers["ETag"]:
-            return found
-        kept = {name: found.headers[name] for name in (*SECURITY, "Cache-Control", "ETag")}
-        return Response(status_code=304, headers=kept)
+        return PAGE.answer(request, REALTIME)
 
     def _card(self, name: str) -> ModelCard:
         info = self._server.info(name)
@@ -190,22 +178,3 @@ class Pages:
 
 def _json(value: object) -> Response:
     return Response(json.encode(value), media_type=JSON)
-
-
-@cache
-def _file(name: str, zipped: bool) -> Response:
-    """A file of the page as a response, made once. `name` is one of NAMES. Raises NotFound."""
-    own = name != PLOTLY
-    spec = find_spec("plotly") if name == PLOTLY else None  # not imported: only its file is used
-    if not own and (spec is None or spec.origin is None):
-        raise NotFound(f"{PLOTLY} is not installed")
-    path = FILES / name if own or spec is None else Path(str(spec.origin)).parent / "package_data" / PLOTLY
-    plain = path.read_bytes()
-    headers = SECURITY | {
-        "Cache-Control": "no-cache" if own else A_WEEK,
-        "ETag": f'"{sha256(plain).hexdigest()[:16]}"',
-    }
-    if zipped:
-        headers["Content-Encoding"] = "gzip"
-    body = gzip.compress(plain, 6) if zipped else plain
-    return Response(body, media_type=TYPES[name.rpartition(".")[2]], headers=headers)

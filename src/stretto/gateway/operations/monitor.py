@@ -46,11 +46,16 @@ class Monitor:
     """The counters of one gateway."""
 
     def __init__(self, registry: Registry, answers: Answers, calls: Calls, ledger: Ledger) -> None:
-        self.metrics = GatewayMetrics(self._gauges)
+        self.metrics = GatewayMetrics(self.gauges)
         self._registry = registry
         self._answers = answers
         self._calls = calls
         self._ledger = ledger
+
+    @property
+    def draining(self) -> bool:
+        """Whether the gateway shuts down."""
+        return self._calls.draining
 
     def routes(self) -> list[Route]:
         """The routes that show what is counted."""
@@ -108,7 +113,8 @@ class Monitor:
     def _account(self, request: Request) -> Account:
         return self._ledger.accounts.find(request.headers, self._ledger.now())
 
-    def _gauges(self) -> GatewayGauges:
+    def gauges(self) -> GatewayGauges:
+        """The gateway now."""
         now, relay, log = time.monotonic(), self._answers.relay, self._calls.access_log
         return GatewayGauges(
             open=self._calls.running,
