@@ -11,6 +11,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from math import inf, isfinite
 from operator import attrgetter
@@ -18,8 +19,9 @@ from operator import attrgetter
 from msgspec.structs import replace
 
 from stretto.engine.kv_cache import BlockPool
+from stretto.engine.moves import LOOK_S, lighter_request, movable
 from stretto.engine.runners.interface import Pending, Runner
-from stretto.engine.scheduler.deadline import latest_start
+from stretto.engine.scheduler.deadline import latest_start, pressure
 from stretto.engine.scheduler.lateness import RESUME_S, Alarms, goes_first_at
 from stretto.engine.scheduler.types import (
     History,
@@ -70,6 +72,7 @@ class ModelState:
     queues: Queues = field(default_factory=Queues)
     alarms: Alarms = field(default_factory=Alarms)
     freed: float = -inf  # when its last step was over
+    looked: float = -inf  # when it last looked for another model for those that would be late
     in_flight: deque[InFlightStep] = field(default_factory=lambda: deque[InFlightStep]())
 
     @property
@@ -131,6 +134,7 @@ class EngineCore:
             for model in models
         }
         self._turns = deque(self.models)
+        self._contexts = {name: partial(self.context, name) for name in self.models}
 
     @property
     def idle(self) -> bool:
@@ -181,10 +185,11 @@ class EngineCore:
     def context(self, name: str, until: float = inf, due: tuple[Sequence, ...] = ()) -> SchedulingContext:
         """What a policy looks at now to plan the next step of a model, which should be over at `until`."""
         model, now = self.models[name], self._clock()
-        others = any(other.needs_time for other in self.models.values() if other is not model)
-        queues, pool, history = model.queues, model.pool, model.history
+        others = [other for other in self.models.values() if other is not model]
+        spare = not any(other.needs_time for other in others)
+        elsewhere = sum(pressure(other.queues, other.history.times.cost) for other in others)
         return SchedulingContext(
-            name, queues, pool, self._limits, history, now, until, due, spare_time=not others
+            name, model.queues, model.pool, self._limits, model.history, now, until, due, elsewhere, spare
         )
 
     def _until(self, model: ModelState) -> float:
@@ -216,9 +221,13 @@ class EngineCore:
 
         All steps in flight are committed when there is nothing to run.
         """
+        name = model.runner.info.name
         due = (self._sequences.get(ident) for ident in model.alarms.due(self._clock()))
-        context = self.context(model.runner.info.name, until, tuple(seq for seq in due if seq))
+        context = self.context(name, until, tuple(seq for seq in due if seq and seq.request.model == name))
         plan = self._schedule(context)
+        if plan.to_move and self._move_late(model, plan):
+            context = self.context(name, until, tuple(seq for seq in context.due if not seq.ended))
+            plan = self._schedule(context)
         self._apply(model, plan)
         if plan.rows:
             self._add_drafts(model, plan, context)
@@ -227,6 +236,18 @@ class EngineCore:
         while len(model.in_flight) > (model.runner.depth if plan.rows else 0):
             stats = self._commit(model, model.in_flight.popleft())
         return stats
+
+    def _move_late(self, model: ModelState, plan: Plan) -> bool:
+        """Move sequences that would be late, and can be on time elsewhere; whether there were any."""
+        moved, look = False, self._clock() >= model.looked + LOOK_S
+        model.looked = self._clock() if look else model.looked
+        for seq in movable(plan, look=look):
+            request = lighter_request(seq, {*plan.to_move}, self._contexts)
+            if request is not None:
+                moved = seq.ended = True  # its old queue's heap still holds it
+                model.queues.waiting.remove(seq)
+                self.submit(seq.moved_to(request, self.models[request.model].runner.info.context))
+        return moved
 
     def _apply(self, model: ModelState, plan: Plan) -> None:
         """Do to queues and blocks what the plan says."""
@@ -428,10 +449,9 @@ class EngineCore:
             self._release(model, seq)
         else:
             model.queues.waiting.remove(seq)
-        began = None if seq.scores is None else seq.began
-        finish = seq.finish(ending, self._clock())
-        event = TokenEvent(seq.request.id, finish=finish, embedding=ending.embedding, began=began)
-        self._events.append(event)
+        began = seq.began if seq.scores is not None or (seq.moves and not seq.deadline.emitted) else None
+        finish, vector = seq.finish(ending, self._clock()), ending.embedding
+        self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=vector, began=began))
 
     def _erase(self, model: ModelState, blocks: list[int]) -> None:
         """Zero blocks that may hold NaN, which would spread to their next owner."""

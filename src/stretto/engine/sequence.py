@@ -96,6 +96,7 @@ class Sequence:
     cached: int = 0  # tokens of the prompt that the prefix cache held when it started
     started: float | None = None  # when its first step was planned
     preemptions: int = 0
+    moves: int = 0  # from one model to a lighter one
     ended: bool = False
 
     @classmethod
@@ -119,6 +120,12 @@ class Sequence:
             scores=None if sampling.prompt_logprobs is None else [],
         )
 
+    def moved_to(self, request: Request, context: int) -> Sequence:
+        """The sequence for another model of this context, before it has started on its own."""
+        limit, moves = min(self.limit, context), self.moves + 1
+        made = Sequence.of(request, context, self.grammar)
+        return replace(made, seed=self.seed, limit=limit, moves=moves)
+
     @property
     def output_len(self) -> int:
         return len(self.tokens) - self.prompt_len
@@ -129,8 +136,9 @@ class Sequence:
         if self.started is None:
             return None
         scores = None if self.scores is None else tuple(self.scores)
-        cached = min(self.cached, self.prompt_len)
-        return Began((self.started - self.request.arrival) * 1e3, cached, prompt_logprobs=scores)
+        cached, moved = min(self.cached, self.prompt_len), self.request.model if self.moves else None
+        queued_ms = (self.started - self.request.arrival) * 1e3
+        return Began(queued_ms, cached, prompt_logprobs=scores, moved=moved)
 
     def finish(self, ending: Ending, now: float) -> Finish:
         """What is reported of its end."""

@@ -107,7 +107,8 @@ def test_streams_of_any_variant_slow_every_other_one_down() -> None:
 def test_a_stream_that_would_crowd_out_others_is_late() -> None:
     full = outlook(FULL, streams=8, itl_ms=30.0, load=0.25)
     objective = Objective(itl_ms=250, on_miss="reject")
-    placed = router(idle() | {"m:full": full}).place(asked(objective=objective), NOW)
+    others = {"m:int8": outlook(INT8, elsewhere=0.92), "m:small": outlook(SMALL, elsewhere=0.92)}
+    placed = router(others | {"m:full": full}).place(asked(objective=objective), NOW)
     assert placed.model is None and placed.late and placed.retry_after == pytest.approx(0.05)
 
 

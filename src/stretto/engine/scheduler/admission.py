@@ -149,6 +149,7 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         streams=len(streams),
         itl_ms=min((seq.deadline.target_itl_s for seq in streams), default=inf) * 1e3,
         load=sum(cost.row(seq.length) / seq.deadline.target_itl_s for seq in streams) / 1e3,
+        elsewhere=context.elsewhere,
     )
     return Snapshot(
         now=context.now,

@@ -64,7 +64,8 @@ class Running:
 
     def estimate(self, builder: PlanBuilder) -> Estimate:
         """What the streams leave over for prompts."""
-        return Estimate(builder.cost, builder.margin, len(self.streams), self.shortest_itl_s * 1e3, self.load)
+        itl_ms, elsewhere = self.shortest_itl_s * 1e3, builder.context.elsewhere
+        return Estimate(builder.cost, builder.margin, len(self.streams), itl_ms, self.load, elsewhere)
 
 
 def deadline(context: SchedulingContext) -> Plan:
@@ -90,6 +91,7 @@ def deadline(context: SchedulingContext) -> Plan:
     owed -= _fill(builder, best_effort + put_off, inf)
     if spare_time.waits(context):
         spare_time.fill(builder)
+    builder.plan.to_move += [seq for seq in {**deferred, **dict(builder.plan.refuse)} if _may_move(seq)]
     builder.plan.owed = max(owed, 0.0)
     builder.plan.predicted = builder.ms
     return builder.plan
@@ -106,6 +108,17 @@ def latest_start(queues: Queues, cost: StepCost) -> float:
         seq = queues.waiting[first]
         start = min(start, seq.rank.order - (cost.base + cost.prefill(0, seq.length)) / 1e3)
     return start
+
+
+def pressure(queues: Queues, cost: StepCost) -> float:
+    """The share of the time that the streams with a deadline take at their slowest pace."""
+    load, itl_s = 0.0, inf
+    for seq in queues.running:
+        deadline = seq.deadline
+        if seq.rank.group == TIMED and deadline.emitted and not deadline.late:
+            load += cost.row(seq.length) / deadline.target_itl_s
+            itl_s = min(itl_s, deadline.target_itl_s)
+    return (load + cost.base / itl_s) / 1e3
 
 
 def _end_expired(builder: PlanBuilder) -> set[Sequence]:
@@ -359,6 +372,10 @@ def _admit(
     return [one for one in prompts if one[1] not in gone], [
         one for one in others if one[1] not in gone
     ] + late
+
+
+def _may_move(seq: Sequence) -> bool:
+    return seq.started is None and bool(seq.request.lighter)
 
 
 def _may_refuse(seq: Sequence) -> bool:

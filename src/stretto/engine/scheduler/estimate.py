@@ -57,25 +57,25 @@ class Estimate(Struct, frozen=True, array_like=True):
     streams: int = 0
     itl_ms: float = inf  # the shortest inter-token target of a stream
     load: float = 0.0  # share of the time that the streams take at their slowest pace
+    elsewhere: float = 0.0  # the share that the streams of other models on the device take
 
     @property
     def pressure(self) -> float:
         """The share of the time that the streams take at their slowest pace, with their steps' bases."""
         return self.cost.base / self.itl_ms + self.load if self.streams else 0.0
 
-    def rate(self, itl_ms: float = inf, elsewhere: float = 0.0) -> float:
-        """The share of the time that is left for prompts. `itl_ms`: the target of a stream that may be added;
-        `elsewhere`: the share that the streams of other models take."""
+    def rate(self, itl_ms: float = inf) -> float:
+        """The share of the time left for prompts. `itl_ms`: the target of a stream that may be added."""
         base = self.cost.base / min(self.itl_ms, itl_ms, step_limit(self.cost))
-        return max(1.0 / self.margin - base - self.load - elsewhere, LEAST_PREFILL)
+        return max(1.0 / self.margin - base - self.load - self.elsewhere, LEAST_PREFILL)
 
     def bears(self, length: int, itl_ms: float, heavier: float) -> bool:
         """Whether all streams would keep their pace if a prompt of `length` tokens became one of them.
 
         `heavier` is the share of the time that heavier prompts will take.
         """
-        base = self.cost.base / min(itl_ms, self.itl_ms)
-        return base + self.load + self.cost.row(length) / itl_ms < MAX_STREAM_LOAD / self.margin - heavier
+        taken = self.cost.base / min(itl_ms, self.itl_ms) + self.load + self.elsewhere
+        return taken + self.cost.row(length) / itl_ms < MAX_STREAM_LOAD / self.margin - heavier
 
     def defer(
         self,

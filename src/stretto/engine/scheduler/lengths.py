@@ -10,16 +10,17 @@ from math import exp
 from stretto.engine.step_time import Window
 
 KEPT_LENGTHS = 512
-DEFAULT_LENGTH = 256  # tokens of an answer before any of its tier has ended
+DEFAULT_LENGTH = 256  # tokens of a long answer, while nothing is known
 LONG = 0.7  # the quantile that stands for a long answer
 ARRIVALS_S = 120.0
 OFFERED_S = 600.0  # the same for what comes, refused or not: a burst is no overload
 
 
 class AnswerLengths:
-    """The lengths of recent answers, by tier."""
+    """The lengths of recent answers, by tier. `usual`: of a long answer before any of its tier has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, usual: int = DEFAULT_LENGTH) -> None:
+        self._usual = usual
         self._lengths: dict[str, Window] = {}
 
     def observe(self, tier: str, tokens: int) -> None:
@@ -29,7 +30,7 @@ class AnswerLengths:
     def predict(self, tier: str, max_tokens: int | None = None) -> int:
         """The tokens of a long answer of this tier, at most `max_tokens`."""
         lengths = self._lengths.get(tier)
-        usual = DEFAULT_LENGTH if lengths is None else int(lengths.quantile(LONG, DEFAULT_LENGTH))
+        usual = self._usual if lengths is None else int(lengths.quantile(LONG, self._usual))
         return max(1, usual if max_tokens is None else min(usual, max_tokens))
 
 

@@ -66,6 +66,7 @@ class SchedulingContext:
     now: float
     until: float = inf  # when the step should be over, because other models on the device need it
     due: tuple[Sequence, ...] = ()  # those that go before all others from now on
+    elsewhere: float = 0.0  # the share of the time that the streams of other models take
     spare_time: bool = True  # whether the other models on the device leave some
 
 
@@ -112,6 +113,7 @@ class Plan:
 
     model: str
     end: list[Sequence] = field(default_factory=list[Sequence])  # their time has run out
+    to_move: list[Sequence] = field(default_factory=list[Sequence])  # late here, not started; if others can
     # Refused, with the seconds after which a client may try again.
     refuse: list[tuple[Sequence, float]] = field(default_factory=list[tuple[Sequence, float]])
     place: list[tuple[Sequence, Rank]] = field(default_factory=list[tuple[Sequence, Rank]])  # at a new rank

@@ -17,6 +17,8 @@ from stretto.deadlines import Deadline
 from stretto.engine.scheduler.admission import Outlook, Snapshot
 from stretto.types import Objective
 
+LEAST_PACE = 0.02  # of the time: what a prompt is counted on to get, however full the machine is
+
 
 class Standing(NamedTuple):
     """Where a newcomer would stand with one variant. `queue_ms`: until its first step. `pace`: the share of
@@ -44,6 +46,8 @@ class PreparedSnapshot:
     def of(cls, seen: Snapshot) -> PreparedSnapshot:
         """Leaves out the prompts that the scheduler would defer."""
         estimate = seen.estimate
+        if not any(seen.prompts.values()):
+            return cls(seen, (), estimate.pressure, _step_ms(seen))
         late = estimate.defer(seen.prompts, lambda weight: seen.inflow.get(weight, 0.0), seen.now).late_by
         waiting: list[tuple[float, list[float], list[float]]] = []
         first = 0
@@ -53,10 +57,7 @@ class PreparedSnapshot:
             if kept:
                 work = list(accumulate(ms for _, ms, _ in kept))
                 waiting.append((weight, [deadline for deadline, _, _ in kept], work))
-        step_ms = 0.0
-        if estimate.streams:
-            step_ms = estimate.margin * estimate.cost.decodes(estimate.streams, seen.context)
-        return cls(seen, tuple(waiting), estimate.pressure, step_ms)
+        return cls(seen, tuple(waiting), estimate.pressure, _step_ms(seen))
 
     def ahead_ms(self, weight: float, deadline: float) -> float:
         """The work of the prompts that go before one of this weight and deadline."""
@@ -97,14 +98,11 @@ class Prospects:
             each = prepared.get(name)
             if each is None:
                 continue
-            estimate, elsewhere = each.seen.estimate, pressure - each.pressure
-            heavier = each.seen.inflow.get(weight, 0.0)
-            pace = estimate.rate(itl_ms, elsewhere + heavier)
+            estimate, heavier = each.seen.estimate, each.seen.inflow.get(weight, 0.0)
+            pace = max(estimate.rate(itl_ms) - heavier, LEAST_PACE)
             own = ahead[name] + estimate.cost.prefill(0, length)
             others = sum(min(ms, own) for other, ms in ahead.items() if other != name)
-            crowded = (
-                itl_ms < inf and pressure > 0 and not estimate.bears(length, itl_ms, heavier + elsewhere)
-            )
+            crowded = itl_ms < inf and pressure > 0 and not estimate.bears(length, itl_ms, heavier)
             found[name] = Standing(
                 each.seen, (ahead[name] + others) / pace, pace, steps_ms - each.step_ms, crowded
             )
@@ -128,3 +126,11 @@ class Prospects:
             for _, other, job in self._outlooks()[name].sent_since
             if other > weight or (other == weight and job[0] <= deadline)
         )
+
+
+def _step_ms(seen: Snapshot) -> float:
+    """What a step of the streams takes; 0 without streams."""
+    estimate = seen.estimate
+    return (
+        estimate.margin * estimate.cost.decodes(estimate.streams, seen.context) if estimate.streams else 0.0
+    )
