@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from stretto.errors import CheckpointError, StartError
 from stretto.ladder import registry
 from stretto.optimise import recipe, steps
 from stretto.optimise.steps import RunOptions, RunReport
+from tests.ladder import tiny_ladder
 from tests.optimise import tiny
 from tests.optimise.conftest import Workshop
 
@@ -299,6 +301,23 @@ def test_a_run_that_ended_early_goes_on_in_another_place(few: Path) -> None:
     with pytest.raises(StartError, match=r"--until: no step makes 'smal'"):
         run(few, parts, few / "never", until="smal")
     assert not (few / "never").exists()
+
+
+def test_the_model_of_a_recipe_may_be_a_ladder_which_is_its_top(few: Path) -> None:
+    made = tiny_ladder.make(few / "ladder")
+    # As in the package: the top is in the folder of the ladder itself.
+    shutil.copytree(made / "full", made, dirs_exist_ok=True)
+    ladder = registry.load(made)
+    at_home = tuple(structs.replace(each, path=each.path.replace("full", ".")) for each in ladder.variants)
+    registry.save(structs.replace(ladder, variants=at_home), made)
+    data = {"model": "ladder", "data": "data.jsonl", "steps": [{"step": "quantise", "name": "q"}]}
+    for number, model in enumerate(("ladder", str(made.resolve()))):
+        out = few / f"of-ladder-{number}"
+        steps.run(recipe.parse(data | {"model": model}, "recipe"), RunOptions(out=out, folder=few))
+        assert {each.name for each in (out / "full").iterdir()} == {
+            *(each.name for each in (made / "small").iterdir()),
+            "manifest.json",
+        }
 
 
 def test_other_mistakes_of_a_run_say_what_to_do(few: Path) -> None:

@@ -80,7 +80,7 @@ class Measured(Struct, frozen=True, kw_only=True):
 def measure(job: StepJob, step: EvaluateStep, subject: Subject, key: str) -> Measured:
     """Measure a variant. `job.parent` is the top variant. Raises StartError when it cannot be loaded."""
     started = perf_counter()
-    loaded, machine = _loaded(subject)
+    loaded, machine = _loaded(subject, job.session.device)
     decoder = _decoder(loaded)
     samples = [sample for sample in job.corpus.test if sample.answer is not None][: step.prompts]
     prompts = [job.codec.prompt(sample) for sample in samples]
@@ -120,10 +120,16 @@ def measure(job: StepJob, step: EvaluateStep, subject: Subject, key: str) -> Mea
     )
 
 
-def _loaded(subject: Subject) -> tuple[LoadedModel, str]:
+def _loaded(subject: Subject, device: torch.device) -> tuple[LoadedModel, str]:
     """The variant as an engine would load it, with its step-time model, and the name of the machine."""
     threads = torch.get_num_threads()
-    config = EngineConfig(models=(subject.config,), kv_bytes=KV_BYTES, cache_bytes=0, speculate="off")
+    config = EngineConfig(
+        models=(subject.config,),
+        device="cuda" if device.type == "cuda" else "cpu",
+        kv_bytes=KV_BYTES,
+        cache_bytes=0,
+        speculate="off",
+    )
     try:
         loader = ModelLoader(config)
         return loader.models()[0], loader.machine

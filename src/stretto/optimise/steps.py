@@ -204,14 +204,20 @@ class _Run:
         if not self._is_done(FULL, key):
             work = self._work(FULL, key)
             shutil.rmtree(work / "made", ignore_errors=True)
-            shutil.copytree(path, work / "made", ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt"))
+            shutil.copytree(path, work / "made", ignore=_not_of_the_model)
             self._finish(self._manifest(FULL, "model", None, key=key, files=files, path=FULL), work)
         self._record(FULL)
 
     def _model(self, name: str) -> Path:
-        """The directory of a model: beside the recipe, or as everywhere else."""
+        """The directory of a model: beside the recipe, or as everywhere else. A ladder is its top variant."""
         near = self.options.folder / name
-        return near if (near / "config.json").exists() else source.resolve(name, self.options.progress)
+        if (near / "config.json").exists():
+            return near
+        path = source.resolve(name, self.options.progress)
+        if not (path / registry.FILE).exists():
+            return path
+        ladder = registry.load(path, digests=False)
+        return (path / ladder.variant(ladder.top).path).resolve()
 
     def _make(self, at: int, step: Making) -> None:
         parent = self.made[step.parent]
@@ -404,6 +410,12 @@ class _Run:
                 versions=manifest.versions,
             ),
         )
+
+
+def _not_of_the_model(folder: str, names: list[str]) -> list[str]:
+    """What is not copied of a model's directory: hidden files, pickles, a ladder and its other variants."""
+    others = [name for name in names if (Path(folder) / name / "config.json").exists()]
+    return [*others, registry.FILE, *shutil.ignore_patterns(".*", "*.bin", "*.pt")(folder, names)]
 
 
 def _key(parts: dict[str, Any]) -> str:
