@@ -12,10 +12,12 @@ beside the share that one cache without limits would have held.
 from __future__ import annotations
 
 import argparse
+from collections import OrderedDict
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 from random import Random
+from time import perf_counter
 from typing import cast
 
 from msgspec import structs
@@ -27,18 +29,35 @@ from stretto.gateway.routing.router import Ask, Method, Router, WorkerView
 from stretto.simulator.replay import Outcomes, TraceWorld, capacity
 from stretto.simulator.report import RequestOutcome, by_tier
 from stretto.simulator.setting import PREFIX_BLOCK, Arrival, Setting, planned, within
-from stretto.types import Request
+from stretto.types import Request, StepStats, TokenEvent
 
 ROUTES: tuple[Method, ...] = ("round-robin", "least-load", "two-choices", "sticky", "deadline")
 REPORT_S = 0.05
 BLOCK = 16  # tokens of a KV block of the null model
 
 
+class CountingWorld(TraceWorld):
+    """One engine in virtual time that counts the tokens of prompts, and those in the prefix cache."""
+
+    def __init__(self, setting: Setting, outcomes: Outcomes) -> None:
+        super().__init__(setting, outcomes, share=True)
+        self.asked = self.cached = 0
+
+    def observe(self, events: list[TokenEvent], stats: StepStats | None) -> None:
+        """Count the prompts that were read."""
+        for event in events:
+            began = event.began
+            if event.token is not None and began is not None:
+                self.asked += len(self.outcomes[event.id].request.prompt)
+                self.cached += began.cached_tokens
+        super().observe(events, stats)
+
+
 class SimulatedWorker:
     """One engine in virtual time, and the gateway's view of it."""
 
     def __init__(self, name: str, setting: Setting, outcomes: Outcomes) -> None:
-        self.world = TraceWorld(setting, outcomes, share=True)
+        self.world = CountingWorld(setting, outcomes)
         pieces = setting.blocks * BLOCK // PREFIX_BLOCK
         self.view = WorkerView(name, outlooks={"null": Outlook(setting.tiers)}, pieces=pieces)
         self._outcomes = outcomes
@@ -70,13 +89,15 @@ def run(route: Method, load: list[tuple[Request, Arrival]], setting: Setting, wo
     pool = {f"w{number}": SimulatedWorker(f"w{number}", setting, outcomes) for number in range(workers)}
     router = Router(route, Random(1).randrange)
     router.workers = {name: worker.view for name, worker in pool.items()}
+    deciding = 0.0
     for request, arrival in load:
         for worker in pool.values():
             worker.advance(request.arrival)
         lengths = cast("tuple[int, ...]", range(len(request.prompt)))
-        placed = router.place(
-            Ask(structs.replace(request, prompt=lengths), keys_of(arrival), PREFIX_BLOCK), request.arrival
-        )
+        ask = Ask(structs.replace(request, prompt=lengths), keys_of(arrival), PREFIX_BLOCK)
+        began = perf_counter()
+        placed = router.place(ask, request.arrival)
+        deciding += perf_counter() - began
         assert placed is not None
         total = min(arrival.prompt_tokens + arrival.output_tokens, setting.context)
         pool[placed.worker.name].submit(request, total)
@@ -85,32 +106,44 @@ def run(route: Method, load: list[tuple[Request, Arrival]], setting: Setting, wo
     timed = by_tier(list(outcomes.values()), setting.tiers, load[-1][0].arrival)["timed"]
     ttft = timed.ttft_ms
     assert ttft is not None
-    asked = sum(len(one.request.prompt) for one in outcomes.values())
-    read = sum(one.processed - max(one.count - 1, 0) for one in outcomes.values())
+    asked, cached = (sum(getattr(one.world, name) for one in pool.values()) for name in ("asked", "cached"))
     times = [f"{value / 1e3:.2f}" for value in (ttft.p50, ttft.p99, ttft.max)]
-    return [route, f"{timed.attainment:.1%}", f"{timed.goodput:.3f}", *times, f"{1 - read / asked:.1%}"]
+    return [
+        route,
+        f"{timed.attainment:.1%}",
+        f"{timed.goodput:.3f}",
+        *times,
+        f"{cached / asked:.1%}",
+        str(timed.refused),
+        f"{deciding / len(load) * 1e6:.0f}",
+    ]
 
 
 def keys_of(arrival: Arrival) -> tuple[int, ...]:
-    """The keys of the prompt's blocks, each of which covers everything before it."""
+    """The keys of the prompt's whole blocks, each of which covers everything before it."""
     keys: list[int] = []
     key = hash(arrival.tenant)
-    for block in arrival.prefix:
+    for block in arrival.prefix[: arrival.prompt_tokens // PREFIX_BLOCK]:
         key = hash((key, block))
         keys.append(key)
     return tuple(keys)
 
 
-def reuse_of_one_cache(load: Sequence[tuple[Request, Arrival]]) -> float:
-    """The share of the prompts' tokens that one cache without limits would hold."""
-    seen: set[int] = set()
+def reuse_of_one_cache(load: Sequence[tuple[Request, Arrival]], pieces: float) -> float:
+    """The share of the prompts' tokens that one cache of so many pieces would hold, the least recently used
+    ones forgotten first."""
+    seen: OrderedDict[int, None] = OrderedDict()
     held = asked = 0
     for request, arrival in load:
         keys = keys_of(arrival)
         known = next((index for index, key in enumerate(keys) if key not in seen), len(keys))
         held += min(known * PREFIX_BLOCK, len(request.prompt) - 1)
         asked += len(request.prompt)
-        seen.update(keys)
+        for key in reversed(keys):
+            seen[key] = None
+            seen.move_to_end(key)
+        while len(seen) > pieces:
+            seen.popitem(last=False)
     return held / asked
 
 
@@ -123,18 +156,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--load", type=float, default=1.0)
     parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--blocks", type=int, default=16384, help="of 16 tokens, in each worker's KV cache")
     parser.add_argument("--routes", default=",".join(ROUTES))
     options = parser.parse_args()
-    setting = Setting(load=options.load * options.workers, noise=0.05)
+    setting = Setting(load=options.load * options.workers, noise=0.05, blocks=options.blocks)
     arrivals = [within(each, setting) for each in traces.read(options.trace, requests=options.requests)]
     rate = capacity(arrivals, setting, most=500)
     load = list(zip(planned(arrivals, setting, rate), arrivals, strict=True))
+    pieces = options.workers * options.blocks * BLOCK / PREFIX_BLOCK
     print(
-        f"{len(load)} requests, {options.workers} workers, load {options.load}; one cache without limits ",
-        end="",
+        f"{len(load)} requests, {options.workers} workers with KV caches of {options.blocks * BLOCK} tokens, "
+        f"load {options.load}; one cache without limits would hold {reuse_of_one_cache(load, inf):.1%} of "
+        f"the prompts, one as large as all workers' {reuse_of_one_cache(load, pieces):.1%}"
     )
-    print(f"would hold {reuse_of_one_cache(load):.1%} of the prompts")
-    heads = ("route", "on time", "goodput/s", "TTFT p50 s", "p99", "max", "cached")
+    heads = ("route", "on time", "goodput/s", "TTFT p50 s", "p99", "max", "cached", "refused", "us a choice")
     print(("{:>12}" * len(heads)).format(*heads))
     for route in options.routes.split(","):
         print(

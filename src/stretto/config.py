@@ -258,16 +258,13 @@ class HttpConfig(Struct, frozen=True, kw_only=True):
                 raise StartError(f"allowed_hosts: {name!r} is no host name; write one like llm.example.org")
         for origin in self.cors_origins:
             if not ORIGIN.fullmatch(origin):
-                raise StartError(
-                    f"cors_origins: {origin!r} is no origin; write one like https://app.example.org"
-                )
+                raise StartError(f"cors_origins: {origin!r} is no origin; write one like https://example.org")
 
 
 class ServeConfig(HttpConfig, frozen=True, kw_only=True):
     """Settings of the API server. `schedule`, `tiers` and `log_level` are also the engine's.
 
-    Raises StartError also for a tier with `on_miss = "reject"` under the schedule `fcfs`, because `fcfs`
-    rejects no request.
+    Raises StartError also for a tier with `on_miss = "reject"` under `fcfs`, which rejects no request.
     """
 
     max_waiting: Annotated[
@@ -283,6 +280,9 @@ class ServeConfig(HttpConfig, frozen=True, kw_only=True):
             "empty: with `api_keys` no gateway may, without them any client may"
         ),
     ] = ""
+    quality: Annotated[
+        float, Meta(gt=0, le=1, description="worth of the answers, which gateways compare between servers")
+    ] = 1.0
     priority_share: Annotated[
         float,
         Meta(

@@ -95,6 +95,16 @@ def test_a_far_worker_counts_its_round_trip():
     assert router(near, far).place(ask(), 0.0).worker is far  # type: ignore[union-attr]
 
 
+def test_the_best_variant_that_is_on_time_answers():
+    small, large = view("small"), view("large", waiting_ms=300.0)
+    small.quality = 0.7
+    assert router(small, large).place(ask(), 0.0).worker is large  # type: ignore[union-attr]
+    late = view("large")
+    late.quality, late.round_trip = 1.0, 2.0
+    assert router(small, late).place(ask(), 0.0).worker is small  # type: ignore[union-attr]
+    assert router(small, late).place(ask(ttft_ms=None), 0.0).worker is late  # type: ignore[union-attr]
+
+
 def test_a_worker_with_another_clock_is_predicted_the_same():
     here, there = view("here"), view("there", now=5000.0)
     there.seen, there.offset = 0.0, 5000.0

@@ -233,7 +233,7 @@ class Gateway(Starlette):
         self.registry.configure(config.workers)
         await self.ledger.apply(config.keys)
         self.registry.router.choose_by(config.route)
-        self.relay.budget.share = config.hedge_share
+        self.relay.hedging.budget.share = config.hedge_share
         self.answers.policies = config.caches
         logging.getLogger().setLevel(config.log_level.upper())
 

@@ -24,7 +24,7 @@ from stretto.gateway.routing.router import Router, WorkerView
 from stretto.gateway.upstream.connection import Address, Head, Pool, UpstreamConnection, WorkerLost
 from stretto.gateway.upstream.health import Breaker
 from stretto.protocol.openai import ModelList
-from stretto.protocol.relay import RELAY, OperationName, WorkerReport
+from stretto.protocol.relay import RELAY, Degraded, OperationName, WorkerReport
 from stretto.types import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ PLAIN_POLL_S = 1.0  # the same for a worker that is no Stretto
 SILENT_S = 0.5  # without a report, a worker is lost
 PLAIN_SILENT_S = 5.0  # the same for a worker that is no Stretto
 CONNECT_S = 1.0
+WARM = 2  # connections to each worker that wait open, so that a far one costs no round trip more
 MOST_REPORT_BYTES = 4 << 20
 SENT_UNSEEN_S = 0.03  # a report may miss what arrived at the worker so shortly before
 VERSION = 1
@@ -87,8 +88,10 @@ class Worker:
 
     @property
     def patience_s(self) -> float:
-        """How long it may be silent."""
-        return PLAIN_SILENT_S if self.plain else SILENT_S
+        """How long it may be silent, in seconds."""
+        if self.plain or not self.pool.round_trip:
+            return PLAIN_SILENT_S  # its network may be slow
+        return SILENT_S + 4 * self.pool.round_trip
 
     def sent(self, ident: int) -> None:
         """A request with that id is on its way to the worker."""
@@ -165,6 +168,17 @@ class Registry:
                     return ModelOfAll(known, info, worker.ratios.get(known, BYTES_PER_TOKEN))
         return ModelOfAll(str(name), None, BYTES_PER_TOKEN)
 
+    def degraded(self, chosen: Worker, model: str) -> Degraded | None:
+        """Why a worker answers although the model has a better variant elsewhere; None if it has not."""
+        better = [
+            worker
+            for worker in self.workers.values()
+            if model in worker.models and worker.view.quality > chosen.view.quality
+        ]
+        if not better:
+            return None
+        return "deadline" if any(worker.view.usable for worker in better) else "unreachable"
+
     def tiers(self) -> Mapping[str, Tier]:
         """The tiers of the first worker that has any."""
         return next((worker.tiers for worker in self.workers.values() if worker.tiers), NO_TIERS)
@@ -191,11 +205,12 @@ class Registry:
         try:
             while True:
                 try:
-                    async with asyncio.timeout(CONNECT_S if connection is None else worker.patience_s):
+                    async with asyncio.timeout(worker.patience_s):
                         if connection is None or not connection.reusable:
                             connection = await worker.pool.acquire(CONNECT_S)
                         await self._ask(worker, connection)
                     last = time.monotonic()
+                    worker.pool.warm(WARM)
                 except (WorkerLost, TimeoutError, OSError) as error:
                     if connection is not None:
                         connection.close()
@@ -270,7 +285,7 @@ class Registry:
         ratios = report.bytes_per_token.items()
         worker.ratios = {name: min(max(ratio, 0.5), 20.0) for name, ratio in ratios}
         worker.models = {info.name: info for info in report.models}
-        view.round_trip = worker.pool.round_trip
+        view.round_trip, view.quality = worker.pool.round_trip, min(max(report.quality, 0.0), 1.0)
         view.offset = report.now - (asked + now) / 2
         view.seen = now
         view.pieces = _pieces(report.models, worker.ratios)

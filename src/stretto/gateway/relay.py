@@ -28,7 +28,7 @@ from stretto.gateway.accounts.took import PlainStream, took_of
 from stretto.gateway.exchange import Refusal, RelayedExchange
 from stretto.gateway.registry import CONNECT_S, Registry, Worker
 from stretto.gateway.routing.fields import GENERATING
-from stretto.gateway.routing.hedge import Errors, HedgeBudget
+from stretto.gateway.routing.hedge import Hedges
 from stretto.gateway.routing.prefixes import PIECE, keys_of
 from stretto.gateway.routing.router import Ask, Placement
 from stretto.gateway.upstream.connection import Head, UpstreamConnection, WorkerLost
@@ -49,7 +49,6 @@ MOST_ANSWER_BYTES = 64 << 20
 ATTEMPTS = 4  # before the first token; a stream that has begun goes on as long as a worker is left
 PATIENCE_S = 10.0  # how long a begun stream waits for a worker
 RETRY_PAUSE_S = 0.02
-MISS_BOUND = 0.5  # a second attempt starts when a miss is likelier than this
 EVERY_SERVER: frozenset[OperationName] = frozenset({"chat", "completions", "embeddings"})
 METHODS: dict[OperationName, str] = {"retrieve_response": "GET", "delete_response": "DELETE"}
 PASSED_ON = ("content-type", "retry-after", "cache-control", "x-accel-buffering", "request-id")
@@ -75,13 +74,11 @@ class Relay:
         self.registry = registry
         self.router = registry.router
         self.failovers = self.retries = self.hedges = self.hedges_won = 0
-        self._errors = Errors()
-        self.budget = HedgeBudget(hedge_share)
+        self.hedging = Hedges(hedge_share)
         self._ids = count(1)
 
     async def run(self, exchange: RelayedExchange) -> None:
         """Answers a request. Raises StrettoError; after the first byte, the stream ends in its event."""
-        self.budget.earn()
         ask = self.admit(exchange)
         while True:
             try:
@@ -149,6 +146,8 @@ class Relay:
     async def _begin(self, ask: Ask, exchange: RelayedExchange) -> Attempt:
         """The first attempt whose response begins. Raises WorkerLost when none does, and Unavailable."""
         placement = await self._place(ask, exchange)
+        if not exchange.tried:
+            self.hedging.placed(ask, placement)
         first = asyncio.create_task(self._start(ask, exchange, placement))
         racers = {first}
         winner: Attempt | None = None
@@ -181,25 +180,17 @@ class Relay:
                 return done.pop().result()
 
     def _hedge_after(self, ask: Ask, exchange: RelayedExchange, placement: Placement) -> float:
-        """Seconds from now after which a second attempt may start; inf for never."""
-        ttft_ms = ask.request.objective.ttft_ms
-        if exchange.progress.begun or ttft_ms is None or not placement.feasible:
+        """Seconds from now after which a second attempt may start; inf for never. An answer in one piece says
+        nothing of its first token."""
+        if exchange.progress.begun or not exchange.fields.streams(exchange.operation):
             return inf
-        waited = time.monotonic() - exchange.arrival
-        wait = self._errors.wait_before(placement.ttft_s, ttft_ms / 1e3, MISS_BOUND)
-        return max(wait - waited, 0.0) if wait < inf else inf
+        wait = self.hedging.wait(ask, placement)
+        return max(exchange.arrival + wait - time.monotonic(), 0.0) if wait < inf else inf
 
     def _second(self, ask: Ask, exchange: RelayedExchange, placement: Placement) -> Placement | None:
-        """Another worker that would still be on time, if the budget allows a second attempt."""
-        now = time.monotonic()
-        second = self.router.place(ask, now, avoid={placement.worker.name, *exchange.tried})
-        if second is None:
-            return None
-        limit_s = (ask.request.objective.ttft_ms or inf) / 1e3
-        if not second.feasible or second.ttft_s > limit_s or not self.budget.spend():
-            self.router.done(second.worker)
-            return None
-        return second
+        """The worker of a second attempt, if one is worth its price."""
+        avoid = exchange.tried | self._unable(exchange)
+        return self.hedging.second(self.router, ask, placement, time.monotonic(), avoid)
 
     async def _place(self, ask: Ask, exchange: RelayedExchange) -> Placement:
         """A worker for the request. Raises Unavailable, or CannotBeOnTime if the request wants that."""
@@ -273,7 +264,8 @@ class Relay:
                 span.end({}, error.code if isinstance(error, StrettoError) else "cancelled")
             raise
         if exchange.first is None:
-            self._errors.add(placement.ttft_s, time.monotonic() - exchange.arrival)
+            if exchange.fields.streams(exchange.operation):
+                self.hedging.came(placement, time.monotonic() - exchange.arrival)
             exchange.first = time.monotonic() - sent
         return Attempt(worker, placement, connection, head, span)
 
@@ -306,9 +298,11 @@ class Relay:
             operation=operation,
             tenant=exchange.tenant,
             request=Raw(body),
-            age_ms=(time.monotonic() - exchange.arrival + worker.view.round_trip / 2) * 1e3,
+            age_ms=(time.monotonic() - exchange.arrival + worker.view.round_trip) * 1e3,
             continuation=exchange.progress.continuation(exchange.arrival),
             nonce=exchange.nonce,
+            site=worker.view.site,
+            degraded=self.registry.degraded(worker, exchange.model),
         )
         return worker.pool.request("POST", RELAY, headers, json.encode(relayed))
 

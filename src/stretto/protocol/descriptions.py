@@ -365,6 +365,9 @@ FIELDS: dict[str, str] = {
     "Tokenized.max_model_len": "Most tokens of prompt and answer together.",
     "TokenizeRequest.prompt": "A text. Give it, or `messages`.",
     "Detokenized.prompt": "The text of the tokens, special tokens included.",
+    "AnswerReport.site": "Where the worker is that answered, if a gateway chose it.",
+    "AnswerReport.degraded": "Why a gateway took a worker of lesser quality: the better ones did not answer "
+    "(`unreachable`), or would have been late (`deadline`).",
     "AnswerReport.ttft_ms": "Milliseconds from arrival to the first token.",
     "Live.ttft_ms": "Milliseconds to the first token: median and 99th percentile.",
     "Live.itl_ms": "Milliseconds between two tokens: median and 99th percentile.",

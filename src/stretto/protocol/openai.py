@@ -319,7 +319,9 @@ class AnswerReport(Struct, frozen=True, kw_only=True):
     its deadline. `queue_ms`: from arrival to the sequence's first step, measured by the engine. The API
     server measures the other times. `schema_relaxed`: paths of the parts of a schema that could not be
     enforced. `cached`: a gateway had kept the answer, to this request (`exact`) or to one that asks the
-    same (`semantic`).
+    same (`semantic`). `site`: where the worker is that answered a gateway. `degraded`: why the gateway took
+    one of lesser quality: the workers of the better variant did not answer (`unreachable`), or would have
+    been late (`deadline`).
     """
 
     variant: str
@@ -333,6 +335,8 @@ class AnswerReport(Struct, frozen=True, kw_only=True):
     schema_relaxed: list[str] | UnsetType = UNSET
     cached: Literal["exact", "semantic"] | UnsetType = UNSET
     variant_reason: VariantReason | UnsetType = UNSET
+    site: str | UnsetType = UNSET
+    degraded: Literal["unreachable", "deadline"] | UnsetType = UNSET
 
 
 class FunctionDelta(Struct, frozen=True, omit_defaults=True):

@@ -61,13 +61,17 @@ PATHS: dict[OperationName, tuple[str, ...]] = {
 RESPONSES = "/v1/responses"
 
 
+# Why a lesser variant answers: the better one's workers are away, or would have been late.
+Degraded = Literal["unreachable", "deadline"]
+
+
 class WorkerReport(Struct, frozen=True):
     """What a worker tells gateways about itself, as msgpack in answer to a GET of the RELAY path.
 
     `now`: the worker's monotonic clock. `boot`: changes with each start of its engine, which empties the KV
     cache. `snapshots`: by model, the scheduler's `admission.Snapshot`; none under the schedule fcfs. `store`:
     what the ids of the answers begin with that this server keeps. `bytes_per_token`: by model, the bytes of
-    requests for each token of their prompts.
+    requests for each token of their prompts. `quality`: what its answers are worth, from 0 to 1.
     """
 
     now: float
@@ -80,6 +84,7 @@ class WorkerReport(Struct, frozen=True):
     version: int = 1
     store: str = ""
     bytes_per_token: dict[str, float] = {}
+    quality: float = 1.0
 
 
 class EmittedAnswer(Struct, frozen=True, array_like=True):
@@ -108,9 +113,10 @@ class Continuation(Struct, frozen=True):
 class RelayedRequest(Struct, frozen=True):
     """A client's request as a gateway passes it on.
 
-    `age_ms`: milliseconds since it reached the gateway, from which its deadlines count. `request` is the
-    body as the client sent it. `nonce`: a random text of which ids in the answer are made, so that they stay
-    the same when another worker goes on.
+    `age_ms`: milliseconds since it reached the gateway, from which its deadlines count, with the network's
+    way to the worker and back. `request` is the body as the client sent it. `nonce`: a random text of which
+    ids in the answer are made, so that they stay the same when another worker goes on. `site` and `degraded`
+    belong into the answer's report.
     """
 
     operation: OperationName
@@ -119,6 +125,8 @@ class RelayedRequest(Struct, frozen=True):
     age_ms: float = 0.0
     continuation: Continuation | None = None
     nonce: Annotated[str, Meta(max_length=64)] = ""
+    site: Annotated[str, Meta(max_length=256)] = ""
+    degraded: Degraded | None = None
 
 
 class ErasureRequest(Struct, frozen=True, forbid_unknown_fields=True):

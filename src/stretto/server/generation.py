@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from msgspec import json
+from msgspec import UNSET, json
 from starlette.responses import Response
 
 from stretto.errors import EngineError, Unauthorised
@@ -32,7 +32,7 @@ from stretto.server.validation import (
     check_completion,
 )
 from stretto.server.variants.placement import learn_lengths, place
-from stretto.text.output import Output, OutputDelta
+from stretto.text.output import AnswerPlace, Output, OutputDelta
 from stretto.text.tools import markers
 from stretto.types import Request, Sampling, TokenEvent
 
@@ -72,6 +72,7 @@ async def relay(call: Call, operations: Mapping[OperationName, Handler]) -> None
     call.relayed = True
     call.continuation = relayed.continuation
     call.nonce = relayed.nonce or call.nonce
+    call.placed = AnswerPlace(relayed.site or UNSET, relayed.degraded or UNSET)
     call.request.scope["path"] = PATHS.get(relayed.operation, (RESPONSES,))[0]
     await operations[relayed.operation](call)
 
@@ -164,6 +165,7 @@ def submit(
         prompt_counts=first,
         echo=prompt.echo,
         parser=parser,
+        placed=call.placed,
         grammar_path=None if sampling.grammar is None else spec.grammar_path,
         variant_reason=placed.reason if sequence.request.model == request.model else "moved",
     )

@@ -340,6 +340,8 @@ def _joined_report(outputs: list[Output]) -> AnswerReport:
         ttft_ms=_longest(report.ttft_ms for report in reports),
         itl_p99_ms=_longest(report.itl_p99_ms for report in reports),
         cached_tokens=sum(cached) if cached else None,
+        site=reports[0].site,
+        degraded=reports[0].degraded,
     )
 
 

@@ -45,7 +45,7 @@ from stretto.server.variants.router import VariantPlacement, VariantRouter
 from stretto.telemetry.live import Recent
 from stretto.telemetry.log import LineWriter
 from stretto.telemetry.metrics import Ended, Gauges, Metrics, Verdict
-from stretto.text.output import Output
+from stretto.text.output import NOWHERE, Output
 from stretto.text.tokenizer import TextModel
 from stretto.types import Grammar, ModelInfo, WorkerState
 
@@ -207,6 +207,7 @@ class Server:
             tiers=dict(self.policy.tiers),
             snapshots={name: Raw(encode(snapshot)) for name, snapshot in seen.items()},
             store=self.store_id if self.config.response_store else "",
+            quality=self.config.quality,
             bytes_per_token={name: size / tokens for name, (size, tokens) in self._sizes.items()},
         )
 
@@ -319,6 +320,7 @@ class Call:
         self.continuation: Continuation | None = None
         self.nonce = token_hex(12)  # of which ids in the answer are made
         self.placement = VariantPlacement(None)
+        self.placed = NOWHERE
         self.model = ""
         self.tier = ""
         self.streaming = False

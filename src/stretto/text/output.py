@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import inf, isfinite
 from time import monotonic
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from msgspec import UNSET, structs
+from msgspec import UNSET, UnsetType, structs
 
 from stretto.deadlines import Deadline
 from stretto.errors import CannotBeOnTime, EngineError, InvalidGrammar, InvalidRequest
 from stretto.protocol.openai import AnswerReport, Delta, FinishReason
-from stretto.protocol.relay import EmittedAnswer
+from stretto.protocol.relay import Degraded, EmittedAnswer
 from stretto.statistics import quantile
 from stretto.text.detokenizer import Detokenizer
 from stretto.text.reasoning_parser import ReasoningParser
@@ -32,6 +32,16 @@ FINISH: dict[Reason, FinishReason] = {
     Reason.LENGTH: "length",
     Reason.DEADLINE: "deadline",
 }
+
+
+class AnswerPlace(NamedTuple):
+    """Where a gateway had a request answered, and why there if that is not the best place."""
+
+    site: str | UnsetType = UNSET
+    degraded: Degraded | UnsetType = UNSET
+
+
+NOWHERE = AnswerPlace()
 
 
 class TokenStream(Protocol):
@@ -215,6 +225,7 @@ class Output:
     parser: AnswerParser | None = None
     grammar_path: str | None = None  # of the field that gave the grammar
     variant_reason: VariantReason | None = None  # why this variant was chosen, if one was
+    placed: AnswerPlace = NOWHERE
     tokens: int = 0
     finish_reason: FinishReason | None = None
     began: Began | None = None
@@ -296,6 +307,8 @@ class Output:
             ttft_ms=_ms(times.ttft),
             itl_p99_ms=_ms(times.itl_p99()),
             cached_tokens=None if began is None else began.cached_tokens,
+            site=self.placed.site,
+            degraded=self.placed.degraded,
         )
 
     def _finished(self, finish: Finish, deltas: list[OutputDelta]) -> None:

@@ -27,6 +27,7 @@ class RoutingFields(Struct):
     """The fields that routing needs, of all APIs."""
 
     model: Any = None
+    stream: Any = None
     name: Any = None  # what `/api/show` calls the model
     tools: Raw = Raw(b"")
     system: Raw = Raw(b"")
@@ -67,6 +68,12 @@ class RoutingFields(Struct):
             options.get("num_predict"),
         )
         return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+    def streams(self, operation: OperationName) -> bool:
+        """Whether the answer comes as a stream. Ollama's does unless it is told not to."""
+        return self.stream is True or (
+            self.stream is None and operation in ("ollama_chat", "ollama_generate")
+        )
 
     @property
     def answers(self) -> int:

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Collection
 from math import inf
 
+from stretto.gateway.routing.router import Ask, Placement, Router
+
 REMEMBERED = 256
+MISS_BOUND = 0.5  # a second attempt starts when a miss is likelier than this
+OVERLOAD = 0.1
+SMOOTH = 0.02  # weight of the newest request in averages
 FEW = 20  # fewer ratios say nothing, so nothing is hedged
 
 
@@ -52,20 +58,81 @@ class Errors:
 
 
 class HedgeBudget:
-    """At most `share` of the requests may be hedged; a short burst may use what was saved up."""
+    """Second attempts may cost at most `share` of the work; a short burst may use what was saved up.
+
+    `most`: how much may be saved, in requests of the usual size.
+    """
 
     def __init__(self, share: float, most: float = 10.0) -> None:
         self.share = share
         self._most = most
         self._saved = 0.0
+        self._usual = 0.0
 
-    def earn(self) -> None:
-        """A request has come."""
-        self._saved = min(self._saved + self.share, self._most)
+    def earn(self, work: float = 1.0) -> None:
+        """A request has come, of so much work."""
+        self._usual += SMOOTH * (work - self._usual) if self._usual else work
+        self._saved = min(self._saved + self.share * work, self._most * self._usual)
 
-    def spend(self) -> bool:
-        """Takes one hedge from the budget; False when it is empty."""
-        if self._saved < 1.0:
+    def spend(self, work: float = 1.0) -> bool:
+        """Takes a second attempt from the budget; False when there is too little."""
+        if self._saved < work:
             return False
-        self._saved -= 1.0
+        self._saved -= work
         return True
+
+
+class Hedges:
+    """Decides on second attempts. A request gets one when a miss of its deadline for the first token has
+    become likely, and another worker is idle enough; none does in an overload."""
+
+    def __init__(self, share: float) -> None:
+        self._errors = Errors()
+        self.budget = HedgeBudget(share)
+        self._late = 0.0  # share of the requests that no worker could answer in time when they came
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether so many requests are late that a second attempt would only make others late."""
+        return self._late > OVERLOAD
+
+    def placed(self, ask: Ask, placement: Placement) -> None:
+        """A request got its first worker."""
+        self.budget.earn(len(ask.request.prompt))
+        self._late += SMOOTH * ((not placement.feasible) - self._late)
+
+    def came(self, placement: Placement, ttft_s: float) -> None:
+        """The first token came from that worker, so long after the request."""
+        self._errors.add(placement.ttft_s, ttft_s)
+
+    def wait(self, ask: Ask, placement: Placement) -> float:
+        """Seconds from the request's arrival after which a second attempt may start; inf for never."""
+        ttft_ms = ask.request.objective.ttft_ms
+        if ttft_ms is None or not placement.feasible:
+            return inf
+        return self._errors.wait_before(placement.ttft_s, ttft_ms / 1e3, MISS_BOUND)
+
+    def second(
+        self, router: Router, ask: Ask, placement: Placement, now: float, avoid: Collection[str]
+    ) -> Placement | None:
+        """The worker of a second attempt, which is recorded like a first one; None if none is worth it."""
+        if self.overloaded:
+            return None
+        request = ask.request
+        able = [
+            each for each in router.able(request.model, {placement.worker.name, *avoid}) if each.fresh(now)
+        ]
+        idle = [
+            option
+            for option in router.predictions(ask, able, now)
+            if option.feasible and option.worker.outlooks[request.model].backlog_ms <= _own_ms(ask, option)
+        ]
+        best = min(idle, key=lambda option: option.ttft_s, default=None)
+        if best is None or not self.budget.spend(len(request.prompt)):
+            return None
+        router.record(ask, best.worker, best.cached)
+        return best
+
+
+def _own_ms(ask: Ask, option: Placement) -> float:
+    return option.worker.outlooks[ask.request.model].prefill_ms(len(ask.request.prompt))

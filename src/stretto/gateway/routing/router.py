@@ -20,7 +20,8 @@ from stretto.types import Request
 
 Method = Literal["deadline", "round-robin", "least-load", "two-choices", "sticky"]
 STALE_S = 2.0  # an older state says nothing
-OWN_WORK = 3.0  # how much worse a second of own work is than a second of waiting
+OWN_WORK = 2.0  # how much worse a second of own work is than a second of waiting
+CACHED_WORTH = 4.0  # how many requests more a worker may have that holds all of an untimed prompt
 SATURATED = 8  # requests more than the least loaded worker has: then `sticky` lets go
 
 
@@ -49,6 +50,7 @@ class WorkerView:
     usable: bool = True
     round_trip: float = 0.0
     offset: float = 0.0
+    quality: float = 1.0  # what its answers are worth
     seen: float = -inf  # when the last state arrived
     active: int = 0  # requests that this gateway has there
     weight: float = 1.0
@@ -98,17 +100,22 @@ class Router:
 
         Call `done` with the worker when the request has ended there.
         """
-        model = ask.request.model
-        able = [
+        able = self.able(ask.request.model, avoid)
+        if not able:
+            return None
+        floor = ask.request.objective.min_quality or 0.0
+        able = [worker for worker in able if worker.quality >= floor] or able
+        placement = self._method(ask, able, now) if len(able) > 1 else self._predict(ask, able[0], now, 0)
+        self.record(ask, placement.worker, placement.cached)
+        return placement
+
+    def able(self, model: str, avoid: Collection[str] = ()) -> list[WorkerView]:
+        """The workers that may get a request for the model now."""
+        return [
             worker
             for worker in self.workers.values()
             if worker.usable and model in worker.outlooks and worker.name not in avoid
         ]
-        if not able:
-            return None
-        placement = self._method(ask, able, now) if len(able) > 1 else self._predict(ask, able[0], now, 0)
-        self.record(ask, placement.worker, placement.cached)
-        return placement
 
     def record(self, ask: Ask, worker: WorkerView, cached: int) -> None:
         """The request goes to that worker."""
@@ -136,11 +143,11 @@ class Router:
             )
         if forecast is None:
             return Placement(worker, inf, False, cached)
-        ttft_s = forecast.ttft_ms / 1e3 + worker.round_trip / 2
-        return Placement(worker, ttft_s, forecast.feasible, cached, forecast.retry_after)
+        return Placement(worker, forecast.ttft_ms / 1e3, forecast.feasible, cached, forecast.retry_after)
 
     def _by_deadline(self, ask: Ask, able: list[WorkerView], now: float) -> Placement:
-        """Of the workers where it would be on time, the one that it burdens least; else the least late one.
+        """Of the workers where it would be on time, those of the best quality, and of them the one that it
+        burdens least; else the least late one.
 
         The burden is its time to the first token, the work that it may delay there, and its own work, which
         is less where its prompt is cached. Without a deadline or a fresh state: the least loaded worker,
@@ -150,13 +157,20 @@ class Router:
         known = [option for option in options if option.ttft_s < inf]
         length = len(ask.request.prompt)
         if not known or ask.request.objective.ttft_ms is None:
-            return min(options, key=lambda option: _load(option.worker) - option.cached / length)
+            return min(
+                options,
+                key=lambda option: (
+                    -option.worker.quality,
+                    _load(option.worker) - CACHED_WORTH * option.cached / length,
+                ),
+            )
 
-        def burden(option: Placement) -> tuple[bool, float, float]:
+        def burden(option: Placement) -> tuple[bool, float, float, float]:
             outlook = option.worker.outlooks[ask.request.model]
             work = outlook.backlog_ms + OWN_WORK * outlook.prefill_ms(length - option.cached)
             return (
                 not option.feasible,
+                -option.worker.quality if option.feasible else 0.0,
                 (option.ttft_s + work / 1e3) / option.worker.weight,
                 _load(option.worker),
             )
@@ -188,9 +202,10 @@ class Router:
 
 
 def _there(ask: Ask, worker: WorkerView, cached: int) -> Request:
-    """The request on the worker's clock, without the tokens that the worker need not read."""
-    request = ask.request
-    return structs.replace(request, arrival=request.arrival + worker.offset, prompt=request.prompt[cached:])
+    """The request on the worker's clock, without the tokens that the worker need not read. It came as much
+    earlier there as a token takes to come back."""
+    request, arrival = ask.request, ask.request.arrival + worker.offset - worker.round_trip / 2
+    return structs.replace(request, arrival=arrival, prompt=request.prompt[cached:])
 
 
 def _load(worker: WorkerView) -> float:

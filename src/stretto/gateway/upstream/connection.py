@@ -20,6 +20,7 @@ from stretto.errors import Unavailable
 
 HIGH_WATER = 256 * 1024  # bytes that wait for the reader before the socket is paused
 IDLE_S = 30.0  # an idle connection is closed after this, because a worker may close it soon too
+WARM_S = 5.0  # within which a connection that is kept for later must open
 MAX_IDLE = 256  # connections kept open to one worker
 
 
@@ -186,7 +187,7 @@ class UpstreamConnection(asyncio.Protocol):
 class Pool:
     """The connections to one worker, and how long its network takes.
 
-    `round_trip`: seconds to open a connection, smoothed, which is one round trip of the network.
+    `round_trip`: seconds of a short exchange, smoothed.
     """
 
     address: Address
@@ -194,6 +195,7 @@ class Pool:
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     round_trip: float = 0.0
     _idle: list[UpstreamConnection] = field(default_factory=list[UpstreamConnection])
+    _warming: asyncio.Task[None] | None = None
 
     async def acquire(self, within: float) -> UpstreamConnection:
         """An idle connection, or a new one. Raises WorkerLost when none can be made `within` seconds."""
@@ -204,6 +206,28 @@ class Pool:
                 return connection
             connection.close()
         return await self._connect(within)
+
+    @property
+    def idle(self) -> int:
+        """How many connections are open and carry nothing."""
+        return sum(each.open for each in self._idle)
+
+    def warm(self, count: int) -> None:
+        """Has idle connections opened until `count` are open. Returns at once; a failure changes nothing."""
+        now = time.monotonic()
+        self._idle = [each for each in self._idle if each.open]
+        if self._warming is None and sum(now - each.idle_since < IDLE_S for each in self._idle) < count:
+            self._warming = asyncio.create_task(self._open_one())
+            self._warming.add_done_callback(self._warmed)
+
+    async def _open_one(self) -> None:
+        connection = await self._connect(WARM_S)
+        self.release(connection)
+
+    def _warmed(self, task: asyncio.Task[None]) -> None:
+        self._warming = None
+        if not task.cancelled():
+            task.exception()  # the next report finds out
 
     def release(self, connection: UpstreamConnection) -> None:
         """Gives a connection back. One whose exchange is not over is closed, which cancels the exchange."""
@@ -223,11 +247,13 @@ class Pool:
 
     def close(self) -> None:
         """Closes all idle connections."""
+        if self._warming is not None:
+            self._warming.cancel()
         while self._idle:
             self._idle.pop().close()
 
     async def _connect(self, within: float) -> UpstreamConnection:
-        loop, address, began = asyncio.get_running_loop(), self.address, time.monotonic()
+        loop, address = asyncio.get_running_loop(), self.address
         try:
             async with asyncio.timeout(within):
                 _, connection = await loop.create_connection(
@@ -244,7 +270,6 @@ class Pool:
             raise WorkerLost(
                 f"no connection to {address.host}:{address.port}: {error or 'timeout'}"
             ) from error
-        self.note_round_trip(time.monotonic() - began)
         return connection
 
     def note_round_trip(self, seconds: float) -> None:
