@@ -179,6 +179,7 @@ class Request(Struct, frozen=True, kw_only=True):
     them: `sampling` counts them, and token k of the answer has the same random number on every worker.
 
     `spare_time`: it has no objective, runs only in time that no other request needs, and makes none wait.
+    `cached`: tokens of its prompt that its maker expects in the prefix cache; only predictions use it.
     """
 
     id: int
@@ -193,6 +194,7 @@ class Request(Struct, frozen=True, kw_only=True):
     tier: str = "default"
     emitted: tuple[int, ...] = ()
     spare_time: bool = False
+    cached: int = 0
     request_id: str = ""  # of the HTTP request, for log lines
     # Models that may answer in place of `model` if it would be late, the best first. They have its tokenizer.
     lighter: tuple[str, ...] = ()

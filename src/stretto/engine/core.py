@@ -276,7 +276,7 @@ class EngineCore:
                 seq.rank = rank
                 insort(queue, seq, key=_rank)
         for seq in plan.newcomers:
-            ms = history.times.cost.prefill(0, seq.prompt_len)
+            ms = history.times.cost.prefill(seq.done, seq.prompt_len - seq.done)
             history.arrivals.offer(ms)
             if not seq.ended:
                 history.arrivals.observe(-seq.rank.negated_weight, ms)

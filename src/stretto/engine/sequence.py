@@ -173,6 +173,11 @@ class Sequence:
         return max(min(end, self.prompt_len - 1) - max(start, len(self.scores)), 0)
 
     @property
+    def done(self) -> int:
+        """Tokens that are computed; of one that waits, those that it expects in the prefix cache."""
+        return self.kv.computed if self.slot >= 0 else min(self.request.cached, self.prompt_len - 1)
+
+    @property
     def length(self) -> int:
         """Tokens it has, with those that launched steps are drawing."""
         return len(self.tokens) + self.in_flight

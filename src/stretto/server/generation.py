@@ -133,9 +133,10 @@ def submit(
     """Sends one sequence to the engine; the call owns its output. `first`: of the answers to its prompt."""
     server, model, placed, index = call.server, spec.model, call.placement, len(call.outputs)
     emitted = call.emitted(index)
+    name = placed.model or model.info.name
     request = Request(
         id=server.engine.next_id(),
-        model=placed.model or model.info.name,
+        model=name,
         prompt=prompt.ids,
         arrival=call.arrival,
         sampling=sampling,
@@ -146,6 +147,7 @@ def submit(
         emitted=tuple(emitted.tokens),
         request_id=call.exchange.id,
         lighter=placed.lighter,
+        cached=call.read_ahead.common(name, prompt.ids),
     )
     sequence = server.engine.submit(request)
     visible = markers.VISIBLE if spec.parser else frozenset[str]()

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from itertools import takewhile
 from math import inf
 from secrets import token_hex
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from msgspec import Raw, json, msgpack, structs
@@ -67,6 +68,20 @@ class TextSource(Protocol):
     def tenant(self) -> str: ...
     @property
     def size(self) -> int: ...
+
+
+class ReadAhead(NamedTuple):
+    """The beginning of a prompt that a model has computed before it was asked for an answer."""
+
+    model: str = ""
+    ids: tuple[int, ...] = ()
+
+    def common(self, model: str, prompt: tuple[int, ...]) -> int:
+        """How many tokens of the prompt, but for its last one, this model has computed."""
+        if model != self.model:
+            return 0
+        pairs = zip(self.ids, prompt[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Server:
@@ -312,6 +327,7 @@ class Call:
         self.send = send
         self.body = body
         self.size = len(body)  # of the text that it brings
+        self.read_ahead = ReadAhead()
         self.tenant = tenant
         self.arrival = arrival
         self.exchange: Exchange = request.scope[KEY]

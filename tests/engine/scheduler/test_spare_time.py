@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import SCHEDULES
+from stretto.engine.scheduler.admission import predict, snapshot
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.step_time import StepCost, StepTime
 from stretto.simulator.harness import World
@@ -180,6 +181,28 @@ def test_spare_time_never_goes_first_however_long_it_waits():
     assert all(
         not row.seq.request.spare_time or row.seq.rank.group == 3 for p in world.plans for row in p.rows
     )
+
+
+def test_a_prompt_that_was_read_can_keep_a_deadline_that_it_could_not_keep_whole():
+    tight = Objective(ttft_ms=20.0, on_miss="reject")
+    for cached, reason in ((0, Reason.REFUSED), (976, Reason.LENGTH)):
+        world = Engine()
+        world.read(1, [1] * 976)
+        world.run()
+        request = Request(
+            id=2,
+            model="a",
+            prompt=(1,) * 1000,
+            arrival=world.clock(),
+            sampling=Sampling(max_tokens=3),
+            objective=tight,
+            cached=cached,
+        )
+        seen = snapshot(world.engine.context("a"), 1)
+        assert predict(request, seen, 1.0, world.clock()).feasible == bool(cached)
+        world.submit(request)
+        world.run()
+        assert (world.ends[2].reason, world.ends[2].late) == (reason, not cached)
 
 
 @BOTH

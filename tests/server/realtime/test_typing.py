@@ -64,6 +64,7 @@ async def test_what_is_typed_is_read_and_the_answer_finds_it(reading_engine: Fak
     lengths = [len(read.prompt) for read in reads(engine)]
     assert lengths == sorted(set(lengths)), "nothing is read twice"
     assert not answer.spare_time and answer.objective.timed
+    assert answer.cached == len(reads(engine)[-1].prompt), "admission knows what is left"
     told = [event["tokens"] for event in talk.seen if event["type"] == "input_text.read"]
     assert told == lengths
     covered = [event["characters"] for event in talk.seen if event["type"] == "input_text.read"]

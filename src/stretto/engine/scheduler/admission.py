@@ -96,7 +96,7 @@ class Outlook:
         """Record that a request is on its way to the engine."""
         first_deadline, seen = Deadline.of(request.arrival, request.objective).of_token(0), self._seen
         if seen is not None and first_deadline < inf and len(self._sent) < MAX_PROMPTS:
-            ms = seen.estimate.cost.prefill(0, len(request.prompt))
+            ms = seen.estimate.cost.prefill(request.cached, len(request.prompt) - request.cached)
             self._sent.append(
                 (request.id, tier_weight(self._tiers, request.tier), (first_deadline, ms, ADMITTED))
             )
@@ -123,7 +123,8 @@ class Outlook:
             return 0.0
         cost, length, tokens = seen.estimate.cost, len(request.prompt), _tokens(request, seen)
         base = cost.base / (seen.estimate.streams + 1)
-        return cost.prefill(0, length) + tokens * (base + cost.row(length + tokens // 2))
+        prefill = cost.prefill(request.cached, length - request.cached)
+        return prefill + tokens * (base + cost.row(length + tokens // 2))
 
 
 def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
@@ -138,7 +139,7 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
     weights = sorted({0.0, *(tier.weight for tier in tiers.values())}, reverse=True)
     jobs: dict[float, list[Job]] = {weight: [] for weight in weights}
     for seq in sorted(prompts, key=lambda seq: seq.deadline.next):
-        ms = cost.prefill(seq.kv.computed, seq.length - seq.kv.computed)
+        ms = cost.prefill(seq.done, seq.length - seq.done)
         value = ADMITTED + worth.get(seq.request.tenant, 0.0)
         jobs[tier_weight(tiers, seq.request.tier)].append((seq.deadline.next, ms, value))
     first, last = (bisect_left(queues.waiting, (group,), key=_rank) for group in (BEST_EFFORT, SPARE_TIME))
@@ -173,7 +174,7 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     estimate, length = seen.estimate, len(request.prompt)
     deadline = Deadline.of(request.arrival, request.objective)
     cost, itl_ms, heavier = estimate.cost, deadline.itl_s * 1e3, seen.inflow.get(weight, 0.0)
-    prefill_ms, first_deadline = cost.prefill(0, length), deadline.of_token(0)
+    prefill_ms, first_deadline = cost.prefill(request.cached, length - request.cached), deadline.of_token(0)
     own_ms = prefill_ms + cost.base  # it may wait for a step, so of equals it is deferred first
     # Lighter prompts cannot delay it, so they are left out.
     groups = {other: jobs for other, jobs in seen.prompts.items() if other > weight}

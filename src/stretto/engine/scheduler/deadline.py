@@ -106,7 +106,7 @@ def latest_start(queues: Queues, cost: StepCost) -> float:
     first = bisect_left(queues.waiting, (TIMED,), key=_rank)
     if first < len(queues.waiting) and queues.waiting[first].rank.group == TIMED:
         seq = queues.waiting[first]
-        start = min(start, seq.rank.order - (cost.base + cost.prefill(0, seq.length)) / 1e3)
+        start = min(start, seq.rank.order - (cost.base + cost.prefill(seq.done, seq.length - seq.done)) / 1e3)
     return start
 
 
@@ -180,7 +180,7 @@ def _best_effort_rank(builder: PlanBuilder, seq: Sequence, since: float) -> Rank
     SIGCOMM 1996).
     """
     tags, tenant = builder.plan.tags, seq.request.tenant
-    work = builder.cost.prefill(seq.kv.computed, seq.length - seq.kv.computed) / 1e3
+    work = builder.cost.prefill(seq.done, seq.length - seq.done) / 1e3
     tag = max(since, tags.get(tenant, builder.context.history.fairness.tags.get(tenant, 0.0)))
     tags[tenant] = tag + work
     behind = BREVITY * work + (LATE_S if seq.deadline.next < inf else 0.0)
@@ -319,7 +319,7 @@ def _defer(
     groups: dict[float, list[Job]] = {}
     jobs, group = list[Job](), inf
     for (_, negated_weight, order, _), seq in prompts:
-        done = seq.kv.computed
+        done = seq.done
         count = len(seq.tokens) - done
         ms = count * (per_prefill + per_pair * (done + count / 2))
         if negated_weight != group:
@@ -383,7 +383,7 @@ def _may_refuse(seq: Sequence) -> bool:
 
 
 def _prompt(builder: PlanBuilder, seq: Sequence, rank: Rank) -> Prompt:
-    alone_ms = builder.cost.prefill(seq.kv.computed, seq.length - seq.kv.computed)
+    alone_ms = builder.cost.prefill(seq.done, seq.length - seq.done)
     deadline = rank.order if rank.group == TIMED else inf
     return Prompt(alone_ms, seq.request.arrival, deadline, -rank.negated_weight)
 
@@ -461,7 +461,7 @@ def _sure_to_be_late(builder: PlanBuilder, prompts: list[Placed], estimate: Esti
 
 def _is_hopeless(builder: PlanBuilder, seq: Sequence) -> bool:
     """Whether a prompt would be late even with the machine to itself."""
-    alone = builder.cost.prefill(seq.kv.computed, seq.length - seq.kv.computed)
+    alone = builder.cost.prefill(seq.done, seq.length - seq.done)
     return builder.context.now + alone / 1e3 > seq.deadline.next
 
 

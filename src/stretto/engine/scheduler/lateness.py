@@ -151,7 +151,7 @@ def backlog_of(context: SchedulingContext, prompts: Iterable[Sequence], horizon_
     arrivals, late_ms, flex_ms = context.history.arrivals, 0.0, 0.0
     per_prefill, per_pair = context.history.times.cost.per_prefill, context.history.times.cost.per_pair
     for seq in prompts:
-        done = seq.kv.computed
+        done = seq.done
         count = len(seq.tokens) - done
         ms = count * (per_prefill + per_pair * (done + count / 2))
         if seq.deadline.next < inf:

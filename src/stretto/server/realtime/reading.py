@@ -11,14 +11,13 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from stretto.engine.client import Stream
 from stretto.errors import StrettoError
 from stretto.http.errors import internal
 from stretto.protocol.openai import ChatRequest
 from stretto.server.realtime.conversation import RealtimeConversation
-from stretto.server.state import Server
+from stretto.server.state import ReadAhead, Server
 from stretto.server.validation import check_chat
 from stretto.types import Finish, Reason, Request, Sampling
 
@@ -84,9 +83,14 @@ class PromptReader:
     _task: asyncio.Task[None] | None = None
     _source: str = ""  # what is being read, or was last
     _looked: int = -1  # the size of the text when it was last encoded; -1: never
-    _ids: tuple[int, ...] = ()  # the tokens that the cache was given
-    _cache: tuple[str, int] = ("", 0)  # whose that is: the model, and the restarts of the engine by then
+    _read_ahead: ReadAhead = ReadAhead()  # noqa: RUF009 - it is immutable
+    _restarts: int = 0  # of the engine by then
     _useless: bool = field(default=False)  # whether the cache keeps nothing
+
+    @property
+    def read(self) -> ReadAhead:
+        """What is read, if the engine still has it."""
+        return self._read_ahead if self._restarts == self.server.engine.restarts else ReadAhead()
 
     def look(self, text: TypedText, *, edited: bool = False) -> None:
         """Begins to read what has been typed, if there is enough of it that is new. `edited`: the text did
@@ -144,10 +148,8 @@ class PromptReader:
         block = spec.model.info.block_size
         uncertain = UNCERTAIN + (text.size if self._source == typed else 0)
         ids = prompt.ids[: max(len(prompt.ids) - uncertain, 0) // block * block]
-        model = self.variant or spec.model.info.name
-        if self._cache != (model, server.engine.restarts):
-            self._ids, self._cache = (), (model, server.engine.restarts)
-        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, self._ids, strict=False)))
+        model, restarts = self.variant or spec.model.info.name, server.engine.restarts
+        known = min(self.read.common(model, prompt.ids), len(ids))
         if len(ids) <= known:
             return
         finish = await _end_of(
@@ -168,7 +170,7 @@ class PromptReader:
         if finish is None or finish.reason is not Reason.LENGTH:
             return
         self._useless = known >= block and not finish.cached_tokens
-        self._ids = ids
+        self._read_ahead, self._restarts = ReadAhead(model, ids), restarts
         server.metrics.read_ahead(model, len(ids) - finish.cached_tokens)
         left = len(spec.model.text.decode(list(prompt.ids[len(ids) :])))
         self.told(len(ids), max(0, len(self._source) - left))

@@ -195,6 +195,7 @@ class Session:
             arrival=arrival,
             kept=kept,
             event_id=event_id,
+            read_ahead=self._reader.read,
         )
         self.turn = turn
         turn.start(self._turn_ended)

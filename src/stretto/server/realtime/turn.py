@@ -21,7 +21,7 @@ from stretto.server.realtime.conversation import RealtimeConversation
 from stretto.server.realtime.options import AskedTurn
 from stretto.server.realtime.outbox import Outbox
 from stretto.server.realtime.writer import TurnWriter
-from stretto.server.state import Call, Server
+from stretto.server.state import Call, ReadAhead, Server
 from stretto.server.validation import AnswerSpec, check_chat
 
 ENDPOINT = "realtime"
@@ -44,7 +44,7 @@ class TurnPlace:
 class RealtimeTurn:
     """`arrival`: when the client asked; deadlines count from it. `shown`: the response's own fields, as
     clients see them. `kept`: whether the answer is added to the conversation. `event_id`: of the client's
-    event that asked for it."""
+    event that asked for it. `read_ahead`: what of its prompt is computed."""
 
     place: TurnPlace
     asked: AskedTurn
@@ -52,6 +52,7 @@ class RealtimeTurn:
     arrival: float
     kept: bool
     event_id: str | None
+    read_ahead: ReadAhead
     id: str = field(default_factory=lambda: f"resp_{token_hex(12)}")
     over: bool = False  # whether its last event was sent
     task: asyncio.Task[None] | None = None
@@ -84,7 +85,7 @@ class RealtimeTurn:
         exchange = Exchange(place.request_id, self._send, status=200)
         request = Request({"type": "http", "headers": [], KEY: exchange}, self._receive)
         call = self._call = Call(place.server, request, self._send, b"", place.tenant, self.arrival)
-        call.size = conversation.size
+        call.size, call.read_ahead = conversation.size, self.read_ahead
         failure: StrettoError | None = None
         try:
             if not self._reason:
