@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
 
 from tests.server.realtime.conftest import Talk
+from tests.server_process import serving
 
 pytestmark = pytest.mark.slow
 WORDS = (
@@ -81,3 +85,29 @@ async def test_a_closed_socket_costs_no_step(desk_url: str) -> None:
             steps = (await state())["steps"]
             await asyncio.sleep(0.5)
             assert (await state())["steps"] == steps
+
+
+async def test_the_engine_dies_and_the_server_drains(tmp_path: Path) -> None:
+    slow = ["null:20", "--port", "0", "--drain", "20"]
+    with serving(tmp_path, *slow) as server:
+        async with socket_of(server.url) as socket:
+            talk = Talk(socket)
+            await talk.send("input_text.append", text=LONG)
+            await talk.send("input_text.commit", response={"max_output_tokens": 2000})
+            await talk.until("response.output_text.delta")
+            await asyncio.to_thread(server.signal_engine, signal.SIGKILL)
+            error = await talk.error()
+            assert (error["code"], error["type"]) == ("engine_died", "unavailable_error")
+            assert (await talk.answer())["status"] == "failed"
+            await asyncio.to_thread(server.wait_ready)
+            await talk.send("input_text.append", text=LONG)
+            await talk.until("input_text.read")
+            await talk.send("input_text.commit", response={"max_output_tokens": 60})
+            await talk.until("response.output_text.delta")
+            server.process.send_signal(signal.SIGTERM)
+            assert (await talk.answer())["status_details"]["reason"] == "max_output_tokens", "it may end"
+            assert (await talk.error())["code"] == "draining"
+            with pytest.raises(ConnectionClosed):
+                await talk.next()
+            assert socket.close_code == 1001
+        assert await asyncio.to_thread(server.process.wait, 30) == 0
