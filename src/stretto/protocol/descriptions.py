@@ -258,9 +258,9 @@ FIELDS: dict[str, str] = {
     "variant": "Which variant of the model answered.",
     "variant_reason": "Why this variant of a ladder answered. Absent when the request named the model. "
     "`best`: none is better by the preference. `deadline`: better ones would be late. `floor`: better ones "
-    "are below `min_quality`. `load`: better ones take machine time that others need more. `below_floor` and "
-    "`late`: none keeps both. `moved`: the one chosen first would have been late. `no_forecast`: the queues "
-    "are not known.",
+    "are below `min_quality`. `load`: better ones take machine time that others need more. `explored`: it is "
+    "perhaps as good as the best, and feedback will tell. `below_floor`, `late`: none keeps both. `moved`: "
+    "the one chosen first would have been late. `no_forecast`: the queues are not known.",
     "on_time": "Whether every token met its deadline.",
     "queue_ms": "Milliseconds from arrival to the first step.",
     "itl_p99_ms": "99th percentile of the milliseconds between two tokens.",

@@ -19,7 +19,7 @@ from stretto.protocol.parsing import JSON, parse
 from stretto.protocol.relay import MARKED, PATHS, RESPONSES, OperationName, RelayedRequest, mark
 from stretto.server import responses
 from stretto.server.admission_gate import Slot
-from stretto.server.feedback.choices import remember
+from stretto.server.feedback.choices import follow, remember, user_of
 from stretto.server.objectives import PRIORITY, ServiceLevel, requested_tier, resolve_objective
 from stretto.server.responses import ResponseWriter, Style
 from stretto.server.state import GATEWAY, LOCAL, Call
@@ -117,14 +117,16 @@ async def run(
         await server.check_grammar(call, spec.sampling.grammar, spec.grammar_path)
         prompts = await server.run_text(call, spec.encode)
         server.encoded(model.name, call.size, max(sum(len(prompt.ids) for prompt in prompts), 1))
+        call.user = user_of(request)
         call.placement = place(call, spec, slo, prompts)
         samplings = spec.sampling.fan_out()
         for prompt in prompts:
             for copy, sampling in enumerate(samplings):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)
-        remember(call, request, MadeChoice(model.name, model.info.name))
+        remember(call, request, call.placement.made or MadeChoice(model.name, model.info.name))
         await (stream if spec.stream else answer)(call, writer_of(spec, slo.tier), slot)
     learn_lengths(call, model.name)
+    follow(call, request)
 
 
 def submit(

@@ -102,10 +102,17 @@ class Server:
         self.engine = engine
         self.texts = texts
         self.ladders = {ladder.name: ladder for ladder in ladders}
+        self.learner = Learner(
+            FeedbackStore(FeedbackLimits(wait_s=config.feedback_wait_s)),
+            {ladder.name: [model.name for model in ladder.models.values()] for ladder in ladders},
+            np.random.default_rng(),
+        )
         self._routers = {
             name: router
             for ladder in ladders
-            for router in [VariantRouter(ladder, tiers, lambda: engine.outlooks, lambda: engine.models)]
+            for router in [
+                VariantRouter(ladder, tiers, lambda: engine.outlooks, lambda: engine.models, self.learner)
+            ]
             for name in (ladder.name, *(model.name for model in ladder.models.values()))
         }
         self.limits = RequestLimits(config.max_n, config.max_stop, config.max_waiting)
@@ -115,11 +122,6 @@ class Server:
         self.access_log = LineWriter(STDOUT) if config.access_log else None
         self.metrics = Metrics(self._gauges)
         self.recent = Recent({name: tier.objective for name, tier in tiers.items()})
-        self.learner = Learner(
-            FeedbackStore(FeedbackLimits(wait_s=config.feedback_wait_s)),
-            {ladder.name: [each.name for each in ladder.variants] for ladder in ladders},
-            np.random.default_rng(),
-        )
         self.calls: set[Call] = set()
         self.sockets: Counter[str] = Counter()  # open sessions by tenant
         self.closing = asyncio.Event()  # set when the server shuts down
@@ -337,6 +339,7 @@ class Call:
         self.nonce = token_hex(12)  # of which ids in the answer are made
         self.placement = VariantPlacement(None)
         self.placed = NOWHERE
+        self.user = ""  # what stands for whom the request is for, within the tenant
         self.model = ""
         self.tier = ""
         self.streaming = False

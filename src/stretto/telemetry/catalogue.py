@@ -117,7 +117,7 @@ VARIANTS = Metric(
     Counter,
     "stretto_variant_answers",
     "Answers of a ladder by the variant that gave them and the reason for it: best, deadline, floor, load, "
-    "below_floor, late, moved or no_forecast. A request that names a variant is not counted.",
+    "explored, below_floor, late, moved or no_forecast. A request that names a variant is not counted.",
     ("model", "variant", "reason"),
 )
 REQUESTS = Metric(

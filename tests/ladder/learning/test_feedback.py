@@ -29,9 +29,7 @@ PROMPT = KeptPrompt((KeptTurn("user", "What is the sum?"),))
 
 
 def choice(variant: str = "full", user: str = "", prompt: KeptPrompt | None = None) -> MadeChoice:
-    return MadeChoice(
-        "desk", variant, NAMES, (0.8, 0.1, 0.1), (0.9, 0.8, 0.6), CONTEXT.tolist(), user, prompt
-    )
+    return MadeChoice("desk", variant, NAMES, (0.8, 0.1, 0.1), (0.9, 0.8, 0.6), CONTEXT, user, prompt)
 
 
 def learner(limits: FeedbackLimits | None = None) -> Learner:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from time import process_time
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec import structs
 
 from stretto.config import TIERS, ModelConfig
 from stretto.engine.scheduler.admission import Outlook
-from stretto.ladder.choose import Prediction
-from stretto.ladder.estimate import Quality
-from stretto.ladder.quality import ChoiceRecord, DrawnVariant
+from stretto.ladder.estimate import features
+from stretto.ladder.learning.bandit import context
+from stretto.ladder.learning.feedback import FeedbackStore, MadeChoice, Reward
+from stretto.ladder.learning.learner import Learner
 from stretto.ladder.serving import ServedLadder
 from stretto.server.variants.router import LadderRequest, VariantRouter
 from stretto.types import Objective, Request
@@ -24,14 +25,26 @@ from tests.server.variants.snapshots import FULL, INT8, SMALL, outlook
 
 NAMES = ("full", "int8", "small")
 NOW = 1000.0
-QUALITIES = {"full": Quality(0.5, 0.4), "int8": Quality(0.8, 0.7), "small": Quality(0.8, 0.7)}
+QUESTION = "What is 1 + 2?"
 
 
-def router(outlooks: dict[str, Outlook], context: int = 4096) -> VariantRouter:
+def learner(**votes: float) -> Learner:
+    """What 60 rewards for each of these variants have taught, for questions like those here."""
+    made = Learner(FeedbackStore(), {"m": [f"m:{name}" for name in NAMES]}, np.random.default_rng(0))
+    described = context(features(QUESTION))
+    for number in range(60):
+        for name, reward in votes.items():
+            choice = MadeChoice("m", f"m:{name}", (f"m:{name}",), (1.0,), (0.9,), described)
+            made.remember("local", f"{name} {number}", choice, NOW)
+            made.reward("local", f"{name} {number}", Reward(reward), NOW)
+    return made
+
+
+def router(outlooks: dict[str, Outlook], context: int = 4096, learnt: Learner | None = None) -> VariantRouter:
     models = {name: ModelConfig(name=f"m:{name}", path=name) for name in NAMES}
     served = ServedLadder("m", Path(), ladder_of(*map(variant, NAMES)), models)
     infos = {f"m:{name}": info(f"m:{name}", vocab=99, context=context) for name in NAMES}
-    return VariantRouter(served, TIERS, lambda: outlooks, lambda: infos)
+    return VariantRouter(served, TIERS, lambda: outlooks, lambda: infos, learnt or learner())
 
 
 def idle() -> dict[str, Outlook]:
@@ -40,7 +53,7 @@ def idle() -> dict[str, Outlook]:
 
 def asked(**fields: Any) -> LadderRequest:
     usual: dict[str, Any] = {
-        "question": "What is 1 + 2?",
+        "question": QUESTION,
         "prompt_tokens": 100,
         "longest_prompt": 100,
         "arrival": NOW,
@@ -180,27 +193,49 @@ def test_more_work_than_the_top_can_do_goes_to_lighter_variants() -> None:
     assert made.place(asked(arrival=NOW + 100, objective=Objective()), NOW + 100).model == "m:full"
 
 
-def test_a_correction_and_a_draw_act_inside_the_feasible_set() -> None:
-    made = router(idle())
-    records: list[ChoiceRecord] = []
-    made.on_choice = records.append
-    made.quality = lambda features, variant, tenant: Quality(
-        *{"full": (0.5, 0.4)}.get(variant.name, (0.8, 0.7))
-    )
-    assert made.place(asked(), NOW).model == "m:small", "of equals, the one that ends first"
-    seen: list[list[str]] = []
+def test_without_feedback_a_choice_is_certain_and_recorded() -> None:
+    made = router(idle()).place(asked(objective=Objective(ttft_ms=110)), NOW).made
+    assert made is not None
+    assert (made.model, made.variant) == ("m", "m:int8")
+    assert made.variants == ("m:full", "m:int8", "m:small")
+    assert made.propensities == (0.0, 1.0, 0.0) and made.expected == (0.95, 0.9, 0.5)
 
-    def draw(features: Any, tenant: str, feasible: Sequence[Prediction], best: int) -> DrawnVariant:
-        seen.append([each.candidate.name for each in feasible])
-        return DrawnVariant(0, 0.25)
 
-    made.draw = draw
-    tight = asked(objective=Objective(ttft_ms=110), request_id="r1")
-    assert made.place(tight, NOW).model == "m:int8"
-    assert seen == [["m:int8", "m:small"]], "the late one cannot be drawn"
-    assert [each.propensity for each in records] == [1.0, 0.25]
-    assert records[1].feasible == ("int8", "small") and records[1].variant == "int8"
-    assert records[1].request_id == "r1"
+def test_feedback_changes_the_choice_of_its_tenant_alone() -> None:
+    learnt = learner(full=0.0, int8=0.9)
+    made = router(idle(), learnt=learnt)
+    models = [made.place(asked(), NOW).model for _ in range(200)]
+    assert models.count("m:int8") > 180
+    assert {made.place(asked(tenant="other"), NOW).model for _ in range(50)} == {"m:full"}
+
+
+def test_feedback_acts_inside_the_feasible_set() -> None:
+    made = router(idle(), learnt=learner(full=1.0, int8=0.1, small=1.0))
+    tight = asked(objective=Objective(ttft_ms=110))
+    found = [made.place(tight, NOW) for _ in range(300)]
+    assert {each.model for each in found} <= {"m:int8", "m:small"}, "the top would be late"
+    assert [each.model for each in found].count("m:small") > 270
+    explored = [each for each in found if each.reason == "explored"]
+    assert 0 < len(explored) < 30
+    for each in found:
+        assert each.made is not None and each.made.propensities[0] == 0.0
+        assert sum(each.made.propensities) == pytest.approx(1.0) and min(each.made.propensities[1:]) > 0.0
+
+
+def test_feedback_moves_no_floor_and_no_preference() -> None:
+    made = router(idle(), learnt=learner(full=0.0, small=0.9))
+    floor = asked(objective=Objective(ttft_ms=5000, min_quality=0.8))
+    assert {made.place(floor, NOW).model for _ in range(200)} == {"m:int8"}, "the others are not sure of 0.8"
+    for prefer in ("energy", "latency"):
+        found = [made.place(asked(prefer=prefer), NOW) for _ in range(50)]
+        assert {each.model for each in found} == {"m:small"}
+        assert all(each.made is not None and max(each.made.propensities) == 1.0 for each in found)
+
+
+def test_feedback_counts_without_a_snapshot_too() -> None:
+    placed = router({"m:full": Outlook(TIERS)}, learnt=learner(full=0.0)).place(asked(), NOW)
+    assert (placed.model, placed.reason) == ("m:int8", "no_forecast")
+    assert placed.made is not None and placed.made.variant == "m:int8"
 
 
 def test_a_decision_takes_at_most_100_us_of_processor_time() -> None:
@@ -210,7 +245,7 @@ def test_a_decision_takes_at_most_100_us_of_processor_time() -> None:
         f"m:{name}": outlook(cost, jobs=prompts)
         for name, cost in zip(NAMES, (FULL, INT8, SMALL), strict=True)
     }
-    made, asks, best = router(busy), asked(), 1.0
+    made, asks, best = router(busy, learnt=learner(full=0.8, int8=0.9)), asked(), 1.0
     for _ in range(20):
         started = process_time()
         for _ in range(100):

@@ -109,6 +109,11 @@ class Bandit:
         self._solve()
 
     @property
+    def explores(self) -> bool:
+        """Whether it has learnt enough to try what is not the best."""
+        return self._weight >= self._settings.warm
+
+    @property
     def weight(self) -> float:
         """The weight that its lessons still have; each had 1 when it was new."""
         return self._weight
@@ -177,7 +182,7 @@ class Bandit:
             raise ValueError("no variant is feasible: there is nothing to draw from")
         if count == 1:
             return ExploredChoice(0, (1.0,))
-        if self._weight < settings.warm:
+        if not self.explores:
             return certain(means)
         doubts = [corrections.deviation[at] * settings.spread for at in feasible]
         qualities = self._rng.standard_normal((settings.draws, count)) * doubts + means
@@ -234,10 +239,13 @@ class _UserSums:
 
 def corrected(estimates: Sequence[Quality], corrections: Corrections) -> list[Quality]:
     """The estimates of all variants after correction."""
-    return [
-        Quality(min(max(old.mean + mean, 0.0), 1.0), min(max(old.low + low, 0.0), 1.0))
-        for old, mean, low in zip(estimates, corrections.mean, corrections.low, strict=True)
-    ]
+    return [corrected_at(place, old, corrections) for place, old in enumerate(estimates)]
+
+
+def corrected_at(place: int, old: Quality, corrections: Corrections) -> Quality:
+    """The estimate of one variant after correction."""
+    mean, low = old.mean + corrections.mean[place], old.low + corrections.low[place]
+    return Quality(min(max(mean, 0.0), 1.0), min(max(low, 0.0), 1.0))
 
 
 def certain(means: Sequence[float]) -> ExploredChoice:

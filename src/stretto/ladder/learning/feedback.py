@@ -7,13 +7,15 @@ hands them over. It knows no HTTP, and takes the time as an argument (seconds of
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import merge
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 
 class KeptTurn(NamedTuple):
@@ -33,18 +35,18 @@ class KeptPrompt(NamedTuple):
 class MadeChoice(NamedTuple):
     """Which variant answers a request, and which others might have.
 
-    `model`: the name that the ladder is served under. `feasible` has `variant`; `propensities` and `expected`
-    have an entry for each of them: the probability of being chosen, and the quality that was measured, with
-    nothing learnt. `context` describes the prompt. All are empty for a model without variants. `user`: as the
-    client names the person.
+    `model`: the name that the client knows. `variants`: those that were compared. `expected`: the quality
+    that was measured of each, with nothing learnt. `propensities`: the probability that each was chosen, 0
+    for one that was not feasible; empty where the engine moved the request later. `context` describes the
+    prompt. All are empty for a model without variants. `user` stands for whom the request was for.
     """
 
     model: str
     variant: str
-    feasible: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     propensities: tuple[float, ...] = ()
     expected: tuple[float, ...] = ()
-    context: Sequence[float] = ()
+    context: NDArray[np.float64] | None = None
     user: str = ""
     prompt: KeptPrompt | None = None
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
-from stretto.ladder.learning.bandit import Bandit, Lesson
+from stretto.ladder.estimate import Quality
+from stretto.ladder.learning.bandit import Bandit, Corrections, ExploredChoice, Lesson, corrected_at
 from stretto.ladder.learning.feedback import FeedbackStore, KeptChoice, MadeChoice, Reward
 
 BANDITS = 128  # of tenants and ladders that voted last; each takes up to 1 MB
@@ -26,6 +29,22 @@ class VariantRewards(Struct, frozen=True):
     count: int
     mean: float
     expected: float | None = None
+
+
+class Guidance(NamedTuple):
+    """What one tenant has taught about a ladder, for one prompt. `places`: of the variants in the bandit."""
+
+    bandit: Bandit
+    changes: Corrections
+    places: Mapping[str, int]
+
+    def corrected(self, variant: str, measured: Quality) -> Quality:
+        """The quality of a variant after correction."""
+        return corrected_at(self.places[variant], measured, self.changes)
+
+    def draw(self, feasible: Sequence[str], means: Sequence[float]) -> ExploredChoice:
+        """Draw one of the feasible variants, whose corrected qualities are `means`."""
+        return self.bandit.draw([self.places[name] for name in feasible], means, self.changes)
 
 
 class Learner:
@@ -49,6 +68,15 @@ class Learner:
         if now >= self._stale.get((tenant, model), inf):
             self._rebuild(tenant, model)
         return self._bandits.get((tenant, model))
+
+    def guidance(
+        self, tenant: str, model: str, context: NDArray[np.float64], user: str, now: float
+    ) -> Guidance | None:
+        """What the tenant has taught, for a prompt with this context; None: nothing yet."""
+        bandit = self.bandit(tenant, model, now)
+        if bandit is None:
+            return None
+        return Guidance(bandit, bandit.corrections(context, user), self._variants[model])
 
     def remember(self, tenant: str, request_id: str, choice: MadeChoice, now: float) -> None:
         """Keep a choice until its reward comes."""
@@ -110,10 +138,10 @@ class Learner:
         """What a reward teaches; None where nothing could be chosen, or of a variant that is not served."""
         choice = kept.choice
         place = self._variants.get(choice.model, {}).get(choice.variant)
-        if kept.reward is None or place is None or choice.variant not in choice.feasible:
+        expected = _expected(choice)
+        if kept.reward is None or place is None or expected is None or choice.context is None:
             return None
-        expected = choice.expected[choice.feasible.index(choice.variant)]
-        return Lesson(np.asarray(choice.context), place, kept.reward.value - expected, choice.user)
+        return Lesson(choice.context, place, kept.reward.value - expected, choice.user)
 
 
 def summary(rewarded: Iterable[KeptChoice]) -> dict[str, dict[str, VariantRewards]]:
@@ -122,14 +150,19 @@ def summary(rewarded: Iterable[KeptChoice]) -> dict[str, dict[str, VariantReward
     for kept in rewarded:
         choice = kept.choice
         if kept.reward is not None:
-            known = choice.variant in choice.feasible
-            expected = choice.expected[choice.feasible.index(choice.variant)] if known else None
             rows = found.setdefault(choice.model, {}).setdefault(choice.variant, [])
-            rows.append((kept.reward.value, expected))
+            rows.append((kept.reward.value, _expected(choice)))
     return {
         model: {variant: _rewards(rows) for variant, rows in variants.items()}
         for model, variants in found.items()
     }
+
+
+def _expected(choice: MadeChoice) -> float | None:
+    """The quality that was measured of the variant that answered."""
+    places = {name: place for place, name in enumerate(choice.variants)}
+    place = places.get(choice.variant)
+    return None if place is None else choice.expected[place]
 
 
 def _rewards(rows: Sequence[tuple[float, float | None]]) -> VariantRewards:

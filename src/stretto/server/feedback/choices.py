@@ -19,17 +19,29 @@ def remember(call: Call, request: Generation, choice: MadeChoice) -> None:
     server = call.server
     if not server.config.feedback_wait_s:
         return
-    user = request.user or request.safety_identifier
     wanted = server.config.feedback_prompts
     server.learner.remember(
         call.tenant,
         call.exchange.id,
         choice._replace(
-            user=user_key(user) if user else "",
+            user=call.user,
             prompt=kept_prompt(request) if call.tenant in wanted or EVERYONE in wanted else None,
         ),
         time.monotonic(),
     )
+
+
+def follow(call: Call, request: Generation) -> None:
+    """Keep the variant that has answered a call, where the engine moved it to another one than was chosen."""
+    made = call.placement.made
+    if made is not None and call.outputs and (spoke := call.outputs[0].variant) != made.variant:
+        remember(call, request, made._replace(variant=spoke, propensities=()))
+
+
+def user_of(request: Generation) -> str:
+    """What stands for the user of a request; empty when it names none."""
+    user = request.user or request.safety_identifier
+    return user_key(user) if user else ""
 
 
 def user_key(user: str) -> str:

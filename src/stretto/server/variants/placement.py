@@ -58,7 +58,7 @@ def _asked(
         tier=slo.tier,
         tenant=call.tenant,
         prefer=slo.prefer,
-        request_id=call.exchange.id,
+        user=call.user,
         only=only,
     )
 

@@ -9,21 +9,20 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from stretto.config import Tier
 from stretto.engine.scheduler.admission import Outlook
 from stretto.ladder.choose import LadderCandidate, Need, Prediction, VariantChoice, choose
-from stretto.ladder.estimate import features
+from stretto.ladder.estimate import Quality, features
+from stretto.ladder.learning.bandit import context
+from stretto.ladder.learning.feedback import MadeChoice
+from stretto.ladder.learning.learner import Guidance, Learner
 from stretto.ladder.lengths import OutputLengths
 from stretto.ladder.price import TimePrice, WorkOption
-from stretto.ladder.quality import (
-    ChoiceRecord,
-    PromptFeatures,
-    QualityEstimate,
-    VariantDraw,
-    measured,
-)
+from stretto.ladder.quality import measured
 from stretto.ladder.registry import Variant
 from stretto.ladder.serving import ServedLadder
 from stretto.server.variants.prospects import Prospects
@@ -35,7 +34,7 @@ SOONEST_S = 0.05  # the shortest time after which a client is told to try again
 class LadderRequest(Struct, frozen=True, kw_only=True):
     """A request for a ladder. `question`: the text of its last message. `only`: the variant it names.
 
-    `prompt_tokens`: of all its prompts together; `longest_prompt`: of the longest.
+    `prompt_tokens`: of all its prompts together; `longest_prompt`: of the longest. `user`: whom it is for.
     """
 
     question: str
@@ -47,7 +46,7 @@ class LadderRequest(Struct, frozen=True, kw_only=True):
     tier: str = "default"
     tenant: str = "local"
     prefer: Preference = "quality"
-    request_id: str = ""
+    user: str = ""
     only: str | None = None
 
 
@@ -56,7 +55,7 @@ class VariantPlacement(NamedTuple):
 
     `reason` is None when nothing was chosen. `model` is None when the request is refused; `best_quality` is
     then the lower bound of the best variant, `late` says whether one would have been good enough, and
-    `retry_after` after how many seconds it might be on time.
+    `retry_after` after how many seconds it might be on time. `made`: the choice, for those who give feedback.
     """
 
     model: str | None
@@ -65,13 +64,24 @@ class VariantPlacement(NamedTuple):
     best_quality: float = 1.0
     late: bool = False
     retry_after: float | None = None
+    made: MadeChoice | None = None
+
+
+class Expectation(NamedTuple):
+    """What is expected of the variants, by the engine's names, for a prompt with this context.
+
+    `measured`: when the ladder was made. `corrected`: by what `guidance`, the tenant's feedback, has taught.
+    """
+
+    context: NDArray[np.float64]
+    measured: dict[str, Quality]
+    corrected: dict[str, Quality]
+    guidance: Guidance | None
 
 
 class VariantRouter:
     """The choice among one ladder's variants. `outlooks`: of the engine's models; `infos`: of
-    those that are loaded.
-
-    `quality` and `draw` may be replaced to learn from use, and `on_choice` is told each choice.
+    those that are loaded. `learner`: what feedback has taught.
     """
 
     def __init__(
@@ -80,11 +90,10 @@ class VariantRouter:
         tiers: Mapping[str, Tier],
         outlooks: Callable[[], Mapping[str, Outlook]],
         infos: Callable[[], Mapping[str, ModelInfo]],
+        learner: Learner,
     ) -> None:
         self.ladder = ladder
-        self.quality: QualityEstimate = measured
-        self.draw: VariantDraw | None = None
-        self.on_choice: Callable[[ChoiceRecord], None] | None = None
+        self._learner = learner
         self.lengths = OutputLengths(max(each.lengths.p90 for each in ladder.variants))
         self._tiers = tiers
         self._infos = infos
@@ -99,8 +108,8 @@ class VariantRouter:
 
     def place(self, asked: LadderRequest, now: float) -> VariantPlacement:
         """The variant that answers, by `ladder.choose`; the top while nothing is known of the queues."""
-        found = features(asked.question)
         models = self._able(asked)
+        expected = self._expectation(asked, models, now)
         tier = self._tiers.get(asked.tier)
         weight = 0.0 if tier is None else tier.weight
         standings = self._prospects.standings(
@@ -109,7 +118,7 @@ class VariantRouter:
         candidates: list[LadderCandidate] = []
         for model, standing in standings.items():
             variant, seen = models[model], standing.seen
-            quality = self.quality(found, variant, asked.tenant)
+            quality = expected.corrected[model]
             candidates.append(
                 LadderCandidate(
                     name=model,
@@ -128,7 +137,7 @@ class VariantRouter:
             )
         floor = asked.objective.min_quality or 0.0
         if len(candidates) < len(models):
-            return self._unforeseen(asked, models, found, floor)
+            return self._unforeseen(asked, expected, floor)
         need = Need(
             prompt_tokens=asked.prompt_tokens,
             output_tokens=self.lengths.predict(asked.tenant, asked.max_tokens),
@@ -139,7 +148,17 @@ class VariantRouter:
         )
         choice = choose(candidates, need, self._price.value(now))
         self._price.offer(now, _options(choice, floor))
-        return self._placed(asked, choice, found, floor)
+        return self._placed(asked, choice, expected, floor)
+
+    def _expectation(self, asked: LadderRequest, models: Mapping[str, Variant], now: float) -> Expectation:
+        found = features(asked.question)
+        described = context(found)
+        quality = {model: measured(found, variant) for model, variant in models.items()}
+        guidance = self._learner.guidance(asked.tenant, self.ladder.name, described, asked.user, now)
+        if guidance is None:
+            return Expectation(described, quality, quality, None)
+        better = {model: guidance.corrected(model, each) for model, each in quality.items()}
+        return Expectation(described, quality, better, guidance)
 
     def _able(self, asked: LadderRequest) -> dict[str, Variant]:
         """The variants that may answer, by the engine's names: their context holds prompt and answer."""
@@ -155,45 +174,56 @@ class VariantRouter:
         top = self.ladder.top.name
         return able or {top: self._variants[top]}
 
-    def _unforeseen(
-        self, asked: LadderRequest, models: Mapping[str, Variant], found: PromptFeatures, floor: float
-    ) -> VariantPlacement:
+    def _unforeseen(self, asked: LadderRequest, expected: Expectation, floor: float) -> VariantPlacement:
         """The placement by quality alone."""
-        estimates = {model: self.quality(found, each, asked.tenant) for model, each in models.items()}
-        best = max(estimates, key=lambda model: (estimates[model].low >= floor, estimates[model].mean))
-        low = max(each.low for each in estimates.values())
+        found = expected.corrected
+        best = max(found, key=lambda model: (found[model].low >= floor, found[model].mean))
+        low = max(each.low for each in found.values())
         if low < floor and asked.objective.on_miss == "reject":
             return VariantPlacement(None, "below_floor", best_quality=low)
-        return VariantPlacement(best, "no_forecast" if low >= floor else "below_floor")
+        made = self._made(expected, best, {best: 1.0})
+        return VariantPlacement(best, "no_forecast" if low >= floor else "below_floor", made=made)
 
     def _placed(
-        self, asked: LadderRequest, choice: VariantChoice, found: PromptFeatures, floor: float
+        self, asked: LadderRequest, choice: VariantChoice, expected: Expectation, floor: float
     ) -> VariantPlacement:
         low = max(each.candidate.quality_low for each in choice.predicted)
         if choice.chosen is None:
             after = min(each.excess_ms for each in choice.predicted) / 1e3
             return VariantPlacement(None, choice.reason, (), low, low >= floor, max(after, SOONEST_S))
-        chosen, propensity, reason = choice.chosen, 1.0, choice.reason
-        if self.draw is not None and len(choice.feasible) > 1:
-            place = choice.feasible.index(chosen)
-            drawn = self.draw(found, asked.tenant, choice.feasible, place)
-            chosen, propensity = choice.feasible[drawn.place], drawn.propensity
+        chosen, reason = choice.chosen, choice.reason
+        propensities = {chosen.candidate.name: 1.0}
+        guidance = expected.guidance
+        # A preference for energy or latency, and a load that has a price, have decided already.
+        if (
+            guidance is not None
+            and guidance.bandit.explores
+            and asked.prefer == "quality"
+            and reason != "load"
+            and len(choice.feasible) > 1
+        ):
+            names = [each.candidate.name for each in choice.feasible]
+            drawn = guidance.draw(names, [each.candidate.quality for each in choice.feasible])
+            propensities = dict(zip(names, drawn.propensities, strict=True))
+            if choice.feasible[drawn.place] is not chosen:
+                chosen, reason = choice.feasible[drawn.place], "explored"
         name = chosen.candidate.name
-        if self.on_choice is not None:
-            names = tuple(self._variants[each.candidate.name].name for each in choice.feasible)
-            self.on_choice(
-                ChoiceRecord(
-                    request_id=asked.request_id,
-                    ladder=self.ladder.name,
-                    tenant=asked.tenant,
-                    features=found,
-                    feasible=names,
-                    variant=self._variants[name].name,
-                    propensity=propensity,
-                )
-            )
         return VariantPlacement(
-            name, None if asked.only else reason, _lighter(choice, chosen, asked, floor), low
+            name,
+            None if asked.only else reason,
+            _lighter(choice, chosen, asked, floor),
+            low,
+            made=self._made(expected, name, propensities),
+        )
+
+    def _made(self, expected: Expectation, model: str, propensities: Mapping[str, float]) -> MadeChoice:
+        return MadeChoice(
+            model=self.ladder.name,
+            variant=model,
+            variants=tuple(expected.measured),
+            propensities=tuple([propensities.get(name, 0.0) for name in expected.measured]),
+            expected=tuple([each.mean for each in expected.measured.values()]),
+            context=expected.context,
         )
 
 
