@@ -170,6 +170,17 @@ async def test_the_page_fits_every_screen(
                 await page.screenshot(path=f"{SHOTS}/gateway-{size}-{scheme}.png")
 
 
+async def test_the_stream_ends_at_once_when_the_gateway_closes(
+    checkpoint: Path, keys: dict[str, str]
+) -> None:
+    async with loaded(checkpoint, keys) as (client, gateway):
+        async with client.stream("GET", "/live", headers={"x-api-key": keys["bob"]}) as answer:
+            lines = answer.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            gateway.server.close()
+            assert len([line async for line in lines if line]) <= 1
+
+
 async def test_the_stream_ends_with_the_key_and_watchers_are_few(
     checkpoint: Path, keys: dict[str, str]
 ) -> None:

@@ -176,9 +176,7 @@ class Gateway(Starlette):
         self.ledger = Ledger(config.keys, self._end_revoked)
         self.answers = Answers(config, self.relay)
         self.monitor = Monitor(self.registry, self.answers, self.server, self.ledger)
-        self.live = LivePage(
-            self.registry, self.monitor, self.ledger, lambda: self.config.route, self.problems
-        )
+        self.live = LivePage(self.registry, self.monitor, self.ledger, self._facts, self.server.closing)
         work = [
             Route(path, RelayedPath(self, name), methods=["POST"])
             for name, paths in PATHS.items()
@@ -224,9 +222,9 @@ class Gateway(Starlette):
         """The present settings."""
         return self.reloader.config
 
-    def problems(self) -> list[str]:
-        """What an operator should mend in the key file and the settings."""
-        return [error for error in (self.ledger.error, self.reloader.error) if error]
+    def _facts(self) -> tuple[str, list[str]]:
+        """The method of routing, and what an operator should mend in the key file and the settings."""
+        return self.config.route, [error for error in (self.ledger.error, self.reloader.error) if error]
 
     async def _take(self, config: GatewayConfig) -> None:
         """Takes over other settings; all that may be wrong with them comes first. Raises StartError."""

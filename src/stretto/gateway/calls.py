@@ -22,9 +22,14 @@ class Calls:
     def __init__(self, config: GatewayConfig) -> None:
         self.access_log = LineWriter(STDOUT) if config.access_log else None
         self.rejections: Counter[str] = Counter()
-        self.draining = False
+        self.closing = asyncio.Event()  # set when no new calls are taken
         self._tasks: dict[asyncio.Task[None], str] = {}  # and whose they are
         self._errors: dict[asyncio.Task[None], StrettoError] = {}
+
+    @property
+    def draining(self) -> bool:
+        """Whether new calls are refused."""
+        return self.closing.is_set()
 
     @property
     def running(self) -> int:
@@ -37,7 +42,7 @@ class Calls:
 
     def close(self) -> None:
         """Refuses new calls from now on."""
-        self.draining = True
+        self.closing.set()
 
     def end_calls(self, error: StrettoError, owners: Container[str] | None = None) -> None:
         """Ends all calls with `error`, or those of some owners."""

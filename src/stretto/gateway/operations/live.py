@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.resources import files
 from math import isfinite
@@ -83,21 +84,22 @@ class GatewayLive(Struct, frozen=True, kw_only=True):
 
 
 class LivePage:
-    """The page and its stream. `route()` is the present method of routing; `problems()` what is wrong."""
+    """The page and its stream. `facts()`: the present method of routing, and what is wrong. The stream ends
+    when `closing` is set."""
 
     def __init__(
         self,
         registry: Registry,
         monitor: Monitor,
         ledger: Ledger,
-        route: Callable[[], str],
-        problems: Callable[[], list[str]],
+        facts: Callable[[], tuple[str, list[str]]],
+        closing: asyncio.Event,
     ) -> None:
         self._registry = registry
         self._monitor = monitor
         self._ledger = ledger
-        self._route = route
-        self._problems = problems
+        self._facts = facts
+        self._closing = closing
         self._viewers = 0
 
     def routes(self) -> list[Route]:
@@ -121,12 +123,13 @@ class LivePage:
         admin = account.may("admin")
         tenant = None if admin else account.tenant
         now = time.monotonic()
+        route, problems = self._facts()
         gauges: GatewayGauges = self._monitor.gauges()
         recently = self._monitor.metrics.recently(now, tenant)
         return GatewayLive(
             open=gauges.open,
             draining=gauges.draining,
-            route=self._route(),
+            route=route,
             counts={name.removeprefix("stretto_gateway_"): value for name, value in gauges.counts.items()},
             rejected=dict(gauges.rejected),
             recently=recently,
@@ -134,16 +137,18 @@ class LivePage:
             cache=gauges.cache,
             tenants=self._tenants(tenant, recently),
             limits=self._ledger.accounts.limits(account, self._ledger.now()),
-            problems=self._problems() if admin else [],
+            problems=problems if admin else [],
             admin=admin,
         )
 
     async def _snapshots(self, request: Request) -> AsyncIterator[bytes]:
         self._viewers += 1
         try:
-            while not self._monitor.draining:
+            while not self._closing.is_set():
                 yield b"data: " + json.encode(self.snapshot(self._account(request))) + b"\n\n"
-                await asyncio.sleep(LIVE_S)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LIVE_S):
+                        await self._closing.wait()
         except Unauthorised:
             return  # the key was revoked or has expired
         finally:

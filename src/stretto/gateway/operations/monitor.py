@@ -52,11 +52,6 @@ class Monitor:
         self._calls = calls
         self._ledger = ledger
 
-    @property
-    def draining(self) -> bool:
-        """Whether the gateway shuts down."""
-        return self._calls.draining
-
     def routes(self) -> list[Route]:
         """The routes that show what is counted."""
         return [Route("/metrics", self.exposition), Route("/v1/usage", self.usage)]
