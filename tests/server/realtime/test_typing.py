@@ -11,6 +11,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from websockets.asyncio.client import connect
 
 from stretto.config import ServeConfig
@@ -213,6 +214,30 @@ async def test_a_reading_that_fails_harms_nothing(
     assert "error" not in talk.types
 
 
+async def test_a_long_prompt_is_not_encoded_for_every_block(
+    engine: FakeEngine, talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.script = lambda request: finished(request, len(request.prompt) - BLOCK)
+    engine.models["tiny"] = structs.replace(engine.models["tiny"], context=100_000)
+    encoded: list[str] = []
+    encode = TextModel.encode_rendered
+
+    def count(model: TextModel, rendered: str) -> list[int]:
+        encoded.append(rendered)
+        return encode(model, rendered)
+
+    monkeypatch.setattr(TextModel, "encode_rendered", count)
+    await talk.send("input_text.append", text=f"{WORDS} " * 400)
+    await talk.until("input_text.read")
+    before = len(encoded)
+    for _ in range(20):
+        await talk.send("input_text.append", text=WORDS)
+    await talk.send("conversation.item.retrieve", item_id="no")
+    await talk.error()
+    await settled(lambda: not engine.open)
+    assert before >= 1 and len(encoded) - before <= 20 * len(WORDS) * 128 // (400 * len(WORDS)) + 1
+
+
 async def test_two_sessions_share_nothing(open_session: Opener, reading_engine: FakeEngine) -> None:
     async with open_session() as one, open_session() as other:
         for talk in (one, other):
@@ -234,9 +259,10 @@ async def test_a_prompt_beyond_the_context_is_refused_at_the_commit(
 
 @pytest.fixture
 def config(request: pytest.FixtureRequest) -> ServeConfig:
-    return ServeConfig(port=0, drain_s=0.3, max_body_bytes=getattr(request, "param", 4096))
+    return ServeConfig(port=0, drain_s=0.3, max_body_bytes=getattr(request, "param", 2**20))
 
 
+@pytest.mark.parametrize("config", [4096], indirect=True)
 async def test_a_message_has_a_size(reading_engine: FakeEngine, talk: Talk) -> None:
     await talk.send("input_text.append", text="x" * 3000)
     await talk.send("input_text.append", text="y" * 3000)

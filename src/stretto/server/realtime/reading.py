@@ -24,6 +24,7 @@ from stretto.types import Finish, Reason, Request, Sampling
 LONGEST_WORD = 24  # characters; a longer run without a blank is cut: some languages write none
 UNCERTAIN = 2  # tokens at the end of a text that may change when more follows
 BYTES_PER_TOKEN = 4  # so many bytes for each token of a block make it worth to encode the prompt again
+SHARE = 128  # of a long prompt so small a part is not worth it: encoding it takes time from others
 EDIT_PAUSE_S = 0.2  # after an edit that changed what is being read
 LAST_WORD = re.compile(r"\s+\S*\s*$")
 READ = Sampling(max_tokens=0)
@@ -115,9 +116,10 @@ class PromptReader:
         self._source, self._looked, self._useless = "", -1, False
 
     def _is_worth_it(self, text: TypedText) -> bool:
-        """Whether about a block is new since the prompt was last encoded."""
-        size = next((info.block_size for info in self.server.engine.models.values()), 16)
-        return self._looked < 0 or abs(text.size - self._looked) >= BYTES_PER_TOKEN * size
+        """Whether enough is new since the prompt was last encoded: about a block, more of a long prompt."""
+        block = next((info.block_size for info in self.server.engine.models.values()), 16)
+        least = max(BYTES_PER_TOKEN * block, (text.size + self.conversation.size) // SHARE)
+        return self._looked < 0 or abs(text.size - self._looked) >= least
 
     async def _run(self, text: TypedText, *, changed: bool) -> None:
         """Reads until nothing is left that is worth it."""
