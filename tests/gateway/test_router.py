@@ -95,6 +95,21 @@ def test_a_far_worker_counts_its_round_trip():
     assert router(near, far).place(ask(), 0.0).worker is far  # type: ignore[union-attr]
 
 
+def test_of_many_workers_an_idle_one_and_one_that_holds_the_prompt_are_not_missed():
+    views = [view(f"w{number}", waiting_ms=500.0) for number in range(64)]
+    for number, each in enumerate(views):
+        each.active = 50 + number
+    idle = views[40] = view("w40")
+    made = router(*views)
+    assert made.place(ask(), 0.0).worker is idle  # type: ignore[union-attr]
+    made = router(*views)
+    made.prefixes.add("w63", [1, 2, 3, 4], 100)
+    views[63].outlooks["m"].see(snapshot(0.0))
+    idle.active = 0
+    placed = made.place(ask(4000, ttft_ms=9000.0, keys=(1, 2, 3, 4)), 0.0)
+    assert placed is not None and placed.worker is views[63] and placed.cached == 3999
+
+
 def test_the_best_variant_that_is_on_time_answers():
     small, large = view("small"), view("large", waiting_ms=300.0)
     small.quality = 0.7

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest, nsmallest
 from math import inf
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,7 @@ Method = Literal["deadline", "round-robin", "least-load", "two-choices", "sticky
 STALE_S = 2.0  # an older state says nothing
 OWN_WORK = 2.0  # how much worse a second of own work is than a second of waiting
 CACHED_WORTH = 4.0  # how many requests more a worker may have that holds all of an untimed prompt
+LEAST_LOADED, MOST_CACHED = 8, 4  # so many workers are looked at closely
 SATURATED = 8  # requests more than the least loaded worker has: then `sticky` lets go
 
 
@@ -153,7 +155,7 @@ class Router:
         is less where its prompt is cached. Without a deadline or a fresh state: the least loaded worker,
         where a cached prompt counts as one request less.
         """
-        options = self.predictions(ask, able, now)
+        options = self.predictions(ask, self._shortlist(ask, able), now)
         known = [option for option in options if option.ttft_s < inf]
         length = len(ask.request.prompt)
         if not known or ask.request.objective.ttft_ms is None:
@@ -176,6 +178,24 @@ class Router:
             )
 
         return min(known, key=burden)
+
+    def _shortlist(self, ask: Ask, able: list[WorkerView]) -> list[WorkerView]:
+        """The workers that are worth a prediction: of each site and quality the least loaded ones, and those
+        that hold most of the prompt. So a choice among 64 workers takes little longer than among 8."""
+        groups: dict[tuple[str, float], list[WorkerView]] = {}
+        for worker in able:
+            groups.setdefault((worker.site, worker.quality), []).append(worker)
+        chosen = {
+            worker.name: worker
+            for group in groups.values()
+            for worker in nsmallest(LEAST_LOADED, group, _load)
+        }
+        if len(chosen) < len(able):
+            held = self.prefixes.match(ask.keys)
+            holders = [worker for worker in able if worker.name in held]
+            for worker in nlargest(MOST_CACHED, holders, lambda worker: held[worker.name]):
+                chosen[worker.name] = worker
+        return list(chosen.values())
 
     def _round_robin(self, ask: Ask, able: list[WorkerView], now: float) -> Placement:
         self._turn += 1
