@@ -389,12 +389,13 @@ def optimise(
     until: Annotated[
         str | None, option("end after the step that makes this variant; go on with --resume")
     ] = None,
+    from_feedback: Annotated[Path | None, option("corrected answers to fine-tune on, as exported")] = None,
     device: Annotated[str, option("device to train and measure on: auto, cpu or cuda")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Make a ladder: variants of a model, measured, with a report. See docs/ladder.md."""
     with _usage():
-        parsed = recipes.read(recipe)
+        parsed = recipes.read(recipe, from_feedback)
         if device not in DEVICES:
             raise StartError(f"--device: {device!r} is none of {', '.join(DEVICES)}")
     with terminal.StepBars() as bars, _usage():

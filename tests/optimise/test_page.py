@@ -56,7 +56,8 @@ def test_the_commands_of_the_page_make_a_ladder(folder: Path) -> None:
 
 
 def test_the_samples_of_the_page_are_good(tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```json\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    data = PAGE[PAGE.index("## The data") : PAGE.index("## The recipe")]
+    (block,) = re.findall(r"^```json\n(.*?)^```", data, re.MULTILINE | re.DOTALL)
     for line in block.splitlines():
         sample = json.loads(line)
         name, *digits = sample["prompt"].rstrip(":").split()

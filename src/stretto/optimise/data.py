@@ -123,6 +123,39 @@ def read(files: DataFiles, folder: Path, *, skip_bad_lines: bool = False) -> Cor
     return Corpus(held["train"], held["validation"], held["test"], counted)
 
 
+class CorrectedAnswers(Struct, frozen=True):
+    """Answers that users corrected, to train on. `held`: how many are left out, because a prompt to measure
+    with asks the same."""
+
+    samples: tuple[DataSample, ...]
+    held: int
+
+    @property
+    def digest(self) -> str:
+        """A digest of everything that is in it."""
+        return blake2b(msgspec.json.encode(self.samples), digest_size=16).hexdigest()
+
+
+def read_feedback(path: Path, corpus: Corpus) -> CorrectedAnswers:
+    """The corrected answers in a file. Raises StartError for one that cannot be read, has bad lines, or holds
+    nothing to train on."""
+    bad: list[str] = []
+    found = list(_samples(path, bad))
+    bad += [f"{path.name}: a text is no corrected answer" for sample in found if sample.text is not None]
+    if bad:
+        raise StartError(
+            f"{len(bad)} bad lines in the feedback: {'; '.join(bad[:SHOWN])}. Mend or remove them"
+        )
+    asked = {sample.question for sample in (*corpus.validation, *corpus.test)}
+    samples = tuple(sample for sample in found if sample.question not in asked)
+    if not samples:
+        raise StartError(
+            f"{path}: none of its {len(found)} lines can be trained on, as the data to measure with has the"
+            " same prompts: wait for more feedback"
+        )
+    return CorrectedAnswers(samples, len(found) - len(samples))
+
+
 def right(sample: DataSample, reply: str) -> bool:
     """Whether a reply is right.
 

@@ -51,13 +51,18 @@ class Training(Struct, frozen=True, kw_only=True):
 class FinetuneStep(
     Training, frozen=True, kw_only=True, tag_field="step", tag="finetune", forbid_unknown_fields=True
 ):
-    """Train on the data. `lora` trains a low-rank update and merges it into the weights."""
+    """Train on the data. `lora` trains a low-rank update and merges it into the weights.
+
+    `feedback`: a file of corrected answers, as a server exports them, to train on too. Their task is
+    `feedback`, for `weights`.
+    """
 
     name: str
     parent: str = field(default=FULL, name="from")
     method: Literal["full", "lora"] = "full"
     steps: StepCount = 500
     rank: SizeCount = 16
+    feedback: str | None = None
 
 
 class DistilStep(
@@ -169,8 +174,11 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return [(at, step) for at, step in enumerate(self.steps) if isinstance(step, Making)]
 
 
-def read(path: Path) -> Recipe:
-    """The recipe in a YAML file. Raises StartError that names the path of what is wrong."""
+def read(path: Path, feedback: Path | None = None) -> Recipe:
+    """The recipe in a YAML file. `feedback`: a file for every step `finetune` that names none.
+
+    Raises StartError that names the path of what is wrong.
+    """
     try:
         data = msgspec.yaml.decode(path.read_bytes())
     except ImportError:
@@ -179,7 +187,8 @@ def read(path: Path) -> Recipe:
         ) from None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
         raise StartError(f"{path} cannot be read as YAML: {error}") from error
-    return parse(data, str(path))
+    recipe = parse(data, str(path))
+    return recipe if feedback is None else _with_feedback(recipe, feedback, str(path))
 
 
 def parse(data: object, where: str) -> Recipe:
@@ -210,6 +219,19 @@ def _shown(info: msgspec.structs.FieldInfo) -> str:
         return f"`{info.encode_name}` = {msgspec.json.encode(info.default).decode()}"
     made = info.default_factory is not msgspec.NODEFAULT
     return f"`{info.encode_name}` = {{}}" if made else f"**`{info.encode_name}`**"
+
+
+def _with_feedback(recipe: Recipe, feedback: Path, where: str) -> Recipe:
+    if not any(isinstance(step, FinetuneStep) for step in recipe.steps):
+        raise StartError(f"{where}: $.steps has no `finetune`, which alone trains on feedback: add one")
+    file = str(feedback.resolve())
+    steps = [
+        msgspec.structs.replace(step, feedback=step.feedback or file)
+        if isinstance(step, FinetuneStep)
+        else step
+        for step in recipe.steps
+    ]
+    return msgspec.structs.replace(recipe, steps=tuple(steps))
 
 
 def _check_tags(data: object, where: str) -> None:

@@ -11,6 +11,7 @@ import platform
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
@@ -32,7 +33,7 @@ from stretto.ladder.strict import nearest
 from stretto.models import families, source
 from stretto.optimise import data, frontier, report
 from stretto.optimise.answers import TextCodec
-from stretto.optimise.data import Corpus
+from stretto.optimise.data import Corpus, CorrectedAnswers
 from stretto.optimise.distil import distil
 from stretto.optimise.evaluate import Measured, Subject, measure, stored
 from stretto.optimise.finetune import finetune
@@ -174,12 +175,20 @@ class _Run:
         self.device = torch.device(chosen)
         self.made: dict[str, Manifest] = {}
         self.students: dict[str, Path] = {}
+        self.feedback: dict[str, CorrectedAnswers] = {}
         self.done: list[StepReport] = []
 
     def run(self) -> RunReport:
         path = self._model(self.recipe.model)
         self.students = {name: self._model(student) for name, student in sizes.students(self.recipe).items()}
-        sizes.check(self.recipe, path, {each.task for each in self.corpus.train}, self.students, self.device)
+        self.feedback = {
+            step.name: data.read_feedback(self.options.folder / step.feedback, self.corpus)
+            for step in self.recipe.steps
+            if isinstance(step, FinetuneStep) and step.feedback is not None
+        }
+        corrected = (sample for each in self.feedback.values() for sample in each.samples)
+        tasks = {sample.task for sample in (*self.corpus.train, *corrected)}
+        sizes.check(self.recipe, path, tasks, self.students, self.device)
         self._full(path)
         ladder, times = None, dict[str, float]()
         measured: list[Measured] = []
@@ -223,21 +232,23 @@ class _Run:
         parent = self.made[step.parent]
         located = self._located(step)
         # The key holds no path of this machine, so a run may go on elsewhere.
-        key = _key(
-            {
-                "step": msgspec.to_builtins(step),
-                "parent": parent.files,
-                "data": self.corpus.digest,
-                "seed": self.recipe.seed,
-                "student": weight_digests(self.students[step.name]) if step.name in self.students else {},
-            }
-        )
+        parts = {
+            "step": {name: value for name, value in msgspec.to_builtins(step).items() if name != "feedback"},
+            "parent": parent.files,
+            "data": self.corpus.digest,
+            "seed": self.recipe.seed,
+            "student": weight_digests(self.students[step.name]) if step.name in self.students else {},
+        }
+        corrected = self.feedback.get(step.name)
+        key = _key(parts if corrected is None else parts | {"feedback": corrected.digest})
         if not self._is_done(step.name, key):
             work = self._work(step.name, key)
             job = self._job(f"$.steps[{at}]", parent, work, step.name)
             shutil.rmtree(job.made, ignore_errors=True)
             kind = str(step.__struct_config__.tag)
-            made = MAKERS[kind](job, located)
+            made = MAKERS[kind](job if corrected is None else _with_corrected(job, corrected), located)
+            if corrected is not None:
+                made |= {"feedback": len(corrected.samples), "feedback_held_out": corrected.held}
             self._finish(self._manifest_of(job, step, key, made), work)
         self._record(step.name)
 
@@ -271,7 +282,7 @@ class _Run:
         options = {
             k: v
             for k, v in msgspec.to_builtins(step).items()
-            if k not in ("step", "name", "from") and v not in (None, {})
+            if k not in ("step", "name", "from", "feedback") and v not in (None, {})
         }
         quantised = {} if own else {"quantise": step.format, "exclude": tuple(made["exclude"])}
         return structs.replace(
@@ -416,6 +427,12 @@ def _not_of_the_model(folder: str, names: list[str]) -> list[str]:
     """What is not copied of a model's directory: hidden files, pickles, a ladder and its other variants."""
     others = [name for name in names if (Path(folder) / name / "config.json").exists()]
     return [*others, registry.FILE, *shutil.ignore_patterns(".*", "*.bin", "*.pt")(folder, names)]
+
+
+def _with_corrected(job: StepJob, corrected: CorrectedAnswers) -> StepJob:
+    """The step, with these answers beside the data that it trains on."""
+    corpus = structs.replace(job.corpus, train=(*job.corpus.train, *corrected.samples))
+    return replace(job, corpus=corpus)
 
 
 def _key(parts: dict[str, Any]) -> str:
