@@ -259,7 +259,7 @@ class Gateway(Starlette):
 
     async def health(self, request: Request) -> Response:
         """Whether the process is alive."""
-        return _json({"status": "ok"})
+        return _json({"status": "ok", "shared_cache": self.answers.stats.shared})
 
     async def ready(self, request: Request) -> Response:
         """Whether any worker can take a request."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from hashlib import sha256
+from random import Random
 from secrets import token_bytes
 from typing import NamedTuple
 
@@ -18,10 +19,13 @@ from msgspec import DecodeError, Struct, ValidationError, json
 from stretto.errors import Unavailable
 from stretto.gateway.cache import answer
 from stretto.gateway.cache.answer import KeptAnswer, Recipient
+from stretto.gateway.cache.embedding import best_embedder, embed
 from stretto.gateway.cache.flight import AnswerFlight, FlightFailed, Piece
 from stretto.gateway.cache.key import KeyMaker, Source, revision_of, revisions
 from stretto.gateway.cache.memory import AnswerStore, Keeping, MemoryStore
-from stretto.gateway.cache.policy import Wish, policy_of, wish_of, without_field
+from stretto.gateway.cache.policy import Wish, policy_of, question_of, wish_of, without_field
+from stretto.gateway.cache.redis_store import RedisStore, connect
+from stretto.gateway.cache.semantic import Question, SemanticIndex, SimilarEntry, SimilarMatch
 from stretto.gateway.cache.stats import CacheKind, CacheStats
 from stretto.gateway.exchange import RelayedExchange
 from stretto.gateway.registry import CONNECT_S, Worker
@@ -51,6 +55,14 @@ class Asked(NamedTuple):
     key: bytes
 
 
+class Probe(NamedTuple):
+    """A question for the semantic cache, and the kept answer that is to be verified with its own, if any."""
+
+    question: Question
+    conversation: bytes
+    match: SimilarMatch | None
+
+
 class Erasure(Struct, frozen=True):
     """What an erasure has deleted: kept answers, and by worker the blocks of its KV cache. `held`: blocks
     that are free when the sequences that use them end."""
@@ -68,9 +80,17 @@ class Answers:
         self.stats = CacheStats()
         self.policies = config.caches
         self.relay = relay
-        self._keys = KeyMaker(sha256(b"answers " + key.encode()).digest() if key else token_bytes(32))
-        self._store: AnswerStore = MemoryStore(time.monotonic, self.stats)
+        secret = sha256(b"answers " + key.encode()).digest() if key else token_bytes(32)
+        self._keys = KeyMaker(secret)
+        self._store: AnswerStore = (
+            RedisStore(connect(config.redis), secret, self.stats)
+            if config.redis
+            else MemoryStore(time.monotonic, self.stats)
+        )
         self._flights: dict[bytes, AnswerFlight] = {}
+        if any(policy.semantic for policy in config.caches.values()):
+            best_embedder()  # reads its file now, and not while answers stream
+        self._similar = SemanticIndex(embed, Random().random, time.monotonic)
         self._erasures = 0  # an answer that was in flight during one is not kept
 
     async def run(self, exchange: RelayedExchange) -> None:
@@ -90,7 +110,13 @@ class Answers:
         if kept is not None:
             await self._reply(kept, exchange, asked, "exact")
             return
-        await self._fly(asked, exchange)
+        probe = self._probe(asked) if wish.policy.semantic else None
+        if probe is not None and wish.takes and probe.match is not None and probe.match.serve:
+            similar = await self._answer_of(asked.tenant, probe.match)
+            if similar is not None and similar.serves(_recipient(asked, exchange)):
+                await self._reply(similar, exchange, asked, "semantic")
+                return
+        await self._fly(asked, exchange, probe)
 
     async def erase(self, tenant: str, subject: str | None) -> Erasure:
         """Deletes a tenant's answers about a subject, or all of them, here and in the workers' KV caches.
@@ -99,6 +125,7 @@ class Answers:
         """
         self._erasures += 1
         about = None if subject is None else self._keys.subject(tenant, subject)
+        self._similar.erase(self._keys.tenant(tenant), about)
         erased = await self._store.erase(self._keys.tenant(tenant), about)
         self.stats.erased += erased
         workers = [worker for worker in self.relay.registry.workers.values() if not worker.plain]
@@ -147,7 +174,26 @@ class Answers:
         headers = STREAM_HEADERS if streams else {"content-type": "application/json"}
         await exchange.send(200, headers | {HEADER: kind}, kept.bytes_for(recipient, kind), False)
 
-    async def _fly(self, asked: Asked, exchange: RelayedExchange) -> None:
+    def _probe(self, asked: Asked) -> Probe | None:
+        """The request as a question for the semantic cache; None for one that has no similar ones."""
+        body = asked.wish.body
+        text = question_of(body) if asked.source.operation == "chat" else None
+        question = None if text is None else self._similar.read(text)
+        if question is None:
+            return None
+        conversation = self._keys.conversation(asked.source, body)
+        match = self._similar.find(asked.tenant, conversation, question, asked.wish.policy.max_error)
+        return Probe(question, conversation, match)
+
+    async def _answer_of(self, tenant: bytes, match: SimilarMatch) -> KeptAnswer | None:
+        raw = await self._store.get(tenant, match.entry.key)
+        kept = None if raw is None else answer.load(raw)
+        if kept is None or kept.text is None:
+            self._similar.remove(tenant, match.entry)
+            return None
+        return kept
+
+    async def _fly(self, asked: Asked, exchange: RelayedExchange, probe: Probe | None) -> None:
         """Joins the answer to an equal request in flight, or has a worker make one.
 
         When the joined one fails before it has begun, the request is tried once more, in a new flight.
@@ -158,7 +204,7 @@ class Answers:
             flight = self._flights.get(key)
             joins = asked.wish.takes and flight is not None and flight.joinable
             if flight is None or not joins:
-                flight = self._take_off(key, asked, exchange)
+                flight = self._take_off(key, asked, exchange, probe)
                 self.stats.misses += asked.wish.takes
             else:
                 self.stats.joined += 1
@@ -169,7 +215,9 @@ class Answers:
                 if not (joins and again) or failure.begun:
                     raise failure.error from None
 
-    def _take_off(self, key: bytes, asked: Asked, exchange: RelayedExchange) -> AnswerFlight:
+    def _take_off(
+        self, key: bytes, asked: Asked, exchange: RelayedExchange, probe: Probe | None
+    ) -> AnswerFlight:
         flight = self._flights[key] = AnswerFlight(MOST_ANSWER)
         erasures = self._erasures
         exchange.send = flight.send
@@ -179,7 +227,9 @@ class Answers:
             try:
                 await self.relay.run(exchange)
                 if erasures == self._erasures and asked.source == self._source(asked.wish, exchange):
-                    await self._keep(asked, flight, time.monotonic() - began)
+                    made = await self._keep(asked, flight, time.monotonic() - began)
+                    if made is not None and made.text is not None and probe is not None:
+                        await self._learn(asked, probe, made.text)
             finally:
                 if self._flights.get(key) is flight:
                     del self._flights[key]
@@ -187,19 +237,38 @@ class Answers:
         flight.start(work)
         return flight
 
-    async def _keep(self, asked: Asked, flight: AnswerFlight, took_s: float) -> None:
-        """Keeps the answer of a flight if it is whole and well."""
+    async def _learn(self, asked: Asked, probe: Probe, text: str) -> None:
+        """Compares a worker's answer with the kept one that a similar question has, and adds the question
+        unless that one stands for it."""
+        match = probe.match
+        if match is not None and match.entry.key != asked.key:
+            known = await self._answer_of(asked.tenant, match)
+            if known is not None and known.text is not None:
+                right = self._similar.same_answer(known.text, text)
+                self.stats.verified += 1
+                self.stats.verified_wrong += not right
+                self._similar.observe(asked.tenant, match, right=right)
+                if right:
+                    return
+        expires = time.monotonic() + asked.wish.policy.ttl
+        entry = SimilarEntry(asked.key, probe.conversation, probe.question, self._subjects(asked), expires)
+        self._similar.add(asked.tenant, entry)
+
+    def _subjects(self, asked: Asked) -> tuple[bytes, ...]:
+        return tuple(self._keys.subject(asked.source.tenant, name) for name in asked.wish.subjects)
+
+    async def _keep(self, asked: Asked, flight: AnswerFlight, took_s: float) -> KeptAnswer | None:
+        """Keeps the answer of a flight if it is whole and well, and returns it then."""
         made = _made(asked, flight.pieces) if flight.whole and flight.pieces else None
         if made is None:
             self.stats.not_kept += 1
-            return
+            return None
         policy = asked.wish.policy
-        subjects = tuple(self._keys.subject(asked.source.tenant, name) for name in asked.wish.subjects)
-        keeping = Keeping(policy.ttl, policy.bytes, max(took_s, 1e-3), subjects)
-        if await self._store.put(asked.tenant, asked.key, answer.dump(made), keeping):
-            self.stats.kept += 1
-        else:
-            self.stats.not_kept += 1
+        keeping = Keeping(policy.ttl, policy.bytes, max(took_s, 1e-3), self._subjects(asked))
+        kept = await self._store.put(asked.tenant, asked.key, answer.dump(made), keeping)
+        self.stats.kept += kept
+        self.stats.not_kept += not kept
+        return made if kept else None
 
 
 async def erase_prefixes(worker: Worker, asked: bytes) -> ErasureReport | None:

@@ -22,9 +22,9 @@ class CachePolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """A table `[caches.TENANT]` of the configuration: this tenant has a cache.
 
     `off`: it has none, although the tenant `*` has. `semantic`: a request that asks the same in other words
-    gets the kept answer too; at most a share of `max_error` of these answers is wrong. `ttl`: seconds that an
-    answer is kept. `size`: memory for the tenant's answers, like 64MiB. `sampled`: also answers that were
-    drawn at random. Raises ValueError for a wrong value.
+    gets the kept answer, once at most a share of `max_error` of such answers is wrong. `ttl`: seconds that
+    an answer is kept. `size`: memory for the tenant's answers, like 64MiB. `sampled`: also answers that
+    were drawn at random. Raises ValueError for a wrong value.
     """
 
     off: bool = False
@@ -98,6 +98,19 @@ def wish_of(policy: CachePolicy, fields: CacheFields, operation: OperationName, 
         return None
     subjects = tuple(str(body[name]) for name in SUBJECTS if body.get(name) is not None)
     return Wish(policy, body, takes=fields.mode != "refresh", subjects=subjects)
+
+
+def question_of(body: JsonObject) -> str | None:
+    """The question of a chat that a similar one may have asked: the text of a user's last message, for one
+    answer that is text alone. None for any other request."""
+    messages: Any = body.get("messages")
+    if body.get("n") not in (None, 1) or body.get("logprobs") or not isinstance(messages, list):
+        return None
+    last: Any = cast("list[Any]", messages)[-1] if messages else None
+    if not isinstance(last, dict) or cast(JsonObject, last).get("role") != "user":
+        return None
+    content: Any = cast(JsonObject, last).get("content")
+    return content if isinstance(content, str) else None
 
 
 def _repeats(operation: OperationName, body: JsonObject) -> bool:

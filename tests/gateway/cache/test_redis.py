@@ -1,0 +1,232 @@
+"""Kept answers in a Redis that gateways share: a real one, one that dies, and servers that are none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from stretto.errors import StartError, Unavailable
+from stretto.gateway.cache import redis_store
+from stretto.gateway.cache.memory import Keeping
+from stretto.gateway.cache.policy import CachePolicy
+from stretto.gateway.cache.redis_store import RedisStore, connect
+from stretto.gateway.cache.stats import CacheStats
+from stretto.gateway.settings import GatewayConfig
+from tests.gateway.cache.test_answers import CHAT, WHOLE, cached, settled
+from tests.gateway.cluster import cluster, fake
+
+KEEPING = Keeping(60.0, 1 << 20)
+GATEWAY = {"gateway_key": "secret", "caches": {"*": CachePolicy()}}
+
+
+class Server:
+    """A redis-server on a port of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        options = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "save": "",
+            "appendonly": "no",
+            "dir": self._folder,
+        }
+        command = [
+            "redis-server",
+            *(part for name, value in options.items() for part in (f"--{name}", str(value))),
+        ]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        for _ in range(400):
+            with socket.socket() as probe:
+                if not probe.connect_ex(("127.0.0.1", self.port)):
+                    return
+            time.sleep(0.05)
+        raise AssertionError("redis-server did not start")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    running = Server(tmp_path)
+    yield running
+    running.kill()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may need longer than 50 ms for a call of a Redis that is well."""
+    monkeypatch.setattr(redis_store, "TIMEOUT_S", 5.0)
+
+
+@asynccontextmanager
+async def store_at(
+    url: str, secret: bytes = b"s", clock: Callable[[], float] = time.monotonic
+) -> AsyncGenerator[RedisStore]:
+    store = RedisStore(connect(url), secret, CacheStats(), clock)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@pytest.mark.usefixtures("patient")
+async def test_gateways_with_one_secret_share_answers(server: Server):
+    async with (
+        store_at(server.url) as one,
+        store_at(server.url) as two,
+        store_at(server.url, b"other") as third,
+    ):
+        assert await one.put(b"ann", b"k", b"answer", KEEPING)
+        assert await two.get(b"ann", b"k") == b"answer"
+        assert await two.get(b"bob", b"k") is None and await two.get(b"ann", b"l") is None
+        assert await third.get(b"ann", b"k") is None
+        assert not await one.put(b"ann", b"large", bytes(1 << 18), KEEPING)
+
+
+@pytest.mark.usefixtures("patient")
+async def test_answers_expire_and_are_erased_by_subject_and_tenant(server: Server):
+    async with store_at(server.url) as store:
+        about = KEEPING._replace(subjects=(b"s", b"t"))
+        for tenant in (b"ann", b"bob"):
+            await store.put(tenant, b"1", b"x", about)
+            await store.put(tenant, b"2", b"x", KEEPING._replace(subjects=(b"t",)))
+            await store.put(tenant, b"3", b"x", KEEPING)
+        assert await store.erase(b"ann", b"s") == 1 and await store.get(b"ann", b"1") is None
+        assert await store.erase(b"ann", b"s") == 0
+        assert await store.get(b"bob", b"1") == b"x"
+        assert await store.erase(b"bob", None) == 3 and await store.get(b"bob", b"3") is None
+        assert await store.get(b"ann", b"2") == b"x"
+        await store.put(b"ann", b"short", b"x", KEEPING._replace(ttl=0.05))
+        await asyncio.sleep(0.2)
+        assert await store.get(b"ann", b"short") is None
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_value_that_is_not_ours_is_no_answer(server: Server):
+    client = connect(server.url).client
+    async with store_at(server.url) as store:
+        await store.put(b"ann", b"1", b"one", KEEPING)
+        await store.put(b"ann", b"2", b"two", KEEPING)
+        first, second = (redis_store._name(b"ann", key) for key in (b"1", b"2"))
+        other = await client.get(second)
+        assert isinstance(other, bytes)
+        for garbage in (b"", b"x", b"\x00" * 64, other, other[:-1], b"y" * (1 << 20)):
+            await client.set(first, garbage, px=60_000)
+            assert await store.get(b"ann", b"1") is None, garbage[:20]
+        await client.unlink(first)
+        await client.sadd(first, b"of another type")
+        assert await store.get(b"ann", b"1") is None
+        assert await store.get(b"ann", b"2") == b"two", "a call that Redis refuses does not stop the others"
+    await client.aclose()
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_redis_that_dies_is_done_without_and_comes_back(
+    server: Server, caplog: pytest.LogCaptureFixture
+):
+    clock = Clock()
+    async with store_at(server.url, clock=clock) as store:
+        await store.put(b"ann", b"1", b"x", KEEPING)
+        server.kill()
+        with caplog.at_level(logging.WARNING, "stretto"):
+            for _ in range(5):
+                assert await store.get(b"ann", b"1") is None
+                assert not await store.put(b"ann", b"1", b"x", KEEPING)
+                clock.now += 2.0
+        assert store._stats.shared == "gone" and store._stats.shared_failures == 5
+        assert len(caplog.records) == 1 and "the shared cache is gone" in caplog.text
+        with pytest.raises(Unavailable, match="did not confirm the erasure"):
+            await store.erase(b"ann", None)
+        server.start()
+        clock.now += 2.0
+        assert await store.put(b"ann", b"1", b"y", KEEPING) and await store.get(b"ann", b"1") == b"y"
+        assert store._stats.shared == "ok" and "the shared cache is back" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "reply", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n", b"$999999999\r\n", b"\x00" * 100]
+)
+async def test_what_hangs_or_is_no_redis_costs_one_short_wait(reply: bytes | None):
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        if reply is not None:
+            writer.write(reply)
+        await reader.read()  # until the client leaves
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    clock = Clock()
+    async with store_at(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", clock=clock) as store:
+        began = time.monotonic()
+        for _ in range(50):
+            assert await store.get(b"ann", b"1") is None
+        assert time.monotonic() - began < 2.0, "fifty waits of 50 ms would take longer"
+        assert connections == 1 and store._stats.shared == "gone"
+        clock.now += 2.0
+        assert await store.get(b"ann", b"1") is None
+        assert connections == 2
+    server.close()
+
+
+@pytest.mark.usefixtures("patient")
+async def test_two_gateways_share_answers_and_serve_without_redis(checkpoint: Path, server: Server):
+    engine = fake(10, 11)
+    async with cluster(checkpoint, engine, redis=server.url, **GATEWAY) as (client, gateway):
+        assert (await client.get("/health")).json()["shared_cache"] == "ok"
+        assert cached(await client.post(CHAT, json=WHOLE)) is None
+        await settled(gateway)
+        async with store_at(server.url, gateway.answers._store._secret) as other:  # type: ignore[attr-defined]
+            (name,) = [name async for name in other._redis.scan_iter(b"stretto:answer:*", 10)]
+            tenant, key = (bytes.fromhex(part.decode()) for part in name.split(b":")[2:])
+            assert await other.get(tenant, key) is not None
+        assert cached(await client.post(CHAT, json=WHOLE)) == "exact"
+        server.kill()
+        for _ in range(2):
+            assert cached(await client.post(CHAT, json=WHOLE)) is None
+            await settled(gateway)
+        assert (await client.get("/health")).json()["shared_cache"] == "gone"
+        assert len(engine.requests) == 3
+        assert (await client.delete("/v1/cache")).status_code == 503
+
+
+def test_wrong_settings_of_redis_are_named(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(StartError, match="redis needs gateway_key"):
+        GatewayConfig(redis="redis://127.0.0.1")
+    with pytest.raises(StartError, match="no URL of a Redis"):
+        connect("http://127.0.0.1")
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    with pytest.raises(StartError, match=r"pip install stretto\[redis\]"):
+        connect("redis://127.0.0.1")
