@@ -183,7 +183,7 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     own: Job = (first_deadline, own_ms, seen.worth.get(request.tenant, 0.0))
     groups[weight] = [*jobs[:place], own, *jobs[place:]]
     deferral = estimate.defer(groups, lambda weight: seen.inflow.get(weight, 0.0), now, itl_ms)
-    begin, pace, _, _ = deferral.groups[weight]
+    begin, pace = deferral.groups[weight][:2]
     first = sum(map(len, groups.values())) - len(groups[weight])
     ahead = sum(ms for index, (_, ms, _) in enumerate(jobs[:place], first) if index not in deferral.late_by)
     start = begin + ahead / pace

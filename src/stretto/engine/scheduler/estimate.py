@@ -31,12 +31,14 @@ def step_limit(cost: StepCost) -> float:
 
 
 class Group(NamedTuple):
-    """The prompts of one weight that are not deferred."""
+    """The prompts of one weight."""
 
-    start: float  # of the first one
-    pace: float  # work done in a second, ms
-    end: float  # of the last one
-    busy_ms: float  # their work and that of heavier ones
+    start: float  # when the first one starts
+    pace: float  # work done in a second, ms, as far as it can be counted on
+    likely: float  # the same without caution
+    end: float  # of the last one that is not deferred
+    busy_ms: float  # the work of those that are not deferred, and of heavier ones
+    all_ms: float  # the same of all
 
 
 class Deferral(NamedTuple):
@@ -93,15 +95,17 @@ class Estimate(Struct, frozen=True, array_like=True):
         """
         rate = self.rate(itl_ms)
         deferral = Deferral({}, {}, 1e3 * rate)
-        first, work = 0, 0.0
+        first, work, put_off = 0, 0.0, 0.0
         for weight, jobs in groups.items():
             share = heavier(weight)
-            pace = 1e3 * max(rate - share, LEAST_LIGHTER * rate) * (CAUTION if share else 1.0)
+            likely = 1e3 * max(rate - share, LEAST_LIGHTER * rate)
+            pace = likely * CAUTION if share else likely
             begin = start
             tardy, start = tardy_jobs(jobs, begin, pace)
             work += (start - begin) * pace
-            deferral.groups[weight] = Group(begin, pace, start, work)
             for place, excess in tardy.items():
                 deferral.late_by[first + place] = excess
+                put_off += jobs[place][1]
+            deferral.groups[weight] = Group(begin, pace, likely, start, work, work + put_off)
             first += len(jobs)
         return deferral

@@ -98,17 +98,17 @@ class Prompt(NamedTuple):
 def newcomer(prompt: Prompt, deferral: Deferral, late_s: float, backlog: Backlog, now: float) -> Newcomer:
     """What a prompt asks for. `late_s`: by how much it would be late as more comes, by `deferral`.
 
-    In an overload more is sure to come. Otherwise it may yet be on time, so it is late only if nothing helps.
+    In an overload more is sure to come. Otherwise it is late only if it is so without caution.
     """
     timed, weight, rate = prompt.deadline < inf, prompt.weight, deferral.rate
     if not timed:
         weight = min(deferral.groups, default=weight)
-    group = deferral.groups.get(weight)
+    group, busy_s = deferral.groups.get(weight), 0.0
     if backlog.overload and group is not None:
         busy_s, rate = group.end - now, group.pace
-    else:
-        busy_s = group.busy_ms / rate if group is not None else 0.0
-        late_s = busy_s + prompt.alone_ms / rate - (prompt.deadline - now) if late_s > 0 else 0.0
+    elif group is not None:
+        busy_s = group.busy_ms / rate
+        late_s = group.all_ms / group.likely - (prompt.deadline - now) if late_s > 0 else 0.0
     ttft_s = prompt.deadline - prompt.arrival
     return Newcomer(
         alone_ms=prompt.alone_ms,

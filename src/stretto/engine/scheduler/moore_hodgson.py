@@ -17,7 +17,8 @@ def tardy_jobs(jobs: Sequence[Job], start: float, pace: float = 1.0) -> tuple[di
 
     `jobs` are in order of deadline, and `pace` is the work done in a second. This is the algorithm of Moore
     and Hodgson for the fewest late jobs (Management Science 15, 1968), in O(n log n): take jobs in order.
-    When one would be late, leave out the longest so far. A job is never left out for one of less worth. A job
+    When one would be late, leave out the longest so far, of equals the one that is due
+    last, because its time may still come. A job is never left out for one of less worth. A job
     that would be late even alone is left out at once, so it delays no other.
     """
     end = start
@@ -31,7 +32,7 @@ def tardy_jobs(jobs: Sequence[Job], start: float, pace: float = 1.0) -> tuple[di
 def _leave_out(jobs: Sequence[Job], first: int, start: float, pace: float) -> tuple[dict[int, float], float]:
     """`tardy_jobs`, where job `first` is the first that would be late."""
     tardy: dict[int, float] = {}
-    heap = [(worth, -work / pace, index) for index, (_, work, worth) in enumerate(jobs[:first])]
+    heap = [(worth, -work / pace, -index) for index, (_, work, worth) in enumerate(jobs[:first])]
     end = start + sum([-negated for _, negated, _ in heap])
     heapify(heap)
     for index in range(first, len(jobs)):
@@ -41,10 +42,10 @@ def _leave_out(jobs: Sequence[Job], first: int, start: float, pace: float) -> tu
             tardy[index] = start + seconds - deadline
             continue
         end += seconds
-        heappush(heap, (worth, -seconds, index))
+        heappush(heap, (worth, -seconds, -index))
         while end > deadline:
             excess = end - deadline
             _, negated, dropped = heappop(heap)
-            tardy[dropped] = excess
+            tardy[-dropped] = excess
             end += negated
     return tardy, end
