@@ -23,7 +23,7 @@ SHORTEST_S = 1.0  # `Retry-After` is whole seconds, so none is shorter
 
 
 @dataclass(slots=True)
-class Refusal:
+class RefusedRequest:
     """One refused request, in seconds."""
 
     request: Request
@@ -49,8 +49,8 @@ class OverloadWorld(World):
     def __init__(
         self, clock: VirtualClock, models: list[LoadedModel], limits: Limits, schedule: SchedulePolicy
     ) -> None:
-        self.refusals: dict[int, Refusal] = {}
-        self._open: list[Refusal] = []  # those whose `actual_s` is not known yet
+        self.refusals: dict[int, RefusedRequest] = {}
+        self._open: list[RefusedRequest] = []  # those whose `actual_s` is not known yet
         self._tiers = limits.tiers
         super().__init__(clock, models, limits, schedule, record=False)
 
@@ -95,7 +95,7 @@ class OverloadWorld(World):
         return predict(request, seen, weight, self.clock()).refusal(request)
 
     def _refuse(self, request: Request, after: float, at: float) -> None:
-        refusal = Refusal(request, at, after)
+        refusal = RefusedRequest(request, at, after)
         self.refusals[request.id] = refusal
         self._open.append(refusal)
 
