@@ -88,7 +88,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     """One model to serve. `path` is a directory in the Hugging Face layout.
 
     `exclude`: matrices that `quantise` leaves in a wider format, as a ladder names them. `draft`: the model
-    of the same engine that drafts for this one where `speculate` is `auto`.
+    of the same engine that drafts for this one where `speculate` is `auto`. `usual_tokens`: of a long answer,
+    as a ladder measured it; 0: unknown.
 
     The path `null` is the null model, whose steps take no time; with `null:20` they take 20 milliseconds.
     """
@@ -99,6 +100,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     quantise: Quantise | None = None
     exclude: tuple[str, ...] = ()
     draft: str | None = None
+    usual_tokens: int = 0
 
     @property
     def null_ms(self) -> float | None:
@@ -302,9 +304,7 @@ class ServeConfig(HttpConfig, frozen=True, kw_only=True):
     ] = 0
     prefer: Annotated[
         Preference,
-        Meta(
-            description="what counts among variants that would be on time: `quality`, `energy` or `latency`"
-        ),
+        Meta(description="what counts among variants that are on time: `quality`, `energy` or `latency`"),
     ] = "quality"
     tenants_prefer: Annotated[
         dict[str, Preference], Meta(description="the same, as a table of tenant = preference")

@@ -316,7 +316,8 @@ class EngineHealth(Struct, frozen=True, kw_only=True):
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
     """A loaded model. `kernels` names the kernels that compute it, and the reason; `kv_why` is the reason for
-    the size of its KV cache. `revision` changes when the checkpoint does."""
+    the size of its KV cache. `revision` changes when the checkpoint does. `usual_tokens`: of a long answer,
+    as a ladder measured it; 0: unknown."""
 
     name: str
     path: str
@@ -334,6 +335,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     load_s: float
     kernels: str = ""
     kv_why: str = ""
+    usual_tokens: int = 0
     revision: str = ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 from time import process_time
 
-from stretto.ladder.price import EVERY_S, FULL, HORIZON_S, KEPT, TimePrice, WorkOption
+from stretto.ladder.price import EVERY_S, FULL, HORIZON_S, KEPT, LONGEST_S, TimePrice, WorkOption
 
 TOP, LIGHT = WorkOption(1000.0, 0.9), WorkOption(100.0, 0.6)
 
@@ -21,14 +21,19 @@ def at_rate(per_second: float, options: tuple[WorkOption, ...] = (TOP, LIGHT)) -
     return price
 
 
+def seen(price: TimePrice, now: float) -> float:
+    price.update(now)
+    return price.value()
+
+
 def test_time_is_free_while_the_best_variants_fit() -> None:
-    assert at_rate(0.5).value(30.0) == 0.0
-    assert TimePrice().value(5.0) == 0.0
+    assert seen(at_rate(0.5), 30.0) == 0.0
+    assert seen(TimePrice(), 5.0) == 0.0
 
 
 def test_of_equal_requests_as_many_take_the_better_variant_as_fit() -> None:
     price = at_rate(2.0)
-    chosen = [taken(price.value(30.0), (TOP, LIGHT)) for _ in range(100)]
+    chosen = [taken(seen(price, 30.0), (TOP, LIGHT)) for _ in range(100)]
     work_ms = sum(option.work_ms for option in chosen)
     assert abs(work_ms / (100 / 2.0 * 1e3) - FULL) < 0.03
     assert chosen[:50].count(TOP) in range(chosen.count(TOP) // 2 - 1, chosen.count(TOP) // 2 + 2)
@@ -39,9 +44,9 @@ def test_of_different_requests_those_gain_most_that_need_the_better_variant() ->
     asked = [(WorkOption(1000.0, rng.random()), WorkOption(100.0, 0.1)) for _ in range(60)]
     for number, options in enumerate(asked):
         price.offer(10.0 + number / 3, options)  # 3 requests a second: 3 s of work for the top in each second
-    value = price.value(30.0)
+    value = seen(price, 30.0)
     chosen = [taken(value, options) for options in asked]
-    assert taken(price.value(30.0), asked[0]) == chosen[0]
+    assert taken(seen(price, 30.0), asked[0]) == chosen[0]
     work_s = sum(option.work_ms for option in chosen) / 1e3
     assert 0.6 * FULL * HORIZON_S < work_s < 1.1 * FULL * HORIZON_S
     gains = [options[0].quality for options in asked]
@@ -50,14 +55,14 @@ def test_of_different_requests_those_gain_most_that_need_the_better_variant() ->
 
 
 def test_an_overload_beyond_all_variants_takes_the_lightest() -> None:
-    assert taken(at_rate(100.0).value(30.0), (TOP, LIGHT)) == LIGHT
+    assert taken(seen(at_rate(100.0), 30.0), (TOP, LIGHT)) == LIGHT
 
 
 def test_old_requests_are_forgotten_and_memory_is_bounded() -> None:
     price = at_rate(50.0)
-    assert price.value(30.0) > 0.0
-    assert price.value(30.0 + EVERY_S / 2) > 0.0, "kept until the next look"
-    assert price.value(31.0 + HORIZON_S) == 0.0
+    assert seen(price, 30.0) > 0.0
+    assert seen(price, 30.0 + EVERY_S / 2) > 0.0, "kept until the next look"
+    assert seen(price, 31.0 + LONGEST_S) == 0.0
     assert len(price._recent) <= KEPT  # pyright: ignore[reportPrivateUsage]
 
 
@@ -66,6 +71,6 @@ def test_a_new_price_takes_little_time() -> None:
     best = 1.0
     for round_ in range(10):
         started = process_time()
-        price.value(30.0 + round_)
+        seen(price, 30.0 + round_)
         best = min(best, process_time() - started)
     assert best < 5e-3

@@ -10,6 +10,9 @@ import pytest
 
 from stretto.config import EngineConfig, ModelConfig, ServeConfig
 from stretto.engine.client import EngineClient
+from stretto.engine.scheduler.lengths import DEFAULT_LENGTH
+from stretto.engine.scheduler.types import History
+from stretto.engine.step_time import StepTime
 from stretto.errors import CheckpointError, StartError
 from stretto.ladder import serving
 from stretto.ladder.locate import locate, locate_variants
@@ -94,3 +97,10 @@ def test_a_server_presents_the_ladder_and_its_variants(folder: Path) -> None:
     assert server.model(None).name == "tiny" and server.model("tiny").info.name == "tiny:full"
     reported = {info.name: info.blocks for info in server.report().models}
     assert reported["tiny"] == 0 and len(reported) == 4
+
+
+def test_the_engine_expects_answers_as_long_as_the_ladder_measured(folder: Path) -> None:
+    engine, _ = locate_variants(config(ModelConfig(name="tiny", path=str(folder))), None)
+    assert {model.usual_tokens for model in engine.models} == {8}
+    assert History.of(StepTime(), 8).lengths.predict("default") == 8
+    assert History.of(StepTime(), 0).lengths.predict("default") == DEFAULT_LENGTH

@@ -128,7 +128,7 @@ class EngineCore:
                 runner=model.runner,
                 pool=BlockPool(model.runner.info.blocks, model.runner.info.block_size, share=share),
                 slots=list(range(limits.max_running - 1, -1, -1)),
-                history=History(model.times),
+                history=History.of(model.times, model.runner.info.usual_tokens),
                 speculation=model.speculation,
             )
             for model in models

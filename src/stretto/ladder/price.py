@@ -14,10 +14,12 @@ from itertools import islice
 from typing import NamedTuple
 
 HORIZON_S = 20.0  # of recent requests
+FEWEST = 32  # of them count even if they are older
+LONGEST_S = 300.0  # but never for longer than this
 KEPT = 256  # requests
 SAMPLED = 48  # of them, for one price
 EVERY_S = 0.25  # between two prices
-FULL = 0.85  # of the time may be taken; the rest is for what cannot be foreseen
+FULL = 0.7  # of the time may be taken; the rest is for what cannot be foreseen
 HALVINGS = 10  # of the interval that holds the price
 
 
@@ -42,13 +44,17 @@ class TimePrice:
         """Record a request and the variants that may answer it."""
         self._recent.append((now, options))
 
-    def value(self, now: float) -> float:
-        """The price for a request that comes now; 0 while the best variants for all recent requests fit into
-        `FULL` of the time. Where many requests would change their variant at one price, only so many do that
-        the rest of the time is used: they see a little less than the price."""
+    def update(self, now: float) -> None:
+        """Work the price out again, if that was not done in the last `EVERY_S`. It takes up to a millisecond,
+        so no request should wait for it."""
         if now >= self._set_at + EVERY_S:
             self._set_at = now
             self._prices = self._least(now)
+
+    def value(self) -> float:
+        """The price for the next request; 0 while the best variants for all recent requests fit into
+        `FULL` of the time. Where many requests would change their variant at one price, only so many do that
+        the rest of the time is used: they see a little less than the price."""
         low, high = self._prices
         if low == high:
             return high
@@ -60,14 +66,15 @@ class TimePrice:
 
     def _least(self, now: float) -> tuple[float, float]:
         """The largest price at which the recent requests do not fit, and the least one at which they do."""
-        while self._recent and self._recent[0][0] < now - HORIZON_S:
-            self._recent.popleft()
-        count = len(self._recent)
+        recent = self._recent
+        while recent and recent[0][0] < now - (HORIZON_S if len(recent) > FEWEST else LONGEST_S):
+            recent.popleft()
+        count = len(recent)
         if not count:
             return 0.0, 0.0
-        span = HORIZON_S if count < KEPT else max(now - self._recent[0][0], 1e-3)
+        span = max(now - recent[0][0], HORIZON_S if count < KEPT else 1e-3)
         stride = -(-count // SAMPLED)
-        sample = [options for _, options in islice(self._recent, 0, None, stride)]
+        sample = [options for _, options in islice(recent, 0, None, stride)]
         fits = FULL * 1e3 * span * len(sample) / count
         low, high = 0.0, 1.001 * max(_dearest(options) for options in sample)
         more, less = _work(sample, low), _work(sample, high)

@@ -66,6 +66,7 @@ def read(model: ModelConfig, device: str) -> ServedLadder:
             path=str((folder / variant.path).resolve()),
             quantise=variant.quantise,
             exclude=variant.exclude,
+            usual_tokens=variant.lengths.p90,
             draft=f"{model.name}:{drafting.name}" if drafting and drafting.path != variant.path else None,
         )
         for variant in ladder.variants

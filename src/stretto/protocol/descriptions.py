@@ -255,6 +255,7 @@ FIELDS: dict[str, str] = {
     "total_tokens": "Tokens of prompt and answer.",
     "prompt_tokens_details": "Parts of the prompt's tokens.",
     "stretto": "What Stretto measured for this answer.",
+    "usual_tokens": "Tokens of a long answer, as a ladder measured it. 0: unknown.",
     "variant": "Which variant of the model answered.",
     "variant_reason": "Why this variant of a ladder answered. Absent when the request named the model. "
     "`best`: none is better by the preference. `deadline`: better ones would be late. `floor`: better ones "

@@ -188,8 +188,10 @@ def test_more_work_than_the_top_can_do_goes_to_lighter_variants() -> None:
     for number in range(400):  # 20 a second; the top does about 3
         placed = made.place(asked(arrival=NOW + number / 20, objective=Objective()), NOW + number / 20)
         models.append(placed.model)
+        made.reprice(NOW + number / 20)
     assert models[0] == "m:full"
     assert set(models[-100:]) <= {"m:int8", "m:small"}
+    made.reprice(NOW + 100)
     assert made.place(asked(arrival=NOW + 100, objective=Objective()), NOW + 100).model == "m:full"
 
 

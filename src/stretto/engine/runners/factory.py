@@ -260,6 +260,7 @@ class ModelLoader:
             blocks=kv.value.blocks,
             load_s=0.0,
             kv_why=kv.why,
+            usual_tokens=model.usual_tokens,
             revision=identity(Path(model.path)),
         )
 

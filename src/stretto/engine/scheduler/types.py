@@ -14,7 +14,7 @@ from msgspec import Struct
 from stretto.config import TIERS, Tier
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.fairness import Fairness
-from stretto.engine.scheduler.lengths import AnswerLengths, ArrivalRate
+from stretto.engine.scheduler.lengths import DEFAULT_LENGTH, AnswerLengths, ArrivalRate
 from stretto.engine.sequence import Rank, Sequence
 from stretto.engine.step_time import StepCost, StepLoad, StepTime
 
@@ -52,6 +52,11 @@ class History:
     fairness: Fairness = field(default_factory=Fairness)
     lengths: AnswerLengths = field(default_factory=AnswerLengths)
     arrivals: ArrivalRate = field(default_factory=ArrivalRate)
+
+    @classmethod
+    def of(cls, times: StepTime, usual_tokens: int) -> History:
+        """Before any request. `usual_tokens`: of a long answer; 0: unknown."""
+        return cls(times, lengths=AnswerLengths(usual_tokens or DEFAULT_LENGTH))
 
 
 @dataclass(frozen=True, slots=True)

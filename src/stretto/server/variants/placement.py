@@ -5,6 +5,7 @@ It turns the router's answer into one of the pipeline: a placement, or an error 
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from stretto.errors import CannotBeOnTime, QualityOutOfReach, UnsupportedField
@@ -64,7 +65,9 @@ def _asked(
 
 
 def _chosen(call: Call, router: VariantRouter, asked: LadderRequest) -> VariantPlacement:
-    placed = router.place(asked, time.monotonic())
+    now = time.monotonic()
+    placed = router.place(asked, now)
+    asyncio.get_running_loop().call_soon(router.reprice, now)  # once the request is on its way
     if placed.model is None and placed.late:
         raise CannotBeOnTime(
             "no variant of this model can meet $.objective now; try again later, or ask for more time",

@@ -146,7 +146,7 @@ class VariantRouter:
             preference=asked.prefer,
             elapsed_ms=(now - asked.arrival) * 1e3,
         )
-        choice = choose(candidates, need, self._price.value(now))
+        choice = choose(candidates, need, self._price.value())
         self._price.offer(now, _options(choice, floor))
         return self._placed(asked, choice, expected, floor)
 
@@ -159,6 +159,10 @@ class VariantRouter:
             return Expectation(described, quality, quality, None)
         better = {model: guidance.corrected(model, each) for model, each in quality.items()}
         return Expectation(described, quality, better, guidance)
+
+    def reprice(self, now: float) -> None:
+        """Let the price of machine time follow the load. To be called after a choice, when nobody waits."""
+        self._price.update(now)
 
     def _able(self, asked: LadderRequest) -> dict[str, Variant]:
         """The variants that may answer, by the engine's names: their context holds prompt and answer."""
