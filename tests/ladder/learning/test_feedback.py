@@ -158,6 +158,17 @@ def test_of_too_many_texts_the_oldest_go_and_their_rewards_stay() -> None:
     assert kept[0].reward == Reward(0.5)
 
 
+def test_the_texts_of_all_tenants_together_are_bounded() -> None:
+    made = learner(FeedbackLimits(texts=1000, all_texts=2000))
+    for number in range(8):
+        for tenant in ("ann", "bob", "eve"):
+            made.remember(tenant, str(number), choice(prompt=KeptPrompt(text="x" * 120)), number)
+            made.reward(tenant, str(number), Reward(0.5), number)
+    kept = {tenant: sum(each.text_size for each in made.rewarded(tenant)) for tenant in ("ann", "bob", "eve")}
+    assert 1200 < sum(kept.values()) <= 2000 and min(kept.values()) > 300
+    assert all(len(made.rewarded(tenant)) == 8 for tenant in kept)
+
+
 def test_a_tenant_with_many_choices_drives_out_its_own() -> None:
     made = learner(FeedbackLimits(choices=100, waiting=1000))
     made.remember("small", "1", choice(), 0.0)
@@ -191,7 +202,7 @@ def test_the_summary_counts_by_variant() -> None:
     assert found["tiny"].expected == pytest.approx(0.6)
 
 
-LIMITS = FeedbackLimits(choices=12, waiting=6, rewarded=4, texts=300, wait_s=5.0, keep_s=20.0)
+LIMITS = FeedbackLimits(choices=12, waiting=6, rewarded=4, texts=300, all_texts=500, wait_s=5.0, keep_s=20.0)
 TENANTS = st.sampled_from(["ann", "bob", "eve"])
 IDS = st.sampled_from(list("abcdefghij"))
 

@@ -78,14 +78,15 @@ class FeedbackLimits(Struct, frozen=True, kw_only=True):
     """How much is kept, and how long.
 
     `choices`: of all tenants together; `waiting` and `rewarded`: of one tenant, without and with a reward.
-    `texts`: characters of one tenant's prompts and answers. `wait_s`: how long a choice waits for its reward;
-    `keep_s`: how long it is kept with one.
+    `texts`: characters of one tenant's prompts and answers; `all_texts`: of those of all. `wait_s`: how long
+    a choice waits for its reward; `keep_s`: how long it is kept with one.
     """
 
     choices: int = 32_768
     waiting: int = 8192
     rewarded: int = 2048
     texts: int = 8 * 2**20
+    all_texts: int = 64 * 2**20
     wait_s: float = 86_400.0
     keep_s: float = 30 * 86_400.0
 
@@ -145,9 +146,10 @@ class _TenantChoices:
                     break
                 self.take(kept.request_id, held)
         if self.texts > limits.texts:
-            self._drop_texts(limits.texts * 9 // 10)  # a tenth more, so that not every choice comes here
+            self.drop_texts(limits.texts * 9 // 10)  # a tenth more, so that not every choice comes here
 
-    def _drop_texts(self, most: int) -> None:
+    def drop_texts(self, most: int) -> None:
+        """Keep at most so many characters: the newest."""
         for kept in list(merge(self.waiting.values(), self.rewarded.values(), key=_at)):
             if self.texts <= most:
                 return
@@ -182,6 +184,8 @@ class FeedbackStore:
             before = len(most)
             most.take_oldest()
             self._counted(largest, before)
+        if choice.prompt is not None:
+            self._bound_texts()
 
     def reward(self, tenant: str, request_id: str, reward: Reward, now: float) -> KeptReward:
         """Keep a reward with the newest choice of that id, in place of an earlier reward.
@@ -206,6 +210,8 @@ class FeedbackStore:
         own.put(kept)
         own.trim(self._limits, now)
         self._counted(tenant, before)
+        if reward.corrected_answer is not None:
+            self._bound_texts()
         return KeptReward(kept, replaced)
 
     def rewarded(self, tenant: str) -> list[KeptChoice]:
@@ -233,6 +239,12 @@ class FeedbackStore:
         self._counted(tenant, before)
         return gone
 
+    def _bound_texts(self) -> None:
+        """Of too many texts of all tenants, drop the oldest of the tenant with the most."""
+        while sum(own.texts for own in self._tenants.values()) > self._limits.all_texts:
+            largest = max(self._tenants.values(), key=_texts)
+            largest.drop_texts(largest.texts * 9 // 10)
+
     def _counted(self, tenant: str, before: int) -> None:
         """Count the change of one tenant's choices, and forget a tenant that has none."""
         own = self._tenants.get(tenant)
@@ -241,4 +253,4 @@ class FeedbackStore:
             del self._tenants[tenant]
 
 
-_at = attrgetter("at")
+_at, _texts = attrgetter("at"), attrgetter("texts")
