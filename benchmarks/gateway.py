@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -35,9 +35,9 @@ from stretto import terminal
 from stretto.bench.metrics import LoadReport
 
 CASES = (
-    Case("TTFT added, c = 1", 1, 100, 8, 0, "<= 1 ms"),
-    Case("TTFT added, c = 32", 32, 128, 32, 10, "<= 5 ms"),
-    Case("streamed tokens/s, c = 32", 32, 32, 500, 0, ">= 20,000"),
+    Case("c=1", 1, 100, 8, 0, "<= 1 ms"),
+    Case("c=32", 32, 128, 32, 10, "<= 5 ms"),
+    Case("stream", 32, 32, 500, 0, ">= 20,000"),
 )
 READY_S = 90.0
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -170,7 +170,7 @@ def cpu_s(processes: tuple[int, ...]) -> float:
 
 
 @contextmanager
-def proxied(name: str, command: Command, program: str, workers: dict[int, str]) -> Iterator[Front | None]:
+def proxied(name: str, command: Command, program: str, workers: dict[int, str]) -> Generator[Front | None]:
     """One proxy process for each worker. Yields None when one does not become ready."""
     with tempfile.TemporaryDirectory() as folder:
         ports = {step: free_port() for step in workers}
@@ -249,8 +249,8 @@ def compare(fronts: list[Front], prompts: Path, rounds: int) -> list[FrontFigure
 
 def show(figures: list[FrontFigure]) -> None:
     """Print the table."""
-    heads = ("TTFT added p50 ms", "TTFT p99", "max", "tokens/s", "CPU us/request", "us/token", "failed")
-    table = Table("case", "front", *heads, box=None)
+    heads = ("added p50 ms", "p99", "max", "tok/s", "CPU us/req", "us/tok", "failed")
+    table = Table("TTFT of", "front", *heads, box=None)
     for each in figures:
         cpu = [
             "" if value is None else f"{value:,.0f}" if value > 100 else f"{value:.1f}"

@@ -23,9 +23,11 @@ from typing import cast
 from msgspec import structs
 
 from stretto.bench import traces
+from stretto.deadlines import Deadline
 from stretto.engine.scheduler.admission import Outlook, snapshot
 from stretto.engine.sequence import Sequence as EngineSequence
 from stretto.gateway.routing.router import Ask, Method, Router, WorkerView
+from stretto.simulator import upper_bound
 from stretto.simulator.replay import Outcomes, TraceWorld, capacity
 from stretto.simulator.report import RequestOutcome, by_tier
 from stretto.simulator.setting import PREFIX_BLOCK, Arrival, Setting, planned, within
@@ -39,8 +41,8 @@ BLOCK = 16  # tokens of a KV block of the null model
 class CountingWorld(TraceWorld):
     """One engine in virtual time that counts the tokens of prompts, and those in the prefix cache."""
 
-    def __init__(self, setting: Setting, outcomes: Outcomes) -> None:
-        super().__init__(setting, outcomes, share=True)
+    def __init__(self, setting: Setting, outcomes: Outcomes, *, share: bool) -> None:
+        super().__init__(setting, outcomes, share=share)
         self.asked = self.cached = 0
 
     def observe(self, events: list[TokenEvent], stats: StepStats | None) -> None:
@@ -56,8 +58,8 @@ class CountingWorld(TraceWorld):
 class SimulatedWorker:
     """One engine in virtual time, and the gateway's view of it."""
 
-    def __init__(self, name: str, setting: Setting, outcomes: Outcomes) -> None:
-        self.world = CountingWorld(setting, outcomes)
+    def __init__(self, name: str, setting: Setting, outcomes: Outcomes, *, share: bool) -> None:
+        self.world = CountingWorld(setting, outcomes, share=share)
         pieces = setting.blocks * BLOCK // PREFIX_BLOCK
         self.view = WorkerView(name, outlooks={"null": Outlook(setting.tiers)}, pieces=pieces)
         self._outcomes = outcomes
@@ -86,7 +88,9 @@ class SimulatedWorker:
 def run(route: Method, load: list[tuple[Request, Arrival]], setting: Setting, workers: int) -> list[str]:
     """Replay the load over the workers with one route; returns its row."""
     outcomes = {request.id: RequestOutcome.of(request) for request, _ in load}
-    pool = {f"w{number}": SimulatedWorker(f"w{number}", setting, outcomes) for number in range(workers)}
+    share = any(arrival.prefix for _, arrival in load)  # without prefixes all prompts would look alike
+    names = [f"w{number}" for number in range(workers)]
+    pool = {name: SimulatedWorker(name, setting, outcomes, share=share) for name in names}
     router = Router(route, Random(1).randrange)
     router.workers = {name: worker.view for name, worker in pool.items()}
     deciding = 0.0
@@ -147,6 +151,30 @@ def reuse_of_one_cache(load: Sequence[tuple[Request, Arrival]], pieces: float) -
     return held / asked
 
 
+def most_on_time(load: Sequence[tuple[Request, Arrival]], setting: Setting, workers: int) -> float:
+    """The share of the timed requests that no placement exceeds: all workers are taken for one machine that
+    is as fast as they are together, steps cost nothing of their own, and one cache without limits holds all
+    that came before. Only a request's own prompt must be read by one worker."""
+    cost, seen, timed, works = setting.cost, set[int](), 0, list[upper_bound.Work]()
+    for request, arrival in load:
+        keys = keys_of(arrival)
+        known = next((index for index, key in enumerate(keys) if key not in seen), len(keys))
+        seen.update(keys)
+        if not request.objective.timed:
+            continue
+        timed += 1
+        length = len(request.prompt)
+        cached = min(known * PREFIX_BLOCK, length - 1)
+        tokens = min(arrival.output_tokens, setting.context - length)
+        deadline = Deadline.of(request.arrival, request.objective)
+        prefill_s = cost.prefill(cached, length - cached) / 1e3
+        if request.arrival + prefill_s <= deadline.of_token(0):
+            seconds = prefill_s + (tokens - 1) * cost.row(length + tokens // 2) / 1e3
+            last = deadline.of_token(tokens - 1)
+            works.append(upper_bound.Work(request.arrival, last, seconds / workers))
+    return upper_bound.most_on_time(works) / timed
+
+
 def main() -> None:
     """Run the routes and print the table."""
     parser = argparse.ArgumentParser(
@@ -169,6 +197,7 @@ def main() -> None:
         f"load {options.load}; one cache without limits would hold {reuse_of_one_cache(load, inf):.1%} of "
         f"the prompts, one as large as all workers' {reuse_of_one_cache(load, pieces):.1%}"
     )
+    print(f"no placement has more than {most_on_time(load, setting, options.workers):.1%} on time")
     heads = ("route", "on time", "goodput/s", "TTFT p50 s", "p99", "max", "cached", "refused", "us a choice")
     print(("{:>12}" * len(heads)).format(*heads))
     for route in options.routes.split(","):
