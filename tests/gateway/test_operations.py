@@ -87,7 +87,9 @@ async def test_settings_reload_on_sighup_without_a_lost_stream(checkpoint: Path,
         assert (await client.post(CHAT, json=ASK)).status_code == 401, "keys are needed now"
         await wait_for(lambda: all(each.view.usable for each in gateway.registry.workers.values()))
         assert (await client.post(CHAT, json=ASK, headers={"x-api-key": "k"})).status_code == 200
-        assert gateway.relay.budget.share == 0.5 and gateway.ledger.accounts.prices["tiny"].output == 1.0
+        assert (
+            gateway.relay.hedging.budget.share == 0.5 and gateway.ledger.accounts.prices["tiny"].output == 1.0
+        )
         assert [each.view.site for each in gateway.registry.workers.values()] == ["", "edge"]
         write('workers = ["{1}"]\nport = 0\ndrain = 0.3\nroute = "round-robin"\n')
         os.kill(os.getpid(), signal.SIGHUP)

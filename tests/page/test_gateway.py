@@ -119,6 +119,19 @@ async def test_a_tenant_sees_itself_alone_and_its_limits(
             assert "bob" not in await page.inner_text("body")
 
 
+async def test_links_are_fetched_with_the_key(
+    tab: Any, checkpoint: Path, keys: dict[str, str], complaints: list[str]
+) -> None:
+    async with loaded(checkpoint, keys) as (client, _):
+        async with opened(tab, client, keys["operator"], complaints) as page:
+            async with page.expect_download() as saved:
+                await page.click("text=Usage (CSV)")
+            download = await saved.value
+            assert download.suggested_filename == "usage.csv"
+            text = Path(await download.path()).read_text()
+            assert text.startswith("day,tenant,model,") and ",acme,tiny," in text
+
+
 async def test_problems_of_the_key_file_are_shown_to_operators(
     tab: Any, checkpoint: Path, keys: dict[str, str], complaints: list[str]
 ) -> None:

@@ -224,7 +224,8 @@ class Gateway(Starlette):
 
     def _facts(self) -> tuple[str, list[str]]:
         """The method of routing, and what an operator should mend in the key file and the settings."""
-        return self.config.route, [error for error in (self.ledger.error, self.reloader.error) if error]
+        errors = (self.ledger.error, self.ledger.shared_error, self.reloader.error)
+        return self.config.route, [error for error in errors if error]
 
     async def _take(self, config: GatewayConfig) -> None:
         """Takes over other settings; all that may be wrong with them comes first. Raises StartError."""
@@ -238,7 +239,7 @@ class Gateway(Starlette):
     async def shutdown(self, grace_s: float) -> None:
         """Leaves all workers, and saves the usage."""
         self.registry.close()
-        self.ledger.close()
+        await self.ledger.close()
         await self.answers.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -49,7 +49,11 @@ class GatewayConfig(HttpConfig, frozen=True, kw_only=True):
         ),
     ] = ""
     gateways: Annotated[
-        int, Meta(ge=1, description="gateways that share the limits of the keys; each gives out its part")
+        int,
+        Meta(
+            ge=1,
+            description="gateways that share the limits of the keys without `redis`; each gives out its part",
+        ),
     ] = 1
     prices: Annotated[
         dict[str, Price],
@@ -91,6 +95,7 @@ class GatewayConfig(HttpConfig, frozen=True, kw_only=True):
             usage_file=self.usage_file,
             prices=self.prices,
             share=1 / self.gateways,
+            redis=self.redis,
         )
 
     @property

@@ -194,12 +194,12 @@ def test_reading_the_keys_again_keeps_use_and_names_what_is_gone():
 
 def test_several_gateways_give_out_their_share():
     made = accounts(record("k", limits=("requests=4/day",)))
-    made.share(0.25)
+    made.share(0.25, 0.25)
     account = find(made, "k")
     made.admit(account, work(), at())
     with pytest.raises(BudgetExceeded, match="1 of 1 used"):
         made.admit(account, work(), at())
-    made.share(0.5)
+    made.share(0.5, 0.5)
     made.admit(account, work(), at())
 
 
@@ -232,7 +232,7 @@ def settings(**rest: Any) -> KeySettings:
     return KeySettings(**usual | {"share": 1.0} | rest)
 
 
-def test_usage_and_spent_budgets_outlive_a_restart(tmp_path: Path):
+async def test_usage_and_spent_budgets_outlive_a_restart(tmp_path: Path):
     file = tmp_path / "keys.json"
     from_file = settings(keys_file=str(file), usage_file=str(tmp_path / "usage.json"))
     book = KeyBook(keys=(record("k", limits=("tokens=1000/month", "tokens=50/ever", "tokens=1/minute")),))
@@ -243,14 +243,14 @@ def test_usage_and_spent_budgets_outlive_a_restart(tmp_path: Path):
     charge.settle(Tally(prompt_tokens=40, completion_tokens=20), "m")
     with pytest.raises(StartError, match="another gateway keeps its usage"):
         Ledger(from_file, lambda ids: None, at)
-    first.close()
+    await first.close()
     second = Ledger(from_file, lambda ids: None, lambda: at(5.0))
     account = second.accounts.find(with_key("k"), at())
     with pytest.raises(BudgetExceeded, match="tokens=50/ever"):
         second.accounts.admit(account, work(), at(120.0))
     assert [each.used for each in second.accounts.limits(account, at(5.0))][:2] == [60, 60]
     assert [row.prompt_tokens for row in second.usage.rows("acme")] == [40]
-    second.close()
+    await second.close()
     (tmp_path / "usage.json").write_text("{")
     with pytest.raises(StartError, match=r"usage\.json is no usage file"):
         Ledger(from_file, lambda ids: None, at)

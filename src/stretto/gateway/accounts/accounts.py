@@ -127,7 +127,9 @@ class Accounts:
     def __init__(self, prices: Mapping[str, Price], share: float = 1.0) -> None:
         self.prices = prices
         self.locked = False  # whether a request needs a key
-        self._share = share
+        self.asked: dict[str, BudgetMeter] = {}  # by name, since somebody emptied it
+        self._used: dict[str, tuple[str, BudgetMeter]] = {}  # all that were ever asked, with their owners
+        self._shares = (share, share)  # of rates, and of budgets
         self._by_hash: dict[str, Account] = {}
         self._by_id: dict[str, Account] = {}
         self._tenants: dict[str, list[Meter]] = {}
@@ -216,8 +218,9 @@ class Accounts:
             "cost": cost,
             "joules": joules,
         }
-        for _, meters in self._owned(account):
+        for owner, meters in self._owned(account):
             for meter in meters:
+                self._note(owner, meter)
                 quantity = meter.limit.quantity
                 meter.settle(bill.reserved[quantity], actual[quantity], bill.since, now)
         if tally.completion_tokens:
@@ -245,34 +248,40 @@ class Accounts:
             for meter in meters
         ]
 
-    def share(self, share: float) -> None:
-        """This gateway may give out another part of each limit from now on."""
-        self._share = share
+    def share(self, rates: float, budgets: float) -> None:
+        """This gateway may give out other parts of the limits from now on."""
+        self._shares = (rates, budgets)
         for meter in self._all():
-            meter.change(meter.limit, share)
+            share = self._share_of(meter.limit)
+            if meter.share != share:
+                meter.change(meter.limit, share)
 
     def spent(self) -> tuple[SpentBudget, ...]:
         """What is spent of each budget, to be saved."""
-        owners: list[tuple[Owner, Iterable[Meter]]] = [
-            (("key", name), account.meters) for name, account in self._by_id.items()
-        ]
-        owners += [(("tenant", name), meters) for name, meters in self._tenants.items()]
         return tuple(
             SpentBudget(
-                owner=" ".join(owner),
+                owner=owner,
                 quantity=meter.limit.quantity,
                 period=meter.limit.period,
                 start=None if meter.window.start == -inf else meter.window.start,
                 spent=meter.spent,
             )
-            for owner, meters in owners
-            for meter in meters
-            if isinstance(meter, BudgetMeter) and meter.window is not None and meter.spent
+            for owner, meter in self._used.values()
+            if meter.window is not None and meter.spent
         )
 
     def restore(self, budgets: Sequence[SpentBudget]) -> None:
         """Takes over what was saved. Call it before `load`."""
         self._spent = dict(spent_of(budgets))
+
+    def _share_of(self, limit: KeyLimit) -> float:
+        return self._shares[0] if limit.rate else self._shares[1]
+
+    def _note(self, owner: Owner, meter: Meter) -> None:
+        if isinstance(meter, BudgetMeter):
+            name = f"{owner[0]} {owner[1]}:{meter.limit.quantity}:{meter.limit.period}"
+            self.asked[name] = meter
+            self._used[name] = " ".join(owner), meter
 
     def _owned(self, account: Account) -> list[tuple[Owner, list[Meter]]]:
         tenant = self._tenants.get(account.tenant, [])
@@ -295,12 +304,14 @@ class Accounts:
         kept = {(meter.limit.quantity, meter.limit.period): meter for meter in old}
         meters: list[Meter] = []
         for limit in limits:
-            meter = kept.get((limit.quantity, limit.period)) or meter_of(limit, self._share)
-            meter.change(limit, self._share)
+            share = self._share_of(limit)
+            meter = kept.get((limit.quantity, limit.period)) or meter_of(limit, share)
+            meter.change(limit, share)
             saved = self._spent.pop((" ".join(owner), limit.quantity, limit.period), None)
             if saved is not None and isinstance(meter, BudgetMeter):
                 wall = 0.0 if saved.start is None else saved.start
                 meter.window, meter.spent = window_of(limit.period, wall), saved.spent
+                self._note(owner, meter)
             meters.append(meter)
         return meters
 
@@ -315,6 +326,7 @@ class Accounts:
     ) -> None:
         """Raises RateLimited or BudgetExceeded when a limit has no room, NotAllowed when nobody knows."""
         limit = meter.limit
+        self._note(owner, meter)
         if not price.tells(limit.quantity):
             raise NotAllowed(
                 f"the limit {limit} of {' '.join(owner)} needs a price of the model {work.model!r}; "

@@ -19,6 +19,7 @@ from stretto.gateway.accounts.accounts import Account, Accounts, Bill, Demand, P
 from stretto.gateway.accounts.keys import KeyBook, KeyFile
 from stretto.gateway.accounts.limits import Now
 from stretto.gateway.accounts.prices import Price
+from stretto.gateway.accounts.shared import SharedSpending
 from stretto.gateway.accounts.usage import Saved, Tally, UsageFile, UsageTable
 from stretto.types import Request
 
@@ -42,6 +43,7 @@ class KeySettings(Struct, frozen=True):
     usage_file: str
     prices: Mapping[str, Price]
     share: float
+    redis: str = ""
 
 
 class Ledger:
@@ -50,6 +52,7 @@ class Ledger:
     def __init__(self, settings: KeySettings, revoked: Revoked, now: Callable[[], Now] = clock) -> None:
         """Raises StartError for a file that cannot be read."""
         self.error = ""  # what is wrong with the key file now
+        self._unsaved = False
         self.now = now
         self.accounts = Accounts(settings.prices, settings.share)
         self._settings = settings
@@ -59,30 +62,39 @@ class Ledger:
         self._book = KeyBook() if self._keys is None else self._keys.read()
         self._usage_file = UsageFile(Path(settings.usage_file)) if settings.usage_file else None
         saved = Saved() if self._usage_file is None else self._usage_file.read()
-        self._saved = saved
-        self.usage = UsageTable(saved.rows)
-        self.accounts.restore(saved.budgets)
+        self._shared = SharedSpending(settings.redis, settings.operator) if settings.redis else None
+        self.usage = UsageTable(row for rows in saved.days.values() for row in rows)
+        if self._shared is None:
+            self.accounts.restore(saved.budgets)
+        else:
+            self.accounts.share(settings.share, 1.0)  # Redis knows what is spent
         self._take(self._prepare())
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begins to watch the key file and to save the usage."""
-        self._task = asyncio.create_task(self._run())
+        """Begins to watch the key file, to save the usage, and to share what is spent."""
+        self._tasks.append(asyncio.create_task(self._run()))
+        if self._shared is not None:
+            self._tasks.append(asyncio.create_task(self._exchange(self._shared)))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Saves the usage and lets go of its file."""
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        while self._tasks:
+            self._tasks.pop().cancel()
+        if self._shared is not None:
+            await self._shared.exchange(self.accounts.asked, self.now().wall)
+            await self._shared.close()
+            self._shared = None
         if self._usage_file is not None:
-            self._save()
+            await self._save(self._usage_file)
             self._usage_file.close()
             self._usage_file = None
 
     async def apply(self, settings: KeySettings) -> None:
         """Takes over other settings. The files stay those of the start."""
         self.accounts.prices = settings.prices
-        self.accounts.share(settings.share)
+        if self._shared is None:
+            self.accounts.share(settings.share, settings.share)
         self._settings = settings
         self._take(await asyncio.to_thread(self._prepare))
 
@@ -106,6 +118,11 @@ class Ledger:
         """The bill of a request that begins. `names_model`: it is one of those that choose a model."""
         return Charge(self, account, names_model)
 
+    def use(self, now: Now, tenant: str, model: str, tally: Tally) -> None:
+        """Adds to what a tenant has used."""
+        self._unsaved = True
+        self.usage.add(now.wall, tenant, model, tally)
+
     def _prepare(self) -> Prepared:
         return self.accounts.prepare(self._book, self._settings.plain, self._settings.operator)
 
@@ -115,16 +132,28 @@ class Ledger:
         if gone:
             self._revoked(gone)
 
-    def _save(self) -> None:
-        assert self._usage_file is not None
-        saved = Saved(rows=tuple(self.usage.rows()), budgets=self.accounts.spent())
-        if saved == self._saved:
+    async def _save(self, file: UsageFile) -> None:
+        if not self._unsaved:
             return
+        self._unsaved = False
         try:
-            self._usage_file.write(saved)
-            self._saved = saved
+            # A disk may take its time, and no stream waits for it.
+            await asyncio.to_thread(file.write, self.usage.encoded(), self.accounts.spent())
         except StartError as error:
+            self._unsaved = True
             log.error("the usage is not saved: %s", error.message)
+
+    @property
+    def shared_error(self) -> str:
+        """Why limits are not shared with other gateways now; empty when they are, or need not be."""
+        return "" if self._shared is None else self._shared.error
+
+    async def _exchange(self, shared: SharedSpending) -> None:
+        asked = self.accounts.asked
+        while True:
+            if await shared.exchange(asked, self.now().wall):
+                self.accounts.share(1 / shared.gateways, 1.0)
+            await asyncio.sleep(LOOK_S)
 
     async def _run(self) -> None:
         due = time.monotonic() + SAVE_S
@@ -132,7 +161,7 @@ class Ledger:
             await asyncio.sleep(LOOK_S)
             await self.look()
             if self._usage_file is not None and time.monotonic() >= due:
-                self._save()
+                await self._save(self._usage_file)
                 due = time.monotonic() + SAVE_S
 
 
@@ -160,6 +189,6 @@ class Charge:
             return Tally()
         ledger, now = self._ledger, self._ledger.now()
         whole = ledger.accounts.settle(self._bill, tally, now)
-        ledger.usage.add(now.wall, self.account.tenant, model, whole)
+        ledger.use(now, self.account.tenant, model, whole)
         self._bill = None
         return whole

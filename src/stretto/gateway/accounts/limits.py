@@ -156,9 +156,9 @@ class RateMeter:
 class BudgetMeter:
     """The meter of a budget. `spent` is what this gateway gave out in the window, reservations included.
 
-    A request may start while anything is left, so the last one may go beyond by its own size. `elsewhere` is
-    what other gateways gave out, when they share a ledger. The window moves on with the wall clock. When that
-    jumps back, the window follows and what is spent stays spent.
+    A request may start while anything is left, so the last one may go beyond by its size. The window moves on
+    with the wall clock. When that jumps back, the window follows and what is spent stays spent. When
+    gateways tell each other what they gave out, `elsewhere` is what others did.
     """
 
     limit: KeyLimit
@@ -166,6 +166,7 @@ class BudgetMeter:
     spent: float = 0.0
     elsewhere: float = 0.0
     window: CalendarWindow | None = None
+    seen: float = 0.0  # the wall clock when it was asked last
 
     @property
     def size(self) -> float:
@@ -202,6 +203,7 @@ class BudgetMeter:
 
     def _turn(self, wall: float) -> CalendarWindow:
         held = self.window
+        self.seen = wall
         if held is not None and held.start <= wall < held.end:
             return held
         if held is not None and wall >= held.end:

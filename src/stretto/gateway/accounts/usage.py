@@ -10,13 +10,14 @@ import csv
 import fcntl
 import io
 import os
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from msgspec import DecodeError, Struct, ValidationError, json
+from msgspec import DecodeError, Raw, Struct, ValidationError, json
 from msgspec.structs import fields
 
 from stretto.errors import StartError
@@ -66,7 +67,7 @@ class SpentBudget(Struct, frozen=True, kw_only=True):
 class Saved(Struct, frozen=True, kw_only=True):
     """The content of a usage file."""
 
-    rows: tuple[UsageRow, ...] = ()
+    days: dict[str, tuple[UsageRow, ...]] = {}
     budgets: tuple[SpentBudget, ...] = ()
     version: Literal[1] = 1
 
@@ -86,6 +87,7 @@ class UsageTable:
 
     def __init__(self, rows: Iterable[UsageRow] = ()) -> None:
         self._days: dict[str, dict[tuple[str, str], _Sum]] = {}
+        self._encoded: dict[str, Raw] = {}  # of the days that have not changed since
         for row in rows:
             values = {name: getattr(row, name) for name in _Sum.__slots__}
             self._days.setdefault(row.day, {})[row.tenant, row.model] = _Sum(**values)
@@ -97,6 +99,7 @@ class UsageTable:
         if rows is None:
             rows = self._days[day] = {}
             self._forget()
+        self._encoded.pop(day, None)
         key = (tenant, model) if (tenant, model) in rows or len(rows) < MOST_PER_DAY else (OTHER, OTHER)
         held = rows.setdefault(key, _Sum())
         held.requests += 1
@@ -116,9 +119,16 @@ class UsageTable:
             if tenant in (None, key[0])
         ]
 
+    def encoded(self) -> dict[str, Raw]:
+        """The rows of each day as JSON. Only days that have changed are encoded again."""
+        for day in self._days.keys() - self._encoded.keys():
+            self._encoded[day] = Raw(json.encode(self.rows(None, day, day)))
+        return dict(self._encoded)
+
     def _forget(self) -> None:
         days = sorted(self._days)
         while len(days) > DAYS or sum(map(len, self._days.values())) > MOST_ROWS:
+            self._encoded.pop(days[0], None)
             del self._days[days.pop(0)]
 
 
@@ -144,6 +154,7 @@ class UsageFile:
     def __init__(self, path: Path) -> None:
         """Raises StartError when the file cannot be written, or another gateway has it."""
         self.path = path
+        self._writing = threading.Lock()
         try:
             self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, MODE)
         except OSError as error:
@@ -169,9 +180,10 @@ class UsageFile:
                 f"{self.path} is no usage file: {error}; move it away to begin with no usage"
             ) from error
 
-    def write(self, saved: Saved) -> None:
+    def write(self, days: Mapping[str, Raw], budgets: Sequence[SpentBudget]) -> None:
         """Replaces the content. Raises StartError; then the old file is as it was."""
-        replace(self.path.resolve(), json.encode(saved))
+        with self._writing:  # an earlier write may still run in another thread
+            replace(self.path.resolve(), json.encode({"days": days, "budgets": budgets, "version": 1}))
 
     def close(self) -> None:
         """Lets another gateway have the file."""

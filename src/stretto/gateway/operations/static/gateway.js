@@ -233,6 +233,24 @@ function paint(theme) {
   try { localStorage.setItem("theme", theme); } catch { /* a private window keeps nothing */ }
 }
 
+/** A link cannot send a key, so the page fetches what it leads to. */
+async function fetched(event) {
+  if (!$("key").value.trim()) return;
+  event.preventDefault();
+  const link = event.currentTarget;
+  const response = await fetch(link.href, { headers: headers() }).catch(() => null);
+  const problem = !response ? "The gateway cannot be reached." : response.ok ? "" : (await refusal(response)).message;
+  $("action").hidden = !problem;
+  $("action").textContent = problem;
+  if (problem) return;
+  const save = document.createElement("a");
+  save.href = URL.createObjectURL(await response.blob());
+  save.download = link.dataset.name;
+  save.click();
+  URL.revokeObjectURL(save.href);
+}
+
+for (const link of document.querySelectorAll(".links a")) link.addEventListener("click", fetched);
 $("theme").addEventListener("click", () => paint(THEMES[(THEMES.indexOf(painted()) + 1) % THEMES.length]));
 $("key").addEventListener("change", () => { stop(); wake(); });
 paint(painted());
