@@ -14,6 +14,7 @@ from stretto.errors import Draining, EngineDied
 from stretto.gateway.app import Gateway
 from stretto.gateway.settings import GatewayConfig
 from stretto.http import serving
+from stretto.types import Reason
 from tests.gateway.cluster import ASK, CHAT, cluster, fake, running, text_of
 
 TOKENS = list(range(60, 72))
@@ -72,3 +73,15 @@ async def test_a_gateways_death_costs_only_its_own_streams_and_says_so(checkpoin
         async with asyncio.timeout(30):
             while engine.open:  # the worker has cancelled what nobody reads
                 await asyncio.sleep(0.02)
+
+
+async def test_what_one_worker_refuses_another_one_may_take(checkpoint: Path):
+    refusing, willing = fake(Reason.REFUSED), fake(*TOKENS)
+    async with cluster(checkpoint, refusing, willing, route="round-robin") as (client, gateway):
+        answers = [await client.post(CHAT, json=ASK) for _ in range(4)]
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert len(refusing.requests) == 2 and len(willing.requests) == 4
+        assert all(worker.view.usable for worker in gateway.registry.workers.values())
+    async with cluster(checkpoint, refusing, fake(Reason.REFUSED), route="round-robin") as (client, _):
+        answer = await client.post(CHAT, json=ASK)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "cannot_be_on_time")

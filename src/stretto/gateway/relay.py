@@ -204,8 +204,11 @@ class Relay:
                 raise self._nobody(ask.request.model, exchange, unable)
             await asyncio.sleep(RETRY_PAUSE_S)
             exchange.tried.clear()
-        refuses = ask.request.objective.on_miss == "reject" and placement.ttft_s < inf
-        if refuses and not placement.feasible and not exchange.progress.begun:
+        late = placement.ttft_s < inf and not placement.feasible and not exchange.progress.begun
+        if late and exchange.refusal is not None:
+            self.router.done(placement.worker)
+            raise Unavailable("no other worker would be on time")  # the client gets the refusal
+        if late and ask.request.objective.on_miss == "reject":
             self.router.done(placement.worker)
             after = placement.retry_after if placement.retry_after < inf else None
             raise CannotBeOnTime("no worker can meet $.objective now; try again later", retry_after=after)
@@ -276,12 +279,13 @@ class Relay:
         code, operation = head.headers.get(ERROR_CODE, ""), exchange.operation
         absent = worker.plain and head.status in NOT_THERE and operation not in EVERY_SERVER
         lost = worker.plain and head.status in GATEWAY_ERRORS
-        if not (code in RETRIABLE or absent or lost):
+        refused = code in (Overloaded.code, CannotBeOnTime.code)
+        if not (code in RETRIABLE or refused or absent or lost):
             return
         body = await connection.read_all(MOST_ANSWER_BYTES)
         if absent:
             worker.lacks.add(operation)
-        elif code != Overloaded.code and not lost:
+        elif not refused and not lost:
             raise WorkerLost(f"{worker.name} refused: {code}")
         raise Refusal(head, body)
 
