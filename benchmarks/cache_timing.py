@@ -1,6 +1,6 @@
 """Whether the time of an answer tells a tenant what another one has asked.
 
-    python benchmarks/cache_timing.py [--tries 1000] [--what answers|prefixes]
+    python benchmarks/cache_timing.py [--tries 1000] [--each 1] [--what answers|prefixes]
 
 Two tenants share a gateway and a worker. In each try one tenant, the owner, asks two new prompts. Then, in
 random order, the other tenant asks the first of them (foreign) and a prompt that nobody has asked (fresh),
@@ -27,6 +27,7 @@ from stretto.statistics import quantile
 
 KEYS = {"ann": "key-of-ann", "bob": "key-of-bob"}
 GATEWAY = "key-of-the-gateway"
+WARM_UP = 10  # tries that do not count
 WORDS = (
     "order lamp chair price city card invoice voucher delivery Berlin Madrid Oslo blue red late paid".split()
 )
@@ -36,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--tries", type=int, default=1000)
+    options.add_argument(
+        "--each", type=int, default=1, help="prompts of each kind in a try; their median counts"
+    )
     options.add_argument("--what", choices=["answers", "prefixes"], default="answers")
     options.add_argument("--seed", type=int, default=0)
     return options
@@ -118,29 +122,32 @@ async def tries(
     found: dict[str, list[float]] = {
         name: [] for name in ("foreign", "fresh for the other", "own", "fresh for the owner")
     }
-    for number in range(options.tries + 10):
+    for number in range(options.tries + WARM_UP):
+        took: dict[str, list[float]] = {name: [] for name in found}
         owner, other = rng.sample(list(KEYS), 2)
-        foreign, own, new, newer = (prompt(rng, long=not kept) for _ in range(4))
-        for text in (foreign, own):
-            await timed(client, owner, text, kept=kept)
-        asked = [
-            ("foreign", other, foreign),
-            ("fresh for the other", other, new),
-            ("own", owner, own),
-            ("fresh for the owner", owner, newer),
-        ]
-        rng.shuffle(asked)
-        for name, tenant, text in asked:
-            took = await timed(client, tenant, text, kept=kept)
-            if number >= 10:
-                found[name].append(took)
+        for _ in range(options.each):
+            foreign, own, new, newer = (prompt(rng, long=not kept) for _ in range(4))
+            for text in (foreign, own):
+                await timed(client, owner, text, kept=kept)
+            asked = [
+                ("foreign", other, foreign),
+                ("fresh for the other", other, new),
+                ("own", owner, own),
+                ("fresh for the owner", owner, newer),
+            ]
+            rng.shuffle(asked)
+            for name, tenant, text in asked:
+                took[name].append(await timed(client, tenant, text, kept=kept))
+        if number >= WARM_UP:
+            for name, times in took.items():
+                found[name].append(quantile(sorted(times), 0.5))
     return found
 
 
 def main() -> None:
     options = parser().parse_args()
     found = asyncio.run(measure(options))
-    print(f"{options.what}, {options.tries} tries, milliseconds")
+    print(f"{options.what}, {options.tries} tries of {options.each} prompts, milliseconds")
     print("| prompt | p50 | p99 | max |\n| --- | --- | --- | --- |")
     for name, times in found.items():
         ordered = sorted(times)

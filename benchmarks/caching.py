@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -119,9 +119,10 @@ def answered(asked: list[Asked], notes: str) -> list[Asked]:
     """The same requests with the greedy answers of the bundled model."""
     texts = list(dict.fromkeys(each.text for each in asked))
     chats = [[{"role": "system", "content": notes}, {"role": "user", "content": text}] for text in texts]
-    greedy = Sampling(temperature=0.0, max_tokens=40)
     with LLM("desk") as model, ThreadPoolExecutor(32) as threads:
-        done = list(threads.map(lambda chat: model.chat(chat, greedy), chats))
+        done = list(
+            threads.map(partial(model.chat, sampling=Sampling(temperature=0.0, max_tokens=40)), chats)
+        )
     answers = {text: each.text for text, each in zip(texts, done, strict=True)}
     return [each._replace(answer=answers[each.text]) for each in asked]
 
