@@ -20,7 +20,7 @@ from stretto.errors import Draining, KeyRevoked, NotFound, StrettoError, Unavail
 from stretto.gateway.accounts.accounts import Account
 from stretto.gateway.accounts.keys import KeyScope
 from stretto.gateway.accounts.ledger import Charge, Ledger
-from stretto.gateway.cache.answers import Answers
+from stretto.gateway.cache.answers import Answers, prepare
 from stretto.gateway.cache.stats import CacheReport
 from stretto.gateway.calls import Calls
 from stretto.gateway.exchange import RelayedExchange
@@ -229,6 +229,7 @@ class Gateway(Starlette):
 
     async def _take(self, config: GatewayConfig) -> None:
         """Takes over other settings; all that may be wrong with them comes first. Raises StartError."""
+        await asyncio.to_thread(prepare, config.caches)
         self.registry.configure(config.workers)
         await self.ledger.apply(config.keys)
         self.registry.router.choose_by(config.route)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from hashlib import sha256
 from random import Random
 from secrets import token_bytes
@@ -23,7 +24,7 @@ from stretto.gateway.cache.embedding import best_embedder, embed
 from stretto.gateway.cache.flight import AnswerFlight, FlightFailed, Piece
 from stretto.gateway.cache.key import KeyMaker, Source, revision_of, revisions
 from stretto.gateway.cache.memory import AnswerStore, Keeping, MemoryStore
-from stretto.gateway.cache.policy import Wish, policy_of, question_of, wish_of, without_field
+from stretto.gateway.cache.policy import CachePolicy, Wish, policy_of, question_of, wish_of, without_field
 from stretto.gateway.cache.redis_store import RedisStore, connect
 from stretto.gateway.cache.semantic import Question, SemanticIndex, SimilarEntry, SimilarMatch
 from stretto.gateway.cache.stats import CacheKind, CacheStats
@@ -72,6 +73,12 @@ class Erasure(Struct, frozen=True):
     held: int
 
 
+def prepare(policies: Mapping[str, CachePolicy]) -> None:
+    """Reads what the policies need from files, before requests come that need it."""
+    if any(policy.semantic for policy in policies.values()):
+        best_embedder()
+
+
 class Answers:
     """The caches of one gateway, in front of its relay."""
 
@@ -79,6 +86,7 @@ class Answers:
         key = config.gateway_key
         self.stats = CacheStats()
         self.policies = config.caches
+        prepare(self.policies)
         self.relay = relay
         secret = sha256(b"answers " + key.encode()).digest() if key else token_bytes(32)
         self._keys = KeyMaker(secret)
@@ -88,8 +96,6 @@ class Answers:
             else MemoryStore(time.monotonic, self.stats)
         )
         self._flights: dict[bytes, AnswerFlight] = {}
-        if any(policy.semantic for policy in config.caches.values()):
-            best_embedder()  # reads its file now, and not while answers stream
         self._similar = SemanticIndex(embed, Random().random, time.monotonic)
         self._erasures = 0  # an answer that was in flight during one is not kept
 

@@ -9,6 +9,7 @@ import platform
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
+from itertools import takewhile
 from math import inf
 
 from msgspec import Struct
@@ -26,6 +27,7 @@ from stretto.telemetry.series import Series
 OTHER = "other"
 WINDOW_S = 10.0
 KEPT = 2048
+FRESH_S, MOST_SHOWN = 0.5, 64
 BREAKERS = {"closed": 0, "half-open": 1, "open": 2}
 
 
@@ -109,6 +111,7 @@ class GatewayMetrics:
         self._of = self._series.of
         self._tenants, self._workers, self._sites = BoundedNames(), BoundedNames(), BoundedNames()
         self._gauged: set[tuple[str, ...]] = set()
+        self._shown: dict[str | None, tuple[float, Recently]] = {}  # by tenant, and when
         self._recent: deque[RelayedEnd] = deque(maxlen=KEPT)
         self._of(catalogue.BUILD, version("stretto"), platform.python_version()).set(1)
 
@@ -141,9 +144,18 @@ class GatewayMetrics:
 
     def recently(self, clock: float, tenant: str | None) -> Recently:
         """The last WINDOW_S seconds before `clock`; of one tenant, None for all."""
-        seen = [
-            each for each in self._recent if each.at >= clock - WINDOW_S and tenant in (None, each.tenant)
-        ]
+        held = self._shown.get(tenant)
+        if held is not None and clock - held[0] < FRESH_S:
+            return held[1]  # several may watch
+        if len(self._shown) >= MOST_SHOWN:
+            self._shown.clear()
+        shown = self._summary(clock, tenant)
+        self._shown[tenant] = clock, shown
+        return shown
+
+    def _summary(self, clock: float, tenant: str | None) -> Recently:
+        latest = takewhile(lambda each: each.at >= clock - WINDOW_S, reversed(self._recent))
+        seen = [each for each in latest if tenant in (None, each.tenant)]
         errors = [
             abs(each.forecast - each.first)
             for each in seen
