@@ -143,11 +143,11 @@ def test_yarn_extends_the_context_and_longrope_does_not(tmp_path: Path) -> None:
         assert (spec.context, spec.ropes[0].kind) == (64, "longrope")
 
 
-def test_eos_is_read_from_the_generation_config(tmp_path: Path) -> None:
+def test_eos_is_all_that_the_files_name(tmp_path: Path) -> None:
     path = config(tmp_path, **SMALL, eos_token_id=7)
     assert families.read(path).eos == (7,)
     (path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
-    assert families.read(path).eos == (8, 9)
+    assert families.read(path).eos == (7, 8, 9)
 
 
 def test_sliding_windows_are_read_per_layer(tmp_path: Path) -> None:
@@ -248,3 +248,27 @@ def test_a_model_spec_survives_json(tmp_path: Path) -> None:
     make("gemma3", tmp_path)
     spec = families.read(tmp_path)
     assert msgspec.json.decode(msgspec.json.encode(spec), type=ModelSpec) == spec
+
+
+def test_the_end_token_that_only_the_tokenizer_names_ends_an_answer(tmp_path: Path):
+    path = config(tmp_path, **SMALL)
+    tokens = {"5": {"content": "<end>", "special": True}, "6": {"content": "<other>"}}
+    stated = {"eos_token": {"content": "<end>"}, "added_tokens_decoder": tokens}
+    (path / "tokenizer_config.json").write_text(json.dumps(stated))
+    assert families.read(path).eos == (2, 5)  # with the family's own, as no config names one
+    (path / "generation_config.json").write_text('{"eos_token_id": [8]}')
+    assert families.read(path).eos == (8, 5)
+    (path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    (path / "tokenizer.json").write_text('{"added_tokens": [{"id": 6, "content": "<end>"}]}')
+    assert families.read(path).eos == (8, 6)
+    (path / "tokenizer_config.json").write_text('{"eos_token": "<unknown>"}')
+    assert families.read(path).eos == (8,)
+
+
+def test_rope_scaling_that_was_added_counts_more_than_rope_parameters(tmp_path: Path):
+    """As in transformers: people add YaRN by that field."""
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e6}
+    both = families.read(config(tmp_path, **SMALL, **plain, rope_scaling=yarn)).ropes
+    assert both == families.read(config(tmp_path, **SMALL, rope_parameters=yarn)).ropes
+    assert both != families.read(config(tmp_path, **SMALL, **plain)).ropes

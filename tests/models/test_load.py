@@ -164,7 +164,7 @@ def entry(start: int, stop: int, shape: list[Any], dtype: str = "F32") -> dict[s
         (file_of(b"[1, 2, 3]"), "header is not a JSON object"),
         (file_of({"a": [1]}), "entry for a is malformed"),
         (file_of({"a": {"dtype": "F32", "shape": [1]}}), "entry for a is malformed"),
-        (file_of({"a": entry(0, 4, [1], "COMPLEX")}, bytes(4)), "entry for a is malformed"),
+        (file_of({"a": entry(0, 4, [1], "COMPLEX")}, bytes(4)), "is 'COMPLEX'; only F32"),
         (file_of({"a": entry(0, 4, [-1])}, bytes(4)), "entry for a is malformed"),
         (file_of({"a": entry(0, 4, [1.0])}, bytes(4)), "entry for a is malformed"),
         (file_of({"a": entry(0, 4, [True])}, bytes(4)), "entry for a is malformed"),

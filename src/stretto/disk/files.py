@@ -15,6 +15,7 @@ from pathlib import Path
 from stretto.errors import CheckpointError, StrettoError
 
 DAMAGED = "its files are damaged or of a kind that is not supported, so fetch them again"
+POINTER = b"version https://git-lfs"
 MOST_BYTES = 512 * 2**20  # of a file that is read whole; the largest tokenizers have 40 MB
 
 
@@ -44,9 +45,17 @@ def read_file(path: Path) -> bytes:
         if size > MOST_BYTES:
             raise CheckpointError(f"{path} has {size} bytes; a file of its kind has {MOST_BYTES} at most")
         try:
-            return file.read()
+            content = file.read()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    check_content(path, content)
+    return content
+
+
+def check_content(path: Path, begin: bytes) -> None:
+    """Raises CheckpointError for a file that begins as a pointer of Git LFS does."""
+    if begin.startswith(POINTER):
+        raise CheckpointError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull`")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from stretto.disk.files import open_file, read_file
+from stretto.disk.files import POINTER, check_content, open_file, read_file
 from stretto.errors import CheckpointError
 from stretto.models.fields import Fields
 from stretto.models.spec import StoredDtype
@@ -118,6 +118,12 @@ class Checkpoint:
             if name in self.entries:
                 raise CheckpointError(f"{file} holds {name}, which another file of {self.path} holds too")
             self.entries[name] = entry
+
+    def name_anew(self, entries: dict[str, Entry]) -> None:
+        """Take these entries instead, which lie in the same files."""
+        self.entries = entries
+        self.nbytes = sum(entry.nbytes for entry in entries.values())
+        self.parameters = sum(prod(entry.shape) for entry in entries.values())
 
     def find(self, name: str, shape: tuple[int, ...]) -> Entry:
         """The entry of tensor `name`. Raises CheckpointError when it is missing, has another shape, or has a
@@ -242,6 +248,7 @@ def weight_files(path: Path) -> list[Path]:
 
 def _header(file: Path, descriptor: int, number: int) -> dict[str, Entry]:
     size = os.fstat(descriptor).st_size
+    check_content(file, os.pread(descriptor, len(POINTER), 0))
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
         raise CheckpointError(
@@ -269,9 +276,14 @@ def _header(file: Path, descriptor: int, number: int) -> dict[str, Entry]:
 def _entry(file: Path, number: int, name: str, raw: Any, base: int) -> Entry:
     try:
         dtype, shape, (start, stop) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
-        width, numbers = WIDTHS[dtype], (*shape, start, stop)
+        width, numbers = WIDTHS.get(dtype), (*shape, start, stop)
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: the header's entry for {name} is malformed: {raw!r:.200}") from None
+    if width is None:
+        raise CheckpointError(
+            f"{name} in {file} is {dtype!r:.40}; only {', '.join(DTYPES)} are read: use the checkpoint it was"
+            " made from"
+        )
     if not all(type(n) is int and n >= 0 for n in numbers):
         raise CheckpointError(f"{file}: the header's entry for {name} is malformed: {raw!r:.200}")
     nbytes = width

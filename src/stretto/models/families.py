@@ -244,11 +244,23 @@ def read(path: Path) -> ModelSpec:
         return _read(path)
 
 
+# Files in which older tools say how they quantised the weights.
+QUANTISERS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+
+
+def _quantised(path: Path, config: Fields) -> str | None:
+    """How the weights are quantised, by any of the ways to say so; None for plain floats."""
+    if config.get("quantization_config") is not None or config.get("compression_config") is not None:
+        return config.object("quantization_config").text("quant_method", "unknown")
+    if config.get("quantization") is not None:
+        return "mlx"
+    return next((method for name, method in QUANTISERS.items() if (path / name).exists()), None)
+
+
 def _read(path: Path) -> ModelSpec:
     config = Fields.load(path / "config.json")
     name = config.text("model_type", "")
-    if config.get("quantization_config") is not None or config.get("compression_config") is not None:
-        method = config.object("quantization_config").text("quant_method", "unknown")
+    if (method := _quantised(path, config)) is not None:
         raise CheckpointError(
             f"{path} is quantised ({method}); only float32, bfloat16 and float16 weights are read: "
             "use the checkpoint it was made from"
@@ -312,14 +324,45 @@ def _spec(name: str, family: Family, fields: Fields, eos: tuple[int, ...]) -> Mo
 
 
 def _eos(path: Path, config: Fields) -> tuple[int, ...]:
+    """The tokens that config.json, generation_config.json or the tokenizer say end an answer; if none of them
+    does, those of the family."""
     generation = path / "generation_config.json"
-    value = Fields.load(generation).get("eos_token_id") if generation.exists() else None
-    value = config.get("eos_token_id") if value is None else value
-    listed = [] if value is None else [value]
-    tokens = cast("list[Any]", value) if isinstance(value, list) else listed
-    if not all(isinstance(token, int) and token >= 0 for token in tokens):
-        raise config.error("eos_token_id", f"must be token ids, not {value!r}")
-    return tuple(tokens)
+    found: dict[int, None] = {}
+    stated = [Fields(config.data, config.where)]
+    stated += [Fields.load(generation)] if generation.exists() else []
+    for fields in [*stated, config]:
+        value = None if fields is config and found else fields.get("eos_token_id")
+        listed = [] if value is None else [value]
+        tokens = cast("list[Any]", value) if isinstance(value, list) else listed
+        if not all(isinstance(token, int) and token >= 0 for token in tokens):
+            raise fields.error("eos_token_id", f"must be token ids, not {value!r}")
+        found |= dict.fromkeys(tokens)
+    own = _tokenizer_eos(path)
+    return tuple(found) if own is None else tuple(found | {own: None})
+
+
+def _tokenizer_eos(path: Path) -> int | None:
+    """The id of the token that the tokenizer calls `eos_token`; None if its added tokens do not list it."""
+    file, whole = path / "tokenizer_config.json", path / "tokenizer.json"
+    config = Fields.load(file) if file.exists() else Fields({}, str(file))
+    name: Any = config.get("eos_token")
+    if isinstance(name, dict):
+        name = cast("dict[str, Any]", name).get("content")
+    listed: Any = config.get("added_tokens_decoder")
+    entries: list[tuple[Any, Any]] = []
+    if isinstance(listed, dict):
+        entries = list(cast("dict[str, Any]", listed).items())
+    elif isinstance(name, str) and whole.exists():
+        added: Any = Fields.load(whole).get("added_tokens")
+        tokens = cast("list[Any]", added) if isinstance(added, list) else []
+        entries = [
+            (cast("dict[str, Any]", each).get("id"), each) for each in tokens if isinstance(each, dict)
+        ]
+    for ident, entry in entries:
+        content = cast("dict[str, Any]", entry).get("content") if isinstance(entry, dict) else None
+        if content is not None and content == name and str(ident).isdecimal():
+            return int(ident)
+    return None
 
 
 def _dtype(fields: Fields) -> StoredDtype | None:
@@ -380,10 +423,14 @@ def _ropes(family: Family, fields: Fields, head_dim: int) -> tuple[Rope, ...]:
     theta = fields.number("rope_theta", 10_000.0)
     found = fields.object("rope_parameters")
     if _by_type(fields):
+        if fields.object("rope_scaling").data:
+            why = "is beside rope_parameters that differ by layer; leave one of them out"
+            raise fields.error("rope_scaling", why)
         local = fields.number("rope_local_base_freq", theta)
         pairs = [(found.object(FULL), theta), (found.object(SLIDING), local)]
     else:
-        pairs = [(found if found.data else fields.object("rope_scaling"), theta)]
+        scaling = fields.object("rope_scaling")  # what a user adds counts more, as in transformers
+        pairs = [(scaling if scaling.data else found, theta)]
         if fields.get("rope_local_base_freq") is not None:
             pairs.append((Fields({}, fields.where), fields.number("rope_local_base_freq")))
     ropes: list[Rope] = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from stretto.disk.files import loading
@@ -26,7 +27,7 @@ from stretto.kernels import (
     Mlp,
     Packed,
 )
-from stretto.models import families, rope
+from stretto.models import families, layouts, rope
 from stretto.models.checkpoint import DTYPES, Checkpoint, Entry
 from stretto.models.decoder import Decoder, ModelWeights
 from stretto.models.families import FAMILIES, Names
@@ -42,8 +43,6 @@ ROOTS = {
 }
 # Tensors that are not the decoder's, by their prefix.
 BESIDE = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-# Tensors that config.json determines, by their suffix.
-COMPUTED = ".rotary_emb.inv_freq"
 
 StackedPart = tuple[str, int]
 """A tensor's name without `.weight`, and how many rows it has."""
@@ -88,10 +87,25 @@ def load(
     """
     spec = families.read(path)
     with loading(f"the model in {path}"), Checkpoint(path) as checkpoint:
+        checkpoint.name_anew(layouts.usual(checkpoint.entries, spec.family, len(spec.layers), tied=spec.tied))
+        spec = _with_own_head(spec, checkpoint)
         reader = WeightReader(checkpoint, kernels, dtype, device, progress, store)
         decoder = Decoder(spec, reader.kernels, read_weights(reader, spec))
         reader.finish()
     return decoder
+
+
+def _with_own_head(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """The spec, without the tie when the checkpoint holds a head that differs from the embedding: the config
+    is wrong then, as transformers too decides."""
+    for root, head in ROOTS.items():
+        pair = [checkpoint.entries.get(f"{name}.weight") for name in (f"{root}embed_tokens", head)]
+        stored = [entry for entry in pair if entry is not None and entry.dtype in DTYPES]
+        if spec.tied and len(stored) == 2 and stored[0].shape == stored[1].shape:
+            embedding, own = map(checkpoint.map, stored)
+            if embedding.dtype != own.dtype or not torch.equal(embedding, own):
+                return structs.replace(spec, tied=False)
+    return spec
 
 
 class WeightReader:
@@ -213,7 +227,7 @@ class WeightReader:
             raise CheckpointError(
                 f"{self.checkpoint.path} has no matrix {missing[0]}, which is to be left out of quantisation"
             )
-        strange = sorted(n for n in self.unread if not n.startswith(BESIDE) and not n.endswith(COMPUTED))
+        strange = sorted(n for n in self.unread if not n.startswith(BESIDE))
         if strange:
             raise CheckpointError(
                 f"{self.checkpoint.path} holds {len(strange)} tensors its config.json does not explain, "

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, cast
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from stretto.disk.files import loading, read_file
 from stretto.errors import CheckpointError, InvalidRequest, UnsupportedField
@@ -41,7 +41,8 @@ class TextModel:
         self.tokenizer = _null_tokenizer() if is_null else _load(path)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        config = _json(path / "tokenizer_config.json")
+        config = _config(path)
+        _add_listed(self.tokenizer, config)
         self.template = chat_template.load(path, config) if not is_null else _null_template()
         self._added = self.tokenizer.get_added_tokens_decoder()
         self._special = {id for id, token in self._added.items() if token.special}
@@ -241,6 +242,35 @@ def _load(path: Path) -> Tokenizer:
         raise
     except Exception as error:  # the bindings raise bare Exception
         raise CheckpointError(f"{file} does not load: {error}") from error
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json. What it lacks is in special_tokens_map.json of older checkpoints, and named
+    tokens may stand in a dict of extra ones: both as `AutoTokenizer` reads them."""
+    config = _json(path / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= _json(path / "special_tokens_map.json")
+    extra = config.get("extra_special_tokens")
+    return config | cast("dict[str, Any]", extra) if isinstance(extra, dict) else config
+
+
+def _add_listed(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+    """Add the tokens that only tokenizer_config.json lists. Raises CheckpointError where an id is taken."""
+    listed = config.get("added_tokens_decoder")
+    tokens = cast("dict[str, Any]", listed) if isinstance(listed, dict) else {}
+    for id, values in sorted(tokens.items(), key=lambda item: int(item[0])):
+        content = values["content"]
+        if tokenizer.token_to_id(content) is not None:
+            continue
+        flags = {name: bool(values.get(name)) for name in ("single_word", "lstrip", "rstrip", "special")}
+        normalized = bool(values.get("normalized", not flags["special"]))
+        token = AddedToken(content, normalized=normalized, **flags)
+        tokenizer.add_tokens([token])  # pyright: ignore[reportUnknownMemberType]
+        if tokenizer.token_to_id(content) != int(id):
+            raise CheckpointError(
+                f"tokenizer_config.json gives {content!r} the id {id}, which tokenizer.json cannot: save both"
+                " anew with save_pretrained of transformers"
+            )
 
 
 def _json(file: Path) -> dict[str, Any]:
