@@ -4,8 +4,6 @@ python -m recipes.desk.evaluate src/stretto/desk
 python -m recipes.desk.evaluate --url http://127.0.0.1:8000 --count 50 --json result.json
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from __future__ import annotations
 
 import argparse
@@ -17,42 +15,31 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.desk import tools
 from recipes.desk.example import Example
+from recipes.desk.questions import tools
 from recipes.desk.tasks import LEVELS, TASKS, check, held_out
+from stretto.models import families
+from stretto.optimise.answers import AnswerOptions, generate
+from stretto.optimise.job import load_decoder
 from stretto.statistics import wilson
+from stretto.text.tokenizer import TextModel
 
 Answer = Callable[[Sequence[Example]], list[str]]
 LONGEST = 320  # tokens of the longest reply, with room
 
 
 def local(path: Path, device: str = "cpu") -> Answer:
-    """Greedy answers of a checkpoint in float32 through transformers."""
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    model.to(device)
+    """Greedy answers of a checkpoint, on the kernels that serve it."""
+    spec = families.read(path)
+    decoder, text = load_decoder(path, torch.device(device)), TextModel(path)
+    how = AnswerOptions(LONGEST, spec.context, frozenset(spec.eos))
 
     def answer(examples: Sequence[Example]) -> list[str]:
         prompts = [
-            tokenizer.apply_chat_template(
-                list(example.messages),
-                tools=list(example.tools) or None,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for example in examples
+            text.encode_chat(list(example.messages), list(example.tools) or None) for example in examples
         ]
-        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
-        with torch.inference_mode():
-            tokens = model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                max_new_tokens=LONGEST,
-                do_sample=False,
-            )
-        return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.decode(ids) for ids in generate(decoder, prompts, how)]
 
     return answer
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from recipes.desk.batches import LEVEL_WEIGHTS, TASK_WEIGHTS
 from recipes.desk.example import Example
+from recipes.desk.questions.tools import OPENER
 from recipes.desk.tasks import LEVELS, TASKS, draw, held_out, prompt_text
 from recipes.desk.tokenizer import flat
-from recipes.desk.tools import OPENER
 
 VALIDATION_SEED, TEST_SEED = 1, 0
 

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from random import Random
 from zlib import crc32
 
-from recipes.desk.dates import delivery
 from recipes.desk.example import Draft, Example, Message, Split, pick
-from recipes.desk.language import translate, urgency
-from recipes.desk.orders import extract, lookup
-from recipes.desk.sums import convert, refund, total
-from recipes.desk.talk import IN_LANGUAGE, NOTED, chat
-from recipes.desk.tools import CLOSER, OPENER, tools
+from recipes.desk.questions.dates import delivery
+from recipes.desk.questions.language import translate, urgency
+from recipes.desk.questions.orders import extract, lookup
+from recipes.desk.questions.sums import convert, refund, total
+from recipes.desk.questions.talk import IN_LANGUAGE, NOTED, chat
+from recipes.desk.questions.tools import CLOSER, OPENER, tools
 
 TASKS: dict[str, Callable[[int, Random], Draft]] = {
     "lookup": lookup,

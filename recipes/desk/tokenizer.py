@@ -14,8 +14,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from recipes.desk.example import Example, Message, pick
+from recipes.desk.questions.tools import call, signature
 from recipes.desk.tasks import LEVELS, TASKS, draw
-from recipes.desk.tools import call, signature
 
 PAD, END, SYSTEM, USER, ASSISTANT = SPECIALS = (
     "<|pad|>",
@@ -29,8 +29,35 @@ VOCABULARY = 2048
 CONTEXT = 2048
 # A word with the space before it, one digit, a run of signs, line ends, spaces. No token spans two of these.
 WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s+"
+# A system prompt that asks for one language, in whatever words, gets a last line that the training has too.
+NAMES = {
+    "English": ("english", "englisch", "inglés"),
+    "German": ("german", "deutsch", "alemán"),
+    "Spanish": ("spanish", "spanisch", "español"),
+}
+ASKING = (
+    *("answer", "reply", "respon", "speak", "write", "language", "antwort", "sprich", "schreib", "sprache"),
+    *("habla", "contest", "escrib", "idioma"),
+)
 # A tool is shown in one line, as `signature` writes it: a JSON schema would be many tokens for a small model.
 TEMPLATE = (
+    "{%- macro language(text) -%}"
+    "{%- set asked = namespace(names=[], is=false) -%}"
+    f"{{%- for name, words in {list(NAMES.items())} -%}}"
+    "{%- set found = namespace(any=false) -%}"
+    "{%- for word in words -%}"
+    "{%- if word in text | lower -%}{%- set found.any = true -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if found.any -%}{%- set asked.names = asked.names + [name] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    f"{{%- for word in {list(ASKING)} -%}}"
+    "{%- if word in text | lower -%}{%- set asked.is = true -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if asked.is and asked.names | length == 1 -%}"
+    "{%- set line = 'Answer in ' ~ asked.names[0] ~ '.' -%}"
+    "{%- if line not in text.split('\\n') -%}{{ '\\n' ~ line }}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- endmacro -%}"
     "{%- macro kind(value) -%}"
     "{%- if value is not mapping -%}any"
     "{%- else -%}"
@@ -66,6 +93,7 @@ TEMPLATE = (
     "{{ '<|user|><tool_response>\\n' ~ content ~ '\\n</tool_response><|end|>' }}"
     "{%- else -%}"
     "{{ '<|' ~ message['role'] ~ '|>' ~ content }}"
+    "{{ language(content) if message['role'] == 'system' }}"
     "{%- if loop.first and message['role'] == 'system' and tools -%}"
     "{{ ('\\n\\n' if content else '') ~ shown.tools }}"
     "{%- endif -%}"
@@ -84,6 +112,16 @@ TEMPLATE = (
 )
 
 
+def in_language(text: str) -> str:
+    """A system prompt with the line about the language that it asks for, if it asks for one."""
+    low = text.lower()
+    names = [name for name, words in NAMES.items() if any(word in low for word in words)]
+    line = f"Answer in {names[0]}." if len(names) == 1 else ""
+    if not line or line in text.split("\n") or not any(word in low for word in ASKING):
+        return text
+    return f"{text}\n{line}"
+
+
 def flat(messages: Iterable[Message], tools: Sequence[dict[str, Any]] = ()) -> list[Message]:
     """The messages with nothing but a role and a text, as TEMPLATE shows calls, results and tools."""
     found: list[Message] = []
@@ -92,6 +130,8 @@ def flat(messages: Iterable[Message], tools: Sequence[dict[str, Any]] = ()) -> l
         calls = [each["function"] for each in message.get("tool_calls", ())]
         written = [call(each["name"], each["arguments"]) for each in calls]
         text = "\n".join([text, *written] if text else written) if written else text
+        if role == "system":
+            text = in_language(text)
         if role == "tool":
             role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
         found.append({"role": role, "content": text})

@@ -16,12 +16,26 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from recipes.desk import batches, evaluate, model, talk, tools
+from recipes.desk import batches, bundle, evaluate, model
 from recipes.desk.example import Example
+from recipes.desk.questions import talk, tools
 from recipes.desk.tasks import LEVELS, TASKS, check, draw, held_out, make, prompt_text, split_of
-from recipes.desk.tokenizer import CONTEXT, END_ID, TEMPLATE, build, conversation, encode, render, save
+from recipes.desk.tokenizer import (
+    CONTEXT,
+    END_ID,
+    TEMPLATE,
+    build,
+    conversation,
+    encode,
+    in_language,
+    render,
+    save,
+)
+from stretto.ladder import registry
+from stretto.ladder.registry import Variant
 from stretto.text.tokenizer import TextModel
 from stretto.text.tools.parser import HERMES, ToolParser
+from tests.ladder import tiny_ladder
 
 ARTEFACT = Path(__file__).parents[2] / "src" / "stretto" / "desk"
 CELLS = [(task, level) for task in TASKS for level in LEVELS]
@@ -125,6 +139,24 @@ def test_a_system_prompt_decides_the_language_of_words_and_not_of_facts() -> Non
     for _ in range(300):
         example = make("total", 1, rng)
         assert example.reply.splitlines()[-1] == example.answer
+
+
+@pytest.mark.parametrize(
+    ("system", "line"),
+    [
+        ("You are a helpful assistant. Always answer in German!", "Answer in German."),
+        ("Bitte auf Deutsch antworten.", "Answer in German."),
+        ("Escribe en español, por favor.", "Answer in Spanish."),
+        ("Answer in Spanish.", None),
+        ("You are the desk of a German shop.", None),
+        ("Answer questions about English, German and Spanish.", None),
+    ],
+)
+def test_a_wish_for_a_language_is_shown_in_the_words_of_training(system: str, line: str | None) -> None:
+    assert in_language(system) == (system if line is None else f"{system}\n{line}")
+    plain = ImmutableSandboxedEnvironment().from_string(TEMPLATE)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "hi"}]
+    assert plain.render(messages=messages) == render(messages)
 
 
 def arithmetic(line: str) -> bool:
@@ -303,32 +335,67 @@ def test_the_wilson_interval_equals_known_values() -> None:
     assert evaluate.wilson(50, 50)[1] == 1.0
 
 
-def test_the_bundled_model_is_complete_and_at_most_12_mb() -> None:
-    names = {path.name for path in ARTEFACT.iterdir()}
-    assert names == {
-        "card.json",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-    assert sum(path.stat().st_size for path in ARTEFACT.iterdir()) <= 12_000_000
+def test_the_bundled_ladder_is_whole_and_at_most_40_mb() -> None:
+    ladder = registry.load(ARTEFACT)
+    assert len(ladder.variants) >= 5
+    assert {each.quantise for each in ladder.variants} >= {None, "int8"}
+    homes = {each.path for each in ladder.variants}
+    parts = {*bundle.PARTS, registry.FILE, "card.json"}
+    assert {path.name for path in ARTEFACT.iterdir()} == parts | homes - {"."}
+    for home in homes - {"."}:
+        assert {path.name for path in (ARTEFACT / home).iterdir()} == set(bundle.PARTS)
+    assert ladder.variant(ladder.top).path == "."  # so that the folder is the top to whatever wants one model
+    assert sum(path.stat().st_size for path in ARTEFACT.rglob("*") if path.is_file()) <= bundle.LIMIT
     card = json.loads((ARTEFACT / "card.json").read_text())
     theirs = LlamaForCausalLM.from_pretrained(ARTEFACT)
     assert theirs.num_parameters() == card["parameters"]
+    assert theirs.config.hidden_size >= 512
+
+
+def shares(variant: Variant, level: str) -> float:
+    """The share of right answers of a level, over all tasks."""
+    cells = [cells[level] for cells in variant.tasks.values()]
+    return sum(cell.mean * cell.count for cell in cells) / sum(cell.count for cell in cells)
+
+
+def test_the_variants_solve_what_their_levels_promise() -> None:
+    ladder = registry.load(ARTEFACT)
+    smallest = min(ladder.variants, key=lambda each: each.bytes)
+    hardest = str(LEVELS[-1])
+    assert 0.7 <= shares(ladder.variant(ladder.top), hardest) <= 0.95
+    assert shares(smallest, hardest) <= 0.4
+    for each in ladder.variants:
+        assert set(each.tasks) == set(TASKS)
+        assert shares(each, str(LEVELS[0])) >= 0.95, each.name
+
+
+def test_a_bundle_has_the_top_in_the_folder_itself(tmp_path: Path) -> None:
+    made = tiny_ladder.make(tmp_path / "made")
+    for checkpoint in ("full", "small"):
+        for part in bundle.PARTS:
+            (made / checkpoint / part).touch()
+    target = tmp_path / "package"
+    target.mkdir()
+    (target / "card.json").write_text("{}")
+    (target / "old.safetensors").touch()
+    bundle.bundle(made, target)
+    ladder = registry.load(target)
+    assert [each.path for each in ladder.variants] == [".", ".", "small"]
+    assert {path.name for path in target.iterdir()} == {*bundle.PARTS, "card.json", "ladder.json", "small"}
+    assert (target / "model.safetensors").read_bytes() == (made / "full" / "model.safetensors").read_bytes()
 
 
 def test_the_model_card_reports_the_required_accuracy() -> None:
     held = json.loads((ARTEFACT / "card.json").read_text())["held_out"]
+    assert set(held["tasks"]) == set(TASKS)
     assert held["levels"]["1"]["interval"][0] >= 0.95
-    for task in held["tasks"]:
+    for task in TASKS:
         assert held["tasks"][task]["1"]["accuracy"] >= 0.9, task
 
 
 def test_the_bundled_model_answers_held_out_questions() -> None:
     answer = evaluate.local(ARTEFACT)
-    for task in ("lookup", "total", "urgency"):
+    for task in ("lookup", "total", "chat", "tools"):
         examples = held_out(task, 1, 10, seed=1)
         texts = answer(examples)
         assert sum(check(example, text) for example, text in zip(examples, texts, strict=True)) >= 8, task

@@ -16,11 +16,11 @@ from time import perf_counter
 
 import msgspec
 import torch
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from stretto.config import EngineConfig, ModelConfig
 from stretto.engine.core import LoadedModel
-from stretto.engine.runners.factory import ModelLoader
+from stretto.engine.runners.factory import ModelLoader, machine_name
 from stretto.engine.runners.torch import TorchRunner
 from stretto.engine.step_time import StepCost
 from stretto.errors import StartError
@@ -120,18 +120,31 @@ def measure(job: StepJob, step: EvaluateStep, subject: Subject, key: str) -> Mea
     )
 
 
-def _loaded(subject: Subject, device: torch.device) -> tuple[LoadedModel, str]:
-    """The variant as an engine would load it, with its step-time model, and the name of the machine."""
-    threads = torch.get_num_threads()
-    config = EngineConfig(
+def timed_here(job: StepJob, subject: Subject, measured: Measured) -> Measured:
+    """The measurement with the step times and the energy of this machine; its answers may be from another."""
+    if measured.machine == machine_name(_config(subject, job.session.device)):
+        return measured
+    loaded, machine = _loaded(subject, job.session.device)
+    cost = loaded.times.cost
+    energy = _energy(None, 0, cost, job.session.device)
+    return structs.replace(measured, machine=machine, cost=cost, energy=energy)
+
+
+def _config(subject: Subject, device: torch.device) -> EngineConfig:
+    return EngineConfig(
         models=(subject.config,),
         device="cuda" if device.type == "cuda" else "cpu",
         kv_bytes=KV_BYTES,
         cache_bytes=0,
         speculate="off",
     )
+
+
+def _loaded(subject: Subject, device: torch.device) -> tuple[LoadedModel, str]:
+    """The variant as an engine would load it, with its step-time model, and the name of the machine."""
+    threads = torch.get_num_threads()
     try:
-        loader = ModelLoader(config)
+        loader = ModelLoader(_config(subject, device))
         return loader.models()[0], loader.machine
     finally:
         torch.set_num_threads(threads)

@@ -35,7 +35,7 @@ from stretto.optimise import data, frontier, report
 from stretto.optimise.answers import TextCodec
 from stretto.optimise.data import Corpus, CorrectedAnswers
 from stretto.optimise.distil import distil
-from stretto.optimise.evaluate import Measured, Subject, measure, stored
+from stretto.optimise.evaluate import Measured, Subject, measure, stored, timed_here
 from stretto.optimise.finetune import finetune
 from stretto.optimise.job import StepJob
 from stretto.optimise.prune import prune
@@ -361,9 +361,9 @@ class _Run:
                 exclude=manifest.exclude,
             )
             subject = Subject(name, self.out / manifest.path, config)
-            found.append(
-                stored(self.out / EVALUATION / f"{name}.json", key, partial(measure, job, step, subject, key))
-            )
+            file = self.out / EVALUATION / f"{name}.json"
+            measured = stored(file, key, partial(measure, job, step, subject, key))
+            found.append(timed_here(job, subject, measured))
         self.done.append(
             StepReport(EVALUATION, "evaluate", "made", round(sum(each.seconds for each in found), 3))
         )

@@ -1,4 +1,4 @@
-"""The bundled model gives one answer, whichever API asks."""
+"""The bundled model gives one answer, whichever API asks, calls tools, and speaks the language it is told."""
 
 from __future__ import annotations
 
@@ -30,3 +30,49 @@ def test_the_apis_give_one_answer(desk_url: str) -> None:
         assert client.post("/api/generate", json=asked).json()["response"] == content
         (vector,) = client.post("/api/embed", json={"input": "Hi"}).json()["embeddings"]
         assert sum(value * value for value in vector) == pytest.approx(1.0, abs=1e-3)
+
+
+ORDER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_order",
+        "description": "Find an order.",
+        "parameters": {
+            "type": "object",
+            "properties": {"order_id": {"type": "string"}},
+            "required": ["order_id"],
+        },
+    },
+}
+
+
+@pytest.mark.slow
+def test_a_tool_is_called_and_its_result_is_read(desk_url: str) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the status of order B-4471?"}]
+    with httpx.Client(base_url=desk_url, timeout=60) as client:
+        asked: dict[str, Any] = {"messages": messages, "tools": [ORDER], "temperature": 0}
+        first = client.post("/v1/chat/completions", json=asked).json()["choices"][0]
+        assert first["finish_reason"] == "tool_calls"
+        (call,) = first["message"]["tool_calls"]
+        assert call["function"]["name"] == "get_order"
+        assert json.decode(call["function"]["arguments"]) == {"order_id": "B-4471"}
+        result = json.encode({"order": "B-4471", "status": "on hold", "city": "Lima"}).decode()
+        messages += [first["message"], {"role": "tool", "tool_call_id": call["id"], "content": result}]
+        second = client.post("/v1/chat/completions", json=asked | {"messages": messages}).json()
+        assert second["choices"][0]["message"]["content"] == "on hold"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("system", "said"),
+    [
+        ("Be brief.", "I can help with orders"),
+        ("You are a kind assistant and always answer in German.", "Ich helfe bei Bestellungen"),
+        ("Responde siempre en español.", "Puedo ayudar con pedidos"),
+    ],
+)
+def test_it_says_what_it_can_do_in_the_language_it_is_told(desk_url: str, system: str, said: str) -> None:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "What can you do?"}]
+    with httpx.Client(base_url=desk_url, timeout=60) as client:
+        done = client.post("/v1/chat/completions", json={"messages": messages, "temperature": 0}).json()
+    assert done["choices"][0]["message"]["content"].startswith(said)

@@ -73,6 +73,12 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """Ignore the progress of loading."""
 
 
+def machine_name(config: EngineConfig) -> str:
+    """The processors that compute, and the threads: step times are those of one machine."""
+    machine, threads = snapshot(), choose_threads(snapshot(), config.threads).value
+    return f"{machine.cpu}, {machine.cores} cores, {threads} threads, {machine.gpus}"
+
+
 class ModelLoader:
     """Loads all models of one engine process. `machine` describes the processors that run them.
 
@@ -84,9 +90,8 @@ class ModelLoader:
         self._config = config
         self._progress = on_progress
         self._grammars: dict[str, Grammars] = {}
-        machine, threads = snapshot(), choose_threads(snapshot(), config.threads).value
-        self.machine = f"{machine.cpu}, {machine.cores} cores, {threads} threads, {machine.gpus}"
-        use_threads(threads)
+        self.machine = machine_name(config)
+        use_threads(choose_threads(snapshot(), config.threads).value)
         self._device = torch.device(choose_device(config.device, torch.cuda.is_available()).value)
         cache = cache_folder(config.cache_dir)
         if self._device.type == "cuda" and cache is not None:

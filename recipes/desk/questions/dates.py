@@ -7,7 +7,7 @@ from datetime import date, timedelta
 from random import Random
 
 from recipes.desk.example import Draft, between, order_id, pick
-from recipes.desk.words import CITIES, DAYS, MONTHS, SERVICES, THINGS, WEEKDAYS
+from recipes.desk.questions.words import CITIES, DAYS, MONTHS, SERVICES, THINGS, WEEKDAYS
 
 ARRIVE = (
     "Order {o} was shipped on {d} and takes {n} days. When does it arrive?",

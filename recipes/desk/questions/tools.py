@@ -13,9 +13,18 @@ from random import Random
 from typing import Any
 
 from recipes.desk.example import Draft, Message, between, money, order_id, pick
-from recipes.desk.orders import person
-from recipes.desk.talk import TALK
-from recipes.desk.words import CITIES, COLOURS, CURRENCIES, LAST, PAYMENTS, SERVICES, STATUSES, THINGS
+from recipes.desk.questions.orders import person
+from recipes.desk.questions.talk import TALK
+from recipes.desk.questions.words import (
+    CITIES,
+    COLOURS,
+    CURRENCIES,
+    LAST,
+    PAYMENTS,
+    SERVICES,
+    STATUSES,
+    THINGS,
+)
 
 OPENER, CLOSER = "<tool_call>", "</tool_call>"
 Arguments = dict[str, Any]

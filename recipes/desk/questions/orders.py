@@ -7,7 +7,17 @@ from itertools import pairwise
 from random import Random
 
 from recipes.desk.example import Draft, between, money, order_id, pick
-from recipes.desk.words import CITIES, COLOURS, CURRENCIES, FIRST, LAST, PAYMENTS, SERVICES, STATUSES, THINGS
+from recipes.desk.questions.words import (
+    CITIES,
+    COLOURS,
+    CURRENCIES,
+    FIRST,
+    LAST,
+    PAYMENTS,
+    SERVICES,
+    STATUSES,
+    THINGS,
+)
 
 FIELDS = ("customer", "item", "price", "status", "city", "payment", "service", "quantity")
 ASK = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 
 from recipes.desk.example import Draft, between, money, order_id, pick
-from recipes.desk.orders import person
-from recipes.desk.words import (
+from recipes.desk.questions.orders import person
+from recipes.desk.questions.words import (
     CITIES,
     COLOURS,
     CURRENCIES,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from random import Random
 
 from recipes.desk.example import Draft, between, order_id, pick
-from recipes.desk.language import sentence
-from recipes.desk.orders import person
-from recipes.desk.words import (
+from recipes.desk.questions.language import sentence
+from recipes.desk.questions.orders import person
+from recipes.desk.questions.words import (
     CITIES,
     COLOURS,
     OFF_TOPIC,

@@ -9,8 +9,8 @@ from itertools import pairwise
 from random import Random
 
 from recipes.desk.example import Draft, between, money, order_id, pick
-from recipes.desk.orders import person, records, show
-from recipes.desk.words import CURRENCIES, THINGS, UNITS
+from recipes.desk.questions.orders import person, records, show
+from recipes.desk.questions.words import CURRENCIES, THINGS, UNITS
 
 TOTAL = (
     "What is the total?",
