@@ -31,8 +31,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from recipes.desk.orders import ASK, ASK_ITEM_ORDER, ASK_WHO, records
-from recipes.desk.words import CITIES, FIRST, LAST, MONTHS, THINGS
+from recipes.desk.questions.orders import ASK, ASK_ITEM_ORDER, ASK_WHO, records
+from recipes.desk.questions.words import CITIES, FIRST, LAST, MONTHS, THINGS
 from stretto import LLM, Sampling
 from stretto.gateway.cache.embedding import TextEmbedder, best_embedder, n_grams
 from stretto.gateway.cache.semantic import ErrorBound, SemanticIndex, SimilarEntry, TenantQuestions

@@ -101,7 +101,8 @@ def desk_texts(model: Path) -> Iterator[str]:
             if template is None:
                 yield "\n".join(turn["content"] for turn in turns)
             else:
-                yield template.render(messages=turns, add_generation_prompt=False)
+                tools = list(example.tools) or None
+                yield template.render(messages=turns, tools=tools, add_generation_prompt=False)
 
 
 def file_texts(file: Path) -> Iterator[str]:

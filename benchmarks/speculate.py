@@ -296,7 +296,10 @@ def desk(small: Path | None, rounds: int, count: int) -> dict[str, list[Gain]]:
     """The gains on held-out questions of level 1 of every task: medians over the rounds."""
     text = TextModel(DESK)
     examples = [example for task in TASKS for example in held_out(task, 1, count)]
-    prompts = [text.encode_chat([dict(message) for message in example.messages]) for example in examples]
+    prompts = [
+        text.encode_chat([dict(message) for message in example.messages], list(example.tools) or None)
+        for example in examples
+    ]
     model = Desk(small)
     settings = {
         "greedy, one at a time": (Sampling(temperature=0.0, max_tokens=LONGEST), 1),

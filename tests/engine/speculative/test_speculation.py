@@ -306,14 +306,15 @@ def test_a_cancel_between_steps_leaves_nothing_behind(desk: Desk):
         desk.submit(engine, ident, question, ASKS["greedy"])
     for _ in range(3):
         engine.step()
-    engine.cancel(0)
+    longest = max(plain, key=lambda ident: len(tokens(plain[ident])))
+    engine.cancel(longest)
     engine.check()
     while engine.step() or not engine.idle:
         engine.check()
     seen = {ident: [event for event in desk.events if event.id == ident] for ident in range(4)}
-    assert _end(seen[0]).reason is Reason.CANCELLED
-    assert tokens(seen[0]) == tokens(plain[0])[: len(tokens(seen[0]))]
-    same({ident: plain[ident] for ident in (1, 2, 3)}, seen)
+    assert _end(seen[longest]).reason is Reason.CANCELLED
+    assert tokens(seen[longest]) == tokens(plain[longest])[: len(tokens(seen[longest]))]
+    same({ident: events for ident, events in plain.items() if ident != longest}, seen)
     lane = engine.models["desk"]
     assert lane.pool.available == lane.pool.total
 
@@ -340,6 +341,11 @@ def test_answers_with_a_draft_model_are_the_unspeculated_ones(desk: Desk, worse:
     assert 0 < sum(step.accepted for step in desk.steps) < sum(step.proposed for step in desk.steps)
 
 
+def rejected(desk: Desk) -> int:
+    """Draft tokens that were not accepted. Of an equal model they are those behind an answer's end."""
+    return sum(step.proposed - step.accepted for step in desk.steps)
+
+
 @pytest.mark.parametrize("name", ["greedy", "shaped", "penalties"])
 def test_an_equal_draft_model_is_right_at_any_temperature(desk: Desk, name: str):
     """Both draw with the same random numbers, and its KV cache survives rejected and shared tokens."""
@@ -349,10 +355,10 @@ def test_an_equal_draft_model_is_right_at_any_temperature(desk: Desk, name: str)
     same(plain, desk.answers(engine, asks))
     twice = plain | {ident + 4: _as(events, ident + 4) for ident, events in plain.items()}
     same(desk.answers(engine, asks, first=4), twice)
-    assert sum(step.accepted for step in desk.steps) > 0.9 * sum(step.proposed for step in desk.steps) > 0
-    same(twice, desk.answers(desk.engine(AlwaysDrafting, small=desk.decoder, blocks=40), asks * 2))
+    assert rejected(desk) <= 3 * 2 * len(asks) < sum(step.accepted for step in desk.steps)
+    same(twice, desk.answers(desk.engine(AlwaysDrafting, small=desk.decoder, blocks=24), asks * 2))
     assert sum(step.preempted for step in desk.steps) > 0
-    assert sum(step.accepted for step in desk.steps) > 0.9 * sum(step.proposed for step in desk.steps) > 0
+    assert rejected(desk) <= 3 * 2 * len(asks) < sum(step.accepted for step in desk.steps)
 
 
 class Repeating(World):
