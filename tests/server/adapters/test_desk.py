@@ -68,7 +68,7 @@ def test_a_tool_is_called_and_its_result_is_read(desk_url: str) -> None:
     [
         ("Be brief.", "I can help with orders"),
         ("You are a kind assistant and always answer in German.", "Ich helfe bei Bestellungen"),
-        ("Responde siempre en español.", "Puedo ayudar con pedidos"),
+        ("Habla solo español, por favor.", "Puedo ayudar con pedidos"),
     ],
 )
 def test_it_says_what_it_can_do_in_the_language_it_is_told(desk_url: str, system: str, said: str) -> None:
