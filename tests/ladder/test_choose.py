@@ -184,3 +184,14 @@ def test_a_decision_among_eight_variants_takes_at_most_50_us() -> None:
             choose(candidates, need)
         best = min(best, (process_time() - started) / 100)
     assert best < 50e-6
+
+
+def test_of_variants_that_would_crowd_others_out_the_one_that_ends_first_answers() -> None:
+    full = LadderCandidate(
+        name="full", cost=StepCost(20.0, 1.0, 1.0), quality=0.9, quality_low=0.8, crowded=True
+    )
+    small = LadderCandidate(
+        name="small", cost=StepCost(2.0, 0.1, 0.1), quality=0.5, quality_low=0.4, crowded=True
+    )
+    choice = choose([full, small], Need(prompt_tokens=10, output_tokens=10))
+    assert (choice.name, choice.outcome, choice.reason) == ("small", "late", "late")

@@ -171,8 +171,8 @@ def _by_latency(each: Prediction) -> tuple[float, float, str]:
 
 
 def _by_excess(each: Prediction) -> tuple[float, float, str]:
-    """The least late; of equals, the best quality."""
-    return each.excess_ms, -each.candidate.quality, each.candidate.name
+    """The least late; of equals, as when all would crowd others out, the one that ends first."""
+    return each.excess_ms, each.total_ms, each.candidate.name
 
 
 _ORDERS = {"quality": _by_quality, "energy": _by_energy, "latency": _by_latency}
