@@ -111,13 +111,13 @@ def test_there_are_few_flags_and_at_most_eight_for_each_newer_command() -> None:
 
 
 def test_the_documented_settings_are_those_of_the_config() -> None:
-    options = {cast(str, option.name) for option in commands()["serve"].params}
+    flags = {cast(str, each.name): each.opts[0] for each in commands()["serve"].params}
     page = Path(__file__).parent.parent / "docs" / "configuration.md"
-    table = config.SERVE.reference(options - {"models"}, {"models"})
+    table = config.SERVE.reference({name: flags[name] for name in flags if name != "models"}, {"models"})
     assert table in page.read_text(), f"replace the table in {page}"
     page = page.with_name("gateway.md")
-    options = {cast(str, option.name) for option in commands()["gateway"].params}
-    table = gateway_settings.GATEWAY.reference(options)
+    flags = {cast(str, each.name): each.opts[0] for each in commands()["gateway"].params}
+    table = gateway_settings.GATEWAY.reference(flags)
     assert table in page.read_text(), f"replace the table in {page}"
 
 

@@ -78,10 +78,11 @@ def root(
     """A real-time LLM server."""
 
 
-def setting(name: str) -> Any:
+def setting(name: str, table: config.SettingsTable = config.SERVE) -> Any:
     """The option of a setting. It has no default, so that environment and file are read when it is absent."""
-    info = config.SERVE.infos[name]
-    text = f"{info.type.__metadata__[0].description} [dim]\\[{info.default}][/]"
+    info = table.infos[name]
+    default = "none" if info.default is None else info.default
+    text = f"{info.type.__metadata__[0].description} [dim]\\[{default}][/]"
     return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
 
 
@@ -157,8 +158,8 @@ def gateway_command(
         list[str] | None, typer.Option("--worker", help="URL of a worker, as URL or SITE=URL; repeat it")
     ] = None,
     file: Annotated[Path | None, typer.Option("--config", help="a TOML file of settings")] = None,
-    host: Annotated[str | None, setting("host")] = None,
-    port: Annotated[int | None, setting("port")] = None,
+    host: Annotated[str | None, setting("host", gateway_settings.GATEWAY)] = None,
+    port: Annotated[int | None, setting("port", gateway_settings.GATEWAY)] = None,
 ) -> None:
     """Put many workers behind one address: routing by deadline, and failover in the middle of an answer."""
     given = {
@@ -384,12 +385,14 @@ def optimise(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
     skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="leave out lines of the data that are no samples")
+        bool, typer.Option("--skip-bad-lines", help="leave out lines of the data that cannot be used")
     ] = False,
     until: Annotated[
         str | None, option("end after the step that makes this variant; go on with --resume")
     ] = None,
-    from_feedback: Annotated[Path | None, option("corrected answers to fine-tune on, as exported")] = None,
+    from_feedback: Annotated[
+        Path | None, option("a file of corrected answers to fine-tune on, from /v1/feedback/export")
+    ] = None,
     device: Annotated[str, option("device to train and measure on: auto, cpu or cuda")] = "auto",
     as_json: Json = False,
 ) -> None:

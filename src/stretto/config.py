@@ -387,16 +387,16 @@ class SettingsTable:
             merged |= self._checked({name: value}, f"--{name.replace('_', '-')}", strict=False)
         return merged
 
-    def reference(self, flags: Collection[str], arguments: Collection[str] = ()) -> str:
-        """The settings as a Markdown table. `flags` are those that have a flag, `arguments` those that are
-        arguments of the command."""
+    def reference(self, flags: Mapping[str, str], arguments: Collection[str] = ()) -> str:
+        """The settings as a Markdown table.
+
+        `flags`: the flag of each setting that has one. `arguments`: the settings that are arguments instead.
+        """
         rows = ["| in the file | environment | flag | default | meaning |", "| --- | --- | --- | --- | --- |"]
         for name, info in self.infos.items():
             variable = "" if name in FILE_ONLY else f"`{ENVIRONMENT}{name.upper()}`"
             variable = f"`{ONE_KEY}` (one key)" if name == "api_keys" else variable
-            flag = (
-                f"`--{name.replace('_', '-')}`" if name in flags else "arguments" if name in arguments else ""
-            )
+            flag = f"`{flags[name]}`" if name in flags else "arguments" if name in arguments else ""
             default = info.default if info.default is not msgspec.NODEFAULT else info.default_factory()
             shown = msgspec.json.encode(default).decode()
             rows.append(f"| `{name}` | {variable} | {flag} | `{shown}` | {meaning_of(info)} |")

@@ -1,4 +1,6 @@
-"""`stretto keys`: makes and changes the key file of a gateway. A running gateway notices in a second."""
+"""`stretto keys`: makes and changes the key file of a gateway. A running gateway reads the file
+within a second of a change.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ def _print(shown: ShownKey, as_json: bool) -> None:
 
 @app.command()
 def create(
-    tenant: Annotated[str, typer.Argument(help="whom the key belongs to")],
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="whom the key belongs to")],
     file: File,
     scopes: Annotated[
         list[str] | None,
@@ -70,18 +72,21 @@ def create(
             "--scope", help="infer, usage, metrics or admin; repeat it \\[infer, usage]", show_default=False
         ),
     ] = None,
-    tiers: Annotated[list[str] | None, typer.Option("--tier", help="a tier that it may use \\[all]")] = None,
+    tiers: Annotated[
+        list[str] | None, typer.Option("--tier", help="a tier that it may use; repeat it \\[all]")
+    ] = None,
     models: Annotated[
-        list[str] | None, typer.Option("--model", help="a model that it may use \\[all]")
+        list[str] | None, typer.Option("--model", help="a model that it may use; repeat it \\[all]")
     ] = None,
     limits: Annotated[
         list[str] | None,
         typer.Option(
-            "--limit", help="like requests=60/minute, tokens=100000/minute, cost=10/month or joules=5e6/day"
+            "--limit",
+            help="like requests=60/minute, tokens=100000/minute, cost=10/month or joules=5e6/day; repeat it",
         ),
     ] = None,
     expires: Annotated[
-        str | None, typer.Option(help="when it ends to be valid: a span like 90d or a date \\[never]")
+        str | None, typer.Option(help="when it expires: after a span like 90d, or on a date \\[never]")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -106,7 +111,7 @@ def list_keys(
     tenant: Annotated[str | None, typer.Option(help="only the keys of this tenant")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the keys, without the keys themselves."""
+    """List the keys by id. The secrets are not stored, so none is shown."""
     records = [each for each in KeyFile(file).read().keys if tenant in (None, each.tenant)]
     if as_json:
         terminal.print_json([_shown(record) for record in records])
@@ -123,13 +128,13 @@ def list_keys(
 
 @app.command()
 def show(key: KeyId, file: File, as_json: AsJson = False) -> None:
-    """Show what a key may do."""
+    """Show what a key may use, its limits and whether it is valid."""
     _print(_shown(issue.find(KeyFile(file).read(), key)), as_json)
 
 
 @app.command()
 def revoke(key: KeyId, file: File, as_json: AsJson = False) -> None:
-    """Revoke a key at once. Answers that it is being given end."""
+    """Revoke a key. Within a second its running answers end in an error."""
     _print(_shown(issue.revoke(KeyFile(file), key, _now())), as_json)
 
 
@@ -140,17 +145,18 @@ def rotate(
     grace: Annotated[str, typer.Option(help="how long the old key stays valid")] = "1d",
     as_json: AsJson = False,
 ) -> None:
-    """Give a key a new secret, and print it. Its name, its limits and what it has used stay."""
+    """Give a key a new secret, and print it. Its id, its limits and its usage stay."""
     made = issue.rotate(KeyFile(file), key, _now(), issue.span(grace))
     _print(_shown(made.record, made.key), as_json)
 
 
 @app.command()
 def tenant(
-    name: Annotated[str, typer.Argument(metavar="TENANT", help="a tenant")],
+    name: Annotated[str, typer.Argument(metavar="TENANT", help="whose keys share the limits")],
     file: File,
     limits: Annotated[
-        list[str] | None, typer.Option("--limit", help="a limit that its keys share; none: no limits")
+        list[str] | None,
+        typer.Option("--limit", help="like tokens=1e6/day; repeat it; without it the limits are removed"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
