@@ -82,7 +82,7 @@ def setting(name: str, table: config.SettingsTable = config.SERVE) -> Any:
     """The option of a setting. It has no default, so that environment and file are read when it is absent."""
     info = table.infos[name]
     default = "none" if info.default is None else info.default
-    text = f"{info.type.__metadata__[0].description} [dim]\\[{default}][/]"
+    text = f"{config.meaning_of(info)} [dim]\\[{default}][/]"
     return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
 
 
@@ -381,7 +381,7 @@ def examine(
 def optimise(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file: model, data and steps")],
     out: Annotated[
-        Path | None, option("folder of the ladder; default: beside the recipe, named as it is")
+        Path | None, option("folder of the ladder; default: the recipe's path without .yaml")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
     skip_bad_lines: Annotated[
