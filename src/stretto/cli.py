@@ -380,9 +380,7 @@ def examine(
 @app.command()
 def optimise(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file: model, data and steps")],
-    out: Annotated[
-        Path | None, option("folder of the ladder; default: the recipe's path without .yaml")
-    ] = None,
+    out: Annotated[Path | None, option("folder of the ladder \\[RECIPE without .yaml]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="leave out lines of the data that cannot be used")
