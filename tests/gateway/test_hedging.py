@@ -16,4 +16,5 @@ def test_second_attempts_halve_the_slowest_first_tokens_for_little_extra_work():
 def test_there_are_no_second_attempts_in_an_overload():
     calm = hedging.run(800, load=0.5, slow=10.0, share=1.0)
     overloaded = hedging.run(800, load=3.0, slow=10.0, share=1.0)
-    assert calm.seconds >= 10 and overloaded.seconds <= calm.seconds / 4
+    assert calm.seconds >= 10
+    assert overloaded.seconds <= min(calm.seconds / 2, 0.01 * 800)  # those before the overload shows

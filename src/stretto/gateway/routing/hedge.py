@@ -16,6 +16,7 @@ from stretto.gateway.routing.router import Ask, Placement, Router
 REMEMBERED = 256
 MISS_BOUND = 0.5  # a second attempt starts when a miss is likelier than this
 OVERLOAD = 0.1
+LATE_SMOOTH = 0.1  # an overload shows within ten requests
 SMOOTH = 0.02  # weight of the newest request in averages
 FEW = 20  # fewer ratios say nothing, so nothing is hedged
 
@@ -99,7 +100,7 @@ class Hedges:
     def placed(self, ask: Ask, placement: Placement) -> None:
         """A request got its first worker."""
         self.budget.earn(len(ask.request.prompt))
-        self._late += SMOOTH * ((not placement.feasible) - self._late)
+        self._late += LATE_SMOOTH * ((not placement.feasible) - self._late)
 
     def came(self, placement: Placement, ttft_s: float) -> None:
         """The first token came from that worker, so long after the request."""
