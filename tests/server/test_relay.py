@@ -38,7 +38,9 @@ SCHEMA = {
 @pytest.fixture
 async def desk() -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server over a real engine with the bundled model."""
-    config = EngineConfig(models=(ModelConfig(name="desk", path=str(DESK)),), kv_bytes=64 << 20)
+    config = EngineConfig(
+        models=(ModelConfig(name="desk", path=str(DESK), dtype="float32"),), kv_bytes=64 << 20
+    )
     engine = EngineClient(config)
     await engine.start()
     await engine.wait_ready()
