@@ -115,7 +115,7 @@ async def test_a_tenant_sees_itself_alone_and_its_limits(
             assert len(rows) == 1 and rows[0].startswith("acme")
             assert await page.locator("#workers button").count() == 0
             limits = await page.locator(".limit").all_inner_texts()
-            assert "tokens=100000/month" in limits[0] and "whole again in" in limits[0]
+            assert "tokens=100000/month" in limits[0] and "renewed in" in limits[0]
             assert "bob" not in await page.inner_text("body")
 
 

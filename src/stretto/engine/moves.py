@@ -1,4 +1,4 @@
-"""Moves a request that would be late, and has not started, to a lighter variant that has it on time.
+"""Moves a request that would be late, and has not started, to a lighter variant on which it is on time.
 
 Pure: it looks at scheduling contexts and answers with a request for another model. `stretto.engine.core`
 moves the sequence. Nothing was computed for it yet, so no work is done twice.

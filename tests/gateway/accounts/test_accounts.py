@@ -165,7 +165,7 @@ def test_energy_comes_from_the_price_list():
     account = find(made, "k")
     taken = made.settle(made.admit(account, work(), at()), Tally(completion_tokens=40), at())
     assert taken.joules == 20
-    with pytest.raises(BudgetExceeded, match="never whole again") as caught:
+    with pytest.raises(BudgetExceeded, match="never renewed") as caught:
         made.admit(account, work(), at())
     assert caught.value.retry_after is None
 

@@ -128,7 +128,7 @@ async def test_a_used_up_budget_is_a_429_that_names_it(checkpoint: Path, file: K
             "budget_exceeded",
             "insufficient_quota",
         )
-        assert "tokens=5/month" in error["message"] and "whole again at" in error["message"]
+        assert "tokens=5/month" in error["message"] and "renewed at" in error["message"]
         assert 0 < int(refused.headers["retry-after"]) <= 31 * 86400 + 1
 
 

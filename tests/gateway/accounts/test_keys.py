@@ -72,7 +72,7 @@ def test_limits_of_a_tenant_are_set_and_removed(file: KeyFile):
         ({"tenant": "a", "scopes": ["root"]}, "'root'"),
         ({"tenant": "a", "limits": ["tokens=5"]}, "is no limit"),
         ({"tenant": "a", "limits": ["tokens=5/day", "tokens=9/day"]}, "two limits of tokens per day"),
-        ({"tenant": "a", "expires": NOW}, "expired at 2026-11-29T12:00:00Z already"),
+        ({"tenant": "a", "expires": NOW}, "in the past, at 2026-11-29T12:00:00Z"),
     ],
 )
 def test_a_key_that_makes_no_sense_is_refused_and_changes_nothing(

@@ -1,7 +1,7 @@
 """Work that no other request may wait for: prompts that are computed before anybody asks for an answer.
 
-It runs alone in short steps, or beside streams in the hundredth part of a step that nobody notices. A step
-with a prompt of another request has none of it.
+It runs alone in short steps, or beside streams in at most `UNNOTICED` of a step. A step with a prompt of
+another request has none of it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from stretto.engine.scheduler.plan_builder import PlanBuilder
 from stretto.engine.scheduler.types import SchedulingContext
 from stretto.engine.sequence import SPARE_TIME, Sequence
 
-UNNOTICED = 0.02  # by this share at most, a step with streams becomes longer
-STEP_BASES = 5  # a step of its own takes so many bases at most: a newcomer waits for its end
-SHORTEST_MS = 5.0  # and may always take so long
+UNNOTICED = 0.02  # the largest share by which a step with streams becomes longer
+STEP_BASES = 5  # the longest step of its own, in base times of a step: a newcomer waits for its end
+SHORTEST_MS = 5.0  # but a step of its own may always take this long
 
 
 def waits(context: SchedulingContext) -> bool:
-    """Whether there is work for spare time, and spare time for it as far as the queues show."""
+    """Whether a prompt waits for spare time, and the queues show that there is some."""
     waiting, running = context.queues.waiting, context.queues.running
     some = any(queue and queue[-1].rank.group == SPARE_TIME for queue in (waiting, running))
     return some and context.spare_time and (not waiting or waiting[0].rank.group == SPARE_TIME)
 
 
 def fill(builder: PlanBuilder) -> None:
-    """Add what nobody notices to a plan that holds all other work of its step."""
+    """Add prompts that run in spare time to a plan that holds all other work of its step."""
     others = [seq for seq in builder.context.queues.running if seq.rank.group != SPARE_TIME]
     if any(seq.remaining > 1 for seq in others):
         return

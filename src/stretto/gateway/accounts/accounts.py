@@ -1,7 +1,7 @@
-"""The keys in use: whose a request is, whether it may start, and what its answer took.
+"""The keys in use: whose a request is, whether it may start, and what its answer used.
 
-`find` names the account of a request. `admit` asks every limit of its key and its tenant, and reserves what
-the answer may take. `settle` counts what it took. One event loop owns all of it.
+`find` names the account of a request. `admit` checks every limit of its key and its tenant, and reserves what
+the answer is expected to use. `settle` counts what it used. One event loop owns all of it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Account:
 
     @property
     def tenant(self) -> str:
-        """Whose it is."""
+        """The tenant that the key belongs to."""
         return self.record.tenant
 
     def ensure(self, scope: KeyScope) -> None:
@@ -189,7 +189,7 @@ class Accounts:
         raise Unauthorised("send a valid API key: `Authorization: Bearer KEY` or `x-api-key: KEY`")
 
     def admit(self, account: Account, work: Demand, now: Now) -> Bill:
-        """Reserves what a request may take. Raises NotAllowed, RateLimited or BudgetExceeded."""
+        """Reserves what a request is expected to use. Raises NotAllowed, RateLimited or BudgetExceeded."""
         record = account.record
         if record.tiers and work.tier not in record.tiers:
             raise NotAllowed(
@@ -208,7 +208,7 @@ class Accounts:
         return Bill(account, work, price, reserved, now)
 
     def settle(self, bill: Bill, tally: Tally, now: Now) -> Tally:
-        """Counts what an answer took in place of what was reserved. Returns it with its cost."""
+        """Replaces the reservation by what the answer used. Returns that with its cost."""
         price, account = bill.price, bill.account
         cost = price.cost(tally.prompt_tokens, tally.cached_tokens, tally.completion_tokens)
         joules = tally.joules or (price.joules or 0.0) * tally.completion_tokens
@@ -338,12 +338,12 @@ class Accounts:
         if not wait:
             return
         used = f"{meter.used(now):,.6g} of {meter.size:,.6g} used"
-        again = "it is never whole again" if wait == inf else f"try again in {wait:,.0f} s"
+        again = "it is never renewed" if wait == inf else f"try again in {wait:,.0f} s"
         kind = RateLimited if limit.rate else BudgetExceeded
         if limit.rate:
             message = f"the rate {limit} of {' '.join(owner)} is used up: {used}, {need:,.6g} needed; {again}"
         else:
-            whole = "" if wait == inf else f", whole again at {_iso(now.wall + wait)}"
+            whole = "" if wait == inf else f", renewed at {_iso(now.wall + wait)}"
             message = f"the budget {limit} of {' '.join(owner)} is used up: {used}{whole}; {again}"
         raise kind(message, retry_after=None if wait == inf else wait)
 

@@ -72,7 +72,7 @@ def create(file: KeyFile, now: datetime, **fields: object) -> NewKey:
         hint = f"; a name is {NAMES}" if "$.tenant" in str(error) else ""
         raise StartError(f"the key cannot be made: {error}{hint}") from error
     if record.expires is not None and record.expires <= now:
-        raise StartError(f"the key would have expired at {record.expires:%Y-%m-%dT%H:%M:%SZ} already")
+        raise StartError(f"a key cannot expire in the past, at {record.expires:%Y-%m-%dT%H:%M:%SZ}")
     _change(file, lambda book: structs.replace(book, keys=(*book.keys, record)), missing_ok=True)
     return NewKey(key, record)
 

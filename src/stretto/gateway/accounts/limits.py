@@ -1,7 +1,7 @@
 """What a key or a tenant may use: limits, and meters that count against them. Pure; the time is an argument.
 
 A limit per second or minute is a rate: a token bucket that fills evenly (Turner, New directions in
-communications, 1986). A limit per hour, day, week, month or for ever is a budget: it is whole again when the
+communications, 1986). A limit per hour, day, week, month or for ever is a budget: it is renewed when the
 next calendar period begins (UTC), so that gateways agree on it without asking each other.
 """
 

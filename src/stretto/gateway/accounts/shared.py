@@ -1,8 +1,8 @@
-"""What several gateways gave out together, in the Redis that they share.
+"""The use of limits that several gateways share, in Redis.
 
-Twice a second a gateway writes what it gave out of each budget that it was asked for, and reads what all gave
-out; no request waits for that. Rates are divided by the gateways that are there. While Redis is away each
-gateway counts alone, from what it last heard, and says so.
+Twice a second a gateway writes how much of each budget it has spent, and reads how much all have spent. No
+request waits for that. Rates are divided by the number of running gateways. While Redis cannot be reached,
+each gateway counts alone, from the totals that it read last, and reports it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from stretto.gateway.cache.redis_store import connect
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 1.0  # of one exchange
-ALIVE_S = 5  # a gateway that was not heard of for so long is gone
-REST_S = 60.0  # a budget that nobody asked for so long is not looked up, until somebody does
-KEPT_S = 86_400  # a budget's total is kept for so long after its window
+ALIVE_S = 5  # a gateway that has not written for this long counts as gone
+REST_S = 60.0  # a budget that no request has used for this long is not exchanged
+KEPT_S = 86_400  # how long a budget's total is kept after its window
 EVER = CalendarWindow(-inf, inf)
 FOREVER_S = 10 * 366 * 86_400
 # Redis' own clock decides who is there, because those of machines differ.
@@ -54,7 +54,7 @@ class BatchClient(Protocol):
 
 
 class Part(NamedTuple):
-    """What this gateway gave out of one budget in one window."""
+    """What this gateway has spent of one budget in one window."""
 
     name: str
     meter: BudgetMeter
@@ -63,7 +63,7 @@ class Part(NamedTuple):
 
 
 class SharedSpending:
-    """The totals of all gateways with the same `gateway_key`. `gateways`: how many are there."""
+    """The totals of all gateways with the same `gateway_key`. `gateways`: how many are running."""
 
     def __init__(self, url: str, gateway_key: str) -> None:
         """Raises StartError for a wrong URL, or without the package."""
@@ -74,9 +74,9 @@ class SharedSpending:
         self._me = token_hex(8)
 
     async def exchange(self, asked: dict[str, BudgetMeter], wall: float) -> bool:
-        """Tells what these meters gave out, tells them what others did, and removes those that rest.
+        """Writes what these meters have spent, sets what others have, and drops those that rest.
 
-        `wall`: seconds since 1970. Returns False when Redis is away.
+        `wall`: seconds since 1970. Returns False when Redis cannot be reached.
         """
         parts = [
             Part(name, meter, meter.spent, meter.window)
@@ -104,7 +104,7 @@ class SharedSpending:
         return True
 
     async def close(self) -> None:
-        """Leaves the gateways that are there."""
+        """Removes this gateway from the running ones."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 await self._client.zrem(f"{self._prefix}:gateways", self._me)
@@ -113,7 +113,7 @@ class SharedSpending:
             log.debug("leaving Redis failed: %s", type(error).__name__)
 
     async def _totals(self, parts: list[Part]) -> list[float]:
-        """Sets what this gateway gave out, and sums up what all did. To do it twice does no harm."""
+        """Writes what this gateway has spent, and adds up what all have. It may be repeated."""
         if not parts:
             return []
         batch = self._client.pipeline(transaction=False)

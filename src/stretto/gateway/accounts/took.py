@@ -1,4 +1,4 @@
-"""What an answer took, as far as a response tells: workers say it in a header, other servers in the body."""
+"""The tokens that an answer used: workers send them in a header, other servers in the body."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Body(Struct):
 
 
 def took_of(header: str | None, body: bytes) -> Took | None:
-    """What an answer in one piece took, by a worker's header or by OpenAI's `usage`; None: unknown."""
+    """The tokens of an answer in one piece, by a worker's header or by OpenAI's `usage`; None: unknown."""
     if header is not None:
         with suppress(ValueError):
             return Took.of(header)
@@ -45,7 +45,7 @@ class PlainStream:
         self._rest = b""
 
     def push(self, data: bytes) -> Took:
-        """What the stream took, up to the end of `data`."""
+        """The tokens that the stream has used up to the end of `data`."""
         *lines, rest = (self._rest + data).split(b"\n")
         self._rest = rest if len(rest) <= LONGEST_LINE else b""
         for line in lines:
@@ -60,7 +60,7 @@ class PlainStream:
         return self._took
 
     def end(self) -> Took:
-        """What it took in all. A body in one piece may have come in chunks; it has no events."""
+        """The tokens that it used in all. A body in one piece may have come in chunks; it has no events."""
         found = _used(self._rest) if USAGE in self._rest else None
         self._took = found or self._took
         return self._took

@@ -141,7 +141,7 @@ class Answers:
         failed = [name for name, report in zip(names, reports, strict=True) if report is None]
         if failed:
             raise Unavailable(
-                f"{erased} answers are erased, but not confirmed by {', '.join(failed)}; ask again",
+                f"{erased} answers are erased, but {', '.join(failed)} did not confirm; send this again",
                 retry_after=1.0,
             )
         blocks = {name: report.blocks for name, report in zip(names, reports, strict=True) if report}

@@ -128,7 +128,7 @@ def read(text: str) -> Words | None:
 
 
 def likeness(one: Words, other: Words) -> Likeness | None:
-    """How alike two questions are; None when their answers may differ whatever the rest says."""
+    """How alike two questions are; None when a word differs that can change the answer."""
     if one.kind != other.kind or one.hard != other.hard:
         return None
     return "same words" if one.content == other.content else "other words"

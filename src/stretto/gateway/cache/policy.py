@@ -36,9 +36,9 @@ class CachePolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.max_error <= 0.5:
-            raise ValueError(f"max_error must be above 0 to 0.5, not {self.max_error}")
+            raise ValueError(f"max_error must be above 0 and at most 0.5, not {self.max_error}")
         if not 0 < self.ttl <= 30 * 86_400:
-            raise ValueError(f"ttl must be above 0 seconds to 30 days, not {self.ttl}")
+            raise ValueError(f"ttl must be above 0 seconds and at most 30 days, not {self.ttl}")
         if self.bytes < 1 << 16:
             raise ValueError(f"size must be at least 64KiB, not {self.size}")
 

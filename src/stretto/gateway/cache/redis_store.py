@@ -130,7 +130,7 @@ class RedisStore:
         except Exception as error:
             self._failed(error)
             raise Unavailable(
-                "the shared cache did not confirm the erasure; ask again", retry_after=PAUSE_S
+                "Redis did not confirm the erasure; send the request again", retry_after=PAUSE_S
             ) from None
 
     async def close(self) -> None:

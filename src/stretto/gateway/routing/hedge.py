@@ -1,4 +1,4 @@
-"""When a second attempt of a request is worth its price. Pure.
+"""When a second attempt of a request is worth its work. Pure.
 
 The decision uses how wrong the predictions have been: the ratios of real to predicted time to first token.
 Dean and Barroso, The tail at scale, CACM 2013, hedge after a fixed quantile; here the deadline decides.
@@ -85,7 +85,7 @@ class HedgeBudget:
 
 class Hedges:
     """Decides on second attempts. A request gets one when a miss of its deadline for the first token has
-    become likely, and another worker is idle enough; none does in an overload."""
+    become likely, and another worker has a short queue; none does in an overload."""
 
     def __init__(self, share: float) -> None:
         self._errors = Errors()

@@ -1,4 +1,4 @@
-"""What a client has of a stream: enough for another worker to go on exactly there."""
+"""How far a client has received a stream, so that another worker can go on at that token."""
 
 from __future__ import annotations
 

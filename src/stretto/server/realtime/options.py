@@ -1,4 +1,4 @@
-"""What a session and a response set -> the chat request that asks for the answer."""
+"""Makes the chat request of a response from the options of its session and its own."""
 
 from __future__ import annotations
 

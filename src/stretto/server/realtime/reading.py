@@ -23,8 +23,8 @@ from stretto.types import Finish, Reason, Request, Sampling
 
 LONGEST_WORD = 24  # characters; a longer run without a blank is cut: some languages write none
 UNCERTAIN = 2  # tokens at the end of a text that may change when more follows
-BYTES_PER_TOKEN = 4  # so many bytes for each token of a block make it worth to encode the prompt again
-SHARE = 128  # of a long prompt so small a part is not worth it: encoding it takes time from others
+BYTES_PER_TOKEN = 4  # bytes of new text for each token of a block before the prompt is encoded again
+SHARE = 128  # new text below this part of a long prompt is not read: encoding takes time from others
 EDIT_PAUSE_S = 0.2  # after an edit that changed what is being read
 LAST_WORD = re.compile(r"\s+\S*\s*$")
 READ = Sampling(max_tokens=0)
@@ -57,7 +57,7 @@ class TypedText:
 
 
 def certain(text: str) -> str:
-    """The text without its last word, which may still change. All of it when it is but a short word."""
+    """The text without its last word, which may still change. A text of one short word stays whole."""
     tail = text[-LONGEST_WORD:]
     found = LAST_WORD.search(tail)
     cut = len(text) - len(tail) + (found.start() if found else 0)
@@ -94,8 +94,8 @@ class PromptReader:
         return self._read_ahead if self._restarts == self.server.engine.restarts else ReadAhead()
 
     def look(self, text: TypedText, *, edited: bool = False) -> None:
-        """Begins to read what has been typed, if there is enough of it that is new. `edited`: the text did
-        more than grow."""
+        """Begins to read what has been typed, if enough of it is new. `edited`: the text has
+        changed before its end."""
         changed = edited and not str(text).startswith(self._source)
         if changed:
             self.stop()
@@ -116,13 +116,13 @@ class PromptReader:
         self._source, self._looked, self._useless = "", -1, False
 
     def _is_worth_it(self, text: TypedText) -> bool:
-        """Whether enough is new since the prompt was last encoded: about a block, more of a long prompt."""
+        """Whether enough text is new since the prompt was last encoded: a block, more for a long prompt."""
         block = next((info.block_size for info in self.server.engine.models.values()), 16)
         least = max(BYTES_PER_TOKEN * block, (text.size + self.conversation.size) // SHARE)
         return self._looked < 0 or abs(text.size - self._looked) >= least
 
     async def _run(self, text: TypedText, *, changed: bool) -> None:
-        """Reads until nothing is left that is worth it."""
+        """Reads until too little new text is left."""
         try:
             if changed:
                 self._looked = -1

@@ -111,7 +111,7 @@ class Session:
                 await self._respond(event.response or ResponseFields(), arrival, event.event_id)
             case ResponseCancel():
                 if self.turn is None or event.response_id not in (None, self.turn.id):
-                    raise NoActiveResponse("there is no such response to cancel", param="$.response_id")
+                    raise NoActiveResponse("no such response is running", param="$.response_id")
                 self.turn.interrupt("client_cancelled")
             case SessionUpdate():
                 self._update(event.session)
@@ -164,7 +164,7 @@ class Session:
             await self._respond(options, arrival, event.event_id)
 
     async def _interrupt(self, reason: str) -> None:
-        """Ends the response that runs, if one does."""
+        """Ends the running response, if there is one."""
         turn = self.turn
         if turn is not None and turn.task is not None:
             turn.interrupt(reason)
@@ -175,13 +175,14 @@ class Session:
             await asyncio.wait({self.turn.task})  # its last event was sent
         if self.turn is not None:
             raise ActiveResponse(
-                f"the response {self.turn.id} runs: wait for its end, or cancel it", param="$.type"
+                f"the response {self.turn.id} runs: wait for response.done, or send response.cancel",
+                param="$.type",
             )
         self._reader.stop()
         conversation = self._conversation
         items = conversation.items if options.input is None else conversation.resolved(options.input)
         if not items and not (options.instructions or self._fields.instructions):
-            raise InvalidRequest("the conversation is empty: add an item first", param="$.type")
+            raise InvalidRequest("the conversation is empty: create an item first", param="$.type")
         kept = options.conversation != "none"
         wire = {
             "conversation_id": conversation.id if kept else None,
@@ -208,7 +209,7 @@ class Session:
             self._read()
 
     def _update(self, new: SessionFields) -> None:
-        """Takes over fields of the session. Raises InvalidRequest for what no response could use."""
+        """Sets fields of the session. Raises InvalidRequest for values that no response could use."""
         if new.model not in (None, self._model):
             raise InvalidRequest(
                 f"$.session.model: this session uses {self._model}; open another session",
@@ -221,7 +222,7 @@ class Session:
         self._outbox.post("session.updated", session=self._shown())
 
     def _read(self, *, edited: bool = False) -> None:
-        """Reads what has been typed, unless a response runs: its text comes first."""
+        """Reads ahead in the typed text, unless a response is running."""
         if self.turn is None and self._typed.size:
             self._reader.look(self._typed, edited=edited)
 

@@ -29,8 +29,8 @@ ENDPOINT = "realtime_session"
 
 
 class EventPace:
-    """How fast a client's events are taken: `BURST` at once, then `EVENTS_PER_S`. Later ones wait, unread, so
-    nothing of them is lost."""
+    """How fast a client's events are taken: `BURST` at once, then `EVENTS_PER_S`. Later ones wait
+    unread, so none is lost."""
 
     def __init__(self) -> None:
         self._saved, self._since = BURST, time.monotonic()

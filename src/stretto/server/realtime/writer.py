@@ -1,7 +1,7 @@
-"""Deltas -> the events of one response: one JSON object on each line, which the session sends one by one.
+"""Turns deltas into the events of one response: one JSON object on each line.
 
-An answer is a list of items: messages and calls of functions. One is open at a time. Reasoning is no item: it
-has events of its own, as OpenAI's protocol has none for it.
+An answer is a list of items: messages and calls of functions. One is open at a time. Reasoning is not an
+item: it has events of its own, because OpenAI's protocol has none for it.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ function drawTenants(now) {
   }), 6, "No requests yet today.");
   $("limits").replaceChildren(...now.limits.map((limit) => {
     const box = element("div", "limit"), bar = document.createElement("meter");
-    const resets = limit.resets_s == null ? "" : limit.resets_s ? `, whole again in ${duration(limit.resets_s * 1000)}` : "";
+    const resets = limit.resets_s == null ? "" : limit.resets_s ? `, renewed in ${duration(limit.resets_s * 1000)}` : "";
     bar.max = limit.most || 1;
     bar.value = limit.used;
     bar.setAttribute("aria-label", `${limit.owner}: ${limit.limit}`);
