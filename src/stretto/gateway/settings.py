@@ -52,7 +52,7 @@ class GatewayConfig(HttpConfig, frozen=True, kw_only=True):
         int,
         Meta(
             ge=1,
-            description="gateways that share the limits of the keys without `redis`; each gives out its part",
+            description="gateways that share the limits of the keys without `redis`; each allows its part",
         ),
     ] = 1
     prices: Annotated[
