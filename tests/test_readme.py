@@ -68,6 +68,7 @@ def test_every_stretto_command_in_the_readme_exists() -> None:
         "bench engine",
         "optimise",
         "gateway",
+        "keys",
         "doctor",
     }
 
