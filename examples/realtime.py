@@ -43,9 +43,8 @@ async def answer(connection: Any) -> Any:
 
 
 async def main() -> None:
-    # One variant of the bundled ladder: what is read ahead is in the cache of the model that reads it.
     client = AsyncOpenAI(base_url=f"{URL}/v1", api_key="none")
-    async with client.realtime.connect(model="desk:int8") as connection:
+    async with client.realtime.connect(model="desk") as connection:
         await connection.session.update(
             session={"type": "realtime", "output_modalities": ["text"], "instructions": "Be kind."}
         )

@@ -43,9 +43,19 @@ Preference = Literal["quality", "energy", "latency"]  # what a choice among vari
 # `floor`: better ones are below `min_quality`. `load`: better ones take machine time that others need more.
 # `below_floor`, `late`: none keeps both the deadlines and the floor. `moved`: the one chosen first would have
 # been late after all. `no_forecast`: nothing is known of the queues, as under the schedule fcfs.
+# `read_ahead`: it has read the text while it was typed, and no other is sure to be better.
 # `explored`: feedback was drawn on a variant that is perhaps as good as the best.
 VariantReason = Literal[
-    "best", "deadline", "floor", "load", "explored", "below_floor", "late", "moved", "no_forecast"
+    "best",
+    "deadline",
+    "floor",
+    "load",
+    "read_ahead",
+    "explored",
+    "below_floor",
+    "late",
+    "moved",
+    "no_forecast",
 ]
 
 

@@ -26,6 +26,7 @@ class LadderCandidate(Struct, frozen=True, kw_only=True):
     that would share its steps, and the keys they read. `beside_ms`: the steps of other variants that come
     between two of its steps. `crowded`: whether one more stream would make others late.
     `quality`: the expected share of right answers; `quality_low`: the lower end of its confidence interval.
+    `cached`: tokens of the prompt that it has computed already, while the prompt was typed.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LadderCandidate(Struct, frozen=True, kw_only=True):
     context: int = 0
     beside_ms: float = 0.0
     crowded: bool = False
+    cached: int = 0
 
 
 class Need(Struct, frozen=True, kw_only=True):
@@ -93,8 +95,9 @@ def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0
     there is none, the objective's `on_miss` decides. `reject`: none answers. `degrade`: the best quality that
     is on time, below the floor (`below_floor`); if none is, the one that ends soonest (`late`). `late`: of
     those that reach the floor, the one that is least late; if none does, the best quality (`below_floor`).
-    `price`: quality that a millisecond of machine time must be worth (`price.TimePrice`). Raises ValueError
-    when there are no candidates.
+    `price`: quality that a millisecond of machine time must be worth (`price.TimePrice`). With the preference
+    `quality`, a feasible variant that has read part of the prompt goes before the price, and before others
+    that are not sure to be better. Raises ValueError when there are no candidates.
     """
     if not candidates:
         raise ValueError("there is no variant to choose from")
@@ -107,6 +110,10 @@ def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0
         if price > 0.0 and need.preference == "quality":
             chosen = min(feasible, key=lambda each: _by_worth(each, price))
         reason = "load" if chosen is not best else _reason(min(predicted, key=order), chosen)
+        reader = next((each for each in feasible if each.candidate.cached), None)
+        if reader is not None and reader is not chosen and need.preference == "quality":
+            if reader.candidate.quality >= best.candidate.quality_low:
+                chosen, reason = reader, "read_ahead"
         return VariantChoice("on_time", chosen, reason, feasible, predicted)
     able = [each for each in predicted if each.candidate.quality_low >= need.min_quality]
     outcome: ChoiceOutcome = "late"
@@ -130,7 +137,7 @@ def predict(candidate: LadderCandidate, need: Need) -> Prediction:
     """What the candidate would do: queue + prefill, then `output_tokens` steps of its usual duration."""
     cost, margin, objective = candidate.cost, candidate.margin, need.objective
     length, tokens = need.prompt_tokens, max(need.output_tokens, 1)
-    prefill, keys = cost.prefill(0, length), length + tokens // 2
+    prefill, keys = cost.prefill(candidate.cached, length - candidate.cached), length + tokens // 2
     ttft = need.elapsed_ms + candidate.queue_ms + margin * (cost.base + prefill) / candidate.pace
     itl = margin * cost.decodes(candidate.streams + 1, candidate.context + keys) + candidate.beside_ms
     total = ttft + (tokens - 1) * itl

@@ -259,7 +259,8 @@ FIELDS: dict[str, str] = {
     "variant": "Which variant of the model answered.",
     "variant_reason": "Why this variant of a ladder answered. Absent when the request named the model. "
     "`best`: none is better by the preference. `deadline`: better ones would be late. `floor`: better ones "
-    "are below `min_quality`. `load`: better ones take machine time that others need more. `explored`: it is "
+    "are below `min_quality`. `load`: better ones take machine time that others need more. `read_ahead`: it "
+    "has read the text while it was typed, and no other is sure to be better. `explored`: it is "
     "perhaps as good as the best, and feedback will tell. `below_floor`, `late`: none keeps both. `moved`: "
     "the one chosen first would have been late. `no_forecast`: the queues are not known.",
     "on_time": "Whether every token met its deadline.",

@@ -254,3 +254,29 @@ def test_a_decision_takes_at_most_100_us_of_processor_time() -> None:
             made.place(asks, NOW)
         best = min(best, (process_time() - started) / 100)
     assert best < 250e-6, "five times the usual"
+
+
+def test_the_variant_that_has_read_the_prompt_answers_unless_it_is_late_or_another_is_surely_better() -> None:
+    read: dict[str, Any] = {"cached": {"m:int8": 90}}
+    placed = router(idle()).place(asked(**read), NOW)
+    assert (placed.model, placed.reason) == ("m:int8", "read_ahead"), "0.9 is not below the top's 0.9 to 1"
+    assert placed.lighter == ("m:small",)
+    high = Objective(ttft_ms=5000, min_quality=0.88)
+    assert router(idle()).place(asked(objective=high, **read), NOW).model == "m:full"
+    small = router(idle()).place(asked(cached={"m:small": 90}), NOW)
+    assert (small.model, small.reason) == ("m:full", "best"), "the top is sure to be better"
+    for prefer in ("energy", "latency"):
+        assert router(idle()).place(asked(prefer=prefer, **read), NOW).model == "m:small"
+
+
+def test_only_what_is_left_to_read_counts() -> None:
+    soon = asked(objective=Objective(ttft_ms=40))
+    assert router(idle()).place(soon, NOW).model == "m:small"
+    placed = router(idle()).place(structs.replace(soon, cached={"m:full": 90}), NOW)
+    assert (placed.model, placed.reason) == ("m:full", "best"), "10 tokens and a step take 30 ms"
+
+
+def test_feedback_explores_nothing_when_the_prompt_is_read() -> None:
+    learnt = learner(full=0.6, int8=0.6)
+    models = [router(idle(), learnt=learnt).place(asked(cached={"m:full": 90}), NOW) for _ in range(50)]
+    assert {(placed.model, placed.reason) for placed in models} == {("m:full", "best")}

@@ -49,6 +49,8 @@ def _asked(
     call: Call, spec: AnswerSpec, slo: ServiceLevel, prompts: list[EncodedPrompt], only: str | None
 ) -> LadderRequest:
     """All answers of a call come from one variant, so their prompts count as one."""
+    reader = call.read_ahead.model
+    cached = sum(call.read_ahead.common(reader, prompt.ids) for prompt in prompts)
     return LadderRequest(
         question=spec.question(),
         prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
@@ -61,6 +63,7 @@ def _asked(
         prefer=slo.prefer,
         user=call.user,
         only=only,
+        cached={reader: cached} if cached else {},
     )
 
 

@@ -78,11 +78,17 @@ class Prospects:
         self._prepared: dict[str, PreparedSnapshot] = {}
 
     def standings(
-        self, models: Mapping[str, object], objective: Objective, weight: float, arrival: float, length: int
+        self,
+        models: Mapping[str, object],
+        objective: Objective,
+        weight: float,
+        arrival: float,
+        length: int,
+        cached: Mapping[str, int],
     ) -> dict[str, Standing]:
         """Where a request would stand with each of these models; none for a model without a snapshot.
 
-        Its prompt has `length` tokens, its tier this weight.
+        Its prompt has `length` tokens, its tier this weight. `cached`: how many of them a model has computed.
         """
         prepared = self._current()
         deadline = Deadline.of(arrival, objective)
@@ -100,7 +106,8 @@ class Prospects:
                 continue
             estimate, heavier = each.seen.estimate, each.seen.inflow.get(weight, 0.0)
             pace = max(estimate.rate(itl_ms) - heavier, LEAST_PACE)
-            own = ahead[name] + estimate.cost.prefill(0, length)
+            known = cached.get(name, 0)
+            own = ahead[name] + estimate.cost.prefill(known, length - known)
             others = sum(min(ms, own) for other, ms in ahead.items() if other != name)
             crowded = itl_ms < inf and pressure > 0 and not estimate.bears(length, itl_ms, heavier)
             found[name] = Standing(

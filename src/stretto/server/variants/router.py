@@ -35,6 +35,7 @@ class LadderRequest(Struct, frozen=True, kw_only=True):
     """A request for a ladder. `question`: the text of its last message. `only`: the variant it names.
 
     `prompt_tokens`: of all its prompts together; `longest_prompt`: of the longest. `user`: whom it is for.
+    `cached`: by variant, in the engine's names, the tokens of the prompt that were computed ahead.
     """
 
     question: str
@@ -48,6 +49,7 @@ class LadderRequest(Struct, frozen=True, kw_only=True):
     prefer: Preference = "quality"
     user: str = ""
     only: str | None = None
+    cached: Mapping[str, int] = {}
 
 
 class VariantPlacement(NamedTuple):
@@ -113,7 +115,7 @@ class VariantRouter:
         tier = self._tiers.get(asked.tier)
         weight = 0.0 if tier is None else tier.weight
         standings = self._prospects.standings(
-            models, asked.objective, weight, asked.arrival, asked.prompt_tokens
+            models, asked.objective, weight, asked.arrival, asked.prompt_tokens, asked.cached
         )
         candidates: list[LadderCandidate] = []
         for model, standing in standings.items():
@@ -133,6 +135,7 @@ class VariantRouter:
                     context=seen.context,
                     beside_ms=standing.beside_ms,
                     crowded=standing.crowded,
+                    cached=asked.cached.get(model, 0),
                 )
             )
         floor = asked.objective.min_quality or 0.0
@@ -185,6 +188,11 @@ class VariantRouter:
         low = max(each.low for each in found.values())
         if low < floor and asked.objective.on_miss == "reject":
             return VariantPlacement(None, "below_floor", best_quality=low)
+        if asked.prefer == "quality":
+            least = found[best].low
+            for model in asked.cached.keys() & found.keys():
+                if found[model].low >= floor and found[model].mean >= least:
+                    best = model
         made = self._made(expected, best, {best: 1.0})
         return VariantPlacement(best, "no_forecast" if low >= floor else "below_floor", made=made)
 
@@ -204,6 +212,7 @@ class VariantRouter:
             and guidance.bandit.explores
             and asked.prefer == "quality"
             and reason != "load"
+            and not chosen.candidate.cached  # what is read would be read again
             and len(choice.feasible) > 1
         ):
             names = [each.candidate.name for each in choice.feasible]
