@@ -40,8 +40,8 @@ async def tab(complaints: list[str]) -> AsyncIterator[Any]:
 
 
 @pytest.fixture
-async def page(tab: Any, served: Served) -> Any:
-    """The page, when the server is ready and its models are known."""
+async def page(served: Served, tab: Any) -> Any:
+    """The page, when the server is ready and its models are known. It closes before the server does."""
     await tab.goto(served.url)
     await tab.wait_for_selector(".status.ready")
     await tab.wait_for_selector("#model option", state="attached")

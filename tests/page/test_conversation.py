@@ -208,7 +208,7 @@ async def test_a_long_answer_is_read_as_fast_as_it_comes(
     assert await page.locator(".timing-graph .mark").count() <= 301
 
 
-async def test_controls_have_names_and_the_links_are_in_view(page: Any, tab: Any, served: Served) -> None:
+async def test_controls_have_names_and_the_links_are_in_view(page: Any, served: Served, tab: Any) -> None:
     await page.set_viewport_size({"width": 1280, "height": 800})
     assert await page.get_by_label("Temperature").get_attribute("id") == "temperature"
     for name in ("API", "Metrics", "State"):
@@ -227,7 +227,7 @@ class TestLocked:
         return ServeConfig(port=0, max_waiting=32, drain_s=0.3, api_keys={"right": "someone"})
 
     async def test_a_locked_server_asks_for_its_key(
-        self, tab: Any, served: Served, complaints: list[str]
+        self, served: Served, tab: Any, complaints: list[str]
     ) -> None:
         await tab.goto(served.url)
         await tab.wait_for_selector(".status:has-text('needs a key')")

@@ -27,7 +27,7 @@ async def test_a_chat_by_keyboard_streams_and_shows_its_timing(page: Any) -> Non
     assert await page.evaluate("document.activeElement.id") == "input"
     assert await page.locator(".timing-graph").count() == 0, "the graph is folded"
     await page.click(".timing summary")
-    assert await page.locator(".timing-graph .mark").count() > 1
+    await page.wait_for_selector(".timing-graph .mark:nth-of-type(2)", state="attached")
     assert await page.inner_text(".timing .legend") == "tokens received\ndeadlines\na late token"
     assert "tokens" in await page.get_attribute(".timing-graph", "aria-label")
     assert await page.inner_text(".facts .good dd") == "On time"
@@ -125,6 +125,7 @@ async def test_the_page_reconnects_when_the_server_restarts(
     await page.wait_for_selector(".status.ready")
     await send(page)
     await page.wait_for_selector(".facts")
+    await page.goto("about:blank")
     again.cancel()
     await asyncio.gather(again, return_exceptions=True)
     assert all("Failed to load resource" in message or "net::" in message for message in complaints)

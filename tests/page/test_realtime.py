@@ -15,7 +15,7 @@ WORDS = "the quick brown fox jumps over the lazy dog and then it rests under a t
 
 
 @pytest.fixture
-async def typing(tab: Any, served: Served, engine: FakeEngine, text: TextModel) -> Any:
+async def typing(served: Served, tab: Any, engine: FakeEngine, text: TextModel) -> Any:
     """The page, with a session that is open."""
     hello = text.encode("Hello, world!")
 
