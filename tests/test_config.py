@@ -159,7 +159,7 @@ def test_the_engine_config_survives_a_json_round_trip() -> None:
 
 
 def test_the_reference_table_has_every_setting() -> None:
-    page = SERVE.reference({"port"}, {"models"})
+    page = SERVE.reference({"port": "--port"}, {"models"})
     assert len(page.splitlines()) == 2 + len(SERVE.infos)
     assert "| `port` | `STRETTO_PORT` | `--port` | `8000` |" in page
     assert all(f"| `{name}` |" in page for name in SERVE.infos)
