@@ -24,6 +24,7 @@ from stretto.gateway.cache.answers import Answers, prepare
 from stretto.gateway.cache.stats import CacheReport
 from stretto.gateway.calls import Calls
 from stretto.gateway.exchange import RelayedExchange
+from stretto.gateway.feedback import FeedbackRelay
 from stretto.gateway.model_listing import ModelListing
 from stretto.gateway.operations.live import LivePage
 from stretto.gateway.operations.monitor import CallEnd, Monitor
@@ -188,6 +189,9 @@ class Gateway(Starlette):
         ]
         pages = [
             *ModelListing(self.registry, self.account).routes(),
+            *FeedbackRelay(
+                self.registry, self.relay.answered, self.account, lambda: self.config.max_body_bytes
+            ).routes(),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/state", self.state_page),

@@ -27,6 +27,7 @@ from stretto.errors import (
 from stretto.gateway.accounts.took import PlainStream, took_of
 from stretto.gateway.exchange import Refusal, RelayedExchange
 from stretto.gateway.registry import CONNECT_S, Registry, Worker
+from stretto.gateway.routing.answered import AnsweredRequests
 from stretto.gateway.routing.fields import GENERATING
 from stretto.gateway.routing.hedge import Hedges
 from stretto.gateway.routing.prefixes import PIECE, keys_of
@@ -75,6 +76,7 @@ class Relay:
         self.router = registry.router
         self.failovers = self.retries = self.hedges = self.hedges_won = 0
         self.hedging = Hedges(hedge_share)
+        self.answered = AnsweredRequests()
         self._ids = count(1)
 
     async def run(self, exchange: RelayedExchange) -> None:
@@ -98,6 +100,8 @@ class Relay:
                 await exchange.send(refusal.head.status, _headers(refusal.head), refusal.body, False)
                 return
             exchange.answered(attempt.worker.name, attempt.placement.ttft_s, attempt.head)
+            if exchange.operation in GENERATING:
+                self.answered.add(exchange.tenant, exchange.request_id, attempt.worker.name)
             try:
                 await self._pass_on(attempt, exchange)
                 self.registry.succeeded(attempt.worker)

@@ -39,6 +39,10 @@ OperationName = Literal[
     "rerank",
     "tokenize",
     "detokenize",
+    "feedback",
+    "show_feedback",
+    "export_feedback",
+    "erase_feedback",
 ]
 # The paths of each operation whose request is the body of a POST, at a worker and at a gateway alike.
 PATHS: dict[OperationName, tuple[str, ...]] = {
@@ -59,6 +63,7 @@ PATHS: dict[OperationName, tuple[str, ...]] = {
     "detokenize": ("/detokenize",),
 }
 RESPONSES = "/v1/responses"
+FEEDBACK = "/v1/feedback"
 
 
 # Why a lesser variant answers: the better one's workers are away, or would have been late.
@@ -148,6 +153,13 @@ class KeptResponseId(Struct, frozen=True):
     """The request of `retrieve_response` and `delete_response`."""
 
     id: Annotated[str, Meta(max_length=256)]
+
+
+class FeedbackErasure(Struct, frozen=True, forbid_unknown_fields=True):
+    """The request of `erase_feedback`: that of one request, of one user, or of the whole tenant."""
+
+    request_id: str | None = None
+    user: str | None = None
 
 
 def mark(index: int, tokens: list[int], *, complete: bool, last: bool, late: bool = False) -> bytes:

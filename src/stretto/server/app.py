@@ -28,7 +28,7 @@ from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
 from stretto.ladder.serving import ServedLadder
 from stretto.protocol.parsing import require_json
-from stretto.protocol.relay import PATHS, RELAY, OperationName, error_mark
+from stretto.protocol.relay import FEEDBACK, PATHS, RELAY, OperationName, error_mark
 from stretto.server.adapters.messages import count_tokens, create_message
 from stretto.server.adapters.ollama import answers as ollama
 from stretto.server.adapters.ollama.models import ModelPages, show
@@ -37,7 +37,6 @@ from stretto.server.adapters.response_store import ResponseStore
 from stretto.server.adapters.responses import Responses
 from stretto.server.adapters.tokens import detokenize, tokenize
 from stretto.server.embeddings import embed
-from stretto.server.feedback.routes import PATH as FEEDBACK
 from stretto.server.feedback.routes import FeedbackRoutes
 from stretto.server.generation import CHAT, COMPLETION, Handler, generate, relay
 from stretto.server.pages import Pages
@@ -129,7 +128,7 @@ class App(Starlette):
             for path in paths
         ]
         routes.append(Route(FEEDBACK, Endpoint("feedback", server, feedback.give), methods=["POST"]))
-        relayed = Endpoint("relay", server, partial(relay, operations=work))
+        relayed = Endpoint("relay", server, partial(relay, operations=work | feedback.relayed()))
         routes.append(Route(RELAY, relayed, methods=["POST"]))
         pages = Pages(server).routes() + ModelPages(server).routes()
         sockets = [WebSocketRoute(realtime.PATH, realtime.RealtimeSockets(server))]

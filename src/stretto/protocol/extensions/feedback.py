@@ -1,4 +1,5 @@
-"""The types of `/v1/feedback`: rewards for answers, what became of them, what is erased. No behaviour."""
+"""The types of `/v1/feedback`: rewards for answers, what became of them, what is erased; and the ids
+of answers that a reward may name."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from msgspec import Meta, Struct
 
 from stretto.protocol.limits import up_to
 from stretto.protocol.openai import Wire
+
+PREFIXES = ("chatcmpl-", "cmpl-", "msg_")  # of the ids of answers, before that of their request
 
 
 class FeedbackRequest(Wire, frozen=True, kw_only=True):
@@ -65,3 +68,10 @@ class CorrectedSample(Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt: str | None = None
     answer: str
     task: str = ""
+
+
+def ids_of(written: str) -> list[str]:
+    """The request ids that an id may stand for: a request's own, or that of the answer to a chat."""
+    found = [written]
+    found += [written.removeprefix(prefix) for prefix in PREFIXES if written.startswith(prefix)]
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from msgspec import json
@@ -21,16 +20,18 @@ from stretto.protocol.extensions.feedback import (
     FeedbackRequest,
     FeedbackSummary,
     VariantFeedback,
+    ids_of,
 )
 from stretto.protocol.parsing import JSON, parse
+from stretto.protocol.relay import FEEDBACK, FeedbackErasure, OperationName
 from stretto.server.feedback.choices import user_key
+from stretto.server.generation import Handler
 from stretto.server.objectives import DEFAULT
 from stretto.server.state import Call, Server
 
 DECODER = json.Decoder(FeedbackRequest)
-PATH = "/v1/feedback"
+ERASURE = json.Decoder(FeedbackErasure)
 THUMBS = {"up": 1.0, "down": 0.0}
-PREFIXES = ("chatcmpl-", "cmpl-", "msg_")  # of the ids of answers, before that of their request
 LINES = "application/jsonl"
 TASK = "feedback"
 
@@ -44,11 +45,11 @@ class FeedbackRoutes:
     def routes(self) -> list[Route]:
         """The routes that read and erase."""
         return [
-            Route(PATH, self.show, methods=["GET"]),
-            Route(PATH, self.erase_all, methods=["DELETE"]),
-            Route(f"{PATH}/export", self.export, methods=["GET"]),
-            Route(f"{PATH}/users/{{user}}", self.erase_user, methods=["DELETE"]),
-            Route(f"{PATH}/{{id}}", self.erase_request, methods=["DELETE"]),
+            Route(FEEDBACK, self.show, methods=["GET"]),
+            Route(FEEDBACK, self.erase_all, methods=["DELETE"]),
+            Route(f"{FEEDBACK}/export", self.export, methods=["GET"]),
+            Route(f"{FEEDBACK}/users/{{user}}", self.erase_user, methods=["DELETE"]),
+            Route(f"{FEEDBACK}/{{id}}", self.erase_request, methods=["DELETE"]),
         ]
 
     async def give(self, call: Call) -> None:
@@ -79,9 +80,51 @@ class FeedbackRoutes:
         )
         await call.respond(_json(receipt))
 
+    def relayed(self) -> dict[OperationName, Handler]:
+        """What a gateway may ask for a tenant."""
+        return {
+            "feedback": self.give,
+            "show_feedback": self.show_relayed,
+            "export_feedback": self.export_relayed,
+            "erase_feedback": self.erase_relayed,
+        }
+
     async def show(self, request: Request) -> Response:
         """The tenant's rewards by model and variant."""
-        tenant, learner = self.server.tenant(request.headers), self.server.learner
+        return self._shown(self.server.tenant(request.headers))
+
+    async def show_relayed(self, call: Call) -> None:
+        """The same for a gateway."""
+        await call.respond(self._shown(call.tenant))
+
+    async def export(self, request: Request) -> Response:
+        """The tenant's corrected answers with their prompts, as lines that `stretto optimise` trains on."""
+        return self._exported(self.server.tenant(request.headers))
+
+    async def export_relayed(self, call: Call) -> None:
+        """The same for a gateway."""
+        await call.respond(self._exported(call.tenant))
+
+    async def erase_all(self, request: Request) -> Response:
+        """Erases all choices and rewards of the tenant."""
+        return self._erased(self.server.tenant(request.headers), FeedbackErasure())
+
+    async def erase_user(self, request: Request) -> Response:
+        """Erases the choices and rewards of one of the tenant's users."""
+        wanted = FeedbackErasure(user=request.path_params["user"])
+        return self._erased(self.server.tenant(request.headers), wanted)
+
+    async def erase_request(self, request: Request) -> Response:
+        """Erases the choice and the reward of one request. Raises UnknownRequest."""
+        wanted = FeedbackErasure(request_id=request.path_params["id"])
+        return self._erased(self.server.tenant(request.headers), wanted)
+
+    async def erase_relayed(self, call: Call) -> None:
+        """Erases what a gateway asks for. Raises UnknownRequest as `erase_request` does."""
+        await call.respond(self._erased(call.tenant, parse(ERASURE, call.body)))
+
+    def _shown(self, tenant: str) -> Response:
+        learner = self.server.learner
         found = {
             model: {
                 name: VariantFeedback(rewards=each.count, mean_reward=each.mean, mean_expected=each.expected)
@@ -91,41 +134,23 @@ class FeedbackRoutes:
         }
         return _json(FeedbackSummary(waiting=learner.waiting(tenant), models=found))
 
-    async def export(self, request: Request) -> Response:
-        """The tenant's corrected answers with their prompts, as lines that `stretto optimise` trains on."""
-        tenant = self.server.tenant(request.headers)
+    def _exported(self, tenant: str) -> Response:
         samples = [sample for kept in self.server.learner.rewarded(tenant) if (sample := sample_of(kept))]
         lines = b"".join(json.encode(sample) + b"\n" for sample in samples)
         return Response(lines, media_type=LINES, headers={"Cache-Control": "no-store"})
 
-    async def erase_all(self, request: Request) -> Response:
-        """Erases all choices and rewards of the tenant."""
-        return _json(ErasedFeedback(erased=self._erased(request, lambda kept: True)))
+    def _erased(self, tenant: str, erasure: FeedbackErasure) -> Response:
+        id = erasure.request_id
+        ids = None if id is None else ids_of(id)
+        user = None if erasure.user is None else user_key(erasure.user)
 
-    async def erase_user(self, request: Request) -> Response:
-        """Erases the choices and rewards of one of the tenant's users."""
-        user = user_key(request.path_params["user"])
-        return _json(ErasedFeedback(erased=self._erased(request, lambda kept: kept.choice.user == user)))
+        def wanted(kept: KeptChoice) -> bool:
+            return (ids is None or kept.request_id in ids) and (user is None or kept.choice.user == user)
 
-    async def erase_request(self, request: Request) -> Response:
-        """Erases the choice and the reward of one request. Raises UnknownRequest."""
-        id = request.path_params["id"]
-        ids = ids_of(id)
-        erased = self._erased(request, lambda kept: kept.request_id in ids)
-        if not erased:
-            raise _unknown(id, request.url.path)
+        erased = self.server.learner.erase(tenant, wanted, time.monotonic())
+        if id is not None and not erased:
+            raise _unknown(id, f"{FEEDBACK}/{id}")
         return _json(ErasedFeedback(erased=erased))
-
-    def _erased(self, request: Request, wanted: Callable[[KeptChoice], bool]) -> int:
-        tenant = self.server.tenant(request.headers)
-        return self.server.learner.erase(tenant, wanted, time.monotonic())
-
-
-def ids_of(written: str) -> list[str]:
-    """The request ids that an id may stand for: a request's own, or that of the answer to a chat."""
-    found = [written]
-    found += [written.removeprefix(prefix) for prefix in PREFIXES if written.startswith(prefix)]
-    return found
 
 
 def sample_of(kept: KeptChoice) -> CorrectedSample | None:

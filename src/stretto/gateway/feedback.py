@@ -1,0 +1,211 @@
+"""`/v1/feedback` at a gateway: a reward goes to the worker that gave the answer, all else to all workers.
+
+A worker keeps feedback in its memory. The gateway remembers who answered; a request that went through another
+gateway, or before a restart, is found by asking one worker after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from msgspec import DecodeError, Raw, Struct, ValidationError, json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from stretto.errors import InvalidRequest, NotImplementedHere, Unavailable
+from stretto.gateway.accounts.accounts import Account
+from stretto.gateway.accounts.keys import KeyScope
+from stretto.gateway.registry import CONNECT_S, Registry, Worker
+from stretto.gateway.routing.answered import AnsweredRequests
+from stretto.gateway.upstream.connection import UpstreamConnection, WorkerLost
+from stretto.http.exchange import KEY
+from stretto.http.request import read_body
+from stretto.protocol.extensions.feedback import ErasedFeedback, FeedbackSummary, VariantFeedback, ids_of
+from stretto.protocol.parsing import JSON, require_json
+from stretto.protocol.relay import FEEDBACK, RELAY, FeedbackErasure, OperationName, RelayedRequest
+
+log = logging.getLogger(__name__)
+WAIT_S = 5.0  # for a worker's answer
+MOST_BYTES = 64 << 20  # of it
+UNKNOWN_STATUS = 404
+GetAccount = Callable[[Request, KeyScope], Account]
+
+
+class RewardedRequest(Struct):
+    """What a gateway reads of a reward. The worker checks all of it."""
+
+    request_id: Any = None
+
+
+class WorkerReply(NamedTuple):
+    """What one worker has answered."""
+
+    status: int
+    media_type: str
+    body: bytes
+
+
+class FeedbackRelay:
+    """The handlers. `account(request, scope)`: whose key it is. `most_bytes`: the present limit of a body."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        answered: AnsweredRequests,
+        account: GetAccount,
+        most_bytes: Callable[[], int],
+    ) -> None:
+        self._registry = registry
+        self._answered = answered
+        self._account = account
+        self._most_bytes = most_bytes
+
+    def routes(self) -> list[Route]:
+        """The routes, the same as a worker's."""
+        return [
+            Route(FEEDBACK, self.give, methods=["POST"]),
+            Route(FEEDBACK, self.show, methods=["GET"]),
+            Route(FEEDBACK, self.erase, methods=["DELETE"]),
+            Route(f"{FEEDBACK}/export", self.export, methods=["GET"]),
+            Route(f"{FEEDBACK}/users/{{user}}", self.erase, methods=["DELETE"]),
+            Route(f"{FEEDBACK}/{{id}}", self.erase, methods=["DELETE"]),
+        ]
+
+    async def give(self, request: Request) -> Response:
+        """Passes a reward on to the worker that gave the answer, and to no other that had begun it. If no
+        worker knows the request, the client gets a worker's 404. Raises Unavailable if one that may know it
+        does not answer."""
+        tenant = self._account(request, "infer").tenant
+        require_json(request.headers.get("content-type"))
+        body = await read_body(request, self._most_bytes())
+        id = _request_id(body)
+        first = self._answered.worker(tenant, ids_of(id)) if isinstance(id, str) else None
+        workers = self._workers()
+        workers = [worker for worker in workers if worker.name == first] or workers
+        unknown: WorkerReply | None = None
+        silent: list[str] = []
+        for worker in workers:
+            reply = await _ask(worker, _relayed(request, "feedback", tenant, body))
+            if reply is None:
+                silent.append(worker.name)
+            elif reply.status != UNKNOWN_STATUS:
+                return _response(reply)
+            else:
+                unknown = reply
+        if silent or unknown is None:
+            raise _unconfirmed(silent)
+        return _response(unknown)
+
+    async def show(self, request: Request) -> Response:
+        """The tenant's rewards at all workers. Raises Unavailable if one does not answer."""
+        replies = await self._all(request, "show_feedback", b"{}")
+        return _json(joined([json.decode(reply.body, type=FeedbackSummary) for reply in replies]))
+
+    async def export(self, request: Request) -> Response:
+        """The tenant's corrected answers at all workers. Raises Unavailable if one does not answer."""
+        replies = await self._all(request, "export_feedback", b"{}")
+        lines = b"".join(reply.body for reply in replies)
+        return Response(lines, media_type=replies[0].media_type, headers={"Cache-Control": "no-store"})
+
+    async def erase(self, request: Request) -> Response:
+        """Erases at all workers what the path names: one request also where a lost race for it has left it.
+        Raises Unavailable if a worker does not confirm it; then ask again."""
+        given = request.path_params
+        body = json.encode(FeedbackErasure(given.get("id"), given.get("user")))
+        replies = await self._all(request, "erase_feedback", body)
+        counts = [
+            json.decode(each.body, type=ErasedFeedback).erased for each in replies if each.status == 200
+        ]
+        return _json(ErasedFeedback(erased=sum(counts))) if counts else _response(replies[0])
+
+    async def _all(self, request: Request, operation: OperationName, body: bytes) -> list[WorkerReply]:
+        """The replies of all workers: each is done, or says that it knows no such request."""
+        tenant = self._account(request, "infer").tenant
+        workers, asked = self._workers(), _relayed(request, operation, tenant, body)
+        replies = await asyncio.gather(*(_ask(worker, asked) for worker in workers))
+        known = [reply for reply in replies if reply is not None and reply.status in (200, UNKNOWN_STATUS)]
+        if len(known) < len(workers):
+            raise _unconfirmed(
+                [each.name for each, got in zip(workers, replies, strict=True) if got not in known]
+            )
+        return known
+
+    def _workers(self) -> list[Worker]:
+        """Those that may keep feedback. Raises NotImplementedHere without any."""
+        workers = [worker for worker in self._registry.workers.values() if not worker.plain]
+        if not workers:
+            raise NotImplementedHere(f"no worker knows {FEEDBACK}: all of them are servers of another kind")
+        return workers
+
+
+def joined(summaries: Sequence[FeedbackSummary]) -> FeedbackSummary:
+    """One summary of what several workers keep: sums, and means over all rewards."""
+    models: dict[str, dict[str, VariantFeedback]] = {}
+    for each in summaries:
+        for model, variants in each.models.items():
+            found = models.setdefault(model, {})
+            for name, more in variants.items():
+                found[name] = _both(found[name], more) if name in found else more
+    return FeedbackSummary(waiting=sum(each.waiting for each in summaries), models=models)
+
+
+def _both(one: VariantFeedback, other: VariantFeedback) -> VariantFeedback:
+    count = one.rewards + other.rewards
+
+    def mean(first: float, second: float) -> float:
+        return (one.rewards * first + other.rewards * second) / count
+
+    expected = one.mean_expected
+    if expected is None or other.mean_expected is None:
+        expected = other.mean_expected if expected is None else expected
+    else:
+        expected = mean(expected, other.mean_expected)
+    reward = mean(one.mean_reward, other.mean_reward)
+    return VariantFeedback(rewards=count, mean_reward=reward, mean_expected=expected)
+
+
+def _request_id(body: bytes) -> object:
+    try:
+        return json.decode(body, type=RewardedRequest).request_id
+    except (DecodeError, ValidationError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not a JSON object: {error}") from None
+
+
+def _relayed(request: Request, operation: OperationName, tenant: str, body: bytes) -> tuple[str, bytes]:
+    """The request's id, and what a worker gets."""
+    return request.scope[KEY].id, json.encode(RelayedRequest(operation, tenant, Raw(body)))
+
+
+async def _ask(worker: Worker, asked: tuple[str, bytes]) -> WorkerReply | None:
+    """A worker's reply; None if none comes."""
+    id, body = asked
+    connection: UpstreamConnection | None = None
+    try:
+        async with asyncio.timeout(WAIT_S):
+            connection = await worker.pool.acquire(CONNECT_S)
+            headers = {"Content-Type": JSON, "x-request-id": id}
+            head = await connection.exchange(worker.pool.request("POST", RELAY, headers, body))
+            answer = await connection.read_all(MOST_BYTES)
+        return WorkerReply(head.status, head.headers.get("content-type", JSON), answer)
+    except (WorkerLost, TimeoutError) as error:
+        log.warning("%s did not answer about feedback: %s", worker.name, error)
+        return None
+    finally:
+        if connection is not None:
+            worker.pool.release(connection)
+
+
+def _unconfirmed(silent: Sequence[str]) -> Unavailable:
+    return Unavailable(f"{', '.join(silent)} did not answer; send this again", retry_after=1.0)
+
+
+def _response(reply: WorkerReply) -> Response:
+    return Response(reply.body, reply.status, media_type=reply.media_type)
+
+
+def _json(value: object) -> Response:
+    return Response(json.encode(value), media_type=JSON)
