@@ -17,12 +17,14 @@ with socket.socket() as free:
     PORT = free.getsockname()[1]
 CONFIG = Path(tempfile.mkdtemp()) / "config.yaml"
 DEPLOYMENT = {"model": f"openai/{MODEL}", "api_base": V1, "api_key": "none"}
-CONFIG.write_text(json.dumps({"model_list": [{"model_name": MODEL, "litellm_params": DEPLOYMENT}]}))
+MASTER = "sk-" + "4711" * 16  # the proxy starts with none but a long key
+MODELS = [{"model_name": MODEL, "litellm_params": DEPLOYMENT}]
+CONFIG.write_text(json.dumps({"model_list": MODELS, "general_settings": {"master_key": MASTER}}))
 proxy = subprocess.Popen(
     [str(Path(sys.executable).parent / "litellm"), "--config", str(CONFIG), "--port", str(PORT)],
     stdout=sys.stderr,
 )
-client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="sk-none", max_retries=0)
+client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key=MASTER, max_retries=0)
 ASKED = [{"role": "user", "content": QUESTION}]
 
 
