@@ -282,6 +282,9 @@ FIELDS: dict[str, str] = {
     "data": "The entries.",
     "owned_by": "Who serves the model.",
     "max_model_len": "Context in tokens. Null until the engine is ready.",
+    "variants": "The variants of a ladder, the best first. Null for a model that is no ladder.",
+    "quality_low": "Lower end of the 95 % confidence interval of the quality.",
+    "quality_high": "Upper end of the 95 % confidence interval of the quality.",
     # Errors
     "error": "The error.",
     "param": "Path of the field that is wrong, if one is.",
@@ -361,6 +364,9 @@ FIELDS: dict[str, str] = {
     # The same name with another meaning
     "RankedDocument.index": "The document's place in the request.",
     "RankedText.text": "The document's text.",
+    "VariantCard.quality": "Measured share of right answers, from 0 to 1.",
+    "VariantCard.step_ms": "Milliseconds that a step of one token takes after a prompt of usual length, as "
+    "predicted now. Null until the engine is ready.",
     "Scores.data": "The scores, in the order of the pairs.",
     "DetokenizeRequest.tokens": "Token ids.",
     "Tokenized.tokens": "Token ids.",

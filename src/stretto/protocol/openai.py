@@ -459,14 +459,28 @@ class EmbeddingList(Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
 
 
+class VariantCard(Struct, frozen=True, kw_only=True):
+    """A variant of a ladder: its measured quality with the 95 % interval, and what a step of it takes now."""
+
+    id: str
+    quality: float
+    quality_low: float
+    quality_high: float
+    step_ms: float | None = None
+
+
 class ModelCard(Struct, frozen=True, kw_only=True):
-    """`max_model_len` is the context in tokens, as in vLLM. It is null until the engine is ready."""
+    """`max_model_len` is the context in tokens, as in vLLM. It is null until the engine is ready.
+
+    `variants`: those of a ladder, the best first; null for a model that is none.
+    """
 
     id: str
     created: int
     object: Literal["model"] = "model"
     owned_by: Literal["stretto"] = "stretto"
     max_model_len: int | None = None
+    variants: list[VariantCard] | None = None
 
 
 class ModelList(Struct, frozen=True, kw_only=True):

@@ -24,13 +24,14 @@ from stretto.protocol.relay import RELAY, ErasureReport, ErasureRequest
 from stretto.protocol.vllm import Version
 from stretto.server import openapi
 from stretto.server.state import GATEWAY, LOCAL, Server
+from stretto.server.variants.cards import cards_of
 
 LIVE_S = 0.5
 VIEWERS = 32  # each costs a snapshot every LIVE_S
 MSGPACK = "application/msgpack"
 FILES = files("stretto.server") / "static"
 PLOTLY = "plotly.min.js"
-FOLDERS = ("vendor", "realtime")
+FOLDERS = ("vendor", "realtime", "ladder")
 REALTIME = "realtime/index.html"
 LASTING = frozenset({PLOTLY})  # changes only with a release of its package
 
@@ -173,7 +174,9 @@ class Pages:
     def _card(self, name: str) -> ModelCard:
         info = self._server.info(name)
         context = None if info is None else info.context
-        return ModelCard(id=name, created=self._server.created, max_model_len=context)
+        ladder = self._server.ladders.get(name)
+        variants = None if ladder is None else cards_of(ladder, self._server.engine.snapshots())
+        return ModelCard(id=name, created=self._server.created, max_model_len=context, variants=variants)
 
 
 def _json(value: object) -> Response:

@@ -79,6 +79,27 @@ async def test_the_ladder_is_one_model_and_each_variant_another(client: httpx.As
     assert (await client.get("/v1/models/m:int8")).json()["id"] == "m:int8"
 
 
+async def test_a_ladder_lists_its_variants_with_quality_and_step_time(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting = (await client.get("/v1/models/m")).json()["variants"]
+    assert [each["step_ms"] for each in starting] == [None] * 3, "nothing is known yet"
+    seen = {name: each.seen for name, each in engine.outlooks.items()}
+    monkeypatch.setattr(engine, "snapshots", lambda: seen)
+    first, *others = (await client.get("/v1/models/m")).json()["variants"]
+    low, high = pytest.approx(0.9), pytest.approx(1.0)
+    assert first == {
+        "id": "m:full",
+        "quality": 0.95,
+        "quality_low": low,
+        "quality_high": high,
+        "step_ms": pytest.approx(1.1),
+    }
+    assert [each["id"] for each in others] == ["m:int8", "m:small"]
+    assert others[1]["step_ms"] == pytest.approx(0.55)
+    assert (await client.get("/v1/models/m:int8")).json()["variants"] is None
+
+
 async def test_the_answer_says_which_variant_spoke_and_why(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:

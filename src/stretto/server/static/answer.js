@@ -1,5 +1,6 @@
 /** One answer on the page: its text while it grows, reasoning, tool calls, figures and timing. */
 import { $, element, duration } from "./stream.js";
+import { reason } from "./ladder/reasons.js";
 import { show } from "./markdown.js";
 import { graph, legend } from "./timing.js";
 
@@ -44,7 +45,8 @@ export function facts({ report, usage, tier, seconds, arrivals, note }) {
   const count = usage?.completion_tokens ?? arrivals?.length;
   if (count) add("tokens", `${count}`);
   if (count && seconds > 0) add("tokens/s", (count / seconds).toFixed(0));
-  if (report?.variant && report.variant !== $("model").value) add("variant", report.variant);
+  if (report?.variant && report.variant !== $("model").value) add("variant", report.variant, "variant");
+  if (report?.variant_reason) add("why this variant", reason(report.variant_reason), "reason");
   return list;
 }
 

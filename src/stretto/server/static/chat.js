@@ -2,7 +2,8 @@
 import { called, bottom, facts, fold, growing } from "./answer.js";
 import * as conversations from "./conversations.js";
 import { button, copy, show } from "./markdown.js";
-import { context, history, limits, models, request } from "./settings.js";
+import { thumbs } from "./ladder/thumbs.js";
+import { context, history, ladder, limits, models, request } from "./settings.js";
 import { $, element, events, headers, refusal } from "./stream.js";
 
 /** What to ask: `desk` knows a support desk's tasks only. */
@@ -85,7 +86,9 @@ function finished({ box, body }, message, index, timing = null) {
   if (message.reason === "deadline") box.append(element("p", "aside", "The answer was cut: its time was over."));
   const can = [["Copy", (made) => copy(made, message.content)], ["Regenerate", () => again(index)]];
   if (cut && message.content && !message.calls?.length) can.unshift(["Continue", () => resume(index)]);
-  box.append(actions(can));
+  const all = actions(can);
+  if (message.rateable) all.append(thumbs(message, conversations.save));
+  box.append(all);
 }
 
 /** The token ids of the conversation and of the answer so far, so that the model goes on in the middle of it. */
@@ -113,6 +116,7 @@ async function stream(grown, text) {
   for await (const event of events(response, (received) => { at = received; })) {
     if (event.error) throw new Error(event.error.message);
     const choice = event.choices[0];
+    if (event.id) said.id = event.id;
     said.reason = choice?.finish_reason ?? said.reason;
     if (event.usage) said.figures.usage = event.usage;
     if (event.stretto) said.figures.report = event.stretto;
@@ -195,12 +199,14 @@ async function reply(text = "") {
   const timing = grown.finish(), { thought, calls } = grown.got;
   Object.assign(message, said, { content: grown.got.text, thought, calls });
   const stopped = error?.name === "AbortError";
+  message.rateable = Boolean(message.id && message.figures.report?.variant && ladder(message.model));
+  const whole = message.content || calls.length || message.reason === "deadline";
   if (conversation === conversations.now()) {
-    if (message.content || thought || calls.length) finished(shown, message, conversation.messages.length, timing);
+    if (whole || thought) finished(shown, message, conversation.messages.length, timing);
     if (error && !stopped) failed(shown, error);
     else if (stopped && !message.content) shown.box.append(element("p", "aside", "Stopped."));
   }
-  if (message.content || calls.length) conversation.messages.push(message);
+  if (whole) conversation.messages.push(message);
   if (said.figures.usage) conversation.used = said.figures.usage.total_tokens;
   // The facts of a stopped answer are in the message; its arrivals are only for this page.
   if (message.figures.arrivals) message.figures = { ...message.figures, arrivals: message.figures.arrivals.slice(0, 1000) };
@@ -281,6 +287,9 @@ function turned() {
   $("input").focus();
 }
 
+/** Shows the slider only where it decides: a request that names a variant gets that one. */
+function laddered() { $("deadline-row").hidden = ladder()?.id !== $("model").value; }
+
 export function start() {
   $("form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -297,7 +306,7 @@ export function start() {
   $("clear").addEventListener("click", () => { conversations.fresh(); turned(); });
   $("export").addEventListener("click", conversations.download);
   $("drawer").addEventListener("change", () => conversations.save());
-  $("model").addEventListener("change", () => { if (!conversations.now().messages.length) render(); else count(); });
+  $("model").addEventListener("change", () => { if (!conversations.now().messages.length) render(); else count(); laddered(); });
   conversations.whenChosen(turned);
   conversations.latest();
   render();

@@ -1,5 +1,7 @@
 /** Wires the page: its two views, its colours, and the state of the server from the live stream. */
 import { start } from "./chat.js";
+import { start as slide } from "./ladder/deadline.js";
+import { refresh, start as panel } from "./ladder/panel.js";
 import { follow, hurry, open, redraw } from "./live.js";
 import { learn, models, start as settle } from "./settings.js";
 import { $ } from "./stream.js";
@@ -14,7 +16,9 @@ function show(view) {
     $(`tab-${name}`).setAttribute("aria-selected", `${chosen}`);
     $(`tab-${name}`).tabIndex = chosen ? 0 : -1;
   }
-  if (view === "live") open();
+  if (view !== "live") return;
+  open();
+  refresh(true).catch(() => {});
 }
 
 function paint(theme) {
@@ -53,11 +57,14 @@ $("log").addEventListener("click", () => drawer(false));
 
 paint(painted());
 settle(() => { models().catch(() => {}); hurry(); });
+slide();
+panel();
 start();
 show(location.hash === "#live" ? "live" : "play");
 follow((now, problem) => {
   const ready = now?.ready ?? false, locked = problem?.status === 401;
   const text = locked ? "needs a key" : problem ? "not reachable" : ready ? "ready" : "the engine is starting";
+  if (ready) refresh().catch(() => {});
   const changed = $("status-text").textContent !== text;
   $("status").className = `status ${ready ? "ready" : "down"}`;
   $("status").title = problem?.message ?? "";

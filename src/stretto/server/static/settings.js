@@ -5,6 +5,7 @@ import { now } from "./conversations.js";
 
 let objectives = {};
 let contexts = {};
+let ladders = {};
 
 /** The default objective of each tier, from the live stream. */
 export function learn(tiers) {
@@ -52,6 +53,10 @@ export function request() {
 /** Most tokens of a conversation with the chosen model; null if the server does not say. */
 export const context = () => contexts[$("model").value] ?? null;
 
+/** The ladder of that name, or that has a variant of that name: its `id` and its `variants`, the best first. Null for
+ * any other model. */
+export const ladder = (name = $("model").value) => ladders[name] ?? null;
+
 function curl(button) {
   const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const body = request();
@@ -62,12 +67,21 @@ function curl(button) {
   copy(button, `curl -N ${url} -H 'Content-Type: application/json'${key} -d ${quote(JSON.stringify(body))}`);
 }
 
-export async function models() {
+/** Reads what the server says of its models. Returns them, or null if it refuses. */
+export async function catalogue() {
   const response = await fetch("v1/models", { headers: headers() });
-  if (!response.ok) return;
+  if (!response.ok) return null;
   const { data } = await response.json();
-  const chosen = $("model").value;
   contexts = Object.fromEntries(data.map((model) => [model.id, model.max_model_len]));
+  ladders = {};
+  for (const { id, variants } of data) for (const name of variants ? [id, ...variants.map((each) => each.id)] : []) ladders[name] = { id, variants };
+  return data;
+}
+
+export async function models() {
+  const data = await catalogue();
+  if (!data) return;
+  const chosen = $("model").value;
   $("model").replaceChildren(...data.map((model) => new Option(model.id)));
   if (data.some((model) => model.id === chosen)) $("model").value = chosen;
   $("model").dispatchEvent(new Event("change", { bubbles: true }));
