@@ -107,7 +107,7 @@ async def test_the_live_view_draws_the_steps_of_the_server(page: Any, engine: Fa
     await page.click("#tab-live")
     await page.wait_for_selector("#tier-default .share:has-text('100 %')")
     await page.wait_for_selector("#graph-model .plot svg")
-    assert await page.inner_text("#graph-error .words") == "25 %, median"
+    await page.wait_for_selector("#graph-error .words:text-is('25 %, median')")
     assert await page.locator("#graphs .plot svg.main-svg").count() >= 9
     await page.set_viewport_size({"width": 390, "height": 844})
     assert await page.evaluate("document.documentElement.scrollWidth") <= 390
