@@ -1,6 +1,6 @@
 """Whether the time of an answer tells a tenant what another one has asked.
 
-    python benchmarks/cache_timing.py [--tries 1000] [--each 1] [--what answers|prefixes]
+    python -m benchmarks.cache_timing [--tries 1000] [--each 1] [--what answers|prefixes]
 
 Two tenants share a gateway and a worker. In each try one tenant, the owner, asks two new prompts. Then, in
 random order, the other tenant asks the first of them (foreign) and a prompt that nobody has asked (fresh),

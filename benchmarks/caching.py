@@ -1,7 +1,7 @@
 """How often the semantic cache answers, how often it is wrong, and whether near-duplicates deceive it.
 
-    python benchmarks/caching.py hits [--requests 20000] [--prompts FILE]
-    python benchmarks/caching.py near [--prompts FILE]
+    python -m benchmarks.caching hits [--requests 20000] [--prompts FILE]
+    python -m benchmarks.caching near [--prompts FILE]
 
 `hits` replays questions in other words against the cache's own index at bounds of 1 % and 2 %: questions
 about order records, as the recipe of the bundled model writes them, and the prompts of MT-bench

@@ -33,13 +33,13 @@ QUALITY = {"edge": 0.7, "core": 1.0}
 STEP_MS = 5
 
 
-class SeenReport(Struct):
+class SeenReport(Struct, frozen=True):
     """The report of an answer, as far as it is read here."""
 
     site: str = ""
 
 
-class SeenEvent(Struct):
+class SeenEvent(Struct, frozen=True):
     """An event of a stream, as far as it is read here."""
 
     stretto: SeenReport = SeenReport()
