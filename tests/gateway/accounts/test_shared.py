@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import socket
-import subprocess
-import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,47 +16,11 @@ from stretto.gateway.accounts import issue
 from stretto.gateway.accounts.accounts import Demand
 from stretto.gateway.accounts.keys import KeyFile
 from stretto.gateway.accounts.ledger import KeySettings, Ledger
+from tests.gateway.redis_server import RedisServer, redis
+
+__all__ = ["redis"]
 
 DEMAND = Demand("m", "default", 10, 20)
-
-
-class Redis:
-    """A redis-server that keeps nothing on the disk."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self._folder = folder
-        self.start()
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        options = ["--port", str(self.port), "--save", "", "--dir", str(self._folder)]
-        self._process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
-        for _ in range(400):
-            with socket.socket() as probe:
-                if not probe.connect_ex(("127.0.0.1", self.port)):
-                    return
-            time.sleep(0.05)
-        raise AssertionError("redis-server did not start")
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[Redis]:
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed")
-    pytest.importorskip("redis")
-    made = Redis(tmp_path)
-    yield made
-    made.kill()
 
 
 class Gateways:
@@ -111,7 +71,7 @@ async def until(condition: Any) -> None:
     raise AssertionError("it did not become true in 10 s")
 
 
-async def test_a_budget_is_spent_by_all_gateways_together(redis: Redis, tmp_path: Path, closing: Any):
+async def test_a_budget_is_spent_by_all_gateways_together(redis: RedisServer, tmp_path: Path, closing: Any):
     gateways = Gateways(tmp_path, redis.url, "requests=5/day")
     closing.append(gateways)
     one, two = gateways.add(), gateways.add()
@@ -131,7 +91,7 @@ async def test_a_budget_is_spent_by_all_gateways_together(redis: Redis, tmp_path
 
 
 async def test_what_a_gateway_gave_out_stays_spent_when_it_restarts(
-    redis: Redis, tmp_path: Path, closing: Any
+    redis: RedisServer, tmp_path: Path, closing: Any
 ):
     gateways = Gateways(tmp_path, redis.url, "requests=5/ever")
     closing.append(gateways)
@@ -147,7 +107,9 @@ async def test_what_a_gateway_gave_out_stays_spent_when_it_restarts(
         gateways.spend(fresh)
 
 
-async def test_rates_are_divided_by_the_gateways_that_are_there(redis: Redis, tmp_path: Path, closing: Any):
+async def test_rates_are_divided_by_the_gateways_that_are_there(
+    redis: RedisServer, tmp_path: Path, closing: Any
+):
     gateways = Gateways(tmp_path, redis.url, "requests=4/minute")
     closing.append(gateways)
     one = gateways.add()
@@ -168,7 +130,7 @@ async def test_rates_are_divided_by_the_gateways_that_are_there(redis: Redis, tm
 
 
 async def test_without_redis_each_gateway_counts_alone_and_says_so(
-    redis: Redis, tmp_path: Path, closing: Any
+    redis: RedisServer, tmp_path: Path, closing: Any
 ):
     gateways = Gateways(tmp_path, redis.url, "requests=6/day")
     closing.append(gateways)
@@ -191,7 +153,7 @@ async def test_without_redis_each_gateway_counts_alone_and_says_so(
         gateways.spend(two)
 
 
-async def test_gateways_with_another_secret_share_nothing(redis: Redis, tmp_path: Path, closing: Any):
+async def test_gateways_with_another_secret_share_nothing(redis: RedisServer, tmp_path: Path, closing: Any):
     gateways = Gateways(tmp_path, redis.url, "requests=5/day")
     closing.append(gateways)
     one, stranger = gateways.add(), gateways.add(operator="another")

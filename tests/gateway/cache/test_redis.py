@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -24,54 +21,12 @@ from stretto.gateway.cache.stats import CacheStats
 from stretto.gateway.settings import GatewayConfig
 from tests.gateway.cache.test_answers import CHAT, WHOLE, cached, settled
 from tests.gateway.cluster import cluster, fake
+from tests.gateway.redis_server import RedisServer, redis
+
+__all__ = ["redis"]
 
 KEEPING = Keeping(60.0, 1 << 20)
 GATEWAY = {"gateway_key": "secret", "caches": {"*": CachePolicy()}}
-
-
-class Server:
-    """A redis-server on a port of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}"
-        self._folder = folder
-        self.start()
-
-    def start(self) -> None:
-        options = {
-            "port": self.port,
-            "bind": "127.0.0.1",
-            "save": "",
-            "appendonly": "no",
-            "dir": self._folder,
-        }
-        command = [
-            "redis-server",
-            *(part for name, value in options.items() for part in (f"--{name}", str(value))),
-        ]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        for _ in range(400):
-            with socket.socket() as probe:
-                if not probe.connect_ex(("127.0.0.1", self.port)):
-                    return
-            time.sleep(0.05)
-        raise AssertionError("redis-server did not start")
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed")
-    running = Server(tmp_path)
-    yield running
-    running.kill()
 
 
 class Clock:
@@ -100,11 +55,11 @@ async def store_at(
 
 
 @pytest.mark.usefixtures("patient")
-async def test_gateways_with_one_secret_share_answers(server: Server):
+async def test_gateways_with_one_secret_share_answers(redis: RedisServer):
     async with (
-        store_at(server.url) as one,
-        store_at(server.url) as two,
-        store_at(server.url, b"other") as third,
+        store_at(redis.url) as one,
+        store_at(redis.url) as two,
+        store_at(redis.url, b"other") as third,
     ):
         assert await one.put(b"ann", b"k", b"answer", KEEPING)
         assert await two.get(b"ann", b"k") == b"answer"
@@ -114,8 +69,8 @@ async def test_gateways_with_one_secret_share_answers(server: Server):
 
 
 @pytest.mark.usefixtures("patient")
-async def test_answers_expire_and_are_erased_by_subject_and_tenant(server: Server):
-    async with store_at(server.url) as store:
+async def test_answers_expire_and_are_erased_by_subject_and_tenant(redis: RedisServer):
+    async with store_at(redis.url) as store:
         about = KEEPING._replace(subjects=(b"s", b"t"))
         for tenant in (b"ann", b"bob"):
             await store.put(tenant, b"1", b"x", about)
@@ -132,9 +87,9 @@ async def test_answers_expire_and_are_erased_by_subject_and_tenant(server: Serve
 
 
 @pytest.mark.usefixtures("patient")
-async def test_a_value_that_is_not_ours_is_no_answer(server: Server):
-    client = connect(server.url).client
-    async with store_at(server.url) as store:
+async def test_a_value_that_is_not_ours_is_no_answer(redis: RedisServer):
+    client = connect(redis.url).client
+    async with store_at(redis.url) as store:
         await store.put(b"ann", b"1", b"one", KEEPING)
         await store.put(b"ann", b"2", b"two", KEEPING)
         first, second = (redis_store._name(b"ann", key) for key in (b"1", b"2"))
@@ -152,12 +107,12 @@ async def test_a_value_that_is_not_ours_is_no_answer(server: Server):
 
 @pytest.mark.usefixtures("patient")
 async def test_a_redis_that_dies_is_done_without_and_comes_back(
-    server: Server, caplog: pytest.LogCaptureFixture
+    redis: RedisServer, caplog: pytest.LogCaptureFixture
 ):
     clock = Clock()
-    async with store_at(server.url, clock=clock) as store:
+    async with store_at(redis.url, clock=clock) as store:
         await store.put(b"ann", b"1", b"x", KEEPING)
-        server.kill()
+        redis.kill()
         with caplog.at_level(logging.WARNING, "stretto"):
             for _ in range(5):
                 assert await store.get(b"ann", b"1") is None
@@ -167,7 +122,7 @@ async def test_a_redis_that_dies_is_done_without_and_comes_back(
         assert len(caplog.records) == 1 and "the shared cache is gone" in caplog.text
         with pytest.raises(Unavailable, match="did not confirm the erasure"):
             await store.erase(b"ann", None)
-        server.start()
+        redis.start()
         clock.now += 2.0
         assert await store.put(b"ann", b"1", b"y", KEEPING) and await store.get(b"ann", b"1") == b"y"
         assert store._stats.shared == "ok" and "the shared cache is back" in caplog.text
@@ -202,18 +157,18 @@ async def test_what_hangs_or_is_no_redis_costs_one_short_wait(reply: bytes | Non
 
 
 @pytest.mark.usefixtures("patient")
-async def test_two_gateways_share_answers_and_serve_without_redis(checkpoint: Path, server: Server):
+async def test_two_gateways_share_answers_and_serve_without_redis(checkpoint: Path, redis: RedisServer):
     engine = fake(10, 11)
-    async with cluster(checkpoint, engine, redis=server.url, **GATEWAY) as (client, gateway):
+    async with cluster(checkpoint, engine, redis=redis.url, **GATEWAY) as (client, gateway):
         assert (await client.get("/health")).json()["shared_cache"] == "ok"
         assert cached(await client.post(CHAT, json=WHOLE)) is None
         await settled(gateway)
-        async with store_at(server.url, gateway.answers._store._secret) as other:  # type: ignore[attr-defined]
+        async with store_at(redis.url, gateway.answers._store._secret) as other:  # type: ignore[attr-defined]
             (name,) = [name async for name in other._redis.scan_iter(b"stretto:answer:*", 10)]
             tenant, key = (bytes.fromhex(part.decode()) for part in name.split(b":")[2:])
             assert await other.get(tenant, key) is not None
         assert cached(await client.post(CHAT, json=WHOLE)) == "exact"
-        server.kill()
+        redis.kill()
         for _ in range(2):
             assert cached(await client.post(CHAT, json=WHOLE)) is None
             await settled(gateway)
