@@ -61,3 +61,19 @@ def test_every_decision_has_its_fields_in_order() -> None:
 def test_the_index_of_decisions_names_every_page() -> None:
     index = (DOCS / "decisions" / "index.md").read_text()
     assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == {page.name for page in DECISIONS} - {"index.md"}
+
+
+def test_benchmarks_that_the_docs_run_as_scripts_find_what_they_import():
+    """A script finds its neighbours, but not the packages `benchmarks` and `recipes`: those need `python -m`."""
+    pages = [*PAGES, *(ROOT / "benchmarks").glob("*.py")]
+    command = re.compile(r"python benchmarks/(\w+)\.py")
+    named = {name for page in pages for name in command.findall(page.read_text())}
+    assert len(named) > 10
+    wrong = {
+        name
+        for name in named
+        if re.search(
+            r"^(from|import) (benchmarks|recipes)\b", (ROOT / f"benchmarks/{name}.py").read_text(), re.M
+        )
+    }
+    assert wrong == set()
