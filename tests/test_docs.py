@@ -64,7 +64,7 @@ def test_the_index_of_decisions_names_every_page() -> None:
 
 
 def test_benchmarks_that_the_docs_run_as_scripts_find_what_they_import():
-    """A script finds its neighbours, but not the packages `benchmarks` and `recipes`: those need `python -m`."""
+    """A script finds its neighbours. The packages `benchmarks` and `recipes` need `python -m`."""
     pages = [*PAGES, *(ROOT / "benchmarks").glob("*.py")]
     command = re.compile(r"python benchmarks/(\w+)\.py")
     named = {name for page in pages for name in command.findall(page.read_text())}
