@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from stretto.config import EngineConfig
+from stretto.engine.runners.factory import ModelLoader
+from stretto.engine.step_time import StepCost
 from stretto.errors import CheckpointError, StartError
 from stretto.ladder import registry
-from stretto.optimise import recipe, steps
+from stretto.optimise import evaluate, recipe, steps
 from stretto.optimise.steps import RunOptions, RunReport
 from tests.ladder import tiny_ladder
 from tests.optimise import tiny
@@ -103,6 +106,54 @@ def test_a_second_run_with_resume_keeps_everything(folder: Path, made: RunReport
     again = run(folder, CHAIN, folder / "out", resume=True)
     assert [each.status for each in again.steps if each.step != "evaluate"] == ["kept"] * 5
     assert (folder / "out" / "ladder.json").read_bytes() == before
+
+
+def test_step_times_are_those_of_one_measurement_of_all_variants(
+    folder: Path, made: RunReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay on the same machine. On another one all are measured again, and answers stay."""
+    out = folder / "timed"
+    shutil.copytree(folder / "out", out)
+    before, compared = json.loads((out / "step-times.json").read_text()), list[int]()
+    assert set(before["costs"]) == {"full", "pruned", "small", "int8", "int4"}
+
+    def compare(runs: list[Any], steps: list[Any]) -> list[StepCost]:
+        compared.append(len(runs))
+        return [StepCost(base=1.0 + place) for place in range(len(runs))]
+
+    def elsewhere(config: EngineConfig) -> str:
+        return "another machine"
+
+    monkeypatch.setattr(evaluate, "calibrate_together", compare)
+    run(folder, CHAIN, out, resume=True)
+    assert not compared
+    monkeypatch.setattr(evaluate, "machine_name", elsewhere)
+    result = run(folder, CHAIN, out, resume=True)
+    assert compared == [5] and result.usual_ms["full"] > 0
+    assert result.ladder is not None
+    for each in result.ladder.variants:
+        assert list(each.times) == ["another machine"] and each.energy is not None
+    assert (out / "evaluation" / "int8.json").read_bytes() == (
+        folder / "out" / "evaluation" / "int8.json"
+    ).read_bytes()
+
+
+def test_variants_that_do_not_fit_together_are_timed_one_by_one(
+    folder: Path, made: RunReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, loads = folder / "large", list[int]()
+    shutil.copytree(folder / "out", out)
+    (out / "step-times.json").unlink()
+
+    def loader(config: EngineConfig) -> ModelLoader:
+        loads.append(len(config.models))
+        if len(config.models) > 1:
+            raise StartError("too little memory")
+        return ModelLoader(config)
+
+    monkeypatch.setattr(evaluate, "ModelLoader", loader)
+    assert run(folder, CHAIN, out, resume=True).ladder is not None
+    assert loads == [5, 1, 1, 1, 1, 1]
 
 
 def test_a_changed_step_and_what_depends_on_it_are_made_again(folder: Path, made: RunReport) -> None:

@@ -1,29 +1,36 @@
 """The step `evaluate`: what each variant gets right, how far it is from the top, its speed and its cost.
 
-Answers come from the kernels that serve. Step times come from the engine's own calibration.
+Answers come from the kernels that serve. Step times come from the engine's own calibration, of all variants
+in turns.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import exp
 from pathlib import Path
 from random import Random
 from time import perf_counter
+from typing import TypeVar
 
 import msgspec
 import torch
 from msgspec import Struct, structs
 
 from stretto.config import EngineConfig, ModelConfig
-from stretto.engine.core import LoadedModel
+from stretto.engine.runners.calibrate import Calibrator, calibrate_together, steps_of
 from stretto.engine.runners.factory import ModelLoader, machine_name
+from stretto.engine.runners.interface import Runner
 from stretto.engine.runners.torch import TorchRunner
+from stretto.engine.scheduler.types import Limits
 from stretto.engine.step_time import StepCost
 from stretto.errors import StartError
+from stretto.hardware import MOST_STEP_TOKENS
 from stretto.ladder.estimate import FEATURES, QualityBin, QualityModel, features, raw
 from stretto.ladder.registry import Lengths, QualityInterval, TokenEnergy
 from stretto.models.decoder import Decoder
@@ -31,8 +38,12 @@ from stretto.optimise.answers import Ids, TextScore, generate, mean_kl, read_sco
 from stretto.optimise.data import DataSample, groups, right
 from stretto.optimise.job import StepJob, load_decoder
 from stretto.optimise.recipe import EvaluateStep
+from stretto.optimise.training.trainer import write_whole
 from stretto.statistics import quantile, wilson
 
+log = logging.getLogger(__name__)
+KeptStruct = TypeVar("KeptStruct", bound=Struct)
+LIMITS = Limits(256, MOST_STEP_TOKENS)
 RESAMPLES = 1000
 FOLDS = 5
 BINS, LEAST_IN_BIN = 10, 30
@@ -55,7 +66,8 @@ class Measured(Struct, frozen=True, kw_only=True):
     """All that was measured of one variant. `key`: of what it depends on.
 
     `rights`: whether each answer was right, in the order of the prompts; empty for plain text. `similar`:
-    exp(-KL from the top) of each text.
+    exp(-KL from the top) of each text. `cost` and estimated energy are filled in by `timed`; `energy` before
+    that is what was measured on `machine`, which gave the answers.
     """
 
     key: str
@@ -70,7 +82,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     same_top1: float
     perplexity: float | None
     machine: str
-    cost: StepCost
+    cost: StepCost = StepCost()
     energy: TokenEnergy | None
     lengths: Lengths
     estimate: QualityModel | None
@@ -80,8 +92,7 @@ class Measured(Struct, frozen=True, kw_only=True):
 def measure(job: StepJob, step: EvaluateStep, subject: Subject, key: str) -> Measured:
     """Measure a variant. `job.parent` is the top variant. Raises StartError when it cannot be loaded."""
     started = perf_counter()
-    loaded, machine = _loaded(subject, job.session.device)
-    decoder = _decoder(loaded)
+    decoder = _decoder(*_loader([subject], job.session.device).runners)
     samples = [sample for sample in job.corpus.test if sample.answer is not None][: step.prompts]
     prompts = [job.codec.prompt(sample) for sample in samples]
     meter = _Meter()
@@ -98,7 +109,6 @@ def measure(job: StepJob, step: EvaluateStep, subject: Subject, key: str) -> Mea
         job.session.progress(f"{subject.name}: KL", len(scores), len(texts))
     similar = [exp(-score.kl) for score in scores]
     count = sum(score.tokens for score in scores)
-    cost = loaded.times.cost
     return Measured(
         key=key,
         name=subject.name,
@@ -111,28 +121,61 @@ def measure(job: StepJob, step: EvaluateStep, subject: Subject, key: str) -> Mea
         kl=mean_kl(scores),
         same_top1=sum(score.same * score.tokens for score in scores) / max(count, 1),
         perplexity=None if samples else exp(sum(s.nll * s.tokens for s in scores) / max(count, 1)),
-        machine=machine,
-        cost=cost,
-        energy=_energy(joules, tokens, cost, job.session.device),
+        machine=machine_name(_config([subject], job.session.device)),
+        energy=_measured_energy(joules, tokens),
         lengths=_lengths(prompts or [text.ids for text in texts], answers),
         estimate=fitted(samples, rights),
         seconds=perf_counter() - started,
     )
 
 
-def timed_here(job: StepJob, subject: Subject, measured: Measured) -> Measured:
-    """The measurement with the step times and the energy of this machine; its answers may be from another."""
-    if measured.machine == machine_name(_config(subject, job.session.device)):
-        return measured
-    loaded, machine = _loaded(subject, job.session.device)
-    cost = loaded.times.cost
-    energy = _energy(None, 0, cost, job.session.device)
-    return structs.replace(measured, machine=machine, cost=cost, energy=energy)
+class StepTimes(Struct, frozen=True):
+    """Step-time models of variants, measured together. `key`: of the machine and the variants."""
+
+    key: str
+    costs: dict[str, StepCost]
 
 
-def _config(subject: Subject, device: torch.device) -> EngineConfig:
+def timed(
+    file: Path, subjects: Sequence[Subject], measured: Sequence[Measured], device: torch.device
+) -> list[Measured]:
+    """The measurements with the step times of this machine, and energy where that was not measured on it.
+
+    Variants are timed in turns, so that what disturbs the machine disturbs all of them. Times in `file` stay
+    as they are while machine and variants are the same.
+    """
+    machine = machine_name(_config(subjects, device))
+    key = blake2b("\n".join([machine, *(each.key for each in measured)]).encode(), digest_size=16).hexdigest()
+    times = _read(file, StepTimes)
+    if times is None or times.key != key:
+        costs = _costs(subjects, device)
+        times = StepTimes(key, {subject.name: cost for subject, cost in zip(subjects, costs, strict=True)})
+        write_whole(file, msgspec.json.format(msgspec.json.encode(times), indent=1))
+    found: list[Measured] = []
+    for each in measured:
+        cost = times.costs[each.name]
+        energy = each.energy if each.machine == machine else None
+        energy = energy or _estimated_energy(cost, device)
+        found.append(structs.replace(each, machine=machine, cost=cost, energy=energy))
+    return found
+
+
+def _costs(subjects: Sequence[Subject], device: torch.device) -> list[StepCost]:
+    """The cost of each variant. Those that do not fit into memory together are measured one by one."""
+    try:
+        runners = _loader(subjects, device).runners
+    except StartError:
+        if len(subjects) == 1:
+            raise
+        log.warning("the variants do not fit into memory together: their times are measured one by one")
+        return [cost for subject in subjects for cost in _costs([subject], device)]
+    steps = [steps_of(runner, LIMITS) for runner in runners]
+    return calibrate_together([Calibrator(runner).run for runner in runners], steps)
+
+
+def _config(subjects: Sequence[Subject], device: torch.device) -> EngineConfig:
     return EngineConfig(
-        models=(subject.config,),
+        models=tuple(subject.config for subject in subjects),
         device="cuda" if device.type == "cuda" else "cpu",
         kv_bytes=KV_BYTES,
         cache_bytes=0,
@@ -140,21 +183,19 @@ def _config(subject: Subject, device: torch.device) -> EngineConfig:
     )
 
 
-def _loaded(subject: Subject, device: torch.device) -> tuple[LoadedModel, str]:
-    """The variant as an engine would load it, with its step-time model, and the name of the machine."""
+def _loader(subjects: Sequence[Subject], device: torch.device) -> ModelLoader:
+    """The variants as one engine would load them."""
     threads = torch.get_num_threads()
     try:
-        loader = ModelLoader(_config(subject, device))
-        return loader.models()[0], loader.machine
+        return ModelLoader(_config(subjects, device))
     finally:
         torch.set_num_threads(threads)
 
 
-def _decoder(loaded: LoadedModel) -> Decoder:
-    runner = loaded.runner
+def _decoder(runner: Runner) -> Decoder:
     decoder = runner.decoder if isinstance(runner, TorchRunner) else getattr(runner, "decoder", None)
     if not isinstance(decoder, Decoder):
-        raise StartError(f"{loaded.info.name} has no weights to measure")
+        raise StartError(f"{runner.info.name} has no weights to measure")
     return decoder
 
 
@@ -227,10 +268,15 @@ class _Meter:
         return sum(counters) if counters else None
 
 
-def _energy(joules: float | None, tokens: int, cost: StepCost, device: torch.device) -> TokenEnergy | None:
-    """Joules per token: measured while the answers were generated, or else estimated from the step time."""
-    if joules and tokens:
-        return TokenEnergy(joules / tokens, "measured: RAPL, batches of up to 32")
+def _measured_energy(joules: float | None, tokens: int) -> TokenEnergy | None:
+    """Joules per token while the answers were generated; None where the counters cannot be read."""
+    if not joules or not tokens:
+        return None
+    return TokenEnergy(joules / tokens, "measured: RAPL, batches of up to 32")
+
+
+def _estimated_energy(cost: StepCost, device: torch.device) -> TokenEnergy | None:
+    """Joules per token, estimated from the step time. None on a GPU, whose power is not known here."""
     if device.type != "cpu":
         return None
     watts = CORE_WATTS * torch.get_num_threads()
@@ -311,16 +357,18 @@ def _mean(places: Sequence[int], rights: Sequence[bool]) -> float:
 
 def stored(file: Path, key: str, make: Callable[[], Measured]) -> Measured:
     """The measurement in `file` if it has this key; otherwise a new one, which is kept there."""
-    if file.exists():
-        try:
-            found = msgspec.json.decode(file.read_bytes(), type=Measured)
-        except msgspec.DecodeError:
-            found = None
-        if found is not None and found.key == key:
-            return found
+    found = _read(file, Measured)
+    if found is not None and found.key == key:
+        return found
     made = make()
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".partial")
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=1))
-    temporary.replace(file)
+    write_whole(file, msgspec.json.format(msgspec.json.encode(made), indent=1))
     return made
+
+
+def _read(file: Path, kind: type[KeptStruct]) -> KeptStruct | None:
+    """What is in a file; None when there is no such file, or it is damaged."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None

@@ -35,7 +35,7 @@ from stretto.optimise import data, frontier, report
 from stretto.optimise.answers import TextCodec
 from stretto.optimise.data import Corpus, CorrectedAnswers
 from stretto.optimise.distil import distil
-from stretto.optimise.evaluate import Measured, Subject, measure, stored, timed_here
+from stretto.optimise.evaluate import Measured, Subject, measure, stored, timed
 from stretto.optimise.finetune import finetune
 from stretto.optimise.job import StepJob
 from stretto.optimise.prune import prune
@@ -54,6 +54,7 @@ from stretto.optimise.training.trainer import SNAPSHOT_S, StageCallback, StepSes
 
 WORK = ".working"
 EVALUATION = "evaluation"
+TIMES = "step-times.json"
 MAKERS: dict[str, Callable[[StepJob, Any], dict[str, Any]]] = {
     "finetune": finetune,
     "distil": distil,
@@ -350,6 +351,7 @@ class _Run:
     def _evaluate(self, at: int, step: EvaluateStep) -> list[Measured]:
         top = self._top()
         found: list[Measured] = []
+        subjects: list[Subject] = []
         for name, manifest in self.made.items():
             parts = {"variant": manifest.key, "top": self.made[top].files, "data": self.corpus.digest}
             key = _key({**parts, "step": msgspec.to_builtins(step)})
@@ -362,8 +364,11 @@ class _Run:
             )
             subject = Subject(name, self.out / manifest.path, config)
             file = self.out / EVALUATION / f"{name}.json"
-            measured = stored(file, key, partial(measure, job, step, subject, key))
-            found.append(timed_here(job, subject, measured))
+            found.append(stored(file, key, partial(measure, job, step, subject, key)))
+            subjects.append(subject)
+        self.options.progress(f"{EVALUATION}: step times", 0, 1)
+        found = timed(self.out / TIMES, subjects, found, self.device)
+        self.options.progress(f"{EVALUATION}: step times", 1, 1)
         self.done.append(
             StepReport(EVALUATION, "evaluate", "made", round(sum(each.seconds for each in found), 3))
         )

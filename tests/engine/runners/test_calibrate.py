@@ -19,6 +19,7 @@ from stretto.engine.runners.calibrate import (
     CalibrationStep,
     Calibrator,
     calibrate,
+    calibrate_together,
     fits,
     known_times,
     load,
@@ -94,6 +95,42 @@ def test_a_machine_too_slow_for_all_steps_is_still_calibrated():
     slow = StepCost(base=300.0, per_decode=40.0, per_prefill=60.0)
     model = calibrate(lambda probe: slow(probe.load))
     assert model.cost(StepLoad(1, 0, 100, 0.0)) == pytest.approx(340.0, rel=0.1)
+
+
+def test_models_are_compared_in_turns_so_that_a_slow_while_is_not_taken_for_a_slow_model():
+    """The machine is half as fast for the first 60 % of the runs. One model takes 1.1 times as long."""
+    costs = SMALL_CPU, StepCost(*(1.1 * value for value in msgspec.structs.astuple(SMALL_CPU)))
+    steps, turns, ran = CALIBRATION_STEPS[:6], 15, list[int]()
+    whole = 2 * (1 + len(steps) * turns)
+
+    def runner(place: int):
+        def run(step: CalibrationStep) -> float:
+            ran.append(place)
+            return costs[place](step.load) / 100 * (2.0 if len(ran) <= 0.6 * whole else 1.0)
+
+        return run
+
+    def ratio(found: list[StepCost]) -> float:
+        seen = StepLoad(1, 0, 300)
+        return found[1](seen) / found[0](seen)
+
+    assert ratio(calibrate_together([runner(0), runner(1)], [steps, steps], turns)) == pytest.approx(1.1)
+    assert len(ran) == whole and all(ran[at] != ran[at + 1] for at in range(2, whole, 2))
+    ran.clear()
+    alone = [calibrate_together([runner(place)], [steps], turns)[0] for place in (0, 1)]
+    assert ratio(alone) < 0.6
+
+
+def test_models_with_other_limits_have_steps_of_their_own():
+    short, ran = CALIBRATION_STEPS[:3], list[CalibrationStep]()
+
+    def run(step: CalibrationStep) -> float:
+        ran.append(step)
+        return SMALL_CPU(step.load) / 100
+
+    own = CALIBRATION_STEPS[2:5]
+    costs = calibrate_together([run, lambda step: SMALL_CPU(step.load) / 100], [own, short], 2)
+    assert len(costs) == 2 and set(ran) == set(own)
 
 
 def test_every_calibration_step_is_a_valid_plan(tmp_path: Path):

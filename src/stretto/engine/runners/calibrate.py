@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from math import inf
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import msgspec
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from stretto.engine.runners.interface import Runner
 from stretto.engine.runners.null import NullRunner
 from stretto.engine.scheduler.types import Limits, Plan, Row
-from stretto.engine.sequence import Sequence
+from stretto.engine.sequence import Sequence as EngineSequence
 from stretto.engine.step_time import SCALES, SMALLEST_NOISE, StepCost, StepLoad, StepTime
 from stretto.types import Request, Sampling
 
@@ -48,6 +49,9 @@ class CalibrationStep(NamedTuple):
         reading = self.prefill * (self.start + self.prefill / 2)
         return StepLoad(self.decodes, self.prefill, self.decodes * self.context, reading)
 
+
+StepClock = Callable[[CalibrationStep], float]
+"""Runs a step and returns its milliseconds."""
 
 CALIBRATION_STEPS = (
     CalibrationStep(1, 16),
@@ -82,6 +86,7 @@ LOOP_MS = 0.05  # of the engine's loop for one step
 REWEIGHTED = 10  # rounds of a robust fit
 BUDGET_MS = 1500.0
 ROUNDS = 5
+TURNS = 15  # of several models at each step
 STRIDE = 32  # between the first blocks of two sequences
 BLOCKS = 64  # used by all sequences: the two longest contexts then read different memory
 MAX_ERROR = 0.2  # a model with a larger usual error is used but not stored
@@ -112,7 +117,7 @@ def known_times(runner: Runner, limits: Limits, *, machine: str, folder: Path | 
     if stored is not None:
         return stored
     try:
-        steps = [step for step in _steps_of(runner) if fits(step, runner, limits)]
+        steps = steps_of(runner, limits)
         model = calibrate(Calibrator(runner).run, steps)
     except Exception:
         log.exception("the calibration of %s failed; default step times are used", runner.info.name)
@@ -131,8 +136,14 @@ def identity(runner: Runner) -> str:
     return f"{info.path} {stamps} {info.dtype} {info.quantise} {info.device} {info.kernels} {info.block_size}"
 
 
-def _steps_of(runner: Runner) -> tuple[CalibrationStep, ...]:
-    return GPU_CALIBRATION_STEPS if runner.info.device.startswith("cuda") else CALIBRATION_STEPS
+def steps_of(runner: Runner, limits: Limits) -> list[CalibrationStep]:
+    """The steps to calibrate a runner with."""
+    on_gpu = runner.info.device.startswith("cuda")
+    return [
+        step
+        for step in (GPU_CALIBRATION_STEPS if on_gpu else CALIBRATION_STEPS)
+        if fits(step, runner, limits)
+    ]
 
 
 def fits(step: CalibrationStep, runner: Runner, limits: Limits) -> bool:
@@ -178,19 +189,17 @@ class Calibrator:
             plan.rows.append(Row(seq, step.start, step.prefill, True))
         return plan
 
-    def _sequence(self, slot: int, length: int) -> Sequence:
+    def _sequence(self, slot: int, length: int) -> EngineSequence:
         info = self._runner.info
         prompt = tuple((slot + index * 31) % info.vocab for index in range(length))
         request = Request(id=slot, model=info.name, prompt=prompt, arrival=0.0, sampling=Sampling(seed=slot))
         count = -(-length // info.block_size)
         blocks = [(slot * STRIDE + index) % self._held for index in range(count)]
-        seq = Sequence.of(request, info.context)
+        seq = EngineSequence.of(request, info.context)
         return replace(seq, slot=slot, kv=replace(seq.kv, blocks=blocks))
 
 
-def calibrate(
-    run: Callable[[CalibrationStep], float], steps: Iterable[CalibrationStep] = CALIBRATION_STEPS
-) -> StepTime:
+def calibrate(run: StepClock, steps: Iterable[CalibrationStep] = CALIBRATION_STEPS) -> StepTime:
     """Measure the steps in rounds until `BUDGET_MS` have been spent, and fit a model to them.
 
     `run` runs a step and returns its milliseconds. The first run warms up and is not counted. A step that
@@ -198,24 +207,53 @@ def calibrate(
     of each step counts, because disturbances only make a step longer.
     """
     steps = list(steps)
-    measured: dict[CalibrationStep, list[float]] = {}
-    spent = run(steps[0])
+    measurement = _Measurement(run, steps[0])
     for step in steps * ROUNDS:
-        if step in measured:
-            expected = min(measured[step])
-        else:
-            expected = _fitted(measured)(step.load) if len(measured) > 3 else spent
-        if spent + expected <= BUDGET_MS:
-            ms = run(step)
-            measured.setdefault(step, []).append(ms)
-            spent += ms
-    cost = _fitted(measured)
-    runs = [(step.load, ms) for step, times in measured.items() for ms in times]
+        measurement.take(step)
+    cost = measurement.cost(min)
+    runs = [(step.load, ms) for step, times in measurement.times.items() for ms in times]
     return StepTime(cost, [abs(ms / max(cost(load), 1e-9) - 1.0) for load, ms in runs])
 
 
-def _fitted(measured: Mapping[CalibrationStep, list[float]]) -> StepCost:
-    return fit([(step.load, min(times)) for step, times in measured.items()])
+def calibrate_together(
+    runs: Sequence[StepClock], steps: Sequence[Sequence[CalibrationStep]], turns: int = TURNS
+) -> list[StepCost]:
+    """The costs of several models of one machine, for a comparison of them. `steps`: those of each model.
+
+    The models take turns at each step, so whatever disturbs the machine for a while disturbs all of them.
+    The median of each step counts: the shortest run of one model may have had more luck than that of another.
+    """
+    measurements = [_Measurement(run, own[0]) for run, own in zip(runs, steps, strict=True)]
+    possible = [frozenset(own) for own in steps]
+    for step in list(dict.fromkeys(step for own in steps for step in own)) * turns:
+        for measurement, able in zip(measurements, possible, strict=True):
+            if step in able:
+                measurement.take(step)
+    return [measurement.cost(median) for measurement in measurements]
+
+
+class _Measurement:
+    """The runs of one model's steps. The first one warms up and is not counted."""
+
+    def __init__(self, run: StepClock, first: CalibrationStep) -> None:
+        self.times: dict[CalibrationStep, list[float]] = {}
+        self._run, self._spent = run, run(first)
+
+    def take(self, step: CalibrationStep) -> None:
+        """Run a step, unless that would exceed the budget."""
+        known = self.times.get(step)
+        expected = self._spent
+        if known:
+            expected = min(known)
+        elif len(self.times) > 3:
+            expected = self.cost(min)(step.load)
+        if self._spent + expected <= BUDGET_MS:
+            ms = self._run(step)
+            self.times.setdefault(step, []).append(ms)
+            self._spent += ms
+
+    def cost(self, usual: Callable[[list[float]], float]) -> StepCost:
+        return fit([(step.load, usual(times)) for step, times in self.times.items()])
 
 
 def save(model: StepTime, path: Path, *, machine: str, checkpoint: str) -> None:
