@@ -68,6 +68,15 @@ async def test_a_reward_reaches_the_worker_that_answered(two: Cluster, remembers
     assert summary["models"] == {"tiny": {"tiny": {"rewards": 3, "mean_reward": 1.0, "mean_expected": None}}}
 
 
+async def test_the_id_of_a_response_finds_its_worker(two: Cluster) -> None:
+    client, _ = two
+    for _ in range(2):
+        answer = await client.post("/v1/responses", json={"input": "Hi"})
+        receipt = await give(client, answer.json()["id"])
+        assert receipt.status_code == 200, receipt.text
+    assert (await client.get(URL)).json()["waiting"] == 0
+
+
 @pytest.mark.parametrize("remembers", [True, False])
 async def test_a_request_that_no_worker_knows_gets_the_404_of_a_worker(two: Cluster, remembers: bool) -> None:
     client, gateway = two

@@ -81,8 +81,7 @@ FIELDS: dict[str, str] = {
     "capabilities": "What the model can do.",
     "OllamaShown.template": "The chat template.",
     # Feedback
-    "FeedbackRequest.request_id": "The `x-request-id` of the response, or the `id` of a chat completion, a "
-    "completion or a message.",
+    "FeedbackRequest.request_id": "The `x-request-id` of the response, or the `id` that the answer shows.",
     "reward": "What the answer was worth: from 0, wrong, to 1, right.",
     "thumbs": "The same as a reward of 1 (`up`) or 0 (`down`).",
     "corrected_answer": "The answer that would have been right.",

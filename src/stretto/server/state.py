@@ -337,6 +337,9 @@ class Call:
         self.relayed = False  # whether a gateway reads the answer
         self.continuation: Continuation | None = None
         self.nonce = token_hex(12)  # of which ids in the answer are made
+        self.feedback_ids: tuple[
+            str, ...
+        ] = ()  # by which a reward may name it, if others than the exchange's
         self.placement = VariantPlacement(None)
         self.placed = NOWHERE
         self.user = ""  # what stands for whom the request is for, within the tenant

@@ -77,6 +77,19 @@ def test_the_same_id_of_two_tenants_is_two_choices() -> None:
     assert made.reward("bob", "1", Reward(1.0), 1.0).choice.variant == "tiny"
 
 
+def test_a_name_stands_for_the_newest_choice_that_has_it() -> None:
+    made = learner()
+    for number, variant in enumerate(("full", "small")):
+        made.remember("ann", str(number), choice(variant), 0.0, ("session", f"answer {number}"))
+    assert made.reward("ann", "answer 0", Reward(0.1), 1.0).choice.variant == "full"
+    assert made.reward("ann", "session", Reward(1.0), 1.0).choice.variant == "small"
+    assert made.reward("ann", "0", Reward(0.2), 1.0).request_id == "0"
+    assert sorted(kept.reward.value for kept in made.rewarded("ann") if kept.reward) == [0.2, 1.0]
+    assert made.erase("ann", lambda kept: kept.answers_to(("session",)), 2.0) == 2
+    with pytest.raises(NoSuchChoice):
+        made.reward("ann", "answer 0", Reward(1.0), 3.0)
+
+
 def test_a_second_reward_takes_the_place_of_the_first() -> None:
     changed, once = learner(), learner()
     vote(changed, "ann", 10, 0.0)

@@ -79,6 +79,21 @@ async def test_the_id_of_an_answer_names_its_request(client: httpx.AsyncClient) 
     assert (await give(client, request_id=first["id"], thumbs="up")).status_code == 200
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_id_of_a_response_names_its_request(client: httpx.AsyncClient, streamed: bool) -> None:
+    asked = await client.post("/v1/responses", json={"input": "Hi", "stream": streamed})
+    text = asked.text.split("data: ", 1)[1].splitlines()[0] if streamed else asked.text
+    shown = json.loads(text)["response"] if streamed else json.loads(text)
+    foreign = await give(client, BOB, request_id=shown["id"], thumbs="up")
+    assert foreign.status_code == 404
+    assert (await give(client, request_id=shown["id"], reward=0.25)).json()["reward"] == 0.25
+    again = await give(client, request_id=asked.headers["x-request-id"], reward=0.75)
+    assert again.json()["reward"] == 0.75, "it is the same choice"
+    assert (await client.get(URL)).json()["models"]["tiny"]["tiny"]["rewards"] == 1
+    assert (await client.delete(f"{URL}/{shown['id']}")).json()["erased"] == 1
+    assert (await give(client, request_id=shown["id"], thumbs="up")).status_code == 404
+
+
 async def test_every_api_that_generates_takes_feedback(client: httpx.AsyncClient) -> None:
     for path, body in (
         ("/v1/responses", {"input": "Hi"}),

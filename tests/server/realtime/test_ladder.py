@@ -115,3 +115,17 @@ async def test_without_a_forecast_the_reader_answers_too(engine: FakeEngine, tal
     response, request = await answered(talk, engine)
     assert request.model == "m:full" and request.cached > 0
     assert response["stretto"]["variant_reason"] == "no_forecast"
+
+
+async def test_each_response_of_a_session_takes_its_own_reward(talk: Talk, client: Any) -> None:
+    ids: list[str] = []
+    for text in ("Hello", "Again"):
+        await talk.say(text)
+        await talk.send("response.create")
+        ids.append((await talk.answer())["id"])
+    for id, reward in zip(ids, (0.0, 1.0), strict=True):
+        receipt = await client.post("/v1/feedback", json={"request_id": id, "reward": reward})
+        assert receipt.status_code == 200, receipt.text
+    summary = (await client.get("/v1/feedback")).json()
+    assert summary["waiting"] == 0
+    assert summary["models"]["m"]["m:int8"]["rewards"] == 2

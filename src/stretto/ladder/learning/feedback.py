@@ -7,7 +7,7 @@ hands them over. It knows no HTTP, and takes the time as an argument (seconds of
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from heapq import merge
 from operator import attrgetter
@@ -59,12 +59,17 @@ class Reward(NamedTuple):
 
 
 class KeptChoice(NamedTuple):
-    """A choice, when it was made, and its reward if that has come."""
+    """A choice, when it was made, and its reward if that has come. `names`: other ids of its answer."""
 
     request_id: str
     choice: MadeChoice
     at: float
     reward: Reward | None = None
+    names: tuple[str, ...] = ()
+
+    def answers_to(self, ids: Collection[str]) -> bool:
+        """Whether one of these ids is its request's or its answer's."""
+        return self.request_id in ids or any(name in ids for name in self.names)
 
     @property
     def text_size(self) -> int:
@@ -115,6 +120,7 @@ class _TenantChoices:
 
     waiting: OrderedDict[str, KeptChoice] = field(default_factory=OrderedDict[str, KeptChoice])
     rewarded: OrderedDict[str, KeptChoice] = field(default_factory=OrderedDict[str, KeptChoice])
+    names: dict[str, str] = field(default_factory=dict[str, str])  # other ids: the request id of the newest
     texts: int = 0
 
     def __len__(self) -> int:
@@ -122,12 +128,24 @@ class _TenantChoices:
 
     def put(self, kept: KeptChoice) -> None:
         (self.waiting if kept.reward is None else self.rewarded)[kept.request_id] = kept
+        for name in kept.names:
+            if kept.reward is None or name not in self.names:  # a reward makes no choice the newest
+                self.names[name] = kept.request_id
         self.texts += kept.text_size
+
+    def find(self, id: str) -> KeptChoice | None:
+        """The newest choice of that request id, or whose answer has that id."""
+        named = self.names.get(id, id)
+        held = (each.get(key) for key in (id, named) for each in (self.waiting, self.rewarded))
+        return next((kept for kept in held if kept is not None), None)
 
     def take(self, request_id: str, held: OrderedDict[str, KeptChoice]) -> KeptChoice | None:
         kept = held.pop(request_id, None)
         if kept is not None:
             self.texts -= kept.text_size
+            for name in kept.names:
+                if self.names.get(name) == request_id:
+                    del self.names[name]
         return kept
 
     def take_oldest(self) -> None:
@@ -170,12 +188,15 @@ class FeedbackStore:
     def __len__(self) -> int:
         return self._count
 
-    def remember(self, tenant: str, request_id: str, choice: MadeChoice, now: float) -> None:
-        """Keep a choice. One of the same tenant and id that still waits is dropped."""
+    def remember(
+        self, tenant: str, request_id: str, choice: MadeChoice, now: float, names: tuple[str, ...] = ()
+    ) -> None:
+        """Keep a choice in place of one of the same request that still waits. `names`: more ids of its
+        answer, which stand for the newest choice that has them."""
         own = self._tenants.setdefault(tenant, _TenantChoices())
         before = len(own)
         own.take(request_id, own.waiting)
-        own.put(KeptChoice(request_id, choice, now))
+        own.put(KeptChoice(request_id, choice, now, names=names))
         own.trim(self._limits, now)
         self._counted(tenant, before)
         while self._count > self._limits.choices:
@@ -188,7 +209,7 @@ class FeedbackStore:
             self._bound_texts()
 
     def reward(self, tenant: str, request_id: str, reward: Reward, now: float) -> KeptReward:
-        """Keep a reward with the newest choice of that id, in place of an earlier reward.
+        """Keep a reward with the newest choice that has this id, in place of an earlier reward.
 
         Raises NoSuchChoice, and NoPromptKept for a corrected answer to a choice without a prompt.
         """
@@ -198,15 +219,15 @@ class FeedbackStore:
         before = len(own)
         own.trim(self._limits, now)
         self._counted(tenant, before)
-        kept = own.waiting.get(request_id) or own.rewarded.get(request_id)
+        kept = own.find(request_id)
         if kept is None:
             raise NoSuchChoice(request_id)
         if reward.corrected_answer is not None and kept.choice.prompt is None:
             raise NoPromptKept(request_id)
         before = len(own)
-        own.take(request_id, own.waiting)
-        replaced = own.take(request_id, own.rewarded) is not None
-        kept = KeptChoice(request_id, kept.choice, now, reward)
+        own.take(kept.request_id, own.waiting)
+        replaced = own.take(kept.request_id, own.rewarded) is not None
+        kept = kept._replace(at=now, reward=reward)
         own.put(kept)
         own.trim(self._limits, now)
         self._counted(tenant, before)

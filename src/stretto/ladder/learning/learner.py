@@ -78,9 +78,11 @@ class Learner:
             return None
         return Guidance(bandit, bandit.corrections(context, user), self._variants[model])
 
-    def remember(self, tenant: str, request_id: str, choice: MadeChoice, now: float) -> None:
-        """Keep a choice until its reward comes."""
-        self._store.remember(tenant, request_id, choice, now)
+    def remember(
+        self, tenant: str, request_id: str, choice: MadeChoice, now: float, names: tuple[str, ...] = ()
+    ) -> None:
+        """Keep a choice until its reward comes. `names`: other ids of its answer."""
+        self._store.remember(tenant, request_id, choice, now, names)
 
     def reward(self, tenant: str, request_id: str, reward: Reward, now: float) -> KeptChoice:
         """Keep a reward and learn from it. A second one for the same choice takes the place of the first,

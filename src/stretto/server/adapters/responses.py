@@ -134,6 +134,10 @@ class Responses:
     ) -> None:
         keeps = self.store.on and request.store is not False
         streamed = bool(request.stream)
+        id = f"{self.server.store_id}{blake2b(call.nonce.encode(), digest_size=12).hexdigest()}"
+        if call.continuation is not None:
+            id = call.continuation.id
+        call.feedback_ids = call.exchange.id, id
 
         def done(response: ResponseObject) -> None:
             if keeps:
@@ -141,10 +145,7 @@ class Responses:
                 self.store.put(response.id, KeptResponse(call.tenant, json.encode(response), conversation))
 
         def writer_of(spec: AnswerSpec, tier: str) -> EventWriter:
-            id = f"{self.server.store_id}{blake2b(call.nonce.encode(), digest_size=12).hexdigest()}"
-            created = int(time.time())
-            if call.continuation is not None:
-                id, created = call.continuation.id, call.continuation.created
+            created = int(time.time()) if call.continuation is None else call.continuation.created
             response = response_of(request, spec, tier, keeps)
             response = structs.replace(response, id=id, created_at=created)
             relaxed = [renamed(path, NAMES) for path in spec.relaxed]

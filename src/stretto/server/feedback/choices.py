@@ -20,14 +20,16 @@ def remember(call: Call, request: Generation, choice: MadeChoice) -> None:
     if not server.config.feedback_wait_s:
         return
     wanted = server.config.feedback_prompts
+    request_id, *names = call.feedback_ids or (call.exchange.id,)
     server.learner.remember(
         call.tenant,
-        call.exchange.id,
+        request_id,
         choice._replace(
             user=call.user,
             prompt=kept_prompt(request) if call.tenant in wanted or EVERYONE in wanted else None,
         ),
         time.monotonic(),
+        tuple(names),
     )
 
 

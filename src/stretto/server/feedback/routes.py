@@ -145,7 +145,7 @@ class FeedbackRoutes:
         user = None if erasure.user is None else user_key(erasure.user)
 
         def wanted(kept: KeptChoice) -> bool:
-            return (ids is None or kept.request_id in ids) and (user is None or kept.choice.user == user)
+            return (ids is None or kept.answers_to(ids)) and (user is None or kept.choice.user == user)
 
         erased = self.server.learner.erase(tenant, wanted, time.monotonic())
         if id is not None and not erased:

@@ -86,6 +86,7 @@ class RealtimeTurn:
         request = Request({"type": "http", "headers": [], KEY: exchange}, self._receive)
         call = self._call = Call(place.server, request, self._send, b"", place.tenant, self.arrival)
         call.size, call.read_ahead = conversation.size, self.read_ahead
+        call.feedback_ids = self.id, place.request_id  # all turns of a session share the latter
         failure: StrettoError | None = None
         try:
             if not self._reason:
