@@ -28,6 +28,7 @@ from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.admission import Outlook, snapshot
+from stretto.engine.scheduler.default_tiers import default_tiers
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence as EngineSequence
 from stretto.engine.step_time import StepCost, StepLoad, StepTime
@@ -41,7 +42,7 @@ from stretto.server.variants.router import Expectation, LadderRequest, VariantPl
 from stretto.simulator.harness import World
 from stretto.simulator.replay import capacity
 from stretto.simulator.report import RequestOutcome
-from stretto.simulator.setting import SMALL_CPU, Setting, tiers_for
+from stretto.simulator.setting import SMALL_CPU, Setting
 from stretto.statistics import quantile
 from stretto.types import Objective, Reason, Request, Sampling, StepStats, TokenEvent
 
@@ -451,7 +452,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.05)
     options = parser.parse_args()
     known = measured(options.ladder, options.recipe) if options.ladder else drawn()
-    tiers = tiers_for(COSTS["int8"])
+    tiers = default_tiers([COSTS["int8"]])
     if options.trace is None:
         for load in map(float, options.loads.split(",")):
             asked = tasks(known, options.requests, load)

@@ -14,10 +14,11 @@ from pathlib import Path
 import msgspec
 
 from stretto.bench import traces
+from stretto.engine.scheduler.default_tiers import default_tiers
 from stretto.engine.step_time import StepCost
 from stretto.simulator.replay import capacity, replay
 from stretto.simulator.report import ReplayReport
-from stretto.simulator.setting import SMALL_CPU, Arrival, Setting, tiers_for
+from stretto.simulator.setting import SMALL_CPU, Arrival, Setting
 
 COLUMNS = "load schedule goodput ratio of_best of_all weighted priority default flex/s lost steps gap_ms"
 
@@ -26,7 +27,7 @@ def main() -> None:
     options = _arguments()
     cost = msgspec.json.decode(options.times.read_bytes(), type=StepCost) if options.times else SMALL_CPU
     arrivals = traces.read(options.trace, requests=options.requests)
-    setting = Setting(cost=cost, tiers=tiers_for(cost), noise=options.noise, seed=options.seed)
+    setting = Setting(cost=cost, tiers=default_tiers([cost]), noise=options.noise, seed=options.seed)
     full = capacity(arrivals, setting)
     tiers = {name: msgspec.to_builtins(tier.objective) for name, tier in setting.tiers.items()}
     print(f"{msgspec.to_builtins(cost)}\n{tiers}\nfcfs saturates at {full:.4f} requests/s")

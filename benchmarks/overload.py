@@ -15,10 +15,10 @@ from random import Random
 
 import msgspec
 
-from stretto.config import TIERS
 from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import SCHEDULES
+from stretto.engine.scheduler.default_tiers import default_tiers
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.step_time import StepCost, StepTime
 from stretto.simulator.overload import OverloadWorld
@@ -35,7 +35,7 @@ CALM = 0.5  # load before and after the overload
 def main() -> None:
     options = _arguments()
     cost = msgspec.json.decode(options.times.read_bytes(), type=StepCost) if options.times else SMALL_CPU
-    setting = Setting(cost=cost, tiers=TIERS)
+    setting = Setting(cost=cost, tiers=default_tiers([cost]))
     full = capacity([Arrival(0.0, options.prompt, options.output)] * 200, setting)
     peak = max(_in_window(_run(setting, full, load, options)[0]) for load in (0.6, 0.7, 0.8, 0.9, 1.0))
     outcomes, world = _run(setting, full, options.load, options)

@@ -74,11 +74,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         process = subprocess.Popen([*STRETTO, "serve", "null=null:1", "--port", "0"], stdout=out)
     lines: list[str] = []
     deadline = time.monotonic() + 60
-    while len(lines) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(lines) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
         lines = log.read_text().splitlines()
     try:
-        yield Served(lines[1].split()[-1], process.pid, lines)
+        yield Served(lines[2].split()[-1], process.pid, lines)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -207,10 +207,14 @@ def test_a_port_in_use_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 
 def test_serve_prints_its_start_time_and_a_curl_command_that_works(served: Served) -> None:
-    assert re.fullmatch(r"ready in \d+\.\d s · http://127\.0\.0\.1:\d+", served.lines[1])
+    assert re.fullmatch(r"ready in \d+\.\d s · http://127\.0\.0\.1:\d+", served.lines[2])
+    assert (
+        served.lines[1]
+        == "objectives: priority: ttft_ms 5,000, itl_ms 150; default: ttft_ms 20,000, itl_ms 250; flex: none"
+    )
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    done = subprocess.run(shlex.split(served.lines[2]), capture_output=True, text=True, timeout=30)
+    done = subprocess.run(shlex.split(served.lines[3]), capture_output=True, text=True, timeout=30)
     answer = json.loads(done.stdout)
     assert (answer["model"], answer["object"]) == ("null", "chat.completion")
     assert answer["usage"]["completion_tokens"] > 0

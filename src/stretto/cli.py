@@ -137,7 +137,7 @@ async def _serve(front: ServeConfig, located: LocatedModels, loading: terminal.L
     def announce(url: str) -> None:
         loading.stop()
         default = next(iter(application.server.texts))
-        terminal.show_ready(url, list(client.models.values()), default, locked=bool(front.api_keys))
+        terminal.show_ready(url, client.worker_state(), default, locked=bool(front.api_keys))
 
     try:
         await client.start()

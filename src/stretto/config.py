@@ -49,9 +49,8 @@ class Tier(Struct, frozen=True, kw_only=True):
     weight: float
 
 
-# The objectives follow what people notice, so they are the same on a slow CPU and on a GPU: 250 ms per token
-# is reading speed, and attention lasts about 10 s. A CPU that reads 300 prompt tokens per second keeps them
-# for prompts of up to about 1,500 tokens (priority) and 6,000 tokens (default). Beyond, `on_miss` decides.
+# The objectives follow what people notice: 250 ms per token is reading speed, and attention lasts about 10 s.
+# A machine that is too slow for them promises what it can keep (`engine/scheduler/default_tiers.py`).
 TIERS: dict[str, Tier] = {
     "priority": Tier(objective=Objective(ttft_ms=5_000, itl_ms=150), weight=4.0),
     "default": Tier(objective=Objective(ttft_ms=20_000, itl_ms=250), weight=2.0),
@@ -61,7 +60,10 @@ TIERS: dict[str, Tier] = {
 
 Tiers = Annotated[
     dict[TierName, Objective],
-    Meta(description="objective of each tier, as a table `[tiers.priority]` with `ttft_ms`, `itl_ms`, ..."),
+    Meta(
+        description="objective of each tier, as a table `[tiers.priority]` with `ttft_ms`, `itl_ms`, ...;"
+        " without one, by the speed of the machine"
+    ),
 ]
 
 
@@ -77,9 +79,11 @@ LogLevel = Annotated[
 LOG_LEVEL: LogLevel = "info"
 
 
-def tiers_of(objectives: Mapping[TierName, Objective]) -> dict[str, Tier]:
+def tiers_of(
+    objectives: Mapping[TierName, Objective], defaults: Mapping[str, Tier] = TIERS
+) -> dict[str, Tier]:
     """The default tiers, with the objectives that the configuration replaces."""
-    return TIERS | {
+    return {**defaults} | {
         name: Tier(objective=objective, weight=TIERS[name].weight) for name, objective in objectives.items()
     }
 
@@ -91,7 +95,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     of the same engine that drafts for this one where `speculate` is `auto`. `usual_tokens`: of a long answer,
     as a ladder measured it; 0: unknown.
 
-    The path `null` is the null model, whose steps take no time; with `null:20` they take 20 milliseconds.
+    The path `null` is the null model, whose steps take no time. With `null:38:1.5:2.9` they take what
+    `engine.runners.null.null_cost` says.
     """
 
     name: str
@@ -103,17 +108,9 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     usual_tokens: int = 0
 
     @property
-    def null_ms(self) -> float | None:
-        """Milliseconds of a null model's step; None for a real model. Raises StartError for a bad number."""
-        name, _, text = self.path.partition(":")
-        if name != "null":
-            return None
-        try:
-            return float(text or 0.0)
-        except ValueError:
-            raise StartError(
-                f"{self.path!r} is no null model: write null, or null:20 for steps of 20 ms"
-            ) from None
+    def is_null(self) -> bool:
+        """Whether it is a null model."""
+        return self.path.partition(":")[0] == "null"
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ Colours and progress bars appear only on a terminal. This module formats reports
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,12 +28,12 @@ from rich.table import Table
 from stretto.bench import engine
 from stretto.bench.load import Outcome
 from stretto.bench.metrics import Sample
-from stretto.bench.report import COUNTS, TIMES, counts, times
+from stretto.bench.report import COUNTS, TIMES, counts, objectives, times
 from stretto.errors import StrettoError
 from stretto.hardware import gib, process_age
 from stretto.simulator.report import ReplayReport
 from stretto.statistics import Spread
-from stretto.types import ModelInfo
+from stretto.types import WorkerState
 
 out = Console(soft_wrap=True, highlight=False)
 QUESTION = "What is 22.53 + 32.62?"
@@ -112,9 +112,10 @@ def request_bar(total: int | None) -> Generator[Callable[[Sample], None]]:
         yield lambda _: progress.advance(task)
 
 
-def show_ready(url: str, models: Sequence[ModelInfo], name: str, *, locked: bool) -> None:
-    """Print that a server is ready, its models, and a curl command that sends a chat to the model `name`."""
-    for model in models:
+def show_ready(url: str, state: WorkerState, name: str, *, locked: bool) -> None:
+    """Print that a server is ready, its models, the objectives of its tiers, and a curl command that sends a
+    chat to the model `name`."""
+    for model in state.models:
         out.print(
             f"[bold]{model.name}[/] · {model.family}, {model.parameters / 1e6:,.1f} M parameters"
             f" · {model.quantise or model.dtype} on {model.device}, {gib(model.weight_bytes)}"
@@ -122,6 +123,7 @@ def show_ready(url: str, models: Sequence[ModelInfo], name: str, *, locked: bool
             f" · KV cache {gib(model.kv_bytes)}, {model.blocks * model.block_size:,} tokens"
             + (f" ({model.kv_why})" if model.kv_why else "")
         )
+    out.print(f"objectives: {objectives(state.objectives)}")
     out.print(f"[bold green]ready[/] in {process_age():.1f} s · {url}")
     key = " -H 'Authorization: Bearer KEY'" if locked else ""
     body = {"model": name, "messages": [{"role": "user", "content": QUESTION}]}

@@ -365,4 +365,5 @@ class WorkerState(Struct, frozen=True, kw_only=True):
     blocks_total: int
     steps: int
     schedule: str = ""
+    objectives: dict[str, Objective] = {}  # of each tier, for requests that name none
     last_step: StepStats | None = None

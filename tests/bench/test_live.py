@@ -15,6 +15,7 @@ import pytest
 from stretto.bench.live import LoadedServer, prompt
 from stretto.bench.metrics import Sample
 from stretto.bench.trace import TraceOptions, live
+from stretto.config import TIERS as USUAL
 from stretto.config import Tier
 from stretto.errors import StartError
 from stretto.simulator.report import ReplayReport, RequestOutcome
@@ -118,13 +119,37 @@ def test_prompts_share_a_prefix_where_the_trace_shares_blocks() -> None:
 
 
 async def test_capacity_is_measured_when_no_rate_is_given() -> None:
-    options = TraceOptions(loads=[1.0], schedules=["fcfs"], mix={"flex": 1.0}, tiers=TIERS)
+    options = TraceOptions(loads=[1.0], schedules=["fcfs"], mix={"flex": 1.0})
     async with serving(lambda path, _: fake_server(SLOW, path)) as server:
         ((report, _),) = await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
     assert report.capacity < len(ARRIVALS) / 0.3, "six at once, none before 0.3 s"
     async with serving(lambda path, _: fake_server(REFUSED, path)) as server:
         with pytest.raises(StartError, match=r"waiting requests failed .HTTP 503 cannot_be_on_time.*--rate"):
             await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
+
+
+async def test_the_objectives_are_the_servers_own() -> None:
+    state = STATE | {"objectives": {"priority": {"ttft_ms": 1234}, "flex": {}}}
+    options = TraceOptions(
+        loads=[1.0],
+        schedules=["fcfs"],
+        mix={"flex": 1.0},
+        objectives={"flex": Objective(ttft_ms=9)},
+        rate=60.0,
+    )
+
+    def answer(path: str, _: bytes) -> list[Piece]:
+        return (
+            list(plain("200 OK", msgspec.json.encode(state))) if path == "/state" else fake_server(GOOD, path)
+        )
+
+    async with serving(answer) as server:
+        ((report, _),) = await live(server.url, ARRIVALS, options, api_key=None, on_done=quiet)
+    assert report.objectives == {
+        "priority": Objective(ttft_ms=1234),
+        "default": USUAL["default"].objective,
+        "flex": Objective(ttft_ms=9),
+    }
 
 
 async def test_a_schedule_other_than_the_servers_is_refused() -> None:

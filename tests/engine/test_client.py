@@ -15,10 +15,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from stretto.config import TIERS, EngineConfig, ModelConfig
+from stretto.config import TIERS, EngineConfig, ModelConfig, Tier
 from stretto.engine.client import EngineClient, Stream
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.admission import Outlook, snapshot
+from stretto.engine.scheduler.default_tiers import default_tiers
 from stretto.engine.scheduler.types import History, Limits, Queues, SchedulingContext
 from stretto.engine.step_time import StepCost, StepTime
 from stretto.errors import EngineDied, StartError
@@ -55,6 +56,23 @@ async def test_a_request_is_answered_by_the_engine_process(client: EngineClient)
     assert [event.token is not None for event in events] == [True] * 5 + [False]
     assert events[-1].finish is not None and events[-1].finish.reason is Reason.LENGTH
     assert client.worker_state().active == 0 and client.worker_state().steps >= 5
+
+
+async def test_the_tiers_of_a_slow_machine_come_from_the_engine_that_knows_its_step_times():
+    slow = ModelConfig(name="null", path="null:38:1.5:2.9")
+    config = EngineConfig(models=(slow,), tiers={"default": Objective(ttft_ms=900)})
+    client = EngineClient(config)
+    assert client.tiers["priority"] == TIERS["priority"], "nothing is known of the machine yet"
+    await client.start()
+    await client.wait_ready()
+    try:
+        promised = default_tiers([StepCost(38.0, 1.5, 2.9)])
+        assert client.tiers == promised | {"default": Tier(objective=Objective(ttft_ms=900), weight=2.0)}
+        assert (promised["priority"].objective.ttft_ms or 0) > 35_000
+        told = client.worker_state().objectives
+        assert told == {name: tier.objective for name, tier in client.tiers.items()}
+    finally:
+        await client.shutdown(1.0)
 
 
 async def test_concurrent_requests_are_batched_into_shared_steps(client: EngineClient):

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from msgspec import structs
 
-from stretto.config import ServeConfig
+from stretto.config import TIERS, ServeConfig, Tier
 from stretto.engine.client import EngineClient
 from stretto.engine.scheduler.admission import Outlook, Snapshot
 from stretto.errors import EngineDied, StartError, Unavailable
@@ -140,6 +140,7 @@ class FakeEngine:
     boot: str = "first"
     erased: list[tuple[str, str | None]] = field(default_factory=list[Any])
     outlooks: dict[str, Outlook] = field(default_factory=dict[str, Outlook])
+    tiers: dict[str, Tier] = field(default_factory=lambda: TIERS)
     last: dict[str, StepStats] = field(default_factory=dict[str, StepStats])
     _ids: count[int] = field(default_factory=lambda: count(1))
 

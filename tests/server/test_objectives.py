@@ -11,7 +11,9 @@ import pytest
 
 from stretto.config import TIERS, ServeConfig, load, tiers_of
 from stretto.engine.client import EngineClient
+from stretto.engine.scheduler.default_tiers import default_tiers
 from stretto.errors import StartError
+from stretto.simulator.setting import SMALL_CPU
 from stretto.text.output import Times
 from stretto.types import Finish, Objective, Reason, Request, Sampling, TokenEvent
 from tests.engine.test_client import NULL, read
@@ -170,6 +172,20 @@ async def test_the_api_server_uses_the_tiers_of_its_config(checkpoint: Path, eng
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         await answer(client)
     assert engine.requests[0].objective == Objective(ttft_ms=123)
+
+
+async def test_a_request_that_names_no_objective_gets_what_the_machine_can_keep(
+    checkpoint: Path, engine: FakeEngine
+) -> None:
+    app = build(ServeConfig(tiers={"flex": Objective(ttft_ms=7)}), engine, {"tiny": checkpoint})
+    engine.tiers = default_tiers([SMALL_CPU])  # known once the models are loaded
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        await answer(client)
+    objectives = app.server.recent.snapshot(running=0, restarts=0, ready=True).objectives
+    promised = engine.tiers["default"].objective.ttft_ms
+    assert engine.requests[0].objective.ttft_ms == promised
+    assert objectives["default"].ttft_ms == promised
+    assert objectives["flex"].ttft_ms == 7, "a table of the configuration replaces the default"
 
 
 async def test_a_tenant_over_its_priority_quota_is_served_as_default(

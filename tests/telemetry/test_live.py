@@ -17,7 +17,7 @@ class World:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.recent = Recent(OBJECTIVES, lambda: self.now)
+        self.recent = Recent(lambda: OBJECTIVES, lambda: self.now)
         self.step(1.0, 9.0)
         self.recent.ended(Ended("chat", "ok", 9.0, "late", "default", "m", first=9.0, gaps=[0.5]))
         self.now = WINDOW_S + 1
@@ -88,7 +88,7 @@ def test_restarts_readiness_and_objectives_are_passed_on(seen: Live) -> None:
 
 
 def test_an_unused_worker_shows_no_times() -> None:
-    empty = Recent({}, lambda: 0.0).snapshot(running=0, restarts=0, ready=False)
+    empty = Recent(dict, lambda: 0.0).snapshot(running=0, restarts=0, ready=False)
     assert (empty.ttft_ms, empty.itl_ms, empty.step_ms) == ((None, None),) * 3
     assert (empty.model_error, empty.tiers, empty.steps) == (None, {}, ())
 

@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from stretto.bench.metrics import Sample
 from stretto.errors import StartError
+from stretto.types import Objective
 
 DATA = b"data:"
 DONE = b"[DONE]"
@@ -118,13 +119,15 @@ class ServedModel(Struct, frozen=True):
     """A model of a server, as its `/state` describes it.
 
     The defaults are for other servers than Stretto's, which have no `/state`: every
-    common vocabulary has 1,000 ids. `schedule` is empty when it is unknown.
+    common vocabulary has 1,000 ids. `schedule` is empty when it is unknown, and
+    so are `objectives`, those of the tiers.
     """
 
     name: str
     vocab: int = 1000
     context: int = 16384
     schedule: str = ""
+    objectives: dict[str, Objective] = {}
 
 
 class Connection(asyncio.Protocol):
@@ -350,7 +353,7 @@ class Client:
         except (RequestFailed, msgspec.DecodeError):
             return ServedModel(name)
         found = next((model for model in state.models if model.name == name), ServedModel(name))
-        return msgspec.structs.replace(found, schedule=state.schedule)
+        return msgspec.structs.replace(found, schedule=state.schedule, objectives=state.objectives)
 
     def close(self) -> None:
         """Close all kept connections."""
@@ -419,6 +422,7 @@ class _ModelList(Struct):
 class _ServerState(Struct):
     models: list[ServedModel]
     schedule: str = ""
+    objectives: dict[str, Objective] = {}
 
 
 def _refusal(status: int, body: bytes) -> RequestFailed:

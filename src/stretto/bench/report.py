@@ -5,7 +5,7 @@ The page includes the plotting library, so it needs no network. It follows the b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from math import isfinite
@@ -15,6 +15,7 @@ import msgspec
 
 from stretto.simulator.report import ReplayReport, RequestOutcome, TierReport
 from stretto.statistics import Spread
+from stretto.types import Objective
 
 ReplayRun = tuple[ReplayReport, Sequence[RequestOutcome]]
 PlotlyPart = dict[str, Any]  # a trace, a figure or an axis, as Plotly reads it
@@ -64,15 +65,19 @@ def counts(report: ReplayReport) -> list[list[str]]:
     ]
 
 
-def objectives(report: ReplayReport) -> str:
-    """What each tier with requests asked for, in one line."""
+def objectives(tiers: Mapping[str, Objective]) -> str:
+    """What each tier asks for, in one line."""
     limits = ("ttft_ms", "itl_ms", "total_ms")
     asked = [
         (name, [f"{limit} {value:,.0f}" for limit in limits if (value := getattr(each, limit)) is not None])
-        for name, each in report.objectives.items()
-        if report.tiers[name].sent
+        for name, each in tiers.items()
     ]
     return "; ".join(f"{name}: {', '.join(values) or 'none'}" for name, values in asked)
+
+
+def _asked(report: ReplayReport) -> dict[str, Objective]:
+    """The objectives of the tiers that had requests."""
+    return {name: each for name, each in report.objectives.items() if report.tiers[name].sent}
 
 
 def _seconds(tier: TierReport) -> list[str]:
@@ -102,7 +107,7 @@ def _section(report: ReplayReport, plots: Iterable[int]) -> str:
     facts = [
         f"{report.rate:.3g} requests/s over {report.duration_s:,.0f} s {where}",
         f"load 1 is {report.capacity:.3g} requests/s",
-        f"objectives: {objectives(report)}",
+        f"objectives: {objectives(_asked(report))}",
         f"{report.wasted:.1%} of the computed tokens were for answers that were late or not finished",
     ]
     if report.best_goodput:

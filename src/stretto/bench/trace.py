@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from stretto.bench.client import ServedModel
 from stretto.bench.live import LoadedServer
 from stretto.bench.metrics import Sample
 from stretto.bench.report import ReplayRun, page
@@ -23,7 +24,8 @@ DEFAULT_SCHEDULE = "deadline"
 
 
 class TraceOptions(Struct, frozen=True, kw_only=True):
-    """What to run. `mix`: the share of each tier. `tiers`: their objectives; None takes the defaults.
+    """What to run. `mix`: the share of each tier. `objectives`: of tiers; the others have the defaults, which
+    are those of the small CPU, or of the server.
 
     `schedules`: empty when none was named. `rate`: requests per second at load 1.0; None measures it.
     """
@@ -31,7 +33,7 @@ class TraceOptions(Struct, frozen=True, kw_only=True):
     loads: list[float]
     schedules: list[str]
     mix: dict[str, float]
-    tiers: dict[str, Tier] | None = None
+    objectives: Mapping[TierName, Objective] = {}
     seed: int = 0
     rate: float | None = None
 
@@ -55,7 +57,7 @@ class TraceOptions(Struct, frozen=True, kw_only=True):
             loads=loads,
             schedules=schedule.split(",") if schedule else [],
             mix=_mix(tiers),
-            tiers=None if objectives is None else tiers_of(objectives),
+            objectives=objectives or {},
             seed=seed,
             rate=rate,
         )
@@ -67,7 +69,7 @@ class TraceOptions(Struct, frozen=True, kw_only=True):
 
 def virtual(arrivals: Sequence[Arrival], options: TraceOptions) -> list[ReplayRun]:
     """Run every schedule at every load in virtual time."""
-    tiers = options.tiers or CPU_TIERS
+    tiers = tiers_of(options.objectives, CPU_TIERS)
     settings = [
         Setting(schedule=name, load=load, mix=options.mix, tiers=tiers, seed=options.seed)
         for load in options.loads
@@ -98,7 +100,7 @@ async def live(
         if len(named) > 1 or schedule not in ("", *named):
             runs = schedule or "one schedule"
             raise StartError(f"--schedule {','.join(named)}: {url} runs {runs}, which is set at its start")
-        tiers, context = options.tiers or TIERS, server.model.context
+        tiers, context = _tiers_of(server.model, options), server.model.context
         settings = [
             Setting(
                 schedule=named[0], load=load, mix=options.mix, tiers=tiers, seed=options.seed, context=context
@@ -117,6 +119,15 @@ def write(file: Path, title: str, runs: Sequence[ReplayRun]) -> None:
         file.write_text(page(title, runs), encoding="utf-8")
     except OSError as error:
         raise StartError(f"--report: cannot write {file}: {error.strerror or error}") from error
+
+
+def _tiers_of(model: ServedModel, options: TraceOptions) -> dict[str, Tier]:
+    """A server's tiers, with the objectives that the options replace. The usual ones if it names none."""
+    named = {
+        name: structs.replace(tier, objective=model.objectives.get(name, tier.objective))
+        for name, tier in TIERS.items()
+    }
+    return tiers_of(options.objectives, named)
 
 
 def _mix(text: str) -> dict[str, float]:

@@ -146,6 +146,7 @@ class EngineClient:
         self._failures = 0  # starts in a row
         self.restarts = 0
         self.models: dict[str, ModelInfo] = {}
+        self.tiers = tiers_of(config.tiers)  # those that the machine can keep, once that is known
 
     @property
     def pid(self) -> int | None:
@@ -293,6 +294,7 @@ class EngineClient:
             blocks_total=sum(info.blocks for info in self.models.values()),
             steps=self._steps,
             schedule=self._config.schedule,
+            objectives={name: tier.objective for name, tier in self.tiers.items()},
             last_step=self._last_step,
         )
 
@@ -430,7 +432,8 @@ class EngineClient:
             case ipc.LoadProgress(stage, done, total):
                 if self._on_progress is not None:
                     self._on_progress(stage, done, total)
-            case ipc.Ready(models):
+            case ipc.Ready(models, tiers):
+                self.tiers = tiers
                 self.models = {info.name: info for info in models}
                 self._failures = 0
                 self._change("ready", "")

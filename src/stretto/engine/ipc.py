@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
+from stretto.config import Tier
 from stretto.engine.scheduler.admission import Snapshot
 from stretto.types import ModelInfo, QueueState, Request, StepStats, TokenEvent
 
@@ -42,9 +43,11 @@ class LoadProgress(Struct, frozen=True, tag="progress", array_like=True):
 
 
 class Ready(Struct, frozen=True, tag="ready", array_like=True):
-    """The models are loaded and requests are accepted."""
+    """The models are loaded and requests are accepted. `tiers`: what a request gets that names
+    no objective."""
 
     models: list[ModelInfo]
+    tiers: dict[str, Tier]
 
 
 class Failed(Struct, frozen=True, tag="failed", array_like=True):

@@ -52,6 +52,7 @@ class EngineWorker:
         self._loader = ModelLoader(config, self._on_progress)
         models = self._loader.models()
         limits = step_limits(config, models)
+        self._tiers = dict(limits.tiers)
         self._infos = [model.info for model in models]
         self._engine = EngineCore(
             models,
@@ -75,7 +76,7 @@ class EngineWorker:
     def run(self, pulse: Pulse) -> None:
         """Serve until a `Stop` message arrives."""
         self._emit([], None)
-        self._send(ipc.Ready(self._infos))
+        self._send(ipc.Ready(self._infos, self._tiers))
         while not self._stopped:
             pulse.turns += 1
             for raw in self._inbox():

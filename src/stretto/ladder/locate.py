@@ -58,10 +58,10 @@ def locate_variants(engine: EngineConfig, on_progress: ProgressCallback | None) 
 
 
 def _resolved(model: ModelConfig, on_progress: ProgressCallback | None) -> ModelConfig:
-    if model.null_ms is not None:
+    if model.is_null:
         return model
     return structs.replace(model, path=str(source.resolve(model.path, on_progress)))
 
 
 def _is_ladder(model: ModelConfig) -> bool:
-    return model.null_ms is None and serving.is_ladder(Path(model.path))
+    return not model.is_null and serving.is_ladder(Path(model.path))

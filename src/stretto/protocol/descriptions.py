@@ -396,6 +396,7 @@ FIELDS: dict[str, str] = {
     "ModelInfo.parameters": "Number of parameters.",
     "AssistantMessage.tool_calls": "The calls that the model made.",
     "WorkerState.schedule": "`deadline` or `fcfs`.",
+    "WorkerState.objectives": "By tier, the objective of a request that names none.",
 }
 
 # What a type is, when its docstring does not say.

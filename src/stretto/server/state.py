@@ -20,7 +20,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Send
 
-from stretto.config import ServeConfig, tiers_of
+from stretto.config import TIERS, ServeConfig, tiers_of
 from stretto.engine.client import EngineClient
 from stretto.errors import (
     CannotBeOnTime,
@@ -97,7 +97,6 @@ class Server:
         check_grammar: GrammarCheck | None,
         ladders: Sequence[ServedLadder] = (),
     ) -> None:
-        tiers = tiers_of(config.tiers)
         self.config = config
         self.engine = engine
         self.texts = texts
@@ -111,17 +110,16 @@ class Server:
             name: router
             for ladder in ladders
             for router in [
-                VariantRouter(ladder, tiers, lambda: engine.outlooks, lambda: engine.models, self.learner)
+                VariantRouter(ladder, TIERS, lambda: engine.outlooks, lambda: engine.models, self.learner)
             ]
             for name in (ladder.name, *(model.name for model in ladder.models.values()))
         }
         self.limits = RequestLimits(config.max_n, config.max_stop, config.max_waiting)
-        self.policy = ServicePolicy(tiers, config.schedule, config.prefer, config.tenants_prefer)
         self.quota = PriorityQuota(config.priority_share)
         self.gate = AdmissionGate(config.max_waiting, config.drain_s, engine.unavailable)
         self.access_log = LineWriter(STDOUT) if config.access_log else None
         self.metrics = Metrics(self._gauges)
-        self.recent = Recent({name: tier.objective for name, tier in tiers.items()})
+        self.recent = Recent(lambda: {name: tier.objective for name, tier in self.policy.tiers.items()})
         self.calls: set[Call] = set()
         self.sockets: Counter[str] = Counter()  # open sessions by tenant
         self.closing = asyncio.Event()  # set when the server shuts down
@@ -134,6 +132,12 @@ class Server:
         self._very_long = TextThread("very long prompts", 16)
         engine.subscribe(self.metrics.step)
         engine.subscribe(self.recent.step)
+
+    @property
+    def policy(self) -> ServicePolicy:
+        """What objectives depend on. The tiers are those of the configuration, or of the machine's speed."""
+        config, tiers = self.config, tiers_of(self.config.tiers, self.engine.tiers)
+        return ServicePolicy(tiers, config.schedule, config.prefer, config.tenants_prefer)
 
     def tenant(self, headers: Headers) -> str:
         """The tenant whose API key a request has; `local` for a server without keys, `gateway` for the key

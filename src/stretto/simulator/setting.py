@@ -10,6 +10,7 @@ from msgspec import Struct, field, structs
 
 from stretto.config import Tier
 from stretto.engine.scheduler import SCHEDULES
+from stretto.engine.scheduler.default_tiers import default_tiers
 from stretto.engine.step_time import StepCost
 from stretto.errors import InvalidRequest, StartError
 from stretto.types import Objective, Request, Sampling
@@ -18,7 +19,6 @@ PREFIX_BLOCK = 512  # tokens
 # A Qwen3-0.6B shape in int8 on two cores of a server CPU, in round figures. `benchmarks/times` holds what was
 # measured on one machine, for `benchmarks/objectives.py --times`.
 SMALL_CPU = StepCost(base=38.0, per_decode=1.5, per_prefill=2.9, per_key=0.0022, per_pair=2e-6)
-LONG_PROMPT = 4100  # tokens; nearly all prompts of the Azure conversations are shorter
 MIX = {"priority": 0.2, "default": 0.6, "flex": 0.2}
 
 
@@ -33,22 +33,7 @@ class Arrival(Struct, frozen=True, array_like=True):
     tenant: str = "local"
 
 
-def tiers_for(cost: StepCost) -> dict[str, Tier]:
-    """The tiers that a machine of this cost can promise.
-
-    A first token takes at most 3 times (`priority`) or 6 times (`default`) as long as a long prompt alone. A
-    pause between tokens takes at most 5 or 10 times as long as that of a stream alone.
-    """
-    ttft_ms = (cost.base + cost.prefill(0, LONG_PROMPT)) * 3
-    itl_ms = cost.decodes(1, LONG_PROMPT // 4) * 5
-    return {
-        "priority": Tier(objective=Objective(ttft_ms=ttft_ms, itl_ms=itl_ms), weight=4.0),
-        "default": Tier(objective=Objective(ttft_ms=ttft_ms * 2, itl_ms=itl_ms * 2), weight=2.0),
-        "flex": Tier(objective=Objective(), weight=1.0),
-    }
-
-
-CPU_TIERS = tiers_for(SMALL_CPU)
+CPU_TIERS = default_tiers([SMALL_CPU])
 
 
 class Setting(Struct, frozen=True, kw_only=True):

@@ -77,9 +77,14 @@ class Past(Struct, frozen=True):
 
 
 class Recent:
-    """The steps and requests of the last seconds. `clock` is monotonic, in seconds."""
+    """The steps and requests of the last seconds. `objectives`: those of the tiers, which are known once the
+    models are loaded. `clock` is monotonic, in seconds."""
 
-    def __init__(self, objectives: dict[str, Objective], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        objectives: Callable[[], dict[str, Objective]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._objectives = objectives
         self._clock = clock
         self._steps: deque[tuple[float, StepStats]] = deque(maxlen=KEPT_STEPS)
@@ -161,7 +166,7 @@ class Recent:
             ended=self._ended,
             restarts=restarts,
             ready=ready,
-            objectives=self._objectives,
+            objectives=self._objectives(),
         )
 
     def _tiers(self, requests: Sequence[Ended]) -> dict[str, TierAttainment]:

@@ -23,11 +23,12 @@ from stretto.engine.core import LoadedModel
 from stretto.engine.runners.calibrate import known_times
 from stretto.engine.runners.draft_model import DraftModel
 from stretto.engine.runners.interface import Runner
-from stretto.engine.runners.null import NullRunner, null_info
+from stretto.engine.runners.null import NullRunner, null_cost, null_info
 from stretto.engine.runners.torch import TorchRunner
+from stretto.engine.scheduler.default_tiers import default_tiers
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.speculative.policy import Speculation
-from stretto.engine.step_time import StepCost, StepTime
+from stretto.engine.step_time import StepTime
 from stretto.engine.structured.grammar import Grammars
 from stretto.errors import InvalidGrammar, StartError
 from stretto.hardware import (
@@ -135,8 +136,8 @@ class ModelLoader:
 
     def _load(self, model: ModelConfig) -> LoadedWeights | NullRunner:
         """Load the weights of a model."""
-        if model.null_ms is not None:
-            return NullRunner(null_info(name=model.name), cost=StepCost(base=model.null_ms), sleep=time.sleep)
+        if model.is_null:
+            return NullRunner(null_info(name=model.name), cost=null_cost(model.path), sleep=time.sleep)
         started, path = time.monotonic(), Path(model.path)
         spec = families.read(path)
         with Checkpoint(path) as checkpoint:
@@ -283,14 +284,18 @@ def _kv_shares(loaded: Sequence[LoadedWeights], block_size: int) -> dict[str, fl
 
 
 def step_limits(config: EngineConfig, models: list[LoadedModel]) -> Limits:
-    """What the engine may do at once: the step of each model keeps the tightest objective of the tiers."""
-    tiers = tiers_of(config.tiers)
+    """What the engine may do at once, and what its tiers ask for.
+
+    The step of each model keeps the tightest objective of the tiers.
+    """
+    costs = [model.times.cost for model in models]
+    tiers = tiers_of(config.tiers, default_tiers(costs))
     itl_ms = min((tier.objective.itl_ms for tier in tiers.values() if tier.objective.itl_ms), default=inf)
     chosen = [
         choose_step_tokens(
             config.max_step_tokens, base_ms=cost.base, per_token_ms=cost.per_prefill, itl_ms=itl_ms
         )
-        for cost in (model.times.cost for model in models)
+        for cost in costs
     ]
     fewest = min(chosen, key=lambda each: each.value)
     log.debug("a step has at most %d tokens: %s", fewest.value, fewest.why)

@@ -9,13 +9,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf, nan
 
 from stretto.engine.scheduler.types import Plan, Row
 from stretto.engine.sequence import NOTHING, Drawn, Sequence, follow
 from stretto.engine.step_time import StepCost, StepLoad
+from stretto.errors import StartError
 from stretto.types import Logprobs, ModelInfo
 
 FREE = StepCost()
+
+
+def null_cost(path: str) -> StepCost:
+    """What the steps of the null model at this path take: `null[:STEP[:DECODE[:PROMPT]]]`, in milliseconds.
+
+    `null:38:1.5:2.9`: a step takes 38 ms, 1.5 ms more for each token that it decodes, and 2.9 ms more for
+    each token of a prompt that it reads. What is left out is 0. Raises StartError for anything else.
+    """
+    _, *numbers = path.split(":")
+    try:
+        cost = tuple(map(float, numbers))
+    except ValueError:
+        cost = (nan,)
+    if len(cost) > 3 or not all(0 <= ms < inf for ms in cost):
+        raise StartError(
+            f"{path!r} is no null model: write null, null:20 for steps of 20 ms, or null:38:1.5:2.9 for 38 ms"
+            " and 1.5 ms for each token that a step decodes and 2.9 ms for each token of a prompt"
+        )
+    return StepCost(*cost)
 
 
 class VirtualClock:
