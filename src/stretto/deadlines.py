@@ -79,5 +79,22 @@ class Deadline:
         self.target_itl_s = min(self.target_itl_s, max(self.whole - now, 0.0) / tokens)
 
 
+def excess_ms(objective: Objective, first_ms: float, last_ms: float, tokens: int) -> float:
+    """By how much an answer of `tokens` tokens would miss its deadlines; 0: it would be on time.
+
+    `first_ms` and `last_ms`: when its first and its last token come, after the arrival. Tokens come evenly,
+    so if these two are on time, all are. The same as with `Deadline`, without one.
+    """
+    whole, start = objective.total_ms, objective.ttft_ms
+    excess = 0.0 if start is None else max(first_ms - start, 0.0)
+    if whole is not None and last_ms - whole > excess:
+        excess = last_ms - whole
+    if objective.itl_ms is not None and tokens > 1:
+        due = (first_ms if start is None else start) + (tokens - 1) * objective.itl_ms
+        if last_ms - due > excess:
+            excess = last_ms - due
+    return excess
+
+
 def _seconds(milliseconds: float | None) -> float:
     return inf if milliseconds is None else milliseconds / 1e3

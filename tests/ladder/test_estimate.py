@@ -5,10 +5,11 @@ from __future__ import annotations
 from random import Random
 from time import process_time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stretto.ladder.estimate import FEATURES, QualityBin, QualityModel, estimate, features
+from stretto.ladder.estimate import FEATURES, QualityBin, QualityModel, estimate, features, linear
 from stretto.optimise.data import DataSample
 from stretto.optimise.evaluate import calibrated, fitted
 
@@ -28,9 +29,17 @@ def samples(count: int, seed: int) -> tuple[list[DataSample], list[bool]]:
 
 @given(st.text())
 def test_any_text_has_features_within_range(text: str) -> None:
-    found = features(text)
+    found = features(text).pairs()
     assert all(0 <= index < FEATURES for index, _ in found)
     assert len({index for index, _ in found}) == len(found)
+
+
+@given(st.text(), st.integers(0, 2**16))
+def test_the_score_is_the_sum_of_all_features_times_their_weights(text: str, seed: int) -> None:
+    rng, found = Random(seed), features(text)
+    weights = tuple(rng.uniform(-2, 2) for _ in range(FEATURES))
+    plain = sum(weights[index] * value for index, value in found.pairs())
+    assert linear(weights, found) == pytest.approx(plain, abs=1e-12)
 
 
 def test_the_estimate_is_calibrated_on_prompts_it_has_not_seen() -> None:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
-from stretto.deadlines import Deadline
+from stretto.deadlines import excess_ms
 from stretto.engine.step_time import StepCost
 from stretto.types import Objective, Preference, VariantReason
 
@@ -135,17 +135,13 @@ def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0
 
 def predict(candidate: LadderCandidate, need: Need) -> Prediction:
     """What the candidate would do: queue + prefill, then `output_tokens` steps of its usual duration."""
-    cost, margin, objective = candidate.cost, candidate.margin, need.objective
+    cost, margin = candidate.cost, candidate.margin
     length, tokens = need.prompt_tokens, max(need.output_tokens, 1)
     prefill, keys = cost.prefill(candidate.cached, length - candidate.cached), length + tokens // 2
     ttft = need.elapsed_ms + candidate.queue_ms + margin * (cost.base + prefill) / candidate.pace
     itl = margin * cost.decodes(candidate.streams + 1, candidate.context + keys) + candidate.beside_ms
     total = ttft + (tokens - 1) * itl
-    # Tokens come evenly, so if the first and the last are on time, all are.
-    deadline = Deadline.of(0.0, objective)
-    late_s = ttft / 1e3 - deadline.of_token(0)
-    deadline.emit(ttft / 1e3)
-    excess = max(0.0, late_s, total / 1e3 - deadline.of_token(tokens - 1)) * 1e3
+    excess = excess_ms(need.objective, ttft, total, tokens)
     if candidate.crowded and excess < CROWDED_MS:
         excess = CROWDED_MS
     work = prefill + tokens * (cost.row(keys) + cost.base / (candidate.streams + 1))

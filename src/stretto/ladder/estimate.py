@@ -10,7 +10,6 @@ from bisect import bisect_left
 from functools import lru_cache
 from itertools import pairwise
 from math import exp, log
-from operator import attrgetter
 from typing import Annotated, NamedTuple
 from zlib import crc32
 
@@ -52,40 +51,73 @@ class Quality(NamedTuple):
     low: float
 
 
-def features(text: str) -> list[tuple[int, float]]:
-    """The features of a prompt's last message, as (index, value): a constant, its length, digits and
-    questions, then one bucket for each of its first `MAX_WORDS` different words."""
+class PromptFeatures(NamedTuple):
+    """The features of a prompt's last message.
+
+    `numbers`: a constant, its length, digits and questions. `buckets`: the indices of its different words
+    among all features, rising. `share`: the value of each bucket.
+    """
+
+    numbers: tuple[float, float, float, float]
+    buckets: tuple[int, ...]
+    share: float
+
+    def pairs(self) -> list[tuple[int, float]]:
+        """All features as (index, value)."""
+        return [*enumerate(self.numbers), *((index, self.share) for index in self.buckets)]
+
+
+def features(text: str) -> PromptFeatures:
+    """The features of a message. Its first `MAX_WORDS` words fall into buckets."""
     words = WORD.findall(text)
-    digits = sum(word.isdigit() for word in words)
-    found = [(0, 1.0), (1, log(1 + len(text)) / 8), (2, log(1 + digits) / 4), (3, float("?" in text))]
-    buckets = {bucket(word) for word in words[:MAX_WORDS]}
-    scale = 1.0 / max(1.0, len(buckets)) ** 0.5
-    found += [(NUMBERS + index, scale) for index in sorted(buckets)]
-    return found
+    digits = sum(map(str.isdigit, words))
+    numbers = 1.0, log(1 + len(text)) / 8, log(1 + digits) / 4, float("?" in text)
+    buckets = tuple(sorted({*map(_index, words[:MAX_WORDS])}))
+    return PromptFeatures(numbers, buckets, 1.0 / max(1.0, len(buckets)) ** 0.5)
 
 
 @lru_cache(maxsize=8192)
-def bucket(word: str) -> int:
-    """The bucket of a word. All digits share one."""
-    return crc32(b"0" if word.isdigit() else word.lower().encode()) % BUCKETS
+def _index(word: str) -> int:
+    """The feature of a word's bucket. All digits share one."""
+    return NUMBERS + crc32(b"0" if word.isdigit() else word.lower().encode()) % BUCKETS
 
 
-def raw(weights: tuple[float, ...], found: list[tuple[int, float]]) -> float:
+def linear(weights: tuple[float, ...], found: PromptFeatures) -> float:
+    """The sum of the features, each times its weight."""
+    one, length, digits, question = found.numbers
+    score = weights[0] * one + weights[1] * length + weights[2] * digits + weights[3] * question
+    return score + found.share * sum(map(weights.__getitem__, found.buckets))
+
+
+def raw(weights: tuple[float, ...], found: PromptFeatures) -> float:
     """The logistic regression's estimate before calibration."""
-    score = sum(weights[index] * value for index, value in found)
+    score = linear(weights, found)
     return 1.0 / (1.0 + exp(-max(min(score, 30.0), -30.0)))
 
 
-def estimate(model: QualityModel, found: list[tuple[int, float]]) -> Quality:
-    """The calibrated chance of a right answer for a prompt with these features, linear between two bins."""
-    score, bins = raw(model.weights, found), model.bins
-    place = bisect_left(bins, score, key=_score)
-    if place in (0, len(bins)):
-        end = bins[min(place, len(bins) - 1)]
-        return Quality(end.mean, end.low)
-    left, right = bins[place - 1], bins[place]
-    share = (score - left.score) / (right.score - left.score)
-    return Quality(left.mean + share * (right.mean - left.mean), left.low + share * (right.low - left.low))
+class Calibration:
+    """A fitted model, ready for quick questions."""
+
+    __slots__ = ("_bins", "_scores", "_weights")
+
+    def __init__(self, model: QualityModel) -> None:
+        self._weights, self._bins = model.weights, model.bins
+        self._scores = [each.score for each in model.bins]
+
+    def quality(self, found: PromptFeatures) -> Quality:
+        """The calibrated chance of a right answer for these features, linear between two bins."""
+        score, bins = raw(self._weights, found), self._bins
+        place = bisect_left(self._scores, score)
+        if place == 0 or place == len(bins):
+            end = bins[place and place - 1]
+            return Quality(end.mean, end.low)
+        left, right = bins[place - 1], bins[place]
+        share = (score - left.score) / (right.score - left.score)
+        return Quality(
+            left.mean + share * (right.mean - left.mean), left.low + share * (right.low - left.low)
+        )
 
 
-_score = attrgetter("score")
+def estimate(model: QualityModel, found: PromptFeatures) -> Quality:
+    """The calibrated chance of a right answer for a prompt with these features."""
+    return Calibration(model).quality(found)

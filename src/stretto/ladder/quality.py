@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from stretto.ladder.estimate import Quality, estimate
+from stretto.ladder.estimate import Calibration, PromptFeatures, Quality
 from stretto.ladder.registry import Variant
 
-PromptFeatures = list[tuple[int, float]]
 
-
-def measured(features: PromptFeatures, variant: Variant) -> Quality:
+class MeasuredQuality:
     """The chance of a right answer and the lower end of its interval, as measured when the ladder was made:
     by the prompt where that was fitted, else the same for all prompts."""
-    if variant.estimate is not None:
-        return estimate(variant.estimate, features)
-    return Quality(variant.quality.mean, variant.quality.low)
+
+    __slots__ = ("_fitted", "_usual")
+
+    def __init__(self, variant: Variant) -> None:
+        self._usual = Quality(variant.quality.mean, variant.quality.low)
+        self._fitted = None if variant.estimate is None else Calibration(variant.estimate)
+
+    def of(self, found: PromptFeatures) -> Quality:
+        """For a prompt with these features."""
+        return self._usual if self._fitted is None else self._fitted.quality(found)

@@ -31,7 +31,7 @@ from stretto.engine.scheduler.types import Limits
 from stretto.engine.step_time import StepCost
 from stretto.errors import StartError
 from stretto.hardware import MOST_STEP_TOKENS
-from stretto.ladder.estimate import FEATURES, QualityBin, QualityModel, features, raw
+from stretto.ladder.estimate import FEATURES, PromptFeatures, QualityBin, QualityModel, features, raw
 from stretto.ladder.registry import Lengths, QualityInterval, TokenEnergy
 from stretto.models.decoder import Decoder
 from stretto.optimise.answers import Ids, TextScore, generate, mean_kl, read_scores
@@ -306,11 +306,11 @@ def fitted(samples: Sequence[DataSample], rights: Sequence[bool]) -> QualityMode
     return QualityModel(logistic(rows, rights), calibrated(scores, rights))
 
 
-def logistic(rows: Sequence[list[tuple[int, float]]], rights: Sequence[bool]) -> tuple[float, ...]:
+def logistic(rows: Sequence[PromptFeatures], rights: Sequence[bool]) -> tuple[float, ...]:
     """The weights of a ridge logistic regression, by Newton's method."""
     x = torch.zeros(len(rows), FEATURES, dtype=torch.float64)
     for number, row in enumerate(rows):
-        for index, value in row:
+        for index, value in row.pairs():
             x[number, index] = value
     y = torch.tensor(rights, dtype=torch.float64)
     weights = torch.zeros(FEATURES, dtype=torch.float64)

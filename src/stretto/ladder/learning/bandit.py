@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from stretto.ladder.estimate import NUMBERS, Quality
+from stretto.ladder.estimate import NUMBERS, PromptFeatures, Quality
 
 CONTEXT = 48  # numbers that describe a prompt here
+FOLDED = CONTEXT - NUMBERS  # of them stand for words
 # A lesson about some words says less about prompts that share only their length.
 NUMBER_SCALE, BUCKET_SCALE = 0.3, 2.0
 Vectors = NDArray[np.float64]
@@ -80,15 +82,13 @@ class ExploredChoice(NamedTuple):
     propensities: tuple[float, ...]
 
 
-def context(features: Sequence[tuple[int, float]]) -> Vectors:
-    """The features of a prompt, as `estimate.features` gives them, in `CONTEXT` numbers. Buckets of words are
-    folded (K. Weinberger et al., "Feature hashing for large scale multitask learning", ICML 2009)."""
-    row = [0.0] * CONTEXT
-    for index, value in features:
-        if index < NUMBERS:
-            row[index] = value * NUMBER_SCALE
-        else:
-            row[NUMBERS + index % (CONTEXT - NUMBERS)] += value * BUCKET_SCALE
+def context(found: PromptFeatures) -> Vectors:
+    """The features of a prompt in `CONTEXT` numbers. Buckets of words are folded (K. Weinberger et al.,
+    "Feature hashing for large scale multitask learning", ICML 2009)."""
+    row = [value * NUMBER_SCALE for value in found.numbers] + [0.0] * FOLDED
+    value = found.share * BUCKET_SCALE
+    for index in found.buckets:
+        row[NUMBERS + index % FOLDED] += value
     return np.array(row)
 
 
@@ -153,15 +153,17 @@ class Bandit:
         settings = self._settings
         shift: list[float] = (self._slopes @ found).tolist()
         reached: Vectors = self._inverses @ found
-        doubt: Vectors = reached @ found  # times `noise` squared: the variance of the quality
-        # Without the prior's part, of the correction: x' P S P x = x' P x - ridge * |P x|^2.
-        error: Vectors = np.sqrt(np.maximum(doubt - self._ridge * (reached * reached).sum(1), 0.0))
-        spread: list[float] = (settings.noise * np.sqrt(doubt)).tolist()
+        doubts: list[float] = (reached @ found).tolist()  # times `noise` squared: the variance of the quality
+        squares: list[float] = np.einsum("ki,ki->k", reached, reached).tolist()
         own = self._users.get(user)
         beyond = [0.0] * self._variants if own is None else own.intercepts(self._slopes, settings.shrink)
         mean: list[float] = []
         low: list[float] = []
-        for change, wide, mine in zip(shift, (settings.noise * error).tolist(), beyond, strict=True):
+        spread: list[float] = []
+        for change, doubt, square, mine in zip(shift, doubts, squares, beyond, strict=True):
+            spread.append(settings.noise * sqrt(doubt))
+            # Without the prior's part, of the correction: x' P S P x = x' P x - ridge * |P x|^2.
+            wide = settings.noise * sqrt(max(doubt - self._ridge * square, 0.0))
             sure = max(0.0, abs(change) - settings.doubt * wide)
             mean.append((sure if change > 0.0 else -sure) + mine)
             fall = min(0.0, change - settings.caution * wide) + min(0.0, mine)

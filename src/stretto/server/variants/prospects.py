@@ -90,15 +90,17 @@ class Prospects:
 
         Its prompt has `length` tokens, its tier this weight. `cached`: how many of them a model has computed.
         """
-        prepared = self._current()
+        outlooks = self._outlooks()
+        prepared = self._current(outlooks)
         deadline = Deadline.of(arrival, objective)
         first, itl_ms = deadline.of_token(0), deadline.itl_s * 1e3
-        ahead = {
-            name: each.ahead_ms(weight, first) + self._sent_ms(name, weight, first)
-            for name, each in prepared.items()
-        }
-        pressure = sum(each.pressure for each in prepared.values())
-        steps_ms = sum(each.step_ms for each in prepared.values())
+        ahead: dict[str, float] = {}
+        pressure = steps_ms = 0.0
+        for name, each in prepared.items():
+            ahead[name] = each.ahead_ms(weight, first) + _sent_ms(outlooks[name], weight, first)
+            pressure += each.pressure
+            steps_ms += each.step_ms
+        waiting = [ms for ms in ahead.values() if ms]
         found: dict[str, Standing] = {}
         for name in models:
             each = prepared.get(name)
@@ -106,18 +108,20 @@ class Prospects:
                 continue
             estimate, heavier = each.seen.estimate, each.seen.inflow.get(weight, 0.0)
             pace = max(estimate.rate(itl_ms) - heavier, LEAST_PACE)
-            known = cached.get(name, 0)
-            own = ahead[name] + estimate.cost.prefill(known, length - known)
-            others = sum(min(ms, own) for other, ms in ahead.items() if other != name)
+            others = 0.0
+            if waiting:
+                known = cached.get(name, 0)
+                own = ahead[name] + estimate.cost.prefill(known, length - known)
+                others = sum([ms if ms < own else own for ms in waiting]) - ahead[name]
             crowded = itl_ms < inf and pressure > 0 and not estimate.bears(length, itl_ms, heavier)
             found[name] = Standing(
                 each.seen, (ahead[name] + others) / pace, pace, steps_ms - each.step_ms, crowded
             )
         return found
 
-    def _current(self) -> dict[str, PreparedSnapshot]:
+    def _current(self, outlooks: Mapping[str, Outlook]) -> dict[str, PreparedSnapshot]:
         prepared = self._prepared
-        for name, outlook in self._outlooks().items():
+        for name, outlook in outlooks.items():
             seen = outlook.seen
             known = prepared.get(name)
             if seen is None:
@@ -126,13 +130,15 @@ class Prospects:
                 prepared[name] = PreparedSnapshot.of(seen)
         return prepared
 
-    def _sent_ms(self, name: str, weight: float, deadline: float) -> float:
-        """The work of the prompts that were sent since the snapshot and go before this one."""
-        return sum(
-            job[1]
-            for _, other, job in self._outlooks()[name].sent_since
-            if other > weight or (other == weight and job[0] <= deadline)
-        )
+
+def _sent_ms(outlook: Outlook, weight: float, deadline: float) -> float:
+    """The work of the prompts that were sent since the snapshot and go before one of this weight."""
+    sent = outlook.sent_since
+    if not sent:
+        return 0.0
+    return sum(
+        [job[1] for _, other, job in sent if other > weight or (other == weight and job[0] <= deadline)]
+    )
 
 
 def _step_ms(seen: Snapshot) -> float:

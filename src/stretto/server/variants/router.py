@@ -22,7 +22,7 @@ from stretto.ladder.learning.feedback import MadeChoice
 from stretto.ladder.learning.learner import Guidance, Learner
 from stretto.ladder.lengths import OutputLengths
 from stretto.ladder.price import TimePrice, WorkOption
-from stretto.ladder.quality import measured
+from stretto.ladder.quality import MeasuredQuality
 from stretto.ladder.registry import Variant
 from stretto.ladder.serving import ServedLadder
 from stretto.server.variants.prospects import Prospects
@@ -102,6 +102,7 @@ class VariantRouter:
         self._prospects = Prospects(outlooks)
         self._price = TimePrice()
         self._variants = {ladder.models[each.name].name: each for each in ladder.variants}
+        self._measured = {model: MeasuredQuality(variant) for model, variant in self._variants.items()}
 
     @property
     def measures_energy(self) -> bool:
@@ -156,7 +157,7 @@ class VariantRouter:
     def _expectation(self, asked: LadderRequest, models: Mapping[str, Variant], now: float) -> Expectation:
         found = features(asked.question)
         described = context(found)
-        quality = {model: measured(found, variant) for model, variant in models.items()}
+        quality = {model: self._measured[model].of(found) for model in models}
         guidance = self._learner.guidance(asked.tenant, self.ladder.name, described, asked.user, now)
         if guidance is None:
             return Expectation(described, quality, quality, None)
