@@ -253,6 +253,12 @@ class Unavailable(StrettoError):
     code = "unavailable"
 
 
+class OutOfMemory(Unavailable):
+    """The process has no memory left for the request."""
+
+    code = "out_of_memory"
+
+
 class Overloaded(Unavailable):
     """The queue is full."""
 

@@ -140,10 +140,10 @@ async def test_a_server_without_memory_answers_or_refuses_and_recovers(
     after = await outcomes(server, [BODY | {"max_tokens": 2}] * 50)
     ends = Counter(each.ended for each in seen)
     show(f"{spare} MiB more for the server: {answered}, streams {ends}, afterwards {after}")
-    assert "hung" not in answered and sum(answered.values()) == 40
+    assert server.process.poll() is None, server.log.read_text()[-5000:]
+    assert answered.keys() <= {"200", "400", "503", "cut"} and sum(answered.values()) == 40
     assert ends["done"] >= STREAMS - 2
     assert after == {"200": 50}
-    assert server.process.poll() is None
 
 
 @contextmanager

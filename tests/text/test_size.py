@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 import unicodedata
 from pathlib import Path
@@ -110,3 +111,29 @@ def test_a_text_that_is_too_long_is_refused_without_encoding(tmp_path: Path) -> 
         with pytest.raises(ContextExceeded, match=r"\$\.prompt has .* so at least"):
             check_size(prompt, text, model, "$.prompt")
     check_size("a" * 16 * 512, text, model, "$.prompt")
+
+
+ENCODE = """
+import resource, sys
+from pathlib import Path
+from stretto.text.tokenizer import TextModel
+text = TextModel(Path(sys.argv[1]))
+text.encode_rendered("a few words")
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
+try:
+    text.encode_rendered("word " * 400_000)
+except MemoryError as error:
+    print(error)
+print(len(text.encode_rendered("a few words")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_text_too_large_for_the_memory_that_is_left_ends_no_process(tmp_path: Path) -> None:
+    """The tokenizer aborts when it gets no memory, so it must not begin."""
+    path = write(tmp_path, byte_level(), CHATML, eos="<|stop|>")
+    run = subprocess.run([sys.executable, "-c", ENCODE, path], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[0] == "no memory to encode a text of 2000000 bytes"
+    assert int(run.stdout.splitlines()[1]) > 0

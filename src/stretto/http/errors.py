@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from stretto.errors import NotFound, StrettoError, WrongMethod
+from stretto.errors import NotFound, OutOfMemory, StrettoError, WrongMethod
 from stretto.http.answer import parts_of
 from stretto.http.dialects import dialect_of
 from stretto.http.exchange import KEY, Exchange
@@ -19,11 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def internal(error: BaseException) -> StrettoError:
-    """Logs where a bug raised its error, and returns the error for the client.
+    """Logs where an error came from, and returns the error for the client: OutOfMemory, or that of a bug.
 
     Neither holds the error's message, because that may quote a prompt.
     """
     log.error("a request failed with %s", describe(error))
+    if isinstance(error, MemoryError):
+        return OutOfMemory("the server has no memory left for this request; send it again", retry_after=1)
     return StrettoError("an error inside the server; its log names the place")
 
 

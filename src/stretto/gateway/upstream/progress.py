@@ -13,7 +13,15 @@ MARK_LINE = b"\n" + MARK
 END = b"\n\n"
 DATA = b"data: "
 # The request can go on, or begin again, on another worker.
-RETRIABLE = {"engine_died", "engine_stalled", "draining", "unavailable", "overloaded", "worker_lost"}
+RETRIABLE = {
+    "engine_died",
+    "engine_stalled",
+    "draining",
+    "unavailable",
+    "overloaded",
+    "out_of_memory",
+    "worker_lost",
+}
 
 
 class _Opened(Struct):
