@@ -140,7 +140,8 @@ class LadderWorld(World):
         for event in events:
             outcome = self.outcomes[event.id]
             if event.began is not None:
-                self.spoke[event.id] = event.began.moved or outcome.request.model
+                moved = event.began.moved
+                self.spoke[event.id] = moved.model if moved else outcome.request.model
             if event.token is not None:
                 outcome.on_token(now)
             if event.finish is not None:

@@ -267,7 +267,7 @@ WRITERS: dict[str, tuple[str, str]] = {
     "Sequence": ("engine.sequence", "engine.core"),
     "KvState": ("engine.kv_cache", "engine.kv_cache"),
     "Deadline": ("deadlines", "deadlines"),
-    "ModelState": ("engine.core", "engine.core"),
+    "ModelState": ("engine.state", "engine.core"),
     "PlanBuilder": ("engine.scheduler.plan_builder", "engine.scheduler"),
     "Plan": ("engine.scheduler.types", "engine.scheduler"),
 }

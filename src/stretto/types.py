@@ -44,7 +44,8 @@ Preference = Literal["quality", "energy", "latency"]  # what a choice among vari
 # `below_floor`, `late`: none keeps both the deadlines and the floor. `moved`: the one chosen first would have
 # been late after all. `no_forecast`: nothing is known of the queues, as under the schedule fcfs.
 # `read_ahead`: it has read the text while it was typed, and no other is sure to be better.
-# `explored`: feedback was drawn on a variant that is perhaps as good as the best.
+# `explored`: feedback was drawn on a variant that is perhaps as good as the best. `cascade`: it began and was
+# sure of every token. `unsure`: the variant that began was not sure of a token.
 VariantReason = Literal[
     "best",
     "deadline",
@@ -55,8 +56,15 @@ VariantReason = Literal[
     "below_floor",
     "late",
     "moved",
+    "cascade",
+    "unsure",
     "no_forecast",
 ]
+
+
+# Why a model goes on with the sequence of another one. `moved`: it would have been late there. `unsure`: the
+# other was not sure of the next token.
+MoveReason = Literal["moved", "unsure"]
 
 
 class Grammar(Struct, frozen=True):
@@ -185,6 +193,14 @@ def is_about(salt: str, subject: str) -> bool:
     return bool(salt) and subject in json.decode(salt, type=list[str | None])
 
 
+class Cascade(Struct, frozen=True):
+    """A better model, which goes on with an answer as soon as the one that began it is not sure of a token:
+    when the log-probability of the likeliest token is less than `below`. It has the same tokenizer."""
+
+    model: str
+    below: float
+
+
 class Request(Struct, frozen=True, kw_only=True):
     """One sequence to run. Its maker has validated it for the model.
 
@@ -211,6 +227,7 @@ class Request(Struct, frozen=True, kw_only=True):
     request_id: str = ""  # of the HTTP request, for log lines
     # Models that may answer in place of `model` if it would be late, the best first. They have its tokenizer.
     lighter: tuple[str, ...] = ()
+    cascade: Cascade | None = None
 
 
 class Reason(StrEnum):
@@ -251,21 +268,29 @@ class Logprobs(Struct, frozen=True, array_like=True):
     rank: int | None = None
 
 
+class Moved(Struct, frozen=True, array_like=True, gc=False):
+    """The model that runs a sequence after its first `after` tokens, and why it does."""
+
+    model: str
+    after: int
+    why: MoveReason
+
+
 class Began(Struct, frozen=True, array_like=True, gc=False):
-    """How a sequence started."""
+    """How a sequence started. The first token after a move has it again."""
 
     queue_ms: float  # from arrival to its first step
     cached_tokens: int  # of its prompt
     forecast_ms: float | None = None  # the `queue_ms` that was predicted when the request was sent
     prompt_logprobs: tuple[Logprobs, ...] | None = None  # of its prompt's tokens after the first
-    moved: str | None = None  # the model that runs it, if it is another than the request's own
+    moved: Moved | None = None  # since the last token, if it did
 
 
 class TokenEvent(Struct, frozen=True, array_like=True, gc=False):
     """One token of a sequence, or its end, or both.
 
     The token that ends a sequence (EOS) arrives as `finish.stop_token`, with `token = None`. The first token
-    has `began`.
+    has `began`, and so has the first one after a move.
     """
 
     id: int

@@ -10,94 +10,30 @@ import logging
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf, isfinite
 from operator import attrgetter
 
-from msgspec.structs import replace
-
 from stretto.engine.kv_cache import BlockPool
-from stretto.engine.moves import LOOK_S, lighter_request, movable
-from stretto.engine.runners.interface import Pending, Runner
-from stretto.engine.scheduler.deadline import latest_start, pressure
-from stretto.engine.scheduler.lateness import RESUME_S, Alarms, goes_first_at
+from stretto.engine.scheduler.deadline import pressure
+from stretto.engine.scheduler.lateness import RESUME_S, goes_first_at
 from stretto.engine.scheduler.types import (
     History,
     Limits,
     Plan,
-    Queues,
     Row,
     SchedulePolicy,
     SchedulingContext,
 )
-from stretto.engine.sequence import SPARE_TIME, Drawn, Ending, Sequence
-from stretto.engine.speculative.policy import Speculation
-from stretto.engine.step_time import StepLoad, StepTime
-from stretto.types import ModelInfo, Reason, StepStats, TokenEvent
+from stretto.engine.sequence import Drawn, Ending, Sequence
+from stretto.engine.state import InFlightStep, LoadedModel, ModelState
+from stretto.engine.variants.moves import LOOK_S, behind, heavier_request, lighter_request, movable
+from stretto.types import MoveReason, Reason, Request, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
 _rank = attrgetter("rank")
 NOT_A_NUMBER = "the model's output was not a number (NaN or infinite logits)"
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model that is ready to serve: its runner and its step-time model.
-
-    `speculation` proposes draft tokens for its sequences; None: its steps verify none.
-    """
-
-    runner: Runner
-    times: StepTime = field(default_factory=StepTime)
-    speculation: Speculation | None = None
-
-    @property
-    def info(self) -> ModelInfo:
-        """The description of the model. Its KV memory includes that of its draft model."""
-        info, extra = self.runner.info, 0 if self.speculation is None else self.speculation.kv_bytes
-        return replace(info, kv_bytes=info.kv_bytes + extra) if extra else info
-
-
-@dataclass(slots=True)
-class ModelState:
-    """One model while the engine serves it."""
-
-    runner: Runner
-    pool: BlockPool
-    slots: list[int]  # the free rows of the runner's tables
-    history: History
-    speculation: Speculation | None = None
-    queues: Queues = field(default_factory=Queues)
-    alarms: Alarms = field(default_factory=Alarms)
-    freed: float = -inf  # when its last step was over
-    looked: float = -inf  # when it last looked for another model for those that would be late
-    in_flight: deque[InFlightStep] = field(default_factory=lambda: deque[InFlightStep]())
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.in_flight or self.queues.waiting or self.queues.running)
-
-    @property
-    def needs_time(self) -> bool:
-        """Whether it has work that is not for spare time. Such work stands first in both queues."""
-        queues = (self.queues.waiting, self.queues.running)
-        return any(queue and queue[0].rank.group != SPARE_TIME for queue in queues)
-
-    def latest_start(self) -> float:
-        """When its next step must start for its deadlines to be met; inf when it has none."""
-        return latest_start(self.queues, self.history.times.cost)
-
-
-@dataclass(frozen=True, slots=True)
-class InFlightStep:
-    """A step between its launch and its commit."""
-
-    plan: Plan
-    pending: Pending
-    started: float
-    load: StepLoad
 
 
 class EngineCore:
@@ -149,7 +85,9 @@ class EngineCore:
         insort(queues.waiting, seq, key=_rank)
         if seq.deadline.whole < inf:
             heappush(queues.ends, (seq.deadline.whole, seq.request.id, seq))
-        if not seq.request.spare_time:
+        if seq.started is not None:
+            model.alarms.add(self._clock() + RESUME_S, seq.request.id)
+        elif not seq.request.spare_time:
             model.alarms.add(goes_first_at(seq, model.history.times.cost), seq.request.id)
         if seq.request.emitted and len(seq.tokens) >= seq.limit:
             self._end(seq, Ending(Reason.LENGTH))
@@ -225,7 +163,7 @@ class EngineCore:
         due = (self._sequences.get(ident) for ident in model.alarms.due(self._clock()))
         context = self.context(name, until, tuple(seq for seq in due if seq and seq.request.model == name))
         plan = self._schedule(context)
-        if plan.to_move and self._move_late(model, plan):
+        if len(self.models) > 1 and self._move_late(model, plan, context):
             context = self.context(name, until, tuple(seq for seq in context.due if not seq.ended))
             plan = self._schedule(context)
         self._apply(model, plan)
@@ -237,17 +175,40 @@ class EngineCore:
             stats = self._commit(model, model.in_flight.popleft())
         return stats
 
-    def _move_late(self, model: ModelState, plan: Plan) -> bool:
+    def _move_late(self, model: ModelState, plan: Plan, context: SchedulingContext) -> bool:
         """Move sequences that would be late, and can be on time elsewhere; whether there were any."""
-        moved, look = False, self._clock() >= model.looked + LOOK_S
-        model.looked = self._clock() if look else model.looked
+        moved, now = False, self._clock()
+        look = now >= model.looked + LOOK_S
+        if look:
+            model.looked = now
+        late = {*plan.to_move}
         for seq in movable(plan, look=look):
-            request = lighter_request(seq, {*plan.to_move}, self._contexts)
-            if request is not None:
-                moved = seq.ended = True  # its old queue's heap still holds it
-                model.queues.waiting.remove(seq)
-                self.submit(seq.moved_to(request, self.models[request.model].runner.info.context))
+            request = lighter_request(seq, late, self._contexts)
+            moved = (request is not None and self._move(model, seq, request, "moved")) or moved
+        for seq in behind(context) if look else ():
+            request = lighter_request(seq, late, self._contexts)
+            if request is not None and self._move(model, seq, request, "moved"):
+                return True  # that gives the other streams time
         return moved
+
+    def _move(self, model: ModelState, seq: Sequence, request: Request, why: MoveReason) -> bool:
+        """Let the model of `request` go on with a sequence, if all its tokens fit there."""
+        context = self.models[request.model].runner.info.context
+        if len(seq.tokens) >= context:
+            return False
+        if seq.slot >= 0:
+            model.queues.running.remove(seq)
+            self._release(model, seq)
+        else:
+            model.queues.waiting.remove(seq)
+        if model.speculation is not None:
+            model.speculation.forget(seq)
+        if seq.deadline.whole < inf:
+            model.queues.ends = [one for one in model.queues.ends if one[2] is not seq]
+            heapify(model.queues.ends)
+        seq.ended = True  # steps in flight may still hold it
+        self.submit(seq.moved_to(request, context, why))
+        return True
 
     def _apply(self, model: ModelState, plan: Plan) -> None:
         """Do to queues and blocks what the plan says."""
@@ -386,12 +347,12 @@ class EngineCore:
         What the rejected draft tokens left in the KV cache is trimmed.
         """
         seq, before = row.seq, row.seq.output_len
+        if row.draft and model.speculation is not None and not seq.ended:
+            model.speculation.observe(seq, len(row.draft), len(drawn))
         for each in drawn:
             if not seq.ended:
                 self._take(model, row, each)
         accepted = seq.output_len - before
-        if row.draft and model.speculation is not None:
-            model.speculation.observe(seq, len(row.draft), len(drawn))
         if row.draft and not seq.ended:
             model.pool.trim(seq.kv, len(seq.tokens) - 1)
         return accepted
@@ -399,6 +360,9 @@ class EngineCore:
     def _take(self, model: ModelState, row: Row, drawn: Drawn) -> None:
         """Append one drawn token, emit it, and end the sequence if it is the last."""
         seq, sampling, token = row.seq, row.seq.request.sampling, drawn.token
+        if seq.unsure_of(drawn) and (request := heavier_request(seq, self._contexts)) is not None:
+            if self._move(model, seq, request, "unsure"):
+                return
         self._record_emission(model, seq)
         if drawn.embedding is not None and isfinite(sum(drawn.embedding)):
             self._end(seq, Ending(Reason.STOP, embedding=drawn.embedding))
@@ -417,8 +381,8 @@ class EngineCore:
             self._end(seq, seq.grammar_ending or refused)
             return
         began = None
-        if seq.output_len == len(seq.request.emitted) + 1:
-            began, seq.scores = seq.began, None
+        if seq.output_len == len(seq.request.emitted) + 1 or seq.moved is not None:
+            began, seq.scores, seq.moved = seq.began, None, None
         self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs, began=began))
         if seq.grammar is not None and seq.grammar.finished:
             self._end(seq, Ending(Reason.STOP))
@@ -449,7 +413,7 @@ class EngineCore:
             self._release(model, seq)
         else:
             model.queues.waiting.remove(seq)
-        began = seq.began if seq.scores is not None or (seq.moves and not seq.deadline.emitted) else None
+        began = seq.began if seq.scores is not None or seq.moved is not None else None
         finish, vector = seq.finish(ending, self._clock()), ending.embedding
         self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=vector, began=began))
 

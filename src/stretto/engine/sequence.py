@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stretto.deadlines import Deadline
 from stretto.engine.kv_cache import KvState
-from stretto.types import Began, Finish, Logprobs, Reason, Request
+from stretto.types import Began, Finish, Logprobs, Moved, MoveReason, Reason, Request
 
 if TYPE_CHECKING:
     from stretto.engine.structured.grammar import Matcher
@@ -25,7 +25,8 @@ class Drawn:
 
     `token` is negative for an embedding request, which has a vector (`embedding`) instead, and when the
     logits were not numbers. `then` holds the tokens drawn after accepted draft tokens. `scores`: one for each
-    token of the prompt that its row scored; none if the logits were not numbers.
+    token of the prompt that its row scored; none if the logits were not numbers. `sureness`: the
+    log-probability of the likeliest token, for a sequence with a cascade.
     """
 
     token: int
@@ -33,6 +34,7 @@ class Drawn:
     embedding: tuple[float, ...] | None = None
     then: tuple[Drawn, ...] = ()
     scores: tuple[Logprobs, ...] = ()
+    sureness: float = 0.0
 
 
 NOTHING = Drawn(-1)  # of a row that draws nothing
@@ -96,7 +98,8 @@ class Sequence:
     cached: int = 0  # tokens of the prompt that the prefix cache held when it started
     started: float | None = None  # when its first step was planned
     preemptions: int = 0
-    moves: int = 0  # from one model to a lighter one
+    moves: int = 0  # from one model to another
+    moved: Moved | None = None  # the last move, until its client is told
     ended: bool = False
 
     @classmethod
@@ -120,11 +123,29 @@ class Sequence:
             scores=None if sampling.prompt_logprobs is None else [],
         )
 
-    def moved_to(self, request: Request, context: int) -> Sequence:
-        """The sequence for another model of this context, before it has started on its own."""
-        limit, moves = min(self.limit, context), self.moves + 1
+    def moved_to(self, request: Request, context: int, why: MoveReason) -> Sequence:
+        """The sequence for another model of this context, with the tokens that it has."""
         made = Sequence.of(request, context, self.grammar)
-        return replace(made, seed=self.seed, limit=limit, moves=moves)
+        tokens = list(self.tokens)
+        return replace(
+            made,
+            tokens=tokens,
+            kv=KvState(tokens, (request.tenant, request.salt)),
+            seed=self.seed,
+            limit=min(self.limit, context),
+            deadline=self.deadline,
+            scores=made.scores if self.scores is not None else None,
+            started=self.started,
+            cached=self.cached,
+            preemptions=self.preemptions,
+            moves=self.moves + 1,
+            moved=Moved(request.model, self.output_len, why),
+        )
+
+    def unsure_of(self, drawn: Drawn) -> bool:
+        """Whether its model is less sure of a token than its cascade asks for."""
+        cascade = self.request.cascade
+        return cascade is not None and drawn.token >= 0 and drawn.sureness < cascade.below
 
     @property
     def output_len(self) -> int:
@@ -132,13 +153,14 @@ class Sequence:
 
     @property
     def began(self) -> Began | None:
-        """How it started. The first token carries it, because a client that cancels gets no end."""
+        """How it started, and its last move. The first token carries it, because a client that cancels gets
+        no end; so does the first one after a move."""
         if self.started is None:
             return None
         scores = None if self.scores is None else tuple(self.scores)
-        cached, moved = min(self.cached, self.prompt_len), self.request.model if self.moves else None
         queued_ms = (self.started - self.request.arrival) * 1e3
-        return Began(queued_ms, cached, prompt_logprobs=scores, moved=moved)
+        cached = min(self.cached, self.prompt_len)
+        return Began(queued_ms, cached, prompt_logprobs=scores, moved=self.moved)
 
     def finish(self, ending: Ending, now: float) -> Finish:
         """What is reported of its end."""

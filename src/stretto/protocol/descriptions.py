@@ -261,7 +261,12 @@ FIELDS: dict[str, str] = {
     "are below `min_quality`. `load`: better ones take machine time that others need more. `read_ahead`: it "
     "has read the text while it was typed, and no other is sure to be better. `explored`: it is "
     "perhaps as good as the best, and feedback will tell. `below_floor`, `late`: none keeps both. `moved`: "
-    "the one chosen first would have been late. `no_forecast`: the queues are not known.",
+    "the one before it would have been late. `cascade`: it began, and was sure of every token. `unsure`: the "
+    "one that began was not sure of a token. `no_forecast`: the queues are not known.",
+    "parts": "Of an answer that several variants wrote: what each of them wrote, in order.",
+    "AnswerPart.variant": "Which variant wrote it.",
+    "AnswerPart.tokens": "How many tokens it wrote.",
+    "AnswerPart.reason": "Why it was this variant, as `variant_reason`.",
     "on_time": "Whether every token met its deadline.",
     "queue_ms": "Milliseconds from arrival to the first step.",
     "itl_p99_ms": "99th percentile of the milliseconds between two tokens.",

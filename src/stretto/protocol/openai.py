@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from stretto.protocol.extensions.report import AnswerReport
 from stretto.protocol.limits import up_to
 from stretto.protocol.logprobs import ChatLogprobs, PromptLogprobs, TextLogprobs
 from stretto.types import (
@@ -18,7 +19,6 @@ from stretto.types import (
     Milliseconds,
     Preference,
     QualityFloor,
-    VariantReason,
 )
 
 Positive = Annotated[int, Meta(ge=1, le=INT32_MAX)]
@@ -310,33 +310,6 @@ class Usage(Struct, frozen=True, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-
-
-class AnswerReport(Struct, frozen=True, kw_only=True):
-    """Stretto's measurements of one answer, all in milliseconds or tokens. An unknown value is null.
-
-    `variant`: which variant of the model answered; `variant_reason`: why this one. `on_time`: every token met
-    its deadline. `queue_ms`: from arrival to the sequence's first step, measured by the engine. The API
-    server measures the other times. `schema_relaxed`: paths of the parts of a schema that could not be
-    enforced. `cached`: a gateway had kept the answer, to this request (`exact`) or to one that asks the
-    same (`semantic`). `site`: where the worker is that answered a gateway. `degraded`: why the gateway took
-    one of lesser quality: the workers of the better variant did not answer (`unreachable`), or would have
-    been late (`deadline`).
-    """
-
-    variant: str
-    on_time: bool | None = None
-    queue_ms: float | None = None
-    ttft_ms: float | None = None
-    itl_p99_ms: float | None = None
-    cached_tokens: int | None = None
-    energy_j: float | None = None
-    energy_source: str | None = None
-    schema_relaxed: list[str] | UnsetType = UNSET
-    cached: Literal["exact", "semantic"] | UnsetType = UNSET
-    variant_reason: VariantReason | UnsetType = UNSET
-    site: str | UnsetType = UNSET
-    degraded: Literal["unreachable", "deadline"] | UnsetType = UNSET
 
 
 class FunctionDelta(Struct, frozen=True, omit_defaults=True):

@@ -117,8 +117,8 @@ VARIANTS = Metric(
     Counter,
     "stretto_variant_answers",
     "Answers of a ladder by the variant that gave them and the reason for it: best, deadline, floor, load, "
-    "read_ahead, explored, below_floor, late, moved or no_forecast. A request that names a variant is not "
-    "counted.",
+    "read_ahead, explored, below_floor, late, moved, cascade, unsure or no_forecast. A request that "
+    "names a variant is not counted.",
     ("model", "variant", "reason"),
 )
 REQUESTS = Metric(

@@ -17,14 +17,15 @@ from msgspec import UNSET, UnsetType, structs
 
 from stretto.deadlines import Deadline
 from stretto.errors import CannotBeOnTime, EngineError, InvalidGrammar, InvalidRequest
-from stretto.protocol.openai import AnswerReport, Delta, FinishReason
+from stretto.protocol.extensions.report import AnswerPart, AnswerReport
+from stretto.protocol.openai import Delta, FinishReason
 from stretto.protocol.relay import Degraded, EmittedAnswer
 from stretto.statistics import quantile
 from stretto.text.detokenizer import Detokenizer
 from stretto.text.reasoning_parser import ReasoningParser
 from stretto.text.stop_strings import StopStrings
 from stretto.text.tools.parser import AbandonedCall, CallParser, Reasoning, ToolEvent
-from stretto.types import Began, Finish, Objective, Reason, Request, TokenEvent, VariantReason
+from stretto.types import Began, Finish, Moved, Objective, Reason, Request, TokenEvent, VariantReason
 
 OutputDelta = tuple[Delta, TokenEvent | None]
 FINISH: dict[Reason, FinishReason] = {
@@ -229,6 +230,7 @@ class Output:
     tokens: int = 0
     finish_reason: FinishReason | None = None
     began: Began | None = None
+    moves: list[Moved] = field(default_factory=list[Moved])  # to other variants
     started: bool = False  # whether any of its events came from this worker
     stop_token: int | None = None  # that ended it
     times: Times = field(init=False)
@@ -256,11 +258,11 @@ class Output:
         self.started = True
         # Only the last event may come without a token: it ends the sequence.
         self.times.mark(now, len(events) - (events[-1].token is None) if events else 0)
-        if self.began is None and events:
-            self.began = events[0].began
         deltas: list[OutputDelta] = []
         push, parser = self.detokenizer.push, self.parser
         for event in events:
+            if event.began is not None:
+                self._begin(event.began)
             if event.token is not None:
                 self.tokens += 1
                 text = push(event.token)
@@ -287,14 +289,13 @@ class Output:
 
     @property
     def variant(self) -> str:
-        """The engine's model that answers. It may change until the first token."""
-        moved = None if self.began is None else self.began.moved
-        return moved or self.request.model
+        """The engine's model that answers. It may change."""
+        return self.moves[-1].model if self.moves else self.request.model
 
     @property
     def why(self) -> VariantReason | None:
         """Why this variant answers; None when there was no choice."""
-        return "moved" if self.variant != self.request.model else self.variant_reason
+        return self.moves[-1].why if self.moves else self.variant_reason
 
     def report(self) -> AnswerReport:
         """What the client is told about this answer: its latency, and the variant."""
@@ -302,6 +303,7 @@ class Output:
         return AnswerReport(
             variant=self.variant,
             variant_reason=self.why or UNSET,
+            parts=self._parts() or UNSET,
             on_time=self.times.on_time,
             queue_ms=None if began is None else round(began.queue_ms, 3),
             ttft_ms=_ms(times.ttft),
@@ -310,6 +312,28 @@ class Output:
             site=self.placed.site,
             degraded=self.placed.degraded,
         )
+
+    def _begin(self, began: Began) -> None:
+        """Record how the sequence started, or where it moved."""
+        if self.began is None:
+            self.began = began
+        if began.moved is not None:
+            self.moves.append(began.moved)
+
+    def _parts(self) -> list[AnswerPart]:
+        """What each variant wrote, if several did."""
+        starts = [Moved(self.request.model, 0, "moved"), *self.moves]
+        ends = [each.after for each in self.moves] + [self.tokens]
+        parts = [
+            AnswerPart(
+                variant=start.model,
+                tokens=end - start.after,
+                reason=self.variant_reason if at == 0 else start.why,
+            )
+            for at, (start, end) in enumerate(zip(starts, ends, strict=True))
+            if end > start.after
+        ]
+        return parts if len(parts) > 1 else []
 
     def _finished(self, finish: Finish, deltas: list[OutputDelta]) -> None:
         if self.began is None:

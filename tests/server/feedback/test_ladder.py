@@ -16,7 +16,7 @@ from stretto.engine.step_time import StepCost
 from stretto.ladder.learning import learner
 from stretto.server.app import App
 from stretto.text.tokenizer import TextModel
-from stretto.types import Began, TokenEvent
+from stretto.types import Began, Moved, TokenEvent
 from tests.ladder.tiny_ladder import variant
 from tests.server.conftest import CHAT, HELLO, ids_of
 from tests.server.fake_engine import FakeEngine, info
@@ -103,7 +103,10 @@ async def test_a_floor_is_no_matter_of_votes(client: httpx.AsyncClient) -> None:
 async def test_a_reward_is_for_the_variant_that_answered(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
-    engine.script = lambda request: [TokenEvent(0, 65, began=Began(1.0, 0, moved="m:small")), 66]
+    engine.script = lambda request: [
+        TokenEvent(0, 65, began=Began(1.0, 0, moved=Moved("m:small", 0, "moved"))),
+        66,
+    ]
     answer = await ask(client)
     assert answer["stretto"]["variant"] == "m:small"
     receipt = await client.post(URL, json={"request_id": answer["id"], "thumbs": "up"})

@@ -19,7 +19,7 @@ from stretto.ladder.serving import ServedLadder
 from stretto.server import app
 from stretto.server.app import App
 from stretto.text.tokenizer import TextModel
-from stretto.types import Began, Objective, TokenEvent
+from stretto.types import Began, Moved, Objective, TokenEvent
 from tests.ladder.tiny_ladder import ladder_of, variant
 from tests.server.conftest import CHAT, HELLO, ids_of
 from tests.server.fake_engine import FakeEngine, info
@@ -185,11 +185,32 @@ async def test_energy_that_was_not_measured_cannot_be_preferred(
 async def test_an_answer_that_moved_says_so(
     client: httpx.AsyncClient, application: App, engine: FakeEngine
 ) -> None:
-    engine.script = lambda request: [TokenEvent(0, 65, began=Began(1.0, 0, moved="m:small")), 66]
+    engine.script = lambda request: [
+        TokenEvent(0, 65, began=Began(1.0, 0, moved=Moved("m:small", 0, "moved"))),
+        66,
+    ]
     answer = await ask(client)
     assert (answer["stretto"]["variant"], answer["stretto"]["variant_reason"]) == ("m:small", "moved")
     counted = application.server.metrics.text().decode()
     assert 'stretto_variant_answers_total{model="m",reason="moved",variant="m:small"} 1.0' in counted
+
+
+async def test_an_answer_that_moved_between_tokens_says_who_wrote_what(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.script = lambda request: [
+        TokenEvent(0, 65, began=Began(1.0, 0)),
+        66,
+        TokenEvent(0, 67, began=Began(1.0, 0, moved=Moved("m:small", 2, "moved"))),
+    ]
+    report = (await ask(client))["stretto"]
+    assert (report["variant"], report["variant_reason"], report["queue_ms"]) == ("m:small", "moved", 1.0)
+    assert report["parts"] == [
+        {"variant": "m:full", "tokens": 2, "reason": "best"},
+        {"variant": "m:small", "tokens": 1, "reason": "moved"},
+    ]
+    engine.script = lambda request: [65, 66]
+    assert "parts" not in (await ask(client))["stretto"]
 
 
 async def test_metrics_count_answers_by_variant_and_reason(

@@ -447,6 +447,7 @@ def _drawn_on_host(seq: Sequence) -> bool:
     sampling = seq.request.sampling
     return seq.request.task == "generate" and (
         seq.grammar is not None
+        or seq.request.cascade is not None
         or sampling.logprobs is not None
         or bool(sampling.logit_bias)
         or seq.output_len < sampling.min_tokens

@@ -126,9 +126,11 @@ class Sampler:
             return Drawn(-1)
         if sampling.temperature >= GREEDY_BELOW:
             token = sample(final, peak, sampling, uniform(position.seq.seed, position.token_index))
+        sureness = 0.0 if position.seq.request.cascade is None else -_log_total(logits, float(logits[best]))
         if sampling.logprobs is None:
-            return Drawn(token)
-        return Drawn(token, _logprobs(logits, float(logits[best]), token, sampling.logprobs))
+            return Drawn(token, sureness=sureness)
+        logprobs = _logprobs(logits, float(logits[best]), token, sampling.logprobs)
+        return Drawn(token, logprobs, sureness=sureness)
 
     def _update_counts(self, sequences: list[Sequence]) -> None:
         """Update the token counts of the sequences with penalties and the arrays of those with a logit bias,
@@ -282,7 +284,7 @@ def _needs_own_draw(seq: Sequence) -> bool:
     """Whether the argmax of the logits is not the whole result for this sequence."""
     sampling = seq.request.sampling
     sampled = sampling.temperature >= GREEDY_BELOW or sampling.logprobs is not None
-    return sampled or Position(seq, grammar=seq.grammar).changes_logits
+    return sampled or seq.request.cascade is not None or Position(seq, grammar=seq.grammar).changes_logits
 
 
 def argmax_on_host(logits: Tensor) -> tuple[NDArray[np.int64], Logits]:
@@ -378,9 +380,14 @@ def top_tokens(logits: Logits, size: int) -> NDArray[np.int64]:
     return ids[np.argsort(-logits[ids], kind="stable")]
 
 
+def _log_total(logits: Logits, peak: float) -> float:
+    """The logarithm of the sum of exp(logits - peak): minus the log-probability of the token at the peak."""
+    return log(float(_weights(logits, peak, 1.0).sum(dtype=np.float64)))
+
+
 def _logprobs(logits: Logits, peak: float, token: int, count: int) -> Logprobs:
     """The log-probability of `token` and of the `count` likeliest tokens with more than zero probability."""
-    total = peak + log(float(_weights(logits, peak, 1.0).sum(dtype=np.float64)))
+    total = peak + _log_total(logits, peak)
     likely: list[int] = top_tokens(logits, count)[:count].tolist() if count else []
     top = ((ident, float(logits[ident]) - total) for ident in likely)
     return Logprobs(float(logits[token]) - total, tuple(pair for pair in top if pair[1] > -np.inf))

@@ -110,12 +110,12 @@ def latest_start(queues: Queues, cost: StepCost) -> float:
     return start
 
 
-def pressure(queues: Queues, cost: StepCost) -> float:
-    """The share of the time that the streams with a deadline take at their slowest pace."""
+def pressure(queues: Queues, cost: StepCost, without: Sequence | None = None) -> float:
+    """The share of the time that the streams with a deadline take at their slowest pace; `without` one."""
     load, itl_s = 0.0, inf
     for seq in queues.running:
         deadline = seq.deadline
-        if seq.rank.group == TIMED and deadline.emitted and not deadline.late:
+        if seq.rank.group == TIMED and deadline.emitted and not deadline.late and seq is not without:
             load += cost.row(seq.length) / deadline.target_itl_s
             itl_s = min(itl_s, deadline.target_itl_s)
     return (load + cost.base / itl_s) / 1e3
@@ -165,9 +165,9 @@ def _first_rank(builder: PlanBuilder, seq: Sequence) -> Rank:
     context, deadline, tier = builder.context, seq.deadline, seq.request.tier
     first = deadline.next
     if deadline.whole < inf:
-        rest = context.history.lengths.predict(tier, seq.request.sampling.max_tokens)
+        rest = context.history.lengths.predict(tier, seq.request.sampling.max_tokens) - seq.output_len
         step_s = builder.cost.decodes(1 + len(context.queues.running), seq.length) / 1e3
-        first = min(first, deadline.whole - rest * min(deadline.target_itl_s, step_s))
+        first = min(first, deadline.whole - max(rest, 1) * min(deadline.target_itl_s, step_s))
     if min(first, deadline.target_itl_s) < inf:
         return Rank(TIMED, -tier_weight(context.limits.tiers, tier), first, seq.request.id)
     return _best_effort_rank(builder, seq, seq.request.arrival)

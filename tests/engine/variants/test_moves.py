@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stretto.engine.core import LoadedModel
-from stretto.engine.moves import MOST_MOVES
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler.deadline import deadline
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.step_time import StepCost, StepTime
+from stretto.engine.variants.moves import MOST_MOVES
 from stretto.simulator.harness import World
 from stretto.types import Objective, Reason, Request, Sampling
 
@@ -52,7 +52,7 @@ class Ladders(World):
     def answered_by(self, ident: int) -> str:
         """The model that emitted the first token of a request."""
         began = next(event.began for event in self.events[ident] if event.began is not None)
-        return began.moved or self.requests[ident].model
+        return began.moved.model if began.moved else self.requests[ident].model
 
     def late(self, ident: int) -> bool:
         due = self.requests[ident].arrival + (self.requests[ident].objective.ttft_ms or 0.0) / 1e3
