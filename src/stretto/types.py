@@ -7,7 +7,7 @@ Times are seconds of the machine's monotonic clock unless a name ends in `_ms`.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field, json, structs
 
@@ -70,8 +70,7 @@ MoveReason = Literal["moved", "unsure"]
 class Grammar(Struct, frozen=True):
     """A grammar that an answer must follow.
 
-    `source`: a JSON schema, a regex, a JSON list of choices, or for `tool_calls` a JSON list of `CallTag`.
-    Text with `tool_calls` is free until a trigger occurs; then one of the tags must follow.
+    `source`: a JSON schema, a regex, a JSON list of choices, or for `tool_calls` a JSON `CallGrammar`.
     """
 
     kind: GrammarKind
@@ -83,15 +82,16 @@ class Grammar(Struct, frozen=True):
         return self.kind.replace("json_", "JSON ").replace("tool_calls", "schema of a tool")
 
 
-class CallTag(Struct, frozen=True):
-    """How a call of one function is written: `begin`, which starts with `trigger`; arguments that satisfy
-    `schema`; `end`. `special`: the trigger is a special token."""
+class CallGrammar(Struct, frozen=True):
+    """Free text with calls in it, each held to its schema.
 
-    trigger: str
-    begin: str
-    end: str
-    schema: dict[str, Any]
-    special: bool = False
+    `rules` are in the Lark dialect of llguidance and begin with `start`. `marks`: for each rule `mark_N`,
+    which is not in `rules`, the ids of the special tokens that match it. `calls`: the rules of single calls.
+    """
+
+    rules: str
+    marks: list[list[int]]
+    calls: list[str]
 
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from stretto.engine.structured.grammar import compiled
 from stretto.text.schema import enforceable, moved, object_schema
-from stretto.types import Grammar
+from stretto.text.tools.strict.formats import StrictTool, hermes
+from stretto.text.tools.strict.lark import Rules, without
+from stretto.text.tools.strict.strings import searched
+from stretto.types import CallGrammar, Grammar
 
 DESK = Path(__file__).parents[2] / "src" / "stretto" / "desk" / "tokenizer.json"
 TOKENIZER = LLTokenizer(DESK.read_text())
@@ -114,13 +120,10 @@ def test_references_follow_a_schema_that_moves():
 def test_a_strict_call_is_constrained_where_it_begins_and_text_is_free():
     begin, end = '<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>"
     schema: dict[str, Any] = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    tag = {
-        "trigger": "<tool_call>",
-        "begin": begin,
-        "end": end,
-        "schema": schema | {"additionalProperties": False},
-    }
-    matcher = compiled(TOKENIZER, Grammar("tool_calls", json.dumps([tag])))
+    rules = Rules({})
+    tool = StrictTool("f", schema | {"additionalProperties": False}, "$.tools[0].function.parameters")
+    source = CallGrammar(rules.source(*hermes(rules, [tool], [])), rules.marks, rules.calls)
+    matcher = compiled(TOKENIZER, Grammar("tool_calls", msgspec.json.encode(source).decode()))
     for text, allowed in {
         "Any text {at} all.": True,
         f'Sure. {begin}{{"n": 7}}{end} Done. {begin}{{"n":7}}{end}': True,
@@ -131,3 +134,29 @@ def test_a_strict_call_is_constrained_where_it_begins_and_text_is_free():
         copy = matcher.deep_copy()
         tokens = TOKENIZER.tokenize_str(text)
         assert (copy.try_consume_tokens(tokens) == len(tokens)) is allowed, text
+
+
+@pytest.mark.parametrize("stops", [["<ab>"], ["<ab>", "<ac"], ["<a", "<ab"], ["<a>", "</a>"]])
+def test_a_regex_without_stops_matches_all_other_texts(stops: list[str]):
+    plain, whole = re.compile(without(stops)), re.compile(without(stops, whole=True))
+    for text in ("".join(each) for size in range(7) for each in product("<ab>/c", repeat=size)):
+        has = any(stop in text for stop in stops)
+        begins = any(text.endswith(stop[:end]) for stop in stops for end in range(1, len(stop)))
+        assert (plain.fullmatch(text) is None) is has, text
+        assert (whole.fullmatch(text) is None) is (has or begins), text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches", "others"),
+    [
+        ("^a$", ["a"], ["ab", "ba"]),
+        ("a", ["a", "bab"], ["b"]),
+        ("^a|b$", ["ax", "xb"], ["xa", "bx"]),
+        (r"^\d[\dx]$", ["1x", "22"], ["x1"]),
+        (r"a\$", ["a$b"], ["a"]),
+        ("^(a|b)/$", ["a/", "b/"], ["a"]),
+    ],
+)
+def test_a_pattern_is_searched_as_json_schema_means_it(pattern: str, matches: list[str], others: list[str]):
+    regex = re.compile(searched(pattern))
+    assert all(regex.fullmatch(text) for text in matches) and not any(map(regex.fullmatch, others))

@@ -17,6 +17,7 @@ from stretto.text.tools.tag_formats import (
     GLM,
     QWEN_CODER,
     TagFormat,
+    parameter_types,
     value_of,
 )
 from stretto.text.tools.tag_parser import TagParser
@@ -142,10 +143,38 @@ def test_calls_are_found_however_the_text_is_split(
         ('{"a": 1}', {"type": "object"}, {"a": 1}),
         ("Paris", None, "Paris"),
         ("3", None, 3),
+        ("3", {"type": ["string", "integer"]}, 3),
+        ("3.5", {"type": ["string", "integer"]}, "3.5"),
+        ("3", {"anyOf": [{"type": "string"}, {"type": "null"}]}, "3"),
+        ("null", {"anyOf": [{"type": "string"}, {"type": "null"}]}, None),
+        ("3", {"enum": ["3", "4"]}, "3"),
+        ("3", {"$ref": "#/$defs/text"}, "3"),
+        ("NaN", {"type": "number"}, "NaN"),
+        ("1e999", {"type": "number"}, 1.7976931348623157e308),
+        ("3", {"$ref": "#/$defs/nowhere"}, 3),
     ],
 )
 def test_the_schema_says_what_a_value_stands_for(text: str, schema: Any, value: Any):
-    assert value_of(text, schema) == value
+    tool = {"properties": {"a": schema}, "$defs": {"text": {"type": "string"}}}
+    assert value_of(text, parameter_types(tool, "a")) == value
+
+
+def test_a_closer_inside_a_json_value_ends_nothing():
+    inside = '["</parameter>", "</function>\\n</tool_call>", "\\ud83d"]'
+    text = f"<tool_call><function=weather><parameter=at>{inside}</parameter></function></tool_call> ok"
+    for size in (1, 5, len(text)):
+        parser = TagParser(QWEN_CODER, TOOLS)
+        events = [event for at in range(0, len(text), size) for event in parser.push(text[at : at + size])]
+        content, found = joined(events + parser.flush())
+        assert (content, found) == (" ok", [("weather", {"at": json.loads(inside)})])
+
+
+def test_a_broken_call_does_not_hide_the_next_one():
+    broken = "<tool_call><function=weather><parameter=at>[1, </parameter></function></tool_call>"
+    text = f"{broken}<tool_call><function=ping></function></tool_call>"
+    parser = TagParser(QWEN_CODER, TOOLS)
+    content, found = joined(parser.push(text) + parser.flush())
+    assert (content, found) == ("", [("weather", {"at": "[1, "}), ("ping", {})])
 
 
 def test_nesting_that_no_stack_could_hold_is_no_call():

@@ -57,8 +57,28 @@ def test_harmony_is_read_without_tools_too(tmp_path: Path):
     assert found.parser is not None and isinstance(found.parser(), HarmonyParser)
 
 
-@pytest.mark.parametrize("mentioned", ["<arg_key>", "<|channel|><|message|>"])
-def test_strict_is_refused_where_it_cannot_be_kept(mentioned: str, tmp_path: Path):
+def test_strict_is_refused_where_the_tokenizer_lacks_the_tokens_of_the_format(tmp_path: Path):
     strict = {"type": "function", "function": TOOL["function"] | {"strict": True}}
-    with pytest.raises(UnsupportedField, match=r"\$\.tools.*strict"):
-        calls(request(tools=[strict]), model(tmp_path, mentioned))
+    with pytest.raises(UnsupportedField, match=r"\$\.tools.*strict.*required"):
+        calls(request(tools=[strict]), model(tmp_path, "<|channel|><|message|>"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        ({"properties": {"a b ": {}}}, "the name 'a b '"),
+        ({"properties": {"a": {"enum": ["</tool_call>"]}}}, "a value that nothing satisfies"),
+        ({"patternProperties": {"^a": {}}}, "patternProperties"),
+        ({"minProperties": 2, "properties": {"a": {}, "b": {}}}, "minProperties"),
+        ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "which is not there"),
+        ({"properties": {"a": {"type": "string", "pattern": "("}}}, "no regular expression"),
+    ],
+)
+def test_a_schema_that_tags_cannot_be_held_to_is_refused_by_name(
+    parameters: dict[str, object], named: str, tmp_path: Path
+):
+    function = {"name": "f", "strict": True, "parameters": {"type": "object"} | parameters}
+    with pytest.raises(UnsupportedField) as refused:
+        calls(request(tools=[TOOL, {"type": "function", "function": function}]), model(tmp_path, "<arg_key>"))
+    assert refused.value.param == "$.tools[1].function.parameters"
+    assert named in str(refused.value) and "`required`" in str(refused.value)

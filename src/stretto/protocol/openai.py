@@ -117,7 +117,7 @@ Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | To
 
 
 class Function(Wire, frozen=True, kw_only=True):
-    """`parameters` is a JSON schema. `strict` needs a `tool_choice` that forces a call."""
+    """`parameters` is a JSON schema. With `strict` every call satisfies it."""
 
     name: ToolName
     description: Description | None = None

@@ -27,11 +27,21 @@ from stretto.text import reasoning_parser
 from stretto.text.json_stream import whole_members
 from stretto.text.schema import EnforceableSchema, enforceable, moved, object_schema
 from stretto.text.tokenizer import TextModel
-from stretto.text.tools.harmony_parser import CHANNEL, MESSAGE, HarmonyParser
+from stretto.text.tools.harmony_parser import (
+    CHANNEL,
+    HARMONY,
+    HARMONY_TOKENS,
+    MESSAGE,
+    HarmonyParser,
+)
 from stretto.text.tools.parser import FORCED, CallParser, NamedCallParser, ToolFormat, ToolParser, choose
-from stretto.text.tools.tag_formats import TAG_FORMATS
+from stretto.text.tools.strict.formats import StrictTool
+from stretto.text.tools.strict.lark import Rules
+from stretto.text.tools.tag_formats import TAG_FORMATS, Parameters, TagFormat
 from stretto.text.tools.tag_parser import TagParser
-from stretto.types import CallTag, Grammar
+from stretto.types import CallGrammar, Grammar
+
+CallFormat = ToolFormat | TagFormat
 
 
 def messages(request: ChatRequest, text: TextModel) -> list[dict[str, Any]]:
@@ -188,25 +198,22 @@ def calls(request: ChatRequest, text: TextModel) -> ToolCalling:
     if choice == "required":
         grammar = Grammar("json_schema", json.dumps(_any_call(tools, schemas, single)))
         return ToolCalling(shown, grammar, lambda: ToolParser(FORCED, names), relaxed=relaxed)
-    if harmony and not strict:
-        return ToolCalling(shown, None, lambda: HarmonyParser(names), single)
-    tagged = (
-        None
-        if harmony
-        else next((form for form in TAG_FORMATS if text.template.mentions(form.mentioned)), None)
-    )
-    if tagged is not None and not strict:
-        parameters = {tool.function.name: tool.function.parameters for tool in tools}
-        return ToolCalling(shown, None, lambda: TagParser(tagged, parameters), single)
-    form = None if tagged is not None or harmony else _format_of(text)
+    form = _format_of(text, harmony)
     if form is None:
-        known = harmony or tagged is not None
-        why = "enforce `strict` in this model's tool calls" if known else "read this model's tool calls"
         raise UnsupportedField(
-            f"$.tools: Stretto cannot {why}; tool_choice `required` works", param="$.tools"
+            "$.tools: Stretto cannot read this model's tool calls; tool_choice `required` works",
+            param="$.tools",
         )
     grammar = _strict_calls(tools, schemas, form, text) if strict else None
-    return ToolCalling(shown, grammar, lambda: ToolParser(form, names), single, relaxed)
+    parameters = {tool.function.name: tool.function.parameters for tool in tools}
+    return ToolCalling(shown, grammar, lambda: _parser(form, parameters), single, relaxed)
+
+
+def _parser(form: CallFormat, parameters: Parameters) -> CallParser:
+    names = frozenset(parameters)
+    if isinstance(form, TagFormat):
+        return TagParser(form, parameters)
+    return HarmonyParser(names) if form is HARMONY else ToolParser(form, names)
 
 
 def _parameters(tool: Tool, at: int) -> EnforceableSchema:
@@ -234,28 +241,43 @@ def checked_schema(schema: dict[str, Any], path: str, *, strict: bool) -> Enforc
 
 
 def _strict_calls(
-    tools: list[Tool], schemas: list[EnforceableSchema], form: ToolFormat, text: TextModel
+    tools: list[Tool], schemas: list[EnforceableSchema], form: CallFormat, text: TextModel
 ) -> Grammar:
-    """Free text, in which a call of a strict tool has arguments that satisfy its schema."""
-    if form.tag is None:
+    """Free text, in which a call of a strict tool has arguments that satisfy its schema. Raises
+    UnsupportedField for a schema that calls in this form cannot be held to."""
+    known, others = text.marks(), text.marks(without=form.marks)
+    if form.strict is None or (form is HARMONY and not known.keys() >= HARMONY_TOKENS):
         where = "$.tools[0].function.strict"
         raise UnsupportedField(
-            f"{where}: this model's way to write calls allows it only with tool_choice `required`",
+            f"{where}: the tokenizer lacks the special tokens that mark this model's calls; use tool_choice"
+            " `required`",
             param=where,
         )
-    tags: list[CallTag] = []
-    for tool, schema in zip(tools, schemas, strict=True):
-        begin, end = form.tag(tool.function.name)
-        trigger = form.opener if begin.startswith(form.opener) else begin.partition(":")[0]
-        arguments = schema.schema if tool.function.strict else {"type": "object"}
-        tags.append(CallTag(trigger, begin, end, arguments, text.special_id(trigger) is not None))
-    return Grammar("tool_calls", json.dumps(to_builtins(tags)))
+    rules = Rules({token: id for token, id in known.items() if token in form.marks})
+    strict = [
+        StrictTool(
+            tool.function.name,
+            schema.schema if tool.function.strict else {"type": "object"},
+            f"$.tools[{at}].function.parameters",
+        )
+        for at, (tool, schema) in enumerate(zip(tools, schemas, strict=True))
+    ]
+    frame = form.strict(rules, strict, list(others.values()))
+    found = CallGrammar(rules.source(*frame), rules.marks, rules.calls)
+    return Grammar("tool_calls", json.dumps(to_builtins(found)))
 
 
-def _format_of(text: TextModel) -> ToolFormat | None:
+def _format_of(text: TextModel, harmony: bool) -> CallFormat | None:
     """The tool call format that the chat template mentions, or else the vocabulary has tokens for."""
     template = text.template
-    return None if template is None else choose(template.mentions) or choose(text.holds)
+    if template is None:
+        return None
+    if harmony:
+        return HARMONY
+    for form in TAG_FORMATS:
+        if all(map(template.mentions, form.mentioned)):
+            return form
+    return choose(template.mentions) or choose(text.holds)
 
 
 def _named_call(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -129,6 +130,15 @@ class TextModel:
         """The id of the special token with that text; None if there is none."""
         id = self.tokenizer.token_to_id(token)
         return id if id in self._special else None
+
+    def marks(self, *, without: Sequence[str] = ()) -> dict[str, int]:
+        """The ids of the tokens that llguidance takes for special ones, not for text, without those named."""
+        return {
+            token.content: id
+            for id, token in sorted(self._added.items())
+            if (token.special or (token.content[:1] == "<" and token.content[-1:] == ">"))
+            and token.content not in without
+        }
 
     def _pieces_showing(self, show: frozenset[str]) -> Pieces:
         if show not in self._pieces:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
 from stretto.errors import InvalidGrammar
-from stretto.types import LONGEST_GRAMMAR, CallTag, Grammar, GrammarKind
+from stretto.types import LONGEST_GRAMMAR, CallGrammar, Grammar, GrammarKind
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -43,9 +43,10 @@ class Matcher:
     its matcher. Accepting its output tokens in order in a new one gives the same state.
     """
 
-    def __init__(self, state: LLMatcher, known: int, vocab: int) -> None:
+    def __init__(self, state: LLMatcher, known: int, vocab: int, panics: list[str] | None = None) -> None:
         self._state = state
         self._broken = ""
+        self.panics: list[str] = [] if panics is None else panics  # of this matcher and its copies
         self._known = _words(known)
         self.words = max(self._known, _words(vocab))
 
@@ -60,21 +61,34 @@ class Matcher:
         try:
             self._state.unsafe_compute_mask_ptr(bits.ctypes.data, self._known * bits.itemsize)
         except BaseException as error:  # a panic of the library is no Exception, and ends one sequence only
-            self._broken = f"{type(error).__name__} in its library"
+            self._panic(error)
         if self.error is not None:
+            self._note_panic()
             bits[:] = 0
 
     def fork(self) -> Matcher:
         """An independent copy."""
-        return Matcher(self._state.deep_copy(), self._known * 32, self.words * 32)
+        return Matcher(self._state.deep_copy(), self._known * 32, self.words * 32, self.panics)
 
     def accept(self, token: int) -> bool:
         """Advance by one token. False when the grammar does not allow it or a limit is exceeded."""
         try:
-            return self._state.consume_token(token)
+            accepted = self._state.consume_token(token)
         except BaseException as error:
-            self._broken = f"{type(error).__name__} in its library"
+            self._panic(error)
             return False
+        if not accepted:
+            self._note_panic()
+        return accepted
+
+    def _panic(self, error: BaseException) -> None:
+        self._broken = f"{type(error).__name__} in its library"
+        self.panics.append(self._broken)
+
+    def _note_panic(self) -> None:
+        """The library catches most panics itself, and then says so in its error."""
+        if self._state.is_error() and (error := self._state.get_error()).startswith("panic"):
+            self.panics.append(error)
 
     @property
     def finished(self) -> bool:
@@ -121,7 +135,7 @@ class Grammars:
         """The same for a grammar that is kept, else None. It takes microseconds, and any thread may ask."""
         with self._lock:
             start = self._starts.pop(grammar, None)
-            if start is None:
+            if start is None or start.panics:  # a panic leaves all copies unusable
                 return None
             self._starts[grammar] = start
         return start.fork()
@@ -210,21 +224,10 @@ def _json_schema(source: str) -> str:
 
 
 def _tool_calls(source: str) -> str:
-    """Free text with calls in it, each with arguments that satisfy its function's schema."""
-    tags = msgspec.json.decode(source, type=list[CallTag])
-    special = {tag.special for tag in tags}
-    return StructTag.to_grammar(
-        [
-            StructTag(
-                trigger=tag.trigger,
-                begin=tag.begin,
-                grammar=tag.schema | {"x-guidance": COMPACT},
-                end=tag.end,
-            )
-            for tag in tags
-        ],
-        assume_special=special == {True},
-    )
+    """Free text with calls in it, each held to its schema."""
+    grammar = msgspec.json.decode(source, type=CallGrammar)
+    marks = [f"mark_{at}: <[{','.join(map(str, ids))}]>" for at, ids in enumerate(grammar.marks)]
+    return LLMatcher.grammar_from_lark("\n".join((grammar.rules, *marks)))
 
 
 def _regex(source: str) -> str:

@@ -15,14 +15,16 @@ from typing import BinaryIO, cast
 import msgspec
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from msgspec import structs
 
 from stretto.engine.structured.grammar import Matcher, compiled, parsed
 from stretto.errors import InvalidGrammar
-from stretto.types import Grammar
+from stretto.types import CallGrammar, Grammar
 
 SAMPLE_S, SAMPLE_BYTES = 0.2, 200
 LOCATE_S = 0.3
 LONGEST_PATH, LONGEST_ERROR = 200, 10_000
+MARKS = 32  # special tokens that a grammar may refer to
 END, QUOTE, BLANK = 256, ord('"'), frozenset(b" \n\r\t")
 DEFINITIONS = ("$defs", "definitions")
 GROUPS = (*DEFINITIONS, "properties", "patternProperties", "dependentSchemas")
@@ -31,15 +33,15 @@ SINGLES = ("items", "additionalItems", "additionalProperties", "contains", "prop
 
 
 class ByteVocabulary:
-    """The 256 bytes and an end token, in the shape that llguidance reads.
+    """The 256 bytes, an end token and some special tokens, in the shape that llguidance reads.
 
     A grammar that compiles over bytes compiles over any tokenizer, so no model's tokenizer is needed here.
     """
 
     eos_token_id = END
     bos_token_id = None
-    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
-    special_token_ids = (END,)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>", *(b"<mark%d>" % at for at in range(MARKS)))
+    special_token_ids = tuple(range(END, END + 1 + MARKS))
 
     def __call__(self, text: bytes | str) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
@@ -48,11 +50,29 @@ class ByteVocabulary:
 def error_of(tokenizer: LLTokenizer, grammar: Grammar) -> str | None:
     """What is wrong with the grammar and, for a JSON schema, where; None when it is usable."""
     try:
+        if grammar.kind == "tool_calls":
+            compiled(tokenizer, grammar := over_bytes(grammar))
+            grammar = calls_only(grammar)
         sample_text(compiled(tokenizer, grammar))
     except InvalidGrammar as error:
         where = locate(tokenizer, grammar.source, error.message) if grammar.kind == "json_schema" else "$"
         return error.message if where == "$" else f"{error.message} (at {where[:LONGEST_PATH]} of the schema)"
     return None
+
+
+def over_bytes(grammar: Grammar) -> Grammar:
+    """The same grammar of calls, with special tokens that the byte vocabulary has."""
+    calls = msgspec.json.decode(grammar.source, type=CallGrammar)
+    marks = [[END + 1 + at % MARKS] for at in range(len(calls.marks))]
+    return Grammar(grammar.kind, msgspec.json.encode(structs.replace(calls, marks=marks)).decode())
+
+
+def calls_only(grammar: Grammar) -> Grammar:
+    """The same grammar without the free text, so that a sampled text gets into the calls."""
+    calls = msgspec.json.decode(grammar.source, type=CallGrammar)
+    _, _, rules = calls.rules.partition("\n")
+    alone = structs.replace(calls, rules=f"start: {' '.join(calls.calls)}\n{rules}")
+    return Grammar(grammar.kind, msgspec.json.encode(alone).decode())
 
 
 def sample_text(state: LLMatcher) -> None:
@@ -61,11 +81,13 @@ def sample_text(state: LLMatcher) -> None:
     Some grammars compile although no text satisfies them, or exceed the limits of one step only when the
     text begins.
     """
-    matcher, until = Matcher(state.deep_copy(), END + 1, END + 1), time.monotonic() + SAMPLE_S
+    known = END + 1 + MARKS
+    matcher, until = Matcher(state.deep_copy(), known, known), time.monotonic() + SAMPLE_S
     bits = np.zeros(matcher.words, dtype=np.int32)
     for step in range(SAMPLE_BYTES):
         matcher.mask_into(bits)
-        allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), count=END, bitorder="little")).tolist()
+        allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), count=known, bitorder="little")).tolist()
+        allowed = [token for token in allowed if token != END]
         if matcher.error is not None:
             raise InvalidGrammar(matcher.error)
         if not allowed or time.monotonic() > until:

@@ -14,11 +14,13 @@ from typing import Literal
 
 from stretto.protocol.openai import FunctionDelta, ToolCallDelta
 from stretto.text.stop_strings import partial_match
-from stretto.text.tools.parser import Reasoning, ToolEvent, first_delta
+from stretto.text.tools.parser import Reasoning, ToolEvent, ToolFormat, first_delta
+from stretto.text.tools.strict.formats import harmony
 
 CHANNEL, MESSAGE, START, CONSTRAIN = "<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)
 HARMONY_TOKENS = frozenset({MESSAGE, CONSTRAIN, *ENDS})
+HARMONY = ToolFormat(CHANNEL, strict=harmony, marks=tuple(sorted(HARMONY_TOKENS)))
 LONGEST_HEADER = 1024  # characters
 _END = re.compile("|".join(map(re.escape, ENDS)))
 _RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")

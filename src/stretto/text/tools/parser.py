@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from stretto.protocol.openai import FunctionDelta, ToolCallDelta
 from stretto.text.json_stream import JsonReader
 from stretto.text.stop_strings import partial_match
+from stretto.text.tools.strict.formats import StrictFormat, hermes, llama, mistral
 
 ARGUMENTS = ("arguments", "parameters")
 LONGEST_NAME = 256
@@ -26,7 +27,7 @@ class ToolFormat:
 
     `bare`: the answer may begin with a call without an opener, if it names a tool of the request. `named`:
     the opener may be followed by a name, `[ARGS]` and the arguments. `forced`: the whole answer is calls.
-    `tag(name)`: what stands before and after the arguments of a call, if that is always the same text.
+    `strict` writes the grammar of strict calls, with the special tokens `marks`.
     """
 
     opener: str
@@ -34,20 +35,13 @@ class ToolFormat:
     bare: bool = False
     named: bool = False
     forced: bool = False
-    tag: Callable[[str], tuple[str, str]] | None = None
+    strict: StrictFormat | None = None
+    marks: tuple[str, ...] = ()
 
 
-def _hermes_tag(name: str) -> tuple[str, str]:
-    return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ', "}\n</tool_call>"
-
-
-def _llama_tag(name: str) -> tuple[str, str]:
-    return f'{{"name": {json.dumps(name)}, "parameters": ', "}"
-
-
-HERMES = ToolFormat("<tool_call>", "</tool_call>", tag=_hermes_tag)
-LLAMA = ToolFormat("<|python_tag|>", bare=True, tag=_llama_tag)
-MISTRAL = ToolFormat("[TOOL_CALLS]", named=True)
+HERMES = ToolFormat("<tool_call>", "</tool_call>", strict=hermes, marks=("<tool_call>", "</tool_call>"))
+LLAMA = ToolFormat("<|python_tag|>", bare=True, strict=llama, marks=("<|python_tag|>",))
+MISTRAL = ToolFormat("[TOOL_CALLS]", named=True, strict=mistral, marks=("[TOOL_CALLS]", "[ARGS]"))
 FORCED = ToolFormat("", forced=True)
 ARGS = "[ARGS]"
 MARKERS = frozenset({LLAMA.opener, MISTRAL.opener, ARGS, HERMES.opener, HERMES.closer})

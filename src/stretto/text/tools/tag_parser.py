@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from stretto.text.stop_strings import partial_match
 from stretto.text.tools.parser import ToolEvent, first_delta
-from stretto.text.tools.tag_formats import Parameters, TagFormat
+from stretto.text.tools.tag_formats import ENDS_TRIED, Parameters, TagFormat, UnfinishedCall
 
 
 class TagParser:
@@ -24,6 +25,8 @@ class TagParser:
         self._tags = re.compile("|".join(map(re.escape, self._outside)))
         self._held = ""
         self._inside = False
+        self._ends: list[int] = []  # where a closer came too early in what is held
+        self._seen = 0  # how much of it was searched for closers
         self._blank = False  # whether blanks are no content: between calls, or after a wrapper
         self.calls = 0
 
@@ -33,12 +36,11 @@ class TagParser:
         text, self._held = self._held + text, ""
         while text:
             if self._inside:
-                inside, found, text = text.partition(self._form.closer)
-                if not found:
-                    self._held = inside
+                end = self._end(text)
+                if end < 0:
+                    self._held = text
                     return events
-                self._inside = False
-                self._call(inside, events, whole=True)
+                text = self._close(text, end, events)
                 continue
             tag = self._tags.search(text)
             if tag is None:
@@ -57,11 +59,38 @@ class TagParser:
         """The rest, when the answer ended. A call that was cut keeps the arguments that are whole."""
         events: list[ToolEvent] = []
         held, self._held = self._held, ""
+        while self._inside and self._ends:  # it was no closer in a string, but a call that is broken
+            rest = self._close(held, self._ends[0], events)
+            events += self.push(rest)
+            held, self._held = self._held, ""
         if self._inside:
             self._call(held, events, whole=False)
         else:
             self._content(held, events)
         return events
+
+    def _end(self, text: str) -> int:
+        """Where the call in `text` ends, -1 while it may go on. A closer inside a value ends nothing."""
+        closer = self._form.closer
+        start = self._ends[-1] + 1 if self._ends else max(0, self._seen - len(closer))
+        self._seen = len(text)
+        while (end := text.find(closer, start)) >= 0:
+            try:
+                self._form.read(text[:end], self._parameters, True)
+            except UnfinishedCall:
+                self._ends.append(end)
+                start = end + 1
+                if len(self._ends) == ENDS_TRIED:
+                    return self._ends[0]
+            else:
+                return end
+        return -1
+
+    def _close(self, text: str, end: int, events: list[ToolEvent]) -> str:
+        """Emit the call that ends there. Returns the text after it."""
+        self._inside, self._ends, self._seen = False, [], 0
+        self._call(text[:end], events, whole=True)
+        return text[end + len(self._form.closer) :]
 
     def _content(self, text: str, events: list[ToolEvent]) -> None:
         if text and not (self._blank and not text.strip()):
@@ -69,10 +98,23 @@ class TagParser:
             self._blank = False
 
     def _call(self, inside: str, events: list[ToolEvent], *, whole: bool) -> None:
-        call = self._form.read(inside, self._parameters, whole)
+        try:
+            call = self._form.read(inside, self._parameters, whole)
+        except UnfinishedCall as unfinished:
+            call = unfinished.call
         if call is None:
             events.append(self._form.opener + inside + (self._form.closer if whole else ""))
             return
         name, arguments = call
-        events.append(first_delta(self.calls, name, json.dumps(arguments, ensure_ascii=False)))
+        events.append(first_delta(self.calls, name, _dumped(arguments)))
         self.calls += 1
+
+
+def _dumped(arguments: dict[str, Any]) -> str:
+    """Arguments as JSON. Half a surrogate pair in them stays an escape sequence."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(arguments)
+    return text
