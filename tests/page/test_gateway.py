@@ -54,7 +54,7 @@ async def loaded(
             key = keys["acme" if number % 3 else "bob"]
             await client.post(CHAT, json=ASK, headers={"x-api-key": key})
         await client.post(CHAT, json=ASK | {"model": "none"}, headers={"x-api-key": keys["bob"]})
-        workers[2].held = True
+        workers[2].hold(on=True)
         await asyncio.sleep(0.1)
         yield client, gateway
 

@@ -13,7 +13,7 @@ from msgspec import Struct, json
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stretto.errors import Draining, KeyRevoked, NotFound, StrettoError, Unavailable
@@ -29,6 +29,7 @@ from stretto.gateway.model_listing import ModelListing
 from stretto.gateway.operations.live import LivePage
 from stretto.gateway.operations.monitor import CallEnd, Monitor
 from stretto.gateway.operations.reload import Reloader, Reread
+from stretto.gateway.realtime.socket import RealtimeRelay, explain
 from stretto.gateway.registry import Registry, Worker
 from stretto.gateway.relay import METHODS, Relay
 from stretto.gateway.routing.fields import read_fields
@@ -41,6 +42,7 @@ from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
 from stretto.protocol.health import Status
 from stretto.protocol.parsing import JSON, parse, require_json
+from stretto.protocol.realtime.handshake import PATH
 from stretto.protocol.relay import PATHS, RESPONSES, OperationName
 from stretto.telemetry import tracing
 
@@ -202,7 +204,9 @@ class Gateway(Starlette):
             Route("/v1/workers/{name:path}", self.leave, methods=["DELETE"]),
             Route("/v1/workers/{name:path}/{change}", self.drain, methods=["POST"]),
         ]
-        super().__init__(routes=work + pages)
+        sockets = RealtimeRelay(self.relay, self.ledger, self.server, self.monitor.metrics)
+        realtime = [WebSocketRoute(PATH, sockets), Route(PATH, explain)]
+        super().__init__(routes=[*work, *pages, *realtime])
         self.router.redirect_slashes = False
         self.router.default = nothing_there
         self.add_middleware(Guard, config=config, count=self.server.rejected)
@@ -212,7 +216,7 @@ class Gateway(Starlette):
         app: ASGIApp = self.router
         for middleware, args, kwargs in reversed(self.user_middleware):
             app = middleware(app, *args, **kwargs)
-        routes = [route for route in self.routes if isinstance(route, Route)]
+        routes = [route for route in self.routes if isinstance(route, Route | WebSocketRoute)]
         return ExchangeLayer(app, routes, self.server.access_log, error_response, self.tracer)
 
     async def wait_ready(self) -> None:
@@ -323,7 +327,7 @@ class Gateway(Starlette):
         change = request.path_params["change"]
         if change not in ("drain", "undrain"):
             raise NotFound(f"there is nothing at {request.url.path}")
-        self._worker(request).held = change == "drain"
+        self._worker(request).hold(on=change == "drain")
         return _json({"status": "ok"})
 
     def _worker(self, request: Request) -> Worker:

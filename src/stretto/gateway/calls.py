@@ -56,8 +56,11 @@ class Calls:
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
-    async def run(self, work: Coroutine[Any, Any, None], receive: Receive, owner: str = "") -> bool:
-        """Runs a call. Returns False when its client left before it was done. Raises StrettoError."""
+    async def run(self, work: Coroutine[Any, Any, None], receive: Receive | None, owner: str = "") -> bool:
+        """Runs a call. Returns False when its client left before it was done. Raises StrettoError.
+
+        `receive` None: the call notices itself when its client leaves.
+        """
         task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
         self._tasks[task] = owner
         try:
@@ -73,6 +76,9 @@ class Calls:
             task.cancel()
 
 
-async def _gone(receive: Receive) -> None:
+async def _gone(receive: Receive | None) -> None:
+    if receive is None:
+        await asyncio.get_running_loop().create_future()
+        return
     while (await receive())["type"] != "http.disconnect":
         pass

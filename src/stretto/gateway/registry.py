@@ -65,7 +65,7 @@ class Worker:
     plain: bool = False  # an OpenAI server of another kind: no reports, no failover in mid-answer
     boot: str = ""
     draining: bool = False  # by its own report
-    held: bool = False  # an operator lets it have no new requests
+    drained: asyncio.Event = field(default_factory=asyncio.Event)  # an operator gives it no new requests
     tiers: Mapping[str, Tier] = field(default_factory=dict[str, Tier])
     models: dict[str, ModelInfo | None] = field(default_factory=dict[str, ModelInfo | None])
     error: str = "no report yet"
@@ -76,6 +76,19 @@ class Worker:
     lease: float | None = None  # when a worker that joined by itself must have renewed; None: configured
     task: asyncio.Task[None] | None = None
     _sent: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+
+    @property
+    def held(self) -> bool:
+        """Whether an operator lets it have no new requests."""
+        return self.drained.is_set()
+
+    def hold(self, *, on: bool) -> None:
+        """Lets it have no new requests, or lets it have them again."""
+        if on:
+            self.drained.set()
+            self.view.usable = False  # before the next report
+        else:
+            self.drained.clear()
 
     def keeps(self, response: str) -> bool:
         """Whether it may keep the answer with this id."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import count
 from math import inf
@@ -129,13 +130,17 @@ class Relay:
             exchange.ask = ask
         return exchange.ask
 
+    def next_id(self) -> int:
+        """The id of the next request, which is larger than those before it."""
+        return next(self._ids)
+
     def _ask(self, exchange: RelayedExchange) -> Ask:
         fields, generates = exchange.fields, exchange.operation in GENERATING
         name, info, ratio = self.registry.model(fields.name if fields.model is None else fields.model)
         prompt = fields.text
         tokens = max(1, min(int(len(prompt) / ratio), 1 << 20 if info is None else info.context))
         request = Request(
-            id=next(self._ids),
+            id=self.next_id(),
             model=name,
             prompt=cast("tuple[int, ...]", range(tokens)),  # only its length is read
             arrival=exchange.arrival,
@@ -205,7 +210,7 @@ class Relay:
             if placement is not None:
                 break
             if time.monotonic() >= deadline:
-                raise self._nobody(ask.request.model, exchange, unable)
+                raise nobody(self.registry, ask.request.model, exchange.path, unable)
             await asyncio.sleep(RETRY_PAUSE_S)
             exchange.tried.clear()
         late = placement.ttft_s < inf and not placement.feasible and not exchange.progress.begun
@@ -230,19 +235,6 @@ class Relay:
                 param="$.previous_response_id",
             )
         return workers.keys() - holders
-
-    def _nobody(self, model: str, exchange: RelayedExchange, unable: set[str]) -> StrettoError:
-        able = [worker for worker in self.registry.workers.values() if worker.name not in unable]
-        if unable and not able:
-            return NotImplementedHere(
-                f"no worker knows {exchange.path}: all of them are servers of another kind"
-            )
-        known = {name for worker in self.registry.workers.values() for name in worker.models}
-        if known and model not in known:
-            return UnknownModel(
-                f"there is no model {model!r}; the workers have {', '.join(sorted(known))}", param="$.model"
-            )
-        return Unavailable("no worker is ready; try again soon", retry_after=1.0)
 
     async def _start(self, ask: Ask, exchange: RelayedExchange, placement: Placement) -> Attempt:
         """Sends the request to one worker and waits for its response to begin. Raises WorkerLost."""
@@ -356,3 +348,16 @@ class Relay:
 
 def _headers(head: Head) -> dict[str, str]:
     return {name: head.headers[name] for name in PASSED_ON if name in head.headers}
+
+
+def nobody(registry: Registry, model: str, path: str, unable: Collection[str]) -> StrettoError:
+    """Why no worker takes a request to that path. `unable`: the workers that do not know it."""
+    able = [worker for worker in registry.workers.values() if worker.name not in unable]
+    if unable and not able:
+        return NotImplementedHere(f"no worker knows {path}: all of them are servers of another kind")
+    known = {name for worker in registry.workers.values() for name in worker.models}
+    if known and model not in known:
+        return UnknownModel(
+            f"there is no model {model!r}; the workers have {', '.join(sorted(known))}", param="$.model"
+        )
+    return Unavailable("no worker is ready; try again soon", retry_after=1.0)

@@ -131,7 +131,10 @@ class App(Starlette):
         relayed = Endpoint("relay", server, partial(relay, operations=work | feedback.relayed()))
         routes.append(Route(RELAY, relayed, methods=["POST"]))
         pages = Pages(server).routes() + ModelPages(server).routes()
-        sockets = [WebSocketRoute(realtime.PATH, realtime.RealtimeSockets(server))]
+        sockets = [
+            WebSocketRoute(realtime.PATH, realtime.RealtimeSockets(server)),
+            WebSocketRoute(RELAY, realtime.RealtimeSockets(server, relayed=True)),
+        ]
         explained = [Route(realtime.PATH, realtime.explain)]
         super().__init__(
             routes=[*routes, *responses.routes(), *feedback.routes(), *pages, *sockets, *explained]

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from msgspec import UNSET, json
 from starlette.responses import Response
 
-from stretto.errors import EngineError, Unauthorised
+from stretto.errors import EngineError
 from stretto.ladder.learning.feedback import MadeChoice
 from stretto.protocol.openai import ChatRequest, CompletionRequest, Generation
 from stretto.protocol.parsing import JSON, parse
@@ -22,7 +22,7 @@ from stretto.server.admission_gate import Slot
 from stretto.server.feedback.choices import follow, remember, user_of
 from stretto.server.objectives import PRIORITY, ServiceLevel, requested_tier, resolve_objective
 from stretto.server.responses import ResponseWriter, Style
-from stretto.server.state import GATEWAY, LOCAL, Call
+from stretto.server.state import Call
 from stretto.server.validation import (
     AnswerSpec,
     EncodedPrompt,
@@ -61,9 +61,7 @@ async def relay(call: Call, operations: Mapping[OperationName, Handler]) -> None
     """Answers a request that a gateway passes on: the same handler, for the gateway's tenant, with deadlines
     that count from its arrival there. Errors are written as the API of the operation has them. Raises
     StrettoError; Unauthorised for a caller that is no gateway."""
-    config = call.server.config
-    if call.tenant != (GATEWAY if config.gateway_key or config.api_keys else LOCAL):
-        raise Unauthorised("only a gateway may relay requests: give it the gateway_key of this worker")
+    call.server.ensure_gateway(call.tenant, "relay requests")
     relayed = parse(RELAYED, call.body)
     call.body = bytes(relayed.request)
     call.size = len(call.body)

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from stretto.errors import NotFound, Overloaded, Unauthorised
+from stretto.errors import NotFound, Overloaded
 from stretto.http.page_files import TYPES, PageFiles
 from stretto.http.request import read_body
 from stretto.protocol.health import Health, Status
@@ -23,7 +23,7 @@ from stretto.protocol.parsing import JSON, parse
 from stretto.protocol.relay import RELAY, ErasureReport, ErasureRequest
 from stretto.protocol.vllm import Version
 from stretto.server import openapi
-from stretto.server.state import GATEWAY, LOCAL, Server
+from stretto.server.state import Server
 from stretto.server.variants.cards import cards_of
 
 LIVE_S = 0.5
@@ -106,12 +106,11 @@ class Pages:
 
     async def erase(self, request: Request) -> Response:
         """Drops the cached prompts of a tenant, for a gateway. Raises Unauthorised for anybody else."""
-        config = self._server.config
-        expected = GATEWAY if config.gateway_key or config.api_keys else LOCAL
-        if self._server.tenant(request.headers) != expected:
-            raise Unauthorised("only a gateway may erase: give it the gateway_key of this worker")
-        erasure = parse(json.Decoder(ErasureRequest), await read_body(request, config.max_body_bytes))
-        return _json(ErasureReport(*await self._server.engine.erase(erasure.tenant, erasure.subject)))
+        server = self._server
+        server.ensure_gateway(server.tenant(request.headers), "erase")
+        body = await read_body(request, server.config.max_body_bytes)
+        erasure = parse(json.Decoder(ErasureRequest), body)
+        return _json(ErasureReport(*await server.engine.erase(erasure.tenant, erasure.subject)))
 
     async def state(self, request: Request) -> Response:
         """The worker's state."""

@@ -154,6 +154,11 @@ class Server:
                 raise
             return LOCAL  # a server that is open to all takes any key
 
+    def ensure_gateway(self, tenant: str, act: str) -> None:
+        """Raises Unauthorised unless the tenant is that of a gateway, which alone may do this."""
+        if tenant != (GATEWAY if self.config.gateway_key or self.config.api_keys else LOCAL):
+            raise Unauthorised(f"only a gateway may {act}: give it the gateway_key of this worker")
+
     def ensure_known(self, name: str) -> None:
         """Raises UnknownModel."""
         if name not in self.texts:

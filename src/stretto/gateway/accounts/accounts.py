@@ -190,12 +190,7 @@ class Accounts:
 
     def admit(self, account: Account, work: Demand, now: Now) -> Bill:
         """Reserves what a request is expected to use. Raises NotAllowed, RateLimited or BudgetExceeded."""
-        record = account.record
-        if record.tiers and work.tier not in record.tiers:
-            raise NotAllowed(
-                f"this API key may not use the tier {work.tier}; it may use {', '.join(record.tiers)}",
-                param="$.service_tier",
-            )
+        ensure_tier(account.record, work.tier)
         price = price_of(self.prices, work.model)
         reserved = _expected(account, work, price)
         owned = self._owned(account)
@@ -346,6 +341,15 @@ class Accounts:
             whole = "" if wait == inf else f", renewed at {_iso(now.wall + wait)}"
             message = f"the budget {limit} of {' '.join(owner)} is used up: {used}{whole}; {again}"
         raise kind(message, retry_after=None if wait == inf else wait)
+
+
+def ensure_tier(record: KeyRecord, tier: str) -> None:
+    """Raises NotAllowed for a tier that the key may not use."""
+    if record.tiers and tier not in record.tiers:
+        raise NotAllowed(
+            f"this API key may not use the tier {tier}; it may use {', '.join(record.tiers)}",
+            param="$.service_tier",
+        )
 
 
 def _expected(account: Account, work: Demand, price: Price) -> dict[Quantity, float]:

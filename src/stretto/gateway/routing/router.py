@@ -111,6 +111,22 @@ class Router:
         self.record(ask, placement.worker, placement.cached)
         return placement
 
+    def place_session(self, ask: Ask, now: float, avoid: Collection[str] = ()) -> WorkerView | None:
+        """Chooses a worker for a session, which stays there, and counts it; None when no worker can take it.
+
+        Of the workers where a request like `ask` would be on time now, those of the best quality, and of
+        them the least loaded one. Call `done` with the worker when the session has ended.
+        """
+        able = self.able(ask.request.model, avoid)
+        if not able:
+            return None
+        best = min(
+            self.predictions(ask, able, now),
+            key=lambda each: (not each.feasible, -each.worker.quality, _load(each.worker)),
+        ).worker
+        best.active += 1
+        return best
+
     def able(self, model: str, avoid: Collection[str] = ()) -> list[WorkerView]:
         """The workers that may get a request for the model now."""
         return [

@@ -35,7 +35,7 @@ from stretto.server.realtime.conversation import RealtimeConversation, shown, us
 from stretto.server.realtime.options import asked, shown_options, updated
 from stretto.server.realtime.outbox import Outbox
 from stretto.server.realtime.reading import PromptReader, TypedText
-from stretto.server.realtime.turn import RealtimeTurn, TurnPlace
+from stretto.server.realtime.turn import RealtimeTurn, SessionClient, TurnPlace
 from stretto.server.state import Server
 from stretto.server.validation import check_chat
 
@@ -45,9 +45,10 @@ AUDIO = ("input_audio_buffer.", "output_audio_buffer.")
 
 
 class Session:
-    """`model`: its name. `request_id`: of the handshake."""
+    """The state of one session."""
 
-    def __init__(self, server: Server, tenant: str, model: str, outbox: Outbox, request_id: str) -> None:
+    def __init__(self, server: Server, client: SessionClient, outbox: Outbox) -> None:
+        model, tenant, request_id = client.model, client.tenant, client.request_id
         self.id = f"sess_{token_hex(12)}"
         self.turn: RealtimeTurn | None = None
         self._server = server
@@ -57,7 +58,8 @@ class Session:
         self._fields = SessionFields(model=model)
         self._conversation = RealtimeConversation(server.config.max_body_bytes)
         self._typed = TypedText()
-        self._place = TurnPlace(server, tenant, request_id, outbox, self._conversation, self._gone.wait)
+        self._age_s = client.age_s
+        self._place = TurnPlace(server, client, outbox, self._conversation, self._gone.wait)
         self._reader = PromptReader(
             server,
             self._conversation,
@@ -73,8 +75,9 @@ class Session:
         conversation = {"id": self._conversation.id, "object": "realtime.conversation"}
         self._outbox.post("conversation.created", conversation=conversation)
 
-    async def handle(self, body: bytes, arrival: float) -> None:
-        """Does what an event asks for, or sends an error. `arrival`: when it came, in monotonic seconds."""
+    async def handle(self, body: bytes) -> None:
+        """Does what an event asks for, or sends an error. Deadlines count from its arrival."""
+        arrival = time.monotonic() - self._age_s
         head = EventHead()
         try:
             head = _head(body)

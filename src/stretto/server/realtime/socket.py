@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from urllib.parse import parse_qs
 
+from msgspec import UNSET
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from stretto.errors import Draining, SessionExpired, StrettoError, UnsupportedField, UpgradeRequired
+from stretto.errors import Draining, SessionExpired, StrettoError, UpgradeRequired
 from stretto.http.errors import internal
 from stretto.http.exchange import KEY, Exchange
+from stretto.protocol.realtime.handshake import (
+    GOING_AWAY,
+    NORMAL,
+    PATH,
+    SESSION_ENDPOINT,
+    RelayedSession,
+    chosen,
+    is_older,
+    key_of,
+    model_of,
+)
 from stretto.server.realtime.outbox import Outbox
 from stretto.server.realtime.session import Session
+from stretto.server.realtime.turn import SessionClient
 from stretto.server.state import Server
 from stretto.telemetry.metrics import Ended
+from stretto.text.output import AnswerPlace
 
-PATH = "/v1/realtime"
-PROTOCOL = "realtime"
-KEY_PROTOCOL = "openai-insecure-api-key."  # a browser cannot send headers, so the key comes as a protocol
-OLDER_PROTOCOL, OLDER_HEADER = "openai-beta.realtime-v1", "realtime=v1"
-NORMAL, GOING_AWAY = 1000, 1001
 EVENTS_PER_S = 500.0
 BURST = 1000.0
-ENDPOINT = "realtime_session"
 
 
 class EventPace:
@@ -45,45 +52,50 @@ class EventPace:
 
 
 class RealtimeSockets:
-    """The ASGI endpoint. A handshake that is refused gets an HTTP error."""
+    """The ASGI endpoint. A handshake that is refused gets an HTTP error. `relayed`: its clients are gateways,
+    which name the tenant."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, relayed: bool = False) -> None:
         self._server = server
+        self._relayed = relayed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One socket, from the handshake to its end. Raises StrettoError for one that is refused."""
         server, started = self._server, time.monotonic()
         exchange: Exchange = scope[KEY]
         await receive()  # the request to connect
-        headers = Headers(scope=scope)
         protocols: list[str] = scope["subprotocols"]
-        tenant = exchange.tenant = server.tenant(_with_key(headers, protocols))
+        client = self._client(scope, exchange)
         server.gate.ensure_open()
-        model = self._model(scope)
-        server.socket_opened(tenant)
+        server.ensure_known(client.model)
+        server.socket_opened(client.tenant)
         try:
-            await send({"type": "websocket.accept", "subprotocol": _chosen(protocols), "headers": []})
-            older = OLDER_PROTOCOL in protocols or OLDER_HEADER in headers.get("openai-beta", "")
-            outbox = Outbox(send, older=older)
-            session = Session(server, tenant, model, outbox, exchange.id)
+            await send({"type": "websocket.accept", "subprotocol": chosen(protocols), "headers": []})
+            outbox = Outbox(send, older=is_older(protocols, Headers(scope=scope)))
+            session = Session(server, client, outbox)
             await self._run(session, outbox, receive, exchange)
         except Exception as error:
             if exchange.status is None:
                 raise
             exchange.outcome = internal(error).code  # the connection ends, and the log names the place
         finally:
-            server.socket_closed(tenant)
-            exchange.ended = Ended(ENDPOINT, exchange.outcome, time.monotonic() - started, model=model)
+            server.socket_closed(client.tenant)
+            exchange.ended = Ended(
+                SESSION_ENDPOINT, exchange.outcome, time.monotonic() - started, model=client.model
+            )
 
-    def _model(self, scope: Scope) -> str:
-        """The model that the handshake names, or the default. Raises UnknownModel and UnsupportedField."""
-        query = parse_qs(scope["query_string"].decode("latin-1"))
-        for name in ("call_id", "intent"):
-            if name in query:
-                raise UnsupportedField(f"{name}: this server has no audio; leave it out", param=name)
-        model = query.get("model", [next(iter(self._server.texts))])[-1]
-        self._server.ensure_known(model)
-        return model
+    def _client(self, scope: Scope, exchange: Exchange) -> SessionClient:
+        """Who opens the session, and its model. Raises StrettoError for one that may not."""
+        server, query = self._server, scope["query_string"].decode("latin-1")
+        tenant = exchange.tenant = server.tenant(_with_key(Headers(scope=scope), scope["subprotocols"]))
+        if not self._relayed:
+            model = model_of(query)
+            return SessionClient(tenant, next(iter(server.texts)) if model is None else model, exchange.id)
+        server.ensure_gateway(tenant, "relay sessions")
+        given = RelayedSession.of(query)
+        exchange.tenant = given.tenant
+        place = AnswerPlace(given.site or UNSET)
+        return SessionClient(given.tenant, given.model, exchange.id, place, given.age_ms / 1e3)
 
     async def _run(self, session: Session, outbox: Outbox, receive: Receive, exchange: Exchange) -> None:
         """Handles events until the client leaves or the session must end."""
@@ -130,7 +142,7 @@ class RealtimeSockets:
                         return None
                     body = message.get("bytes") or (message.get("text") or "").encode(errors="replace")
                     exchange.bytes_in += len(body)
-                    await session.handle(body, time.monotonic())
+                    await session.handle(body)
                     await outbox.has_room()
                     await pace.take()
                 elif not closing.done() and session.turn is None:
@@ -150,14 +162,7 @@ async def explain(request: Request) -> None:
 
 def _with_key(headers: Headers, protocols: list[str]) -> Headers:
     """The headers, with a key that came as a protocol."""
-    key = next((each.removeprefix(KEY_PROTOCOL) for each in protocols if each.startswith(KEY_PROTOCOL)), None)
+    key = key_of(protocols)
     if key is None or "authorization" in headers:
         return headers
     return Headers({"authorization": f"Bearer {key}"})
-
-
-def _chosen(protocols: list[str]) -> str | None:
-    """The protocol to speak: the usual one, or the first that is no key. A browser wants one of its own."""
-    if PROTOCOL in protocols:
-        return PROTOCOL
-    return next((each for each in protocols if not each.startswith(KEY_PROTOCOL)), None)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
@@ -23,18 +23,29 @@ from stretto.server.realtime.outbox import Outbox
 from stretto.server.realtime.writer import TurnWriter
 from stretto.server.state import Call, ReadAhead, Server
 from stretto.server.validation import AnswerSpec, check_chat
+from stretto.text.output import NOWHERE, AnswerPlace
 
 ENDPOINT = "realtime"
 
 
+class SessionClient(NamedTuple):
+    """Whose a session is. `model`: its name. `request_id`: of the handshake. `place`: where a gateway had it
+    opened. `age_s`: how long its events are on their way, and what answers them."""
+
+    tenant: str
+    model: str
+    request_id: str
+    place: AnswerPlace = NOWHERE
+    age_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class TurnPlace:
-    """Where responses run: their server and tenant, and where their events go. `gone` returns when the client
+    """Where responses run: their server and client, and where their events go. `gone` returns when the client
     has left."""
 
     server: Server
-    tenant: str
-    request_id: str
+    client: SessionClient
     outbox: Outbox
     conversation: RealtimeConversation
     gone: Callable[[], Awaitable[object]]
@@ -82,11 +93,11 @@ class RealtimeTurn:
         keep = self._keep if self.kept else None
         writer = TurnWriter(place.outbox, head, keep, lambda: conversation.last_id)
         place.outbox.put(writer.created())
-        exchange = Exchange(place.request_id, self._send, status=200)
+        exchange = Exchange(place.client.request_id, self._send, status=200)
         request = Request({"type": "http", "headers": [], KEY: exchange}, self._receive)
-        call = self._call = Call(place.server, request, self._send, b"", place.tenant, self.arrival)
-        call.size, call.read_ahead = conversation.size, self.read_ahead
-        call.feedback_ids = self.id, place.request_id  # all turns of a session share the latter
+        call = self._call = Call(place.server, request, self._send, b"", place.client.tenant, self.arrival)
+        call.size, call.read_ahead, call.placed = conversation.size, self.read_ahead, place.client.place
+        call.feedback_ids = self.id, place.client.request_id  # all turns of a session share the latter
         failure: StrettoError | None = None
         try:
             if not self._reason:

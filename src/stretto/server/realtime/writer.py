@@ -116,7 +116,7 @@ class TurnWriter:
         return self._done(events, "failed", {"type": "failed", "error": problem}, outputs)
 
     def skip(self, output: Output, deltas: Sequence[OutputDelta]) -> None:
-        """No gateway relays these responses, so none is continued."""
+        """A session ends with its worker, so none of its responses is continued."""
         raise InvalidRequest("a response of /v1/realtime cannot be continued")
 
     def keep(self, output: Output, deltas: list[OutputDelta]) -> None:
