@@ -192,7 +192,7 @@ class Gateway(Starlette):
         pages = [
             *ModelListing(self.registry, self.account).routes(),
             *FeedbackRelay(
-                self.registry, self.relay.answered, self.account, lambda: self.config.max_body_bytes
+                self.registry, self.relay.answered, self.charged_account, lambda: self.config.max_body_bytes
             ).routes(),
             Route("/health", self.health),
             Route("/ready", self.ready),
@@ -261,6 +261,15 @@ class Gateway(Starlette):
         account = self.ledger.accounts.find(request.headers, self.ledger.now())
         if scope is not None:
             account.ensure(scope)
+        return account
+
+    def charged_account(self, request: Request, scope: KeyScope) -> Account:
+        """The same for a call that no model answers, which counts as a request.
+
+        Raises also RateLimited and BudgetExceeded.
+        """
+        account = self.account(request, scope)
+        self.ledger.take_call(account)
         return account
 
     def _end_revoked(self, ids: set[str]) -> None:

@@ -276,3 +276,24 @@ async def test_many_tenants_at_once_each_get_their_own_limit(checkpoint: Path, f
         assert {n: sum(r.tenant == f"t{n}" for r in engine.requests) for n in range(5)} == dict.fromkeys(
             range(5), 3
         )
+
+
+async def test_calls_about_feedback_count_against_limits_of_requests_alone(checkpoint: Path, file: KeyFile):
+    """A key with limits of cost and tokens may give feedback, although no model has a price."""
+    ann = create(file, "ann", limits=("requests=3/day", "tokens=1000/day"))
+    bob = create(file, "bob", limits=("cost=1/day",))
+    async with cluster(checkpoint, fake(10), gateway_key="g", keys_file=str(file.path)) as (client, _):
+        answer = await client.post(CHAT, json=ASK, headers=ann)
+        reward = {"request_id": answer.headers["x-request-id"], "thumbs": "up"}
+        assert (await client.post("/v1/feedback", json=reward, headers=ann)).status_code == 200
+        assert (await client.get("/v1/feedback", headers=ann)).status_code == 200
+        report = (await client.get("/v1/usage", headers=ann)).json()
+        spent = {each["limit"]: each["used"] for each in report["limits"]}
+        assert spent["requests=3/day"] == 3 and spent["tokens=1000/day"] < 100
+        for refused in (
+            await client.delete("/v1/feedback", headers=ann),
+            await client.post("/v1/feedback", json=reward, headers=ann),
+            await client.post(CHAT, json=ASK, headers=ann),
+        ):
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "budget_exceeded")
+        assert (await client.get("/v1/feedback", headers=bob)).status_code == 200

@@ -22,6 +22,7 @@ from stretto.gateway.settings import GatewayConfig
 from tests.gateway.cache.test_answers import CHAT, WHOLE, cached, settled
 from tests.gateway.cluster import cluster, fake
 from tests.gateway.redis_server import RedisServer, redis
+from tests.server.fake_engine import FakeEngine, info
 
 __all__ = ["redis"]
 
@@ -76,11 +77,12 @@ async def test_answers_expire_and_are_erased_by_subject_and_tenant(redis: RedisS
             await store.put(tenant, b"1", b"x", about)
             await store.put(tenant, b"2", b"x", KEEPING._replace(subjects=(b"t",)))
             await store.put(tenant, b"3", b"x", KEEPING)
-        assert await store.erase(b"ann", b"s") == 1 and await store.get(b"ann", b"1") is None
+        assert await store.erase(b"ann", b"s") == 1
         assert await store.erase(b"ann", b"s") == 0
-        assert await store.get(b"bob", b"1") == b"x"
+        assert (await store.look(b"ann", b"1", about.subjects)).value is None
+        assert (await store.look(b"bob", b"1", about.subjects)).value == b"x"
         assert await store.erase(b"bob", None) == 3 and await store.get(b"bob", b"3") is None
-        assert await store.get(b"ann", b"2") == b"x"
+        assert (await store.look(b"ann", b"2", (b"t",))).value == b"x"
         await store.put(b"ann", b"short", b"x", KEEPING._replace(ttl=0.05))
         await asyncio.sleep(0.2)
         assert await store.get(b"ann", b"short") is None
@@ -185,3 +187,50 @@ def test_wrong_settings_of_redis_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
     with pytest.raises(StartError, match=r"pip install stretto\[redis\]"):
         connect("redis://127.0.0.1")
+
+
+@pytest.mark.usefixtures("patient")
+async def test_an_erasure_leaves_a_tombstone_for_answers_that_were_begun_before(redis: RedisServer):
+    """Of one subject, of another one, of the whole tenant; and a value that the index has lost."""
+    async with store_at(redis.url) as one, store_at(redis.url) as other:
+        for about, key in (((b"s",), b"1"), ((b"s", b"t"), b"2"), ((b"u",), b"3"), ((), b"4")):
+            begun = await other.look(b"ann", key, about)
+            keeping = KEEPING._replace(subjects=about, fence=begun.fence)
+            await one.erase(b"ann", b"s")
+            assert await other.put(b"ann", key, b"old", keeping) is (b"s" not in about)
+            fresh = (await other.look(b"ann", key, about)).fence
+            assert await other.put(b"ann", key, b"new", keeping._replace(fence=fresh))
+            assert (await one.look(b"ann", key, about)).value == b"new"
+        begun = await other.look(b"ann", b"5", ())
+        assert await one.erase(b"ann", None) == 2
+        assert not await other.put(b"ann", b"5", b"old", KEEPING._replace(fence=begun.fence))
+        bob = await other.look(b"bob", b"5", (b"s",))
+        assert await other.put(b"bob", b"5", b"his", KEEPING._replace(subjects=(b"s",), fence=bob.fence))
+        await one._redis.unlink(redis_store._about(b"bob", b"s"))
+        assert await one.erase(b"bob", b"s") == 0
+        assert (await other.look(b"bob", b"5", (b"s",))).value is None
+
+
+@pytest.mark.usefixtures("patient")
+async def test_an_answer_in_flight_at_another_gateway_is_not_kept_after_an_erasure(
+    checkpoint: Path, redis: RedisServer
+):
+    """One gateway erases a subject while another one waits for an answer about it, and for another answer."""
+    gate = asyncio.Event()
+    engine = FakeEngine(lambda request: [10, 1.0, 11], {"tiny": info(vocab=600)})
+    engine.pause = lambda seconds: gate.wait()
+    about, same = WHOLE | {"user": "eve"}, WHOLE | {"user": "sam"}
+    async with (
+        cluster(checkpoint, engine, redis=redis.url, **GATEWAY) as (client, gateway),
+        cluster(checkpoint, fake(10), redis=redis.url, **GATEWAY) as (eraser, _),
+    ):
+        asked = [asyncio.create_task(client.post(CHAT, json=body)) for body in (about, about, same)]
+        async with asyncio.timeout(20):
+            while len(engine.requests) < 2:
+                await asyncio.sleep(0.01)
+        assert (await eraser.delete("/v1/cache?subject=eve")).status_code == 200
+        gate.set()
+        assert [cached(await each) for each in asked] == [None] * 3
+        await settled(gateway)
+        assert cached(await client.post(CHAT, json=same)) == "exact"
+        assert cached(await eraser.post(CHAT, json=about)) is None

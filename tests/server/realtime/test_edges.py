@@ -20,8 +20,6 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from stretto.config import ServeConfig
 from stretto.errors import StrettoError
-from stretto.gateway.app import Gateway
-from stretto.gateway.settings import GatewayConfig
 from tests.server.conftest import Served
 from tests.server.fake_engine import FakeEngine
 from tests.server.realtime.conftest import Opener, Talk, settled
@@ -329,29 +327,6 @@ async def test_text_that_is_none_ends_the_session_and_is_not_logged(
             await talk.next()
         assert talk.socket.close_code == 1007
     assert not [record for record in caplog.records if record.name.startswith(("uvicorn", "stretto.http"))]
-
-
-async def test_a_gateway_has_no_socket() -> None:
-    made = Gateway(GatewayConfig(port=0))
-    sent: list[Any] = []
-    scope = {
-        "type": "websocket",
-        "path": "/v1/realtime",
-        "http_version": "1.1",
-        "query_string": b"",
-        "headers": [(b"host", b"localhost")],
-        "subprotocols": [],
-    }
-
-    async def receive() -> Any:
-        return {"type": "websocket.connect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await made(scope, receive, send)
-    assert (sent[0]["type"], sent[0]["status"]) == ("websocket.http.response.start", 404)
-    assert b"not_found" in sent[1]["body"]
 
 
 @configured(access_log=True)

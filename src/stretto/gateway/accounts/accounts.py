@@ -91,6 +91,9 @@ class Demand(NamedTuple):
     answers: int = 1
 
 
+NO_WORK = Demand("", "default", 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Bill:
     """A request that was admitted: what is reserved for it since when."""
@@ -201,6 +204,22 @@ class Accounts:
             for meter in meters:
                 meter.reserve(reserved[meter.limit.quantity], now)
         return Bill(account, work, price, reserved, now)
+
+    def admit_call(self, account: Account, now: Now) -> None:
+        """Takes one of the limits of requests, for a call that no model answers.
+
+        Raises RateLimited or BudgetExceeded.
+        """
+        counted = [
+            (owner, meter)
+            for owner, meters in self._owned(account)
+            for meter in meters
+            if meter.limit.quantity == "requests"
+        ]
+        for owner, meter in counted:
+            self._ask(owner, meter, NO_WORK, Price(), {"requests": 1.0}, now)
+        for _, meter in counted:
+            meter.reserve(1.0, now)
 
     def settle(self, bill: Bill, tally: Tally, now: Now) -> Tally:
         """Replaces the reservation by what the answer used. Returns that with its cost."""

@@ -118,6 +118,11 @@ class Ledger:
         """The bill of a request that begins. `names_model`: it is one of those that choose a model."""
         return Charge(self, account, names_model)
 
+    def take_call(self, account: Account) -> None:
+        """Counts a call that no model answers. Raises RateLimited or BudgetExceeded."""
+        self.accounts.admit_call(account, self.now())
+        self._unsaved = True
+
     def use(self, now: Now, tenant: str, model: str, tally: Tally) -> None:
         """Adds to what a tenant has used."""
         self._unsaved = True

@@ -23,7 +23,7 @@ from stretto.gateway.cache.answer import KeptAnswer, Recipient
 from stretto.gateway.cache.embedding import best_embedder, embed
 from stretto.gateway.cache.flight import AnswerFlight, FlightFailed, Piece
 from stretto.gateway.cache.key import KeyMaker, Source, revision_of, revisions
-from stretto.gateway.cache.memory import AnswerStore, Keeping, MemoryStore
+from stretto.gateway.cache.memory import AnswerStore, StoredAnswer, Keeping, MemoryStore
 from stretto.gateway.cache.policy import CachePolicy, Wish, policy_of, question_of, wish_of, without_field
 from stretto.gateway.cache.redis_store import RedisStore, connect
 from stretto.gateway.cache.semantic import Question, SemanticIndex, SimilarEntry, SimilarMatch
@@ -48,12 +48,15 @@ KEPT: frozenset[OperationName] = frozenset({"chat", "completions", "embeddings"}
 
 
 class Asked(NamedTuple):
-    """A request that may meet the cache, with the keys of tenant and answer."""
+    """A request that may meet the cache, with the keys of tenant, answer and subjects. `fence`: tells the
+    store of erasures since; None: nothing can be kept."""
 
     wish: Wish
     source: Source
     tenant: bytes
     key: bytes
+    subjects: tuple[bytes, ...]
+    fence: bytes | None = None
 
 
 class Probe(NamedTuple):
@@ -112,13 +115,15 @@ class Answers:
             return
         self.relay.admit(exchange)
         asked = self._asked(wish, exchange)
-        kept = await self._kept(asked, exchange) if wish.takes else None
+        found = await self._store.look(asked.tenant, asked.key, asked.subjects)
+        asked = asked._replace(fence=found.fence)
+        kept = self._kept(found, asked, exchange) if wish.takes else None
         if kept is not None:
             await self._reply(kept, exchange, asked, "exact")
             return
         probe = self._probe(asked) if wish.policy.semantic else None
         if probe is not None and wish.takes and probe.match is not None and probe.match.serve:
-            similar = await self._answer_of(asked.tenant, probe.match)
+            similar = await self._answer_of(asked, probe.match)
             if similar is not None and similar.serves(_recipient(asked, exchange)):
                 await self._reply(similar, exchange, asked, "semantic")
                 return
@@ -152,8 +157,9 @@ class Answers:
         await self._store.close()
 
     def _asked(self, wish: Wish, exchange: RelayedExchange) -> Asked:
-        source = self._source(wish, exchange)
-        return Asked(wish, source, self._keys.tenant(exchange.tenant), self._keys.answer(source, wish.body))
+        source, keys = self._source(wish, exchange), self._keys
+        subjects = tuple(keys.subject(exchange.tenant, name) for name in wish.subjects)
+        return Asked(wish, source, keys.tenant(exchange.tenant), keys.answer(source, wish.body), subjects)
 
     def _source(self, wish: Wish, exchange: RelayedExchange) -> Source:
         """Who would answer. All workers of the model count, so the key holds while some are away."""
@@ -166,9 +172,8 @@ class Answers:
         ]
         return Source(exchange.operation, exchange.tenant, model, revisions(known))
 
-    async def _kept(self, asked: Asked, exchange: RelayedExchange) -> KeptAnswer | None:
-        raw = await self._store.get(asked.tenant, asked.key)
-        kept = None if raw is None else answer.load(raw)
+    def _kept(self, found: StoredAnswer, asked: Asked, exchange: RelayedExchange) -> KeptAnswer | None:
+        kept = None if found.value is None else answer.load(found.value)
         return kept if kept is not None and kept.serves(_recipient(asked, exchange)) else None
 
     async def _reply(
@@ -191,11 +196,12 @@ class Answers:
         match = self._similar.find(asked.tenant, conversation, question, asked.wish.policy.max_error)
         return Probe(question, conversation, match)
 
-    async def _answer_of(self, tenant: bytes, match: SimilarMatch) -> KeptAnswer | None:
-        raw = await self._store.get(tenant, match.entry.key)
-        kept = None if raw is None else answer.load(raw)
+    async def _answer_of(self, asked: Asked, match: SimilarMatch) -> KeptAnswer | None:
+        """The kept answer to a similar question, which has the same subjects."""
+        found = await self._store.look(asked.tenant, match.entry.key, asked.subjects)
+        kept = None if found.value is None else answer.load(found.value)
         if kept is None or kept.text is None:
-            self._similar.remove(tenant, match.entry)
+            self._similar.remove(asked.tenant, match.entry)
             return None
         return kept
 
@@ -248,7 +254,7 @@ class Answers:
         unless that one stands for it."""
         match = probe.match
         if match is not None and match.entry.key != asked.key:
-            known = await self._answer_of(asked.tenant, match)
+            known = await self._answer_of(asked, match)
             if known is not None and known.text is not None:
                 right = self._similar.same_answer(known.text, text)
                 self.stats.verified += 1
@@ -257,20 +263,17 @@ class Answers:
                 if right:
                     return
         expires = time.monotonic() + asked.wish.policy.ttl
-        entry = SimilarEntry(asked.key, probe.conversation, probe.question, self._subjects(asked), expires)
+        entry = SimilarEntry(asked.key, probe.conversation, probe.question, asked.subjects, expires)
         self._similar.add(asked.tenant, entry)
-
-    def _subjects(self, asked: Asked) -> tuple[bytes, ...]:
-        return tuple(self._keys.subject(asked.source.tenant, name) for name in asked.wish.subjects)
 
     async def _keep(self, asked: Asked, flight: AnswerFlight, took_s: float) -> KeptAnswer | None:
         """Keeps the answer of a flight if it is whole and well, and returns it then."""
         made = _made(asked, flight.pieces) if flight.whole and flight.pieces else None
-        if made is None:
+        if made is None or asked.fence is None:
             self.stats.not_kept += 1
             return None
         policy = asked.wish.policy
-        keeping = Keeping(policy.ttl, policy.bytes, max(took_s, 1e-3), self._subjects(asked))
+        keeping = Keeping(policy.ttl, policy.bytes, max(took_s, 1e-3), asked.subjects, asked.fence)
         kept = await self._store.put(asked.tenant, asked.key, answer.dump(made), keeping)
         self.stats.kept += kept
         self.stats.not_kept += not kept

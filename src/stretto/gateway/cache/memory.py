@@ -6,7 +6,7 @@ and what has not been used for long loses its worth as others are evicted. The c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
@@ -14,23 +14,33 @@ from typing import NamedTuple, Protocol
 
 from stretto.gateway.cache.stats import CacheStats
 
+NO_ERASURE = b""
 OVERHEAD = 512  # bytes of an entry besides its value
 
 
 class Keeping(NamedTuple):
     """How to keep an answer: for `ttl` seconds, within the tenant's `budget` of bytes. `cost`: the seconds
-    that the answer took. `subjects`: keys of whom it is about."""
+    that the answer took. `subjects`: keys of whom it is about. `fence`: what `look` told when the request
+    came; after an erasure since then the answer is not kept."""
 
     ttl: float
     budget: int
     cost: float = 1.0
     subjects: tuple[bytes, ...] = ()
+    fence: bytes = NO_ERASURE
+
+
+class StoredAnswer(NamedTuple):
+    """What a store has for a key. `fence`: changes with each erasure; None: the store cannot be reached."""
+
+    value: bytes | None
+    fence: bytes | None
 
 
 class AnswerStore(Protocol):
     """Where kept answers are. `tenant` is the key of a tenant."""
 
-    async def get(self, tenant: bytes, key: bytes) -> bytes | None: ...
+    async def look(self, tenant: bytes, key: bytes, subjects: Sequence[bytes]) -> StoredAnswer: ...
     async def put(self, tenant: bytes, key: bytes, value: bytes, keeping: Keeping) -> bool: ...
     async def erase(self, tenant: bytes, subject: bytes | None) -> int: ...
     async def close(self) -> None: ...
@@ -72,6 +82,10 @@ class MemoryStore:
         self._stats = stats
         self._shelves: dict[bytes, Shelf] = {}
         self._soonest = inf  # when the next answer expires, or before
+
+    async def look(self, tenant: bytes, key: bytes, subjects: Sequence[bytes]) -> StoredAnswer:
+        """The value of a key. Whoever owns the store knows of its erasures, so the fence says nothing."""
+        return StoredAnswer(await self.get(tenant, key), NO_ERASURE)
 
     async def get(self, tenant: bytes, key: bytes) -> bytes | None:
         """The value of a key; None when there is none."""

@@ -1,7 +1,8 @@
 """Kept answers in a Redis that several gateways share. It needs the extra `redis`.
 
 Each value carries an HMAC over its key and its bytes, so that a value that is not ours, or not of this key,
-is no answer. While Redis is gone or slow, gateways answer without it; now and then a call tries it again.
+is no answer. An erasure leaves a tombstone: answers that any gateway began before it are neither kept nor
+served. While Redis is gone or slow, gateways answer without it; now and then a call tries it again.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import import_module
+from secrets import token_bytes
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 from stretto.errors import StartError, Unavailable
-from stretto.gateway.cache.memory import Keeping
+from stretto.gateway.cache.memory import StoredAnswer, Keeping
 from stretto.gateway.cache.stats import CacheStats
 
 log = logging.getLogger(__name__)
@@ -24,16 +26,32 @@ TIMEOUT_S = 0.05  # of a call for an answer: a worker is not much slower
 ERASE_S = 10.0
 PAUSE_S = 1.0  # without calls after one that failed
 MAC_BYTES = 16
-ANSWER, ABOUT = b"stretto:answer:", b"stretto:about:"
+MARK_BYTES = 8  # of a tombstone
+TOMBSTONE_S = 31 * 86_400  # longer than any answer is kept, or takes
+ANSWER, ABOUT, ERASED = b"stretto:answer:", b"stretto:about:", b"stretto:erased:"
+# Keeps a value unless something was erased meanwhile. The index comes first: a value that is not in it could
+# not be erased. KEYS: the value's name, ARGV[4] tombstones, indexes. ARGV: value, milliseconds, fence.
+KEEP = """
+local last = 1 + tonumber(ARGV[4])
+local fence = ''
+for i = 2, last do fence = fence .. (redis.call('GET', KEYS[i]) or string.rep('\\0', 8)) end
+if fence ~= ARGV[3] then return 0 end
+for i = last + 1, #KEYS do
+  redis.call('SADD', KEYS[i], KEYS[1])
+  redis.call('PEXPIRE', KEYS[i], ARGV[2], 'NX')
+  redis.call('PEXPIRE', KEYS[i], ARGV[2], 'GT')
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
 
 
 class RedisClient(Protocol):
     """What is used of redis.asyncio.Redis."""
 
-    def get(self, name: bytes) -> Awaitable[object]: ...
+    def mget(self, keys: Sequence[bytes]) -> Awaitable[object]: ...
     def set(self, name: bytes, value: bytes, *, px: int) -> Awaitable[object]: ...
-    def sadd(self, name: bytes, *values: bytes) -> Awaitable[object]: ...
-    def pexpire(self, name: bytes, time: int, *, gt: bool = False, nx: bool = False) -> Awaitable[object]: ...
+    def eval(self, script: str, numkeys: int, *args: bytes) -> Awaitable[object]: ...
     def smembers(self, name: bytes) -> Awaitable[object]: ...
     def unlink(self, *names: bytes) -> Awaitable[object]: ...
     def scan_iter(self, match: bytes, count: int) -> AsyncIterator[bytes]: ...
@@ -81,36 +99,42 @@ class RedisStore:
         self._again = 0.0  # when the next call may try
         stats.shared = "ok"
 
-    async def get(self, tenant: bytes, key: bytes) -> bytes | None:
-        """The value of a key; None when there is none, or none that is whole, or no Redis."""
+    async def look(self, tenant: bytes, key: bytes, subjects: Sequence[bytes]) -> StoredAnswer:
+        """The value of a key, if it is whole and nothing of its subjects was erased since it was begun."""
         name = _name(tenant, key)
-        raw = await self._try(lambda: self._redis.get(name))
-        if not isinstance(raw, bytes) or len(raw) < MAC_BYTES:
-            return None
-        mac, value = raw[:MAC_BYTES], raw[MAC_BYTES:]
-        return value if hmac.compare_digest(mac, self._mac(name, value)) else None
+        raw = await self._try(lambda: self._redis.mget([name, *_tombstones(tenant, subjects)]))
+        if not isinstance(raw, list):
+            return StoredAnswer(None, None)
+        stored, *marks = cast("list[bytes | None]", raw)
+        fence = b"".join((mark or b"").ljust(MARK_BYTES, b"\0") for mark in marks)
+        if stored is None or len(stored) < MAC_BYTES + len(fence):
+            return StoredAnswer(None, fence)
+        mac, body = stored[:MAC_BYTES], stored[MAC_BYTES:]
+        valid = hmac.compare_digest(mac, self._mac(name, body)) and body.startswith(fence)
+        return StoredAnswer(body[len(fence) :] if valid else None, fence)
+
+    async def get(self, tenant: bytes, key: bytes) -> bytes | None:
+        """The value of a key that is about nobody; None when there is none, or no Redis."""
+        return (await self.look(tenant, key, ())).value
 
     async def put(self, tenant: bytes, key: bytes, value: bytes, keeping: Keeping) -> bool:
-        """Keeps a value; False for one that is too large, or without Redis."""
+        """Keeps a value; False for one that is too large, after an erasure, or without Redis."""
         if len(value) > keeping.budget // 8:
             return False
         name, ttl_ms = _name(tenant, key), max(1, int(keeping.ttl * 1e3))
-
-        async def store() -> bool:
-            # The index first: a value that is not in it could not be erased.
-            for subject in keeping.subjects:
-                about = _about(tenant, subject)
-                await self._redis.sadd(about, name)
-                await self._redis.pexpire(about, ttl_ms, nx=True)
-                await self._redis.pexpire(about, ttl_ms, gt=True)
-            return bool(await self._redis.set(name, self._mac(name, value) + value, px=ttl_ms))
-
-        return bool(await self._try(store))
+        tombstones = _tombstones(tenant, keeping.subjects)
+        fence = keeping.fence or bytes(MARK_BYTES * len(tombstones))
+        body = fence + value
+        keys = [name, *tombstones, *(_about(tenant, subject) for subject in keeping.subjects)]
+        values = (self._mac(name, body) + body, b"%d" % ttl_ms, fence, b"%d" % len(tombstones))
+        return bool(await self._try(lambda: self._redis.eval(KEEP, len(keys), *keys, *values)))
 
     async def erase(self, tenant: bytes, subject: bytes | None) -> int:
         """Deletes a tenant's answers about a subject, or all. Raises Unavailable if it is not confirmed."""
         try:
             async with asyncio.timeout(ERASE_S):
+                mark = _tombstone(tenant, b"" if subject is None else subject)
+                await self._redis.set(mark, token_bytes(MARK_BYTES), px=TOMBSTONE_S * 1000)
                 if subject is not None:
                     about = _about(tenant, subject)
                     found = await self._redis.smembers(about)
@@ -180,6 +204,15 @@ class RedisStore:
 
 def _name(tenant: bytes, key: bytes) -> bytes:
     return ANSWER + tenant.hex().encode() + b":" + key.hex().encode()
+
+
+def _tombstone(tenant: bytes, subject: bytes) -> bytes:
+    return ERASED + tenant.hex().encode() + b":" + subject.hex().encode()
+
+
+def _tombstones(tenant: bytes, subjects: Sequence[bytes]) -> list[bytes]:
+    """Those of the whole tenant and of each subject."""
+    return [_tombstone(tenant, subject) for subject in (b"", *subjects)]
 
 
 def _about(tenant: bytes, subject: bytes) -> bytes:
