@@ -118,7 +118,13 @@ async def test_sessions_spread_over_the_workers_and_stay_where_they_are(checkpoi
             for talk in (one, one, one, other):
                 await talk.say("Hi")
                 await talk.send("response.create")
-                await talk.answer()
+                id = (await talk.answer())["id"]
+                assert (await client.post("/v1/feedback", json={"request_id": id, "thumbs": "up"})).is_success
+                response = talk.socket.response
+                assert response is not None
+                known = gateway.relay.answered
+                at = known.worker("local", [response.headers["x-request-id"]])
+                assert at is not None and known.worker("local", [id]) == at
             assert sorted([len(first.requests), len(second.requests)]) == [1, 3]
         await settled(lambda: active(gateway) == [0, 0])
 

@@ -23,7 +23,7 @@ from stretto.gateway.cache.answer import KeptAnswer, Recipient
 from stretto.gateway.cache.embedding import best_embedder, embed
 from stretto.gateway.cache.flight import AnswerFlight, FlightFailed, Piece
 from stretto.gateway.cache.key import KeyMaker, Source, revision_of, revisions
-from stretto.gateway.cache.memory import AnswerStore, StoredAnswer, Keeping, MemoryStore
+from stretto.gateway.cache.memory import AnswerStore, Keeping, MemoryStore, StoredAnswer
 from stretto.gateway.cache.policy import CachePolicy, Wish, policy_of, question_of, wish_of, without_field
 from stretto.gateway.cache.redis_store import RedisStore, connect
 from stretto.gateway.cache.semantic import Question, SemanticIndex, SimilarEntry, SimilarMatch

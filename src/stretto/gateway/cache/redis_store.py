@@ -17,7 +17,7 @@ from secrets import token_bytes
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 from stretto.errors import StartError, Unavailable
-from stretto.gateway.cache.memory import StoredAnswer, Keeping
+from stretto.gateway.cache.memory import Keeping, StoredAnswer
 from stretto.gateway.cache.stats import CacheStats
 
 log = logging.getLogger(__name__)

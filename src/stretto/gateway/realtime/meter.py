@@ -63,7 +63,8 @@ class _TurnDetails(Struct):
     error: _TurnError | None = None
 
 
-class _DoneTurn(Struct):
+class _TurnResponse(Struct):
+    id: str = ""
     status: str = ""
     status_details: _TurnDetails | None = None
     usage: _TurnUsage | None = None
@@ -146,7 +147,7 @@ class SessionMeter:
         except (DecodeError, ValidationError):
             return event  # the client knows better
         if head.type == "response.created":
-            self._begin()
+            self._begin(head.response)
         elif head.type == "response.done":
             self._done(head.response)
         elif head.type == "error":
@@ -208,20 +209,20 @@ class SessionMeter:
             worker.view.active += 1
         return MeteredTurn(head.event_id, account.tenant, charge, request)
 
-    def _begin(self) -> None:
+    def _begin(self, raw: Raw) -> None:
         own = next(iter(self._pending), None)
         if own is None or self._turn is not None:
             raise InvalidRequest("the event that asked for a response could not be read; send plain JSON")
-        self._turn = own, self._pending.pop(own)
+        turn = self._pending.pop(own)
+        self._turn = own, turn
+        place = self._place
+        place.relay.answered.add(turn.tenant, _response(raw).id, place.worker.name)
 
     def _done(self, raw: Raw) -> None:
         if self._turn is None:
             return
         turn, self._turn = self._turn[1], None
-        try:
-            done = json.decode(raw, type=_DoneTurn)
-        except (DecodeError, ValidationError):
-            done = _DoneTurn()
+        done = _response(raw)
         usage, details = done.usage or _TurnUsage(), done.status_details
         self._context, self._fresh = usage.input_tokens + usage.output_tokens or self._context, 0
         failed = details.error.code if details is not None and details.error is not None else "worker_error"
@@ -292,6 +293,13 @@ def _client_head(event: str | bytes) -> _ClientHead:
         return json.decode(event, type=_ClientHead)
     except (DecodeError, ValidationError, RecursionError):
         return _ClientHead()  # the worker says what is wrong with it
+
+
+def _response(raw: Raw) -> _TurnResponse:
+    try:
+        return json.decode(raw, type=_TurnResponse)
+    except (DecodeError, ValidationError):
+        return _TurnResponse()
 
 
 def _fields(raw: Raw) -> RoutingFields:
