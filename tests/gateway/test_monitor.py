@@ -16,7 +16,9 @@ import pytest
 from stretto.errors import EngineDied
 from stretto.gateway.accounts import issue
 from stretto.gateway.accounts.keys import KeyFile
+from stretto.gateway.app import Gateway
 from stretto.gateway.operations.metrics import BoundedNames
+from stretto.gateway.settings import GatewayConfig
 from tests.gateway.cluster import ASK, CHAT, cluster, fake
 
 promtool = shutil.which("promtool") or ""
@@ -170,3 +172,9 @@ async def test_the_request_id_reaches_the_engine(checkpoint: Path):
     async with cluster(checkpoint, engine) as (client, _):
         answer = await client.post(CHAT, json=WHOLE, headers={"x-request-id": "abc-1"})
         assert engine.requests[-1].request_id == "abc-1" and answer.json()["id"].endswith("abc-1")
+
+
+async def test_a_gateway_that_had_no_worker_yet_says_that_it_has_none():
+    """An alert compares with 0, and a series that is absent equals nothing."""
+    text = Gateway(GatewayConfig(port=0)).monitor.metrics.text().decode()
+    assert 'stretto_gateway_workers{site="",state="usable"} 0.0' in text

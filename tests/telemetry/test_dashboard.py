@@ -27,7 +27,12 @@ KINDS = {
     metric.name: type(metric.create(metric.name, metric.help, registry=None)).__name__.lower()
     for metric in (*METRICS, *gateway.METRICS)
 }
-WITHOUT_GRAPH = {"stretto_draining", "stretto_build_info"}
+WITHOUT_GRAPH = {
+    "stretto_draining",
+    "stretto_build_info",
+    "stretto_gateway_draining",
+    "stretto_gateway_build_info",
+}
 promtool = shutil.which("promtool") or ""
 needs_promtool = pytest.mark.skipif(not promtool, reason="promtool is not installed (package prometheus)")
 
@@ -69,13 +74,13 @@ def test_the_reference_page_equals_the_catalogue() -> None:
 
 
 def test_the_dashboard_queries_exactly_the_metrics_with_a_graph() -> None:
-    assert named(queries()) == KNOWN - WITHOUT_GRAPH
+    assert named(queries()) == (KNOWN | OF_GATEWAYS) - WITHOUT_GRAPH
 
 
 def test_the_dashboard_has_every_expected_graph() -> None:
     rows = [panel["title"] for panel in BOARD["panels"] if panel["type"] == "row"]
-    assert rows == ["On time", "Latency", "Load", "Steps", "Worker"]
-    assert len(GRAPHS) == 28
+    assert rows == ["On time", "Latency", "Load", "Steps", "Worker", "Gateway"]
+    assert len(GRAPHS) == 45
 
 
 def test_the_dashboard_queries_existing_metrics_of_both_processes() -> None:
@@ -117,6 +122,8 @@ def test_every_alert_has_a_severity_and_instructions() -> None:
         "StrettoEngineRestarted",
         "StrettoGatewayWithoutWorkers",
         "StrettoGatewayWorkerLost",
+        "StrettoGatewayBreakerOpen",
+        "StrettoGatewayRedisGone",
         "StrettoGatewayFailing",
         "StrettoGatewayKeysStale",
         "StrettoGatewayForecastOff",
@@ -207,6 +214,43 @@ def test_an_alert_fires_for_a_worker_that_is_down_and_for_none_at_all(tmp_path: 
                 firing(9),
                 firing(14, ',instance="b:8000",job="stretto"'),
                 firing(60, ""),
+            ],
+        }
+    ]
+    check_rules(tmp_path, {"tests": tests})
+
+
+@needs_promtool
+def test_alerts_fire_for_a_gateway_without_workers_with_an_open_breaker_and_without_redis(
+    tmp_path: Path,
+) -> None:
+    """All is well for ten minutes. Then one of two workers fails, then the other one, and Redis is gone."""
+    of = '%s{instance="g:8080"%s}'
+    workers = of % ("stretto_gateway_workers", ',site="",state="usable"')
+    breaker = of % ("stretto_gateway_breaker", ',worker="w%d"')
+    names = ("BreakerOpen", "RedisGone", "WithoutWorkers")
+
+    def firing(minute: int, **labels: str) -> dict[str, Any]:
+        name = 'ALERTS{alertname="StrettoGateway%s",alertstate="firing",instance="g:8080",%s}'
+        samples = [{"labels": name % each, "value": 1} for each in labels.items()]
+        kinds = "|".join(f"StrettoGateway{name}" for name in names)
+        query = f'ALERTS{{alertstate="firing",alertname=~"{kinds}"}}'
+        return {"expr": query, "eval_time": f"{minute}m", "exp_samples": samples}
+
+    broken = {"BreakerOpen": 'severity="warning",worker="w1"'}
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": [
+                {"series": workers, "values": "2x10 1x10 0x20"},
+                {"series": breaker % 1, "values": "0x10 2x30"},
+                {"series": breaker % 2, "values": "0x10 1x30"},
+                {"series": of % ("stretto_gateway_shared_gone", ""), "values": "0x20 1x20"},
+            ],
+            "promql_expr_test": [
+                firing(9),
+                firing(18, **broken),
+                firing(30, **broken, RedisGone='severity="warning"', WithoutWorkers='severity="critical"'),
             ],
         }
     ]

@@ -170,10 +170,12 @@ async def test_two_gateways_share_answers_and_serve_without_redis(checkpoint: Pa
             tenant, key = (bytes.fromhex(part.decode()) for part in name.split(b":")[2:])
             assert await other.get(tenant, key) is not None
         assert cached(await client.post(CHAT, json=WHOLE)) == "exact"
+        assert "stretto_gateway_shared_gone 0.0" in gateway.monitor.metrics.text().decode()
         redis.kill()
         for _ in range(2):
             assert cached(await client.post(CHAT, json=WHOLE)) is None
             await settled(gateway)
+        assert "stretto_gateway_shared_gone 1.0" in gateway.monitor.metrics.text().decode()
         assert (await client.get("/health")).json()["shared_cache"] == "gone"
         assert len(engine.requests) == 3
         assert (await client.delete("/v1/cache")).status_code == 503

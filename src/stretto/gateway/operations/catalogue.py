@@ -99,6 +99,11 @@ CACHE_FAILURES = Metric(
     "stretto_gateway_cache_shared_failures",
     "Calls of the Redis that gateways share which failed; the requests were served without.",
 )
+SHARED_GONE = Metric(
+    Gauge,
+    "stretto_gateway_shared_gone",
+    "1 while the Redis that gateways share cannot be reached, by caches or limits, else 0.",
+)
 
 # The gateway, at the time of a scrape.
 OPEN = Metric(Gauge, "stretto_gateway_open_requests", "Requests being answered.")

@@ -65,6 +65,7 @@ class GatewayGauges(Struct, frozen=True, kw_only=True):
     open: int
     draining: bool
     keys_stale: bool
+    shared_gone: bool
     log_dropped: int
     workers: Iterable[WorkerGauge]
     counts: Mapping[str, int]
@@ -177,6 +178,7 @@ class GatewayMetrics:
         self._of(catalogue.OPEN).set(now.open)
         self._of(catalogue.DRAINING).set(now.draining)
         self._of(catalogue.KEYS_STALE).set(now.keys_stale)
+        self._of(catalogue.SHARED_GONE).set(now.shared_gone)
         totals = {catalogue.LOG_DROPPED: now.log_dropped} | {
             metric: now.counts[metric.name]
             for metric in (catalogue.FAILOVERS, catalogue.RETRIES, catalogue.HEDGES, catalogue.HEDGES_WON)
@@ -209,8 +211,9 @@ class GatewayMetrics:
         self._of(catalogue.CACHE_BYTES).set(cache.bytes)
 
     def _count_workers(self, workers: Iterable[WorkerGauge]) -> None:
-        """Sets the gauges of the present workers, and those of workers that left to 0."""
-        states: Counter[tuple[str, ...]] = Counter(dict.fromkeys(self._gauged, 0))
+        """Sets the gauges of the present workers, and those of workers that left to 0. Of a gateway that has
+        had no worker yet, too: an alert looks for 0."""
+        states: Counter[tuple[str, ...]] = Counter(dict.fromkeys(self._gauged or {("", "usable")}, 0))
         for worker in workers:
             states[self._sites.of(worker.site), worker.state] += 1
             self._of(catalogue.BREAKER, self._workers.of(worker.name)).set(BREAKERS[worker.breaker])

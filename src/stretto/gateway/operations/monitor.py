@@ -115,6 +115,7 @@ class Monitor:
             open=self._calls.running,
             draining=self._calls.draining,
             keys_stale=bool(self._ledger.error),
+            shared_gone=self._answers.stats.shared == "gone" or bool(self._ledger.shared_error),
             log_dropped=0 if log is None else log.dropped,
             workers=[
                 WorkerGauge(each.name, each.view.site, state_of(each), each.breaker.state(now))
