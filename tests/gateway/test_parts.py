@@ -12,7 +12,7 @@ from stretto.gateway.routing.hedge import FEW, Errors, HedgeBudget
 from stretto.gateway.routing.prefixes import PIECE, PrefixIndex, keys_of
 from stretto.gateway.upstream.health import FAILURES, FIRST_PAUSE_S, LONGEST_PAUSE_S, SLOW_START_S, Breaker
 from stretto.gateway.upstream.progress import Progress
-from stretto.protocol.relay import EmittedAnswer, error_mark, mark
+from stretto.protocol.relay import EmittedAnswer, error_mark, mark, variant_mark
 
 EVENT = b'data: {"id":"c1","created":7,"choices":[]}\n\n'
 
@@ -93,6 +93,21 @@ def test_a_second_attempt_starts_when_a_miss_is_likely_and_not_before():
     assert few.wait_before(1.0, 2.0, 0.5) == inf
 
 
+@given(st.lists(st.floats(0.1, 5.0), min_size=FEW, max_size=60), st.floats(0.1, 6.0), st.floats(0.05, 1.0))
+def test_a_second_attempt_waits_until_a_miss_is_likely_and_no_longer(
+    ratios: list[float], limit: float, bound: float
+):
+    errors = Errors()
+    for ratio in ratios:
+        errors.add(1.0, ratio)
+    likely = [
+        wait
+        for wait in (0.0, *sorted(ratios))
+        if wait < limit and errors.miss_chance(1.0, limit, wait) > bound
+    ]
+    assert errors.wait_before(1.0, limit, bound) == min(likely, default=inf)
+
+
 def test_hedges_stay_within_their_share():
     budget, spent = HedgeBudget(0.05), 0
     for _ in range(1000):
@@ -137,6 +152,15 @@ def test_the_id_of_a_response_is_found_in_its_first_event():
     progress.push(event + mark(0, [1], complete=False, last=False))
     continuation = progress.continuation(0.0)
     assert continuation is not None and (continuation.id, continuation.created) == ("resp_1", 9)
+
+
+def test_the_variant_of_each_answer_is_kept_and_the_client_does_not_see_it():
+    progress = Progress(lambda: 0.0)
+    stream = EVENT + variant_mark(1, "m:int8") + mark(1, [4], complete=False, last=False)
+    assert b"".join(progress.push(bytes([byte])) for byte in stream) == EVENT
+    continuation = progress.continuation(0.0)
+    assert continuation is not None
+    assert [answer.variant for answer in continuation.answers] == ["", "m:int8"]
 
 
 def test_events_without_their_mark_are_held_back_and_dropped_with_the_worker():

@@ -18,6 +18,7 @@ from stretto.types import ModelInfo
 RELAY = "/v1/relay"
 MARK = b":~"  # how a mark's line begins
 TOOK_MARK = MARK + b"$ "  # how the line begins that says what a stream took
+VARIANT_MARK = MARK + b"@ "  # how the line begins that names the variant of a ladder that answers
 TOOK = "x-stretto-took"  # the header that says it of an answer in one piece
 ERROR_CODE = "x-stretto-error"  # the header of a refusal: the error's code, in the words of every API
 MARKED = "x-stretto-marks"  # the header of a stream that has marks
@@ -97,6 +98,7 @@ class EmittedAnswer(Struct, frozen=True, array_like=True):
 
     `complete`: it has the finish reason. `late`: a token missed its deadline. `first_ms` and `last_ms`: when
     its first and its latest token came, from the request's arrival; negative when they are not known.
+    `variant`: the variant of a ladder that made it; empty when there was no choice.
     """
 
     tokens: list[int] = []
@@ -104,6 +106,7 @@ class EmittedAnswer(Struct, frozen=True, array_like=True):
     late: bool = False
     first_ms: float = -1.0
     last_ms: float = -1.0
+    variant: str = ""
 
 
 class Continuation(Struct, frozen=True):
@@ -172,6 +175,17 @@ def mark(index: int, tokens: list[int], *, complete: bool, last: bool, late: boo
     return b"%b%d %b%b%b\n\n" % (MARK, index, " ".join(map(str, tokens)).encode(), b"-" if late else b"", end)
 
 
+def variant_mark(index: int, variant: str) -> bytes:
+    """The line in front of the first mark of the answer `index`, when a variant of a ladder makes it."""
+    return b"%b%d %b\n\n" % (VARIANT_MARK, index, variant.encode())
+
+
+def read_variant_mark(line: bytes) -> tuple[int, str]:
+    """What `variant_mark` wrote. Raises ValueError."""
+    index, _, variant = line.removeprefix(VARIANT_MARK).strip().partition(b" ")
+    return int(index), variant.decode()
+
+
 def error_mark(code: str) -> bytes:
     """The mark after the event with which a stream ends in an error."""
     return b"%b? %b\n\n" % (MARK, code.encode())
@@ -215,6 +229,8 @@ def read_mark(line: bytes) -> Mark:
     if not text.startswith(MARK):
         raise ValueError(f"no mark: {line[:40]!r}")
     index, _, rest = text[len(MARK) :].partition(b" ")
+    if rest[-1:].isdigit():  # nearly all
+        return Mark(int(index), [int(each) for each in rest.split()])
     if index == b"?":
         return Mark(0, [], last=True, error=rest.decode())
     tokens = rest.rstrip(b"-.!")

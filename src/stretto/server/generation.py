@@ -16,7 +16,7 @@ from stretto.errors import EngineError
 from stretto.ladder.learning.feedback import MadeChoice
 from stretto.protocol.openai import ChatRequest, CompletionRequest, Generation
 from stretto.protocol.parsing import JSON, parse
-from stretto.protocol.relay import MARKED, PATHS, RESPONSES, OperationName, RelayedRequest, mark
+from stretto.protocol.relay import MARKED, PATHS, RESPONSES, OperationName, RelayedRequest, mark, variant_mark
 from stretto.server import responses
 from stretto.server.admission_gate import Slot
 from stretto.server.feedback.choices import follow, remember, user_of
@@ -31,7 +31,7 @@ from stretto.server.validation import (
     check_chat,
     check_completion,
 )
-from stretto.server.variants.placement import learn_lengths, place
+from stretto.server.variants.placement import begun_with, learn_lengths, place
 from stretto.text.output import AnswerPlace, Output, OutputDelta
 from stretto.text.tools import markers
 from stretto.types import Request, Sampling, TokenEvent
@@ -111,6 +111,8 @@ async def run(
         slo = resolve_objective(
             request, server.policy, call.tenant, lambda: server.quota.allows(call.tenant, time.monotonic())
         )
+        if call.continuation is not None:
+            slo = slo.for_begun()
         call.tier = slo.tier
         await server.check_grammar(call, spec.sampling.grammar, spec.grammar_path)
         prompts = await server.run_text(call, spec.encode)
@@ -121,7 +123,8 @@ async def run(
         for prompt in prompts:
             for copy, sampling in enumerate(samplings):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)
-        remember(call, request, call.placement.made or MadeChoice(model.name, model.info.name))
+        variant = call.placement.model or model.info.name
+        remember(call, request, call.placement.made or MadeChoice(model.name, variant))
         await (stream if spec.stream else answer)(call, writer_of(spec, slo.tier), slot)
     learn_lengths(call, model.name)
     follow(call, request)
@@ -133,7 +136,7 @@ def submit(
     """Sends one sequence to the engine; the call owns its output. `first`: of the answers to its prompt."""
     server, model, placed, index = call.server, spec.model, call.placement, len(call.outputs)
     emitted = call.emitted(index)
-    name = placed.model or model.info.name
+    name = begun_with(call, model.name, index) or placed.model or model.info.name
     request = Request(
         id=server.engine.next_id(),
         model=name,
@@ -146,7 +149,7 @@ def submit(
         tier=slo.tier,
         emitted=tuple(emitted.tokens),
         request_id=call.exchange.id,
-        lighter=placed.lighter,
+        lighter=() if emitted.tokens else placed.lighter,
         cached=call.read_ahead.common(name, prompt.ids),
     )
     sequence = server.engine.submit(request)
@@ -180,7 +183,7 @@ async def stream(call: Call, writer: AnswerWriter, slot: Slot) -> None:
     """Sends the answers as server-sent events. Tokens that wait leave in one send; a client that reads slowly
     holds up its own stream alone. A gateway gets a mark after the events of each send."""
     running = len(call.outputs) - replay(call, writer)
-    send = call.send
+    send, named = call.send, set[int]()
     if not running:
         await send_head(call)
         ending = writer.end(call.outputs)
@@ -195,6 +198,9 @@ async def stream(call: Call, writer: AnswerWriter, slot: Slot) -> None:
             if not running:
                 body += writer.end(call.outputs)
             if call.relayed:
+                if output.index not in named:
+                    named.add(output.index)
+                    body += name_variant(call, output)
                 tokens = [event.token for _, event in fresh if event is not None and event.token is not None]
                 if not running:
                     body += call.took().mark()
@@ -205,6 +211,11 @@ async def stream(call: Call, writer: AnswerWriter, slot: Slot) -> None:
                 await send_head(call)
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": running > 0})
+
+
+def name_variant(call: Call, output: Output) -> bytes:
+    """Tells a gateway which variant of a ladder answers, so that it can go on elsewhere."""
+    return b"" if output.variant == call.model else variant_mark(output.index, output.variant)
 
 
 async def send_head(call: Call) -> None:

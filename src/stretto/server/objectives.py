@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from msgspec import structs
+
 from stretto.config import Schedule, Tier
 from stretto.errors import InvalidRequest
 from stretto.protocol.openai import Generation, ObjectiveFields, TotalObjective
@@ -24,6 +26,10 @@ class ServiceLevel(NamedTuple):
     objective: Objective
     tier: str
     prefer: Preference = "quality"
+
+    def for_begun(self) -> ServiceLevel:
+        """The same for an answer that another worker began: however late it is, it is not refused."""
+        return self._replace(objective=structs.replace(self.objective, on_miss="late"))
 
 
 class ServicePolicy(NamedTuple):

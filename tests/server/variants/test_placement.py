@@ -16,6 +16,7 @@ from stretto.engine.step_time import StepCost
 from stretto.errors import StartError
 from stretto.ladder.registry import Variant
 from stretto.ladder.serving import ServedLadder
+from stretto.protocol.relay import RELAY, VARIANT_MARK, variant_mark
 from stretto.server import app
 from stretto.server.app import App
 from stretto.text.tokenizer import TextModel
@@ -57,6 +58,7 @@ def application(engine: FakeEngine, checkpoint: Path, config: ServeConfig) -> Ap
         config,
         api_keys={"secret-of-alice": "alice", "secret-of-bob": "bob"},
         tenants_prefer={"bob": "latency"},
+        gateway_key="secret-of-the-gateway",
     )
     return build(engine, checkpoint, config, *map(variant, COSTS))
 
@@ -123,6 +125,37 @@ async def test_a_variant_may_be_named_and_then_nothing_is_chosen(
     assert engine.requests[0].model == "m:int8" and engine.requests[0].lighter == ()
     assert answer["model"] == "m:int8"
     assert answer["stretto"]["variant"] == "m:int8" and "variant_reason" not in answer["stretto"]
+
+
+async def relayed(client: httpx.AsyncClient, request: dict[str, Any], answers: list[Any] | None) -> bytes:
+    continuation = None if answers is None else {"id": "c", "created": 1, "answers": answers}
+    body = {"operation": "chat", "tenant": "alice", "request": HELLO | request | {"stream": True}}
+    headers = {"authorization": "Bearer secret-of-the-gateway"}
+    sent = body | {"continuation": continuation, "age_ms": 5000.0}
+    answer = await client.post(RELAY, json=sent, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+async def test_the_variant_that_began_an_answer_goes_on_with_it_elsewhere(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    whole = await relayed(client, {}, None)
+    assert whole.count(variant_mark(0, "m:full")) == 1
+    assert VARIANT_MARK not in await relayed(client, {"model": "m:int8"}, None)
+    # The first token was due long ago, and another variant would be chosen now.
+    late = {"objective": {"ttft_ms": 1, "on_miss": "reject"}, "n": 2}
+    for variants, expected in (
+        (("m:int8", "m:int8"), ["m:int8", "m:int8"]),
+        (("m:full", "m:int8"), ["m:full", "m:int8"]),
+        (("m:gone", "m:gone"), ["m:small", "m:small"]),  # not served here: another one, rather than none
+    ):
+        engine.requests.clear()
+        answers = [[[7], False, False, 1.0, 1.0, variant] for variant in variants]
+        await relayed(client, late, answers)
+        assert [request.model for request in engine.requests] == expected
+        assert {(request.lighter, request.emitted) for request in engine.requests} == {((), (7,))}
+        assert {request.objective.on_miss for request in engine.requests} == {"late"}
 
 
 async def test_all_answers_of_a_request_come_from_one_variant(

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 
 from msgspec import DecodeError, Struct, ValidationError, json
 
-from stretto.protocol.relay import MARK, TOOK_MARK, Continuation, EmittedAnswer, Took, read_mark
+from stretto.protocol.relay import (
+    MARK,
+    TOOK_MARK,
+    VARIANT_MARK,
+    Continuation,
+    EmittedAnswer,
+    Took,
+    read_mark,
+    read_variant_mark,
+)
 
 MARK_LINE = b"\n" + MARK
 END = b"\n\n"
@@ -51,7 +60,7 @@ class Progress:
     the code of the error in which the worker ended the stream; the client gets it unless it is RETRIABLE.
     """
 
-    __slots__ = ("_clock", "_head", "_held", "_parts", "ended", "error", "took")
+    __slots__ = ("_clock", "_head", "_held", "_parts", "_variants", "ended", "error", "took")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.ended = False  # whether the client has the whole stream
@@ -61,6 +70,7 @@ class Progress:
         self._held: bytes = b""
         self._head: _Opened | None = None
         self._parts: dict[int, _Part] = {}
+        self._variants: dict[int, str] = {}  # that make the answers, where a ladder has several
 
     @property
     def begun(self) -> bool:
@@ -75,25 +85,29 @@ class Progress:
     def push(self, data: bytes) -> bytes:
         """The bytes for the client that `data` completes. Raises ValueError for a malformed mark."""
         data = self._held + data if self._held else data
-        passed = b""
+        passed, events, start = b"", b"", 0  # `events`: those in front of the last line that is no mark
         while True:
-            at = 0 if data.startswith(MARK) else data.find(MARK_LINE) + 1
-            if at == 0 and not data.startswith(MARK):
-                break
+            at = start
+            if not data.startswith(MARK, start):
+                at = data.find(MARK_LINE, start) + 1
+                if not at:
+                    break
             end = data.find(END, at)
             if end < 0:
                 break
-            line = data[at:end]
+            line, events = data[at:end], events + data[start:at]
+            start = end + len(END)
             if line.startswith(TOOK_MARK):
                 self.took = Took.of(line.removeprefix(TOOK_MARK).decode())
-                data = data[:at] + data[end + len(END) :]
-                continue
-            self._take(data[:at], line)
-            if self.error in RETRIABLE:
-                return passed
-            passed += data[:at]
-            data = data[end + len(END) :]
-        self._held = data
+            elif line.startswith(VARIANT_MARK):
+                index, variant = read_variant_mark(line)
+                self._variants[index] = variant
+            else:
+                self._take(events, line)
+                if self.error in RETRIABLE:
+                    return passed
+                passed, events = passed + events, b""
+        self._held = events + data[start:]
         return passed
 
     def lost(self) -> None:
@@ -101,6 +115,7 @@ class Progress:
         self._held, self.error = b"", ""
         if self._head is None:
             self._parts.clear()
+            self._variants.clear()
 
     def continuation(self, arrival: float) -> Continuation | None:
         """Where another worker must go on with a request that came at `arrival`; None when the client has
@@ -109,18 +124,17 @@ class Progress:
         if head is None:
             return None
         head = head.response or head
-        answers = [
-            self._emitted(self._parts.get(index), arrival)
-            for index in range(max(self._parts, default=-1) + 1)
-        ]
+        answers = [self._emitted(index, arrival) for index in range(max(self._parts, default=-1) + 1)]
         created = head.created or (head.created_at if isinstance(head.created_at, int) else 0)
         return Continuation(head.id, created, answers)
 
-    def _emitted(self, part: _Part | None, arrival: float) -> EmittedAnswer:
+    def _emitted(self, index: int, arrival: float) -> EmittedAnswer:
+        part = self._parts.get(index)
         if part is None:
             return EmittedAnswer()
-        times = [(when - arrival) * 1e3 for when in (part.first, part.last)]
-        return EmittedAnswer(part.tokens, part.complete, part.late, *times)
+        first_ms, last_ms = ((when - arrival) * 1e3 for when in (part.first, part.last))
+        variant = self._variants.get(index, "")
+        return EmittedAnswer(part.tokens, part.complete, part.late, first_ms, last_ms, variant)
 
     def _take(self, events: bytes, line: bytes) -> None:
         """Counts what a mark says of the events before it."""

@@ -18,12 +18,16 @@ FLOOR, PREFER = "$.objective.min_quality", "$.objective.prefer"
 
 
 def place(call: Call, spec: AnswerSpec, slo: ServiceLevel, prompts: list[EncodedPrompt]) -> VariantPlacement:
-    """The model that answers all prompts of a call. Nothing is chosen for a model without variants.
+    """The model that answers all prompts of a call. Nothing is chosen for a model without variants, nor for
+    an answer that another worker began: the variant that began it goes on.
 
     Raises UnsupportedField for a floor or a preference that this model has no measurements for,
     QualityOutOfReach and CannotBeOnTime for a request that rather wants a refusal.
     """
     model, floor = spec.model, slo.objective.min_quality
+    begun = next((name for index in range(spec.answers) if (name := begun_with(call, model.name, index))), "")
+    if begun:
+        return VariantPlacement(begun)
     router = call.server.router(model.name)
     if router is None:
         if floor is not None:
@@ -43,6 +47,14 @@ def place(call: Call, spec: AnswerSpec, slo: ServiceLevel, prompts: list[Encoded
             param=PREFER,
         )
     return _chosen(call, router, _asked(call, spec, slo, prompts, only))
+
+
+def begun_with(call: Call, model: str, index: int) -> str:
+    """The variant with which another worker began the answer `index`; empty if there is none, or it is not
+    served here."""
+    variant, router = call.emitted(index).variant, call.server.router(model)
+    served = router is not None and any(variant == each.name for each in router.ladder.models.values())
+    return variant if served else ""
 
 
 def _asked(
