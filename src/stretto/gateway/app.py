@@ -129,7 +129,8 @@ class RelayedPath:
                 charge.admit,
                 span=exchange.span,
             )
-            gone = not await gateway.server.run(gateway.answers.run(relayed), receive, account.record.id)
+            work = gateway.answers.run(relayed)
+            gone = not await gateway.server.run(work, receive, account.record.id, lambda: client.whole)
         except ClientDisconnect:
             gone = True
         except asyncio.CancelledError:
@@ -154,8 +155,10 @@ class _Client:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
+        self.whole = False
 
     async def send(self, status: int, headers: Mapping[str, str], body: bytes, more: bool) -> None:
+        self.whole = not more
         if not self.started:
             self.started = True
             pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Container, Coroutine
+from collections.abc import Callable, Container, Coroutine
 from typing import Any
 
 from starlette.types import Receive
@@ -56,29 +56,46 @@ class Calls:
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
-    async def run(self, work: Coroutine[Any, Any, None], receive: Receive | None, owner: str = "") -> bool:
-        """Runs a call. Returns False when its client left before it was done. Raises StrettoError.
+    async def run(
+        self,
+        work: Coroutine[Any, Any, None],
+        receive: Receive | None,
+        owner: str = "",
+        whole: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Runs a call in the current task. Returns False when its client left before the call was done, or
+        before it had the `whole` answer. Raises StrettoError.
 
         `receive` None: the call notices itself when its client leaves.
         """
-        task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+        task = asyncio.current_task()
+        assert task is not None
+        gone = None if receive is None else asyncio.create_task(_gone(receive))
+
+        def leave(_: asyncio.Task[None]) -> None:
+            if task in self._tasks and not whole():
+                task.cancel()
+
+        if gone is not None:
+            gone.add_done_callback(leave)
         self._tasks[task] = owner
         try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if task in self._errors:
-                raise self._errors.pop(task)
-            if task.done():
-                task.result()
-            return task.done()
+            await work
+            return True
+        except asyncio.CancelledError:
+            error = self._errors.pop(task, None)
+            if error is None and (gone is None or not gone.done() or gone.cancelled()):
+                raise
+            task.uncancel()
+            if error is not None:
+                raise error from None
+            return False
         finally:
             del self._tasks[task]
-            gone.cancel()
-            task.cancel()
+            if gone is not None:
+                gone.cancel()
 
 
-async def _gone(receive: Receive | None) -> None:
-    if receive is None:
-        await asyncio.get_running_loop().create_future()
-        return
+async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

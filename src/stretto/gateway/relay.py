@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from math import inf
-from typing import cast
+from typing import Any, cast
 
 from msgspec import Raw, json
 
@@ -67,6 +68,54 @@ class Attempt:
     connection: UpstreamConnection
     head: Head
     span: TraceSpan | None  # None: traces are off
+
+
+class Rival:
+    """A second attempt of a request, which interrupts the first one when it wins. `begin()` starts one, or
+    returns None when none is worth its price."""
+
+    def __init__(self, begin: Callable[[], Coroutine[Any, Any, Attempt] | None]) -> None:
+        self._begin = begin
+        self._first: asyncio.Timeout | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[Attempt] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it has started and not failed."""
+        task = self._task
+        return task is not None and not (task.done() and (task.cancelled() or task.exception() is not None))
+
+    def arm(self, wait: float, first: asyncio.Timeout) -> None:
+        """Starts after `wait` seconds. When it wins, the block of `first` ends in TimeoutError."""
+        self._first = first
+        self._timer = asyncio.get_running_loop().call_later(wait, self._start)
+
+    def _start(self) -> None:
+        work = self._begin()
+        if work is not None:
+            self._task = asyncio.create_task(work)
+            self._task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Attempt]) -> None:
+        if not task.cancelled() and task.exception() is None and self._first is not None:
+            self._first.reschedule(asyncio.get_running_loop().time())
+
+    async def attempt(self) -> Attempt:
+        """The attempt when its response has begun. Raises what it raised."""
+        assert self._task is not None
+        self._first = None
+        return await self._task
+
+    def end(self) -> Attempt | None:
+        """Ends it. Returns the attempt if its response has begun."""
+        self._first = None
+        if self._timer is not None:
+            self._timer.cancel()
+        task = self._task
+        if task is None or task.cancel() or task.cancelled() or task.exception() is not None:
+            return None
+        return task.result()
 
 
 class Relay:
@@ -144,7 +193,7 @@ class Relay:
             model=name,
             prompt=cast("tuple[int, ...]", range(tokens)),  # only its length is read
             arrival=exchange.arrival,
-            sampling=Sampling(max_tokens=fields.most_tokens),
+            sampling=_sampling(fields.most_tokens),
             tenant=exchange.tenant,
             objective=fields.wanted(self.registry.tiers()) if generates else Objective(on_miss="late"),
             tier=fields.tier,
@@ -153,45 +202,50 @@ class Relay:
         return Ask(request, keys, PIECE / ratio)
 
     async def _begin(self, ask: Ask, exchange: RelayedExchange) -> Attempt:
-        """The first attempt whose response begins. Raises WorkerLost when none does, and Unavailable."""
+        """The first attempt whose response begins. Raises WorkerLost or Refusal when none does, and
+        Unavailable. The first attempt needs no task of its own; a second one interrupts it when it wins."""
         placement = await self._place(ask, exchange)
         if not exchange.tried:
             self.hedging.placed(ask, placement)
-        first = asyncio.create_task(self._start(ask, exchange, placement))
-        racers = {first}
-        winner: Attempt | None = None
+        wait = self._hedge_after(ask, exchange, placement)
+        if wait == inf:
+            return await self._start(ask, exchange, placement)
+        rival = Rival(lambda: self._start_second(ask, exchange, placement))
+        won: Attempt | None = None
         try:
-            wait = self._hedge_after(ask, exchange, placement)
-            if wait < inf:
-                await asyncio.wait(racers, timeout=wait)
-                if not first.done() and (second := self._second(ask, exchange, placement)) is not None:
-                    self.hedges += 1
-                    racers.add(asyncio.create_task(self._start(ask, exchange, second)))
-            winner = await self._winner(racers, first)
-            return winner
+            try:
+                async with asyncio.timeout(None) as first:
+                    rival.arm(wait, first)
+                    won = await self._start(ask, exchange, placement)
+                return won
+            except TimeoutError:
+                pass
+            except (WorkerLost, Refusal):
+                if not rival.running:
+                    raise
+            won = await rival.attempt()
+            self.hedges_won += 1
+            return won
         finally:
-            for racer in racers:
-                if not racer.done():
-                    racer.cancel()
-                elif not racer.cancelled() and racer.exception() is None and racer.result() is not winner:
-                    self._end(racer.result())
+            left = rival.end()
+            if left is not None and left is not won:
+                self._end(left)
 
-    async def _winner(self, racers: set[asyncio.Task[Attempt]], first: asyncio.Task[Attempt]) -> Attempt:
-        """The first attempt that has a head; the others end. Raises what the last of them raised."""
-        waiting = set(racers)
-        while True:
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            good = [task for task in done if task.exception() is None]
-            if good:
-                self.hedges_won += good[0] is not first
-                return good[0].result()
-            if not waiting:
-                return done.pop().result()
+    def _start_second(
+        self, ask: Ask, exchange: RelayedExchange, placement: Placement
+    ) -> Coroutine[Any, Any, Attempt] | None:
+        """A second attempt, if one is worth its price."""
+        second = self._second(ask, exchange, placement)
+        if second is None:
+            return None
+        self.hedges += 1
+        return self._start(ask, exchange, second)
 
     def _hedge_after(self, ask: Ask, exchange: RelayedExchange, placement: Placement) -> float:
         """Seconds from now after which a second attempt may start; inf for never. An answer in one piece says
         nothing of its first token."""
-        if exchange.progress.begun or not exchange.fields.streams(exchange.operation):
+        lone = len(self.registry.workers) < 2
+        if lone or exchange.progress.begun or not exchange.fields.streams(exchange.operation):
             return inf
         wait = self.hedging.wait(ask, placement)
         return max(exchange.arrival + wait - time.monotonic(), 0.0) if wait < inf else inf
@@ -331,7 +385,7 @@ class Relay:
             if passed:
                 await exchange.send(head.status, headers, passed, not progress.ended)
             if progress.ended:
-                await connection.read()
+                await connection.finish()
                 return
         raise WorkerLost(f"{attempt.worker.name} broke off an answer: {progress.error or 'no end'}")
 
@@ -344,6 +398,11 @@ class Relay:
         attempt.worker.streams.discard(attempt.connection.lose)
         attempt.worker.pool.release(attempt.connection)
         self.router.done(attempt.placement.worker)
+
+
+@lru_cache(256)  # it checks all its values, and few limits are in use
+def _sampling(most_tokens: int | None) -> Sampling:
+    return Sampling(max_tokens=most_tokens)
 
 
 def _headers(head: Head) -> dict[str, str]:

@@ -48,14 +48,37 @@ class ConnectionConfig(uvicorn.Config):
 
 
 class _Writer:
-    """A transport whose `close` is the connection's own."""
+    """A transport whose `close` is the connection's own, and that writes the head of an answer together with
+    what the handler sends in the same turn of the event loop: each write is a system call."""
 
-    __slots__ = ("close", "is_closing", "write")
+    __slots__ = ("_close", "_held", "_loop", "_write", "holds", "is_closing")
 
     def __init__(self, transport: asyncio.Transport, connection: HttpConnection) -> None:
-        self.write = transport.write
+        self._write = transport.write
+        self._close = connection.close
+        self._loop = connection.loop
+        self._held = b""
+        self.holds = False  # whether the next bytes wait
         self.is_closing = transport.is_closing
-        self.close = connection.close
+
+    def write(self, data: bytes) -> None:
+        """Writes, or holds the bytes until the next ones or the end of this turn."""
+        if self._held:
+            data, self._held = self._held + data, b""
+        if self.holds:
+            self.holds, self._held = False, data
+            self._loop.call_soon(self._flush)
+        else:
+            self._write(data)
+
+    def close(self) -> None:
+        """Closes after all that was written."""
+        self._flush()
+        self._close()
+
+    def _flush(self) -> None:
+        if self._held and not self.is_closing():
+            self.write(b"")
 
 
 class RequestCycle(RequestResponseCycle):
@@ -76,6 +99,22 @@ class RequestCycle(RequestResponseCycle):
     @keep_alive.setter
     def keep_alive(self, value: bool) -> None:
         self._keep_alive = value
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Sends. The head of an answer waits for what follows it at once. The next chunk of a body takes the
+        short way, because a stream has one for each token."""
+        if not self.response_started:
+            cast(_Writer, self.transport).holds = True
+        elif (
+            self.chunked_encoding
+            and not (self.response_complete or self.disconnected or self.flow.write_paused)
+            and self.scope["method"] != "HEAD"
+            and (chunk := cast(Any, message)).get("more_body")
+        ):
+            if body := chunk.get("body"):
+                self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+            return
+        await super().send(message)
 
     async def receive(self) -> ASGIReceiveEvent:
         """The next piece of the body. Raises the error that ended the request, if one did."""

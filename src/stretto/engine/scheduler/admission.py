@@ -66,6 +66,7 @@ class Outlook:
         self._tiers = tiers
         self._seen: Snapshot | None = None
         self._sent: list[tuple[int, float, Job]] = []  # id, weight, prompt
+        self._now: Snapshot | None = None  # the last snapshot with what was sent since
 
     @property
     def seen(self) -> Snapshot | None:
@@ -89,7 +90,7 @@ class Outlook:
 
     def see(self, seen: Snapshot) -> None:
         """Take over a snapshot, and keep only what was sent after it."""
-        self._seen = seen
+        self._seen, self._now = seen, None
         self._sent = [one for one in self._sent if one[0] > seen.newest]
 
     def sent(self, request: Request) -> None:
@@ -97,21 +98,25 @@ class Outlook:
         first_deadline, seen = Deadline.of(request.arrival, request.objective).of_token(0), self._seen
         if seen is not None and first_deadline < inf and len(self._sent) < MAX_PROMPTS:
             ms = seen.estimate.cost.prefill(request.cached, len(request.prompt) - request.cached)
-            self._sent.append(
-                (request.id, tier_weight(self._tiers, request.tier), (first_deadline, ms, ADMITTED))
-            )
+            weight, job = tier_weight(self._tiers, request.tier), (first_deadline, ms, ADMITTED)
+            self._sent.append((request.id, weight, job))
+            if self._now is not None and weight in self._now.prompts:
+                insort(self._now.prompts[weight], job, key=_deadline)
+            else:
+                self._now = None
 
     def forecast(self, request: Request, now: float) -> Forecast | None:
         """What would become of the request if it were sent now; None before the first snapshot."""
         seen = self._seen
         if seen is None:
             return None
-        if self._sent:
+        if self._sent and self._now is None:
             prompts = {weight: list(jobs) for weight, jobs in seen.prompts.items()}
             for _, weight, job in self._sent:
                 insort(prompts.setdefault(weight, []), job, key=_deadline)
-            seen = msgspec.structs.replace(seen, prompts=dict(sorted(prompts.items(), reverse=True)))
-        return predict(request, seen, tier_weight(self._tiers, request.tier), now)
+            self._now = msgspec.structs.replace(seen, prompts=dict(sorted(prompts.items(), reverse=True)))
+        current = self._now if self._sent and self._now is not None else seen
+        return predict(request, current, tier_weight(self._tiers, request.tier), now)
 
     def work_ms(self, request: Request) -> float:
         """The machine time that a request is predicted to take, with its share of each step's base.

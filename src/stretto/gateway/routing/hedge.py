@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Collection
-from math import inf
+from math import ceil, inf
 
 from stretto.gateway.routing.router import Ask, Placement, Router
 
@@ -49,13 +49,16 @@ class Errors:
 
     def wait_before(self, predicted_s: float, limit_s: float, bound: float) -> float:
         """The shortest wait, in seconds, after which the chance of a miss exceeds `bound`; inf for never."""
-        if len(self._sorted) < FEW or predicted_s == inf:
+        ratios = self._sorted
+        if len(ratios) < FEW or not 0 < predicted_s < inf:
             return inf
-        for ratio in (0.0, *self._sorted):
-            waited = ratio * predicted_s
-            if waited < limit_s and self.miss_chance(predicted_s, limit_s, waited) > bound:
-                return waited
-        return inf
+        late = len(ratios) - bisect_right(ratios, limit_s / predicted_s)
+        # `miss_chance` exceeds the bound while at most so many ratios exceed that of the wait.
+        left = ceil((late + 1) / bound) - 2
+        if left < 0:
+            return inf
+        waited = ratios[-1 - left] * predicted_s if left < len(ratios) else 0.0
+        return waited if waited < limit_s else inf
 
 
 class HedgeBudget:

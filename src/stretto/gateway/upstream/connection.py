@@ -21,6 +21,7 @@ from stretto.errors import Unavailable
 HIGH_WATER = 256 * 1024  # bytes that wait for the reader before the socket is paused
 IDLE_S = 30.0  # an idle connection is closed after this, because a worker may close it soon too
 WARM_S = 5.0  # within which a connection that is kept for later must open
+END_S = 1.0  # within which the end of a body must follow its last bytes
 MAX_IDLE = 256  # connections kept open to one worker
 
 
@@ -114,6 +115,17 @@ class UpstreamConnection(asyncio.Protocol):
                 raise WorkerLost(f"a worker answered more than {limit} bytes")
             chunks.append(chunk)
         return b"".join(chunks)
+
+    async def finish(self) -> None:
+        """Takes the end of a body that has told all. A connection on which it does not come is closed."""
+        if self._done:  # nearly always: it comes with the last bytes
+            return
+        try:
+            async with asyncio.timeout(END_S):
+                while not self._done:
+                    await self.read()
+        except (WorkerLost, TimeoutError):
+            self.close()
 
     @property
     def reusable(self) -> bool:
