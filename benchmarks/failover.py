@@ -1,18 +1,24 @@
-"""Kills or stops workers behind a gateway while streams run, and counts what the clients see.
+"""Kills or stops workers or a gateway while streams run, and counts what the clients see.
 
-    python benchmarks/failover.py [--workers 3] [--streams 64] [--rounds 20] [--how kill|stop] [--schema]
+    python benchmarks/failover.py [--how kill|stop|gateway] [--schema] [--streams 64] [--rounds 20]
 
 The workers serve the bundled model. In each round one of them is killed (SIGKILL to its server and its
-engine) or stopped (SIGSTOP) while all streams are under way. Every answer is seeded, and must be the one that
-an undisturbed worker gives. The workers compute in float32: with bfloat16 an answer depends a little on what
-else is in a step. A lost stream has no end, a wrong one differs, and a duplicate repeats a part.
-Prints one line a round, then totals: lost, wrong, and the p50, p99 and maximum of the longest pause.
+engine) or stopped (SIGSTOP) while all streams are under way. With `--how gateway` there are two gateways, and
+one of them is killed: its streams must break off in an error that the client sees, and the client sends the
+request to the other one.
+
+Every answer is seeded, and must be the one that an undisturbed worker gives. The workers compute in float32,
+because with bfloat16 an answer depends a little on what else is in a step; every request names its variant,
+because a ladder chooses by load. A lost stream has no end, a wrong one differs, a duplicate repeats a part,
+and a silent one was cut without an error. The pause is the gap between two tokens in which the failure fell,
+beside the gap at a random instant of an undisturbed round. Prints one line a round, then totals.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -21,8 +27,9 @@ import socket
 import subprocess
 import sys
 import time
+from bisect import bisect
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import httpx
 
@@ -83,17 +90,37 @@ class Process:
 
 @dataclass
 class Seen:
-    """What a client saw of one stream."""
+    """What a client saw of one stream. `times`: when each event came, after the request's start."""
 
     text: str = ""
     ended: bool = False
     error: str = ""
-    pauses: list[float] = field(default_factory=list[float])
+    times: list[float] = field(default_factory=list[float])
+
+    def gap_at(self, when: float) -> float | None:
+        """Seconds between the two events around `when`; None if the stream did not run then."""
+        place = bisect(self.times, when)
+        if place < 2 or place == len(self.times):  # the first gap is the wait for the first token
+            return None
+        return self.times[place] - self.times[place - 1]
+
+    def repeats(self, right: str) -> bool:
+        """Whether it is the right answer with a part that comes twice."""
+        text = self.text
+        extra = len(text) - len(right)
+        return extra > 0 and alike(text, right) + alike(text[::-1], right[::-1]) >= len(right)
+
+
+def alike(one: str, other: str) -> int:
+    """How many characters are equal from the beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def request(index: int, *, schema: bool) -> dict[str, Any]:
     """The body of stream `index`."""
     body: dict[str, Any] = {
+        "model": "desk:full",
         "messages": [{"role": "user", "content": f"What is {index} + {index * 7 % 50}? Explain at length."}],
         "stream": True,
         "max_tokens": TOKENS,
@@ -109,15 +136,16 @@ def request(index: int, *, schema: bool) -> dict[str, Any]:
 
 async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any], began: asyncio.Event) -> Seen:
     """Read one stream to its end."""
-    seen, last = Seen(), time.monotonic()
+    seen = Seen(times=[time.monotonic()])
     try:
         async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
+            if answer.status_code != 200:
+                await answer.aread()
+                seen.error = f"{answer.status_code}: {answer.text[:200]}"
             async for line in answer.aiter_lines():
                 if not line.startswith("data: "):
                     continue
-                now = time.monotonic()
-                seen.pauses.append(now - last)
-                last = now
+                seen.times.append(time.monotonic())
                 if line == "data: [DONE]":
                     seen.ended = True
                     continue
@@ -134,85 +162,186 @@ async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any], bega
 
 
 class Counts(NamedTuple):
-    """What happened to the streams: how many ran when a worker failed, and how many went wrong."""
+    """What happened to the streams: how many ran when something failed, and how many went wrong.
 
-    running: int
-    lost: int
-    wrong: int
+    `cut`: ended in an error because their gateway died, and were sent again.
+    """
+
+    running: int = 0
+    lost: int = 0
+    wrong: int = 0
+    duplicated: int = 0
+    cut: int = 0
+    silent: int = 0
+
+    def __add__(self, other: object) -> Counts:
+        return Counts(*map(sum, zip(self, cast("Counts", other), strict=True)))
+
+
+@dataclass
+class Cluster:
+    """Workers and gateways in processes of their own, and a client."""
+
+    workers: list[Process]
+    gateways: list[Process]
+    client: httpx.AsyncClient
+
+    async def ready(self) -> None:
+        """Wait until all take requests, and all gateways have all workers."""
+        for process in (*self.workers, *self.gateways):
+            await process.ready(self.client)
+        for gateway in self.gateways:
+            for _ in range(600):
+                if all(worker["usable"] for worker in (await self.state(gateway))["workers"]):
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                raise SystemExit(f"{gateway.url} did not find all workers usable in 60 s")
+
+    async def state(self, gateway: Process) -> dict[str, Any]:
+        """What a gateway says of its workers and itself."""
+        return (await self.client.get(f"{gateway.url}/state")).json()
+
+    async def idle(self) -> None:
+        """Wait until no worker has a request: whatever nobody reads must have been cancelled."""
+        for worker in self.workers:
+            for _ in range(300):
+                if not (await self.client.get(f"{worker.url}/state")).json()["active"]:
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                raise SystemExit(f"{worker.url} still works after 30 s on what nobody reads")
+
+    def begin(self, bodies: list[dict[str, Any]], began: list[asyncio.Event]) -> list[asyncio.Task[Seen]]:
+        """Send all requests, to the gateways in turns."""
+        gateways = itertools.cycle(self.gateways)
+        return [
+            asyncio.create_task(stream(self.client, next(gateways).url, body, start))
+            for body, start in zip(bodies, began, strict=True)
+        ]
+
+
+def cluster_of(count: int, gateways: int, client: httpx.AsyncClient) -> Cluster:
+    """The processes, not started."""
+    urls = [f"http://127.0.0.1:{free_port()}" for _ in range(count + gateways)]
+    asked = [part for url in urls[:count] for part in ("--worker", url)]
+    serve, gateway = ["serve", "--threads", "1", "--dtype", "float32"], ["gateway", *asked]
+    made = [
+        Process([*(serve if place < count else gateway), "--port", url.rpartition(":")[2]], url)
+        for place, url in enumerate(urls)
+    ]
+    return Cluster(made[:count], made[count:], client)
+
+
+def judge(answers: list[Seen], right: list[str], running: int) -> Counts:
+    """Compare all answers with the right ones."""
+    pairs = [(seen, text) for seen, text in zip(answers, right, strict=True) if seen.ended]
+    wrong = [(seen, text) for seen, text in pairs if seen.text != text]
+    repeated = sum(seen.repeats(text) for seen, text in wrong)
+    silent = sum(not seen.ended and not seen.error for seen in answers)
+    lost = len(answers) - len(pairs)
+    return Counts(running, lost, len(wrong) - repeated, repeated, silent=silent)
+
+
+async def again(
+    cluster: Cluster, victim: Process, bodies: list[dict[str, Any]], answers: list[Seen]
+) -> tuple[list[Seen], int]:
+    """Send what the dead gateway broke off to the other one; returns all answers, and how many those are."""
+    (other,) = (gateway for gateway in cluster.gateways if gateway is not victim)
+    cut = [place for place, seen in enumerate(answers) if not seen.ended and seen.error]
+    redone = await asyncio.gather(
+        *(stream(cluster.client, other.url, bodies[place], asyncio.Event()) for place in cut)
+    )
+    whole = list(answers)
+    for place, seen in zip(cut, redone, strict=True):
+        whole[place] = seen
+    return whole, len(cut)
+
+
+async def one_round(
+    cluster: Cluster, victim: Process, how: str, bodies: list[dict[str, Any]], right: list[str], wait_s: float
+) -> tuple[Counts, list[float]]:
+    """Let the victim fail `wait_s` seconds after all streams have begun, and judge them."""
+    began = [asyncio.Event() for _ in bodies]
+    tasks = cluster.begin(bodies, began)
+    await asyncio.gather(*(start.wait() for start in began))
+    await asyncio.sleep(wait_s)
+    running = sum(not task.done() for task in tasks)
+    victim.signal(signal.SIGSTOP if how == "stop" else signal.SIGKILL)
+    failed = time.monotonic()
+    answers = await asyncio.gather(*tasks)
+    gaps = [gap for seen in answers if seen.ended and (gap := seen.gap_at(failed)) is not None]
+    cut = 0
+    if how == "gateway":
+        first = {seen.error for seen in answers if seen.error}
+        answers, cut = await again(cluster, victim, bodies, answers)
+        print(f"    the client saw: {', '.join(sorted(first))}")
+    counts = judge(answers, right, running)._replace(cut=cut)
+    for seen in answers:
+        if seen.error:
+            print("   ", seen.error)
+            break
+    if how == "stop":
+        victim.signal(signal.SIGCONT)
+    else:
+        victim.end()
+        victim.start()
+    await cluster.ready()
+    await cluster.idle()
+    return counts, gaps
+
+
+def spread(seconds: list[float]) -> str:
+    """Quantiles for print."""
+    if not seconds:
+        return "none"
+    ordered = sorted(seconds)
+    parts = (quantile(ordered, 0.5), quantile(ordered, 0.99), ordered[-1])
+    return "p50 {:.2f} s, p99 {:.2f}, max {:.2f}".format(*parts)
 
 
 async def measure(options: argparse.Namespace) -> Counts:
     """Start everything, run the rounds, and print the figures."""
-    ports = [free_port() for _ in range(options.workers)]
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
-    workers = [
-        Process(["serve", "--port", str(port), "--threads", "1", "--dtype", "float32"], url)
-        for port, url in zip(ports, urls, strict=True)
-    ]
-    port = free_port()
-    gateway = Process(
-        ["gateway", "--port", str(port), *(part for url in urls for part in ("--worker", url))],
-        f"http://127.0.0.1:{port}",
-    )
+    how = options.how
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=options.streams)
-    lost = wrong = failed = 0
-    pauses: list[float] = []
-    try:
-        for process in (*workers, gateway):
-            process.start()
-        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
-            for process in (*workers, gateway):
-                await process.ready(client)
+    async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+        cluster = cluster_of(options.workers, 2 if how == "gateway" else 1, client)
+        try:
+            for process in (*cluster.workers, *cluster.gateways):
+                process.start()
+            await cluster.ready()
             bodies = [request(index, schema=options.schema) for index in range(options.streams)]
-            right = await asyncio.gather(*(stream(client, urls[0], body, asyncio.Event()) for body in bodies))
-            assert all(seen.ended for seen in right), right[0]
-            generator = random.Random(1)
+            alone = await asyncio.gather(
+                *(stream(client, cluster.workers[0].url, body, asyncio.Event()) for body in bodies)
+            )
+            right = [seen.text for seen in alone]
+            assert all(seen.ended for seen in alone), alone[0]
+            calm = await asyncio.gather(*cluster.begin(bodies, [asyncio.Event() for _ in bodies]))
+            print(f"undisturbed: {said(judge(calm, right, 0))}", flush=True)
+            middle = max(seen.times[1] for seen in calm) + 0.1
+            usual = [gap for seen in calm if (gap := seen.gap_at(middle)) is not None]
+            generator, total, pauses = random.Random(1), Counts(), list[float]()
             for number in range(options.rounds):
-                began = [asyncio.Event() for _ in bodies]
-                tasks = [
-                    asyncio.create_task(stream(client, gateway.url, body, start))
-                    for body, start in zip(bodies, began, strict=True)
-                ]
-                await asyncio.gather(*(start.wait() for start in began))
-                await asyncio.sleep(generator.random() * 0.3)
-                running = sum(not task.done() for task in tasks)
-                victim = generator.choice(workers)
-                victim.signal(signal.SIGKILL if options.how == "kill" else signal.SIGSTOP)
-                answers = await asyncio.gather(*tasks)
-                round_lost = sum(not seen.ended for seen in answers)
-                round_wrong = sum(
-                    seen.ended and seen.text != good.text for seen, good in zip(answers, right, strict=True)
-                )
-                lost, wrong, failed = lost + round_lost, wrong + round_wrong, failed + running
-                pauses += [max(seen.pauses) for seen in answers]
-                longest = max(max(seen.pauses) for seen in answers)
-                print(
-                    f"round {number + 1}: {running} running, {round_lost} lost, {round_wrong} wrong, "
-                    f"longest pause {longest:.2f} s"
-                )
-                for seen in answers:
-                    if seen.error:
-                        print("   ", seen.error)
-                        break
-                if options.how == "kill":
-                    victim.end()
-                    victim.start()
-                else:
-                    victim.signal(signal.SIGCONT)
-                await victim.ready(client)
-                await asyncio.sleep(0.5)
-            state = (await client.get(f"{gateway.url}/state")).json()
-    finally:
-        for process in (gateway, *workers):
-            process.end()
-    pauses.sort()
+                victim = generator.choice(cluster.gateways if how == "gateway" else cluster.workers)
+                wait_s = generator.random() * 0.3
+                counts, gaps = await one_round(cluster, victim, how, bodies, right, wait_s)
+                total, pauses = total + counts, pauses + gaps
+                print(f"round {number + 1}: {said(counts)}; pause {spread(gaps)}", flush=True)
+            states = [await cluster.state(gateway) for gateway in cluster.gateways]
+        finally:
+            for process in (*cluster.gateways, *cluster.workers):
+                process.end()
+    failovers, retries = (sum(state[key] for state in states) for key in ("failovers", "retries"))
     print(
-        f"{options.rounds} rounds of {options.streams} streams, {failed} running at the failure: "
-        f"{lost} lost, {wrong} wrong; longest pause of a stream p50 {quantile(pauses, 0.5):.2f} s, "
-        f"p99 {quantile(pauses, 0.99):.2f} s, max {pauses[-1]:.2f} s; "
-        f"failovers {state['failovers']}, retries {state['retries']}"
+        f"{options.rounds} rounds of {options.streams} streams: {said(total)}; pause {spread(pauses)}; "
+        f"undisturbed {spread(usual)}; failovers {failovers}, retries {retries}"
     )
-    return Counts(failed, lost, wrong)
+    return total
+
+
+def said(counts: Counts) -> str:
+    """The counts as text."""
+    return ", ".join(f"{value} {name}" for name, value in counts._asdict().items())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,11 +350,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--workers", type=int, default=3)
     made.add_argument("--streams", type=int, default=64)
     made.add_argument("--rounds", type=int, default=20)
-    made.add_argument("--how", choices=["kill", "stop"], default="kill")
+    made.add_argument("--how", choices=["kill", "stop", "gateway"], default="kill")
     made.add_argument("--schema", action="store_true", help="answers follow a JSON schema")
     return made
 
 
 if __name__ == "__main__":
-    counts = asyncio.run(measure(parser().parse_args()))
-    sys.exit(bool(counts.lost or counts.wrong))
+    found = asyncio.run(measure(parser().parse_args()))
+    sys.exit(bool(found.lost or found.wrong or found.duplicated or found.silent))

@@ -181,10 +181,11 @@ def test_settings_come_from_flags_environment_and_file(tmp_path: Path):
         settings.load({}, {}, file)
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
-async def test_no_stream_is_lost_wrong_or_repeated_when_a_worker_fails(how: str):
+@pytest.mark.parametrize("how", ["kill", "stop", "gateway"])
+async def test_no_stream_is_lost_wrong_or_repeated_when_a_process_fails(how: str):
     options = failover.parser().parse_args(
         ["--rounds", "1", "--streams", "8", "--workers", "2", "--how", how]
     )
     counts = await failover.measure(options)
-    assert (counts.lost, counts.wrong) == (0, 0) and counts.running > 0
+    assert counts.running > 0 and counts._replace(running=0, cut=0) == failover.Counts()
+    assert (counts.cut > 0) == (how == "gateway")  # the dead gateway's streams, in an error that says so
