@@ -41,12 +41,13 @@ InputParts = Annotated[list[InputPart], up_to("parts")]
 
 class InputItem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One item of a conversation. Which fields it needs depends on its type: a `message` role and content, a
-    `function_call` call_id, name and arguments, a `function_call_output` call_id and output. An
-    `item_reference` is refused."""
+    `function_call` call_id, name and arguments, a `function_call_output` call_id and output, and an
+    `item_reference` the id of an item of a kept answer."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning", "item_reference"] = (
         "message"
     )
+    id: Identifier | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: str | InputParts | None = None
     summary: InputParts | None = None
@@ -54,6 +55,12 @@ class InputItem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: Identifier | None = None
     arguments: Annotated[str, up_to("arguments")] | None = None
     output: str | InputParts | None = None
+
+    @property
+    def refers(self) -> bool:
+        """Whether it stands for another item. The type of such an item may be left out."""
+        bare = self.type == "message" and self.role is None and self.content is None and self.id is not None
+        return bare or self.type == "item_reference"
 
 
 InputItems = Annotated[list[InputItem], up_to("messages")]

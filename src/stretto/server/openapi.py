@@ -84,6 +84,27 @@ ERRORS = {
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
 SSE = "text/event-stream"
 PREFIX = "#/components/schemas/"
+_TALK = [{"role": "user", "content": "Hello!"}]
+_TEXTS = ["a blue car", "a red apple"]
+# One small request for each route that takes one.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": _TALK, "max_tokens": 64, "stream": True},
+    "/v1/completions": {"prompt": "Hello", "max_tokens": 16},
+    "/v1/embeddings": {"input": _TEXTS},
+    "/v1/responses": {"input": "Hello!", "max_output_tokens": 64},
+    "/v1/messages": {"messages": _TALK, "max_tokens": 64},
+    "/v1/messages/count_tokens": {"messages": _TALK},
+    "/api/chat": {"messages": _TALK, "stream": False},
+    "/api/generate": {"prompt": "Hello!", "stream": False},
+    "/api/embed": {"input": _TEXTS},
+    "/api/embeddings": {"prompt": _TEXTS[0]},
+    "/api/show": {},
+    "/v1/score": {"text_1": "a car", "text_2": _TEXTS},
+    "/v1/rerank": {"query": "a car", "documents": _TEXTS},
+    "/tokenize": {"prompt": "Hello!"},
+    "/detokenize": {"tokens": [72, 105]},
+    "/v1/feedback": {"request_id": "chatcmpl-0", "thumbs": "up"},
+}
 OF_ERRORS = (
     "The body of an error is an [ErrorBody](#errorbody). Of Anthropic's routes it is an"
     " [AnthropicError](#anthropicerror), of Ollama's an [OllamaError](#ollamaerror)."
@@ -210,6 +231,7 @@ ROUTES = (
     _Route("/metrics", "get", "Metrics for Prometheus.", (), media=("text/plain",)),
     _Route("/version", "get", "The version of Stretto.", (), response=Version),
     _Route("/openapi.json", "get", "This document.", ()),
+    _Route("/docs", "get", "This reference as a web page.", (), media=("text/html",)),
     _Route("/", "get", "A web page to try the server.", (), media=("text/html",)),
     _Route("/realtime", "get", "A web page whose prompt is read while you type.", (), media=("text/html",)),
 )
@@ -267,7 +289,8 @@ def _operation(route: _Route) -> dict[str, Any]:
     }
     if route.request is not None:
         schema = {"$ref": PREFIX + route.request.__name__}
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        body = {"schema": schema, "example": EXAMPLES[route.path]}
+        operation["requestBody"] = {"required": True, "content": {"application/json": body}}
     if "{" in route.path:
         name = route.path.partition("{")[2][:-1]
         operation["parameters"] = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from msgspec import json, msgpack
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from stretto.errors import NotFound, Overloaded
@@ -31,8 +31,8 @@ VIEWERS = 32  # each costs a snapshot every LIVE_S
 MSGPACK = "application/msgpack"
 FILES = files("stretto.server") / "static"
 PLOTLY = "plotly.min.js"
-FOLDERS = ("vendor", "realtime", "ladder")
-REALTIME = "realtime/index.html"
+FOLDERS = ("vendor", "realtime", "ladder", "docs")
+PLACES = {"/realtime": "realtime/index.html", "/docs": "docs/index.html"}  # pages beside the one at `/`
 LASTING = frozenset({PLOTLY})  # changes only with a release of its package
 
 
@@ -71,7 +71,8 @@ class Pages:
             Route("/v1/models/{name:path}", self.model),
             Route("/", self.page),
             Route("/page/{name:path}", self.page),
-            Route("/realtime", self.realtime),
+            *(Route(place, self.beside) for place in PLACES),
+            Route("/redoc", self.reference),
             Route("/openapi.json", self.openapi),
             Route("/version", self.version),
             Route("/health", self.health),
@@ -166,9 +167,16 @@ class Pages:
         """A file of the page. Starlette runs this in a thread: the first call of each file compresses it."""
         return PAGE.answer(request, request.path_params.get("name", "index.html"))
 
-    def realtime(self, request: Request) -> Response:
-        """The page on which a prompt is read while it is typed."""
-        return PAGE.answer(request, REALTIME)
+    def beside(self, request: Request) -> Response:
+        """A page beside the first one: what is read while it is typed, and the reference of the API."""
+        place = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        if request.scope.get("raw_path", b"").endswith(b"/"):  # its links are relative to the folder above
+            return RedirectResponse(f"..{place}")
+        return PAGE.answer(request, PLACES[place])
+
+    def reference(self, request: Request) -> Response:
+        """Where the reference of the API is."""
+        return RedirectResponse("docs")
 
     def _card(self, name: str) -> ModelCard:
         info = self._server.info(name)

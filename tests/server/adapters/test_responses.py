@@ -303,7 +303,7 @@ async def test_a_kept_answer_goes_on_for_its_tenant_alone(
         ({"input": "Hi", "text": {"format": {"type": "json_schema", "name": "n", "strict": True,
                                              "schema": {"not": {"type": "object"}}}}},
          "$.text.format.schema"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "$.input[0]"),
+        ({"input": [{"type": "item_reference"}]}, "$.input[0].id"),
         ({"input": [{"type": "web_search_call", "id": "w"}]}, "$.input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "$.input[0].content[0].type"),
         ({"input": [{"role": "user"}]}, "$.input[0].content"),
@@ -392,3 +392,42 @@ def test_the_store_drops_the_oldest_answers() -> None:
             store.get(id, "ann", "$")
     store.put("d", KeptResponse("ann", b"1234", b"123456"))
     assert store.get("d", "ann", "$").answer == b"1234"
+
+
+async def test_a_reference_stands_for_an_item_of_a_kept_answer(
+    client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer, text: TextModel
+) -> None:
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+    set_answer(f"<think>hm</think>Let me see.{call}")
+    first = (await client.post(URL, json={"input": "Hi", "tools": [WEATHER]})).json()
+    thought, said, called = first["output"]
+    set_answer("Rain")
+    # As the AI SDK sends it, and as OpenAI's own types allow it: without a type.
+    back = [{"type": "item_reference", "id": thought["id"]}, {"id": said["id"]}]
+    back.append({"type": "item_reference", "id": called["id"]})
+    output = {"type": "function_call_output", "call_id": called["call_id"], "output": "rain"}
+    body = {"input": [{"role": "user", "content": "Hi"}, *back, output], "tools": [WEATHER]}
+    second = await client.post(URL, json=body)
+    assert second.status_code == 200, second.text
+    referred = engine.requests[-1].prompt
+    whole = body | {"input": [{"role": "user", "content": "Hi"}, *first["output"], output]}
+    await client.post(URL, json=whole)
+    assert engine.requests[-1].prompt == referred
+    assert (await client.delete(f"{URL}/{first['id']}")).status_code == 200
+    gone = await client.post(URL, json=body)
+    assert gone.status_code == 404 and gone.json()["error"]["param"] == "$.input[1].id"
+    assert "send the whole item" in gone.json()["error"]["message"]
+
+
+def test_items_go_with_their_answer_and_belong_to_a_tenant() -> None:
+    store = ResponseStore(100)
+    store.put("a", KeptResponse("ann", b"x" * 30, b"", ("i", "j")))
+    assert store.holding("i", "ann", "$.input[0].id").answer == b"x" * 30
+    with pytest.raises(UnknownResponse, match="dropped, or never was"):
+        store.holding("i", "bob", "$.input[0].id")
+    store.put("b", KeptResponse("ann", b"x" * 80, b"", ("k",)))
+    with pytest.raises(UnknownResponse):
+        store.holding("i", "ann", "$.input[0].id")
+    assert store.holding("k", "ann", "$.input[0].id")
+    with pytest.raises(UnknownResponse, match="response_store is off"):
+        ResponseStore(0).holding("k", "ann", "$.input[0].id")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from stretto.errors import InvalidRequest, UnsupportedField
+from stretto.errors import InvalidRequest
 from stretto.protocol.openai import (
     AssistantMessage,
     CalledFunction,
@@ -39,13 +39,7 @@ class ItemConversation:
 
     def add(self, item: InputItem, path: str) -> None:
         """Adds an item that the client sent at `path`. Raises InvalidRequest for one without a field that
-        its type needs, and UnsupportedField for a reference to an item."""
-        if item.type == "item_reference":
-            raise UnsupportedField(
-                f"{path} refers to an item by its id, and this server keeps no single items: send the whole"
-                " item; some clients do so with store: false",
-                param=path,
-            )
+        its type needs."""
         if item.type == "reasoning":
             if self._content is not None or self._calls:
                 self.end_answer()

@@ -13,11 +13,13 @@ from stretto.errors import UnknownResponse
 
 
 class KeptResponse(NamedTuple):
-    """An answer as its client got it, and the conversation up to and with it: a list of items. Both JSON."""
+    """An answer as its client got it, and the conversation up to and with it: a list of items. Both JSON.
+    `items`: the ids of the items that the answer consists of."""
 
     tenant: str
     answer: bytes
     conversation: bytes
+    items: tuple[str, ...] = ()
 
 
 class ResponseStore:
@@ -27,6 +29,7 @@ class ResponseStore:
         self._most = most
         self._size = 0
         self._kept: OrderedDict[str, KeptResponse] = OrderedDict()
+        self._items: dict[str, str] = {}  # the id of an item -> that of its answer
 
     @property
     def on(self) -> bool:
@@ -37,8 +40,9 @@ class ResponseStore:
         """Keeps an answer, and drops the oldest ones that no longer fit."""
         self._kept[id] = kept
         self._size += _size(kept)
+        self._items |= dict.fromkeys(kept.items, id)
         while self._size > self._most:
-            self._size -= _size(self._kept.popitem(last=False)[1])
+            self._forget(next(iter(self._kept)))
 
     def get(self, id: str, tenant: str, path: str) -> KeptResponse:
         """The tenant's answer of that id, which came in the field at `path`. Raises UnknownResponse."""
@@ -53,9 +57,31 @@ class ResponseStore:
 
     def delete(self, id: str, tenant: str, path: str) -> None:
         """Drops an answer. Raises UnknownResponse."""
-        self._size -= _size(self.get(id, tenant, path))
-        del self._kept[id]
+        self.get(id, tenant, path)
+        self._forget(id)
+
+    def holding(self, item: str, tenant: str, path: str) -> KeptResponse:
+        """The tenant's answer with that item, named in the field at `path`. Raises UnknownResponse."""
+        kept = self._kept.get(self._items.get(item, ""))
+        if kept is None or kept.tenant != tenant:
+            why = (
+                "its answer has been dropped, or never was"
+                if self.on
+                else "the setting response_store is off"
+            )
+            raise UnknownResponse(
+                f"{path}: this server keeps no item {item!r}: {why}; send the whole item, as clients do with"
+                " store: false",
+                param=path,
+            )
+        return kept
+
+    def _forget(self, id: str) -> None:
+        kept = self._kept.pop(id)
+        self._size -= _size(kept)
+        for item in kept.items:
+            self._items.pop(item, None)
 
 
 def _size(kept: KeptResponse) -> int:
-    return len(kept.answer) + len(kept.conversation)
+    return len(kept.answer) + len(kept.conversation) + 2 * sum(map(len, kept.items))

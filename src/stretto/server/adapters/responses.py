@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from msgspec import json, structs
+from msgspec import Struct, json, structs
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -49,7 +49,15 @@ from stretto.server.generation import run
 from stretto.server.state import Call, Server
 from stretto.server.validation import AnswerSpec, check_chat
 
+
+class KeptItems(Struct, frozen=True):
+    """The part of a kept answer that a later request may refer to."""
+
+    output: list[InputItem]
+
+
 DECODER = json.Decoder(ResponseRequest)
+KEPT_ITEMS = json.Decoder(KeptItems)
 ITEMS = json.Decoder(list[InputItem])
 KEPT = json.Decoder(KeptResponseId)
 PATH = "/v1/responses"
@@ -124,10 +132,20 @@ class Responses:
         if isinstance(request.input, str):
             items.append(InputItem(role="user", content=request.input))
         else:
-            items += request.input
+            items += [self._referred(item, at, tenant) for at, item in enumerate(request.input)]
         if len(items) > LIMITS["messages"].most:
             raise LIMITS["messages"].error("$.input", len(items))
         return items, history
+
+    def _referred(self, item: InputItem, at: int, tenant: str) -> InputItem:
+        """The item, or the one that it refers to. Raises UnknownResponse if no kept answer has that one."""
+        if not item.refers:
+            return item
+        path = f"$.input[{at}].id"
+        if item.id is None:
+            raise InvalidRequest(f"{path} is missing", param=path)
+        answer = KEPT_ITEMS.decode(self.store.holding(item.id, tenant, path).answer)
+        return next(each for each in answer.output if each.id == item.id)  # the store says that it is there
 
     async def _answer(
         self, call: Call, request: ResponseRequest, chat: ChatRequest, items: list[InputItem]
@@ -142,7 +160,10 @@ class Responses:
         def done(response: ResponseObject) -> None:
             if keeps:
                 conversation = json.encode([*items, *response.output])
-                self.store.put(response.id, KeptResponse(call.tenant, json.encode(response), conversation))
+                ids = tuple(item.id for item in response.output)
+                self.store.put(
+                    response.id, KeptResponse(call.tenant, json.encode(response), conversation, ids)
+                )
 
         def writer_of(spec: AnswerSpec, tier: str) -> EventWriter:
             created = int(time.time()) if call.continuation is None else call.continuation.created
