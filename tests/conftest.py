@@ -37,11 +37,11 @@ def desk_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("serve") / "out"
     with log.open("w") as out:
         process = subprocess.Popen([sys.executable, "-m", "stretto", "serve", "--port", "0"], stdout=out)
-    deadline = time.monotonic() + 60
-    while not (found := re.search(r"^ready .* (http://\S+)$", log.read_text(), re.MULTILINE)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    deadline = time.monotonic() + 100
     try:
+        while not (found := re.search(r"^ready .* (http://\S+)$", log.read_text(), re.MULTILINE)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
         yield found[1]
     finally:
         process.terminate()

@@ -3,6 +3,7 @@
 python -m benchmarks.clients --install    # once: a virtual environment for each client, in build/clients
 python -m benchmarks.clients              # prints the table of docs/clients.md
 python -m benchmarks.clients --only litellm
+python -m benchmarks.clients --record     # also keeps what they send, in tests/server/recorded
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,21 +22,36 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.clients.recording import Recorder, write
 from stretto.models.source import resolve
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "clients"
+RECORDED = HERE.parents[1] / "tests" / "server" / "recorded" / "bodies"
 FEATURES = ("answer", "stream", "structured", "tools", "turns", "errors", "embeddings", "logprobs")
-TIMEOUT_S = 900
+TIMEOUT_S = 1800
+# What vLLM requires and only a GPU, or its own server, needs.
+GPU = (
+    "torch", "torchaudio", "torchvision", "torchcodec", "pynvvideocodec", "flashinfer-python", "tilelang",
+    "nvidia-cudnn-frontend", "nvtx", "fastsafetensors", "instanttensor", "nvidia-cutlass-dsl",
+    "quack-kernels", "tokenspeed-mla", "humming-kernels",
+)  # fmt: skip
+WEBUI = ("open-webui", "torch==2.13.0")
 
 
 @dataclass(frozen=True)
 class Client:
-    """A client: its name in the table, its packages, and its script with arguments."""
+    """A client: its name in the table, its packages, and its script with arguments.
+
+    `without`: what its first package requires, but no client needs. `folder`: that of its packages in
+    build/clients, if several rows share it.
+    """
 
     name: str
     packages: tuple[str, ...]
     script: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    folder: str = ""
 
     @property
     def node(self) -> bool:
@@ -42,20 +59,23 @@ class Client:
 
     @property
     def home(self) -> Path:
-        return BUILD / self.name.replace(" ", "-").replace(",", "").replace("/", "-")
+        return BUILD / (self.folder or self.name).replace(" ", "-").replace(",", "").replace("/", "-")
 
     @property
     def installed(self) -> bool:
         return (self.home / "installed").exists()
 
     @property
+    def package(self) -> str:
+        return re.split(r"[\[=]", self.packages[0])[0]
+
+    @property
     def version(self) -> str:
         """The version of its first package that is installed."""
-        package = self.packages[0].partition("[")[0]
         if self.node:
-            found = self.home / "node_modules" / package / "package.json"
+            found = self.home / "node_modules" / self.package / "package.json"
             return json.loads(found.read_text())["version"]
-        code = f"from importlib.metadata import version; print(version({package!r}))"
+        code = f"from importlib.metadata import version; print(version({self.package!r}))"
         return subprocess.check_output([self.home / "bin" / "python", "-c", code], text=True).strip()
 
     def install(self) -> None:
@@ -66,8 +86,18 @@ class Client:
         else:
             subprocess.run([sys.executable, "-m", "venv", self.home], check=True)
             pip = [self.home / "bin" / "python", "-m", "pip", "install", "--quiet"]
-            subprocess.run([*pip, *self.packages], check=True)
+            if self.without:
+                subprocess.run([*pip, "--no-deps", self.packages[0]], check=True)
+            subprocess.run([*pip, *(self._required() if self.without else self.packages)], check=True)
         (self.home / "installed").touch()
+
+    def _required(self) -> list[str]:
+        """The packages after the first, and what the first requires, less `without`."""
+        code = f"import importlib.metadata as m; print(*m.requires({self.package!r}), sep='\\n')"
+        said = subprocess.check_output([self.home / "bin" / "python", "-c", code], text=True)
+        lines = [line for line in said.splitlines() if "extra ==" not in line]
+        names = {line: re.split(r"[^\w.-]", line)[0].lower() for line in lines}
+        return [line for line in lines if names[line] not in self.without] + [*self.packages[1:]]
 
     def run(self, url: str, model: str, tokenizer: str) -> dict[str, str]:
         """The outcome of each feature. A client that ends early has those that it had printed."""
@@ -80,7 +110,7 @@ class Client:
             "STRETTO_URL": url, "STRETTO_MODEL": model, "STRETTO_TOKENIZER": tokenizer,
         }  # fmt: skip
         environment.pop("PYTHONPATH", None)
-        log = self.home / "log.txt"
+        log = self.home / f"{self.script[-1]}.log"
         with log.open("w") as errors:
             done = subprocess.run(
                 [program, str(script), *self.script[1:]],
@@ -100,8 +130,8 @@ class Client:
 
 
 CLIENTS = (
-    Client("openai, chat", ("openai",), ("openai_python.py",)),
-    Client("openai, responses", ("openai",), ("openai_responses.py",)),
+    Client("openai, chat", ("openai",), ("openai_python.py",), folder="openai"),
+    Client("openai, responses", ("openai",), ("openai_responses.py",), folder="openai"),
     Client("openai (npm)", ("openai", "zod"), ("openai_node.mjs",)),
     Client("openai-agents", ("openai-agents",), ("openai_agents.py",)),
     Client("pydantic-ai", ("pydantic-ai-slim[openai]",), ("pydantic_ai_client.py",)),
@@ -123,6 +153,9 @@ CLIENTS = (
         ("command_lines.py", "lm-eval"),
     ),
     Client("guidellm", ("guidellm", "torch==2.13.0"), ("command_lines.py", "guidellm")),
+    Client("vllm bench serve", ("vllm", "torch==2.13.0", "datasets"), ("command_lines.py", "vllm"), GPU),
+    Client("open-webui, OpenAI", WEBUI, ("open_webui_client.py", "openai"), folder="open-webui"),
+    Client("open-webui, Ollama", WEBUI, ("open_webui_client.py", "ollama"), folder="open-webui"),
 )
 
 
@@ -156,9 +189,12 @@ def table(rows: list[tuple[Client, dict[str, str]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.clients", description=__doc__)
     parser.add_argument("--install", action="store_true", help="install the clients first")
-    parser.add_argument("--only", metavar="NAME", help="clients whose name contains this")
+    parser.add_argument(
+        "--only", metavar="NAME", nargs="+", default=[""], help="clients whose name has one of these"
+    )
+    parser.add_argument("--record", action="store_true", help="keep their requests, for the tests")
     options = parser.parse_args()
-    chosen = [client for client in CLIENTS if (options.only or "") in client.name]
+    chosen = [client for client in CLIENTS if any(each in client.name for each in options.only)]
     if options.install:
         for client in [each for each in chosen if not each.installed]:
             print(f"installing {client.name}", file=sys.stderr)
@@ -171,8 +207,13 @@ def main() -> None:
         print(f"not installed, so not run: {', '.join(missing)}. --install does it", file=sys.stderr)
     tokenizer = str(next(resolve("desk").rglob("tokenizer.json")).parent)
     server, url = serve()
+    recorder = Recorder(url) if options.record else None
+    rows: list[tuple[Client, dict[str, str]]] = []
     try:
-        rows = [(each, each.run(url, "desk", tokenizer)) for each in chosen if each.installed]
+        for client in [each for each in chosen if each.installed]:
+            rows.append((client, client.run(recorder.url if recorder else url, "desk", tokenizer)))
+            if recorder:
+                write(RECORDED, client.name, client.version, recorder.take())
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(30)

@@ -41,12 +41,16 @@ def tools():
 @feature("turns")
 def turns():
     said = client.messages.create(model=MODEL, messages=ASKED, max_tokens=60)
+    thanks = [{"type": "text", "text": "Thank you!", "cache_control": {"type": "ephemeral"}}]
+    system = [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]
     history = [
         *ASKED,
         {"role": "assistant", "content": said.content},
-        {"role": "user", "content": "Thank you!"},
+        {"role": "user", "content": thanks},
     ]
-    assert client.messages.create(model=MODEL, messages=history, max_tokens=60)
+    more = {"system": system, "metadata": {"user_id": "ann"}, "stop_sequences": ["###"]}
+    assert client.messages.create(model=MODEL, messages=history, max_tokens=60, **more)
+    assert client.messages.count_tokens(model=MODEL, messages=history, system=system).input_tokens > 0
 
 
 @feature("errors")

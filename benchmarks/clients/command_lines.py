@@ -1,4 +1,4 @@
-"""Clients that are commands: llm, aider, lm-eval, guidellm. The name of the client is the argument."""
+"""Clients that are commands: llm, aider, lm-eval, guidellm, vllm. The name of the client is the argument."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from report import ANSWER, KEY, MODEL, QUESTION, V1, feature
+from report import ANSWER, BASE, KEY, MODEL, QUESTION, V1, feature
 
 HOME = Path(tempfile.mkdtemp())
 BIN = Path(sys.executable).parent
@@ -17,15 +17,15 @@ ENVIRONMENT = os.environ | {
 }  # fmt: skip
 
 
-def run(*words: str) -> str:
-    """What a command prints. Raises CalledProcessError."""
+def run(*words: str, seconds: int = 300) -> str:
+    """What a command prints."""
     done = subprocess.run(
         [str(BIN / words[0]), *words[1:]],
         cwd=HOME,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=seconds,
     )
     sys.stderr.write(done.stdout + done.stderr)
     assert done.returncode == 0, (done.stdout + done.stderr)[-150:]
@@ -111,4 +111,41 @@ def guidellm() -> None:
         )  # fmt: skip
 
 
-{"llm": llm, "aider": aider, "lm-eval": lm_eval, "guidellm": guidellm}[sys.argv[1]]()
+def vllm() -> None:
+    """`vllm bench serve` with its dataset of random tokens. Each run counts its requests that failed."""
+
+    def bench(backend: str, endpoint: str, *more: str, count: int = 3) -> dict:
+        name = f"{backend}.json"
+        run(
+            "vllm", "bench", "serve", "--backend", backend, "--base-url", BASE, "--endpoint", endpoint,
+            "--model", MODEL, "--tokenizer", os.environ["STRETTO_TOKENIZER"], "--dataset-name", "random",
+            "--random-input-len", "20", "--random-output-len", "8", "--num-prompts", str(count),
+            "--max-concurrency", "2", "--save-result", "--result-filename", name, *more, seconds=850,
+        )  # fmt: skip
+        found = json.loads((HOME / name).read_text())
+        assert (found["completed"], found.get("failed", 0)) == (count, 0), found
+        return found
+
+    @feature("answer")
+    def answer():
+        """Chats, and the model that the server names first."""
+        chat = bench("openai-chat", "/v1/chat/completions", "--temperature", "0", "--top-p", "0.9")
+        assert chat["total_output_tokens"] > 0
+        assert bench("openai-responses", "/v1/responses")["total_output_tokens"] > 0
+
+    @feature("stream")
+    def stream():
+        exact = bench("vllm", "/v1/completions", "--ignore-eos", "--goodput", "ttft:60000")
+        assert exact["total_output_tokens"] == 3 * 8 and exact["total_input_tokens"] > 0
+
+    @feature("embeddings")
+    def embeddings():
+        bench("openai-embeddings", "/v1/embeddings")
+
+    @feature("logprobs")
+    def logprobs():
+        bench("openai", "/v1/completions", "--logprobs", "2")
+
+
+COMMANDS = {"llm": llm, "aider": aider, "lm-eval": lm_eval, "guidellm": guidellm, "vllm": vllm}
+COMMANDS[sys.argv[1]]()

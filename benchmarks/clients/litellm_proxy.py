@@ -30,7 +30,7 @@ ASKED = [{"role": "user", "content": QUESTION}]
 
 @feature("answer")
 def answer():
-    for _ in range(120):
+    for _ in range(600):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health/liveliness")
             break

@@ -48,6 +48,9 @@ def turns():
     message = litellm.completion(**TO, messages=ASKED, max_tokens=60).choices[0].message
     history = [*ASKED, message, {"role": "user", "content": "Thank you!"}]
     assert litellm.completion(**TO, messages=history, max_tokens=60).choices
+    cached = {"type": "text", "text": QUESTION, "cache_control": {"type": "ephemeral"}}
+    history = [{"role": "user", "content": [cached]}, message.model_dump(), *history[2:]]
+    assert litellm.completion(**TO, messages=history, max_tokens=60).choices
 
 
 @feature("errors")

@@ -9,6 +9,12 @@ from report import ANSWER, BASE, MODEL, MOST, QUESTION, WEATHER, feature
 client = ollama.Client(BASE)
 ASKED = [{"role": "user", "content": QUESTION}]
 EXACT = {"temperature": 0, "num_predict": 200}
+TUNED = EXACT | {
+    "num_ctx": 2048, "num_keep": 5, "seed": 42, "top_k": 20, "top_p": 0.9, "min_p": 0.0, "typical_p": 1.0,
+    "repeat_last_n": -1, "repeat_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5,
+    "penalize_newline": True, "stop": ["###"], "numa": False, "num_batch": 2, "num_gpu": 1, "main_gpu": 0,
+    "use_mmap": True, "num_thread": 8,
+}  # fmt: skip
 
 
 class City(BaseModel):
@@ -20,6 +26,9 @@ class City(BaseModel):
 def answer():
     assert ANSWER in client.chat(MODEL, ASKED, options=EXACT).message.content
     assert client.list().models and client.show(MODEL).details
+    assert client.ps().models
+    said = client.generate(MODEL, QUESTION, system="Be brief.", options=TUNED, keep_alive="5m", think=False)
+    assert said.done and said.eval_count > 0
 
 
 @feature("stream")

@@ -26,6 +26,8 @@ await feature("structured", async () => {
   const response_format = zodResponseFormat(City, "city");
   const said = await client.chat.completions.parse({ model, messages, response_format, max_tokens: 200 });
   City.parse(said.choices[0].message.parsed);
+  const history = [...messages, said.choices[0].message, { role: "user", content: "Thank you!" }];
+  assert((await client.chat.completions.create({ model, messages: history, max_tokens: 60 })).choices.length === 1);
 });
 await feature("tools", async () => {
   const called = [];

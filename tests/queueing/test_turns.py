@@ -77,7 +77,7 @@ async def test_nobody_waits_longer_than_the_patience() -> None:
     worker = Worker(Turns("texts", patience_s=0.05))
     first = worker.start("a", "first")
     await settle()
-    with pytest.raises(Overloaded):
+    with pytest.raises(Overloaded, match=r"its turn among the texts did not come within 0\.05 s"):
         await worker.work("b", "late")
     assert worker.turns.waiting == 0
     worker.gate.release()

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+from stretto.protocol.ollama import OllamaCall, OllamaFunction, OllamaMessage
+
 Body = dict[str, Any]
 ANY = object()
 
@@ -86,6 +88,9 @@ INTEGERS = frozenset(
 MESSAGE = frozenset({"role", "content", "name", "refusal", "reasoning_content", "tool_calls", "tool_call_id"})
 TEXT_PARTS = ("text", "input_text", "output_text")  # compared with any JSON, so no set
 REASONING = ("reasoning_content", "reasoning")
+OLLAMA_MESSAGE = frozenset(OllamaMessage.__struct_fields__)
+OLLAMA_CALL = frozenset(OllamaCall.__struct_fields__)
+OLLAMA_FUNCTION = frozenset(OllamaFunction.__struct_fields__)
 
 
 def accepted(body: Body) -> Body:
@@ -107,6 +112,29 @@ def accepted(body: Body) -> Body:
     _part(found, "stream_options", lambda options: _without(options, STREAM_OPTIONS))
     _part(found, "response_format", _format)
     return found
+
+
+def ollama_history(body: Body) -> Body:
+    """A request of Ollama's API without the members of its history that Ollama does not read."""
+    found = dict(body)
+    _each(found, "messages", _ollama_message)
+    return found
+
+
+def _ollama_message(message: Body) -> Body:
+    found = _only(message, OLLAMA_MESSAGE)
+    _each(found, "tool_calls", _ollama_call)
+    return found
+
+
+def _ollama_call(call: Body) -> Body:
+    found = _only(call, OLLAMA_CALL)
+    _part(found, "function", lambda function: _only(function, OLLAMA_FUNCTION))
+    return found
+
+
+def _only(fields: Body, names: frozenset[str]) -> Body:
+    return {name: value for name, value in fields.items() if name in names}
 
 
 def _without(fields: Body, table: dict[str, Accepted]) -> Body:

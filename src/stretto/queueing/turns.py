@@ -49,7 +49,7 @@ class Turns:
             self._free -= 1
             return
         if len(self._waiting) >= self._limit or self._waiting.owned(tenant) >= self._limit // 2:
-            raise self._overloaded()
+            raise self._overloaded(f"{len(self._waiting)} {self._kind} are waiting")
         turn = asyncio.get_running_loop().create_future()
         self._waiting.push(tenant, turn)
         try:
@@ -61,7 +61,8 @@ class Turns:
             else:
                 self._next()  # its turn came in the instant in which the wait ended
             if isinstance(error, TimeoutError):
-                raise self._overloaded() from None
+                waited = f"its turn among the {self._kind} did not come within {self._patience_s:g} s"
+                raise self._overloaded(waited) from None
             raise
 
     def _next(self) -> None:
@@ -73,9 +74,8 @@ class Turns:
                 return
         self._free += 1
 
-    def _overloaded(self) -> Overloaded:
-        count = len(self._waiting)
+    def _overloaded(self, why: str) -> Overloaded:
+        work_s = len(self._waiting) * self._mean_s
         return Overloaded(
-            f"{count} {self._kind} are waiting; try again later",
-            retry_after=min(MOST_RETRY_S, max(LEAST_RETRY_S, count * self._mean_s)),
+            f"{why}; try again later", retry_after=min(MOST_RETRY_S, max(LEAST_RETRY_S, work_s))
         )

@@ -238,6 +238,26 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
 ]
 
 
+async def test_the_history_may_say_more_than_ollama_reads(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
+    function = {"name": "weather", "arguments": {"city": "Köln"}, "parsed_arguments": None}
+    call = {"index": 0, "id": "c1", "function": function}
+    asked = HI[0] | {"timestamp": 1, "id": "u1"}
+    said = {"role": "assistant", "content": "", "model": "x", "tool_calls": [call]}
+    result = {"role": "tool", "content": "rain", "tool_call_id": "c1"}
+    await whole(client, "/api/chat", messages=[asked, said, result])
+    plain = {"id": "c1", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+    await whole(
+        client,
+        "/api/chat",
+        messages=[*HI, {"role": "assistant", "content": "", "tool_calls": [plain]}, result],
+    )
+    assert engine.requests[0].prompt == engine.requests[1].prompt
+    unknown = await client.post("/api/chat", json={"model": "tiny", "messages": [asked], "frobnicate": 1})
+    assert (unknown.status_code, unknown.json()["error"].split()[0]) == (400, "$.frobnicate")
+
+
 @pytest.mark.parametrize(("route", "fields", "status", "words"), REFUSED)
 async def test_errors_have_their_shape_and_name_the_field(
     client: httpx.AsyncClient, route: str, fields: dict[str, Any], status: int, words: str

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from stretto.errors import InvalidRequest, UnsupportedField
 from stretto.http.dialects import OLLAMA
+from stretto.protocol.compatibility import ollama_history
 from stretto.protocol.limits import LIMITS, check_json
 from stretto.protocol.ollama import (
     OllamaAnswer,
@@ -84,7 +85,7 @@ def known_as(name: str | None) -> str | None:
 async def chat(call: Call) -> None:
     """Answers `/api/chat`. Raises StrettoError."""
     with fields_named(NAMES):
-        request = parse(CHAT, call.body, as_it_is)
+        request = parse(CHAT, call.body, ollama_history)
         if not request.messages:
             await _load(call, request, chat=True)
             return
