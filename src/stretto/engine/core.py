@@ -69,6 +69,7 @@ class EngineCore:
             )
             for model in models
         }
+        self._others = {a: [self.models[b] for b in self.models if b != a] for a in self.models}
         self._turns = deque(self.models)
         self._contexts = {name: partial(self.context, name) for name in self.models}
 
@@ -122,8 +123,7 @@ class EngineCore:
 
     def context(self, name: str, until: float = inf, due: tuple[Sequence, ...] = ()) -> SchedulingContext:
         """What a policy looks at now to plan the next step of a model, which should be over at `until`."""
-        model, now = self.models[name], self._clock()
-        others = [other for other in self.models.values() if other is not model]
+        model, others, now = self.models[name], self._others[name], self._clock()
         spare = not any(other.needs_time for other in others)
         elsewhere = sum(pressure(other.queues, other.history.times.cost) for other in others)
         return SchedulingContext(
@@ -132,7 +132,7 @@ class EngineCore:
 
     def _until(self, model: ModelState) -> float:
         """When a step of this model must be over for the streams of the others."""
-        others = [other for other in self.models.values() if other is not model and other.busy]
+        others = [other for other in self._others[model.runner.info.name] if other.busy]
         return min((other.latest_start() for other in others), default=inf)
 
     def _by_turn(self) -> list[ModelState]:
@@ -160,8 +160,8 @@ class EngineCore:
         All steps in flight are committed when there is nothing to run.
         """
         name = model.runner.info.name
-        due = (self._sequences.get(ident) for ident in model.alarms.due(self._clock()))
-        context = self.context(name, until, tuple(seq for seq in due if seq and seq.request.model == name))
+        rang = [self._sequences.get(ident) for ident in model.alarms.due(self._clock())]
+        context = self.context(name, until, tuple(seq for seq in rang if seq and seq.request.model == name))
         plan = self._schedule(context)
         if len(self.models) > 1 and self._move_late(model, plan, context):
             context = self.context(name, until, tuple(seq for seq in context.due if not seq.ended))
@@ -282,10 +282,10 @@ class EngineCore:
             self._fail(plan.rows, error)
             return
         for row in plan.rows:
-            model.pool.advance(row.seq.kv, row.count)
-            row.seq.in_flight += row.draw
-            charged = row.count > 1 or row.start % model.pool.size == 0
-            if charged and not row.seq.request.spare_time:
+            seq, count = row.seq, row.count
+            model.pool.advance(seq.kv, count)
+            seq.in_flight += row.draw
+            if (count > 1 or row.start % model.pool.size == 0) and not seq.request.spare_time:
                 self._charge(model, row)
         model.in_flight.append(InFlightStep(plan, pending, started, load))
 
@@ -300,7 +300,7 @@ class EngineCore:
 
     def _commit(self, model: ModelState, launched: InFlightStep) -> StepStats:
         """Append the tokens that a step drew, end what is complete, and publish the new blocks."""
-        waiting = [row for row in launched.plan.rows if row.has_result]
+        waiting = [row for row in launched.plan.rows if row.draw or row.scored]
         try:
             drawn = launched.pending.wait()
         except Exception as error:
@@ -310,21 +310,24 @@ class EngineCore:
             waiting, drawn = [], []
         accepted = 0
         for row, result in zip(waiting, drawn, strict=True):
-            row.seq.in_flight -= row.draw
-            if row.scored and not row.seq.ended:
+            seq = row.seq
+            seq.in_flight -= row.draw
+            if row.scored and not seq.ended:
                 self._score(row, result)
-            if row.draw and not row.seq.ended:
+            if row.draw and not seq.ended:
                 try:
                     self._take(model, row, result)
-                    accepted += self._take_more(model, row, result.then)
+                    if row.draft:
+                        accepted += self._take_more(model, row, result.then)
                 except Exception as error:
                     self._fail([row], error)
         for row in launched.plan.rows:
-            if not row.seq.ended and row.seq.kv.blocks:
-                model.pool.publish(row.seq.kv)
-                if not row.draw and not row.seq.draws and row.start + row.count == row.seq.length:
-                    self._record_emission(model, row.seq)
-                    self._end(row.seq, Ending(Reason.LENGTH))
+            seq = row.seq
+            if not seq.ended and seq.kv.blocks:
+                model.pool.publish(seq.kv)
+                if not row.draw and not seq.draws and row.start + row.count == seq.length:
+                    self._record_emission(model, seq)
+                    self._end(seq, Ending(Reason.LENGTH))
         stats = self._stats(model, launched, accepted)
         model.history.times.observe(launched.load, stats.ms)
         now = self._clock()
@@ -359,9 +362,11 @@ class EngineCore:
 
     def _take(self, model: ModelState, row: Row, drawn: Drawn) -> None:
         """Append one drawn token, emit it, and end the sequence if it is the last."""
-        seq, sampling, token = row.seq, row.seq.request.sampling, drawn.token
-        if seq.unsure_of(drawn) and (request := heavier_request(seq, self._contexts)) is not None:
-            if self._move(model, seq, request, "unsure"):
+        seq, tokens, token = row.seq, row.seq.tokens, drawn.token
+        request = seq.request
+        if request.cascade is not None and seq.unsure_of(drawn):
+            heavier = heavier_request(seq, self._contexts)
+            if heavier is not None and self._move(model, seq, heavier, "unsure"):
                 return
         self._record_emission(model, seq)
         if drawn.embedding is not None and isfinite(sum(drawn.embedding)):
@@ -370,32 +375,32 @@ class EngineCore:
         if token < 0:
             self._end(seq, seq.grammar_ending or Ending(Reason.ERROR, error=NOT_A_NUMBER))
             return
-        stops = not sampling.ignore_eos and token in model.runner.eos
-        if (stops or token in seq.stops) and seq.output_len >= sampling.min_tokens:
-            seq.tokens.append(token)
+        stops = token in model.runner.eos and not request.sampling.ignore_eos
+        if (stops or token in seq.stops) and seq.output_len >= request.sampling.min_tokens:
+            tokens.append(token)
             self._end(seq, Ending(Reason.STOP, stop_token=token))
             return
-        seq.tokens.append(token)
+        tokens.append(token)
         if seq.grammar is not None and not seq.grammar.accept(token):
             refused = Ending(Reason.ERROR, error="the grammar refused the model's token")
             self._end(seq, seq.grammar_ending or refused)
             return
         began = None
-        if seq.output_len == len(seq.request.emitted) + 1 or seq.moved is not None:
+        if len(tokens) - seq.prompt_len == len(request.emitted) + 1 or seq.moved is not None:
             began, seq.scores, seq.moved = seq.began, None, None
-        self._events.append(TokenEvent(seq.request.id, token, drawn.logprobs, began=began))
+        self._events.append(TokenEvent(request.id, token, drawn.logprobs, began=began))
         if seq.grammar is not None and seq.grammar.finished:
             self._end(seq, Ending(Reason.STOP))
-        elif len(seq.tokens) >= seq.limit:
+        elif len(tokens) >= seq.limit:
             self._end(seq, Ending(Reason.LENGTH))
 
     def _record_emission(self, model: ModelState, seq: Sequence) -> None:
         """Record the time of a token. The first one sets the pace at which the whole answer is on time."""
-        now = self._clock()
-        if not seq.deadline.emitted and seq.deadline.whole < inf:
+        now, deadline = self._clock(), seq.deadline
+        if not deadline.emitted and deadline.whole < inf:
             rest = model.history.lengths.predict(seq.request.tier, seq.request.sampling.max_tokens)
-            seq.deadline.keep_pace(now, rest)
-        seq.deadline.emit(now)
+            deadline.keep_pace(now, rest)
+        deadline.emit(now)
 
     def _end(self, seq: Sequence, ending: Ending) -> None:
         """End a sequence wherever it stands, and emit its end."""

@@ -100,7 +100,7 @@ class BlockPool:
 
     def extend(self, kv: KvState, tokens: int) -> None:
         """Hand out the blocks that its first `tokens` tokens need. The scheduler has made sure they exist."""
-        for _ in range(self.blocks_for(tokens) - len(kv.blocks)):
+        for _ in range(-(-tokens // self.size) - len(kv.blocks)):
             block = self._free.pop() if self._free else self._evict()
             self._refs[block] = 1
             kv.blocks.append(block)
@@ -111,8 +111,10 @@ class BlockPool:
 
     def publish(self, kv: KvState) -> None:
         """Let others share the full blocks computed since the last call."""
+        if not self._share:
+            return
         full = min(kv.computed, len(kv.tokens)) // self.size
-        if not self._share or full <= kv.published:
+        if full <= kv.published:
             return
         keys = self._keys(kv, full)
         for index in range(kv.published, full):

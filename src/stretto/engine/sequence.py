@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from secrets import randbits
 from typing import TYPE_CHECKING, NamedTuple
 
+from msgspec import Struct, structs
+
 from stretto.deadlines import Deadline
 from stretto.engine.kv_cache import KvState
 from stretto.types import Began, Finish, Logprobs, Moved, MoveReason, Reason, Request
@@ -19,8 +21,7 @@ if TYPE_CHECKING:
     from stretto.engine.structured.grammar import Matcher
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(Struct, frozen=True, gc=False):
     """What a step drew for one sequence.
 
     `token` is negative for an embedding request, which has a vector (`embedding`) instead, and when the
@@ -49,7 +50,7 @@ def follow(draft: tuple[int, ...], draw: Callable[[int], Drawn]) -> Drawn:
     drawn = [draw(0)]
     while len(drawn) <= len(draft) and drawn[-1].token == draft[len(drawn) - 1]:
         drawn.append(draw(len(drawn)))
-    return replace(drawn[0], then=tuple(drawn[1:])) if len(drawn) > 1 else drawn[0]
+    return structs.replace(drawn[0], then=tuple(drawn[1:])) if len(drawn) > 1 else drawn[0]
 
 
 @dataclass(frozen=True, slots=True)

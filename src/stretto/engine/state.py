@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from math import inf
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from stretto.engine.kv_cache import BlockPool
@@ -67,8 +68,7 @@ class ModelState:
         return latest_start(self.queues, self.history.times.cost)
 
 
-@dataclass(frozen=True, slots=True)
-class InFlightStep:
+class InFlightStep(Struct, frozen=True):
     """A step between its launch and its commit."""
 
     plan: Plan

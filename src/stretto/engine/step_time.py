@@ -170,16 +170,21 @@ class StepTime:
 
     def _learn(self, row: list[float], result: float, remembered: float) -> None:
         """Add the equation `row @ coefficients = result`, in units of the prediction."""
-        forgotten, equation = 1.0 - remembered, [*row, result]
-        self._known = [
-            [
-                remembered * old + forgotten * prior + weight * value
-                for old, prior, value in zip(known, target, equation, strict=True)
-            ]
-            for known, target, weight in zip(
-                self._known, self._prior, (value / NOISE**2 for value in row), strict=True
+        forgotten, (a, b, c, d, e) = 1.0 - remembered, row
+        learnt: Matrix = []
+        for old, prior, value in zip(self._known, self._prior, row, strict=True):
+            weight = value / NOISE**2
+            learnt.append(
+                [
+                    remembered * old[0] + forgotten * prior[0] + weight * a,
+                    remembered * old[1] + forgotten * prior[1] + weight * b,
+                    remembered * old[2] + forgotten * prior[2] + weight * c,
+                    remembered * old[3] + forgotten * prior[3] + weight * d,
+                    remembered * old[4] + forgotten * prior[4] + weight * e,
+                    remembered * old[5] + forgotten * prior[5] + weight * result,
+                ]
             )
-        ]
+        self._known = learnt
 
     def _solve(self) -> None:
         coefficients = [max(value, 0.0) for value in _solved(self._known)]
@@ -200,23 +205,39 @@ def _trust() -> Matrix:
 
 def _with_target(matrix: Matrix, target: list[float]) -> Matrix:
     """The system whose solution is `target`: each row with its right-hand side."""
-    size = len(target)
-    return [[*row[:size], sum(a * b for a, b in zip(row, target, strict=False))] for row in matrix]
+    a, b, c, d, e = target
+    return [[*row[:5], row[0] * a + row[1] * b + row[2] * c + row[3] * d + row[4] * e] for row in matrix]
 
 
 def _solved(system: Matrix) -> list[float]:
-    """The solution of a symmetric positive definite system, by Gaussian elimination."""
-    rows, size = [row[:] for row in system], len(system)
-    for column in range(size):
-        pivot = rows[column]
-        for below in range(column + 1, size):
-            row = rows[below]
-            factor = row[column] / pivot[column]
-            for index in range(column + 1, size + 1):
-                row[index] -= factor * pivot[index]
-    result = [0.0] * size
-    for place in range(size - 1, -1, -1):
-        row = rows[place]
-        known = sum(row[index] * result[index] for index in range(place + 1, size))
-        result[place] = (row[size] - known) / row[place]
-    return result
+    """The solution of a symmetric positive definite system, by Gaussian elimination.
+
+    It is written out, because every step solves one.
+    """
+    (u0, u01, u02, u03, u04, y0), p, q, r, s = system
+    f = p[0] / u0
+    u1, u12, u13, u14, y1 = p[1] - f * u01, p[2] - f * u02, p[3] - f * u03, p[4] - f * u04, p[5] - f * y0
+    f = q[0] / u0
+    a21, a22, a23, a24, b2 = q[1] - f * u01, q[2] - f * u02, q[3] - f * u03, q[4] - f * u04, q[5] - f * y0
+    f = r[0] / u0
+    a31, a32, a33, a34, b3 = r[1] - f * u01, r[2] - f * u02, r[3] - f * u03, r[4] - f * u04, r[5] - f * y0
+    f = s[0] / u0
+    a41, a42, a43, a44, b4 = s[1] - f * u01, s[2] - f * u02, s[3] - f * u03, s[4] - f * u04, s[5] - f * y0
+    f = a21 / u1
+    u2, u23, u24, y2 = a22 - f * u12, a23 - f * u13, a24 - f * u14, b2 - f * y1
+    f = a31 / u1
+    a32, a33, a34, b3 = a32 - f * u12, a33 - f * u13, a34 - f * u14, b3 - f * y1
+    f = a41 / u1
+    a42, a43, a44, b4 = a42 - f * u12, a43 - f * u13, a44 - f * u14, b4 - f * y1
+    f = a32 / u2
+    u3, u34, y3 = a33 - f * u23, a34 - f * u24, b3 - f * y2
+    f = a42 / u2
+    a43, a44, b4 = a43 - f * u23, a44 - f * u24, b4 - f * y2
+    f = a43 / u3
+    u4, y4 = a44 - f * u34, b4 - f * y3
+    x4 = y4 / u4
+    x3 = (y3 - (u34 * x4)) / u3
+    x2 = (y2 - (u23 * x3 + u24 * x4)) / u2
+    x1 = (y1 - (u12 * x2 + u13 * x3 + u14 * x4)) / u1
+    x0 = (y0 - (u01 * x1 + u02 * x2 + u03 * x3 + u04 * x4)) / u0
+    return [x0, x1, x2, x3, x4]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -79,7 +80,7 @@ class Launched:
         if row in self.vectors:
             return Drawn(-1, embedding=tuple(self.vectors[row].tolist()))
         drawn = self.on_host.get(row) or Drawn(token)
-        return replace(drawn, scores=self.scores[row]) if row in self.scores else drawn
+        return structs.replace(drawn, scores=self.scores[row]) if row in self.scores else drawn
 
 
 class StepOutput(NamedTuple):

@@ -7,9 +7,11 @@ the model costs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import inf, nan
+
+from msgspec.structs import replace
 
 from stretto.engine.scheduler.types import Plan, Row
 from stretto.engine.sequence import NOTHING, Drawn, Sequence, follow
@@ -103,9 +105,11 @@ class NullRunner:
         milliseconds = self.step_ms(plan.load)
         if milliseconds > 0:
             self._sleep(milliseconds / 1e3)
-        return Finished([self._result(row) for row in plan.rows if row.has_result])
+        return Finished([self._result(row) for row in plan.rows if row.draw or row.scored])
 
     def _result(self, row: Row) -> Drawn:
+        if row.draw and not row.draft and not row.scored:
+            return self.draw(row.seq, 0)
         drawn = follow(row.draft, partial(self.draw, row.seq)) if row.draw else NOTHING
         return replace(drawn, scores=(Logprobs(0.0, rank=1),) * row.scored) if row.scored else drawn
 

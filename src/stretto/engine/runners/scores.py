@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from stretto.engine.scheduler.types import Row

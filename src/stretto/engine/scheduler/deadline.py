@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import repeat
 from math import inf
 from operator import attrgetter
+
+from msgspec import Struct
 
 from stretto.engine.scheduler import spare_time
 from stretto.engine.scheduler.estimate import Deferral, Estimate, step_limit
@@ -47,15 +48,14 @@ Late = dict[Sequence, float]  # the seconds by which each would be late
 _rank = attrgetter("rank")
 
 
-@dataclass(slots=True)
-class Running:
+class Running(Struct, eq=False):
     """The running sequences, by what they need. A stream has computed its prompt."""
 
-    streams: list[Sequence] = field(default_factory=list[Sequence])  # with a deadline
-    starts: list[int] = field(default_factory=list[int])  # the streams' tokens so far
-    prompts: list[Placed] = field(default_factory=list[Placed])  # with a deadline, or those that go first
-    best_effort: list[Sequence] = field(default_factory=list[Sequence])  # streams without one
-    partial_prefills: list[Placed] = field(default_factory=list[Placed])  # prompts without one
+    streams: list[Sequence] = []  # with a deadline
+    starts: list[int] = []  # the streams' tokens so far
+    prompts: list[Placed] = []  # with a deadline, or those that go first
+    best_effort: list[Sequence] = []  # streams without one
+    partial_prefills: list[Placed] = []  # prompts without one
     tightest: float = inf  # when the first stream must have its token
     shortest_itl_s: float = inf  # the shortest inter-token target of a stream or prompt with a deadline
     load: float = 0.0  # share of the time that the streams take at their slowest pace
@@ -81,6 +81,10 @@ def deadline(context: SchedulingContext) -> Plan:
     if builder.plan.newcomers or (prompts and prompts[0][0].negated_weight == FIRST):
         prompts, others = _admit(builder, prompts, others, deferral, deferred)
     _run_streams(builder, running, pressed=bool(deferred))
+    builder.plan.predicted = builder.ms
+    idle = not (prompts or others or running.best_effort or running.partial_prefills)
+    if idle and not spare_time.waits(context):
+        return builder.plan
     builder.timed_rows = len(builder.plan.rows)
     builder.end = min(builder.end, context.now + step_limit(builder.cost) / 1e3)
     best_effort = running.best_effort + [seq for _, seq in sorted(running.partial_prefills + others)]

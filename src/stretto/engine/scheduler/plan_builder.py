@@ -5,8 +5,9 @@ It knows what fits. Who comes first is the policy's decision (`fcfs`, `deadline`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from math import inf
+
+from msgspec import Struct
 
 from stretto.engine.scheduler.types import Plan, Row, SchedulingContext
 from stretto.engine.sequence import BEST_EFFORT, SPARE_TIME, TIMED, Rank, Sequence
@@ -15,8 +16,7 @@ from stretto.engine.step_time import StepCost
 UNLIMITED_MS = 1e9
 
 
-@dataclass(slots=True)
-class PlanBuilder:
+class PlanBuilder(Struct, eq=False):
     """A plan and what is left for it.
 
     A prediction times `margin` holds for most steps, times `worst` for nearly all.
@@ -35,7 +35,7 @@ class PlanBuilder:
     timed_rows: int = 0  # rows of streams with a deadline, which stand first
     full: bool = False  # whether a sequence without a deadline was turned away
     held: bool = False  # whether all slots are taken by sequences that cannot be preempted
-    claimed: set[bytes] = field(default_factory=set[bytes])  # keys of blocks that admitted ones will compute
+    claimed: set[bytes] = set()  # keys of blocks that admitted ones will compute
 
     @classmethod
     def of(cls, context: SchedulingContext, *, timed: bool) -> PlanBuilder:

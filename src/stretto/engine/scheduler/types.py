@@ -59,8 +59,7 @@ class History:
         return cls(times, lengths=AnswerLengths(usual_tokens or DEFAULT_LENGTH))
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulingContext:
+class SchedulingContext(Struct, frozen=True):
     """All that a policy looks at to plan one step of one model."""
 
     model: str
@@ -112,22 +111,21 @@ class Row(Struct, frozen=True, gc=False):
         return Row(self.seq, self.start, self.count + len(draft), self.draw, draft) if draft else self
 
 
-@dataclass(slots=True)
-class Plan:
+class Plan(Struct, eq=False):
     """What a step does, in the order of the fields."""
 
     model: str
-    end: list[Sequence] = field(default_factory=list[Sequence])  # their time has run out
-    to_move: list[Sequence] = field(default_factory=list[Sequence])  # late here, not started; if others can
+    end: list[Sequence] = []  # their time has run out
+    to_move: list[Sequence] = []  # late here, not started; if others can
     # Refused, with the seconds after which a client may try again.
-    refuse: list[tuple[Sequence, float]] = field(default_factory=list[tuple[Sequence, float]])
-    place: list[tuple[Sequence, Rank]] = field(default_factory=list[tuple[Sequence, Rank]])  # at a new rank
-    newcomers: list[Sequence] = field(default_factory=list[Sequence])  # of `place`, those that have just come
-    preempt: list[Sequence] = field(default_factory=list[Sequence])
+    refuse: list[tuple[Sequence, float]] = []
+    place: list[tuple[Sequence, Rank]] = []  # at a new rank
+    newcomers: list[Sequence] = []  # of `place`, those that have just come
+    preempt: list[Sequence] = []
     # Admitted, with the cached blocks that each one adopts.
-    admit: list[tuple[Sequence, list[int]]] = field(default_factory=list[tuple[Sequence, list[int]]])
-    rows: list[Row] = field(default_factory=list[Row])
-    tags: dict[str, float] = field(default_factory=dict[str, float])  # for `Fairness.promise`
+    admit: list[tuple[Sequence, list[int]]] = []
+    rows: list[Row] = []
+    tags: dict[str, float] = {}  # for `Fairness.promise`
     owed: float = 0.0  # for `Fairness.promise`
     predicted: float | None = None  # milliseconds
 
@@ -146,13 +144,14 @@ class Plan:
         decode = prefill = context = 0
         reading = 0.0
         for row in self.rows:
-            if row.decodes:
-                decode += row.count
-                context += row.start + row.count
-                reading += len(row.draft) * (row.start + row.count / 2)
+            count, draft = row.count, len(row.draft)
+            if row.draw and count == 1 + draft:
+                decode += count
+                context += row.start + count
+                reading += draft * (row.start + count / 2)
             else:
-                prefill += row.count
-                reading += row.count * (row.start + row.count / 2)
+                prefill += count
+                reading += count * (row.start + count / 2)
         return StepLoad(decode, prefill, context, reading)
 
 

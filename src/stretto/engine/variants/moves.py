@@ -7,7 +7,6 @@ scheduling contexts and answers with a request. `stretto.engine.core` moves the 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from itertools import chain, islice
 from math import inf
@@ -80,7 +79,7 @@ def _on_time(seq: Sequence, name: str, late: Collection[Sequence], contexts: Con
         own = contexts[seq.request.model]()
         cost = own.history.times.cost
         change = pressure(own.queues, cost, seq) - pressure(own.queues, cost)
-        context = dataclasses.replace(context, elsewhere=max(context.elsewhere + change, 0.0))
+        context = replace(context, elsewhere=max(context.elsewhere + change, 0.0))
     seen, weight = snapshot(context, 0), tier_weight(context.limits.tiers, request.tier)
     # Models take turns, so the prompts of the others that are due before this one come first.
     others = sum(_due_ms(of(), seq, late) for other, of in contexts.items() if other != name)
