@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from stretto.bench.traces import read
 from stretto.config import Tier
+from stretto.engine.scheduler.estimate import step_limit
 from stretto.engine.scheduler.lateness import FLEX_WAIT_S, PAUSE_S, longest_wait_s
 from stretto.engine.step_time import StepCost
 from stretto.errors import InvalidRequest
@@ -107,11 +108,11 @@ def test_more_are_on_time_than_first_come_first_served_at_every_load():
     )
 
 
-def test_no_pause_of_a_request_on_time_exceeds_its_objective():
-    for load in (0.7, 1.5):
-        report = played("deadline", load)
-        assert report.tiers["priority"].longest_gap_ms <= 40.0 + 1e-3
-        assert report.tiers["default"].longest_gap_ms <= 80.0 + 1e-3
+def test_a_request_on_time_pauses_no_longer_than_its_objective_or_under_pressure_than_a_step():
+    for name, itl_ms in (("priority", 40.0), ("default", 80.0)):
+        assert played("deadline", 0.3).tiers[name].longest_gap_ms <= itl_ms + 1e-3
+        for load in (0.7, 1.5):
+            assert played("deadline", load).tiers[name].longest_gap_ms <= step_limit(COST) + 1e-3
     assert played("fcfs", 1.5).tiers["all"].longest_gap_ms > 80.0
 
 

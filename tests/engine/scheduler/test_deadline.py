@@ -140,6 +140,32 @@ def test_a_stream_that_was_early_has_earned_slack_and_dues_do_not_move():
     assert world.late_by(1) < -300
 
 
+def early_streams_and_a_pressed_prompt(ttft_ms: float) -> World:
+    """Four streams whose first tokens are due in 40 s, and a prompt that takes 5.8 s alone."""
+    world = TwoModels(cost=SMALL_CPU)
+    early = Objective(ttft_ms=40_000, itl_ms=200)
+    for ident in range(1, 5):
+        world.send(ident, 20, tokens=120, objective=early)
+    world.run(until=2.0)
+    world.send(5, 2000, objective=Objective(ttft_ms=ttft_ms, itl_ms=400))
+    world.run()
+    return world
+
+
+def test_streams_that_are_early_pause_longer_for_a_prompt_that_would_be_late():
+    """With steps of 200 ms, each with a base of 38 ms, the prompt takes 7.4 s."""
+    world = early_streams_and_a_pressed_prompt(6_900)
+    assert all(world.on_time(ident) for ident in range(1, 6))
+    longest = max(gap for ident in range(1, 5) for gap in world.gaps(ident))
+    assert 200 < longest <= step_limit(SMALL_CPU) + 1e-6
+
+
+def test_streams_that_are_early_keep_their_pace_for_a_prompt_that_has_time():
+    world = early_streams_and_a_pressed_prompt(20_000)
+    assert all(world.on_time(ident) for ident in range(1, 6))
+    assert max(gap for ident in range(1, 5) for gap in world.gaps(ident)) <= 200 + 1e-6
+
+
 def test_the_weightier_tier_goes_first_and_flex_takes_what_is_left():
     world = TwoModels()
     for ident, tier in ((1, "flex"), (2, "default"), (3, "priority")):

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from stretto.config import Tier
 from stretto.deadlines import Deadline
-from stretto.engine.scheduler.estimate import Estimate
+from stretto.engine.scheduler.estimate import Estimate, patient
 from stretto.engine.scheduler.lateness import ADMITTED, Backlog, Prompt, backlog_of, newcomer, shortfall
 from stretto.engine.scheduler.moore_hodgson import Job
 from stretto.engine.scheduler.types import SchedulingContext, tier_weight
@@ -41,6 +41,7 @@ class Snapshot(Struct, frozen=True, kw_only=True, array_like=True):
     lengths: dict[str, int]  # tokens of a long answer, by tier
     backlog: Backlog = Backlog()
     worth: dict[str, float] = {}  # of a tenant's prompts, when it is not 0
+    patient: Estimate | None = None  # while some prompts would be late; None: as `estimate`
 
 
 class Forecast(NamedTuple):
@@ -167,6 +168,7 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         backlog=backlog_of(context, islice(behind, MAX_PROMPTS)),
         worth=dict(islice(((tenant, value) for tenant, value in worth.items() if value), MAX_PROMPTS)),
         lengths={name: context.history.lengths.predict(name) for name in tiers},
+        patient=patient(estimate, ((seq.deadline, seq.length) for seq in streams), context.now)[0],
     )
 
 
@@ -188,6 +190,9 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     own: Job = (first_deadline, own_ms, seen.worth.get(request.tenant, 0.0))
     groups[weight] = [*jobs[:place], own, *jobs[place:]]
     deferral = estimate.defer(groups, lambda weight: seen.inflow.get(weight, 0.0), now, itl_ms)
+    if deferral.late_by and seen.patient is not None:
+        estimate = seen.patient
+        deferral = estimate.defer(groups, lambda weight: seen.inflow.get(weight, 0.0), now)
     begin, pace = deferral.groups[weight][:2]
     first = sum(map(len, groups.values())) - len(groups[weight])
     ahead = sum(ms for index, (_, ms, _) in enumerate(jobs[:place], first) if index not in deferral.late_by)

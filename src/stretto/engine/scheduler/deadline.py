@@ -8,7 +8,7 @@ gap between tokens is bounded by construction. `lateness` bounds the wait of all
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from math import inf
 from operator import attrgetter
@@ -16,7 +16,7 @@ from operator import attrgetter
 from msgspec import Struct
 
 from stretto.engine.scheduler import spare_time
-from stretto.engine.scheduler.estimate import Deferral, Estimate, step_limit
+from stretto.engine.scheduler.estimate import Deferral, Estimate, patient, step_limit
 from stretto.engine.scheduler.lateness import (
     ADMITTED,
     FIRST,
@@ -77,10 +77,15 @@ def deadline(context: SchedulingContext) -> Plan:
     prompts = sorted(running.prompts + prompts)[:DEPTH]
     estimate = running.estimate(builder)
     deferral = _defer(builder, prompts, estimate, context.history.arrivals.above)
+    pressed = bool(deferral.late_by)
+    if running.streams and (pressed or _has_waited_long(builder, others[:1])):
+        early = zip((seq.deadline for seq in running.streams), running.starts, strict=True)
+        estimate, running.tightest = patient(estimate, early, context.now)
+        deferral = _defer(builder, prompts, estimate, context.history.arrivals.above)
     deferred = {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
     if builder.plan.newcomers or (prompts and prompts[0][0].negated_weight == FIRST):
         prompts, others = _admit(builder, prompts, others, deferral, deferred)
-    _run_streams(builder, running, pressed=bool(deferred))
+    _run_streams(builder, running, pressed=pressed)
     builder.plan.predicted = builder.ms
     idle = not (prompts or others or running.best_effort or running.partial_prefills)
     if idle and not spare_time.waits(context):
@@ -307,11 +312,16 @@ def _latest(seq: Sequence, soonest: float) -> float:
 
 def _owed_now(builder: PlanBuilder, best_effort: list[Sequence]) -> float:
     """Milliseconds of this step that belong to best-effort sequences, if one has waited long."""
-    since = builder.context.now - PATIENCE_S
-    if not any(seq.rank.group == BEST_EFFORT and seq.rank.order < since for seq in best_effort[:DEPTH]):
+    if not _has_waited_long(builder, ((seq.rank, seq) for seq in best_effort[:DEPTH])):
         return 0.0
     share = BEST_EFFORT_SHARE * max(builder.left_ms + builder.ms, builder.ms)
     return min(builder.context.history.fairness.owed + share, step_limit(builder.cost))
+
+
+def _has_waited_long(builder: PlanBuilder, placed: Iterable[Placed]) -> bool:
+    """Whether a best-effort sequence among these has waited long."""
+    since = builder.context.now - PATIENCE_S
+    return any(rank.group == BEST_EFFORT and rank.order < since for rank, _ in placed)
 
 
 def _defer(

@@ -5,12 +5,13 @@ Pure numbers that fit in a message. It knows neither sequences nor queues.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from stretto.deadlines import Deadline
 from stretto.engine.scheduler.moore_hodgson import Job, tardy_jobs
 from stretto.engine.step_time import StepCost
 
@@ -19,6 +20,8 @@ SHORTEST_LIMIT_MS = 20.0  # and this long at least
 LEAST_PREFILL = 0.03  # of the time is left for prompts, however many streams there are
 LEAST_LIGHTER = 0.25  # of the time for prompts is left for lighter ones, whatever arrives
 CAUTION = 0.7  # of the time that heavier prompts seem to leave is counted on
+SLACK_S = 40.0  # streams that are early use up their slack in so long while prompts are pressed for time
+SLOWEST = 20.0  # times its pace is the slowest that a stream is expected to have then
 MAX_STREAM_LOAD = 0.9  # no prompt may become a stream if streams would then take more of the time
 
 
@@ -109,3 +112,27 @@ class Estimate(Struct, frozen=True, array_like=True):
             deferral.groups[weight] = Group(begin, pace, likely, start, work, work + put_off)
             first += len(jobs)
         return deferral
+
+
+def patient(
+    estimate: Estimate, streams: Iterable[tuple[Deadline, int]], now: float
+) -> tuple[Estimate, float]:
+    """What streams leave over while those that are early pause longer, and when the first must emit.
+
+    Each stream has its deadline and its tokens. One that is early may pause as long as a step takes that no
+    stream waits for, and not beyond the deadline of its next token. Its pace is slower until its slack is
+    used up.
+    """
+    longest_s = step_limit(estimate.cost) / 1e3
+    itl_s, load, tightest = inf, 0.0, inf
+    for deadline, length in streams:
+        if deadline.late or deadline.next < now:
+            continue
+        target, latest = deadline.target_itl_s, deadline.latest
+        if deadline.whole == inf and deadline.next > latest:
+            latest = min(deadline.next, deadline.last_emission + max(longest_s, target))
+            target /= max(1.0 - (deadline.next - now) / SLACK_S, 1.0 / SLOWEST)
+        tightest = min(tightest, latest)
+        itl_s = min(itl_s, target)
+        load += estimate.cost.row(length) / target
+    return structs.replace(estimate, itl_ms=itl_s * 1e3, load=load / 1e3), tightest
