@@ -22,6 +22,7 @@ from tests.server.variants.test_placement import build
 
 NAMES = ("full", "int8")
 CHEAP = StepCost(0.01, 0.001, 0.001)
+SLOW = StepCost(60_000.0, 0.001, 0.001)
 BETTER = QualityInterval(0.97, 0.92, 1.0, 500)  # than the top, perhaps: its interval is 0.9 to 1
 SURE = QualityInterval(0.99, 0.97, 1.0, 500)
 
@@ -72,23 +73,49 @@ async def test_the_best_variant_answers_when_nothing_is_read(engine: FakeEngine,
     assert (await talk.answer())["stretto"]["variant"] == "m:int8" and not reads(engine)
 
 
-async def test_what_the_top_reads_is_cached_although_another_would_be_chosen(
-    engine: FakeEngine, talk: Talk
-) -> None:
+async def typed(talk: Talk, engine: FakeEngine, *, late: str) -> None:
+    """Types a message and waits until it is read, while one variant would be late."""
+    engine.outlooks[late] = outlook(SLOW)
+    await talk.type(WORDS)
+    await talk.until("input_text.read")
+    engine.outlooks[late] = outlook(CHEAP)
+
+
+async def sent(talk: Talk, engine: FakeEngine) -> tuple[dict[str, Any], Request]:
+    """Sends the message; returns the response and its request."""
+    await talk.send("input_text.commit")
+    response = await talk.answer()
+    assert response["status"] == "completed", response
+    return response, answers(engine)[-1]
+
+
+async def test_the_variant_that_would_be_chosen_reads_and_answers(engine: FakeEngine, talk: Talk) -> None:
     for _ in range(2):
         response, request = await answered(talk, engine)
-        assert reads(engine)[-1].model == request.model == response["stretto"]["variant"] == "m:full"
-        assert response["stretto"]["variant_reason"] == "read_ahead"
+        assert {read.model for read in reads(engine)} == {"m:int8"}
+        assert request.model == response["stretto"]["variant"] == "m:int8"
+        assert response["stretto"]["variant_reason"] == "best"
         read = len(reads(engine)[-1].prompt)
         assert request.cached == read > 0
         assert response["usage"]["input_token_details"]["cached_tokens"] == read
+
+
+async def test_what_one_has_read_is_cached_although_another_would_be_chosen(
+    engine: FakeEngine, talk: Talk
+) -> None:
+    await typed(talk, engine, late="m:int8")
+    response, request = await sent(talk, engine)
+    assert reads(engine)[-1].model == request.model == response["stretto"]["variant"] == "m:full"
+    assert response["stretto"]["variant_reason"] == "read_ahead"
+    assert request.cached == len(reads(engine)[-1].prompt) > 0
 
 
 @pytest.mark.parametrize("quality", [SURE])
 async def test_a_variant_that_is_sure_to_be_better_answers_and_reads_from_then_on(
     engine: FakeEngine, talk: Talk
 ) -> None:
-    response, request = await answered(talk, engine)
+    await typed(talk, engine, late="m:int8")
+    response, request = await sent(talk, engine)
     assert (reads(engine)[-1].model, request.model, request.cached) == ("m:full", "m:int8", 0)
     assert response["stretto"]["variant_reason"] == "best"
     response, request = await answered(talk, engine)
@@ -96,24 +123,34 @@ async def test_a_variant_that_is_sure_to_be_better_answers_and_reads_from_then_o
 
 
 async def test_a_floor_goes_before_what_is_read(engine: FakeEngine, talk: Talk) -> None:
+    await typed(talk, engine, late="m:int8")
     options = {"type": "realtime", "objective": {"min_quality": 0.91}}
     await talk.send("session.update", session=options)
-    response, request = await answered(talk, engine)
-    assert (request.model, request.cached) == ("m:int8", 0)
+    response, request = await sent(talk, engine)
+    assert (reads(engine)[-1].model, request.model, request.cached) == ("m:full", "m:int8", 0)
     assert response["stretto"]["variant_reason"] == "best"
 
 
 async def test_a_late_reader_does_not_answer(engine: FakeEngine, talk: Talk) -> None:
-    engine.outlooks["m:full"] = outlook(StepCost(60_000.0, 0.001, 0.001))
-    response, request = await answered(talk, engine)
+    await typed(talk, engine, late="m:int8")
+    engine.outlooks["m:full"] = outlook(SLOW)
+    response, request = await sent(talk, engine)
     assert (reads(engine)[-1].model, request.model) == ("m:full", "m:int8")
     assert response["stretto"]["variant_reason"] == "best"
 
 
-async def test_without_a_forecast_the_reader_answers_too(engine: FakeEngine, talk: Talk) -> None:
+async def test_the_choice_is_made_again_while_one_types_on(engine: FakeEngine, talk: Talk) -> None:
+    await typed(talk, engine, late="m:int8")
+    engine.outlooks["m:full"] = outlook(SLOW)
+    _, request = await answered(talk, engine)
+    assert [reads(engine)[0].model, reads(engine)[-1].model] == ["m:full", "m:int8"]
+    assert request.model == "m:int8" and request.cached == len(reads(engine)[-1].prompt)
+
+
+async def test_without_a_forecast_the_best_one_reads_and_answers(engine: FakeEngine, talk: Talk) -> None:
     engine.outlooks = {}
     response, request = await answered(talk, engine)
-    assert request.model == "m:full" and request.cached > 0
+    assert request.model == reads(engine)[-1].model == "m:int8" and request.cached > 0
     assert response["stretto"]["variant_reason"] == "no_forecast"
 
 

@@ -16,9 +16,12 @@ from stretto.engine.client import Stream
 from stretto.errors import StrettoError
 from stretto.http.errors import internal
 from stretto.protocol.openai import ChatRequest
+from stretto.server.feedback.choices import user_of
+from stretto.server.objectives import resolve_objective
 from stretto.server.realtime.conversation import RealtimeConversation
 from stretto.server.state import ReadAhead, Server
-from stretto.server.validation import check_chat
+from stretto.server.validation import AnswerSpec, EncodedPrompt, check_chat
+from stretto.server.variants.placement import TypedRequest, foresee
 from stretto.types import Finish, Reason, Request, Sampling
 
 LONGEST_WORD = 24  # characters; a longer run without a blank is cut: some languages write none
@@ -68,7 +71,8 @@ def certain(text: str) -> str:
 class PromptReader:
     """Reads the prompt of one session. `chat_of(text)` makes the request that the text would become.
 
-    `variant`: the model of a ladder that answered last; None: its top is likely to. Each has its own cache.
+    `variant`: the model of a ladder that answered last; None: none did, and that reads which would be chosen
+    for the text so far. Each has its own cache.
     `told(tokens, characters)` is called when so many tokens of the prompt are read, and with them so many
     characters of the text.
     """
@@ -150,7 +154,7 @@ class PromptReader:
         block = spec.model.info.block_size
         uncertain = UNCERTAIN + (text.size if self._source == typed else 0)
         ids = prompt.ids[: max(len(prompt.ids) - uncertain, 0) // block * block]
-        model, restarts = self.variant or spec.model.info.name, server.engine.restarts
+        model, restarts = self.variant or self._likely(chat, spec, prompt), server.engine.restarts
         known = min(self.read.common(model, prompt.ids), len(ids))
         if len(ids) <= known:
             return
@@ -176,6 +180,13 @@ class PromptReader:
         server.metrics.read_ahead(model, len(ids) - finish.cached_tokens)
         left = len(spec.model.text.decode(list(prompt.ids[len(ids) :])))
         self.told(len(ids), max(0, len(self._source) - left))
+
+    def _likely(self, chat: ChatRequest, spec: AnswerSpec, prompt: EncodedPrompt) -> str:
+        """The model that would answer if the text were sent now. Raises InvalidRequest for an objective that
+        contradicts itself."""
+        slo = resolve_objective(chat, self.server.policy, self.tenant, lambda: True)
+        typed = TypedRequest(self.server, self.tenant, time.monotonic(), user_of(chat))
+        return foresee(typed, spec, slo, prompt)
 
 
 async def _end_of(stream: Stream) -> Finish | None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 
 from stretto.errors import CannotBeOnTime, QualityOutOfReach, UnsupportedField
 from stretto.server.objectives import ServiceLevel
-from stretto.server.state import Call
+from stretto.server.state import Call, ReadAhead, Server
 from stretto.server.validation import AnswerSpec, EncodedPrompt
 from stretto.server.variants.router import LadderRequest, VariantPlacement, VariantRouter
 
@@ -57,8 +58,35 @@ def begun_with(call: Call, model: str, index: int) -> str:
     return variant if served else ""
 
 
+@dataclass(frozen=True, slots=True)
+class TypedRequest:
+    """What a message that is being typed would be asked by, if it were sent now.
+
+    `read_ahead` is nothing: what is read so far shall not decide who reads the rest. Else the choice for the
+    first words would stay.
+    """
+
+    server: Server
+    tenant: str
+    arrival: float
+    user: str = ""
+    read_ahead: ReadAhead = ReadAhead()  # noqa: RUF009 - it is immutable
+
+
+def foresee(typed: TypedRequest, spec: AnswerSpec, slo: ServiceLevel, prompt: EncodedPrompt) -> str:
+    """The model that would answer a prompt if it were sent now."""
+    router = typed.server.router(spec.model.name)
+    if router is None or spec.model.name != router.ladder.name or len(router.ladder.models) == 1:
+        return spec.model.info.name
+    return router.foresee(_asked(typed, spec, slo, [prompt], None), typed.arrival)
+
+
 def _asked(
-    call: Call, spec: AnswerSpec, slo: ServiceLevel, prompts: list[EncodedPrompt], only: str | None
+    call: Call | TypedRequest,
+    spec: AnswerSpec,
+    slo: ServiceLevel,
+    prompts: list[EncodedPrompt],
+    only: str | None,
 ) -> LadderRequest:
     """All answers of a call come from one variant, so their prompts count as one."""
     reader = call.read_ahead.model

@@ -113,6 +113,29 @@ class VariantRouter:
         """The variant that answers, by `ladder.choose`; the top while nothing is known of the queues."""
         models = self._able(asked)
         expected = self._expectation(asked, models, now)
+        floor = asked.objective.min_quality or 0.0
+        choice = self._choice(asked, models, expected, now)
+        if choice is None:
+            return self._unforeseen(asked, expected, floor)
+        self._price.offer(now, _options(choice, floor))
+        return self._placed(asked, choice, expected, floor)
+
+    def foresee(self, asked: LadderRequest, now: float) -> str:
+        """The variant that would answer if this were asked now; the top if none would. Nothing is drawn, and
+        no price follows."""
+        models = self._able(asked)
+        expected = self._expectation(asked, models, now)
+        choice = self._choice(asked, models, expected, now)
+        if choice is None:
+            found = self._unforeseen(asked, expected, asked.objective.min_quality or 0.0).model
+        else:
+            found = None if choice.chosen is None else choice.chosen.candidate.name
+        return found or self.ladder.top.name
+
+    def _choice(
+        self, asked: LadderRequest, models: Mapping[str, Variant], expected: Expectation, now: float
+    ) -> VariantChoice | None:
+        """The choice by what is predicted; None while nothing is known of the queues."""
         tier = self._tiers.get(asked.tier)
         weight = 0.0 if tier is None else tier.weight
         standings = self._prospects.standings(
@@ -139,20 +162,17 @@ class VariantRouter:
                     cached=asked.cached.get(model, 0),
                 )
             )
-        floor = asked.objective.min_quality or 0.0
         if len(candidates) < len(models):
-            return self._unforeseen(asked, expected, floor)
+            return None
         need = Need(
             prompt_tokens=asked.prompt_tokens,
             output_tokens=self.lengths.predict(asked.tenant, asked.max_tokens),
             objective=asked.objective,
-            min_quality=floor,
+            min_quality=asked.objective.min_quality or 0.0,
             preference=asked.prefer,
             elapsed_ms=(now - asked.arrival) * 1e3,
         )
-        choice = choose(candidates, need, self._price.value())
-        self._price.offer(now, _options(choice, floor))
-        return self._placed(asked, choice, expected, floor)
+        return choose(candidates, need, self._price.value())
 
     def _expectation(self, asked: LadderRequest, models: Mapping[str, Variant], now: float) -> Expectation:
         found = features(asked.question)
