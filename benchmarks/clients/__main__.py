@@ -111,22 +111,24 @@ class Client:
         }  # fmt: skip
         environment.pop("PYTHONPATH", None)
         log = self.home / f"{self.script[-1]}.log"
+        ended = "its time was up"
         with log.open("w") as errors:
-            done = subprocess.run(
-                [program, str(script), *self.script[1:]],
-                env=environment,
-                cwd=self.home,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                timeout=TIMEOUT_S,
+            command = [program, str(script), *self.script[1:]]
+            process = subprocess.Popen(
+                command, env=environment, cwd=self.home, stdout=subprocess.PIPE, stderr=errors, text=True
             )
+            try:
+                said, _ = process.communicate(timeout=TIMEOUT_S)
+                ended = f"the script ended with {process.returncode}"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                said, _ = process.communicate()
         found: dict[str, str] = {}
-        for line in done.stdout.splitlines():
+        for line in said.splitlines():
             if line.startswith('{"feature"'):
                 each = json.loads(line)
                 found[each["feature"]] = each["outcome"]
-        return found or {"answer": f"no: the script ended with {done.returncode}, see {log}"}
+        return found or {"answer": f"no: {ended}, see {log}"}
 
 
 CLIENTS = (
