@@ -704,6 +704,21 @@ async def test_strict_tools_are_constrained_from_where_a_call_begins(
     assert '"city"' in found["rules"] and '"type": "object", "x-guidance"' in found["rules"]
 
 
+async def test_the_white_space_of_json_may_be_chosen_and_of_nothing_else(
+    client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer
+) -> None:
+    set_answer("{}")
+    for form in ({"json": {"type": "object"}}, {"json_object": True}):
+        await whole(client, structured_outputs=form | {"whitespace_pattern": "[ \\n]*"})
+        grammar = engine.requests[-1].sampling.grammar
+        assert grammar is not None and grammar.kind == "json_schema"
+        assert json.loads(grammar.source)["x-guidance"] == {"whitespace_pattern": "[ \\n]*"}
+    body = HELLO | {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}
+    refused = await client.post(CHAT, json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "$.structured_outputs.whitespace_pattern"
+
+
 async def test_what_a_schema_cannot_enforce_is_reported(
     client: httpx.AsyncClient, set_answer: SetAnswer
 ) -> None:

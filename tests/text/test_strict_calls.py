@@ -317,6 +317,12 @@ def test_the_sandbox_compiles_calls_in_every_format_and_refuses_bad_schemas(ment
     grammar = calls(request([{"name": "f", "strict": True, "parameters": parameters}]), text).grammar
     assert grammar is not None
     assert "look-around" in str(error_of(bytes_only, grammar))
+    if mentioned == "<tool_call>":  # a format whose arguments the grammar library reads
+        parameters = {"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}}
+        grammar = calls(request([{"name": "f", "strict": True, "parameters": parameters}]), text).grammar
+        assert grammar is not None
+        said = "the schema of a tool does not compile: Pointer '/$defs/b' does not exist"
+        assert error_of(bytes_only, grammar) == said
 
 
 def test_tokens_beside_the_calls_stay_free(tmp_path: Path):

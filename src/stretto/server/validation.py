@@ -390,13 +390,21 @@ def _grammar(request: Generation) -> AnswerFormat:
         if outputs.json is not None:
             found.append(_schema_format(outputs.json, f"{path}.json", blanks=outputs.whitespace_pattern))
         if outputs.json_object:
-            found.append(AnswerFormat(Grammar("json_object")))
+            blanks, spaced = outputs.whitespace_pattern, f"{path}.json_object"
+            found.append(
+                AnswerFormat(Grammar("json_object"))
+                if blanks is None
+                else _schema_format({"type": "object"}, spaced, blanks=blanks)
+            )
         if outputs.regex is not None:
             found.append(AnswerFormat(Grammar("regex", outputs.regex)))
         if outputs.choice is not None:
             found.append(AnswerFormat(Grammar("choice", json.dumps(outputs.choice))))
         if not found:
             raise InvalidRequest(f"{path} needs json, json_object, regex or choice", param=path)
+        if outputs.whitespace_pattern is not None and outputs.json is None and not outputs.json_object:
+            where = f"{path}.whitespace_pattern"
+            raise InvalidRequest(f"{where} is for json and json_object; leave it out", param=where)
     if len(found) > 1:
         raise InvalidRequest(f"{path} and response_format describe several formats; send one", param=path)
     return found[0] if found else AnswerFormat()

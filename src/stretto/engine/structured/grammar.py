@@ -179,7 +179,7 @@ def compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
 
 def reason(error: str) -> str:
     """An error of llguidance in one line for the author of the grammar."""
-    line = error.splitlines()[0]
+    line = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", error.splitlines()[0])
     found = re.search(r"Unimplemented keys: \[(.*)\]", error)
     if found:
         return f"{found[1]} is not supported here"
