@@ -108,7 +108,9 @@ def test_texts_without_words_or_too_long_are_not_compared(text: str):
 )
 def test_only_a_users_text_is_a_question(change: dict[str, Any]):
     body = {"messages": [{"role": "user", "content": "Hi"}], "n": 1}
-    assert question_of(body) == "Hi" and question_of(body | change) is None
+    found = question_of("chat", body)
+    assert found is not None and found.text == "Hi" and question_of("chat", body | change) is None
+    assert found.rest["messages"] == [{"role": "user", "content": ""}]
 
 
 # The bound

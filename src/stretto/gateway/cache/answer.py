@@ -71,19 +71,7 @@ class KeptAnswer(Struct, frozen=True, array_like=True):
 
     def bytes_for(self, recipient: Recipient, kind: CacheKind) -> bytes:
         """The body of the response."""
-        report = {
-            "variant": self.report.get("variant", self.head.get("model")),
-            "on_time": None,
-            "queue_ms": None,
-            "ttft_ms": round(recipient.took_ms, 3),
-            "itl_p99_ms": None,
-            "cached_tokens": None,
-            "energy_j": None,
-            "energy_source": None,
-            "cached": kind,
-        }
-        if "schema_relaxed" in self.report:
-            report["schema_relaxed"] = self.report["schema_relaxed"]
+        report = report_for(self.report, self.head.get("model"), recipient.took_ms, kind)
         if self.operation == "embeddings":
             return _encode(self.head)
         shared = {"id": PREFIX[self.operation] + recipient.request_id, "created": recipient.created}
@@ -106,6 +94,24 @@ class KeptAnswer(Struct, frozen=True, array_like=True):
         if recipient.wants_usage:
             events.append(shared | {"choices": [], "usage": self.usage})
         return b"".join([b"data: " + _encode(event) + b"\n\n" for event in events]) + DONE + b"\n\n"
+
+
+def report_for(kept: JsonObject, model: object, took_ms: float, kind: CacheKind) -> JsonObject:
+    """The report of a hit, from that of the kept answer. What a worker would measure is null."""
+    report = {
+        "variant": kept.get("variant", model),
+        "on_time": None,
+        "queue_ms": None,
+        "ttft_ms": round(took_ms, 3),
+        "itl_p99_ms": None,
+        "cached_tokens": None,
+        "energy_j": None,
+        "energy_source": None,
+        "cached": kind,
+    }
+    if "schema_relaxed" in kept:
+        report["schema_relaxed"] = kept["schema_relaxed"]
+    return report
 
 
 def dump(answer: KeptAnswer) -> bytes:

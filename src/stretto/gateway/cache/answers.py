@@ -18,15 +18,24 @@ from typing import NamedTuple
 from msgspec import DecodeError, Struct, ValidationError, json
 
 from stretto.errors import Unavailable
-from stretto.gateway.cache import answer
+from stretto.gateway.cache import answer, sent
 from stretto.gateway.cache.answer import KeptAnswer, Recipient
 from stretto.gateway.cache.embedding import best_embedder, embed
 from stretto.gateway.cache.flight import AnswerFlight, FlightFailed, Piece
 from stretto.gateway.cache.key import KeyMaker, Source, revision_of, revisions
 from stretto.gateway.cache.memory import AnswerStore, Keeping, MemoryStore, StoredAnswer
-from stretto.gateway.cache.policy import CachePolicy, Wish, policy_of, question_of, wish_of, without_field
+from stretto.gateway.cache.policy import (
+    AS_SENT,
+    CachePolicy,
+    Wish,
+    policy_of,
+    question_of,
+    wish_of,
+    without_field,
+)
 from stretto.gateway.cache.redis_store import RedisStore, connect
 from stretto.gateway.cache.semantic import Question, SemanticIndex, SimilarEntry, SimilarMatch
+from stretto.gateway.cache.sent import SentAnswer
 from stretto.gateway.cache.stats import CacheKind, CacheStats
 from stretto.gateway.exchange import RelayedExchange
 from stretto.gateway.registry import CONNECT_S, Worker
@@ -44,7 +53,8 @@ STREAM_HEADERS = {
 }
 ERASE_S = 15.0  # a worker's step may take this long
 HEADER = "x-stretto-cached"
-KEPT: frozenset[OperationName] = frozenset({"chat", "completions", "embeddings"})
+REWRITTEN: frozenset[OperationName] = frozenset({"chat", "completions", "embeddings"})
+Replay = KeptAnswer | SentAnswer
 
 
 class Asked(NamedTuple):
@@ -104,7 +114,7 @@ class Answers:
 
     async def run(self, exchange: RelayedExchange) -> None:
         """Answers a request. Raises StrettoError, as the relay does."""
-        if exchange.operation not in KEPT:
+        if exchange.operation not in AS_SENT | REWRITTEN:
             await self.relay.run(exchange)
             return
         fields, exchange.body = without_field(exchange.body)
@@ -172,34 +182,37 @@ class Answers:
         ]
         return Source(exchange.operation, exchange.tenant, model, revisions(known))
 
-    def _kept(self, found: StoredAnswer, asked: Asked, exchange: RelayedExchange) -> KeptAnswer | None:
-        kept = None if found.value is None else answer.load(found.value)
+    def _kept(self, found: StoredAnswer, asked: Asked, exchange: RelayedExchange) -> Replay | None:
+        kept = _loaded(asked, found)
         return kept if kept is not None and kept.serves(_recipient(asked, exchange)) else None
 
-    async def _reply(
-        self, kept: KeptAnswer, exchange: RelayedExchange, asked: Asked, kind: CacheKind
-    ) -> None:
+    async def _reply(self, kept: Replay, exchange: RelayedExchange, asked: Asked, kind: CacheKind) -> None:
         self.stats.hits[kind] += 1
         recipient = _recipient(asked, exchange)
-        streams = recipient.streams and exchange.operation != "embeddings"
-        headers = STREAM_HEADERS if streams else {"content-type": "application/json"}
+        if isinstance(kept, SentAnswer):
+            headers = STREAM_HEADERS if kept.streams else {}
+            headers = headers | {"content-type": kept.media_type}
+            if exchange.operation == "messages":
+                headers["request-id"] = exchange.request_id
+        else:
+            streams = recipient.streams and exchange.operation != "embeddings"
+            headers = STREAM_HEADERS if streams else {"content-type": "application/json"}
         await exchange.send(200, headers | {HEADER: kind}, kept.bytes_for(recipient, kind), False)
 
     def _probe(self, asked: Asked) -> Probe | None:
         """The request as a question for the semantic cache; None for one that has no similar ones."""
-        body = asked.wish.body
-        text = question_of(body) if asked.source.operation == "chat" else None
-        question = None if text is None else self._similar.read(text)
-        if question is None:
+        found = question_of(asked.source.operation, asked.wish.body)
+        question = None if found is None else self._similar.read(found.text)
+        if found is None or question is None:
             return None
-        conversation = self._keys.conversation(asked.source, body)
+        conversation = self._keys.conversation(asked.source, found.rest)
         match = self._similar.find(asked.tenant, conversation, question, asked.wish.policy.max_error)
         return Probe(question, conversation, match)
 
-    async def _answer_of(self, asked: Asked, match: SimilarMatch) -> KeptAnswer | None:
+    async def _answer_of(self, asked: Asked, match: SimilarMatch) -> Replay | None:
         """The kept answer to a similar question, which has the same subjects."""
         found = await self._store.look(asked.tenant, match.entry.key, asked.subjects)
-        kept = None if found.value is None else answer.load(found.value)
+        kept = _loaded(asked, found)
         if kept is None or kept.text is None:
             self._similar.remove(asked.tenant, match.entry)
             return None
@@ -266,7 +279,7 @@ class Answers:
         entry = SimilarEntry(asked.key, probe.conversation, probe.question, asked.subjects, expires)
         self._similar.add(asked.tenant, entry)
 
-    async def _keep(self, asked: Asked, flight: AnswerFlight, took_s: float) -> KeptAnswer | None:
+    async def _keep(self, asked: Asked, flight: AnswerFlight, took_s: float) -> Replay | None:
         """Keeps the answer of a flight if it is whole and well, and returns it then."""
         made = _made(asked, flight.pieces) if flight.whole and flight.pieces else None
         if made is None or asked.fence is None:
@@ -274,7 +287,7 @@ class Answers:
             return None
         policy = asked.wish.policy
         keeping = Keeping(policy.ttl, policy.bytes, max(took_s, 1e-3), asked.subjects, asked.fence)
-        kept = await self._store.put(asked.tenant, asked.key, answer.dump(made), keeping)
+        kept = await self._store.put(asked.tenant, asked.key, _dumped(made), keeping)
         self.stats.kept += kept
         self.stats.not_kept += not kept
         return made if kept else None
@@ -298,12 +311,24 @@ async def erase_prefixes(worker: Worker, asked: bytes) -> ErasureReport | None:
             worker.pool.release(connection)
 
 
-def _made(asked: Asked, pieces: list[Piece]) -> KeptAnswer | None:
+def _made(asked: Asked, pieces: list[Piece]) -> Replay | None:
     first, last = pieces[0], pieces[-1]
     if last.more:
         return None
-    body = b"".join([piece.body for piece in pieces])
-    return answer.read(asked.source.operation, first.status, first.headers, body)
+    body, operation = b"".join([piece.body for piece in pieces]), asked.source.operation
+    if operation in AS_SENT:
+        got = sent.SentBody(first.headers, body, sent.limit_of(asked.wish.body))
+        return sent.read(operation, first.status, got)
+    return answer.read(operation, first.status, first.headers, body)
+
+
+def _loaded(asked: Asked, found: StoredAnswer) -> Replay | None:
+    load = sent.load if asked.source.operation in AS_SENT else answer.load
+    return None if found.value is None else load(found.value)
+
+
+def _dumped(made: Replay) -> bytes:
+    return sent.dump(made) if isinstance(made, SentAnswer) else answer.dump(made)
 
 
 def _recipient(asked: Asked, exchange: RelayedExchange) -> Recipient:

@@ -51,11 +51,10 @@ class KeyMaker:
         """The key of a request whose bytes on the wire may be shared: the answer's, and how it is sent."""
         return self._of(b"flight", source, body)
 
-    def conversation(self, source: Source, body: JsonObject) -> bytes:
-        """The key of all requests that differ only in the text of their last message."""
-        *earlier, last = body["messages"]
-        shaping = {name: value for name, value in body.items() if name not in TRANSPORT}
-        return self._of(b"conversation", source, shaping | {"messages": [*earlier, last | {"content": ""}]})
+    def conversation(self, source: Source, rest: JsonObject) -> bytes:
+        """The key of all requests that differ only in the text of their question; `rest` is without it."""
+        shaping = {name: value for name, value in rest.items() if name not in TRANSPORT}
+        return self._of(b"conversation", source, shaping)
 
     def subject(self, tenant: str, subject: str) -> bytes:
         """The key of whom an answer is about."""

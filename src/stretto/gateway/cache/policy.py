@@ -15,6 +15,10 @@ from stretto.protocol.relay import OperationName
 
 EVERYBODY = "*"  # the policy of tenants that have none of their own
 SUBJECTS = ("user", "safety_identifier", "prompt_cache_key", "cache_salt")
+OLLAMA: frozenset[OperationName] = frozenset({"ollama_chat", "ollama_generate"})
+# Replayed in the form in which they came.
+AS_SENT: frozenset[OperationName] = frozenset({"messages", "responses", "ollama_chat", "ollama_generate"})
+STREAMED = "stretto.streamed"  # stands in a request's key for whether such an answer is a stream
 JsonObject = dict[str, Any]
 
 
@@ -96,25 +100,55 @@ def wish_of(policy: CachePolicy, fields: CacheFields, operation: OperationName, 
         return None
     if operation != "embeddings" and not _replayable(body):
         return None
+    if operation in AS_SENT:
+        # What a worker keeps is found nowhere else. The key tells whether the answer is a stream.
+        if body.get("store") or body.get("previous_response_id") is not None or body.get("background"):
+            return None
+        streams = body.get("stream")
+        body[STREAMED] = bool(operation in OLLAMA if streams is None else streams)
+        user = _members(body.get("metadata")).get("user_id") if operation == "messages" else None
+        if user is not None:
+            body["user"] = user
     subjects = tuple(str(body[name]) for name in SUBJECTS if body.get(name) is not None)
     return Wish(policy, body, takes=fields.mode != "refresh", subjects=subjects)
 
 
-def question_of(body: JsonObject) -> str | None:
-    """The question of a chat that a similar one may have asked: the text of a user's last message, for one
-    answer that is text alone. None for any other request."""
-    messages: Any = body.get("messages")
-    if body.get("n") not in (None, 1) or body.get("logprobs") or not isinstance(messages, list):
+class AskedText(NamedTuple):
+    """A question that a similar one may have asked, and the request without it."""
+
+    text: str
+    rest: JsonObject
+
+
+def question_of(operation: OperationName, body: JsonObject) -> AskedText | None:
+    """The text of a user's last message or of a prompt, for one answer that is text alone. None for any
+    other request."""
+    if body.get("n") not in (None, 1) or body.get("logprobs"):
         return None
-    last: Any = cast("list[Any]", messages)[-1] if messages else None
+    name = {"responses": "input", "ollama_generate": "prompt"}.get(operation, "messages")
+    asked: Any = body.get(name)
+    if operation in ("completions", "embeddings"):
+        return None
+    if isinstance(asked, str) and name != "messages":
+        return AskedText(asked, body | {name: ""})
+    if not isinstance(asked, list) or not asked or name == "prompt":
+        return None
+    *earlier, last = cast("list[Any]", asked)
     if not isinstance(last, dict) or cast(JsonObject, last).get("role") != "user":
         return None
     content: Any = cast(JsonObject, last).get("content")
-    return content if isinstance(content, str) else None
+    if not isinstance(content, str) or cast(JsonObject, last).get("images"):
+        return None
+    return AskedText(content, body | {name: [*earlier, cast(JsonObject, last) | {"content": ""}]})
 
 
 def _repeats(operation: OperationName, body: JsonObject) -> bool:
-    return operation == "embeddings" or body.get("temperature") == 0 or body.get("seed") is not None
+    given = _members(body.get("options")) if operation in OLLAMA else body
+    return operation == "embeddings" or given.get("temperature") == 0 or given.get("seed") is not None
+
+
+def _members(value: object) -> JsonObject:
+    return cast(JsonObject, value) if isinstance(value, dict) else {}
 
 
 def _replayable(body: JsonObject) -> bool:
