@@ -13,18 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from msgspec import DecodeError, ValidationError, json, msgpack, structs
+from msgspec import DecodeError, ValidationError, json, structs
 
 from stretto.config import Tier
-from stretto.engine.scheduler.admission import Outlook, Snapshot
+from stretto.engine.scheduler.admission import Outlook
 from stretto.errors import StartError
 from stretto.gateway.routing.fields import BYTES_PER_TOKEN, LATEST
 from stretto.gateway.routing.prefixes import PIECE
 from stretto.gateway.routing.router import Router, WorkerView
 from stretto.gateway.upstream.connection import Address, Head, Pool, UpstreamConnection, WorkerLost
 from stretto.gateway.upstream.health import Breaker
+from stretto.gateway.upstream.reports import NotAReport, read_report
 from stretto.protocol.openai import ModelList
-from stretto.protocol.relay import RELAY, Degraded, OperationName, WorkerReport
+from stretto.protocol.relay import RELAY, Degraded, OperationName
+from stretto.telemetry.log import describe
 from stretto.types import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -36,13 +38,8 @@ CONNECT_S = 1.0
 WARM = 2  # connections to each worker that wait open, so that a far one costs no round trip more
 MOST_REPORT_BYTES = 4 << 20
 SENT_UNSEEN_S = 0.03  # a report may miss what arrived at the worker so shortly before
-VERSION = 1
 UNKNOWN = "unknown"
 NO_TIERS: Mapping[str, Tier] = {}
-
-
-class NotAReport(WorkerLost):
-    """The worker's answer is no report of a version that this gateway knows."""
 
 
 class ModelOfAll(NamedTuple):
@@ -224,11 +221,11 @@ class Registry:
                         await self._ask(worker, connection)
                     last = time.monotonic()
                     worker.pool.warm(WARM)
-                except (WorkerLost, TimeoutError, OSError) as error:
+                except Exception as error:  # whatever a worker sends, it is watched on
                     if connection is not None:
                         connection.close()
                     connection = None
-                    self._silent(worker, str(error) or f"no report for {worker.patience_s} s", last)
+                    self._silent(worker, _reason(error, worker), last)
                 self._judge(worker)
                 if worker.lease is not None and time.monotonic() > worker.lease:
                     log.warning("worker %s: its lease is over", worker.name)
@@ -281,13 +278,7 @@ class Registry:
 
     def _see(self, worker: Worker, head: Head, body: bytes, asked: float, now: float) -> None:
         """Takes over a report."""
-        try:
-            report = msgpack.decode(body, type=WorkerReport)
-            seen = {name: msgpack.decode(raw, type=Snapshot) for name, raw in report.snapshots.items()}
-        except (DecodeError, ValidationError) as error:
-            raise NotAReport(f"its report cannot be read: {error}") from error
-        if report.version != VERSION:
-            raise NotAReport(f"its report has version {report.version}, and this gateway knows {VERSION}")
+        report, seen = read_report(body)
         view = worker.view
         if worker.boot and report.boot != worker.boot:
             self.router.prefixes.forget(worker.name)
@@ -316,6 +307,13 @@ class Registry:
             worker.draining or worker.held or not worker.models
         )
         worker.view.weight = worker.breaker.weight(now)
+
+
+def _reason(error: Exception, worker: Worker) -> str:
+    """Why no report came."""
+    if isinstance(error, WorkerLost | TimeoutError | OSError):
+        return str(error) or f"no report for {worker.patience_s} s"
+    return f"its report cannot be used: {describe(error)}"
 
 
 def _address(url: str) -> Address:

@@ -101,8 +101,10 @@ class Pages:
         return Response(metrics.text(), media_type=metrics.content_type)
 
     async def report(self, request: Request) -> Response:
-        """The worker's state for gateways, as msgpack."""
-        self._server.tenant(request.headers)
+        """The worker's state for gateways, as msgpack: with a gateway_key, for those that have it."""
+        tenant = self._server.tenant(request.headers)
+        if self._server.config.gateway_key:
+            self._server.ensure_gateway(tenant, "read reports")
         return Response(msgpack.encode(self._server.report()), media_type=MSGPACK)
 
     async def erase(self, request: Request) -> Response:

@@ -236,3 +236,23 @@ async def test_an_answer_in_flight_at_another_gateway_is_not_kept_after_an_erasu
         await settled(gateway)
         assert cached(await client.post(CHAT, json=same)) == "exact"
         assert cached(await eraser.post(CHAT, json=about)) is None
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_redis_whose_memory_is_full_is_done_without(checkpoint: Path, redis: RedisServer):
+    """It refuses to keep, and reading goes on."""
+    engine = fake(10, 11)
+    async with cluster(checkpoint, engine, redis=redis.url, **GATEWAY) as (client, gateway):
+        assert cached(await client.post(CHAT, json=WHOLE)) is None
+        await settled(gateway)
+        store = gateway.answers._store
+        assert isinstance(store, RedisStore)
+        for limit in ("maxmemory", "maxmemory-policy"):
+            value = {"maxmemory": "1", "maxmemory-policy": "noeviction"}[limit]
+            await store._redis.config_set(limit, value)  # type: ignore[attr-defined]
+        other = WHOLE | {"seed": 7}
+        for _ in range(2):
+            assert cached(await client.post(CHAT, json=other)) is None
+            await settled(gateway)
+        assert cached(await client.post(CHAT, json=WHOLE)) == "exact"
+        assert gateway.answers.stats.shared == "ok" and gateway.answers.stats.shared_failures == 2
