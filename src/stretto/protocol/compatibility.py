@@ -39,6 +39,7 @@ NOTHING: dict[str, Accepted] = {
     "separate_reasoning": Accepted((True,), "SGLang"),
     "stream_reasoning": Accepted((True,), "SGLang"),
     "no_stop_trim": Accepted((False,), "SGLang"),
+    "return_hidden_states": Accepted((False,), "vllm-router"),
     "guided_decoding_backend": Accepted((ANY,), "vLLM"),
     "cache_prompt": Accepted((ANY,), "llama.cpp"),
     "timings_per_token": Accepted((ANY,), "llama.cpp"),
