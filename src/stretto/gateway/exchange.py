@@ -32,7 +32,8 @@ class Refusal(Exception):
 
 @dataclass(slots=True)
 class RelayedExchange:
-    """One client request to a path. `send(status, headers, body, more)` writes to the client.
+    """One client request to a path. `send(status, headers, body, more)` writes to the client. `write(body)`
+    writes more of a body that has begun, at once, or returns False when the client must be waited for.
 
     `kept`: the id of the answer that it asks for or goes on from. `admit(request, answers)` asks the tenant's
     limits; it raises StrettoError for a request that may not run. `refusal`: what the last worker answered
@@ -46,6 +47,7 @@ class RelayedExchange:
     fields: RoutingFields
     arrival: float
     send: Send
+    write: Callable[[bytes], bool] | None = None
     request_id: str = ""
     kept: str = ""
     admit: Callable[[Request, int], None] = lambda request, answers: None

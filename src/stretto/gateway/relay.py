@@ -35,7 +35,7 @@ from stretto.gateway.routing.hedge import Hedges
 from stretto.gateway.routing.prefixes import PIECE, keys_of
 from stretto.gateway.routing.router import Ask, Placement
 from stretto.gateway.upstream.connection import Head, UpstreamConnection, WorkerLost
-from stretto.gateway.upstream.progress import RETRIABLE
+from stretto.gateway.upstream.progress import RETRIABLE, Progress
 from stretto.protocol.relay import (
     ERROR_CODE,
     MARKED,
@@ -377,6 +377,7 @@ class Relay:
             exchange.took = counted.end()
             await exchange.send(head.status, headers, b"", False)
             return
+        begun = False
         while data := await connection.read():
             try:
                 passed = progress.push(data)
@@ -384,6 +385,9 @@ class Relay:
                 raise WorkerLost(f"{attempt.worker.name} sent a malformed stream: {error}") from error
             if passed:
                 await exchange.send(head.status, headers, passed, not progress.ended)
+                if not begun and (write := exchange.write) is not None:
+                    connection.hand_over(_taker(progress, write))
+                begun = True
             if progress.ended:
                 await connection.finish()
                 return
@@ -398,6 +402,20 @@ class Relay:
         attempt.worker.streams.discard(attempt.connection.lose)
         attempt.worker.pool.release(attempt.connection)
         self.router.done(attempt.placement.worker)
+
+
+def _taker(progress: Progress, write: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
+    """Passes the middle of a stream on at once, while the client takes it."""
+
+    def take(data: bytes) -> bool:
+        if progress.may_end(data) or not write(b""):
+            return False
+        passed = progress.push(data)
+        if passed:
+            write(passed)
+        return True
+
+    return take
 
 
 @lru_cache(256)  # it checks all its values, and few limits are in use

@@ -27,7 +27,7 @@ from stretto.errors import (
     TooManyConnections,
 )
 from stretto.http.answer import bytes_of
-from stretto.http.exchange import id_of
+from stretto.http.exchange import WRITE, id_of
 from stretto.http.limits import (
     HEAD_BYTES,
     HEADERS,
@@ -105,16 +105,23 @@ class RequestCycle(RequestResponseCycle):
         short way, because a stream has one for each token."""
         if not self.response_started:
             cast(_Writer, self.transport).holds = True
-        elif (
-            self.chunked_encoding
-            and not (self.response_complete or self.disconnected or self.flow.write_paused)
-            and self.scope["method"] != "HEAD"
-            and (chunk := cast(Any, message)).get("more_body")
-        ):
-            if body := chunk.get("body"):
-                self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        elif (chunk := cast(Any, message)).get("more_body") and self.write(chunk.get("body", b"")):
             return
         await super().send(message)
+
+    def write(self, body: bytes) -> bool:
+        """Writes more of a chunked body at once. Returns False if that is not possible now."""
+        if (
+            not self.chunked_encoding
+            or self.response_complete
+            or self.disconnected
+            or self.flow.write_paused
+            or self.scope["method"] == "HEAD"
+        ):
+            return False
+        if body:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
     async def receive(self) -> ASGIReceiveEvent:
         """The next piece of the body. Raises the error that ended the request, if one did."""
@@ -411,6 +418,7 @@ class HttpConnection(HttpToolsProtocol):
             keep_alive=modern and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
+        cast("dict[str, Any]", self.scope)[WRITE] = self.cycle.write
         if before is None:
             self._start(self.cycle)
         else:

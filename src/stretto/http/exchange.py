@@ -32,6 +32,7 @@ LEFT = 499  # in logs and metrics: the client left before a response
 SWITCHED = 101  # the status of a WebSocket
 STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 KEY = "stretto.exchange"  # of an Exchange in the ASGI scope
+WRITE = "stretto.write"  # of `RequestCycle.write` in the ASGI scope
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 encode = json.Encoder().encode
 
@@ -65,6 +66,20 @@ class Exchange:
         elif message["type"] == "websocket.send":
             self.bytes_out += len(message.get("bytes") or message.get("text") or b"")
         return self.onward(message)
+
+    def writer(self, scope: Scope) -> Callable[[bytes], bool] | None:
+        """What writes more of a body that has begun, at once: it returns False when the client must be waited
+        for. None where the server has no such way."""
+        write: Callable[[bytes], bool] | None = scope.get(WRITE)
+        if write is None:
+            return None
+
+        def count(body: bytes) -> bool:
+            taken = write(body)
+            self.bytes_out += len(body) if taken else 0
+            return taken
+
+        return count
 
 
 def id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -245,7 +245,7 @@ class Answers:
     ) -> AnswerFlight:
         flight = self._flights[key] = AnswerFlight(MOST_ANSWER)
         erasures = self._erasures
-        exchange.send = flight.send
+        exchange.send, exchange.write = flight.send, None
 
         async def work() -> None:
             began = time.monotonic()

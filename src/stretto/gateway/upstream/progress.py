@@ -20,6 +20,8 @@ from stretto.protocol.relay import (
 
 MARK_LINE = b"\n" + MARK
 END = b"\n\n"
+LAST = b"!" + END  # how the last mark ends; no event does, because JSON has no line breaks
+ERROR = MARK + b"?"
 DATA = b"data: "
 # The request can go on, or begin again, on another worker.
 RETRIABLE = {
@@ -81,6 +83,11 @@ class Progress:
     def emitted(self) -> int:
         """How many tokens the client has."""
         return sum(len(part.tokens) for part in self._parts.values())
+
+    def may_end(self, data: bytes) -> bool:
+        """Whether `data` may complete a mark that ends the stream."""
+        data = self._held + data if self._held else data
+        return LAST in data or ERROR in data
 
     def push(self, data: bytes) -> bytes:
         """The bytes for the client that `data` completes. Raises ValueError for a malformed mark."""

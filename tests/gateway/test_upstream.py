@@ -1,0 +1,92 @@
+"""A connection to a worker whose bytes are passed on as they arrive."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from stretto.gateway.upstream.connection import UpstreamConnection, WorkerLost
+from stretto.gateway.upstream.progress import Progress
+from stretto.protocol.relay import error_mark, mark
+
+HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+EVENT = b'data: {"id":"c1","created":7,"choices":[]}\n\n'
+
+
+class Wire:
+    """A transport that does nothing."""
+
+    def write(self, data: bytes) -> None: ...
+    def abort(self) -> None: ...
+
+
+def chunk(body: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(body), body)
+
+
+async def answering() -> UpstreamConnection:
+    """A connection with a response that has begun."""
+    connection = UpstreamConnection()
+    connection.connection_made(cast(Any, Wire()))
+    asking = asyncio.create_task(connection.exchange(b"GET / HTTP/1.1\r\n\r\n"))
+    await asyncio.sleep(0)
+    connection.data_received(HEAD)
+    assert (await asking).status == 200
+    return connection
+
+
+async def waiting(connection: UpstreamConnection) -> asyncio.Task[bytes]:
+    reading = asyncio.create_task(connection.read())
+    await asyncio.sleep(0)
+    return reading
+
+
+async def test_what_arrives_goes_past_the_reader_only_while_it_has_all_before():
+    connection, taken, willing = await answering(), list[bytes](), [True]
+
+    def take(data: bytes) -> bool:
+        if willing[0]:
+            taken.append(data)
+        return willing[0]
+
+    connection.hand_over(take)
+    connection.data_received(chunk(b"a"))  # nobody waits
+    assert taken == [] and await connection.read() == b"a"
+    reading = await waiting(connection)
+    connection.data_received(chunk(b"b") + chunk(b"c"))
+    assert taken == [b"bc"] and not reading.done()
+    willing[0] = False  # the client's buffer is full
+    connection.data_received(chunk(b"d"))
+    willing[0] = True  # and empty again, before the reader has run
+    connection.data_received(chunk(b"e"))
+    assert taken == [b"bc"] and await reading == b"de"
+    reading = await waiting(connection)
+    connection.data_received(chunk(b"f") + b"0\r\n\r\n")  # the end is the reader's
+    assert taken == [b"bc"] and await reading == b"f" and await connection.read() == b""
+    assert connection.reusable
+
+
+async def test_a_malformed_stream_that_is_passed_on_ends_the_exchange():
+    connection, progress = await answering(), Progress(lambda: 0.0)
+    connection.hand_over(lambda data: progress.push(data) is not None)
+    reading = await waiting(connection)
+    connection.data_received(chunk(EVENT + b":~x y\n\n"))
+    with pytest.raises(WorkerLost, match="malformed"):
+        await reading
+    assert not connection.reusable
+
+
+@pytest.mark.parametrize("ending", [mark(0, [5], complete=True, last=True), error_mark("draining")])
+def test_the_end_of_a_stream_is_seen_wherever_it_is_split(ending: bytes):
+    """Whatever completes the last mark is left to the reader, which writes the end of the body."""
+    stream = EVENT + mark(0, [4], complete=False, last=False) + EVENT + ending
+    assert not Progress(lambda: 0.0).may_end(stream[: len(stream) - len(EVENT) - len(ending)])
+    for cut in range(1, len(stream)):
+        progress, left = Progress(lambda: 0.0), list[bool]()
+        for part in (stream[:cut], stream[cut:]):
+            left.append(progress.may_end(part))
+            progress.push(part)
+            assert left[-1] or not (progress.ended or progress.error)
+        assert any(left)
