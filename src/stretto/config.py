@@ -306,6 +306,9 @@ class ServeConfig(HttpConfig, frozen=True, kw_only=True):
     tenants_prefer: Annotated[
         dict[str, Preference], Meta(description="the same, as a table of tenant = preference")
     ] = {}
+    cascade: Annotated[
+        tuple[str, ...], Meta(description="tenants whose answers a small variant may begin; `*`: all")
+    ] = ()
     max_sessions: Annotated[
         int, Meta(ge=0, description="most sockets of /v1/realtime that one tenant may have open; 0: none")
     ] = 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from stretto.deadlines import excess_ms
 from stretto.engine.step_time import StepCost
@@ -16,6 +16,18 @@ from stretto.types import Objective, Preference, VariantReason
 
 ChoiceOutcome = Literal["on_time", "below_floor", "late", "refused"]
 CROWDED_MS = 50.0  # a request that crowds out a stream is late by so much at least
+
+
+class Takeover(Struct, frozen=True, kw_only=True):
+    """The better variant of a cascade, which may go on with what another one began. `below`: from the first
+    token of a smaller log-probability. `share`: of the answers it ends; `begun`: the share of their tokens
+    that the other wrote. `loss`: of quality, beside the better one alone."""
+
+    candidate: LadderCandidate
+    below: float
+    share: float
+    begun: float
+    loss: float
 
 
 class LadderCandidate(Struct, frozen=True, kw_only=True):
@@ -26,7 +38,8 @@ class LadderCandidate(Struct, frozen=True, kw_only=True):
     that would share its steps, and the keys they read. `beside_ms`: the steps of other variants that come
     between two of its steps. `crowded`: whether one more stream would make others late.
     `quality`: the expected share of right answers; `quality_low`: the lower end of its confidence interval.
-    `cached`: tokens of the prompt that it has computed already, while the prompt was typed.
+    `cached`: tokens of the prompt that it has computed already, while the prompt was typed. `takeover`: who
+    goes on when it is not sure.
     """
 
     name: str
@@ -42,6 +55,7 @@ class LadderCandidate(Struct, frozen=True, kw_only=True):
     beside_ms: float = 0.0
     crowded: bool = False
     cached: int = 0
+    takeover: Takeover | None = None
 
 
 class Need(Struct, frozen=True, kw_only=True):
@@ -101,7 +115,7 @@ def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0
     """
     if not candidates:
         raise ValueError("there is no variant to choose from")
-    predicted = [predict(candidate, need) for candidate in candidates]
+    predicted = [_foreseen(candidate, need) for candidate in candidates]
     on_time = [each for each in predicted if each.excess_ms <= 0.0]
     feasible = [each for each in on_time if each.candidate.quality_low >= need.min_quality]
     if feasible:
@@ -109,13 +123,17 @@ def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0
         chosen = best = min(feasible, key=order)
         if price > 0.0 and need.preference == "quality":
             chosen = min(feasible, key=lambda each: _by_worth(each, price))
-        reason = "load" if chosen is not best else _reason(min(predicted, key=order), chosen)
+        variants = [each for each in predicted if each.candidate.takeover is None or each is chosen]
+        reason = "load" if chosen is not best else _reason(min(variants, key=order), chosen)
         reader = next((each for each in feasible if each.candidate.cached), None)
         if reader is not None and reader is not chosen and need.preference == "quality":
             if reader.candidate.quality >= best.candidate.quality_low:
                 chosen, reason = reader, "read_ahead"
         return VariantChoice("on_time", chosen, reason, feasible, predicted)
-    able = [each for each in predicted if each.candidate.quality_low >= need.min_quality]
+    # A cascade promises what its better variant has time for; here there is none.
+    variants = [each for each in predicted if each.candidate.takeover is None]
+    on_time = [each for each in on_time if each.candidate.takeover is None]
+    able = [each for each in variants if each.candidate.quality_low >= need.min_quality]
     outcome: ChoiceOutcome = "late"
     match need.objective.on_miss:
         case "reject":
@@ -124,13 +142,51 @@ def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0
             if on_time:
                 outcome, chosen = "below_floor", min(on_time, key=_by_quality)
             else:
-                chosen = min(predicted, key=_by_excess)
+                chosen = min(variants, key=_by_excess)
         case "late":
             if able:
                 chosen = min(able, key=_by_excess)
             else:
-                outcome, chosen = "below_floor", min(predicted, key=_by_quality)
+                outcome, chosen = "below_floor", min(variants, key=_by_quality)
     return VariantChoice(outcome, chosen, outcome, [], predicted)
+
+
+def cascade(begins: LadderCandidate, takeover: Takeover) -> LadderCandidate:
+    """The candidate that begins with one variant and has another one for the tokens that it is not sure of.
+
+    Who asks for a cascade accepts the loss that was measured, so it has the better one's expected quality.
+    """
+    better = takeover.candidate
+    low = max(better.quality_low - takeover.loss, 0.0)
+    return structs.replace(begins, quality=better.quality, quality_low=low, takeover=takeover)
+
+
+def _foreseen(candidate: LadderCandidate, need: Need) -> Prediction:
+    takeover, begun = candidate.takeover, predict(candidate, need)
+    return begun if takeover is None else _with_takeover(begun, takeover, need)
+
+
+def _with_takeover(begun: Prediction, takeover: Takeover, need: Need) -> Prediction:
+    """What a cascade would do. It is on time if it is so however late the better variant takes over: at the
+    first token or at the last. Time, work and energy are those that are expected."""
+    tokens, share = max(need.output_tokens, 1), takeover.share
+    whole = predict(takeover.candidate, need)
+    waits = whole.ttft_ms - need.elapsed_ms  # until it has computed what there is
+    at_once, at_last = begun.ttft_ms + whole.total_ms - need.elapsed_ms, begun.total_ms + waits
+    excess = max(begun.excess_ms, excess_ms(need.objective, begun.ttft_ms, max(at_once, at_last), tokens))
+    if takeover.candidate.crowded:
+        excess = max(excess, CROWDED_MS)
+    written = takeover.begun * (tokens - 1)
+    handed = begun.ttft_ms + written * begun.itl_ms + waits + (tokens - 1 - written) * whole.itl_ms
+    kept, left = 1.0 - share + share * takeover.begun, share * (1.0 - takeover.begun)
+    decoded = whole.work_ms - takeover.candidate.cost.prefill(0, need.prompt_tokens)
+    reading = takeover.candidate.cost.prefill(0, need.prompt_tokens + round(written))
+    return begun._replace(
+        total_ms=(1.0 - share) * begun.total_ms + share * handed,
+        energy_j=kept * begun.energy_j + left * whole.energy_j,
+        excess_ms=excess,
+        work_ms=kept * begun.work_ms + share * reading + left * max(decoded, 0.0),
+    )
 
 
 def predict(candidate: LadderCandidate, need: Need) -> Prediction:

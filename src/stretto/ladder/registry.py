@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from stretto.config import Quantise
 from stretto.engine.step_time import StepCost
 from stretto.errors import CheckpointError, StartError
-from stretto.ladder.estimate import QualityModel
+from stretto.ladder.estimate import QualityBin, QualityModel
 from stretto.ladder.strict import convert
 
 FILE = "ladder.json"
@@ -73,6 +73,25 @@ class Origin(Struct, frozen=True, forbid_unknown_fields=True):
     versions: dict[str, str] = {}
 
 
+class MeasuredCascade(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A smaller variant that begins the answers of this one. This one goes on with an answer from the first
+    token of which the other is not sure: whose likeliest token has a log-probability less than `below`.
+
+    `quality`: of these answers to held-out prompts; `loss`: how much less than that of this variant alone.
+    `escalated`: the share of the answers that this variant ended; `begun`: the share of their tokens that the
+    other wrote. `bins`: how often the other's own answers are right, by the probability of the token that
+    was least sure.
+    """
+
+    begins: str
+    below: Annotated[float, Meta(le=0)]
+    quality: QualityInterval
+    loss: MeasuredShare
+    escalated: MeasuredShare
+    begun: MeasuredShare
+    bins: tuple[QualityBin, ...] = ()
+
+
 class Variant(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One variant. `path` is its checkpoint, relative to the ladder; several variants may share one.
 
@@ -97,6 +116,7 @@ class Variant(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     energy: TokenEnergy | None = None
     lengths: Lengths = Lengths()
     estimate: QualityModel | None = None
+    cascade: MeasuredCascade | None = None
     origin: Origin
 
 
@@ -184,6 +204,12 @@ def _check_names(file: Path, ladder: Ladder) -> None:
             )
         if name in names[:place]:
             raise CheckpointError(f"{file}: $.variants[{place}].name: {name} is the name of two variants")
+    for place, variant in enumerate(ladder.variants):
+        if variant.cascade is not None and variant.cascade.begins not in names:
+            raise CheckpointError(
+                f"{file}: $.variants[{place}].cascade.begins: {variant.cascade.begins!r} is none of the"
+                f" variants {', '.join(names)}"
+            )
     if ladder.top not in names:
         raise CheckpointError(f"{file}: $.top: {ladder.top!r} is none of the variants {', '.join(names)}")
 

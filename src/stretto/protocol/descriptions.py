@@ -138,6 +138,8 @@ FIELDS: dict[str, str] = {
     "total_ms": "Most milliseconds from the arrival of the request to the end of its answer.",
     "min_quality": "Least share of right answers that is expected, with 95 % confidence, of the variant that "
     "answers. It needs a model that is a ladder.",
+    "cascade": "Whether a small variant of a ladder may begin the answer, and a better one go on with it "
+    "from the first token that the small one is not sure of. Absent: the server's setting.",
     "prefer": "By what a variant is chosen among those that are on time. Absent: the server's setting.",
     "on_miss": "What happens when the objective cannot be met: `degrade`, `reject` (status 503) or `late`.",
     "user": "Whom the request is for. Requests of different users share no KV blocks.",

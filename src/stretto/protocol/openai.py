@@ -183,6 +183,7 @@ class ObjectiveFields(Wire, frozen=True, kw_only=True):
     """The objective of a request; times are milliseconds. An absent limit is that of the tier.
 
     `prefer`: by what a variant is chosen among those that are on time; absent: the server's setting.
+    `cascade`: whether a small variant may begin the answer; absent: the server's setting.
     """
 
     ttft_ms: Milliseconds | None = None
@@ -190,6 +191,7 @@ class ObjectiveFields(Wire, frozen=True, kw_only=True):
     total_ms: Milliseconds | None = None
     min_quality: QualityFloor | None = None
     prefer: Preference | None = None
+    cascade: bool | None = None
     on_miss: Literal["degrade", "reject", "late"] | None = None
 
 

@@ -150,6 +150,7 @@ def submit(
         emitted=tuple(emitted.tokens),
         request_id=call.exchange.id,
         lighter=() if emitted.tokens else placed.lighter,
+        cascade=placed.cascade,
         cached=call.read_ahead.common(name, prompt.ids),
     )
     sequence = server.engine.submit(request)

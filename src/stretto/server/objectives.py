@@ -17,15 +17,19 @@ from stretto.types import Objective, Preference
 
 DEFAULT = "default"
 PRIORITY = "priority"
+EVERYONE = "*"
 NO_TENANTS: Mapping[str, Preference] = {}
 
 
 class ServiceLevel(NamedTuple):
-    """The objective of a request, the tier whose weight it has, and by what its variant is chosen."""
+    """The objective of a request, the tier whose weight it has, by what its variant is chosen, whether
+    a small one may begin the answer, and whether the request itself asks for that."""
 
     objective: Objective
     tier: str
     prefer: Preference = "quality"
+    cascade: bool = False
+    asks_cascade: bool = False
 
     def for_begun(self) -> ServiceLevel:
         """The same for an answer that another worker began: however late it is, it is not refused."""
@@ -39,10 +43,15 @@ class ServicePolicy(NamedTuple):
     schedule: Schedule
     prefer: Preference = "quality"
     tenants_prefer: Mapping[str, Preference] = NO_TENANTS
+    cascade: frozenset[str] = frozenset()
 
     def preference_of(self, tenant: str) -> Preference:
         """By what a tenant's variants are chosen when its request says nothing."""
         return self.tenants_prefer.get(tenant, self.prefer)
+
+    def cascades(self, tenant: str) -> bool:
+        """Whether a small variant may begin a tenant's answers when its request says nothing."""
+        return tenant in self.cascade or EVERYONE in self.cascade
 
 
 def requested_tier(request: Generation) -> str:
@@ -79,7 +88,10 @@ def resolve_objective(
         min_quality=usual.min_quality if own.min_quality is None else own.min_quality,
         on_miss=usual.on_miss if own.on_miss is None else own.on_miss,
     )
-    return ServiceLevel(objective, tier, own.prefer or policy.preference_of(tenant))
+    cascade = policy.cascades(tenant) if own.cascade is None else own.cascade
+    return ServiceLevel(
+        objective, tier, own.prefer or policy.preference_of(tenant), cascade, bool(own.cascade)
+    )
 
 
 def embedding_objective(own: TotalObjective | None) -> Objective:

@@ -137,7 +137,9 @@ class Server:
     def policy(self) -> ServicePolicy:
         """What objectives depend on. The tiers are those of the configuration, or of the machine's speed."""
         config, tiers = self.config, tiers_of(self.config.tiers, self.engine.tiers)
-        return ServicePolicy(tiers, config.schedule, config.prefer, config.tenants_prefer)
+        return ServicePolicy(
+            tiers, config.schedule, config.prefer, config.tenants_prefer, frozenset(config.cascade)
+        )
 
     def tenant(self, headers: Headers) -> str:
         """The tenant whose API key a request has; `local` for a server without keys, `gateway` for the key

@@ -15,14 +15,14 @@ from stretto.server.state import Call, ReadAhead, Server
 from stretto.server.validation import AnswerSpec, EncodedPrompt
 from stretto.server.variants.router import LadderRequest, VariantPlacement, VariantRouter
 
-FLOOR, PREFER = "$.objective.min_quality", "$.objective.prefer"
+FLOOR, PREFER, CASCADE = "$.objective.min_quality", "$.objective.prefer", "$.objective.cascade"
 
 
 def place(call: Call, spec: AnswerSpec, slo: ServiceLevel, prompts: list[EncodedPrompt]) -> VariantPlacement:
     """The model that answers all prompts of a call. Nothing is chosen for a model without variants, nor for
     an answer that another worker began: the variant that began it goes on.
 
-    Raises UnsupportedField for a floor or a preference that this model has no measurements for,
+    Raises UnsupportedField for a floor, a preference or a cascade that was not measured for this model,
     QualityOutOfReach and CannotBeOnTime for a request that rather wants a refusal.
     """
     model, floor = spec.model, slo.objective.min_quality
@@ -30,6 +30,8 @@ def place(call: Call, spec: AnswerSpec, slo: ServiceLevel, prompts: list[Encoded
     if begun:
         return VariantPlacement(begun)
     router = call.server.router(model.name)
+    if slo.asks_cascade:
+        _check_cascade(model.name, router, slo)
     if router is None:
         if floor is not None:
             raise UnsupportedField(
@@ -81,6 +83,17 @@ def foresee(typed: TypedRequest, spec: AnswerSpec, slo: ServiceLevel, prompt: En
     return router.foresee(_asked(typed, spec, slo, [prompt], None), typed.arrival)
 
 
+def _check_cascade(model: str, router: VariantRouter | None, slo: ServiceLevel) -> None:
+    """Raises UnsupportedField for a cascade where none can be."""
+    if router is None or model != router.ladder.name or not router.measures_cascade:
+        problem = f"no cascade was measured for {model}: ask a ladder that has one by its own name"
+    elif slo.prefer != "quality":
+        problem = f"it needs the preference quality, and this is {slo.prefer}"
+    else:
+        return
+    raise UnsupportedField(f"{CASCADE}: {problem}, or leave it out", param=CASCADE)
+
+
 def _asked(
     call: Call | TypedRequest,
     spec: AnswerSpec,
@@ -101,6 +114,7 @@ def _asked(
         tier=slo.tier,
         tenant=call.tenant,
         prefer=slo.prefer,
+        cascade=slo.cascade,
         user=call.user,
         only=only,
         cached={reader: cached} if cached else {},

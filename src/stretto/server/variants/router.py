@@ -5,7 +5,7 @@ The choice itself is `ladder.choose`; this collects what it needs. It knows no H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from stretto.config import Tier
 from stretto.engine.scheduler.admission import Outlook
-from stretto.ladder.choose import LadderCandidate, Need, Prediction, VariantChoice, choose
+from stretto.ladder.choose import (
+    LadderCandidate,
+    Need,
+    Prediction,
+    Takeover,
+    VariantChoice,
+    cascade,
+    choose,
+)
 from stretto.ladder.estimate import Quality, features
 from stretto.ladder.learning.bandit import context
 from stretto.ladder.learning.feedback import MadeChoice
@@ -26,7 +34,7 @@ from stretto.ladder.quality import MeasuredQuality
 from stretto.ladder.registry import Variant
 from stretto.ladder.serving import ServedLadder
 from stretto.server.variants.prospects import Prospects
-from stretto.types import ModelInfo, Objective, Preference, VariantReason
+from stretto.types import Cascade, ModelInfo, Objective, Preference, VariantReason
 
 SOONEST_S = 0.05  # the shortest time after which a client is told to try again
 
@@ -35,6 +43,7 @@ class LadderRequest(Struct, frozen=True, kw_only=True):
     """A request for a ladder. `question`: the text of its last message. `only`: the variant it names.
 
     `prompt_tokens`: of all its prompts together; `longest_prompt`: of the longest. `user`: whom it is for.
+    `cascade`: whether a small variant may begin the answer.
     `cached`: by variant, in the engine's names, the tokens of the prompt that were computed ahead.
     """
 
@@ -49,6 +58,7 @@ class LadderRequest(Struct, frozen=True, kw_only=True):
     prefer: Preference = "quality"
     user: str = ""
     only: str | None = None
+    cascade: bool = False
     cached: Mapping[str, int] = {}
 
 
@@ -58,6 +68,7 @@ class VariantPlacement(NamedTuple):
     `reason` is None when nothing was chosen. `model` is None when the request is refused; `best_quality` is
     then the lower bound of the best variant, `late` says whether one would have been good enough, and
     `retry_after` after how many seconds it might be on time. `made`: the choice, for those who give feedback.
+    `cascade`: who goes on when the model is not sure.
     """
 
     model: str | None
@@ -67,6 +78,7 @@ class VariantPlacement(NamedTuple):
     late: bool = False
     retry_after: float | None = None
     made: MadeChoice | None = None
+    cascade: Cascade | None = None
 
 
 class Expectation(NamedTuple):
@@ -102,7 +114,17 @@ class VariantRouter:
         self._prospects = Prospects(outlooks)
         self._price = TimePrice()
         self._variants = {ladder.models[each.name].name: each for each in ladder.variants}
+        self._cascades = {
+            ladder.models[each.name].name: (ladder.models[each.cascade.begins].name, each.cascade)
+            for each in ladder.variants
+            if each.cascade is not None and each.cascade.begins in ladder.models
+        }
         self._measured = {model: MeasuredQuality(variant) for model, variant in self._variants.items()}
+
+    @property
+    def measures_cascade(self) -> bool:
+        """Whether a cascade was measured that pays off, among the variants that are served."""
+        return bool(self._cascades)
 
     @property
     def measures_energy(self) -> bool:
@@ -164,6 +186,8 @@ class VariantRouter:
             )
         if len(candidates) < len(models):
             return None
+        if asked.cascade and asked.prefer == "quality" and asked.only is None:
+            candidates += self._begun(candidates)
         need = Need(
             prompt_tokens=asked.prompt_tokens,
             output_tokens=self.lengths.predict(asked.tenant, asked.max_tokens),
@@ -173,6 +197,24 @@ class VariantRouter:
             elapsed_ms=(now - asked.arrival) * 1e3,
         )
         return choose(candidates, need, self._price.value())
+
+    def _begun(self, candidates: Sequence[LadderCandidate]) -> list[LadderCandidate]:
+        """The cascades among these variants, each as one more candidate."""
+        known = {each.name: each for each in candidates}
+        return [
+            cascade(
+                known[begins],
+                Takeover(
+                    candidate=known[better],
+                    below=found.below,
+                    share=found.escalated,
+                    begun=found.begun,
+                    loss=found.loss,
+                ),
+            )
+            for better, (begins, found) in self._cascades.items()
+            if better in known and begins in known and not known[better].cached
+        ]
 
     def _expectation(self, asked: LadderRequest, models: Mapping[str, Variant], now: float) -> Expectation:
         found = features(asked.question)
@@ -225,6 +267,12 @@ class VariantRouter:
             after = min(each.excess_ms for each in choice.predicted) / 1e3
             return VariantPlacement(None, choice.reason, (), low, low >= floor, max(after, SOONEST_S))
         chosen, reason = choice.chosen, choice.reason
+        if (takeover := chosen.candidate.takeover) is not None:
+            # Answers that it keeps are those of which it is sure: rewards for them say little of others.
+            name, better = chosen.candidate.name, Cascade(takeover.candidate.name, takeover.below)
+            made = MadeChoice(self.ladder.name, name)
+            return VariantPlacement(name, "cascade", (), low, made=made, cascade=better)
+        choice = choice._replace(feasible=[each for each in choice.feasible if not each.candidate.takeover])
         propensities = {chosen.candidate.name: 1.0}
         guidance = expected.guidance
         # A preference for energy or latency, and a load that has a price, have decided already.
@@ -274,7 +322,9 @@ def _lighter(
     reach the floor, and with `degrade` then those below it. None if nothing is ever due."""
     if not asked.objective.timed:
         return ()
-    lighter = [each for each in choice.predicted if each.work_ms < chosen.work_ms]
+    lighter = [
+        each for each in choice.predicted if each.work_ms < chosen.work_ms and not each.candidate.takeover
+    ]
     able = [each for each in lighter if each.candidate.quality_low >= floor]
     able.sort(key=_quality, reverse=True)
     if asked.objective.on_miss == "degrade":
