@@ -92,7 +92,37 @@ def generate(
 
     A prompt that leaves no room in the context gets an empty answer.
     """
-    answers: list[Ids] = [[] for _ in prompts]
+    return [each.ids for each in generate_traced(decoder, prompts, how, on_done)]
+
+
+@dataclass(frozen=True, slots=True)
+class TracedAnswer:
+    """An answer, and the log-probability of the likeliest token at each place: one more than there are tokens
+    if a token ended it."""
+
+    ids: Ids
+    sureness: list[float]
+
+    @property
+    def least(self) -> float:
+        """That of the least sure token; 0 for a prompt that got no answer."""
+        return min(self.sureness, default=0.0)
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens were drawn, with the one that ended it."""
+        return len(self.sureness)
+
+    def sure_of(self, below: float) -> int:
+        """How many tokens come before the first one that is less sure than `below`; all if none is."""
+        return next((place for place, value in enumerate(self.sureness) if value < below), self.drawn)
+
+
+def generate_traced(
+    decoder: Decoder, prompts: Sequence[Ids], how: AnswerOptions, on_done: CountCallback | None = None
+) -> list[TracedAnswer]:
+    """The same as `generate`, with how sure the model was of each token."""
+    answers: list[TracedAnswer] = [TracedAnswer([], []) for _ in prompts]
     # Prompts of about the same length run together, so that their answers end at about the same time.
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     order = [place for place in order if len(prompts[place]) < how.context]
@@ -117,20 +147,22 @@ class _Group:
         self._width = -(-longest // BLOCK)
         self._cache: Cache = decoder.new_cache(self._width * len(prompts), BLOCK)
 
-    def run(self, generator: torch.Generator) -> list[Ids]:
-        answers: list[Ids] = [[] for _ in self._prompts]
+    def run(self, generator: torch.Generator) -> list[TracedAnswer]:
+        answers = [TracedAnswer([], []) for _ in self._prompts]
         rows = [(place, 0, prompt) for place, prompt in enumerate(self._prompts)]
         while rows:
             batch = _batch(rows, self._width, self._decoder.device)
             logits = self._decoder.logits(self._decoder.forward(batch, self._cache))
             drawn = _draw(logits, self._how.temperature, generator)
             following: list[tuple[int, int, Ids]] = []
-            for (place, start, tokens), token in zip(rows, drawn, strict=True):
-                end = start + len(tokens)
+            sureness: list[float] = logits.float().log_softmax(-1).amax(-1).tolist()
+            for (place, start, tokens), token, sure in zip(rows, drawn, sureness, strict=True):
+                end, answer = start + len(tokens), answers[place]
+                answer.sureness.append(sure)
                 if token in self._how.eos:
                     continue
-                answers[place].append(token)
-                if len(answers[place]) < self._how.max_tokens and end + 1 < self._how.context:
+                answer.ids.append(token)
+                if len(answer.ids) < self._how.max_tokens and end + 1 < self._how.context:
                     following.append((place, end, [token]))
             rows = following
         return answers

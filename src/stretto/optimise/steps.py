@@ -28,16 +28,17 @@ from stretto.errors import StartError
 from stretto.hardware import choose_threads, snapshot
 from stretto.kernels.cpu import native
 from stretto.ladder import registry
-from stretto.ladder.registry import Ladder, Origin, Variant, weight_digests
+from stretto.ladder.registry import Ladder, MeasuredCascade, Origin, Variant, weight_digests
 from stretto.ladder.strict import nearest
 from stretto.models import families, source
 from stretto.optimise import data, frontier, report
 from stretto.optimise.answers import TextCodec
+from stretto.optimise.cascade.calibrate import CascadeSide, kept_cascade, measure_cascade
 from stretto.optimise.data import Corpus, CorrectedAnswers
 from stretto.optimise.distil import distil
 from stretto.optimise.evaluate import Measured, Subject, measure, stored, timed
 from stretto.optimise.finetune import finetune
-from stretto.optimise.job import StepJob
+from stretto.optimise.job import StepJob, load_decoder
 from stretto.optimise.prune import prune
 from stretto.optimise.quantise import quantise
 from stretto.optimise.recipe import (
@@ -384,6 +385,7 @@ class _Run:
         kept = frontier.keep(measured, top, step.faster)
         times = frontier.usual_ms(measured, top)
         by_name = {each.name: each for each in measured}
+        cascades = self._cascades(step, [by_name[name] for name in kept.names], times)
         spec = families.read(self.out / self.made[top].path)
         ladder = Ladder(
             model=Path(self.recipe.model).name,
@@ -391,12 +393,38 @@ class _Run:
             vocab=spec.vocab,
             tokenizer=registry.digest(self.out / self.made[top].path / registry.TOKENIZER),
             top=top,
-            variants=tuple(self._variant(by_name[name], by_name[top]) for name in kept.names),
+            variants=tuple(
+                structs.replace(self._variant(by_name[name], by_name[top]), cascade=cascades.get(name))
+                for name in kept.names
+            ),
             dropped=kept.dropped,
         )
         registry.save(ladder, self.out)
         write_whole(self.out / "report.html", report.page(ladder, times).encode())
         return ladder, times
+
+    def _cascades(
+        self, step: LadderStep, kept: list[Measured], times: dict[str, float]
+    ) -> dict[str, MeasuredCascade]:
+        """The cascade of the smallest variant and the best one, by the name of the latter."""
+        best = min(kept, key=lambda each: (-each.quality.mean, times[each.name]))
+        small = min(kept, key=lambda each: each.bytes)
+        if step.cascade is None or self.made[small.name].path == self.made[best.name].path:
+            return {}
+        parts = {"of": [small.key, best.key, small.cost, best.cost], "loss": step.cascade}
+        job = self._job("$.steps", self.made[self._top()], self.out / WORK / EVALUATION, EVALUATION)
+        prompts = next(each.prompts for each in self.recipe.steps if isinstance(each, EvaluateStep))
+        found = kept_cascade(
+            self.out / EVALUATION / "cascade.json",
+            _key(parts),
+            lambda: measure_cascade(job, self._side(small), self._side(best), prompts, step.cascade or 0.0),
+        )
+        return {} if found is None else {best.name: found}
+
+    def _side(self, each: Measured) -> CascadeSide:
+        made = self.made[each.name]
+        decoder = load_decoder(self.out / made.path, self.device, made.quantise, made.exclude)
+        return CascadeSide(each.name, decoder, each.cost)
 
     def _variant(self, each: Measured, top: Measured) -> Variant:
         manifest = self.made[each.name]
