@@ -137,7 +137,7 @@ async def test_the_answer_says_who_wrote_what_and_why(client: httpx.AsyncClient,
 async def test_where_there_is_no_cascade_it_is_refused_by_name(
     client: httpx.AsyncClient, body: dict[str, Any]
 ) -> None:
-    refused = await ask(client, **{"objective": {"cascade": True}, **body})
+    refused = await ask(client, None, **{"objective": {"cascade": True}, **body})
     assert refused["error"]["code"] == "unsupported_field"
     assert refused["error"]["param"] == "$.objective.cascade"
 
