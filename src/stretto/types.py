@@ -209,6 +209,7 @@ class Request(Struct, frozen=True, kw_only=True):
 
     `spare_time`: it has no objective, runs only in time that no other request needs, and makes none wait.
     `cached`: tokens of its prompt that its maker expects in the prefix cache; only predictions use it.
+    `admitted`: its maker has asked admission, so the schedule does not ask again.
     """
 
     id: int
@@ -224,6 +225,7 @@ class Request(Struct, frozen=True, kw_only=True):
     emitted: tuple[int, ...] = ()
     spare_time: bool = False
     cached: int = 0
+    admitted: bool = False
     request_id: str = ""  # of the HTTP request, for log lines
     # Models that may answer in place of `model` if it would be late, the best first. They have its tokenizer.
     lighter: tuple[str, ...] = ()

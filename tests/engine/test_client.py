@@ -75,6 +75,17 @@ async def test_the_tiers_of_a_slow_machine_come_from_the_engine_that_knows_its_s
         await client.shutdown(1.0)
 
 
+async def test_the_engine_learns_what_was_refused_before_it_came(client: EngineClient):
+    await read(client.submit(request(client)))
+    impossible = Objective(ttft_ms=0.001, on_miss="reject")
+    asked = msgspec.structs.replace(request(client), prompt=(1,) * 4000, objective=impossible)
+    (refused,) = await read(client.submit(asked))
+    assert refused.finish is not None and refused.finish.reason is Reason.REFUSED
+    assert client.snapshots()["null"].backlog.turns_away == ()
+    await read(client.submit(request(client)))
+    assert client.snapshots()["null"].backlog.turns_away == (TIERS["default"].weight,)
+
+
 async def test_concurrent_requests_are_batched_into_shared_steps(client: EngineClient):
     seen: list[int] = []
     client.subscribe(lambda step: seen.append(step.running))

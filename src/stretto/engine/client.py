@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -23,6 +24,7 @@ from stretto.engine.heartbeat import BEAT_S, Watch
 from stretto.engine.process import ChildProcess
 from stretto.engine.runtime_folder import RuntimeFolder
 from stretto.engine.scheduler.admission import Forecast, Outlook, Snapshot
+from stretto.engine.scheduler.types import tier_weight
 from stretto.errors import EngineDied, EngineStalled, StartError, Unavailable
 from stretto.types import (
     EngineHealth,
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 RESTART_S = (0.0, 0.5, 2.0, 5.0, 15.0, 30.0)  # the pause before a start, by the failures in a row before it
 FAILING = 5  # failures in a row after which `/health` says so; it is tried again all the same
 ERASE_S = 10.0  # a step may run before the engine reads its messages
+TURN_AWAY_S = 0.1  # between two messages on refused requests
 SOON_S = 2.0  # after which a refused client may try again
 
 
@@ -136,6 +139,8 @@ class EngineClient:
         self._closing = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._outlooks: dict[str, Outlook] = {}
+        self._turned_away: dict[tuple[str, float], float] = defaultdict(float)  # by model and weight, ms
+        self._told = 0.0
         self._steps = 0
         self._last_step: StepStats | None = None
         self._queues: dict[str, QueueState | StepStats] = {}
@@ -212,8 +217,10 @@ class EngineClient:
         elif (refused_for := forecast.refusal(request)) > 0:
             stream = Stream(self, request)
             stream.push(_refusal(request, refused_for))
+            self._turn_away(request)
             return stream
         else:
+            request = msgspec.structs.replace(request, admitted=True)
             stream = Stream(self, request, forecast.queue_ms, outlook.work_ms(request))
         self._send(ipc.Submit(request))  # first, because what cannot be encoded raises here
         if forecast is not None:
@@ -233,6 +240,21 @@ class EngineClient:
             if forecast is None or forecast.refusal(lighter) <= 0:
                 return lighter, forecast
         return request, own
+
+    def _turn_away(self, request: Request) -> None:
+        """Tell the engine of refused requests, so that it knows how much more comes than can be done.
+
+        A message holds those of `TURN_AWAY_S`, because each may come in well under a millisecond.
+        """
+        key = request.model, tier_weight(self.tiers, request.tier)
+        ms = self._outlooks[request.model].prefill_ms(len(request.prompt), request.cached)
+        self._turned_away[key] += ms
+        now = time.monotonic()
+        if now >= self._told + TURN_AWAY_S:
+            for (model, weight), sum_ms in self._turned_away.items():
+                self._send(ipc.TurnAway(model, weight, sum_ms))
+            self._turned_away.clear()
+            self._told = now
 
     def cancel(self, ident: int) -> None:
         """End a request in the engine. Its stream gets no more events."""

@@ -64,7 +64,7 @@ class EngineCore:
                 runner=model.runner,
                 pool=BlockPool(model.runner.info.blocks, model.runner.info.block_size, share=share),
                 slots=list(range(limits.max_running - 1, -1, -1)),
-                history=History.of(model.times, model.runner.info.usual_tokens),
+                history=History.of(model.times, model.runner.info.usual_tokens, limits.tiers),
                 speculation=model.speculation,
             )
             for model in models
@@ -92,6 +92,10 @@ class EngineCore:
             model.alarms.add(goes_first_at(seq, model.history.times.cost), seq.request.id)
         if seq.request.emitted and len(seq.tokens) >= seq.limit:
             self._end(seq, Ending(Reason.LENGTH))
+
+    def turn_away(self, name: str, weight: float, ms: float) -> None:
+        """Record that prompts of this weight and so many milliseconds were refused and do not come."""
+        self.models[name].history.arrivals.turn_away(weight, ms, self._clock())
 
     def cancel(self, ident: int) -> None:
         """End a sequence now. Ignores one that is unknown or has ended: a cancel may cross the end."""
@@ -229,19 +233,13 @@ class EngineCore:
 
     def _place(self, model: ModelState, plan: Plan) -> None:
         """Give sequences their new ranks, and record the newcomers' work and the plan's promises."""
-        history = model.history
         for seq, rank in plan.place:
             if not seq.ended:
                 queue = model.queues.waiting if seq.slot < 0 else model.queues.running
                 queue.remove(seq)
                 seq.rank = rank
                 insort(queue, seq, key=_rank)
-        for seq in plan.newcomers:
-            ms = history.times.cost.prefill(seq.done, seq.prompt_len - seq.done)
-            history.arrivals.offer(ms)
-            if not seq.ended:
-                history.arrivals.observe(-seq.rank.negated_weight, ms)
-        history.fairness.promise(plan.tags, plan.owed)
+        model.history.record(plan, self._limits.tiers, self._clock())
 
     def _preempt(self, model: ModelState, seq: Sequence) -> None:
         """Take a running sequence's blocks and slot; it waits at its old rank."""

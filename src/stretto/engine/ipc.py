@@ -22,6 +22,14 @@ class Cancel(Struct, frozen=True, tag="cancel", array_like=True):
     ids: list[int]
 
 
+class TurnAway(Struct, frozen=True, tag="turn_away", array_like=True):
+    """Prompts in a tier of this weight, of so many milliseconds in all, were refused and do not come."""
+
+    model: str
+    weight: float
+    ms: float
+
+
 class Erase(Struct, frozen=True, tag="erase", array_like=True):
     """Drop the cached prompts of a tenant: those about a subject, or all. `id` comes back in `Erased`."""
 
@@ -78,7 +86,7 @@ class Erased(Struct, frozen=True, tag="erased", array_like=True):
     held: int
 
 
-ToEngine = Submit | Cancel | Erase | Stop
+ToEngine = Submit | Cancel | TurnAway | Erase | Stop
 FromEngine = LoadProgress | Ready | Failed | StepResult | Erased
 
 encode = msgspec.msgpack.Encoder().encode

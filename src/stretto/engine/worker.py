@@ -124,6 +124,8 @@ class EngineWorker:
                 self._uncompiled.discard(lambda request: request.id in cancelled)
                 for ident in cancelled & self._compiling.keys():
                     self._compiling[ident] = None, self._compiling[ident][1]
+            case ipc.TurnAway(model, weight, ms):
+                self._engine.turn_away(model, weight, ms)
             case ipc.Erase(ident, tenant, subject):
                 erased = list(self._engine.erase(tenant, subject))
                 blocks, held = (sum(counts) for counts in zip(*erased, strict=True))

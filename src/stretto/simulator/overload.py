@@ -61,8 +61,11 @@ class OverloadWorld(World):
         if after > 0:
             self.requests[request.id] = request
             self._refuse(request, after, request.arrival)  # the API server waits for no step
+            cost = self.engine.models[request.model].history.times.cost
+            weight = tier_weight(self._tiers, request.tier)
+            self.engine.turn_away(request.model, weight, cost.prefill(0, len(request.prompt)))
         else:
-            self.submit(request)
+            self.submit(structs.replace(request, admitted=True))
 
     def observe(self, events: list[TokenEvent], stats: StepStats | None) -> None:
         """Record what the engine emitted, and what it refused."""

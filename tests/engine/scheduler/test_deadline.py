@@ -523,7 +523,7 @@ def test_in_an_overload_a_displaced_request_is_refused_at_once():
         world.send(ident, 2400)
     world.step()
     assert not world.ends
-    world.engine.models["a"].history.arrivals.offer(1e6)
+    world.engine.models["a"].history.arrivals.offer(1.0, 1e6)
     came = world.send(4, 1500, tier="priority").arrival
     world.run()
     displaced = [ident for ident in world.ends if world.reason(ident) is Reason.REFUSED]

@@ -85,9 +85,9 @@ class Outlook:
         waiting = () if self._seen is None else chain.from_iterable(self._seen.prompts.values())
         return sum(ms for _, ms, _ in waiting) + sum(job[1] for _, _, job in self._sent)
 
-    def prefill_ms(self, tokens: int) -> float:
-        """The work of a prompt of so many tokens; 0 before the first snapshot."""
-        return 0.0 if self._seen is None else self._seen.estimate.cost.prefill(0, tokens)
+    def prefill_ms(self, tokens: int, cached: int = 0) -> float:
+        """The work of a prompt of so many tokens after the cached ones; 0 before the first snapshot."""
+        return 0.0 if self._seen is None else self._seen.estimate.cost.prefill(cached, tokens - cached)
 
     def see(self, seen: Snapshot) -> None:
         """Take over a snapshot, and keep only what was sent after it."""
@@ -214,7 +214,7 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
         retry_after = inf if now + prefill_ms / 1e3 > first_deadline else max(excess, SOONEST_S)
     on_miss = request.objective.on_miss
     if on_miss != "late" and not (on_miss == "reject" and retry_after):
-        prompt = Prompt(prefill_ms, request.arrival, first_deadline, weight)
+        prompt = Prompt(prefill_ms, request.arrival, first_deadline, weight, ahead)
         asked = newcomer(prompt, deferral, deferral.late_by.get(first + place, 0.0), seen.backlog, now)
         refused_for = shortfall(asked, seen.backlog)
     return Forecast(

@@ -26,6 +26,7 @@ from stretto.engine.scheduler.lateness import (
     Prompt,
     backlog_of,
     first_rank,
+    gives_way,
     newcomer,
     shortfall,
 )
@@ -340,7 +341,7 @@ def _defer(
             group, jobs = negated_weight, []
             groups[-negated_weight] = jobs
         value = worth.get(seq.request.tenant, 0.0) if worth else 0.0
-        if seq.rank.group:
+        if seq.rank.group or seq.request.admitted:
             value += ADMITTED if seq.started is None else STARTED
         jobs.append((order, ms, value))
     if -FIRST in groups:
@@ -369,12 +370,16 @@ def _admit(
         backlog = backlog_of(builder.context, behind, horizon_s)
         for rank, seq in [one for one in prompts + others if one[1] in newcomers]:
             late_s = deferred.get(seq, 0.0)
-            asked = newcomer(_prompt(builder, seq, rank), deferral, late_s, backlog, now)
-            after = shortfall(asked, backlog) if _may_refuse(seq) else 0.0
+            prompt = _prompt(builder, seq, rank)._replace(
+                ahead_ms=_ahead_ms(builder, prompts, rank, deferred)
+            )
+            asked = newcomer(prompt, deferral, late_s, backlog, now)
+            asks = _may_refuse(seq) and not seq.request.admitted
+            after = shortfall(asked, backlog) if asks else 0.0
             if after > 0 or (late_s > 0 and seq.request.objective.on_miss == "reject"):
                 refused[seq] = max(after, late_s)
                 continue
-            if asked.late_s > 0:
+            if asked.late_s > 0 and not (asked.crowded and seq.request.admitted):
                 late.append((_best_effort_rank(builder, seq, now), seq))
             if asked.late_s > 0 or asked.ttft_s == inf:
                 backlog = backlog.more(asked)
@@ -394,6 +399,12 @@ def _may_move(seq: Sequence) -> bool:
 
 def _may_refuse(seq: Sequence) -> bool:
     return seq.started is None and seq.request.objective.on_miss != "late"
+
+
+def _ahead_ms(builder: PlanBuilder, prompts: list[Placed], rank: Rank, deferred: Late) -> float:
+    """The work of the prompts of the same weight that go before this rank."""
+    same = [seq for other, seq in prompts if other.negated_weight == rank.negated_weight and other < rank]
+    return sum(builder.cost.prefill(seq.done, seq.length - seq.done) for seq in same if seq not in deferred)
 
 
 def _prompt(builder: PlanBuilder, seq: Sequence, rank: Rank) -> Prompt:
@@ -445,7 +456,7 @@ def _put_off(
             builder.plan.refuse.append((seq, deferred[seq]))
             continue
         hopeless = many or _is_hopeless(builder, seq)
-        if (hopeless or seq in sure) and _may_refuse(seq):
+        if (hopeless or seq in sure) and _may_refuse(seq) and gives_way(seq, builder.cost):
             backlog = backlog or backlog_of(builder.context, (other for _, other in others))
             prompt, now = _prompt(builder, seq, rank), builder.context.now
             asked = newcomer(prompt, deferral, deferred[seq], backlog, now)._replace(late_s=deferred[seq])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from msgspec import Struct, structs
 
-from stretto.engine.scheduler.estimate import Deferral
+from stretto.engine.scheduler.estimate import Deferral, Group
 from stretto.engine.scheduler.types import SchedulingContext
 from stretto.engine.sequence import TIMED, Rank, Sequence
 from stretto.engine.step_time import StepCost
@@ -29,6 +29,13 @@ RESERVE = 8.0, 24.0  # beyond it they leave room for so many more like them; at 
 OVERLOAD = 1.0  # of the time: more prompt work than this that comes is an overload
 OVERLOAD_FLEX = 0.1  # of the time is counted on for prompts without an objective in overload
 MOST = 0.9  # of the time that others leave is counted on for prompts without an objective
+SHORT_QUEUE = 0.2  # of its TTFT objective a newcomer may wait while newcomers are refused
+LONG_QUEUE = 3.5  # times that before any is refused
+MEANWHILE = 1.25  # times as long as if nothing else came, a queue takes to be short again
+STILL_CROWDED = 0.9  # of what can be done: while newcomers are refused, so much is more than can be done
+LUMPS = 5.0  # prompts of the usual size keep the machine busy until more come
+SHORT_PROMPT = 1 / 40  # of its TTFT objective is what a short prompt takes alone
+LEAST_QUEUE = 0.05  # the same for the longest prompts, without their own time
 ADMITTED = 1.0  # what an admitted prompt is worth more than a newcomer, in steps of `Fairness.worth`
 FIRST = -inf  # the negated weight of those that go first
 
@@ -59,6 +66,9 @@ class Backlog(Struct, frozen=True, array_like=True):
     timed: float = 0.0  # share of the recent time that prompts which can be on time were admitted for
     offered: float = 0.0  # prompt work that came recently, refused or not, as a share of the time
     horizon_s: float = inf  # the longest TTFT objective of a tier, or of a waiting prompt if that is longer
+    recent: dict[float, float] = {}  # by weight, the same for what comes now in it and in heavier ones
+    lump_ms: float = 0.0  # what a prompt of the usual size takes, by work
+    turns_away: tuple[float, ...] = ()  # the weights of which a newcomer was refused a moment ago
 
     @property
     def overload(self) -> bool:
@@ -84,6 +94,8 @@ class Newcomer(NamedTuple):
     busy_s: float  # that the prompts before it take, itself included if it can be on time
     rate: float  # work for such prompts that is done in a second, ms
     late_s: float = 0.0  # by how much it would be late
+    crowded: bool = False  # whether more prompts like it come than can be done
+    excess_s: float = 0.0  # by how much it would wait too long in a queue that is to be short
 
 
 class Prompt(NamedTuple):
@@ -93,6 +105,7 @@ class Prompt(NamedTuple):
     arrival: float
     deadline: float  # of its first token; inf without one
     weight: float
+    ahead_ms: float = 0.0  # the work of those of its weight that go before it
 
 
 def newcomer(prompt: Prompt, deferral: Deferral, late_s: float, backlog: Backlog, now: float) -> Newcomer:
@@ -101,11 +114,15 @@ def newcomer(prompt: Prompt, deferral: Deferral, late_s: float, backlog: Backlog
     In an overload more is sure to come. Otherwise it is late only if it is so without caution.
     """
     timed, weight, rate = prompt.deadline < inf, prompt.weight, deferral.rate
+    turned_away = weight in backlog.turns_away
+    most = STILL_CROWDED * rate if turned_away else rate
+    crowded = backlog.overload or (timed and backlog.recent.get(weight, 0.0) * 1e3 > most)
     if not timed:
         weight = min(deferral.groups, default=weight)
-    group, busy_s = deferral.groups.get(weight), 0.0
-    if backlog.overload and group is not None:
+    group, busy_s, excess_s = deferral.groups.get(weight), 0.0, 0.0
+    if crowded and group is not None:
         busy_s, rate = group.end - now, group.pace
+        excess_s = _queue_excess(prompt, group, backlog, now, turned_away=turned_away) if timed else 0.0
     elif group is not None:
         busy_s = group.busy_ms / rate
         late_s = group.all_ms / group.likely - (prompt.deadline - now) if late_s > 0 else 0.0
@@ -117,7 +134,27 @@ def newcomer(prompt: Prompt, deferral: Deferral, late_s: float, backlog: Backlog
         busy_s=busy_s,
         rate=rate,
         late_s=max(late_s, 0.0),
+        crowded=crowded,
+        excess_s=excess_s,
     )
+
+
+def _queue_excess(prompt: Prompt, group: Group, backlog: Backlog, now: float, *, turned_away: bool) -> float:
+    """The seconds until the queue of a prompt is short, while more comes than can be done; 0: it is admitted.
+
+    The queue may grow until it is long. Then newcomers are refused, and from then on it is kept short
+    (`turned_away`). A long one would serve no more of them. It would make each of them wait, and those who
+    come after the overload too: the standing queue of Nichols and Jacobson (ACM Queue 10, 2012). A short one
+    holds as many prompts as keep the machine busy. Where prompts are long the objective is the only limit.
+    """
+    queue_s = group.start - now + prompt.ahead_ms / group.pace
+    left_s, own_s = prompt.deadline - now, prompt.alone_ms / group.pace
+    short_s = min(max(SHORT_QUEUE * left_s, LUMPS * backlog.lump_ms / group.pace), left_s)
+    long_s = short_s if turned_away else min(LONG_QUEUE * short_s, left_s)
+    least_s = LEAST_QUEUE * left_s
+    if queue_s <= max(long_s - own_s, least_s):
+        return 0.0
+    return (queue_s - max(short_s - own_s, least_s)) * MEANWHILE
 
 
 def shortfall(asked: Newcomer, backlog: Backlog) -> float:
@@ -135,8 +172,8 @@ def shortfall(asked: Newcomer, backlog: Backlog) -> float:
         if asked.busy_s > FREE[overload] * horizon_s:
             excess = max(excess, (1 + RESERVE[overload]) * own_s + asked.busy_s - horizon_s)
         return max(excess, 0.0)
-    if asked.late_s <= 0 or overload:
-        return asked.late_s
+    if asked.late_s <= 0 or asked.crowded:
+        return max(asked.late_s, asked.excess_s)
     ahead_ms = backlog.late_ms + backlog.flex_ms
     if asked.alone_ms / 1e3 <= asked.ttft_s:
         return asked.late_s if ahead_ms else 0.0
@@ -158,14 +195,29 @@ def backlog_of(context: SchedulingContext, prompts: Iterable[Sequence], horizon_
             late_ms += ms
         else:
             flex_ms += ms
-    targets = [tier.objective.ttft_ms for tier in context.limits.tiers.values()]
+    tiers = context.limits.tiers
+    targets = [tier.objective.ttft_ms for tier in tiers.values()]
     return Backlog(
         late_ms=late_ms,
         flex_ms=flex_ms,
         timed=arrivals.above(0.0),
         offered=arrivals.offered,
         horizon_s=max((horizon_s, *(ms / 1e3 for ms in targets if ms is not None))) or inf,
+        recent={weight: arrivals.recent(weight) for weight in {tier.weight for tier in tiers.values()}},
+        lump_ms=arrivals.lump_ms,
+        turns_away=arrivals.turns_away(context.now),
     )
+
+
+def gives_way(seq: Sequence, cost: StepCost) -> bool:
+    """Whether an admitted prompt may be refused for the sake of others, rather than be late.
+
+    A short one is not, because that would gain nothing: others that come would be as short.
+    """
+    if seq.request.objective.on_miss == "reject":
+        return True
+    ttft_ms = (min(seq.deadline.start, seq.deadline.whole) - seq.request.arrival) * 1e3
+    return cost.prefill(seq.done, seq.length - seq.done) > SHORT_PROMPT * ttft_ms
 
 
 def longest_wait_s(ttft_s: float, alone_ms: float) -> float:

@@ -14,6 +14,7 @@ DEFAULT_LENGTH = 256  # tokens of a long answer, while nothing is known
 LONG = 0.7  # the quantile that stands for a long answer
 ARRIVALS_S = 120.0
 OFFERED_S = 600.0  # the same for what comes, refused or not: a burst is no overload
+RECENT_S = 10.0  # the same for what comes now, on a machine whose objectives are short
 
 
 class AnswerLengths:
@@ -35,20 +36,46 @@ class AnswerLengths:
 
 
 class ArrivalRate:
-    """How much prompt work has arrived recently, by the weight of its tier, fading over `ARRIVALS_S`."""
+    """How much prompt work has arrived recently, by the weight of its tier, fading over `ARRIVALS_S`.
 
-    def __init__(self) -> None:
+    `recent_s`: over how many seconds `recent` fades.
+    """
+
+    def __init__(self, recent_s: float = RECENT_S) -> None:
+        self._turned_away: dict[float, float] = {}  # by weight, when a newcomer was last refused
         self._ms: dict[float, float] = {}
-        self._offered = 0.0
+        self._recent: dict[float, float] = {}
+        self._offered = self._squares = 0.0
+        self._recent_s = recent_s
         self._faded = 0.0
 
     def observe(self, weight: float, ms: float) -> None:
         """Record a prompt of so many milliseconds in a tier of this weight."""
         self._ms[weight] = self._ms.get(weight, 0.0) + ms
 
-    def offer(self, ms: float) -> None:
-        """Record a prompt of so many milliseconds, admitted or refused."""
+    def offer(self, weight: float, ms: float) -> None:
+        """Record a prompt of so many milliseconds in a tier of this weight, admitted or refused."""
         self._offered += ms
+        self._squares += ms * ms
+        self._recent[weight] = self._recent.get(weight, 0.0) + ms
+
+    def turn_away(self, weight: float, ms: float, now: float) -> None:
+        """Record that prompts of this weight and so many milliseconds were refused when they came."""
+        self.offer(weight, ms)
+        self._turned_away[weight] = now
+
+    def turns_away(self, now: float) -> tuple[float, ...]:
+        """The weights of which newcomers were refused a moment ago."""
+        return tuple(weight for weight, at in self._turned_away.items() if now - at < self._recent_s)
+
+    @property
+    def lump_ms(self) -> float:
+        """What a prompt of the usual size takes: the mean of the recent ones, each counted by its work."""
+        return self._squares / (sum(self._recent.values()) or 1.0)
+
+    def recent(self, weight: float) -> float:
+        """The work of this weight or more that comes now, refused or not, as a share of the time."""
+        return sum(ms for other, ms in self._recent.items() if other >= weight) / (self._recent_s * 1e3)
 
     @property
     def offered(self) -> float:
@@ -68,5 +95,8 @@ class ArrivalRate:
         if now - self._faded >= 1.0:
             share = exp((self._faded - now) / ARRIVALS_S)
             self._offered *= exp((self._faded - now) / OFFERED_S)
+            recent = exp((self._faded - now) / self._recent_s)
+            self._squares *= recent
+            self._recent = {weight: ms * recent for weight, ms in self._recent.items()}
             self._ms = {weight: ms * share for weight, ms in self._ms.items()}
             self._faded = now

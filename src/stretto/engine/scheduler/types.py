@@ -14,9 +14,11 @@ from msgspec import Struct
 from stretto.config import TIERS, Tier
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.fairness import Fairness
-from stretto.engine.scheduler.lengths import DEFAULT_LENGTH, AnswerLengths, ArrivalRate
+from stretto.engine.scheduler.lengths import DEFAULT_LENGTH, RECENT_S, AnswerLengths, ArrivalRate
 from stretto.engine.sequence import Rank, Sequence
 from stretto.engine.step_time import StepCost, StepLoad, StepTime
+
+RECENT = 0.5  # of the longest TTFT objective is how long what has come counts as what comes now
 
 
 def tier_weight(tiers: Mapping[str, Tier], name: str) -> float:
@@ -54,9 +56,24 @@ class History:
     arrivals: ArrivalRate = field(default_factory=ArrivalRate)
 
     @classmethod
-    def of(cls, times: StepTime, usual_tokens: int) -> History:
+    def of(cls, times: StepTime, usual_tokens: int, tiers: Mapping[str, Tier] = TIERS) -> History:
         """Before any request. `usual_tokens`: of a long answer; 0: unknown."""
-        return cls(times, lengths=AnswerLengths(usual_tokens or DEFAULT_LENGTH))
+        targets = (tier.objective.ttft_ms for tier in tiers.values())
+        recent_s = RECENT * max((ms / 1e3 for ms in targets if ms is not None), default=0.0)
+        arrivals = ArrivalRate(max(recent_s, RECENT_S))
+        return cls(times, lengths=AnswerLengths(usual_tokens or DEFAULT_LENGTH), arrivals=arrivals)
+
+    def record(self, plan: Plan, tiers: Mapping[str, Tier], now: float) -> None:
+        """Record the work of a plan's newcomers, of which the refused ones have ended, and its promises."""
+        for seq in plan.newcomers:
+            ms = self.times.cost.prefill(seq.done, seq.prompt_len - seq.done)
+            weight = tier_weight(tiers, seq.request.tier)
+            if seq.ended:
+                self.arrivals.turn_away(weight, ms, now)
+            else:
+                self.arrivals.offer(weight, ms)
+                self.arrivals.observe(-seq.rank.negated_weight, ms)
+        self.fairness.promise(plan.tags, plan.owed)
 
 
 class SchedulingContext(Struct, frozen=True):
