@@ -1,9 +1,10 @@
 """What an overload does: `--load` times the peak for a minute, with the server's default objectives.
 
-The real engine, schedule and admission run in virtual time, so it takes seconds. The peak is the best goodput
-that the same requests have at a load from 0.6 to 1.
+The real engine, schedule and admission run in virtual time, so it takes seconds. The peak is the best
+goodput that the same requests have at a load from 0.6 to 1. With `--http` the null model of `--null` is
+served in real time, and the load comes over sockets.
 
-`python benchmarks/overload.py`
+`python benchmarks/overload.py [--http --null 10:0.4:0.7]`
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 from random import Random
 
 import msgspec
+import overload_http
 
+from stretto.config import TIERS
 from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import SCHEDULES
@@ -34,11 +37,14 @@ CALM = 0.5  # load before and after the overload
 
 def main() -> None:
     options = _arguments()
+    if options.http:
+        overload_http.run(options)
+        return
     cost = msgspec.json.decode(options.times.read_bytes(), type=StepCost) if options.times else SMALL_CPU
-    setting = Setting(cost=cost, tiers=default_tiers([cost]))
+    setting = Setting(cost=cost, tiers=TIERS if options.noticed else default_tiers([cost]))
     full = capacity([Arrival(0.0, options.prompt, options.output)] * 200, setting)
     peak = max(_in_window(_run(setting, full, load, options)[0]) for load in (0.6, 0.7, 0.8, 0.9, 1.0))
-    outcomes, world = _run(setting, full, options.load, options)
+    outcomes, world = _run(setting, full, options.load * peak / full, options)
     objectives = {name: msgspec.to_builtins(tier.objective) for name, tier in setting.tiers.items()}
     print(f"objectives {objectives}\nfcfs saturates at {full:.3f} requests/s; peak goodput {peak:.3f}")
     goodput = _in_window(outcomes)
@@ -111,12 +117,20 @@ def _print_tier(tier: str, outcomes: Sequence[RequestOutcome], world: OverloadWo
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--load", type=float, default=2.0)
+    parser.add_argument("--load", type=float, default=2.0, help="times the peak")
     parser.add_argument("--schedule", default="deadline", choices=sorted(SCHEDULES))
     parser.add_argument("--times", type=Path, help="a step-time model, JSON")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--noticed", action="store_true", help="the objectives of a fast machine, 5 s and 20 s"
+    )
+    parser.add_argument("--http", action="store_true", help="serve a null model and send the load to it")
+    parser.add_argument("--null", default="10:0.4:0.7", help="its ms of a step, a decoded token, a prompt's")
+    parser.add_argument("--config", type=Path, help="its configuration file")
+    parser.add_argument("--window", type=float, default=WINDOW_S, help="seconds of the overload over HTTP")
+    parser.add_argument("--probe", type=float, default=30.0, help="seconds of each load that finds the peak")
     return parser.parse_args()
 
 

@@ -77,12 +77,13 @@ decode_chunk = msgspec.json.Decoder(Chunk).decode
 
 
 class RequestFailed(Exception):
-    """A request failed. Reports count failures by the short `kind`."""
+    """A request failed. Reports count failures by the short `kind`. `retry_after`: seconds, by the server."""
 
-    def __init__(self, kind: str, detail: str = "") -> None:
+    def __init__(self, kind: str, detail: str = "", retry_after: float | None = None) -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind = kind
         self.detail = detail
+        self.retry_after = retry_after
 
 
 class ServerAddress(Struct, frozen=True, kw_only=True):
@@ -146,6 +147,7 @@ class Connection(asyncio.Protocol):
         self.status = 0
         self.body = b""
         self.received = False
+        self.retry_after: float | None = None
 
     async def exchange(self, message: bytes, on_event: OnEvent | None) -> None:
         """Send a request and read its whole answer. Raises ConnectionError when the socket is lost.
@@ -159,6 +161,7 @@ class Connection(asyncio.Protocol):
         self._on_event = on_event
         self._parser = httptools.HttpResponseParser(self)
         self._tail, self.body, self.status, self.received, self._whole = b"", b"", 0, False, False
+        self.retry_after = None
         self._transport.write(message)
         await self._done
 
@@ -187,6 +190,10 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(ConnectionResetError("the server closed the connection"))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"retry-after" and value.isdigit():
+            self.retry_after = float(value)
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
@@ -273,7 +280,11 @@ class Client:
             await self._stream(path, body, answer)
         except RequestFailed as failure:
             return Sample(
-                started=started, ended=time.perf_counter(), error=failure.kind, detail=failure.detail
+                started=started,
+                ended=time.perf_counter(),
+                error=failure.kind,
+                detail=failure.detail,
+                retry_after=failure.retry_after,
             )
         return Sample(
             started=started,
@@ -398,7 +409,7 @@ class Client:
                 else:
                     connection.close()
             if connection.status != 200:
-                raise _refusal(connection.status, connection.body)
+                raise _refusal(connection)
             return connection
 
     async def _connect(self) -> Connection:
@@ -425,9 +436,12 @@ class _ServerState(Struct):
     objectives: dict[str, Objective] = {}
 
 
-def _refusal(status: int, body: bytes) -> RequestFailed:
+def _refusal(connection: Connection) -> RequestFailed:
+    status, body = connection.status, connection.body
     try:
         error = decode_chunk(body).error or ChunkError()
     except msgspec.DecodeError:
         error = ChunkError(body[:200].decode(errors="replace"))
-    return RequestFailed(f"HTTP {status}" + (f" {error.code}" if error.code else ""), error.message)
+    return RequestFailed(
+        f"HTTP {status}" + (f" {error.code}" if error.code else ""), error.message, connection.retry_after
+    )

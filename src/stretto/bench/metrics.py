@@ -20,7 +20,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     """The client's measurements of one request. All times are seconds of one clock.
 
     `stamps`: when each event with text arrived. `ended`: when the last event with a choice arrived. `reason`:
-    the finish_reason. `error`: the kind of failure, None for an answered request; `detail`: its message.
+    the finish_reason. `error`: the kind of failure, None for an answered request; `detail`: its message;
+    `retry_after`: after how many seconds the server wants to be asked again.
     """
 
     started: float
@@ -31,6 +32,7 @@ class Sample(Struct, frozen=True, kw_only=True):
     reason: str | None = None
     error: str | None = None
     detail: str = ""
+    retry_after: float | None = None
 
     @property
     def ttft(self) -> float:
