@@ -30,10 +30,10 @@ OVERLOAD = 1.0  # of the time: more prompt work than this that comes is an overl
 OVERLOAD_FLEX = 0.1  # of the time is counted on for prompts without an objective in overload
 MOST = 0.9  # of the time that others leave is counted on for prompts without an objective
 SHORT_QUEUE = 0.2  # of its TTFT objective a newcomer may wait while newcomers are refused
-LONG_QUEUE = 3.5  # times that before any is refused
+LONG_QUEUE = 0.8  # the same before any is refused
 MEANWHILE = 1.25  # times as long as if nothing else came, a queue takes to be short again
 STILL_CROWDED = 0.9  # of what can be done: while newcomers are refused, so much is more than can be done
-LUMPS = 5.0  # prompts of the usual size keep the machine busy until more come
+LUMPS = 6.0  # prompts of the usual size keep the machine busy until more come
 SHORT_PROMPT = 1 / 40  # of its TTFT objective is what a short prompt takes alone
 LEAST_QUEUE = 0.05  # the same for the longest prompts, without their own time
 ADMITTED = 1.0  # what an admitted prompt is worth more than a newcomer, in steps of `Fairness.worth`
@@ -150,7 +150,7 @@ def _queue_excess(prompt: Prompt, group: Group, backlog: Backlog, now: float, *,
     queue_s = group.start - now + prompt.ahead_ms / group.pace
     left_s, own_s = prompt.deadline - now, prompt.alone_ms / group.pace
     short_s = min(max(SHORT_QUEUE * left_s, LUMPS * backlog.lump_ms / group.pace), left_s)
-    long_s = short_s if turned_away else min(LONG_QUEUE * short_s, left_s)
+    long_s = short_s if turned_away else max(LONG_QUEUE * left_s, short_s)
     least_s = LEAST_QUEUE * left_s
     if queue_s <= max(long_s - own_s, least_s):
         return 0.0
