@@ -23,11 +23,11 @@ from stretto.engine.scheduler.lateness import (
     OVERLOAD,
     PAUSE_S,
     Backlog,
-    Prompt,
     backlog_of,
     first_rank,
     gives_way,
     newcomer,
+    prompt_of,
     shortfall,
 )
 from stretto.engine.scheduler.moore_hodgson import Job, tardy_jobs
@@ -370,9 +370,7 @@ def _admit(
         backlog = backlog_of(builder.context, behind, horizon_s)
         for rank, seq in [one for one in prompts + others if one[1] in newcomers]:
             late_s = deferred.get(seq, 0.0)
-            prompt = _prompt(builder, seq, rank)._replace(
-                ahead_ms=_ahead_ms(builder, prompts, rank, deferred)
-            )
+            prompt = prompt_of(seq, rank, builder.cost, prompts, deferred)
             asked = newcomer(prompt, deferral, late_s, backlog, now)
             asks = _may_refuse(seq) and not seq.request.admitted
             after = shortfall(asked, backlog) if asks else 0.0
@@ -399,18 +397,6 @@ def _may_move(seq: Sequence) -> bool:
 
 def _may_refuse(seq: Sequence) -> bool:
     return seq.started is None and seq.request.objective.on_miss != "late"
-
-
-def _ahead_ms(builder: PlanBuilder, prompts: list[Placed], rank: Rank, deferred: Late) -> float:
-    """The work of the prompts of the same weight that go before this rank."""
-    same = [seq for other, seq in prompts if other.negated_weight == rank.negated_weight and other < rank]
-    return sum(builder.cost.prefill(seq.done, seq.length - seq.done) for seq in same if seq not in deferred)
-
-
-def _prompt(builder: PlanBuilder, seq: Sequence, rank: Rank) -> Prompt:
-    alone_ms = builder.cost.prefill(seq.done, seq.length - seq.done)
-    deadline = rank.order if rank.group == TIMED else inf
-    return Prompt(alone_ms, seq.request.arrival, deadline, -rank.negated_weight)
 
 
 def _run_prompts(builder: PlanBuilder, prompts: list[Placed], deferred: Late, estimate: Estimate) -> None:
@@ -458,7 +444,7 @@ def _put_off(
         hopeless = many or _is_hopeless(builder, seq)
         if (hopeless or seq in sure) and _may_refuse(seq) and gives_way(seq, builder.cost):
             backlog = backlog or backlog_of(builder.context, (other for _, other in others))
-            prompt, now = _prompt(builder, seq, rank), builder.context.now
+            prompt, now = prompt_of(seq, rank, builder.cost), builder.context.now
             asked = newcomer(prompt, deferral, deferred[seq], backlog, now)._replace(late_s=deferred[seq])
             if shortfall(asked, backlog) > 0:
                 builder.plan.refuse.append((seq, deferred[seq]))

@@ -7,7 +7,7 @@ request with `on_miss="late"` is never refused. Pure numbers, which the schedule
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from heapq import heappop, heappush
 from math import inf
 from typing import NamedTuple
@@ -106,6 +106,25 @@ class Prompt(NamedTuple):
     deadline: float  # of its first token; inf without one
     weight: float
     ahead_ms: float = 0.0  # the work of those of its weight that go before it
+
+
+def prompt_of(
+    seq: Sequence,
+    rank: Rank,
+    cost: StepCost,
+    prompts: Iterable[tuple[Rank, Sequence]] = (),
+    deferred: Container[Sequence] = (),
+) -> Prompt:
+    """The prompt of a sequence at this rank. `prompts`: those that wait, of which some are deferred."""
+    same = [other for at, other in prompts if at.negated_weight == rank.negated_weight and at < rank]
+    ahead = (cost.prefill(each.done, each.length - each.done) for each in same if each not in deferred)
+    return Prompt(
+        alone_ms=cost.prefill(seq.done, seq.length - seq.done),
+        arrival=seq.request.arrival,
+        deadline=rank.order if rank.group == TIMED else inf,
+        weight=-rank.negated_weight,
+        ahead_ms=sum(ahead),
+    )
 
 
 def newcomer(prompt: Prompt, deferral: Deferral, late_s: float, backlog: Backlog, now: float) -> Newcomer:
