@@ -304,6 +304,10 @@ def _ollama_embed(body: Json, answer: Json) -> None:
     assert all(answer["embeddings"])
 
 
+def _tokens(body: Json, answer: Json) -> None:
+    assert answer["count"] == len(answer["tokens"]) > 0
+
+
 def _has(*names: str) -> Callable[[Json, Json], None]:
     """A check that an answer has members that say something."""
 
@@ -321,6 +325,7 @@ WHOLE: dict[str, Callable[[Json, Json], None]] = {
     "/v1/messages": _message,
     "/v1/messages/count_tokens": _has("input_tokens"),
     "/v1/models": _has("data"),
+    "/tokenize": _tokens,
     "/api/chat": _ollama_chat,
     "/api/generate": _ollama_generate,
     "/api/embed": _ollama_embed,
