@@ -5,12 +5,13 @@ from __future__ import annotations
 from random import Random
 from statistics import median
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stretto.engine.runners.calibrate import fit
-from stretto.engine.step_time import UNKNOWN, StepCost, StepLoad, StepTime, Window
+from stretto.engine.step_time import UNKNOWN, StepCost, StepLoad, StepTime, Window, solved
 from stretto.simulator.setting import SMALL_CPU
 
 
@@ -136,3 +137,12 @@ def test_steadily_growing_contexts_do_not_make_the_model_diverge():
         errors.append(abs(model.cost(load) / truth(load) - 1.0))
         model.observe(load, truth(load) * rng.lognormvariate(0.0, 0.1))
     assert max(errors[50:]) < 0.3 and median(errors) < 0.1
+
+
+def test_the_written_out_elimination_solves_what_numpy_solves():
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        factor = rng.normal(size=(5, 5))
+        matrix, target = factor @ factor.T + np.eye(5), rng.normal(size=5)
+        system = np.column_stack([matrix, target]).tolist()
+        assert solved(system) == pytest.approx(np.linalg.solve(matrix, target).tolist())

@@ -187,7 +187,7 @@ class StepTime:
         self._known = learnt
 
     def _solve(self) -> None:
-        coefficients = [max(value, 0.0) for value in _solved(self._known)]
+        coefficients = [max(value, 0.0) for value in solved(self._known)]
         moved = 1.0 - (1.0 - FOLLOWED) ** self._steps
         self._slow = [old + moved * (new - old) for old, new in zip(self._slow, coefficients, strict=True)]
         self._prior = _with_target(self._prior, self._slow)
@@ -209,7 +209,7 @@ def _with_target(matrix: Matrix, target: list[float]) -> Matrix:
     return [[*row[:5], row[0] * a + row[1] * b + row[2] * c + row[3] * d + row[4] * e] for row in matrix]
 
 
-def _solved(system: Matrix) -> list[float]:
+def solved(system: Matrix) -> list[float]:
     """The solution of a symmetric positive definite system, by Gaussian elimination.
 
     It is written out, because every step solves one.

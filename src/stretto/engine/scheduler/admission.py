@@ -158,6 +158,7 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         load=sum(cost.row(seq.length) / seq.deadline.target_itl_s for seq in streams) / 1e3,
         elsewhere=context.elsewhere,
     )
+    early = ((seq.deadline, seq.length) for seq in streams)
     return Snapshot(
         now=context.now,
         newest=newest,
@@ -168,7 +169,7 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         backlog=backlog_of(context, islice(behind, MAX_PROMPTS)),
         worth=dict(islice(((tenant, value) for tenant, value in worth.items() if value), MAX_PROMPTS)),
         lengths={name: context.history.lengths.predict(name) for name in tiers},
-        patient=patient(estimate, ((seq.deadline, seq.length) for seq in streams), context.now)[0],
+        patient=patient(estimate, early, context.now)[0] if estimate.stretches else None,
     )
 
 

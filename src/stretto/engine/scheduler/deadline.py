@@ -8,7 +8,7 @@ gap between tokens is bounded by construction. `lateness` bounds the wait of all
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import repeat
 from math import inf
 from operator import attrgetter
@@ -77,12 +77,13 @@ def deadline(context: SchedulingContext) -> Plan:
     running = _sort_running(builder, expired)
     prompts = sorted(running.prompts + prompts)[:DEPTH]
     estimate = running.estimate(builder)
-    deferral = _defer(builder, prompts, estimate, context.history.arrivals.above)
+    jobs, heavier = _jobs(builder, prompts), context.history.arrivals.above
+    deferral = estimate.defer(jobs, heavier, context.now)
     pressed = bool(deferral.late_by)
-    if running.streams and (pressed or _has_waited_long(builder, others[:1])):
-        early = zip((seq.deadline for seq in running.streams), running.starts, strict=True)
+    if running.streams and estimate.stretches and (pressed or _has_waited_long(builder, others[:1])):
+        early = zip([seq.deadline for seq in running.streams], running.starts, strict=True)
         estimate, running.tightest = patient(estimate, early, context.now)
-        deferral = _defer(builder, prompts, estimate, context.history.arrivals.above)
+        deferral = estimate.defer(jobs, heavier, context.now)
     deferred = {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
     if builder.plan.newcomers or (prompts and prompts[0][0].negated_weight == FIRST):
         prompts, others = _admit(builder, prompts, others, deferral, deferred)
@@ -325,10 +326,8 @@ def _has_waited_long(builder: PlanBuilder, placed: Iterable[Placed]) -> bool:
     return any(rank.group == BEST_EFFORT and rank.order < since for rank, _ in placed)
 
 
-def _defer(
-    builder: PlanBuilder, prompts: list[Placed], estimate: Estimate, heavier: Callable[[float], float]
-) -> Deferral:
-    """Which prompts must be deferred. Newcomers rather than admitted ones, and never one that goes first."""
+def _jobs(builder: PlanBuilder, prompts: list[Placed]) -> dict[float, list[Job]]:
+    """The prompts by weight. Newcomers are deferred before admitted ones, and never one that goes first."""
     history, per_prefill, per_pair = builder.context.history, builder.cost.per_prefill, builder.cost.per_pair
     worth = history.fairness.worth()
     groups: dict[float, list[Job]] = {}
@@ -346,7 +345,7 @@ def _defer(
         jobs.append((order, ms, value))
     if -FIRST in groups:
         groups[-FIRST] = [(inf, ms, value) for _, ms, value in groups[-FIRST]]
-    return estimate.defer(groups, heavier, builder.context.now)
+    return groups
 
 
 def _admit(
@@ -466,7 +465,7 @@ def _sure_to_be_late(builder: PlanBuilder, prompts: list[Placed], estimate: Esti
         return deferred
     if not builder.plan.newcomers or not any(map(_may_refuse, deferred)):
         return {}
-    deferral = _defer(builder, prompts, estimate, lambda weight: 0.0)
+    deferral = estimate.defer(_jobs(builder, prompts), lambda weight: 0.0, builder.context.now)
     return {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
 
 

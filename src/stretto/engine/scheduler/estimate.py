@@ -69,6 +69,11 @@ class Estimate(Struct, frozen=True, array_like=True):
         """The share of the time that the streams take at their slowest pace, with their steps' bases."""
         return self.cost.base / self.itl_ms + self.load if self.streams else 0.0
 
+    @property
+    def stretches(self) -> bool:
+        """Whether a step may become longer when streams are `patient`."""
+        return self.itl_ms < step_limit(self.cost)
+
     def rate(self, itl_ms: float = inf) -> float:
         """The share of the time left for prompts. `itl_ms`: the target of a stream that may be added."""
         base = self.cost.base / min(self.itl_ms, itl_ms, step_limit(self.cost))
@@ -123,16 +128,24 @@ def patient(
     stream waits for, and not beyond the deadline of its next token. Its pace is slower until its slack is
     used up.
     """
-    longest_s = step_limit(estimate.cost) / 1e3
-    itl_s, load, tightest = inf, 0.0, inf
+    longest_s, per_decode, per_key = (
+        step_limit(estimate.cost) / 1e3,
+        estimate.cost.per_decode,
+        estimate.cost.per_key,
+    )
+    itl_s, load, tightest, least = inf, 0.0, inf, 1.0 / SLOWEST
     for deadline, length in streams:
-        if deadline.late or deadline.next < now:
+        due, latest, target = deadline.next, deadline.latest, deadline.target_itl_s
+        if deadline.late or due < now:
             continue
-        target, latest = deadline.target_itl_s, deadline.latest
-        if deadline.whole == inf and deadline.next > latest:
-            latest = min(deadline.next, deadline.last_emission + max(longest_s, target))
-            target /= max(1.0 - (deadline.next - now) / SLACK_S, 1.0 / SLOWEST)
-        tightest = min(tightest, latest)
-        itl_s = min(itl_s, target)
-        load += estimate.cost.row(length) / target
+        if due > latest and deadline.whole == inf:
+            latest = deadline.last_emission + (longest_s if longest_s > target else target)
+            latest = due if due < latest else latest
+            share = 1.0 - (due - now) / SLACK_S
+            target /= share if share > least else least
+        if latest < tightest:
+            tightest = latest
+        if target < itl_s:
+            itl_s = target
+        load += (per_decode + per_key * length) / target
     return structs.replace(estimate, itl_ms=itl_s * 1e3, load=load / 1e3), tightest
