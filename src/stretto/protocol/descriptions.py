@@ -87,6 +87,16 @@ FIELDS: dict[str, str] = {
     "corrected_answer": "The answer that would have been right.",
     "learnt": "Whether later choices among variants depend on it.",
     "rewards": "How many rewards there are.",
+    "FeedbackPolicies.models": "By ladder, the ways to choose: each variant always, and the best estimate.",
+    "policy": "The way to choose.",
+    "effective": "How many rewards with equal weights would say as much.",
+    "ips": "By inverse propensity scores.",
+    "snips": "By self-normalised inverse propensity scores.",
+    "dr": "By the doubly robust estimator.",
+    "PolicyFeedback.refused": "Why nothing is known of it.",
+    "PolicyEstimate.mean": "The mean reward.",
+    "low": "The lower end of its 95 % confidence interval.",
+    "high": "The upper end of its 95 % confidence interval.",
     "mean_reward": "Their mean.",
     "mean_expected": "The mean quality that was measured for these prompts. Null: it was not.",
     "FeedbackSummary.models": "The rewards by model, then by variant.",
@@ -258,15 +268,9 @@ FIELDS: dict[str, str] = {
     "stretto": "What Stretto measured for this answer.",
     "usual_tokens": "Tokens of a long answer, as a ladder measured it. 0: unknown.",
     "variant": "Which variant of the model answered.",
-    "variant_reason": "Why this variant of a ladder answered. Absent when the request named the model. "
-    "`best`: none is better by the preference. `deadline`: better ones would be late. `floor`: better ones "
-    "are below `min_quality`. `load`: better ones take machine time that others need more. `read_ahead`: it "
-    "has read the text while it was typed, and no other is sure to be better. `explored`: it is "
-    "perhaps as good as the best, and feedback will tell. `below_floor`, `late`: none keeps both. `moved`: "
-    "the one before it would have been late. `cascade`: it began, and was sure of every token. `unsure`: the "
-    "one that began was not sure of a token. `no_forecast`: the queues are not known.",
+    "variant_reason": "Why this variant of a ladder answered; docs/ladder.md explains each reason. Absent "
+    "when the request named the model.",
     "parts": "Of an answer that several variants wrote: what each of them wrote, in order.",
-    "AnswerPart.variant": "Which variant wrote it.",
     "AnswerPart.tokens": "How many tokens it wrote.",
     "AnswerPart.reason": "Why it was this variant, as `variant_reason`.",
     "on_time": "Whether every token met its deadline.",

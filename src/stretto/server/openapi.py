@@ -21,6 +21,7 @@ from stretto.protocol.descriptions import FIELDS, TYPES
 from stretto.protocol.extensions.feedback import (
     CorrectedSample,
     ErasedFeedback,
+    FeedbackPolicies,
     FeedbackReceipt,
     FeedbackRequest,
     FeedbackSummary,
@@ -189,6 +190,13 @@ ROUTES = (
     _Route("/v1/responses/{id}", "delete", "Drop a kept answer.", (401, 404), response=DeletedResponse),
     _Route("/v1/feedback", "post", "Say what an answer was worth.", WORK, FeedbackRequest, FeedbackReceipt),
     _Route("/v1/feedback", "get", "Your feedback, by variant.", (401,), response=FeedbackSummary),
+    _Route(
+        "/v1/feedback/policies",
+        "get",
+        "What other choices would have been worth, by your feedback.",
+        (401,),
+        response=FeedbackPolicies,
+    ),
     _Route("/v1/feedback", "delete", "Erase all of your feedback.", (401,), response=ErasedFeedback),
     _Route(
         "/v1/feedback/export",

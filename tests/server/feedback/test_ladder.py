@@ -117,3 +117,17 @@ async def test_a_named_variant_takes_feedback_and_teaches_nothing(client: httpx.
     answer = await ask(client, model="m:int8")
     receipt = (await client.post(URL, json={"request_id": answer["id"], "thumbs": "down"})).json()
     assert (receipt["model"], receipt["variant"], receipt["learnt"]) == ("m:int8", "m:int8", False)
+
+
+async def test_a_tenant_sees_what_other_choices_would_have_been_worth(client: httpx.AsyncClient) -> None:
+    assert (await client.get(f"{URL}/policies")).json()["models"] == {}
+    await vote(client, 12)
+    found = (await client.get(f"{URL}/policies")).json()["models"]["m"]
+    assert [each["policy"] for each in found] == [
+        "always m:full",
+        "always m:int8",
+        "always m:small",
+        "best estimate",
+    ]
+    assert all(each["refused"] for each in found), "twelve rewards are too few"
+    assert (await client.get(f"{URL}/policies", headers=BOB)).json()["models"] == {}

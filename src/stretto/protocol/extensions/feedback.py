@@ -53,6 +53,36 @@ class FeedbackSummary(Struct, frozen=True, kw_only=True):
     models: dict[str, dict[str, VariantFeedback]]
 
 
+class PolicyEstimate(Struct, frozen=True, kw_only=True):
+    """A mean reward, with its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class PolicyFeedback(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What another way to choose would have been worth, by three estimators; or why nothing is known of it.
+
+    `effective`: how many rewards with equal weights would say as much as the `rewards` that there are.
+    """
+
+    policy: str
+    rewards: int = 0
+    effective: float = 0.0
+    ips: PolicyEstimate | None = None
+    snips: PolicyEstimate | None = None
+    dr: PolicyEstimate | None = None
+    refused: str = ""
+
+
+class FeedbackPolicies(Struct, frozen=True, kw_only=True):
+    """What other ways to choose would have been worth for a tenant, by ladder."""
+
+    object: Literal["feedback.policies"] = "feedback.policies"
+    models: dict[str, list[PolicyFeedback]]
+
+
 class ErasedFeedback(Struct, frozen=True, kw_only=True):
     """`erased`: how many choices and rewards are gone."""
 

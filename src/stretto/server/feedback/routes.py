@@ -13,12 +13,16 @@ from starlette.routing import Route
 from stretto.errors import InvalidRequest, UnknownRequest
 from stretto.ladder.learning.feedback import KeptChoice, NoPromptKept, NoSuchChoice, Reward
 from stretto.ladder.learning.learner import summary
+from stretto.ladder.learning.policies import EvaluatedPolicy, policies
 from stretto.protocol.extensions.feedback import (
     CorrectedSample,
     ErasedFeedback,
+    FeedbackPolicies,
     FeedbackReceipt,
     FeedbackRequest,
     FeedbackSummary,
+    PolicyEstimate,
+    PolicyFeedback,
     VariantFeedback,
     ids_of,
 )
@@ -48,6 +52,7 @@ class FeedbackRoutes:
             Route(FEEDBACK, self.show, methods=["GET"]),
             Route(FEEDBACK, self.erase_all, methods=["DELETE"]),
             Route(f"{FEEDBACK}/export", self.export, methods=["GET"]),
+            Route(f"{FEEDBACK}/policies", self.policies, methods=["GET"]),
             Route(f"{FEEDBACK}/users/{{user}}", self.erase_user, methods=["DELETE"]),
             Route(f"{FEEDBACK}/{{id}}", self.erase_request, methods=["DELETE"]),
         ]
@@ -104,6 +109,12 @@ class FeedbackRoutes:
     async def export_relayed(self, call: Call) -> None:
         """The same for a gateway."""
         await call.respond(self._exported(call.tenant))
+
+    async def policies(self, request: Request) -> Response:
+        """What other ways to choose would have been worth, by the tenant's rewards."""
+        rewarded = self.server.learner.rewarded(self.server.tenant(request.headers))
+        found = {model: [_policy(each) for each in rows] for model, rows in policies(rewarded).items()}
+        return _json(FeedbackPolicies(models=found))
 
     async def erase_all(self, request: Request) -> Response:
         """Erases all choices and rewards of the tenant."""
@@ -163,6 +174,19 @@ def sample_of(kept: KeptChoice) -> CorrectedSample | None:
         return CorrectedSample(prompt=prompt.text, answer=answer, task=TASK)
     messages = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
     return CorrectedSample(messages=messages, answer=answer, task=TASK)
+
+
+def _policy(each: EvaluatedPolicy) -> PolicyFeedback:
+    report = each.report
+    if report is None:
+        return PolicyFeedback(policy=each.name, refused=each.refused)
+    ips, snips, dr = (
+        PolicyEstimate(mean=value.mean, low=value.low, high=value.high)
+        for value in (report.ips, report.snips, report.dr)
+    )
+    return PolicyFeedback(
+        policy=each.name, rewards=report.count, effective=report.effective, ips=ips, snips=snips, dr=dr
+    )
 
 
 def _reward(request: FeedbackRequest) -> float:
