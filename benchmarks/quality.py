@@ -65,6 +65,7 @@ class Count:
         }
 
 
+@torch.inference_mode()
 def logits(decoder: Decoder, tokens: list[int]) -> Tensor:
     """Float32 [len(tokens), vocab], all read in one step."""
     count = len(tokens)
@@ -143,7 +144,6 @@ def loaded(model: Path, kernels: AnyKernels, kv_dtype: torch.dtype) -> tuple[Dec
     return decoder, count
 
 
-@torch.inference_mode()
 def measure(
     model: Path,
     formats: dict[str, tuple[AnyKernels, torch.dtype]],

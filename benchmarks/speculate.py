@@ -4,7 +4,8 @@
 answers go through the real loop in virtual time, with a measured step-time model.
 `python -m benchmarks.speculate answer MODEL_DIR --prompts PROMPTS.jsonl.gz [--quantise int8] [--json]`: a
 chat model answers the prompts, each in turn without speculation and with n-gram lookup.
-`python -m benchmarks.speculate desk [--small DIR] [--json]`: the bundled model, with and without, in turns.
+`python -m benchmarks.speculate desk [--small DIR] [--json]`: the bundled ladder's top, with and without, in
+turns; by default the draft model is the one that the ladder names.
 `python -m benchmarks.speculate verify MODEL_DIR [--quantise int8] [--json]`: the cost of verification.
 """
 
@@ -44,6 +45,7 @@ from stretto.engine.scheduler.types import Limits, Plan, Row
 from stretto.engine.sequence import Drawn, Sequence
 from stretto.engine.speculative.policy import Speculation
 from stretto.engine.step_time import StepCost, StepTime
+from stretto.ladder import serving
 from stretto.text.tokenizer import TextModel
 from stretto.types import Request, Sampling, StepStats, TokenEvent
 
@@ -245,11 +247,14 @@ def answer(
 class Desk:
     """The bundled model with each way of speculative decoding, each in an engine of its own."""
 
-    def __init__(self, small: Path | None) -> None:
-        models = [ModelConfig(name="desk", path=str(DESK))]
+    def __init__(self, small: Path | None, threads: int) -> None:
+        ladder = serving.read(ModelConfig(name="desk", path=str(DESK)), "cpu")
+        models = [ladder.top, *(each for each in ladder.models.values() if each.name == ladder.top.draft)]
         if small is not None:
-            models.append(ModelConfig(name="small", path=str(small)))
-        config = EngineConfig(models=tuple(models), kv_bytes=2**28, context=2048, speculate="off")
+            models[1:] = [ModelConfig(name="small", path=str(small))]
+        config = EngineConfig(
+            models=tuple(models), kv_bytes=2**28, context=2048, speculate="off", threads=threads
+        )
         self.desk, *self._small = ModelLoader(config).models()
         self.counts, self.next = TokenCounts(), 0
         self.engine = self.engine_with(None)
@@ -284,7 +289,11 @@ class Desk:
                 self.next += 1
                 own = msgspec.structs.replace(sampling, seed=len(prompt))
                 request = Request(
-                    id=self.next, model="desk", prompt=tuple(prompt), arrival=started, sampling=own
+                    id=self.next,
+                    model=self.desk.info.name,
+                    prompt=tuple(prompt),
+                    arrival=started,
+                    sampling=own,
                 )
                 self.engine.submit(Sequence.of(request, 2048))
             while self.engine.step() or not self.engine.idle:
@@ -292,7 +301,7 @@ class Desk:
         return time.monotonic() - started
 
 
-def desk(small: Path | None, rounds: int, count: int) -> dict[str, list[Gain]]:
+def desk(small: Path | None, threads: int, rounds: int, count: int) -> dict[str, list[Gain]]:
     """The gains on held-out questions of level 1 of every task: medians over the rounds."""
     text = TextModel(DESK)
     examples = [example for task in TASKS for example in held_out(task, 1, count)]
@@ -300,7 +309,7 @@ def desk(small: Path | None, rounds: int, count: int) -> dict[str, list[Gain]]:
         text.encode_chat([dict(message) for message in example.messages], list(example.tools) or None)
         for example in examples
     ]
-    model = Desk(small)
+    model = Desk(small, threads)
     settings = {
         "greedy, one at a time": (Sampling(temperature=0.0, max_tokens=LONGEST), 1),
         "temperature 1, one at a time": (Sampling(max_tokens=LONGEST), 1),
@@ -367,6 +376,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="JSON lines of questions for `answer`")
     parser.add_argument("--times", type=Path, default=TIMES, help="a step-time model, as JSON")
     parser.add_argument("--small", type=Path, help="a smaller model with desk's tokenizer")
+    parser.add_argument("--threads", type=int, default=0, help="of `desk`; 0: as a server would take")
     parser.add_argument("--quantise", choices=("int8", "int4"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=2, help="prompts of each category or task")
@@ -374,7 +384,7 @@ def main() -> None:
     options = parser.parse_args()
     result: dict[str, list[Gain]] | list[Verified]
     if options.what == "desk":
-        result = desk(options.small, options.rounds, options.count)
+        result = desk(options.small, options.threads, options.rounds, options.count)
     elif options.path is None:
         parser.error(f"{options.what} needs a path")
     elif options.what == "answer":

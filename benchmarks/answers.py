@@ -1,0 +1,103 @@
+"""Asks every variant of a ladder held-out questions of the desk, and keeps what they answered.
+
+`python -m benchmarks.answers [LADDER] --out FILE [--count N]`: N questions of each task and level, none of
+which the ladder was evaluated on. Answers are greedy, on the kernels that serve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+import torch
+from msgspec import Struct
+
+import stretto
+from recipes.desk.samples import TEST_SEED, cells, line
+from recipes.desk.tasks import prompt_text
+from stretto.ladder import registry
+from stretto.models import families
+from stretto.optimise.answers import AnswerOptions, TextCodec, generate
+from stretto.optimise.data import DataSample, right
+from stretto.optimise.job import load_decoder
+
+DESK = Path(stretto.__file__).parent / "desk"
+SEED = 7  # of the questions
+EVALUATED = 15  # questions of each task and level that the bundled ladder was evaluated on
+LONGEST = 320  # tokens of an answer
+CPU = torch.device("cpu")
+
+
+class VariantAnswers(Struct, frozen=True):
+    """Of each question: whether one variant's answer was right, and the tokens of it."""
+
+    right: list[bool]
+    tokens: list[int]
+
+
+class LadderAnswers(Struct, frozen=True):
+    """What all variants answered. `questions`: the text of the last message. `tasks`, `levels`: of each
+    question. `prompt_tokens`: of all its messages. `variants`: by name, the best first."""
+
+    questions: list[str]
+    tasks: list[str]
+    levels: list[str]
+    prompt_tokens: list[int]
+    variants: dict[str, VariantAnswers]
+
+
+def held_out(count: int) -> list[DataSample]:
+    """`count` questions of each task and level that no training or evaluation has seen."""
+    seen = map(prompt_text, cells(EVALUATED, TEST_SEED))
+    return [msgspec.convert(line(each), DataSample) for each in cells(count, SEED, seen)]
+
+
+def asked(folder: Path, samples: list[DataSample]) -> LadderAnswers:
+    """The answers of all variants of the ladder in `folder`."""
+    ladder = registry.load(folder)
+    found: dict[str, VariantAnswers] = {}
+    lengths: list[int] = []
+    for variant in ladder.variants:
+        path = folder / variant.path
+        spec = families.read(path)
+        codec = TextCodec(path, spec.eos)
+        prompts = [codec.prompt(sample) for sample in samples]
+        lengths = [len(ids) for ids in prompts]
+        how = AnswerOptions(LONGEST, spec.context, frozenset(spec.eos))
+        decoder = load_decoder(path, CPU, variant.quantise, variant.exclude)
+        answers = generate(decoder, prompts, how)
+        replies = [codec.text.decode(ids) for ids in answers]
+        rights = [right(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
+        # The token that ends an answer is computed too.
+        found[variant.name] = VariantAnswers(rights, [len(ids) + 1 for ids in answers])
+        print(f"{variant.name}: {sum(rights) / len(rights):.1%} right", file=sys.stderr, flush=True)
+    return LadderAnswers(
+        [sample.question for sample in samples],
+        [sample.task for sample in samples],
+        [str(sample.level) for sample in samples],
+        lengths,
+        found,
+    )
+
+
+def kept(file: Path, folder: Path, count: int) -> LadderAnswers:
+    """The answers in `file`; they are asked for first if there is no such file."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(msgspec.json.encode(asked(folder, held_out(count))))
+    return msgspec.json.decode(file.read_bytes(), type=LadderAnswers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("ladder", nargs="?", type=Path, default=DESK)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=60, help="questions of each task and level")
+    options = parser.parse_args()
+    kept(options.out, options.ladder, options.count)
+
+
+if __name__ == "__main__":
+    main()
