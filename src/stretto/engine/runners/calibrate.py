@@ -14,7 +14,6 @@ from dataclasses import replace
 from hashlib import blake2b
 from math import inf
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import msgspec
@@ -210,7 +209,7 @@ def calibrate(run: StepClock, steps: Iterable[CalibrationStep] = CALIBRATION_STE
     measurement = _Measurement(run, steps[0])
     for step in steps * ROUNDS:
         measurement.take(step)
-    cost = measurement.cost(min)
+    cost = measurement.cost()
     runs = [(step.load, ms) for step, times in measurement.times.items() for ms in times]
     return StepTime(cost, [abs(ms / max(cost(load), 1e-9) - 1.0) for load, ms in runs])
 
@@ -221,7 +220,7 @@ def calibrate_together(
     """The costs of several models of one machine, for a comparison of them. `steps`: those of each model.
 
     The models take turns at each step, so whatever disturbs the machine for a while disturbs all of them.
-    The median of each step counts: the shortest run of one model may have had more luck than that of another.
+    The shortest run of each step counts, as in `calibrate`: medians follow the load of the machine.
     """
     measurements = [_Measurement(run, own[0]) for run, own in zip(runs, steps, strict=True)]
     possible = [frozenset(own) for own in steps]
@@ -229,7 +228,7 @@ def calibrate_together(
         for measurement, able in zip(measurements, possible, strict=True):
             if step in able:
                 measurement.take(step)
-    return [measurement.cost(median) for measurement in measurements]
+    return [measurement.cost() for measurement in measurements]
 
 
 class _Measurement:
@@ -246,14 +245,14 @@ class _Measurement:
         if known:
             expected = min(known)
         elif len(self.times) > 3:
-            expected = self.cost(min)(step.load)
+            expected = self.cost()(step.load)
         if self._spent + expected <= BUDGET_MS:
             ms = self._run(step)
             self.times.setdefault(step, []).append(ms)
             self._spent += ms
 
-    def cost(self, usual: Callable[[list[float]], float]) -> StepCost:
-        return fit([(step.load, usual(times)) for step, times in self.times.items()])
+    def cost(self) -> StepCost:
+        return fit([(step.load, min(times)) for step, times in self.times.items()])
 
 
 def save(model: StepTime, path: Path, *, machine: str, checkpoint: str) -> None:
