@@ -65,9 +65,9 @@ async def slow_down(engine: int, slow: float, scale: float) -> None:
             until = time.monotonic() + BURST_S * scale
             while time.monotonic() < until:
                 os.kill(engine, signal.SIGSTOP)
-                await asyncio.sleep(RUN_S * (slow - 1))
+                await asyncio.sleep(RUN_S * scale * (slow - 1))
                 os.kill(engine, signal.SIGCONT)
-                await asyncio.sleep(RUN_S)
+                await asyncio.sleep(RUN_S * scale)
             await asyncio.sleep((PERIOD_S - BURST_S) * scale)
     finally:
         os.kill(engine, signal.SIGCONT)
