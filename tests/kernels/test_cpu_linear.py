@@ -6,13 +6,24 @@ torch.
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
 
-from stretto.kernels.cpu.native import Native
+from stretto.kernels.cpu.native import Native, NativeWeights
 from stretto.kernels.cpu.table import CpuTable
-from stretto.kernels.cpu.weights import PackedLinear, WeightFormat, exact_in_bfloat16, memory, pack, unpack
+from stretto.kernels.cpu.weights import (
+    Form,
+    PackedLinear,
+    WeightFormat,
+    exact_in_bfloat16,
+    memory,
+    pack,
+    packed_bytes,
+    unpack,
+)
 from tests.kernels.levels import native
 
 __all__ = ["native"]
@@ -220,3 +231,15 @@ def test_rescore_top_k_makes_the_top_logits_of_an_int4_head_exact(native: Native
         table.rescore_top_k(sharp, x[:2], head, embedding)
     smooth = table.linear(x, table.pack_tied(embedding[:300]))
     assert smooth.shape == (3, 300)
+
+
+class Late:
+    """A library that reads the shape only after another thread has taken memory of the same size."""
+
+    def packed_bytes(self, address: int) -> int:
+        others = [NativeWeights(0, 0, -1, -1, -1, 0) for _ in range(100)]
+        return NativeWeights.from_address(address).n + 0 * len(others)
+
+
+def test_the_shape_lives_until_the_library_has_read_it() -> None:
+    assert packed_bytes(cast(Native, Late()), Form("float32", 70, 264, 264)) == 70

@@ -86,7 +86,8 @@ def packed_bytes(native: Native, form: Form) -> int:
         raise ValueError(f"{format} groups of {group} do not divide rows of {k} into multiples of {step}")
     if step > 2 and k > LONGEST_ROW:
         raise ValueError(f"{format} weights of shape {(n, k)}: rows beyond {LONGEST_ROW} are not supported")
-    return native.packed_bytes(ctypes.addressof(NativeWeights(0, 0, n, k, group, FORMATS[format])))
+    shape = NativeWeights(0, 0, n, k, group, FORMATS[format])  # a name, so that it lives until it was read
+    return native.packed_bytes(ctypes.addressof(shape))
 
 
 def adopt(native: Native, form: Form, data: Tensor, bias: Tensor | None) -> PackedLinear:
