@@ -65,7 +65,11 @@ async def test_a_reward_reaches_the_worker_that_answered(two: Cluster, remembers
         assert (receipt.json()["request_id"], receipt.json()["reward"]) == (id, 1.0)
     summary = (await client.get(URL)).json()
     assert summary["waiting"] == 1
-    assert summary["models"] == {"tiny": {"tiny": {"rewards": 3, "mean_reward": 1.0, "mean_expected": None}}}
+    kept = summary["models"]["tiny"]["tiny"]
+    assert (kept["rewards"], kept["mean_reward"]) == (3, 1.0)
+    assert kept["mean_expected"] is kept["correction"] is None, (
+        "a model without variants has nothing to learn"
+    )
 
 
 async def test_the_id_of_a_response_finds_its_worker(two: Cluster) -> None:
@@ -176,12 +180,19 @@ def test_the_newest_requests_are_remembered_by_tenant() -> None:
 
 
 def test_the_means_of_workers_are_weighted() -> None:
-    def of(count: int, mean: float, expected: float | None) -> FeedbackSummary:
-        kept = VariantFeedback(rewards=count, mean_reward=mean, mean_expected=expected)
+    def of(count: int, mean: float, expected: float | None, taught: float | None) -> FeedbackSummary:
+        kept = VariantFeedback(
+            rewards=count,
+            mean_reward=mean,
+            mean_expected=expected,
+            correction=taught,
+            correction_low=None if taught is None else taught - 0.1,
+        )
         return FeedbackSummary(waiting=1, models={"m": {"v": kept}})
 
-    whole = joined([of(1, 1.0, 0.5), of(3, 0.0, 0.9), of(4, 0.25, None)])
+    whole = joined([of(1, 1.0, 0.5, 0.2), of(3, 0.0, 0.9, -0.2), of(4, 0.25, None, None)])
     assert whole.waiting == 3
     kept = whole.models["m"]["v"]
     assert (kept.rewards, kept.mean_reward) == (8, 0.25)
     assert kept.mean_expected == pytest.approx(0.8)
+    assert (kept.correction, kept.correction_low) == (pytest.approx(-0.1), pytest.approx(-0.2))

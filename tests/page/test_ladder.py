@@ -89,7 +89,36 @@ async def test_thumbs_reach_the_server_and_the_panel(desk: Any, desk_url: str) -
     short = variant.removeprefix("desk:")
     row = desk.locator("#ladder-rows tr", has=desk.get_by_role("rowheader", name=short, exact=True))
     await row.locator(f"text=good, of {after['rewards']}").wait_for()
-    assert await desk.inner_text("#ladder-learnt") != ""
+    assert "Learnt" in await desk.inner_text("#ladder-learnt")
+    assert await row.locator("td").last.inner_text() != "\N{EN DASH}"
+    assert "lower bound" in await row.locator("td").last.get_attribute("title")
+    assert ", learnt " in await desk.get_attribute(".frontier", "aria-label")
+
+
+@pytest.mark.slow
+async def test_the_panel_shows_what_feedback_has_taught(desk: Any) -> None:
+    rated = {"rewards": 9, "mean_reward": 0.5, "mean_expected": 0.9}
+    variants = {
+        "desk:int8": rated | {"correction": -0.3, "correction_low": -0.36},
+        "desk:tiny-int8": rated | {"correction": 0.01, "correction_low": 0.0},
+        "desk:full": rated | {"correction": 0.0, "correction_low": 0.0},
+        "desk:small-int8": rated | {"correction": None, "correction_low": None},
+    }
+    summary = {"object": "feedback.summary", "waiting": 2, "models": {"desk": variants}}
+    await desk.route("**/v1/feedback", lambda route: route.fulfill(json=summary))
+    await desk.click("#tab-live")
+    await desk.wait_for_selector("#ladder-rows tr")
+    cells = desk.locator("#ladder-rows td:last-child")
+    shown = dict(zip(VARIANTS, await cells.all_inner_texts(), strict=True))
+    assert shown == {
+        "full": "\N{PLUS-MINUS SIGN}0 points",
+        "int8": "\N{MINUS SIGN}30 points",
+        "pruned-int8": "\N{EN DASH}",
+        "small-int8": "\N{EN DASH}",
+        "tiny-int8": "+1 point",
+    }
+    assert "\N{MINUS SIGN}36 points" in await cells.nth(1).get_attribute("title")
+    assert await desk.locator(".frontier .learnt").count() == 2, "a change of nothing has no ring"
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_the_dashboard_queries_exactly_the_metrics_with_a_graph() -> None:
 def test_the_dashboard_has_every_expected_graph() -> None:
     rows = [panel["title"] for panel in BOARD["panels"] if panel["type"] == "row"]
     assert rows == ["On time", "Latency", "Load", "Steps", "Worker", "Gateway"]
-    assert len(GRAPHS) == 45
+    assert len(GRAPHS) == 46
 
 
 def test_the_dashboard_queries_existing_metrics_of_both_processes() -> None:

@@ -159,13 +159,18 @@ def _both(one: VariantFeedback, other: VariantFeedback) -> VariantFeedback:
     def mean(first: float, second: float) -> float:
         return (one.rewards * first + other.rewards * second) / count
 
-    expected = one.mean_expected
-    if expected is None or other.mean_expected is None:
-        expected = other.mean_expected if expected is None else expected
-    else:
-        expected = mean(expected, other.mean_expected)
-    reward = mean(one.mean_reward, other.mean_reward)
-    return VariantFeedback(rewards=count, mean_reward=reward, mean_expected=expected)
+    def known(first: float | None, second: float | None) -> float | None:
+        if first is None or second is None:
+            return second if first is None else first
+        return mean(first, second)
+
+    return VariantFeedback(
+        rewards=count,
+        mean_reward=mean(one.mean_reward, other.mean_reward),
+        mean_expected=known(one.mean_expected, other.mean_expected),
+        correction=known(one.correction, other.correction),
+        correction_low=known(one.correction_low, other.correction_low),
+    )
 
 
 def _request_id(body: bytes) -> object:

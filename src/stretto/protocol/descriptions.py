@@ -99,6 +99,8 @@ FIELDS: dict[str, str] = {
     "high": "The upper end of its 95 % confidence interval.",
     "mean_reward": "Their mean.",
     "mean_expected": "The mean quality that was measured for these prompts. Null: it was not.",
+    "correction": "What they add to its estimated quality, for the mean of the rated prompts. Null: nothing.",
+    "correction_low": "What they add to its lower bound, which is compared with `min_quality`.",
     "FeedbackSummary.models": "The rewards by model, then by variant.",
     "erased": "How many choices, with and without rewards, are gone.",
     "FeedbackSummary.waiting": "How many answers have no feedback yet.",
@@ -146,8 +148,7 @@ FIELDS: dict[str, str] = {
     "ttft_ms": "Most milliseconds from the arrival of the request to its first token.",
     "itl_ms": "Milliseconds between the deadlines of two tokens.",
     "total_ms": "Most milliseconds from the arrival of the request to the end of its answer.",
-    "min_quality": "Least share of right answers that is expected, with 95 % confidence, of the variant that "
-    "answers. It needs a model that is a ladder.",
+    "min_quality": "Least share of right answers expected with 95 % confidence. Only for a ladder.",
     "cascade": "Whether a small variant of a ladder may begin the answer, and a better one go on with it "
     "from the first token that the small one is not sure of. Absent: the server's setting.",
     "prefer": "By what a variant is chosen among those that are on time. Absent: the server's setting.",
@@ -268,8 +269,7 @@ FIELDS: dict[str, str] = {
     "stretto": "What Stretto measured for this answer.",
     "usual_tokens": "Tokens of a long answer, as a ladder measured it. 0: unknown.",
     "variant": "Which variant of the model answered.",
-    "variant_reason": "Why this variant of a ladder answered; docs/ladder.md explains each reason. Absent "
-    "when the request named the model.",
+    "variant_reason": "Why this variant of a ladder answered (docs/ladder.md). Absent: the request named it.",
     "parts": "Of an answer that several variants wrote: what each of them wrote, in order.",
     "AnswerPart.tokens": "How many tokens it wrote.",
     "AnswerPart.reason": "Why it was this variant, as `variant_reason`.",
@@ -375,8 +375,7 @@ FIELDS: dict[str, str] = {
     "RankedDocument.index": "The document's place in the request.",
     "RankedText.text": "The document's text.",
     "VariantCard.quality": "Measured share of right answers, from 0 to 1.",
-    "VariantCard.step_ms": "Milliseconds that a step of one token takes after a prompt of usual length, as "
-    "predicted now. Null until the engine is ready.",
+    "VariantCard.step_ms": "Predicted milliseconds of a token after a usual prompt. Null: not ready yet.",
     "Scores.data": "The scores, in the order of the pairs.",
     "DetokenizeRequest.tokens": "Token ids.",
     "Tokenized.tokens": "Token ids.",

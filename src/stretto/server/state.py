@@ -304,6 +304,7 @@ class Server:
             engine_pid=engine.pid,
             log_dropped=0 if self.access_log is None else self.access_log.dropped,
             sessions=self.sockets.total(),
+            learnt=self.learner.corrections(),
         )
 
 

@@ -155,6 +155,14 @@ FEEDBACK = Metric(
     ("model", "variant", "vote"),
 )
 
+LEARNT = Metric(
+    Gauge,
+    "stretto_learnt_correction",
+    "What feedback adds to the measured quality of a variant (from -1 to 1), for the mean of the rated "
+    "prompts: the mean of all tenants that gave feedback, by its weight. 0 without feedback.",
+    ("model", "variant"),
+)
+
 REJECTED = Metric(
     Counter,
     "stretto_rejected_requests",

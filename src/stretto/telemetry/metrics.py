@@ -58,7 +58,8 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """The worker's state at the time of a scrape."""
+    """The worker's state at the time of a scrape. `learnt`: by ladder and variant, the correction of the
+    measured quality."""
 
     open_requests: int
     ready: bool
@@ -68,6 +69,7 @@ class Gauges:
     engine_pid: int | None = None
     log_dropped: int = 0
     sessions: int = 0
+    learnt: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
 
 
 class Metrics:
@@ -153,6 +155,9 @@ class Metrics:
             self._of(catalogue.WAITING, model).set(queue.waiting)
             self._of(catalogue.BLOCKS, model).set(queue.blocks_total)
             self._of(catalogue.BLOCKS_FREE, model).set(queue.blocks_free)
+        for model, variants in now.learnt.items():
+            for variant, correction in variants.items():
+                self._of(catalogue.LEARNT, model, variant).set(correction)
         return self._series.text()
 
     def _count_steps(self, model: str) -> None:

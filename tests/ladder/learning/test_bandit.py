@@ -91,6 +91,17 @@ def test_learning_one_by_one_is_rebuilding_at_once(events: list[tuple[str, int, 
     for user in ("", "ann", "eve"):
         for first, second in zip(slow.corrections(SUM, user), fast.corrections(SUM, user), strict=True):
             assert first == pytest.approx(second, abs=1e-9)
+    for first, second in zip(slow.usual(), fast.usual(), strict=True):
+        assert first == pytest.approx(second, abs=1e-7)  # the root of what is rounded
+
+
+def test_the_usual_correction_lies_between_those_of_the_rated_prompts() -> None:
+    made = taught(*[Lesson(SUM, 0, -0.9), Lesson(GREETING, 0, 0.1)] * 20)
+    usual = made.usual()
+    assert made.corrections(SUM).mean[0] < usual.mean[0] < made.corrections(GREETING).mean[0]
+    assert usual.low[0] <= usual.mean[0] < -0.2, "the sums weigh in"
+    assert usual.mean[1:] == usual.low[1:] == [0.0, 0.0]
+    assert bandit().usual().mean == [0.0] * 3
 
 
 @given(EVENTS, st.floats(0, 1), st.floats(0, 1))

@@ -59,6 +59,22 @@ def test_a_reward_teaches_the_tenant_that_gave_it_and_no_other() -> None:
     assert made.bandit("newcomer", "desk", LATER) is None
 
 
+def test_what_was_taught_is_shown_by_tenant_and_as_the_mean_of_all() -> None:
+    made = learner()
+    assert made.corrections() == {"desk": dict.fromkeys(NAMES, 0.0)}, "a single variant has nothing to choose"
+    vote(made, "good", 20, 0.9)
+    vote(made, "bad", 60, 0.0)
+    good, bad = (made.taught(tenant, "desk", LATER) for tenant in ("good", "bad"))
+    assert good["full"].mean == pytest.approx(0.0, abs=0.05)
+    assert bad["full"].low <= bad["full"].mean < -0.5
+    whole = made.corrections()["desk"]
+    assert bad["full"].mean < whole["full"] < good["full"].mean - 0.3, "the one with more rewards counts more"
+    assert whole["tiny"] == bad["tiny"].mean == 0.0
+    made.erase("bad", lambda kept: True, LATER)
+    assert made.corrections()["desk"]["full"] == pytest.approx(good["full"].mean)
+    assert made.taught("bad", "desk", LATER * 2) == {}
+
+
 def test_a_choice_is_found_only_by_its_tenant() -> None:
     made = learner()
     made.remember("ann", "1", choice(), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -82,6 +83,28 @@ async def test_votes_move_the_choices_of_their_tenant_and_no_other(client: httpx
     summary = (await client.get(URL)).json()["models"]["m"]
     assert summary["m:full"]["mean_reward"] == 0.0
     assert summary["m:full"]["mean_expected"] == pytest.approx(0.95)
+
+
+def learnt(metrics: str) -> dict[str, float]:
+    """The correction of each variant in an exposition."""
+    found = re.findall(
+        r'^stretto_learnt_correction\{model="m",variant="(.+)"\} (\S+)$', metrics, re.MULTILINE
+    )
+    return {variant: float(value) for variant, value in found}
+
+
+async def test_what_votes_have_taught_is_shown_and_gone_with_them(client: httpx.AsyncClient) -> None:
+    names = {f"m:{name}" for name in NAMES}
+    assert learnt((await client.get("/metrics")).text) == dict.fromkeys(names, 0.0)
+    await vote(client, 40)
+    full = (await client.get(URL)).json()["models"]["m"]["m:full"]
+    assert -1.0 <= full["correction_low"] <= full["correction"] < -0.1
+    exposed = learnt((await client.get("/metrics")).text)
+    assert exposed.keys() == names
+    assert exposed["m:full"] == pytest.approx(full["correction"]), "one tenant alone is the mean"
+    assert (await client.get(URL, headers=BOB)).json()["models"] == {}
+    await client.delete(URL)
+    assert learnt((await client.get("/metrics")).text) == dict.fromkeys(names, 0.0)
 
 
 async def test_what_is_erased_no_longer_moves_a_choice(

@@ -19,6 +19,7 @@ from tests.server.conftest import CHAT, HELLO
 from tests.server.fake_engine import FakeEngine, build
 
 URL = "/v1/feedback"
+NOTHING_LEARNT = {"correction": None, "correction_low": None}
 ANN, BOB = {"x-api-key": "key-1"}, {"x-api-key": "key-2"}
 
 
@@ -64,7 +65,7 @@ async def test_a_reward_is_kept_for_an_answer(
         "learnt": False,  # a model without variants has nothing to choose
     }
     summary = (await client.get(URL)).json()
-    kept = {"rewards": 1, "mean_reward": reward, "mean_expected": None}
+    kept = {"rewards": 1, "mean_reward": reward, "mean_expected": None} | NOTHING_LEARNT
     assert summary["waiting"] == 0 and summary["models"] == {"tiny": {"tiny": kept}}
 
 

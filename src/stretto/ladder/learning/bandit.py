@@ -125,6 +125,7 @@ class Bandit:
         self._sums *= keep
         self._products[at] += np.outer(lesson.context, lesson.context)
         self._sums[at] += lesson.surprise * lesson.context
+        self._contexts = self._contexts * keep + lesson.context
         self._weight = self._weight * keep + 1.0
         self._learn_user(lesson)
         self._solve()
@@ -143,6 +144,7 @@ class Bandit:
                 weighted = contexts[held] * weights[held, None]
                 self._products[at] = contexts[held].T @ weighted
                 self._sums[at] = surprises[held] @ weighted
+            self._contexts = weights @ contexts
             self._weight = float(weights.sum())
         for row in rows:
             self._learn_user(row)
@@ -170,6 +172,11 @@ class Bandit:
             low.append(fall + max(0.0, change - settings.proof * wide))
         return Corrections(mean, low, spread)
 
+    def usual(self) -> Corrections:
+        """The corrections for the mean of its lessons' contexts. A correction is linear in the context, so
+        that is the mean correction over the prompts of the lessons, but for the doubt about it."""
+        return self.corrections(self._contexts / max(self._weight, 1.0))
+
     def draw(
         self, feasible: Sequence[int], means: Sequence[float], corrections: Corrections
     ) -> ExploredChoice:
@@ -196,6 +203,7 @@ class Bandit:
     def _clear(self) -> None:
         self._products = np.zeros((self._variants, CONTEXT, CONTEXT))
         self._sums = np.zeros((self._variants, CONTEXT))
+        self._contexts: Vectors = np.zeros(CONTEXT)
         self._weight = 0.0
         self._users.clear()
 

@@ -31,6 +31,14 @@ class VariantRewards(Struct, frozen=True):
     expected: float | None = None
 
 
+class LearntCorrection(NamedTuple):
+    """What rewards add to the estimated quality of a variant and to its lower bound, for the mean of the
+    prompts that have rewards. Both are shares from -1 to 1."""
+
+    mean: float
+    low: float
+
+
 class Guidance(NamedTuple):
     """What one tenant has taught about a ladder, for one prompt. `places`: of the variants in the bandit."""
 
@@ -77,6 +85,30 @@ class Learner:
         if bandit is None:
             return None
         return Guidance(bandit, bandit.corrections(context, user), self._variants[model])
+
+    def taught(self, tenant: str, model: str, now: float) -> dict[str, LearntCorrection]:
+        """The corrections of a ladder's variants that the tenant has taught; empty: nothing yet."""
+        bandit = self.bandit(tenant, model, now)
+        if bandit is None:
+            return {}
+        usual = bandit.usual()
+        return {
+            name: LearntCorrection(usual.mean[place], usual.low[place])
+            for name, place in self._variants[model].items()
+        }
+
+    def corrections(self) -> dict[str, dict[str, float]]:
+        """By ladder and variant: the mean of what the tenants in memory have taught, by the weight of
+        their lessons; 0 without any. It names no tenant."""
+        found = {model: dict.fromkeys(places, 0.0) for model, places in self._variants.items()}
+        weights = dict.fromkeys(found, 0.0)
+        for (_, model), bandit in self._bandits.items():
+            weights[model] += bandit.weight
+        for (_, model), bandit in self._bandits.items():
+            means, share = bandit.usual().mean, bandit.weight / weights[model]
+            for name, place in self._variants[model].items():
+                found[model][name] += share * means[place]
+        return found
 
     def remember(
         self, tenant: str, request_id: str, choice: MadeChoice, now: float, names: tuple[str, ...] = ()

@@ -38,11 +38,17 @@ class FeedbackReceipt(Struct, frozen=True, kw_only=True):
 
 
 class VariantFeedback(Struct, frozen=True, kw_only=True):
-    """The rewards of one variant. `mean_expected`: the quality that was measured, for these prompts."""
+    """The rewards of one variant. `mean_expected`: the quality that was measured, for these prompts.
+
+    `correction`: what the rewards add to the estimate of its quality, from -1 to 1, for the mean of the
+    tenant's rated prompts; `correction_low`: what they add to its lower bound. Null: they teach nothing.
+    """
 
     rewards: int
     mean_reward: float
     mean_expected: float | None = None
+    correction: float | None = None
+    correction_low: float | None = None
 
 
 class FeedbackSummary(Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from stretto.errors import InvalidRequest, UnknownRequest
 from stretto.ladder.learning.feedback import KeptChoice, NoPromptKept, NoSuchChoice, Reward
-from stretto.ladder.learning.learner import summary
+from stretto.ladder.learning.learner import LearntCorrection, VariantRewards, summary
 from stretto.ladder.learning.policies import EvaluatedPolicy, policies
 from stretto.protocol.extensions.feedback import (
     CorrectedSample,
@@ -135,14 +135,11 @@ class FeedbackRoutes:
         await call.respond(self._erased(call.tenant, parse(ERASURE, call.body)))
 
     def _shown(self, tenant: str) -> Response:
-        learner = self.server.learner
-        found = {
-            model: {
-                name: VariantFeedback(rewards=each.count, mean_reward=each.mean, mean_expected=each.expected)
-                for name, each in variants.items()
-            }
-            for model, variants in summary(learner.rewarded(tenant)).items()
-        }
+        learner, now = self.server.learner, time.monotonic()
+        found: dict[str, dict[str, VariantFeedback]] = {}
+        for model, variants in summary(learner.rewarded(tenant)).items():
+            taught = learner.taught(tenant, model, now)
+            found[model] = {name: _variant(each, taught.get(name)) for name, each in variants.items()}
         return _json(FeedbackSummary(waiting=learner.waiting(tenant), models=found))
 
     def _exported(self, tenant: str) -> Response:
@@ -174,6 +171,16 @@ def sample_of(kept: KeptChoice) -> CorrectedSample | None:
         return CorrectedSample(prompt=prompt.text, answer=answer, task=TASK)
     messages = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
     return CorrectedSample(messages=messages, answer=answer, task=TASK)
+
+
+def _variant(each: VariantRewards, taught: LearntCorrection | None) -> VariantFeedback:
+    return VariantFeedback(
+        rewards=each.count,
+        mean_reward=each.mean,
+        mean_expected=each.expected,
+        correction=None if taught is None else taught.mean,
+        correction_low=None if taught is None else taught.low,
+    )
 
 
 def _policy(each: EvaluatedPolicy) -> PolicyFeedback:

@@ -42,13 +42,13 @@ function place(x, y, text, width, taken) {
 }
 
 /** The graph of the variants whose step time is known, `width` pixels wide; null if there are none. `name` gives the
- * short name of a variant. */
+ * short name of a variant. A variant's `learnt` is its quality after feedback; null: there is none. */
 export function frontier(variants, width, name) {
   const known = variants.filter((each) => each.step_ms != null).sort((one, other) => one.step_ms - other.step_ms);
   if (!known.length) return null;
   const end = known.at(-1).step_ms * 1.05 || 1;
-  const low = Math.max(0, Math.min(...known.map((each) => each.quality_low)) - 0.03);
-  const high = Math.min(1, Math.max(...known.map((each) => each.quality_high)) + 0.03);
+  const low = Math.max(0, Math.min(...known.map((each) => Math.min(each.quality_low, each.learnt ?? 1))) - 0.03);
+  const high = Math.min(1, Math.max(...known.map((each) => Math.max(each.quality_high, each.learnt ?? 0))) + 0.03);
   const x = (ms) => LEFT + ms / end * (width - LEFT - RIGHT);
   const y = (quality) => HEIGHT - BOTTOM - (quality - low) / (high - low || 1) * (HEIGHT - TOP - BOTTOM);
   const svg = shape("svg", { class: "frontier", width, height: HEIGHT, viewBox: `0 0 ${width} ${HEIGHT}`, role: "img" });
@@ -61,13 +61,20 @@ export function frontier(variants, width, name) {
   svg.append(shape("text", { x: 0, y: 10, class: "tick" }, "right answers, with the 95 % interval"));
   const line = known.filter((each) => best(each, known)).map((each) => `${x(each.step_ms).toFixed(1)} ${y(each.quality).toFixed(1)}`);
   svg.append(shape("path", { class: "line", d: `M${line.join("L")}` }));
-  const taken = known.map((each) => [x(each.step_ms) - 4, y(each.quality_high), 8, y(each.quality_low) - y(each.quality_high)]);
+  const taken = known.map((each) => {
+    const top = y(Math.max(each.quality_high, each.learnt ?? 0)), bottom = y(Math.min(each.quality_low, each.learnt ?? 1));
+    return [x(each.step_ms) - 4, top, 8, bottom - top];
+  });
   known.forEach((each) => {
     const at = x(each.step_ms), label = place(at, y(each.quality), name(each), width, taken);
     svg.append(shape("line", { x1: at, x2: at, y1: y(each.quality_low), y2: y(each.quality_high), class: "interval" }));
     svg.append(shape("circle", { cx: at, cy: y(each.quality), r: 4, class: "dot" }));
+    if (each.learnt != null && Math.abs(each.learnt - each.quality) >= 0.005) {
+      svg.append(shape("line", { x1: at, x2: at, y1: y(each.quality), y2: y(each.learnt), class: "shift" }));
+      svg.append(shape("circle", { cx: at, cy: y(each.learnt), r: 4, class: "learnt" }));
+    }
     svg.append(shape("text", { ...label, class: "tick label" }, name(each)));
   });
-  svg.setAttribute("aria-label", `Quality against step time: ${known.map((each) => `${name(each)} ${Math.round(each.quality * 100)} % in ${milliseconds(each.step_ms)}`).join(", ")}.`);
+  svg.setAttribute("aria-label", `Quality against step time: ${known.map((each) => `${name(each)} ${Math.round(each.quality * 100)} % in ${milliseconds(each.step_ms)}${each.learnt == null ? "" : `, learnt ${Math.round(each.learnt * 100)} %`}`).join(", ")}.`);
   return svg;
 }

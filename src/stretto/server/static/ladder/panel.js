@@ -5,10 +5,19 @@ import { frontier, milliseconds } from "./frontier.js";
 
 const PAUSE_MS = 3000;
 const COUNT = /^stretto_variant_answers_total\{(.*)\} (\S+)$/gm;
-const COLUMNS = ["Variant", "Right answers", "Step", "Share of the answers", "Your feedback", "Expected"];
+const COLUMNS = ["Variant", "Right answers", "Step", "Share of the answers", "Your feedback", "Expected", "Learnt"];
 let last = -Infinity, width = 0;
 
 const percent = (share) => `${Math.round(share * 100)} %`;
+
+/** A change of a share, in percentage points with its sign. */
+function points(change) {
+  const rounded = Math.round(change * 100);
+  return `${rounded > 0 ? "+" : rounded < 0 ? "−" : "±"}${Math.abs(rounded)} ${Math.abs(rounded) === 1 ? "point" : "points"}`;
+}
+
+/** What a variant is taken to be after feedback: its measured quality with the correction; null without one. */
+const corrected = (variant, rated) => (rated?.correction == null ? null : Math.max(0, Math.min(1, variant.quality + rated.correction)));
 
 /** The answers of each variant of a ladder that the server has counted. */
 function counted(text, model) {
@@ -27,10 +36,12 @@ function row(variant, name, answers, all, rated) {
   bar.value = all ? answers / all : 0;
   bar.setAttribute("aria-hidden", "true");
   share.append(element("span", "", all ? `${percent(answers / all)} (${answers.toLocaleString("en")})` : "–"), bar);
+  const taught = element("td", "", rated?.correction != null ? points(rated.correction) : "–");
+  if (rated?.correction != null) taught.title = `Its lower bound, which min_quality is compared with: ${points(rated.correction_low)}`;
   made.append(head, element("td", "", `${percent(variant.quality)} (${percent(variant.quality_low)} to ${percent(variant.quality_high)})`),
     element("td", "", milliseconds(variant.step_ms)), share,
     element("td", "", rated ? `${percent(rated.mean_reward)} good, of ${rated.rewards}` : "–"),
-    element("td", "", rated?.mean_expected != null ? percent(rated.mean_expected) : "–"));
+    element("td", "", rated?.mean_expected != null ? percent(rated.mean_expected) : "–"), taught);
   return made;
 }
 
@@ -38,7 +49,7 @@ function learnt(rated, waiting) {
   const count = Object.values(rated).reduce((sum, each) => sum + each.rewards, 0);
   const waits = `${waiting.toLocaleString("en")} ${waiting === 1 ? "answer waits" : "answers wait"} for feedback.`;
   if (!count) return `Nothing is learnt yet: choices follow the measured quality. ${waits}`;
-  return `Learnt from ${count} ${count === 1 ? "answer" : "answers"} that you rated. A variant whose feedback is worse than expected is chosen less often, among those that keep the objective. ${waits}`;
+  return `Learnt from ${count} ${count === 1 ? "answer" : "answers"} that you rated. A variant whose feedback is worse than expected is chosen less often, among those that keep the objective. "Learnt" is what your feedback adds to its measured quality, for the mean of the prompts you rated; a ring in the graph is the result. ${waits}`;
 }
 
 /** Shows the ladder of the chosen model, and nothing for another model. At most every few seconds, unless `now`. */
@@ -59,7 +70,7 @@ export async function refresh(now = false) {
   $("ladder-rows").replaceChildren(...variants.map((each) => row(each, short(each), answers[each.id] ?? 0, all, rated[each.id])));
   $("ladder-learnt").textContent = learnt(rated, summary.waiting);
   width = Math.max(260, Math.min(620, $("ladder").clientWidth));
-  $("frontier").replaceChildren(...[frontier(variants, width, short)].filter(Boolean));
+  $("frontier").replaceChildren(...[frontier(variants.map((each) => ({ ...each, learnt: corrected(each, rated[each.id]) })), width, short)].filter(Boolean));
 }
 
 export function start() {
