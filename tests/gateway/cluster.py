@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from stretto.engine.client import EngineClient
 from stretto.gateway.app import Gateway
 from stretto.gateway.settings import GatewayConfig
 from stretto.http import serving
-from stretto.server.app import build
+from stretto.server.app import App, build
 from tests.server.fake_engine import FakeEngine, info
 
 CHAT = "/v1/chat/completions"
@@ -43,16 +43,24 @@ async def running(run: Any, *arguments: Any) -> AsyncGenerator[str]:
 
 @asynccontextmanager
 async def cluster(
-    checkpoint: Path, *engines: FakeEngine, worker: dict[str, Any] | None = None, **extra: Any
+    checkpoint: Path,
+    *engines: FakeEngine,
+    worker: dict[str, Any] | None = None,
+    make: Callable[[ServeConfig, FakeEngine], App] | None = None,
+    **extra: Any,
 ) -> AsyncGenerator[tuple[httpx.AsyncClient, Gateway]]:
-    """Workers over these engines, and a client of the gateway in front of them."""
+    """Workers over these engines, and a client of the gateway in front of them. `make`: a worker that serves
+    something else than the model `tiny`."""
     async with AsyncExitStack() as stack:
         urls: list[str] = []
         for engine in engines:
             config = ServeConfig(
                 port=0, drain_s=0.3, gateway_key=extra.get("gateway_key", ""), **(worker or {})
             )
-            app = build(config, cast(EngineClient, engine), {"tiny": checkpoint})
+            if make is None:
+                app = build(config, cast(EngineClient, engine), {"tiny": checkpoint})
+            else:
+                app = make(config, engine)
             urls.append(await stack.enter_async_context(running(serving.run, config, app, engine)))
         gateway = Gateway(GatewayConfig(workers=tuple(urls), port=0, drain_s=0.3, **extra), seed=0)
         url = await stack.enter_async_context(running(serving.run, gateway.config, gateway, gateway))

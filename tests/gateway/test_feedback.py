@@ -10,12 +10,20 @@ from typing import Any
 import httpx
 import pytest
 
+from stretto.config import ServeConfig
+from stretto.engine.step_time import StepCost
 from stretto.errors import EngineDied
 from stretto.gateway.app import Gateway
 from stretto.gateway.feedback import joined
 from stretto.gateway.routing.answered import AnsweredRequests
 from stretto.protocol.extensions.feedback import FeedbackSummary, VariantFeedback
+from stretto.protocol.relay import RELAY
+from stretto.server.app import App
 from tests.gateway.cluster import ASK, CHAT, cluster, fake
+from tests.ladder.tiny_ladder import variant
+from tests.server.fake_engine import FakeEngine, info
+from tests.server.variants.snapshots import outlook
+from tests.server.variants.test_placement import build
 
 URL = "/v1/feedback"
 Cluster = tuple[httpx.AsyncClient, Gateway]
@@ -23,6 +31,7 @@ KEYS: dict[str, Any] = {
     "gateway_key": "between-us",
     "api_keys": {"key-1": "ann", "key-2": "bob"},
 }
+NAMES = ("full", "int8", "small")
 BOB = {"x-api-key": "key-2"}
 
 
@@ -127,6 +136,43 @@ async def test_erasure_and_export_cover_all_workers(two: Cluster) -> None:
     assert (await client.get(URL)).json()["models"] == {}
 
 
+async def test_what_other_choices_would_have_been_worth_is_told_by_worker(checkpoint: Path) -> None:
+    def engine() -> FakeEngine:
+        infos = {f"m:{name}": info(f"m:{name}", vocab=600) for name in NAMES}
+        made = FakeEngine(lambda request: [65, 66], infos)
+        made.outlooks = {name: outlook(StepCost(0.01, 0.001, 0.001)) for name in infos}
+        return made
+
+    def app(config: ServeConfig, made: FakeEngine) -> App:
+        return build(made, checkpoint, config, *map(variant, NAMES))
+
+    async with cluster(checkpoint, engine(), engine(), make=app, route="round-robin", **KEYS) as (
+        client,
+        gateway,
+    ):
+        assert (await client.get(f"{URL}/policies")).status_code == 401
+        client.headers["x-api-key"] = "key-1"
+        assert (await client.get(f"{URL}/policies")).json() == {"object": "feedback.policies", "models": {}}
+        for number in range(10):
+            id = await ask(client, model="m")
+            assert (await give(client, id, thumbs="up" if number % 2 else "down")).status_code == 200
+        found = (await client.get(f"{URL}/policies")).json()["models"]["m"]
+        summary = (await client.get(URL)).json()["models"]["m"]
+        assert (await client.get(f"{URL}/policies", headers=BOB)).json()["models"] == {}
+        own: dict[str, Any] = {}
+        for worker in gateway.registry.workers.values():
+            relayed = {"operation": "feedback_policies", "tenant": "ann", "request": {}}
+            url = f"http://{worker.address.host}:{worker.address.port}{RELAY}"
+            headers = {"x-api-key": "between-us"}
+            own[worker.name] = (await client.post(url, json=relayed, headers=headers)).json()["models"]["m"]
+    assert len(own) == 2 and all(own.values()) and sum(each["rewards"] for each in summary.values()) == 10
+    for worker, rows in own.items():
+        assert [row for row in found if row["worker"] == worker] == [
+            row | {"worker": worker} for row in rows
+        ], "as that worker says it"
+    assert len(found) == sum(map(len, own.values())), "and nothing of both together"
+
+
 async def test_a_worker_that_does_not_answer_is_named(checkpoint: Path) -> None:
     async with cluster(checkpoint, fake(65, 66), fake(65, 66), route="round-robin") as (client, gateway):
         ids = [await ask(client) for _ in range(2)]
@@ -135,6 +181,8 @@ async def test_a_worker_that_does_not_answer_is_named(checkpoint: Path) -> None:
         lost.pool.address = lost.pool.address._replace(port=1)
         answers = {id: await give(client, id) for id in ids}
         assert sorted(each.status_code for each in answers.values()) == [200, 503]
+        silent = await client.get(f"{URL}/policies")
+        assert silent.status_code == 503 and lost.name in silent.json()["error"]["message"]
         for path in (URL, f"{URL}/{ids[0]}"):
             refused = await client.delete(path)
             assert refused.status_code == 503 and lost.name in refused.json()["error"]["message"]

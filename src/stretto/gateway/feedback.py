@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from msgspec import DecodeError, Raw, Struct, ValidationError, json
+from msgspec import DecodeError, Raw, Struct, ValidationError, json, structs
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -24,7 +24,14 @@ from stretto.gateway.routing.answered import AnsweredRequests
 from stretto.gateway.upstream.connection import UpstreamConnection, WorkerLost
 from stretto.http.exchange import KEY
 from stretto.http.request import read_body
-from stretto.protocol.extensions.feedback import ErasedFeedback, FeedbackSummary, VariantFeedback, ids_of
+from stretto.protocol.extensions.feedback import (
+    ErasedFeedback,
+    FeedbackPolicies,
+    FeedbackSummary,
+    PolicyFeedback,
+    VariantFeedback,
+    ids_of,
+)
 from stretto.protocol.parsing import JSON, require_json
 from stretto.protocol.relay import FEEDBACK, RELAY, FeedbackErasure, OperationName, RelayedRequest
 
@@ -44,6 +51,7 @@ class RewardedRequest(Struct):
 class WorkerReply(NamedTuple):
     """What one worker has answered."""
 
+    worker: str
     status: int
     media_type: str
     body: bytes
@@ -71,6 +79,7 @@ class FeedbackRelay:
             Route(FEEDBACK, self.show, methods=["GET"]),
             Route(FEEDBACK, self.erase, methods=["DELETE"]),
             Route(f"{FEEDBACK}/export", self.export, methods=["GET"]),
+            Route(f"{FEEDBACK}/policies", self.policies, methods=["GET"]),
             Route(f"{FEEDBACK}/users/{{user}}", self.erase, methods=["DELETE"]),
             Route(f"{FEEDBACK}/{{id}}", self.erase, methods=["DELETE"]),
         ]
@@ -104,6 +113,12 @@ class FeedbackRelay:
         """The tenant's rewards at all workers. Raises Unavailable if one does not answer."""
         replies = await self._all(request, "show_feedback", b"{}")
         return _json(joined([json.decode(reply.body, type=FeedbackSummary) for reply in replies]))
+
+    async def policies(self, request: Request) -> Response:
+        """What other ways to choose would have been worth at each worker, by the tenant's rewards there.
+        Raises Unavailable if one does not answer."""
+        replies = await self._all(request, "feedback_policies", b"{}")
+        return _json(listed({each.worker: json.decode(each.body, type=FeedbackPolicies) for each in replies}))
 
     async def export(self, request: Request) -> Response:
         """The tenant's corrected answers at all workers. Raises Unavailable if one does not answer."""
@@ -153,6 +168,15 @@ def joined(summaries: Sequence[FeedbackSummary]) -> FeedbackSummary:
     return FeedbackSummary(waiting=sum(each.waiting for each in summaries), models=models)
 
 
+def listed(found: Mapping[str, FeedbackPolicies]) -> FeedbackPolicies:
+    """The estimates of several workers side by side, each with its worker's name."""
+    models: dict[str, list[PolicyFeedback]] = {}
+    for worker, each in found.items():
+        for model, policies in each.models.items():
+            models.setdefault(model, []).extend(structs.replace(row, worker=worker) for row in policies)
+    return FeedbackPolicies(models=models)
+
+
 def _both(one: VariantFeedback, other: VariantFeedback) -> VariantFeedback:
     count = one.rewards + other.rewards
 
@@ -195,7 +219,7 @@ async def _ask(worker: Worker, asked: tuple[str, bytes]) -> WorkerReply | None:
             headers = {"Content-Type": JSON, "x-request-id": id}
             head = await connection.exchange(worker.pool.request("POST", RELAY, headers, body))
             answer = await connection.read_all(MOST_BYTES)
-        return WorkerReply(head.status, head.headers.get("content-type", JSON), answer)
+        return WorkerReply(worker.name, head.status, head.headers.get("content-type", JSON), answer)
     except (WorkerLost, TimeoutError) as error:
         log.warning("%s did not answer about feedback: %s", worker.name, error)
         return None

@@ -89,6 +89,7 @@ FIELDS: dict[str, str] = {
     "rewards": "How many rewards there are.",
     "FeedbackPolicies.models": "By ladder, the ways to choose: each variant always, and the best estimate.",
     "policy": "The way to choose.",
+    "worker": "Behind a gateway: the worker whose choices and rewards it is about.",
     "effective": "How many rewards with equal weights would say as much.",
     "ips": "By inverse propensity scores.",
     "snips": "By self-normalised inverse propensity scores.",

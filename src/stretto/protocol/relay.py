@@ -42,6 +42,7 @@ OperationName = Literal[
     "detokenize",
     "feedback",
     "show_feedback",
+    "feedback_policies",
     "export_feedback",
     "erase_feedback",
 ]

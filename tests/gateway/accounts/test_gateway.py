@@ -292,6 +292,7 @@ async def test_calls_about_feedback_count_against_limits_of_requests_alone(check
         assert spent["requests=3/day"] == 3 and spent["tokens=1000/day"] < 100
         for refused in (
             await client.delete("/v1/feedback", headers=ann),
+            await client.get("/v1/feedback/policies", headers=ann),
             await client.post("/v1/feedback", json=reward, headers=ann),
             await client.post(CHAT, json=ASK, headers=ann),
         ):

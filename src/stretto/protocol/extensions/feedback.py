@@ -71,9 +71,12 @@ class PolicyFeedback(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What another way to choose would have been worth, by three estimators; or why nothing is known of it.
 
     `effective`: how many rewards with equal weights would say as much as the `rewards` that there are.
+    `worker`: behind a gateway, whose choices and rewards it is about. Each worker learns for itself, so the
+    estimates of several workers are not joined.
     """
 
     policy: str
+    worker: str = ""
     rewards: int = 0
     effective: float = 0.0
     ips: PolicyEstimate | None = None

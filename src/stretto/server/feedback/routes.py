@@ -90,6 +90,7 @@ class FeedbackRoutes:
         return {
             "feedback": self.give,
             "show_feedback": self.show_relayed,
+            "feedback_policies": self.policies_relayed,
             "export_feedback": self.export_relayed,
             "erase_feedback": self.erase_relayed,
         }
@@ -112,9 +113,11 @@ class FeedbackRoutes:
 
     async def policies(self, request: Request) -> Response:
         """What other ways to choose would have been worth, by the tenant's rewards."""
-        rewarded = self.server.learner.rewarded(self.server.tenant(request.headers))
-        found = {model: [_policy(each) for each in rows] for model, rows in policies(rewarded).items()}
-        return _json(FeedbackPolicies(models=found))
+        return self._evaluated(self.server.tenant(request.headers))
+
+    async def policies_relayed(self, call: Call) -> None:
+        """The same for a gateway."""
+        await call.respond(self._evaluated(call.tenant))
 
     async def erase_all(self, request: Request) -> Response:
         """Erases all choices and rewards of the tenant."""
@@ -141,6 +144,11 @@ class FeedbackRoutes:
             taught = learner.taught(tenant, model, now)
             found[model] = {name: _variant(each, taught.get(name)) for name, each in variants.items()}
         return _json(FeedbackSummary(waiting=learner.waiting(tenant), models=found))
+
+    def _evaluated(self, tenant: str) -> Response:
+        rewarded = self.server.learner.rewarded(tenant)
+        found = {model: [_policy(each) for each in rows] for model, rows in policies(rewarded).items()}
+        return _json(FeedbackPolicies(models=found))
 
     def _exported(self, tenant: str) -> Response:
         samples = [sample for kept in self.server.learner.rewarded(tenant) if (sample := sample_of(kept))]
