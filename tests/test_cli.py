@@ -247,6 +247,7 @@ def test_bench_sends_one_request_after_another_when_nothing_is_said(served: Serv
 def test_completion_knows_the_commands() -> None:
     done = stretto(_STRETTO_COMPLETE="complete_bash", COMP_WORDS="stretto ", COMP_CWORD="1")
     assert {"serve", "chat", "bench"} <= set(done.stdout.split()), done.stderr
+    assert "--install-completion" in stretto("--help", NO_COLOR="1", COLUMNS="120").stdout
 
 
 def test_chat_chooses_a_model_of_the_server_by_name(served: Served) -> None:

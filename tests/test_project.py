@@ -70,3 +70,12 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_other_hosts(tmp
         assert not re.findall(
             r'<(?:script|img)[^>]* src="https?:|<link[^>]* href="https?:', page.read_text()
         ), page
+
+
+@pytest.mark.parametrize("goal", ["run", "check"])
+def test_make_says_what_it_installs_and_lets_pip_show_its_progress(goal: str, tmp_path: Path) -> None:
+    command = ["make", "--dry-run", goal, f"VENV={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    before, _, install = done.stdout.partition("-m pip install")
+    assert "200 MB" in before and "3 GB" in before
+    assert not re.search(r"-q|--progress-bar|>", install.partition("\n")[0])

@@ -113,6 +113,29 @@ async def test_the_live_view_draws_the_steps_of_the_server(page: Any, engine: Fa
     assert await page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+async def test_the_live_view_begins_with_the_servers_history(page: Any, served: Served) -> None:
+    async with (
+        httpx.AsyncClient(base_url=served.url) as client,
+        client.stream("GET", "/live") as response,
+    ):
+        event = await anext(line async for line in response.aiter_lines() if line.startswith("data: "))
+    now = json.loads(event.removeprefix("data: "))
+    now["ended"] = 1
+    now["history"] = [{"ago_s": ago, "live": now | {"tokens_s": 7.0}} for ago in (120.0, 60.0)]
+    headers = {"content-type": "text/event-stream"}
+
+    async def fulfil(route: Any) -> None:
+        await route.fulfill(status=200, headers=headers, body=f"data: {json.dumps(now)}\n\n")
+
+    await page.route("**/live", fulfil)
+    await page.goto(f"{served.url}/#live")
+    await page.reload()
+    await page.wait_for_selector("#graphs .plot svg.main-svg")
+    oldest = "Math.min(...[...document.querySelectorAll('#graphs .plot')].flatMap((plot) => (plot.data ?? [])"
+    oldest += ".flatMap((trace) => (trace.x ?? []).filter((x) => x instanceof Date).map((x) => +x))))"
+    assert await page.evaluate(f"Date.now() - {oldest}") > 100_000, "milliseconds before now"
+
+
 async def test_the_page_reconnects_when_the_server_restarts(
     page: Any, served: Served, config: ServeConfig, app: App, engine: FakeEngine, complaints: list[str]
 ) -> None:

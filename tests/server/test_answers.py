@@ -566,6 +566,23 @@ async def test_embeddings_are_returned_as_floats_base64_or_fewer_dimensions(
     assert not engine.open
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 40.0},
+        {"top_logprobs": 0},
+        {"stream_options": {"include_usage": True}},
+        {"tools": [{"type": "function", "function": {"name": "shop.find"}}]},
+    ],
+)
+async def test_fields_that_change_nothing_need_no_company(
+    client: httpx.AsyncClient, fields: dict[str, Any]
+) -> None:
+    """Top log-probabilities of none, options of a stream in a whole answer, a dot in a name, 40.0."""
+    (choice,) = (await whole(client, **fields))["choices"]
+    assert (choice["message"]["content"], choice["logprobs"]) == ("Hello, world!", None)
+
+
 NEARNESS = {"a": (1.0, 0.0), "b": (0.0, 1.0), "near a": (0.8, 0.6)}
 
 
@@ -649,12 +666,18 @@ async def test_a_stop_string_that_is_a_special_token_stops_by_its_id(
     assert engine.requests[-1].sampling.stop_token_ids == (text.tokenizer.token_to_id("<|stop|>"),)
 
 
-async def test_the_servers_own_answers_are_accepted_back(client: httpx.AsyncClient, text: TextModel) -> None:
+CALLED = '<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
+NO_ARGUMENTS = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": ""}}
+
+
+async def test_the_servers_own_answers_are_accepted_back(
+    client: httpx.AsyncClient, engine: FakeEngine, text: TextModel
+) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "weather"}}
     for answer in (
         {"content": None},
         {"content": None, "reasoning_content": "hm"},
-        {"content": None, "tool_calls": [call | {"function": {"name": "weather", "arguments": ""}}]},
+        {"content": None, "tool_calls": [NO_ARGUMENTS]},
         {
             "content": None,
             "tool_calls": [call | {"function": {"name": "weather", "arguments": '{"city": "Par'}}],
@@ -663,6 +686,21 @@ async def test_the_servers_own_answers_are_accepted_back(client: httpx.AsyncClie
         messages = [*HELLO["messages"], {"role": "assistant", **answer}, *HELLO["messages"]]
         response = await client.post(CHAT, json={"messages": messages})
         assert response.status_code == 200, (answer, response.text)
+        shown = text.tokenizer.decode(list(engine.requests[-1].prompt), skip_special_tokens=False)
+        assert shown.count(CALLED) == ("tool_calls" in answer), shown
+
+
+async def test_a_message_without_content_is_empty_text_to_a_template(tmp_path: Path) -> None:
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    path = write(tmp_path, byte_level(), template, eos="<|stop|>")
+    text = TextModel(path)
+    engine = FakeEngine(lambda request: [65], {"tiny": info(vocab=text.tokenizer.get_vocab_size())})
+    app = build(ServeConfig(), engine, {"tiny": path})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        for members in ({}, {"reasoning_content": "hm"}, {"tool_calls": [NO_ARGUMENTS]}):
+            answer = {"role": "assistant", "content": None, **members}
+            await whole(client, messages=[*HELLO["messages"], answer, *HELLO["messages"]])
+            assert text.decode(list(engine.requests[-1].prompt)) == "[Hi][][Hi]"
 
 
 async def test_top_logprobs_of_completions_have_distinct_names_and_right_offsets(
@@ -681,11 +719,17 @@ async def test_arguments_of_a_forced_call_are_always_an_object(
     client: httpx.AsyncClient, engine: FakeEngine, set_answer: SetAnswer
 ) -> None:
     set_answer('{"city": "Rome"}')
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}}
+    parameters: dict[str, Any] = {"properties": {"a": {}}}
+    tool: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     chosen = {"type": "function", "function": {"name": "f"}}
     await whole(client, tools=[tool], tool_choice=chosen)
     grammar = engine.requests[-1].sampling.grammar
     assert grammar is not None and json.loads(grammar.source)["type"] == "object"
+    set_answer('[{"name": "f", "arguments": {"a": 1}}]')
+    tool["function"]["parameters"] |= {"$id": "https://example.org/f", "$anchor": "f"}
+    await whole(client, tools=[tool], tool_choice="required")
+    grammar = engine.requests[-1].sampling.grammar
+    assert grammar is not None and json.loads(grammar.source)["$defs"]["tool0"]["type"] == "object"
     tool["function"]["parameters"] = {"type": "string"}
     refused = await client.post(CHAT, json=HELLO | {"tools": [tool], "tool_choice": "required"})
     assert refused.json()["error"]["param"] == "$.tools[0].function.parameters"

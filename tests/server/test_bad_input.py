@@ -176,6 +176,9 @@ async def test_a_chat_longer_than_the_context_is_refused_not_truncated(
     for words in (400, 4000):
         body = {"messages": [{"role": "user", "content": "The fox " * words}]}
         assert await refused(client, CHAT, body) == (400, "context_length_exceeded", "$.messages")
+        # litellm tells such a refusal by these words.
+        message = (await client.post(CHAT, json=body)).json()["error"]["message"]
+        assert "this model's maximum context length is 512 tokens" in message
     assert not engine.requests
 
 
@@ -289,6 +292,13 @@ async def test_fields_that_a_chat_template_does_not_support_are_refused(
         for field, value in (("tools", [TOOL]), ("reasoning_effort", "low")):
             body = HELLO | {"model": "toolless", field: value}
             assert await refused(client, CHAT, body) == (400, "unsupported_field", f"$.{field}")
+        for nothing in (
+            {"reasoning_effort": "none"},
+            {"enable_thinking": False},
+            {"chat_template_kwargs": {"enable_thinking": False}},
+        ):
+            body = HELLO | nothing | {"model": "toolless"}
+            assert (await client.post(CHAT, json=body)).status_code == 200, nothing
         assert (await client.post(TEXT, json={"prompt": "Hi"})).status_code == 200
 
 

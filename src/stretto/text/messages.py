@@ -51,12 +51,13 @@ def messages(request: ChatRequest, text: TextModel) -> list[dict[str, Any]]:
     InvalidRequest for arguments that are no JSON object.
     """
     thinks = text.template is not None and text.template.mentions(reasoning_parser.OPEN)
+    knows_calls = text.template is not None and text.template.mentions("tool_calls")
     knows_developer = text.template is not None and text.template.mentions("developer")
     found: list[dict[str, Any]] = []
     for at, message in enumerate(request.messages):
         path = f"$.messages[{at}]"
         if isinstance(message, AssistantMessage):
-            found.append(_assistant(message, path, thinks))
+            found.append(_assistant(message, path, thinks, knows_calls))
         else:
             role = message.__struct_config__.tag
             if isinstance(message, DeveloperMessage) and not knows_developer:
@@ -85,12 +86,12 @@ def _joined(content: str | Sequence[TextPart | RefusalPart]) -> str:
     return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
 
 
-def _assistant(message: AssistantMessage, path: str, thinks: bool) -> dict[str, Any]:
+def _assistant(message: AssistantMessage, path: str, thinks: bool, knows_calls: bool) -> dict[str, Any]:
     content = None if message.content is None else _joined(message.content)
     if content is None and message.refusal is not None:
         content = message.refusal
-    if content is None and not message.tool_calls:
-        content = ""  # an answer that was all reasoning, or that ended at once
+    if content is None and not (message.tool_calls and knows_calls):
+        content = ""  # only where a template writes calls does it read null as "calls alone"
     values: dict[str, Any] = _extra(message, path)
     values = values | {"role": "assistant", **_named(message), "content": content}
     thought = message.reasoning_content

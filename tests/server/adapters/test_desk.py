@@ -76,3 +76,31 @@ def test_it_says_what_it_can_do_in_the_language_it_is_told(desk_url: str, system
     with httpx.Client(base_url=desk_url, timeout=60) as client:
         done = client.post("/v1/chat/completions", json={"messages": messages, "temperature": 0}).json()
     assert done["choices"][0]["message"]["content"].startswith(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_pydantic_and_zod_write_into_schemas_compiles(desk_url: str, strict: bool) -> None:
+    text: dict[str, Any] = {"type": "string"}
+    properties: dict[str, Any] = {
+        "counts": {"type": "object", "propertyNames": text, "additionalProperties": {"type": "number"}},
+        "tags": {"type": "array", "items": text, "uniqueItems": True},
+        "named": {"$ref": "#/$defs/Named"},
+        **{name: text | {"format": name} for name in ("uri-reference", "regex", "binary", "path", "jwt")},
+    }
+    schema = {
+        "$id": "https://example.org/order",
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "type": "object",
+        "properties": properties,
+        "$defs": {"Named": {"$anchor": "named", "type": "object", "properties": {"name": text}}},
+        "required": ["tags"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "order", "schema": schema, "strict": strict}}
+    body = {"messages": HI, "response_format": form, "max_tokens": 4}
+    answer = httpx.post(f"{desk_url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"].startswith("{")
+    relaxed = ["$.response_format.json_schema.schema.properties.tags.uniqueItems"]
+    assert answer.json()["stretto"]["schema_relaxed"] == relaxed
