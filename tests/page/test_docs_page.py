@@ -53,3 +53,13 @@ async def test_a_request_is_sent_from_the_page(docs: Any, set_answer: SetAnswer)
     await models.locator("input").fill("v1/models/tiny")
     await models.locator("button:text-is('Send')").click()
     await docs.wait_for_selector("[id='get/v1/models/{name}'] .answer:has-text('max_model_len')")
+
+
+async def test_it_fits_a_phone_with_every_type_open(docs: Any) -> None:
+    await docs.set_viewport_size({"width": 390, "height": 844})
+    for _ in range(3):  # types within types
+        await docs.evaluate(
+            "document.querySelectorAll('.route details').forEach((each) => (each.open = true))"
+        )
+    assert await docs.locator(".route details[open] details[open]").count() > 0
+    assert await docs.evaluate("document.documentElement.scrollWidth") <= 390
