@@ -1,4 +1,4 @@
-"""What an overload does: `--load` times the peak for a minute, with the server's default objectives.
+"""What an overload does: `--load` times the peak for `--window` seconds, with the server's own objectives.
 
 The real engine, schedule and admission run in virtual time, so it takes seconds. The peak is the best
 goodput that the same requests have at a load from 0.6 to 1. With `--http` the null model of `--null` is
@@ -43,15 +43,19 @@ def main() -> None:
     cost = msgspec.json.decode(options.times.read_bytes(), type=StepCost) if options.times else SMALL_CPU
     setting = Setting(cost=cost, tiers=TIERS if options.noticed else default_tiers([cost]))
     full = capacity([Arrival(0.0, options.prompt, options.output)] * 200, setting)
-    peak = max(_in_window(_run(setting, full, load, options)[0]) for load in (0.6, 0.7, 0.8, 0.9, 1.0))
+    runs = [_run(setting, full, load, options) for load in (0.6, 0.7, 0.8, 0.9, 1.0)]
+    peak = max(_in_window(outcomes, options.window) for outcomes, _ in runs)
+    most = max(_work_in_window(*run, cost, options.window) for run in runs)
     outcomes, world = _run(setting, full, options.load * peak / full, options)
     objectives = {name: msgspec.to_builtins(tier.objective) for name, tier in setting.tiers.items()}
     print(f"objectives {objectives}\nfcfs saturates at {full:.3f} requests/s; peak goodput {peak:.3f}")
-    goodput = _in_window(outcomes)
+    goodput = _in_window(outcomes, options.window)
     print(f"goodput in the overload {goodput:.3f} requests/s, {goodput / peak:.0%} of the peak")
+    work = _work_in_window(outcomes, world, cost, options.window)
+    print(f"work for requests on time in the overload {work:.3f} requests/s, {work / most:.0%} of the most")
     for tier in setting.tiers:
         _print_tier(tier, [one for one in outcomes if one.request.tier == tier], world)
-    ends = BEFORE_S + WINDOW_S
+    ends = BEFORE_S + options.window
     bad = [one.request.arrival - ends for one in outcomes if not one.good and one.request.arrival > ends]
     print(f"the last request that was refused or late came {max(bad, default=0.0):.1f} s after the overload")
 
@@ -65,9 +69,9 @@ def _run(
     model = LoadedModel(runner, StepTime(setting.cost, [0.02] * 16))
     limits = Limits(setting.max_running, setting.max_step_tokens, setting.tiers)
     world = OverloadWorld(clock, [model], limits, SCHEDULES[options.schedule])
-    at, end = 0.0, BEFORE_S + WINDOW_S + AFTER_S
+    at, end = 0.0, BEFORE_S + options.window + AFTER_S
     while at < end:
-        overload = BEFORE_S <= at < BEFORE_S + WINDOW_S
+        overload = BEFORE_S <= at < BEFORE_S + options.window
         at += rng.expovariate(full * (load if overload else CALM))
         tier = rng.choices(list(MIX), list(MIX.values()))[0]
         ident = len(world.requests) + 1
@@ -90,9 +94,27 @@ def _request(ident: int, tier: str, at: float, objective: Objective, options: ar
     )
 
 
-def _in_window(outcomes: Sequence[RequestOutcome]) -> float:
+def _in_window(outcomes: Sequence[RequestOutcome], window_s: float) -> float:
     """Requests on time that ended in the window, per second."""
-    return sum(one.good and BEFORE_S <= one.last < BEFORE_S + WINDOW_S for one in outcomes) / WINDOW_S
+    return sum(one.good and BEFORE_S <= one.last < BEFORE_S + window_s for one in outcomes) / window_s
+
+
+def _work_in_window(
+    outcomes: Sequence[RequestOutcome], world: OverloadWorld, cost: StepCost, window_s: float
+) -> float:
+    """Requests on time, per second, each counted by the share of its work that was done in the window.
+
+    A prompt counts when its first token comes, each further token when it comes. So what was begun in the
+    window and ends on time after it is not lost.
+    """
+    done = 0.0
+    for one in outcomes:
+        if one.good:
+            length, stamps = len(one.request.prompt), world.stamps[one.request.id]
+            works = [cost.prefill(0, length), *(cost.row(length + index) for index in range(1, len(stamps)))]
+            inside = [BEFORE_S <= at < BEFORE_S + window_s for at in stamps]
+            done += sum(work for work, counts in zip(works, inside, strict=True) if counts) / sum(works)
+    return done / window_s
 
 
 def _print_tier(tier: str, outcomes: Sequence[RequestOutcome], world: OverloadWorld) -> None:
@@ -129,7 +151,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--http", action="store_true", help="serve a null model and send the load to it")
     parser.add_argument("--null", default="10:0.4:0.7", help="its ms of a step, a decoded token, a prompt's")
     parser.add_argument("--config", type=Path, help="its configuration file")
-    parser.add_argument("--window", type=float, default=WINDOW_S, help="seconds of the overload over HTTP")
+    parser.add_argument("--window", type=float, default=WINDOW_S, help="seconds of the overload")
     parser.add_argument("--probe", type=float, default=30.0, help="seconds of each load that finds the peak")
     return parser.parse_args()
 

@@ -239,6 +239,8 @@ class EngineCore:
                 queue.remove(seq)
                 seq.rank = rank
                 insort(queue, seq, key=_rank)
+        for at, seq in plan.first:
+            model.alarms.add(at, seq.request.id)
         model.history.record(plan, self._limits.tiers, self._clock())
 
     def _preempt(self, model: ModelState, seq: Sequence) -> None:

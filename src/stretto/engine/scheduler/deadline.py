@@ -24,8 +24,12 @@ from stretto.engine.scheduler.lateness import (
     PAUSE_S,
     Backlog,
     backlog_of,
+    beyond_their_limit,
     first_rank,
     gives_way,
+    goes_first_at,
+    latest_of,
+    may_refuse,
     newcomer,
     prompt_of,
     shortfall,
@@ -41,7 +45,6 @@ BEST_EFFORT_SHARE = 0.03  # of all time goes to best-effort sequences that have 
 PATIENCE_S = 30.0  # they have waited long after this
 BREVITY = 30.0  # seconds that a second of work puts a best-effort sequence behind
 LATE_S = 300.0  # seconds that a late sequence is put behind
-OVERDUE_S = 0.05  # a stream that has paused too long emits so soon
 STARTED = 100.0  # the same for one that is partly computed
 
 Placed = tuple[Rank, Sequence]
@@ -79,13 +82,16 @@ def deadline(context: SchedulingContext) -> Plan:
     estimate = running.estimate(builder)
     jobs, heavier = _jobs(builder, prompts), context.history.arrivals.above
     deferral = estimate.defer(jobs, heavier, context.now)
-    pressed = bool(deferral.late_by)
+    goes_first = bool(prompts) and prompts[0][0].negated_weight == FIRST
+    pressed = goes_first or bool(deferral.late_by)
     if running.streams and estimate.stretches and (pressed or _has_waited_long(builder, others[:1])):
         early = zip([seq.deadline for seq in running.streams], running.starts, strict=True)
+        hurried = estimate.rate()
         estimate, running.tightest = patient(estimate, early, context.now)
-        deferral = estimate.defer(jobs, heavier, context.now)
+        if estimate.rate() != hurried:
+            deferral = estimate.defer(jobs, heavier, context.now)
     deferred = {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
-    if builder.plan.newcomers or (prompts and prompts[0][0].negated_weight == FIRST):
+    if builder.plan.newcomers or goes_first:
         prompts, others = _admit(builder, prompts, others, deferral, deferred)
     _run_streams(builder, running, pressed=pressed)
     builder.plan.predicted = builder.ms
@@ -262,10 +268,10 @@ def _run_streams(builder: PlanBuilder, running: Running, *, pressed: bool) -> No
     step_s = (builder.ms + ms) * builder.margin / 1e3
     late = builder.context.now + step_s > builder.end
     if pressed and not late:
-        now = builder.context.now
-        running.best_effort += [seq for seq in streams if _latest(seq, now) >= builder.end + step_s]
-        streams = [seq for seq in streams if _latest(seq, now) < builder.end + step_s]
-        starts = [seq.kv.computed for seq in streams]
+        soon, latest = builder.end + step_s, latest_of(streams, builder.context.now)
+        running.best_effort += [seq for seq, at in zip(streams, latest, strict=True) if at >= soon]
+        urgent = [index for index, at in enumerate(latest) if at < soon]
+        streams, starts = [streams[index] for index in urgent], [starts[index] for index in urgent]
         needs = sum(start % builder.context.pool.size == 0 for start in starts)
         ms = cost.per_decode * len(streams) + cost.per_key * (sum(starts) + len(starts))
     if streams and (late or needs > builder.free or len(streams) > builder.tokens_left):
@@ -284,11 +290,11 @@ def _run_crowded(builder: PlanBuilder, running: Running) -> None:
     A stream that will be late whatever is done takes its turn with the best-effort ones.
     """
     cost, base = builder.cost, builder.context.now + builder.ms * builder.margin / 1e3
-    streams = sorted(running.streams, key=lambda seq: _latest(seq, base))
-    rows = [cost.row(seq.kv.computed + 1) for seq in streams]
-    jobs: list[Job] = [
-        (_latest(seq, base), ms * builder.margin / 1e3, 0.0) for seq, ms in zip(streams, rows, strict=True)
-    ]
+    latest, row_s = latest_of(running.streams, base), builder.margin / 1e3
+    rows = [cost.per_decode + cost.per_key * (start + 1) for start in running.starts]
+    order = sorted(range(len(latest)), key=latest.__getitem__)
+    streams, rows = [running.streams[at] for at in order], [rows[at] for at in order]
+    jobs: list[Job] = [(latest[at], ms * row_s, 0.0) for at, ms in zip(order, rows, strict=True)]
     tardy, _ = tardy_jobs(jobs, base)
     running.best_effort += [streams[index] for index in tardy]
     for index, seq in enumerate(streams):
@@ -299,17 +305,6 @@ def _run_crowded(builder: PlanBuilder, running: Running) -> None:
         elif builder.left_ms < rows[index]:
             break
         builder.proceed(seq, 1)
-
-
-def _latest(seq: Sequence, soonest: float) -> float:
-    """When a stream must emit: before its pause is too long, or if that is lost, before it is late.
-
-    One that is late or has no deadline is here because it has paused too long, and must emit at once.
-    """
-    deadline = seq.deadline
-    if deadline.late or deadline.next == inf:
-        return soonest + OVERDUE_S
-    return deadline.latest if deadline.latest >= soonest else deadline.next
 
 
 def _owed_now(builder: PlanBuilder, best_effort: list[Sequence]) -> float:
@@ -358,11 +353,12 @@ def _admit(
     """
     plan, now, refused, late = builder.plan, builder.context.now, dict[Sequence, float](), list[Placed]()
     newcomers = set(plan.newcomers)
-    for rank, seq in prompts:
-        if rank.negated_weight > FIRST:
-            break
-        if rank.order <= now and seq not in newcomers and _may_refuse(seq):
-            refused[seq] = 0.0
+    first = (
+        one
+        for one in prompts[: bisect_left(prompts, (Rank(TIMED, FIRST, inf, 0),))]
+        if one[1] not in newcomers
+    )
+    refused.update((seq, 0.0) for seq in beyond_their_limit(first, builder.cost, deferral.rate, now))
     if newcomers:
         horizon_s = max((rank.order - now for rank, _ in prompts if rank.negated_weight > FIRST), default=0.0)
         behind = [seq for _, seq in others if seq not in newcomers]
@@ -371,13 +367,14 @@ def _admit(
             late_s = deferred.get(seq, 0.0)
             prompt = prompt_of(seq, rank, builder.cost, prompts, deferred)
             asked = newcomer(prompt, deferral, late_s, backlog, now)
-            asks = _may_refuse(seq) and not seq.request.admitted
+            asks = may_refuse(seq) and not seq.request.admitted
             after = shortfall(asked, backlog) if asks else 0.0
             if after > 0 or (late_s > 0 and seq.request.objective.on_miss == "reject"):
                 refused[seq] = max(after, late_s)
                 continue
             if asked.late_s > 0 and not (asked.crowded and seq.request.admitted):
                 late.append((_best_effort_rank(builder, seq, now), seq))
+                plan.first.append((goes_first_at(seq, builder.cost, backlog.late_ms), seq))
             if asked.late_s > 0 or asked.ttft_s == inf:
                 backlog = backlog.more(asked)
     if not refused and not late:
@@ -392,10 +389,6 @@ def _admit(
 
 def _may_move(seq: Sequence) -> bool:
     return seq.started is None and bool(seq.request.lighter)
-
-
-def _may_refuse(seq: Sequence) -> bool:
-    return seq.started is None and seq.request.objective.on_miss != "late"
 
 
 def _run_prompts(builder: PlanBuilder, prompts: list[Placed], deferred: Late, estimate: Estimate) -> None:
@@ -441,7 +434,7 @@ def _put_off(
             builder.plan.refuse.append((seq, deferred[seq]))
             continue
         hopeless = many or _is_hopeless(builder, seq)
-        if (hopeless or seq in sure) and _may_refuse(seq) and gives_way(seq, builder.cost):
+        if (hopeless or seq in sure) and may_refuse(seq) and gives_way(seq, builder.cost):
             backlog = backlog or backlog_of(builder.context, (other for _, other in others))
             prompt, now = prompt_of(seq, rank, builder.cost), builder.context.now
             asked = newcomer(prompt, deferral, deferred[seq], backlog, now)._replace(late_s=deferred[seq])
@@ -450,6 +443,8 @@ def _put_off(
                 continue
             if hopeless:
                 backlog = backlog.more(asked)
+                at = goes_first_at(seq, builder.cost, backlog.late_ms - asked.alone_ms)
+                builder.plan.first.append((at, seq))
         if hopeless:
             builder.plan.place.append((seq, _best_effort_rank(builder, seq, builder.context.now)))
         put_off.append(seq)
@@ -463,7 +458,7 @@ def _sure_to_be_late(builder: PlanBuilder, prompts: list[Placed], estimate: Esti
     """
     if builder.context.history.arrivals.offered > OVERLOAD:
         return deferred
-    if not builder.plan.newcomers or not any(map(_may_refuse, deferred)):
+    if not builder.plan.newcomers or not any(map(may_refuse, deferred)):
         return {}
     deferral = estimate.defer(_jobs(builder, prompts), lambda weight: 0.0, builder.context.now)
     return {prompts[index][1]: excess for index, excess in deferral.late_by.items()}

@@ -1,8 +1,9 @@
 """How late an answer may be: the one rule by which a request is admitted, waits, and goes first.
 
 A request has its first token by its limit, or it is refused, nearly always when it arrives. The limit is
-`LATEST` times its TTFT objective, or `FLEX_WAIT_S` without one. In its last quarter it goes first. A
-request with `on_miss="late"` is never refused. Pure numbers, which the scheduler and admission share.
+`LATEST` times its TTFT objective, or `FLEX_WAIT_S` without one. In its last quarter it goes first, and sooner
+if its prompt takes longer. A request with `on_miss="late"` is never refused. Pure numbers, which the
+scheduler and admission share.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ LATEST = 3.0  # times the TTFT objective, or the time that the prompt takes alon
 FLEX_WAIT_S = 600.0  # the longest wait of a request without a TTFT objective
 LEAD = 0.25  # of its longest wait a request goes first; prompts without an objective may fill so much of it
 PAUSE_S = 3.0  # a stream that is late or has no objective pauses at most so long
+OVERDUE_S = 0.05  # a stream that has paused too long emits so soon
 RESUME_S = 10.0  # after so long a preempted sequence goes first
 FREE = 0.3, 0.15  # of the longest TTFT objective; while less work waits, prompts without one are admitted
 RESERVE = 8.0, 24.0  # beyond it they leave room for so many more like them; at other times and in overload
@@ -37,6 +39,7 @@ LUMPS = 6.0  # prompts of the usual size keep the machine busy until more come
 SHORT_PROMPT = 1 / 40  # of its TTFT objective is what a short prompt takes alone
 LEAST_QUEUE = 0.05  # the same for the longest prompts, without their own time
 ADMITTED = 1.0  # what an admitted prompt is worth more than a newcomer, in steps of `Fairness.worth`
+FIRST_RATE = 750.0  # ms of work in a second is counted on for a prompt that goes first
 FIRST = -inf  # the negated weight of those that go first
 
 
@@ -239,6 +242,28 @@ def gives_way(seq: Sequence, cost: StepCost) -> bool:
     return cost.prefill(seq.done, seq.length - seq.done) > SHORT_PROMPT * ttft_ms
 
 
+def may_refuse(seq: Sequence) -> bool:
+    """Whether a sequence may still be refused: it has not started, and does not ask to be served late."""
+    return seq.started is None and seq.request.objective.on_miss != "late"
+
+
+def beyond_their_limit(
+    first: Iterable[tuple[Rank, Sequence]], cost: StepCost, rate: float, now: float
+) -> list[Sequence]:
+    """Those to refuse of the ones that go first, in order: their first tokens would come after their limits.
+
+    `rate`: work done in a second, ms.
+    """
+    ends, beyond = now, list[Sequence]()
+    for rank, seq in first:
+        done = ends + cost.prefill(seq.done, seq.length - seq.done) / rate
+        if done > rank.order and may_refuse(seq):
+            beyond.append(seq)
+        else:
+            ends = done
+    return beyond
+
+
 def longest_wait_s(ttft_s: float, alone_ms: float) -> float:
     """How long after its arrival a request has its first token at the latest. `ttft_s`: inf without one."""
     return FLEX_WAIT_S if ttft_s == inf else LATEST * max(ttft_s, alone_ms / 1e3)
@@ -250,14 +275,31 @@ def longest_wait_of(seq: Sequence, cost: StepCost) -> float:
     return longest_wait_s(ttft_s, cost.base + cost.prefill(0, seq.prompt_len))
 
 
-def goes_first_at(seq: Sequence, cost: StepCost) -> float:
-    """When a sequence that has not started goes before all others."""
-    return seq.request.arrival + (1 - LEAD) * longest_wait_of(seq, cost)
+def goes_first_at(seq: Sequence, cost: StepCost, ahead_ms: float = 0.0, rate: float = FIRST_RATE) -> float:
+    """When a sequence goes before all others, so that its prompt is done by its limit.
+
+    `ahead_ms`: the work of prompts that may have to go first before it; `rate`: work done in a second, ms.
+    """
+    wait_s = longest_wait_of(seq, cost)
+    work_ms = ahead_ms + cost.prefill(seq.done, seq.length - seq.done)
+    return seq.request.arrival + wait_s - max(LEAD * wait_s, work_ms / rate)
 
 
 def first_rank(seq: Sequence, cost: StepCost) -> Rank:
     """The rank of a sequence that goes before all others: by its limit."""
     return Rank(TIMED, FIRST, seq.request.arrival + longest_wait_of(seq, cost), seq.request.id)
+
+
+def latest_of(streams: list[Sequence], soonest: float) -> list[float]:
+    """When each stream must emit: before its pause is too long, or if that is lost, before it is late.
+
+    One that is late or has no deadline is here because it has paused too long, and must emit at once.
+    """
+    overdue = soonest + OVERDUE_S
+    return [
+        overdue if due.late or due.next == inf else due.latest if due.latest >= soonest else due.next
+        for due in [seq.deadline for seq in streams]
+    ]
 
 
 def _excess(asked: Newcomer, ahead_ms: float, share: float) -> float:

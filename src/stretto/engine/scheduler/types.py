@@ -138,6 +138,7 @@ class Plan(Struct, eq=False):
     refuse: list[tuple[Sequence, float]] = []
     place: list[tuple[Sequence, Rank]] = []  # at a new rank
     newcomers: list[Sequence] = []  # of `place`, those that have just come
+    first: list[tuple[float, Sequence]] = []  # late ones, with when they go before all others
     preempt: list[Sequence] = []
     # Admitted, with the cached blocks that each one adopts.
     admit: list[tuple[Sequence, list[int]]] = []

@@ -1,0 +1,88 @@
+"""The bound on every wait, for prompts that take longer alone than their objective."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import inf
+
+from msgspec import structs
+
+from stretto.engine.core import LoadedModel
+from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
+from stretto.engine.scheduler import SCHEDULES
+from stretto.engine.scheduler.lateness import beyond_their_limit, first_rank, longest_wait_s
+from stretto.engine.scheduler.types import Limits
+from stretto.engine.sequence import Sequence
+from stretto.engine.step_time import StepTime
+from stretto.simulator.harness import World
+from stretto.simulator.setting import CPU_TIERS, SMALL_CPU
+from stretto.types import Objective, Reason, Request, Sampling
+
+# Tiers and prompt lengths that came at one instant of Mooncake's conversations.
+THREE_LONG = [
+    ("priority", 15_763),
+    ("flex", 16_000),
+    ("priority", 15_437),
+    ("default", 15_365),
+    ("default", 1_000),
+    ("default", 900),
+    ("flex", 9_700),
+]
+
+
+def engine() -> World:
+    clock = VirtualClock()
+    runner = NullRunner(null_info(context=16_384, blocks=16_384), cost=SMALL_CPU, sleep=clock.sleep)
+    limits = Limits(256, 512, CPU_TIERS)
+    return World(clock, [LoadedModel(runner, StepTime(SMALL_CPU))], limits, SCHEDULES["deadline"])
+
+
+def asked(ident: int, length: int, objective: Objective, *, tokens: int = 300, at: float = 0.0) -> Request:
+    sampling = Sampling(max_tokens=tokens, seed=ident)
+    return Request(
+        id=ident, model="null", prompt=(ident,) * length, arrival=at, sampling=sampling, objective=objective
+    )
+
+
+def test_long_prompts_that_are_late_begin_by_their_limit_or_are_refused():
+    """Once the last quarter of the wait was to do all: a prompt of 46 s alone began 48 s after its limit."""
+    world, late = engine(), 0
+    for ident, (tier, length) in enumerate(THREE_LONG, 1):
+        world.submit(structs.replace(asked(ident, length, CPU_TIERS[tier].objective), tier=tier))
+    world.run()
+    for ident, request in world.requests.items():
+        if world.ends[ident].reason is Reason.REFUSED:
+            continue
+        ttft_s = (request.objective.ttft_ms or inf) / 1e3
+        waited = world.stamps[ident][0]
+        late += ttft_s < waited < inf
+        alone_ms = SMALL_CPU.base + SMALL_CPU.prefill(0, len(request.prompt))
+        assert waited <= longest_wait_s(ttft_s, alone_ms)
+    assert late, "some were meant to be served although they are late"
+
+
+def test_streams_that_are_early_make_way_for_a_prompt_that_goes_first():
+    """Three prompts of 5.8 s miss their objective of 2 s whatever is done. Their limit is 17.4 s."""
+    world = engine()
+    for ident in range(1, 5):
+        world.submit(asked(ident, 20, Objective(ttft_ms=60_000, itl_ms=200), tokens=150))
+    world.run(until=2.0)
+    for ident in (5, 6, 7):
+        world.submit(asked(ident, 2000, Objective(ttft_ms=2_000, itl_ms=400, on_miss="late"), at=2.0))
+    world.run()
+    gaps = [late - early for ident in range(1, 5) for early, late in pairwise(world.stamps[ident])]
+    assert sum(gap > 0.201 for gap in gaps) > 10
+    assert not any(world.ends[ident].late for ident in range(1, 5))
+
+
+def test_of_those_that_go_first_the_ones_that_cannot_keep_their_limit_are_refused():
+    """The limit is 6 s, and a prompt of 1,000 tokens takes 2.9 s."""
+    objective = Objective(ttft_ms=2_000, itl_ms=400)
+    sequences = [Sequence.of(asked(ident, 1000, objective), 16_384) for ident in range(1, 5)]
+    placed = [(first_rank(seq, SMALL_CPU), seq) for seq in sequences]
+    alone_s = SMALL_CPU.prefill(0, 1000) / 1e3
+    limit_s = placed[0][0].order
+    now = limit_s - 2.5 * alone_s
+    assert beyond_their_limit(placed, SMALL_CPU, 1e3, now) == sequences[2:]
+    sequences[2].started = now
+    assert beyond_their_limit(placed, SMALL_CPU, 1e3, now) == sequences[3:], "what has started goes on"
