@@ -7,7 +7,7 @@ Times are seconds of the machine's monotonic clock unless a name ends in `_ms`.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta, Struct, field, json, structs
 
@@ -268,6 +268,14 @@ class Logprobs(Struct, frozen=True, array_like=True):
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
     rank: int | None = None
+
+
+class TokenJoules(NamedTuple):
+    """The energy of a token of a prompt and of one of an answer, in joules, and how it is known."""
+
+    prompt: float
+    output: float
+    source: str
 
 
 class Moved(Struct, frozen=True, array_like=True, gc=False):

@@ -58,6 +58,7 @@ ABSURD: dict[str, bytes] = {
     "no snapshot": report({"a": 1}),
     "a time that is no number": report(now=NAN),
     "quality": report(quality=NAN),
+    "joules": report(joules={"tiny": -1.0}),
     "ratio": report(bytes_per_token={"tiny": NAN}),
     "negative cache": report(models=(structs.replace(info(vocab=600), blocks=-5),)),
     "endless cache": report(models=(structs.replace(info(vocab=600), blocks=1 << 60),)),

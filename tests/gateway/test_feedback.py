@@ -161,7 +161,7 @@ async def test_what_other_choices_would_have_been_worth_is_told_by_worker(checkp
         assert (await client.get(f"{URL}/policies", headers=BOB)).json()["models"] == {}
         own: dict[str, Any] = {}
         for worker in gateway.registry.workers.values():
-            relayed = {"operation": "feedback_policies", "tenant": "ann", "request": {}}
+            relayed: dict[str, Any] = {"operation": "feedback_policies", "tenant": "ann", "request": {}}
             url = f"http://{worker.address.host}:{worker.address.port}{RELAY}"
             headers = {"x-api-key": "between-us"}
             own[worker.name] = (await client.post(url, json=relayed, headers=headers)).json()["models"]["m"]

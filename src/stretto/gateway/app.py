@@ -180,7 +180,7 @@ class Gateway(Starlette):
         headers = {"Authorization": f"Bearer {config.gateway_key}"} if config.gateway_key else {}
         self.registry = Registry(Router(config.route, Random(seed).randrange), headers)
         self.relay = Relay(self.registry, config.hedge_share)
-        self.ledger = Ledger(config.keys, self._end_revoked)
+        self.ledger = Ledger(config.keys, self._end_revoked, joules=self.registry.joules)
         self.answers = Answers(config, self.relay)
         self.monitor = Monitor(self.registry, self.answers, self.server, self.ledger)
         self.live = LivePage(self.registry, self.monitor, self.ledger, self._facts, self.server.closing)

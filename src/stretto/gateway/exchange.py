@@ -80,5 +80,8 @@ class RelayedExchange:
         if took is None:
             return Tally(prompt_tokens=self.prompt_tokens if emitted else 0, completion_tokens=emitted)
         return Tally(
-            prompt_tokens=took.prompt, cached_tokens=took.cached, completion_tokens=emitted or took.output
+            prompt_tokens=took.prompt,
+            cached_tokens=took.cached,
+            completion_tokens=emitted or took.output,
+            joules=took.joules or 0.0,
         )

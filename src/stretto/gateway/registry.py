@@ -69,6 +69,7 @@ class Worker:
     lacks: set[OperationName] = field(default_factory=set[OperationName])  # of a plain worker, as learned
     store: str = ""  # what the ids of the answers begin with that it keeps
     ratios: Mapping[str, float] = field(default_factory=dict[str, float])  # bytes of a token, by model
+    joules: Mapping[str, float] = field(default_factory=dict[str, float])  # of an answer's token, by model
     streams: set[Callable[[], None]] = field(default_factory=set[Callable[[], None]])
     lease: float | None = None  # when a worker that joined by itself must have renewed; None: configured
     task: asyncio.Task[None] | None = None
@@ -177,6 +178,10 @@ class Registry:
                 if name is None or known in names:
                     return ModelOfAll(known, info, worker.ratios.get(known, BYTES_PER_TOKEN))
         return ModelOfAll(str(name), None, BYTES_PER_TOKEN)
+
+    def joules(self, model: str) -> float | None:
+        """The most that a token of an answer takes on any worker that knows it; None: none does."""
+        return max((w.joules[model] for w in self.workers.values() if model in w.joules), default=None)
 
     def degraded(self, chosen: Worker, model: str) -> Degraded | None:
         """Why a worker answers although the model has a better variant elsewhere; None if it has not."""
@@ -288,6 +293,7 @@ class Registry:
         worker.tiers, worker.store = report.tiers, report.store
         ratios = report.bytes_per_token.items()
         worker.ratios = {name: min(max(ratio, 0.5), 20.0) for name, ratio in ratios}
+        worker.joules = report.joules
         worker.models = {info.name: info for info in report.models}
         view.round_trip, view.quality = worker.pool.round_trip, min(max(report.quality, 0.0), 1.0)
         view.offset = report.now - (asked + now) / 2

@@ -8,6 +8,7 @@ removes it, and other clients ignore it.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta, Raw, Struct
@@ -78,7 +79,8 @@ class WorkerReport(Struct, frozen=True):
     `now`: the worker's monotonic clock. `boot`: changes with each start of its engine, which empties the KV
     cache. `snapshots`: by model, the scheduler's `admission.Snapshot`; none under the schedule fcfs. `store`:
     what the ids of the answers begin with that this server keeps. `bytes_per_token`: by model, the bytes of
-    requests for each token of their prompts. `quality`: what its answers are worth, from 0 to 1.
+    requests for each token of their prompts. `quality`: what its answers are worth, from 0 to 1. `joules`: by
+    model, what a token of an answer takes, where that is known; of a ladder, on its top.
     """
 
     now: float
@@ -92,6 +94,7 @@ class WorkerReport(Struct, frozen=True):
     store: str = ""
     bytes_per_token: dict[str, float] = {}
     quality: float = 1.0
+    joules: dict[str, float] = {}
 
 
 class EmittedAnswer(Struct, frozen=True, array_like=True):
@@ -193,20 +196,26 @@ def error_mark(code: str) -> bytes:
 
 
 class Took(NamedTuple):
-    """The tokens that the answers to one request took. `cached` is part of `prompt`."""
+    """The tokens that the answers to one request took, and their energy; None: the worker does not know it.
+    `cached` is part of `prompt`."""
 
     prompt: int = 0
     cached: int = 0
     output: int = 0
+    joules: float | None = None
 
     @classmethod
     def of(cls, text: str) -> Took:
         """Reads what `str` wrote. Raises ValueError."""
-        prompt, cached, output = map(int, text.split())
-        return cls(prompt, cached, output)
+        prompt, cached, output, *more = text.split()
+        joules = float(more[0]) if more else None
+        if len(more) > 1 or (joules is not None and not 0 <= joules < inf):
+            raise ValueError(f"not what an answer took: {text[:80]!r}")
+        return cls(int(prompt), int(cached), int(output), joules)
 
     def __str__(self) -> str:
-        return f"{self.prompt} {self.cached} {self.output}"
+        tokens = f"{self.prompt} {self.cached} {self.output}"
+        return tokens if self.joules is None else f"{tokens} {self.joules:.6g}"
 
     def mark(self) -> bytes:
         """The line that stands in front of the last mark of a stream."""

@@ -172,6 +172,7 @@ def submit(
         echo=prompt.echo,
         parser=parser,
         placed=call.placed,
+        energies=server.energies,
         grammar_path=None if sampling.grammar is None else spec.grammar_path,
         variant_reason=placed.reason if sequence.request.model == request.model else "moved",
     )

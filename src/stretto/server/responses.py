@@ -35,7 +35,7 @@ from stretto.protocol.relay import Continuation
 from stretto.server.logprobs import chat_logprobs, prompt_logprobs, scored_prompt, text_logprobs
 from stretto.server.validation import AnswerSpec
 from stretto.text.detokenizer import Pieces
-from stretto.text.output import Output, OutputDelta
+from stretto.text.output import AnswerEnergy, Output, OutputDelta
 from stretto.types import TokenEvent
 
 encode = json.Encoder().encode
@@ -333,6 +333,7 @@ def _joined_report(outputs: list[Output]) -> AnswerReport:
     reports = [output.report() for output in outputs]
     on_time = [report.on_time for report in reports if report.on_time is not None]
     cached = [report.cached_tokens for report in reports if report.cached_tokens is not None]
+    energy = AnswerEnergy.of_all([output.energy() for output in outputs])
     return AnswerReport(
         variant=reports[0].variant,
         on_time=all(on_time) if on_time else None,
@@ -340,6 +341,8 @@ def _joined_report(outputs: list[Output]) -> AnswerReport:
         ttft_ms=_longest(report.ttft_ms for report in reports),
         itl_p99_ms=_longest(report.itl_p99_ms for report in reports),
         cached_tokens=sum(cached) if cached else None,
+        energy_j=None if energy is None else round(energy.joules, 6),
+        energy_source=None if energy is None else energy.source,
         site=reports[0].site,
         degraded=reports[0].degraded,
     )

@@ -33,6 +33,7 @@ from stretto.errors import (
 )
 from stretto.http.exchange import KEY, LEFT, Exchange
 from stretto.http.request import tenant_of
+from stretto.ladder.energy import joules_by_model
 from stretto.ladder.learning.feedback import FeedbackLimits, FeedbackStore
 from stretto.ladder.learning.learner import Learner
 from stretto.ladder.serving import ServedLadder
@@ -46,7 +47,7 @@ from stretto.server.variants.router import VariantPlacement, VariantRouter
 from stretto.telemetry.live import Recent
 from stretto.telemetry.log import LineWriter
 from stretto.telemetry.metrics import Ended, Gauges, Metrics, Verdict
-from stretto.text.output import NOWHERE, Output
+from stretto.text.output import NOWHERE, AnswerEnergy, Output
 from stretto.text.tokenizer import TextModel
 from stretto.types import Grammar, ModelInfo, WorkerState
 
@@ -106,6 +107,7 @@ class Server:
             {ladder.name: [model.name for model in ladder.models.values()] for ladder in ladders},
             np.random.default_rng(),
         )
+        self.energies = joules_by_model(ladders)
         self._routers = {
             name: router
             for ladder in ladders
@@ -226,6 +228,11 @@ class Server:
             known = [seen[model.name] for model in ladder.models.values() if model.name in seen]
             if known:
                 seen[name] = min(known, key=lambda each: each.estimate.cost.decodes(1, 0))
+        joules = self.energies | {
+            name: self.energies[ladder.top.name]
+            for name, ladder in self.ladders.items()
+            if ladder.top.name in self.energies
+        }
         return WorkerReport(
             now=time.monotonic(),
             boot=self.engine.boot,
@@ -237,6 +244,7 @@ class Server:
             store=self.store_id if self.config.response_store else "",
             quality=self.config.quality,
             bytes_per_token={name: size / tokens for name, (size, tokens) in self._sizes.items()},
+            joules={name: each.output for name, each in joules.items()},
         )
 
     @property
@@ -406,10 +414,12 @@ class Call:
     def took(self) -> Took:
         """What the answers took, for the accounts of a gateway."""
         firsts = [output for output in self.outputs if output.prompt_counts]
+        energy = AnswerEnergy.of_all([output.energy() for output in self.outputs])
         return Took(
             sum(output.prompt_tokens for output in firsts),
             sum(output.began.cached_tokens for output in firsts if output.began is not None),
             sum(output.tokens for output in self.outputs),
+            None if energy is None else energy.joules,
         )
 
     def end(self, error: StrettoError | None) -> None:

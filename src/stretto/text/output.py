@@ -6,7 +6,7 @@ times. It closes its stream when the text ends the answer. It knows neither HTTP
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import inf, isfinite
@@ -25,7 +25,17 @@ from stretto.text.detokenizer import Detokenizer
 from stretto.text.reasoning_parser import ReasoningParser
 from stretto.text.stop_strings import StopStrings
 from stretto.text.tools.parser import AbandonedCall, CallParser, Reasoning, ToolEvent
-from stretto.types import Began, Finish, Moved, Objective, Reason, Request, TokenEvent, VariantReason
+from stretto.types import (
+    Began,
+    Finish,
+    Moved,
+    Objective,
+    Reason,
+    Request,
+    TokenEvent,
+    TokenJoules,
+    VariantReason,
+)
 
 OutputDelta = tuple[Delta, TokenEvent | None]
 FINISH: dict[Reason, FinishReason] = {
@@ -40,6 +50,24 @@ class AnswerPlace(NamedTuple):
 
     site: str | UnsetType = UNSET
     degraded: Degraded | UnsetType = UNSET
+
+
+class AnswerEnergy(NamedTuple):
+    """The joules that an answer took, and how they are known."""
+
+    joules: float
+    source: str
+
+    @classmethod
+    def of_all(cls, parts: Sequence[AnswerEnergy | None]) -> AnswerEnergy | None:
+        """The sum; None when one is unknown or there are none. An estimate among them makes it one."""
+        known = [each for each in parts if each is not None]
+        if not known or len(known) < len(parts):
+            return None
+        sources = sorted(
+            (each.source for each in known), key=lambda source: not source.startswith("estimate")
+        )
+        return cls(sum(each.joules for each in known), sources[0])
 
 
 NOWHERE = AnswerPlace()
@@ -214,7 +242,8 @@ class Output:
     """The answer of one sequence. `finish_reason` is set once it ended.
 
     `index` counts the outputs of an HTTP request. `prompt_counts`: usage counts the prompt with this output.
-    `echo` is text to send before the answer. Without a `parser` all text is content.
+    `echo` is text to send before the answer. Without a `parser` all text is content. `energies`: of a token,
+    by the engine's models whose energy is known.
     """
 
     request: Request
@@ -227,6 +256,7 @@ class Output:
     grammar_path: str | None = None  # of the field that gave the grammar
     variant_reason: VariantReason | None = None  # why this variant was chosen, if one was
     placed: AnswerPlace = NOWHERE
+    energies: Mapping[str, TokenJoules] = field(default_factory=dict[str, TokenJoules])
     tokens: int = 0
     finish_reason: FinishReason | None = None
     began: Began | None = None
@@ -299,7 +329,7 @@ class Output:
 
     def report(self) -> AnswerReport:
         """What the client is told about this answer: its latency, and the variant."""
-        times, began = self.times, self.began
+        times, began, energy = self.times, self.began, self.energy()
         return AnswerReport(
             variant=self.variant,
             variant_reason=self.why or UNSET,
@@ -309,9 +339,33 @@ class Output:
             ttft_ms=_ms(times.ttft),
             itl_p99_ms=_ms(times.itl_p99()),
             cached_tokens=None if began is None else began.cached_tokens,
+            energy_j=None if energy is None else round(energy.joules, 6),
+            energy_source=None if energy is None else energy.source,
             site=self.placed.site,
             degraded=self.placed.degraded,
         )
+
+    def energy(self) -> AnswerEnergy | None:
+        """What it took by now, for its tokens and those of its prompt that were not cached; None: unknown.
+        A variant that goes on computes all tokens before its own."""
+        if self.began is None and not self.tokens:
+            return None
+        read = self.prompt_tokens - (0 if self.began is None else self.began.cached_tokens)
+        spans = [span for span in self._spans() if span[1]] or self._spans()[-1:]
+        parts: list[AnswerEnergy | None] = []
+        for start, written in spans:
+            each = self.energies.get(start.model)
+            if each is None:
+                return None
+            parts.append(AnswerEnergy(each.prompt * max(read, 0) + each.output * written, each.source))
+            read = self.prompt_tokens + start.after + written
+        return AnswerEnergy.of_all(parts)
+
+    def _spans(self) -> list[tuple[Moved, int]]:
+        """The variants one after another, and how many tokens each one wrote."""
+        starts = [Moved(self.request.model, 0, "moved"), *self.moves]
+        ends = [each.after for each in self.moves] + [self.tokens]
+        return [(start, end - start.after) for start, end in zip(starts, ends, strict=True)]
 
     def _begin(self, began: Began) -> None:
         """Record how the sequence started, or where it moved."""
@@ -322,16 +376,12 @@ class Output:
 
     def _parts(self) -> list[AnswerPart]:
         """What each variant wrote, if several did."""
-        starts = [Moved(self.request.model, 0, "moved"), *self.moves]
-        ends = [each.after for each in self.moves] + [self.tokens]
         parts = [
             AnswerPart(
-                variant=start.model,
-                tokens=end - start.after,
-                reason=self.variant_reason if at == 0 else start.why,
+                variant=start.model, tokens=written, reason=self.variant_reason if at == 0 else start.why
             )
-            for at, (start, end) in enumerate(zip(starts, ends, strict=True))
-            if end > start.after
+            for at, (start, written) in enumerate(self._spans())
+            if written > 0
         ]
         return parts if len(parts) > 1 else []
 

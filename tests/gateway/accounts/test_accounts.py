@@ -170,6 +170,22 @@ def test_energy_comes_from_the_price_list():
     assert caught.value.retry_after is None
 
 
+def test_energy_that_workers_report_comes_before_the_price_list():
+    made = accounts(record("k", limits=("joules=30/ever",)), prices={"m": Price(joules=0.5)})
+    account = find(made, "k")
+    bill = made.admit(account, work(joules=0.1), at())
+    assert bill.reserved["joules"] == pytest.approx(2.0), "twenty tokens"
+    assert made.settle(bill, Tally(completion_tokens=20, joules=7.0), at()).joules == 7.0
+    bill = made.admit(account, work(joules=0.1), at())
+    broken_off = made.settle(bill, Tally(completion_tokens=10), at())
+    assert broken_off.joules == pytest.approx(1.0), "by what a token takes"
+    assert made.settle(made.admit(account, work(), at()), Tally(completion_tokens=4), at()).joules == 2.0
+    assert made.limits(account, at())[0].used == pytest.approx(10.0)
+    made.admit(account, work("unpriced", joules=0.1), at())
+    with pytest.raises(NotAllowed, match="needs a price"):
+        made.admit(account, work("unpriced"), at())
+
+
 def test_the_keys_of_a_tenant_share_its_limits():
     tenants = {"acme": TenantRecord(limits=("requests=2/minute",))}
     made = accounts(record("a"), record("b"), record("c", tenant="bob"), tenants=tenants)

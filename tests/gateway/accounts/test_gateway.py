@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -13,14 +14,21 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
+from stretto.config import ServeConfig
+from stretto.engine.step_time import StepCost
 from stretto.errors import StartError, Unauthorised
 from stretto.gateway import settings
 from stretto.gateway.accounts import issue
 from stretto.gateway.accounts.keys import KeyFile
+from stretto.gateway.accounts.prices import Price
 from stretto.gateway.app import Gateway
 from stretto.gateway.settings import GatewayConfig
+from stretto.ladder.registry import TokenEnergy
+from stretto.server.app import App
 from tests.gateway.cluster import ASK, CHAT, cluster, fake
-from tests.server.fake_engine import FakeEngine
+from tests.ladder.tiny_ladder import variant
+from tests.server.fake_engine import FakeEngine, info
+from tests.server.variants.test_placement import build
 
 
 @pytest.fixture
@@ -130,6 +138,48 @@ async def test_a_used_up_budget_is_a_429_that_names_it(checkpoint: Path, file: K
         )
         assert "tokens=5/month" in error["message"] and "renewed at" in error["message"]
         assert 0 < int(refused.headers["retry-after"]) <= 31 * 86400 + 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_budget_of_energy_is_charged_with_what_workers_report(
+    checkpoint: Path, file: KeyFile, stream: bool
+):
+    """A worker with a ladder knows the energy; no price is needed, and one for all models does not count."""
+
+    def app(config: ServeConfig, made: FakeEngine) -> App:
+        times = {"here": StepCost(base=3.0, per_decode=1.0, per_prefill=0.5)}
+        known = variant("full", energy=TokenEnergy(0.8, "estimate: for tests"), times=times)
+        return build(made, checkpoint, config, known)
+
+    engine = FakeEngine(lambda request: [65, 66, 67], {"m:full": info("m:full", vocab=600)})
+    ann = create(file, "ann", limits=("joules=8/month",))
+    watcher = create(file, "watcher", scopes=("metrics",))
+    settings: dict[str, Any] = {
+        "keys_file": str(file.path),
+        "gateway_key": "g",
+        "prices": {"*": Price(joules=1000.0)},
+    }
+    async with cluster(checkpoint, engine, make=app, **settings) as (client, _):
+        body = ASK | {"model": "m", "stream": stream, "max_tokens": 3}
+        answer = await client.post(CHAT, json=body, headers=ann)
+        events = answer.text.splitlines() if stream else [f"data: {answer.text}"]
+        last = [json.loads(each[6:]) for each in events if each.startswith("data: {")][-1]
+        took = last["stretto"]["energy_j"]
+        assert 2.4 < took < 10, "three tokens, and a prompt"
+        usage = (await client.get("/v1/usage", headers=ann)).json()
+        assert [row["joules"] for row in usage["rows"]] == [pytest.approx(took)]
+        assert usage["limits"][0]["used"] == pytest.approx(took)
+        table = (await client.get("/v1/usage?format=csv", headers=ann)).text.splitlines()
+        column = table[0].split(",").index("joules")
+        assert float(table[1].split(",")[column]) == pytest.approx(took)
+        exposed = (await client.get("/metrics", headers=watcher)).text
+        name = r'^stretto_gateway_joules_total\{model="m",tenant="ann"\} (\S+)$'
+        found = re.search(name, exposed, re.MULTILINE)
+        assert found is not None and float(found[1]) == pytest.approx(took)
+        for _ in range(int(8 / took)):
+            assert (await client.post(CHAT, json=body, headers=ann)).status_code == 200
+        refused = await client.post(CHAT, json=body, headers=ann)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "budget_exceeded")
 
 
 async def test_an_answer_that_the_client_leaves_is_paid_up_to_there(checkpoint: Path, file: KeyFile):

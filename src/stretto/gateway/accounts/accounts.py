@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from math import inf
 from typing import NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 from starlette.datastructures import Headers
 
 from stretto.errors import BudgetExceeded, KeyExpired, KeyRevoked, NotAllowed, RateLimited, Unauthorised
@@ -82,13 +82,15 @@ class Account:
 
 
 class Demand(NamedTuple):
-    """What is known of a request before it runs. `limit`: the most tokens of an answer, None for no limit."""
+    """What is known of a request before it runs. `limit`: the most tokens of an answer, None for no limit.
+    `joules`: of a token of an answer, as workers say; None: they do not know."""
 
     model: str
     tier: str
     prompt_tokens: int
     limit: int | None = None
     answers: int = 1
+    joules: float | None = None
 
 
 NO_WORK = Demand("", "default", 0)
@@ -195,6 +197,8 @@ class Accounts:
         """Reserves what a request is expected to use. Raises NotAllowed, RateLimited or BudgetExceeded."""
         ensure_tier(account.record, work.tier)
         price = price_of(self.prices, work.model)
+        if work.joules is not None:
+            price = structs.replace(price, joules=work.joules)
         reserved = _expected(account, work, price)
         owned = self._owned(account)
         for owner, meters in owned:

@@ -49,11 +49,21 @@ class KeySettings(Struct, frozen=True):
 class Ledger:
     """The accounts and their files. `revoked(ids)` is called with the keys that are no longer valid."""
 
-    def __init__(self, settings: KeySettings, revoked: Revoked, now: Callable[[], Now] = clock) -> None:
-        """Raises StartError for a file that cannot be read."""
+    def __init__(
+        self,
+        settings: KeySettings,
+        revoked: Revoked,
+        now: Callable[[], Now] = clock,
+        joules: Callable[[str], float | None] = lambda model: None,
+    ) -> None:
+        """`joules(model)`: what a token of an answer takes, as workers say; None: they do not know.
+
+        Raises StartError for a file that cannot be read.
+        """
         self.error = ""  # what is wrong with the key file now
         self._unsaved = False
         self.now = now
+        self.joules = joules
         self.accounts = Accounts(settings.prices, settings.share)
         self._settings = settings
         self._revoked = revoked
@@ -181,8 +191,15 @@ class Charge:
 
     def admit(self, request: Request, answers: int) -> None:
         """Reserves what the answers may take. Raises NotAllowed, RateLimited or BudgetExceeded."""
-        work = Demand(request.model, request.tier, len(request.prompt), request.sampling.max_tokens, answers)
         ledger = self._ledger
+        work = Demand(
+            request.model,
+            request.tier,
+            len(request.prompt),
+            request.sampling.max_tokens,
+            answers,
+            ledger.joules(request.model),
+        )
         if self._names_model:
             self.account.ensure_model(work.model)
         self._bill = ledger.accounts.admit(self.account, work, ledger.now())

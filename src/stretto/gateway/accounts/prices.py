@@ -18,7 +18,7 @@ class Price(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The price of a model: `input`, `cached` and `output` per million tokens, in any one currency.
 
     `cached`: for tokens of the prompt that were in the prefix cache; None: as `input`. `joules`: energy per
-    token of the answer, for workers that measure none. None: unknown.
+    token of the answer, for workers that do not report it. None: unknown.
     """
 
     input: PriceAmount | None = None

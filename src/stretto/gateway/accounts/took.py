@@ -76,4 +76,5 @@ def _used(body: bytes) -> Took | None:
     details = usage.prompt_tokens_details
     cached = 0 if details is None else details.cached_tokens or 0
     counts = (usage.prompt_tokens, cached, usage.completion_tokens or 0)
-    return Took(*(max(0, count) for count in counts))
+    prompt, cached, output = (max(0, count) for count in counts)
+    return Took(prompt, cached, output)

@@ -45,7 +45,7 @@ class UsageRow(Struct, frozen=True, kw_only=True):
 
 
 class Tally(Struct, frozen=True, kw_only=True):
-    """What one answer took. `joules`: measured by the worker, or by the price list; 0 when neither knows."""
+    """What one answer took. `joules`: as the worker reports, or by the price list; 0 when neither knows."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -38,7 +38,7 @@ COST = Metric(
 JOULES = Metric(
     Counter,
     "stretto_gateway_joules",
-    "Energy by tenant and model in joules, by the setting prices.",
+    "Energy by tenant and model in joules, as workers report it, else by the setting prices.",
     ("tenant", "model"),
 )
 ROUTED = Metric(

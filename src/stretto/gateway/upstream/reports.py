@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import isfinite
+from math import inf, isfinite
 
 from msgspec import DecodeError, ValidationError, msgpack, structs
 
@@ -55,6 +55,8 @@ def _wrong(report: WorkerReport) -> Iterable[str]:
         yield "quality"
     if not all(map(isfinite, report.bytes_per_token.values())):
         yield "bytes_per_token"
+    if not all(0 <= each < inf for each in report.joules.values()):
+        yield "joules"
     for info in report.models:
         if not _possible(info):
             yield f"the size of {info.name}"
