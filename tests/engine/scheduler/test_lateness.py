@@ -10,7 +10,7 @@ from msgspec import structs
 from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import SCHEDULES
-from stretto.engine.scheduler.lateness import beyond_their_limit, first_rank, longest_wait_s
+from stretto.engine.scheduler.lateness import Alarms, beyond_their_limit, first_rank, longest_wait_s
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import StepTime
@@ -86,3 +86,10 @@ def test_of_those_that_go_first_the_ones_that_cannot_keep_their_limit_are_refuse
     assert beyond_their_limit(placed, SMALL_CPU, 1e3, now) == sequences[2:]
     sequences[2].started = now
     assert beyond_their_limit(placed, SMALL_CPU, 1e3, now) == sequences[3:], "what has started goes on"
+
+
+def test_a_request_whose_two_alarms_ring_at_once_goes_first_once():
+    alarms = Alarms()
+    for at, ident in ((1.0, 7), (2.0, 8), (1.5, 7), (9.0, 7)):
+        alarms.add(at, ident)
+    assert alarms.due(3.0) == [7, 8]

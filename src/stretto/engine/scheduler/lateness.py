@@ -54,11 +54,11 @@ class Alarms:
         heappush(self._heap, (at, ident))
 
     def due(self, now: float) -> list[int]:
-        """Take the ids of those whose time has come."""
+        """Take the ids of those whose time has come, each once: a late one has two alarms."""
         due: list[int] = []
         while self._heap and self._heap[0][0] <= now:
             due.append(heappop(self._heap)[1])
-        return due
+        return list(dict.fromkeys(due))
 
 
 class Backlog(Struct, frozen=True, array_like=True):
