@@ -415,7 +415,7 @@ class _Run:
         job = self._job("$.steps", self.made[self._top()], self.out / WORK / EVALUATION, EVALUATION)
         prompts = next(each.prompts for each in self.recipe.steps if isinstance(each, EvaluateStep))
         found = kept_cascade(
-            self.out / EVALUATION / "cascade.json",
+            self.out / "cascade.json",
             _key(parts),
             lambda: measure_cascade(job, self._side(small), self._side(best), prompts, step.cascade or 0.0),
         )
