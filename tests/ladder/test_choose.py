@@ -195,3 +195,30 @@ def test_of_variants_that_would_crowd_others_out_the_one_that_ends_first_answers
     )
     choice = choose([full, small], Need(prompt_tokens=10, output_tokens=10))
     assert (choice.name, choice.outcome, choice.reason) == ("small", "late", "late")
+
+
+def _two(quality: float) -> list[LadderCandidate]:
+    """A slow variant on an idle machine, and a fast one of this quality with a queue."""
+    slow, fast = StepCost(2, 0.5, 0.2, 0, 0), StepCost(0.2, 0.05, 0.02, 0, 0)
+    return [
+        LadderCandidate(name="slow", cost=slow, quality=0.9, quality_low=0.8),
+        LadderCandidate(name="fast", cost=fast, quality=quality, quality_low=0.8 * quality, queue_ms=5e3),
+    ]
+
+
+def test_of_equals_the_one_that_takes_less_of_the_machine_answers_although_it_ends_later() -> None:
+    assert choose(_two(0.9), Need(prompt_tokens=100, output_tokens=10)).name == "fast"
+
+
+def test_below_the_floor_machine_time_has_its_price_too() -> None:
+    need = Need(prompt_tokens=100, output_tokens=10, min_quality=0.95)
+    assert choose(_two(0.8), need).name == "slow"
+    choice = choose(_two(0.8), need, price=0.01)
+    assert (choice.outcome, choice.name) == ("below_floor", "fast")
+
+
+def test_machine_time_is_that_of_an_answer_of_the_mean_length() -> None:
+    need = Need(prompt_tokens=100, output_tokens=100, mean_tokens=10)
+    usual, long = (predict(_two(0.9)[0], each) for each in (need, Need(prompt_tokens=100, output_tokens=100)))
+    assert usual.work_ms == pytest.approx(20 + 10 * 2.5) and long.work_ms == pytest.approx(20 + 100 * 2.5)
+    assert usual.total_ms == long.total_ms, "what is promised holds for a long answer"

@@ -17,6 +17,14 @@ def test_the_prior_counts_until_enough_answers_have_ended() -> None:
     assert OutputLengths().predict("a") == UNKNOWN
 
 
+def test_the_mean_is_of_the_same_answers_and_that_of_long_ones_until_there_are_enough() -> None:
+    lengths = OutputLengths(40)
+    assert lengths.mean("a") == 40
+    for tokens in (*[10] * 9, 110):
+        lengths.observe("a", tokens, cut=False)
+    assert lengths.mean("a") == 20 and lengths.mean("a", 7) == 7
+
+
 def test_a_tenant_has_its_own_quantile_and_strangers_that_of_all() -> None:
     lengths = OutputLengths(40)
     for tokens in range(1, 101):

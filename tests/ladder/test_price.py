@@ -5,7 +5,16 @@ from __future__ import annotations
 from random import Random
 from time import process_time
 
-from stretto.ladder.price import EVERY_S, FULL, HORIZON_S, KEPT, LONGEST_S, TimePrice, WorkOption
+from stretto.ladder.price import (
+    EVERY_S,
+    FULL,
+    HALF_LIFE_S,
+    HORIZON_S,
+    KEPT,
+    LONGEST_S,
+    TimePrice,
+    WorkOption,
+)
 
 TOP, LIGHT = WorkOption(1000.0, 0.9), WorkOption(100.0, 0.6)
 
@@ -64,6 +73,42 @@ def test_old_requests_are_forgotten_and_memory_is_bounded() -> None:
     assert seen(price, 30.0 + EVERY_S / 2) > 0.0, "kept until the next look"
     assert seen(price, 31.0 + LONGEST_S) == 0.0
     assert len(price._recent) <= KEPT  # pyright: ignore[reportPrivateUsage]
+
+
+def bursting(patience_ms: float) -> TimePrice:
+    """A request every 4 s, and then 16 within 0.4 s."""
+    price = TimePrice()
+    for number in range(20):
+        price.offer(4.0 * number, (TOP, LIGHT), patience_ms)
+    for number in range(16):
+        price.offer(80.0 + number / 40, (TOP, LIGHT), patience_ms)
+    return price
+
+
+def test_a_peak_has_a_price_at_once_if_its_requests_cannot_wait_for_it() -> None:
+    assert taken(seen(bursting(2e3), 80.4), (TOP, LIGHT)) == LIGHT
+
+
+def test_work_that_waits_has_a_price_without_more_requests() -> None:
+    price = TimePrice()
+    for number in range(20):  # half of the time
+        price.offer(2.0 * number, (TOP, LIGHT), 2e3)
+    price.update(40.0)
+    assert price.value() == 0.0
+    price.update(41.0, backlog_ms=20e3)
+    assert taken(price.value(), (TOP, LIGHT)) == LIGHT
+
+
+def test_a_price_falls_by_half_at_the_fastest() -> None:
+    price = TimePrice()
+    for number in range(20):
+        price.offer(2.0 * number, (TOP, LIGHT), 2e3)
+    price.update(40.0, backlog_ms=20e3)
+    high = price.value()
+    price.update(40.0 + HALF_LIFE_S)
+    assert 0.49 * high < price.value() < 0.51 * high
+    price.update(41.0 + HALF_LIFE_S + HORIZON_S)
+    assert price.value() == 0.0
 
 
 def test_a_new_price_takes_little_time() -> None:

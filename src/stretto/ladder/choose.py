@@ -59,13 +59,15 @@ class LadderCandidate(Struct, frozen=True, kw_only=True):
 
 
 class Need(Struct, frozen=True, kw_only=True):
-    """What a request needs. `output_tokens`: the 90 % quantile of the length of its answer.
+    """What a request needs. `output_tokens`: the 90 % quantile of the length of its answer. `mean_tokens`: the
+    mean of it, which says what machine time costs the others; 0: as `output_tokens`.
 
     `elapsed_ms`: since its arrival, from which its deadlines count.
     """
 
     prompt_tokens: int
     output_tokens: int
+    mean_tokens: int = 0
     objective: Objective = Objective()
     min_quality: float = 0.0
     preference: Preference = "quality"
@@ -74,7 +76,7 @@ class Need(Struct, frozen=True, kw_only=True):
 
 class Prediction(NamedTuple):
     """What a variant would do for a request. Times count from the request's arrival. `work_ms`: the machine
-    time that it takes, with its share of each step's base."""
+    time that an answer of the mean length takes, with its share of each step's base."""
 
     candidate: LadderCandidate
     ttft_ms: float
@@ -140,7 +142,7 @@ def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0
             return VariantChoice("refused", None, "late" if able else "below_floor", [], predicted)
         case "degrade":
             if on_time:
-                outcome, chosen = "below_floor", min(on_time, key=_by_quality)
+                outcome, chosen = "below_floor", min(on_time, key=lambda each: _by_worth(each, price))
             else:
                 chosen = min(variants, key=_by_excess)
         case "late":
@@ -200,7 +202,8 @@ def predict(candidate: LadderCandidate, need: Need) -> Prediction:
     excess = excess_ms(need.objective, ttft, total, tokens)
     if candidate.crowded and excess < CROWDED_MS:
         excess = CROWDED_MS
-    work = prefill + tokens * (cost.row(keys) + cost.base / (candidate.streams + 1))
+    usual = need.mean_tokens or tokens
+    work = prefill + usual * (cost.row(length + usual // 2) + cost.base / (candidate.streams + 1))
     return Prediction(candidate, ttft, itl, total, candidate.joules_per_token * tokens, excess, work)
 
 
@@ -217,8 +220,8 @@ def _by_worth(each: Prediction, price: float) -> tuple[float, float, str]:
 
 
 def _by_quality(each: Prediction) -> tuple[float, float, str]:
-    """The best quality; of equals, the one that ends first."""
-    return -each.candidate.quality, each.total_ms, each.candidate.name
+    """The best quality; of equals, the one that takes the least machine time."""
+    return -each.candidate.quality, each.work_ms, each.candidate.name
 
 
 def _by_energy(each: Prediction) -> tuple[float, float, str]:

@@ -43,7 +43,19 @@ class OutputLengths:
 
     def predict(self, tenant: str, max_tokens: int | None = None) -> int:
         """The tokens of a long answer to this tenant, at most `max_tokens`."""
+        known = self._known(tenant)
+        usual = self._prior if known is None else round(known.quantile(LONG, self._prior))
+        return max(1, usual if max_tokens is None else min(usual, max_tokens))
+
+    def mean(self, tenant: str, max_tokens: int | None = None) -> int:
+        """The mean tokens of an answer to this tenant, at most `max_tokens`; of a long one while nothing is
+        known."""
+        known = self._known(tenant)
+        usual = self._prior if known is None else round(sum(known) / len(known))
+        return max(1, usual if max_tokens is None else min(usual, max_tokens))
+
+    def _known(self, tenant: str) -> Window | None:
+        """The lengths that stand for this tenant's."""
         own = self._tenants.get(tenant, self._all)
         known = own if len(own) >= ENOUGH else self._all
-        usual = round(known.quantile(LONG, self._prior)) if len(known) >= ENOUGH else self._prior
-        return max(1, usual if max_tokens is None else min(usual, max_tokens))
+        return known if len(known) >= ENOUGH else None

@@ -119,6 +119,10 @@ class Prospects:
             )
         return found
 
+    def backlog_ms(self) -> float:
+        """The work of all prompts with deadlines that wait, on all models."""
+        return sum(outlook.backlog_ms for outlook in self._outlooks().values())
+
     def _current(self, outlooks: Mapping[str, Outlook]) -> dict[str, PreparedSnapshot]:
         prepared = self._prepared
         for name, outlook in outlooks.items():

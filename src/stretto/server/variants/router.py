@@ -6,6 +6,7 @@ The choice itself is `ladder.choose`; this collects what it needs. It knows no H
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -139,7 +140,7 @@ class VariantRouter:
         choice = self._choice(asked, models, expected, now)
         if choice is None:
             return self._unforeseen(asked, expected, floor)
-        self._price.offer(now, _options(choice, floor))
+        self._price.offer(now, _options(choice, floor), _patience_ms(asked.objective))
         return self._placed(asked, choice, expected, floor)
 
     def foresee(self, asked: LadderRequest, now: float) -> str:
@@ -191,6 +192,7 @@ class VariantRouter:
         need = Need(
             prompt_tokens=asked.prompt_tokens,
             output_tokens=self.lengths.predict(asked.tenant, asked.max_tokens),
+            mean_tokens=self.lengths.mean(asked.tenant, asked.max_tokens),
             objective=asked.objective,
             min_quality=asked.objective.min_quality or 0.0,
             preference=asked.prefer,
@@ -228,7 +230,7 @@ class VariantRouter:
 
     def reprice(self, now: float) -> None:
         """Let the price of machine time follow the load. To be called after a choice, when nobody waits."""
-        self._price.update(now)
+        self._price.update(now, self._prospects.backlog_ms())
 
     def _able(self, asked: LadderRequest) -> dict[str, Variant]:
         """The variants that may answer, by the engine's names: their context holds prompt and answer."""
@@ -307,6 +309,11 @@ class VariantRouter:
             expected=tuple([each.mean for each in expected.measured.values()]),
             context=expected.context,
         )
+
+
+def _patience_ms(objective: Objective) -> float:
+    """How long after its arrival the first token of a request is due."""
+    return min(each for each in (objective.ttft_ms, objective.total_ms, inf) if each is not None)
 
 
 def _options(choice: VariantChoice, floor: float) -> list[WorkOption]:
