@@ -59,8 +59,8 @@ class LadderCandidate(Struct, frozen=True, kw_only=True):
 
 
 class Need(Struct, frozen=True, kw_only=True):
-    """What a request needs. `output_tokens`: the 90 % quantile of the length of its answer. `mean_tokens`: the
-    mean of it, which says what machine time costs the others; 0: as `output_tokens`.
+    """What a request needs. `output_tokens`: the 90 % quantile of the length of its answer. `mean_tokens`:
+    the mean of it, which says what machine time costs the others; 0: as `output_tokens`.
 
     `elapsed_ms`: since its arrival, from which its deadlines count.
     """

@@ -48,8 +48,7 @@ class OutputLengths:
         return max(1, usual if max_tokens is None else min(usual, max_tokens))
 
     def mean(self, tenant: str, max_tokens: int | None = None) -> int:
-        """The mean tokens of an answer to this tenant, at most `max_tokens`; of a long one while nothing is
-        known."""
+        """The mean tokens of an answer to this tenant, at most `max_tokens`. Unknown: those of a long one."""
         known = self._known(tenant)
         usual = self._prior if known is None else round(sum(known) / len(known))
         return max(1, usual if max_tokens is None else min(usual, max_tokens))

@@ -2,8 +2,8 @@
 
 The most quality that fits into the time is a knapsack with a choice from each request. Its relaxation has one
 price: each request takes the variant with the most quality less price times work (P. Sinha and A. Zoltners,
-"The multiple-choice knapsack problem", Operations Research 27, 1979). The price is the least one at which as many
-requests as came lately fit, beside the work that waits. It knows numbers, and neither queues nor clocks.
+"The multiple-choice knapsack problem", Operations Research 27, 1979). The price is the least one at which as
+many requests as came lately fit, beside the work that waits. It knows numbers, and neither queues nor clocks.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _patience_ms(requests: Sequence[PricedRequest]) -> float:
 
 
 def _fitting(requests: Collection[PricedRequest], time_ms: float) -> tuple[tuple[float, float], float]:
-    """The prices between which requests begin to fit into this time, and the share that takes the lower one."""
+    """The prices between which requests begin to fit into this time, and the share that takes the lower."""
     stride = -(-len(requests) // SAMPLED)
     sample = [each.options for each in islice(requests, 0, None, stride)]
     fits = time_ms * len(sample) / len(requests)
