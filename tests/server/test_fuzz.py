@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis.checks import CHECKS  # pyright: ignore[reportUnknownVariableType]
+from schemathesis.core.errors import InvalidSchema
 from schemathesis.generation import GenerationMode
 
 from stretto.config import ServeConfig
@@ -80,6 +81,12 @@ def test_responses_match_the_openapi_document(
         assert not fuzzed.server.calls
         assert fuzzed.server.gate.waiting == 0
 
-    holds()
+    for attempt in range(5):
+        try:
+            (seed(attempt)(holds) if attempt else holds)()
+            break
+        except InvalidSchema:  # of the broken schema that it drew, the library could make no value
+            if attempt == 4:
+                raise
     expected = mode is GenerationMode.POSITIVE and label != NEVER_OK
     assert label not in VARIED or (200 in seen) == expected
