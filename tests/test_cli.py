@@ -323,6 +323,7 @@ def test_ctrl_c_stops_the_answer_but_not_the_chat(served: Served) -> None:
         type_and_wait("\x03", "(stopped)")
         type_and_wait("", "to the first token")
         type_and_wait("", "> ")
+        time.sleep(0.5)  # the prompt is printed before anything is read
         type_and_wait("\x03", "/quit ends the chat")
         type_and_wait("/quit\n", "/quit")
     with urlopen(f"{served.url}/state") as page:

@@ -186,6 +186,9 @@ async def test_no_stream_is_lost_wrong_or_repeated_when_a_process_fails(how: str
     options = failover.parser().parse_args(
         ["--rounds", "1", "--streams", "8", "--workers", "2", "--how", how]
     )
-    counts = await failover.measure(options)
+    for _ in range(3):  # the instant of the failure is drawn; all streams may have ended by then
+        counts = await failover.measure(options)
+        if counts.running:
+            break
     assert counts.running > 0 and counts._replace(running=0, cut=0) == failover.Counts()
     assert (counts.cut > 0) == (how == "gateway")  # the dead gateway's streams, in an error that says so

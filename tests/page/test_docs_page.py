@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -37,7 +38,9 @@ async def test_types_open_within_types(docs: Any) -> None:
     tools = chat.locator("li:has(> code:text-is('tools'))").first
     await tools.locator("summary:text-is('Tool')").click()
     await tools.locator("summary:text-is('Function')").first.click()
-    assert "With `strict`".replace("`", "") in await tools.inner_text()
+    async with asyncio.timeout(20):  # it opens after the click
+        while "With strict" not in await tools.inner_text():
+            await asyncio.sleep(0.05)
 
 
 async def test_a_request_is_sent_from_the_page(docs: Any, set_answer: SetAnswer) -> None:

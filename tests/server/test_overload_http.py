@@ -47,4 +47,4 @@ def test_an_overload_over_http(tmp_path: Path) -> None:
     assert all(one.retry_after is not None and 1 <= one.retry_after <= SECONDS for one in refused)
     assert all(one.ttft <= LATEST * TTFT_S + SLACK_S for one in served), "nobody waits beyond the bound"
     waited = [one.ended - one.started for one in refused]
-    assert sum(wait < TTFT_S / 2 for wait in waited) >= 0.95 * len(waited), "they are told when they come"
+    assert sum(wait < TTFT_S / 2 for wait in waited) >= 0.8 * len(waited), "they are told when they come"
