@@ -295,13 +295,14 @@ async def one_round(
 
 async def undisturbed(
     cluster: Cluster, count: int, *, schema: bool
-) -> tuple[list[dict[str, Any]], list[str], list[float]]:
-    """Requests whose answers are the same whatever else is in a step, with those answers, and the gaps
-    around an instant without a failure."""
+) -> tuple[list[dict[str, Any]], list[str], list[float], float]:
+    """Requests whose answers are the same whatever else is in a step, with those answers, the gaps around an
+    instant without a failure, and the shortest time from the last first token to the last end."""
     spare = count // 4
     bodies = [request(index, schema=schema) for index in range(count + spare)]
     texts: list[list[str]] = [[] for _ in bodies]
     usual: list[float] = []
+    rests: list[float] = []
     for _ in range(UNDISTURBED):
         places = list(range(len(bodies)))
         random.Random(len(usual)).shuffle(places)
@@ -310,6 +311,7 @@ async def undisturbed(
         if not all(each.ended for each in seen):
             raise SystemExit(f"an undisturbed answer has no end: {seen[0]}")
         middle = max(each.times[1] for each in seen) + 0.1
+        rests.append(max(each.times[-1] for each in seen) - max(each.times[0] for each in seen))
         usual += [gap for each in seen if (gap := each.gap_at(middle)) is not None]
         for place, each in zip(places, seen, strict=True):
             texts[place].append(each.text)
@@ -319,7 +321,7 @@ async def undisturbed(
     )
     if len(same) < count:
         raise SystemExit(f"only {len(same)} answers stay the same when nothing fails")
-    return [bodies[place] for place in same], [texts[place][0] for place in same], usual
+    return [bodies[place] for place in same], [texts[place][0] for place in same], usual, min(rests)
 
 
 def spread(seconds: list[float]) -> str:
@@ -341,11 +343,11 @@ async def measure(options: argparse.Namespace) -> Counts:
             for process in (*cluster.workers, *cluster.gateways):
                 process.start()
             await cluster.ready()
-            bodies, right, usual = await undisturbed(cluster, options.streams, schema=options.schema)
+            bodies, right, usual, rest_s = await undisturbed(cluster, options.streams, schema=options.schema)
             generator, total, pauses = random.Random(1), Counts(), list[float]()
             for number in range(options.rounds):
                 victim = generator.choice(cluster.gateways if how == "gateway" else cluster.workers)
-                wait_s = generator.random() * 0.3
+                wait_s = generator.random() * min(0.3, rest_s / 3)
                 counts, gaps = await one_round(cluster, victim, how, bodies, right, wait_s)
                 total, pauses = total + counts, pauses + gaps
                 print(f"round {number + 1}: {said(counts)}; pause {spread(gaps)}", flush=True)
