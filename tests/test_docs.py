@@ -26,6 +26,10 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"\s+", "-", heading) for heading in plain}
 
 
+def test_every_page_begins_with_its_title() -> None:
+    assert [str(page) for page in PAGES if not page.read_text().startswith("# ")] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
     broken: list[str] = []

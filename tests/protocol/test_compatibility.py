@@ -148,3 +148,11 @@ def test_a_wrong_field_before_a_byte_that_is_no_text_is_named():
     with pytest.raises(InvalidRequest) as caught:
         parse(CHAT, b'{"messages": 3, "us\xff": 1}')
     assert caught.value.param == "$.messages"
+
+
+@pytest.mark.parametrize("extra", [-4078, {"a": 1}, "x"])
+def test_a_member_called_extra_is_data_like_any_other(extra: object):
+    request = chat(
+        messages=[{"role": "system", "content": "s", "extra": extra, "tool_calls": [], "id": 1}, USER]
+    )
+    assert request.messages[0].extra == {"extra": extra, "tool_calls": [], "id": 1}

@@ -8,9 +8,10 @@ parse, so requests in the usual form pay nothing. docs/compatibility.md is made 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 from stretto.protocol.ollama import OllamaCall, OllamaFunction, OllamaMessage
+from stretto.protocol.openai import TEMPLATE_MEMBERS, Message
 
 Body = dict[str, Any]
 ANY = object()
@@ -86,7 +87,11 @@ INTEGERS = frozenset(
     {"max_tokens", "max_completion_tokens", "min_tokens", "n", "seed", "top_k", "top_logprobs", "logprobs"}
     | {"best_of", "dimensions", "max_output_tokens"}
 )
-MESSAGE = frozenset({"role", "content", "name", "refusal", "reasoning_content", "tool_calls", "tool_call_id"})
+# By role. A member that is not among them is data for the chat template.
+MESSAGE = {
+    str(each.__struct_config__.tag): frozenset(each.__struct_fields__) - {"extra"} | {"role"}
+    for each in get_args(Message)
+}
 TEXT_PARTS = ("text", "input_text", "output_text")  # compared with any JSON, so no set
 REASONING = ("reasoning_content", "reasoning")
 OLLAMA_MESSAGE = frozenset(OllamaMessage.__struct_fields__)
@@ -184,20 +189,22 @@ def _part(fields: Body, name: str, change: Callable[[Body], Body]) -> None:
 
 def _message(message: Body) -> Body:
     """A message of the history. What servers put into answers comes back, and is data for the template."""
-    found = {name: value for name, value in message.items() if name in MESSAGE and value is not None}
-    extra = {name: value for name, value in message.items() if name not in MESSAGE and value is not None}
+    role = message.get("role")
+    known = MESSAGE.get(role) if isinstance(role, str) else None
+    if known is None:
+        return message
+    found = {name: value for name, value in message.items() if name in known and value is not None}
+    extra = {name: value for name, value in message.items() if name not in known and value is not None}
     if "content" in message:
         found["content"] = message["content"]
-    if message.get("role") == "assistant":
+    if role == "assistant":
         for name in REASONING:
             if isinstance(extra.get(name), str):
                 found.setdefault("reasoning_content", extra.pop(name))
         _each(found, "tool_calls", _call)
     if isinstance(found.get("content"), list):
         _each(found, "content", _content_part)
-    if extra.pop("extra", None) is not None and not extra:
-        extra = {"extra": message["extra"]}
-    return found | {"extra": extra} if extra else found
+    return found | {TEMPLATE_MEMBERS: extra} if extra else found
 
 
 def _call(call: Body) -> Body:

@@ -196,13 +196,11 @@ FIELDS: dict[str, str] = {
     # Messages and tools
     "role": "Who wrote the message.",
     "content": "The text, or a list of parts.",
-    "extra": "Further members of the message, as data for the chat template.",
     "text": "The text.",
     "refusal": "The text with which a model refused. This server's own answers have none.",
     "reasoning_content": "The model's reasoning, apart from its answer.",
     "tool_calls": "The calls that the model makes.",
     "tool_call_id": "Id of the call of which this is the result.",
-    "annotations": "Accepted when empty, as clients send back what they received.",
     "type": "Names the kind of this object.",
     "name": "The name.",
     "description": "Tells the model what it is for.",
@@ -407,6 +405,7 @@ FIELDS: dict[str, str] = {
     "ModelInfo.parameters": "Number of parameters.",
     "AssistantMessage.tool_calls": "The calls that the model made.",
     "WorkerState.schedule": "`deadline` or `fcfs`.",
+    "OutputText.annotations": "Always empty: this server adds none.",
     "WorkerState.objectives": "By tier, the objective of a request that names none.",
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from stretto.protocol.extensions.report import AnswerReport
 from stretto.protocol.limits import up_to
@@ -43,7 +43,9 @@ class Wire(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
     """The base of request types. An absent field and a null field mean the same."""
 
 
-# Messages. `extra` holds the members that a template may know and this server does not.
+# Messages. `extra` holds the members that a template may know and this server does not. Clients send them
+# beside the others; `compatibility` puts them under this name, which no client uses.
+TEMPLATE_MEMBERS = "members for the template"
 
 
 class TextPart(Wire, frozen=True, kw_only=True, tag_field="type", tag="text"):
@@ -65,7 +67,6 @@ class ToolCall(Wire, frozen=True, kw_only=True):
     id: Identifier
     function: CalledFunction
     type: Literal["function"] = "function"
-    index: int | None = None
 
 
 TextParts = Annotated[list[TextPart], up_to("parts")]
@@ -74,40 +75,37 @@ TextParts = Annotated[list[TextPart], up_to("parts")]
 class SystemMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="system"):
     content: str | TextParts
     name: Identifier | None = None
-    extra: dict[str, Any] | None = None
+    extra: dict[str, Any] | None = field(default=None, name=TEMPLATE_MEMBERS)
 
 
 class DeveloperMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="developer"):
     content: str | TextParts
     name: Identifier | None = None
-    extra: dict[str, Any] | None = None
+    extra: dict[str, Any] | None = field(default=None, name=TEMPLATE_MEMBERS)
 
 
 class UserMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="user"):
     content: str | TextParts
     name: Identifier | None = None
-    extra: dict[str, Any] | None = None
+    extra: dict[str, Any] | None = field(default=None, name=TEMPLATE_MEMBERS)
 
 
 class AssistantMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="assistant"):
-    """An earlier answer. Every field that a response carries may come back in the next request."""
+    """An earlier answer. Every field of a response may come back in the next request."""
 
     content: str | Annotated[list[TextPart | RefusalPart], up_to("parts")] | None = None
     name: Identifier | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], up_to("tool_calls")] | None = None
-    annotations: Empty | None = None
-    audio: None = None
-    function_call: None = None
-    extra: dict[str, Any] | None = None
+    extra: dict[str, Any] | None = field(default=None, name=TEMPLATE_MEMBERS)
 
 
 class ToolMessage(Wire, frozen=True, kw_only=True, tag_field="role", tag="tool"):
     content: str | TextParts
     tool_call_id: Identifier
     name: Identifier | None = None
-    extra: dict[str, Any] | None = None
+    extra: dict[str, Any] | None = field(default=None, name=TEMPLATE_MEMBERS)
 
 
 Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage

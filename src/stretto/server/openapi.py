@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 from msgspec import json
 
@@ -42,6 +42,7 @@ from stretto.protocol.ollama import (
     OllamaVersion,
 )
 from stretto.protocol.openai import (
+    TEMPLATE_MEMBERS,
     ChatChunk,
     ChatCompletion,
     ChatRequest,
@@ -49,6 +50,7 @@ from stretto.protocol.openai import (
     EmbeddingList,
     EmbeddingRequest,
     ErrorBody,
+    Message,
     ModelCard,
     ModelList,
     TextCompletion,
@@ -85,6 +87,7 @@ ERRORS = {
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
 SSE = "text/event-stream"
 PREFIX = "#/components/schemas/"
+OPEN = ("TextPart", "RefusalPart", "ToolCall", "CalledFunction")  # like messages, they come back from answers
 _TALK = [{"role": "user", "content": "Hello!"}]
 _TEXTS = ["a blue car", "a red apple"]
 # One small request for each route that takes one.
@@ -251,6 +254,7 @@ def document() -> dict[str, Any]:
     types = [part for route in ROUTES for part in (route.request, route.response, route.chunk) if part]
     types += [route.error for route in ROUTES]
     _, components = json.schema_components(types, ref_template=PREFIX + "{name}")
+    _open(components)
     _describe(components)
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
@@ -331,6 +335,13 @@ def _words(path: str) -> list[str]:
     return [word for word in path.replace("{", "").replace("}", "").replace(".", "/").split("/") if word] or [
         "page"
     ]
+
+
+def _open(components: dict[str, Any]) -> None:
+    """Say that the history may have further members: `protocol.compatibility` accepts them."""
+    for name in (*(each.__name__ for each in get_args(Message)), *OPEN):
+        components[name]["additionalProperties"] = True
+        components[name]["properties"].pop(TEMPLATE_MEMBERS, None)
 
 
 def _describe(components: dict[str, Any]) -> None:
