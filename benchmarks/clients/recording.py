@@ -9,7 +9,7 @@ import http.client
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,9 +36,7 @@ class Recorder:
 
         class Proxy(_Proxy):
             upstream = urlsplit(target).netloc
-
-            def keep(self, *request: Any) -> None:
-                recorder.keep(*request)
+            keep = staticmethod(recorder.keep)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
         self._server.daemon_threads = True
@@ -66,9 +64,7 @@ class Recorder:
 class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     upstream = ""
-
-    def keep(self, *request: Any) -> None:
-        raise NotImplementedError
+    keep: Callable[[str, str, dict[str, str], bytes, int], None]
 
     def handle_one_request(self) -> None:
         with suppress(ConnectionError):  # the client has left

@@ -168,7 +168,9 @@ def test_tiers_are_read_from_the_configuration_file(tmp_path: Path) -> None:
 
 
 async def test_the_api_server_uses_the_tiers_of_its_config(checkpoint: Path, engine: FakeEngine) -> None:
-    app = build(ServeConfig(tiers={"default": Objective(ttft_ms=123)}), engine, {"tiny": checkpoint})
+    config = ServeConfig(tiers={"default": Objective(ttft_ms=123)})
+    engine.tiers = tiers_of(config.tiers)
+    app = build(config, engine, {"tiny": checkpoint})
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         await answer(client)
     assert engine.requests[0].objective == Objective(ttft_ms=123)
@@ -177,8 +179,9 @@ async def test_the_api_server_uses_the_tiers_of_its_config(checkpoint: Path, eng
 async def test_a_request_that_names_no_objective_gets_what_the_machine_can_keep(
     checkpoint: Path, engine: FakeEngine
 ) -> None:
-    app = build(ServeConfig(tiers={"flex": Objective(ttft_ms=7)}), engine, {"tiny": checkpoint})
-    engine.tiers = default_tiers([SMALL_CPU])  # known once the models are loaded
+    config = ServeConfig(tiers={"flex": Objective(ttft_ms=7)})
+    app = build(config, engine, {"tiny": checkpoint})
+    engine.tiers = tiers_of(config.tiers, default_tiers([SMALL_CPU]))  # known once the models are loaded
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         await answer(client)
     objectives = app.server.recent.snapshot(running=0, restarts=0, ready=True).objectives

@@ -212,14 +212,16 @@ class Relay:
             return await self._start(ask, exchange, placement)
         rival = Rival(lambda: self._start_second(ask, exchange, placement))
         won: Attempt | None = None
+        first = asyncio.timeout(None)
         try:
             try:
-                async with asyncio.timeout(None) as first:
+                async with first:
                     rival.arm(wait, first)
                     won = await self._start(ask, exchange, placement)
                 return won
             except TimeoutError:
-                pass
+                if not first.expired():
+                    raise
             except (WorkerLost, Refusal):
                 if not rival.running:
                     raise

@@ -20,7 +20,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Send
 
-from stretto.config import TIERS, ServeConfig, tiers_of
+from stretto.config import TIERS, ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.errors import (
     CannotBeOnTime,
@@ -137,8 +137,8 @@ class Server:
 
     @property
     def policy(self) -> ServicePolicy:
-        """What objectives depend on. The tiers are those of the configuration, or of the machine's speed."""
-        config, tiers = self.config, tiers_of(self.config.tiers, self.engine.tiers)
+        """What objectives depend on. The tiers follow the machine's speed, once the engine knows it."""
+        config, tiers = self.config, self.engine.tiers
         return ServicePolicy(
             tiers, config.schedule, config.prefer, config.tenants_prefer, frozenset(config.cascade)
         )
@@ -357,9 +357,8 @@ class Call:
         self.relayed = False  # whether a gateway reads the answer
         self.continuation: Continuation | None = None
         self.nonce = token_hex(12)  # of which ids in the answer are made
-        self.feedback_ids: tuple[
-            str, ...
-        ] = ()  # by which a reward may name it, if others than the exchange's
+        # By which a reward may name the answer, beside the id of the exchange.
+        self.feedback_ids: tuple[str, ...] = ()
         self.placement = VariantPlacement(None)
         self.placed = NOWHERE
         self.user = ""  # what stands for whom the request is for, within the tenant

@@ -93,6 +93,7 @@ class RealtimeRelay:
                 session = RelayedSocket(place, socket, exchange, receive, self.calls.closing)
                 await self._run(session, exchange, account.record.id)
             finally:
+                socket.transport.abort()  # nothing, unless the client left before its session began
                 self.relay.router.done(worker.view)
         except Exception as error:
             if exchange.status is None:

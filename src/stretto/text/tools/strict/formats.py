@@ -45,46 +45,38 @@ def each_call(
     return rules.rule(*([rule] for rule in found))
 
 
-def hermes(rules: Rules, tools: Sequence[StrictTool], others: Sequence[int]) -> Frame:
-    """`<tool_call>`, a JSON object with `name` and `arguments`, `</tool_call>`."""
-    end = [TerminalText(quoted("}\n")), *rules.literal("</tool_call>")]
-    calls = each_call(
+def objects(
+    rules: Rules, tools: Sequence[StrictTool], before: str, field: str, closer: Sequence[GrammarPiece]
+) -> RuleName:
+    """A call as a JSON object with `name` and, in `field`, the arguments. `before`: the text in front of it;
+    `closer`: what ends it."""
+    return each_call(
         rules,
         tools,
         lambda tool: [
-            TerminalText(quoted(f'\n{{"name": {json.dumps(tool.name)}, "arguments": ')),
+            TerminalText(quoted(f'{before}{{"name": {json.dumps(tool.name)}, "{field}": ')),
             rules.json(tool.schema),
-            *end,
+            *closer,
         ],
     )
+
+
+def hermes(rules: Rules, tools: Sequence[StrictTool], others: Sequence[int]) -> Frame:
+    """`<tool_call>`, a JSON object with `name` and `arguments`, `</tool_call>`."""
+    end = [TerminalText(quoted("}\n")), *rules.literal("</tool_call>")]
+    calls = objects(rules, tools, "\n", "arguments", end)
     return between_text(rules, "<tool_call>", calls, (), others)
 
 
 def llama(rules: Rules, tools: Sequence[StrictTool], others: Sequence[int]) -> Frame:
     """A JSON object with `name` and `parameters`, from the first character on or after a token."""
-    call = each_call(
-        rules,
-        tools,
-        lambda tool: [
-            TerminalText(quoted(f'{{"name": {json.dumps(tool.name)}, "parameters": ')),
-            rules.json(tool.schema),
-            TerminalText('"}"'),
-        ],
-    )
+    call = objects(rules, tools, "", "parameters", [TerminalText('"}"')])
     return from_the_start(rules, "<|python_tag|>", call, "/; ?/", others)
 
 
 def mistral(rules: Rules, tools: Sequence[StrictTool], others: Sequence[int]) -> Frame:
     """After a token either an array of JSON objects, or a name and its arguments."""
-    listed = each_call(
-        rules,
-        tools,
-        lambda tool: [
-            TerminalText(quoted(f'{{"name": {json.dumps(tool.name)}, "arguments": ')),
-            rules.json(tool.schema),
-            TerminalText('"}"'),
-        ],
-    )
+    listed = objects(rules, tools, "", "arguments", [TerminalText('"}"')])
     mark = rules.literal("[ARGS]") if rules.special("[ARGS]") else []
     named = each_call(
         rules, tools, lambda tool: [TerminalText(quoted(tool.name)), *mark, rules.json(tool.schema)]
