@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,54 @@ async def test_a_kept_response_is_found_on_its_worker(checkpoint: Path):
             assert (gone.status_code, gone.json()["error"]["code"]) == (404, "previous_response_not_found")
         lost = await client.post("/v1/responses", json={"input": "Hi", "previous_response_id": "resp_none"})
         assert lost.status_code == 404
+
+
+async def test_a_reference_finds_the_worker_that_keeps_its_item(checkpoint: Path):
+    engines = fake(60, 61), fake(60, 61)
+    async with (
+        cluster(checkpoint, *engines, worker={"response_store": 1 << 20}, route="round-robin") as (
+            client,
+            one,
+        ),
+        another(one) as second,
+    ):
+        answers: dict[str, dict[str, Any]] = {}
+        for _ in range(4):
+            answer = (await client.post("/v1/responses", json={"input": "Hi"})).json()
+            answers[answer["id"][:13]] = answer  # by worker
+            said = answer["output"][0]["id"]
+            for item in ({"type": "item_reference", "id": said}, {"id": said}):
+                body = {
+                    "input": [{"role": "user", "content": "Hi"}, item, {"role": "user", "content": "And?"}]
+                }
+                for gateway in (client, second):
+                    follow = await gateway.post("/v1/responses", json=body)
+                    assert follow.status_code == 200, follow.text
+                    assert follow.json()["id"][:13] == answer["id"][:13]
+        assert len(answers) == 2
+        here, there = answers.values()
+        back = [{"type": "item_reference", "id": each["output"][0]["id"]} for each in (here, there)]
+        parted = await client.post("/v1/responses", json={"input": back})
+        assert parted.status_code == 404 and parted.json()["error"]["param"] == "$.input", parted.text
+        body = {"input": [back[1]], "previous_response_id": here["id"]}
+        assert (await client.post("/v1/responses", json=body)).json()["error"]["param"] == "$.input"
+        lost = await client.post(
+            "/v1/responses", json={"input": [{"type": "item_reference", "id": "msg_none"}]}
+        )
+        assert lost.status_code == 404 and lost.json()["error"]["param"] == "$.input[0].id"
+
+
+@asynccontextmanager
+async def another(gateway: Gateway) -> AsyncGenerator[httpx.AsyncClient]:
+    """A client of a second gateway in front of the same workers."""
+    second = Gateway(gateway.config, seed=1)
+    async with (
+        running(serving.run, second.config, second, second) as url,
+        httpx.AsyncClient(base_url=url, timeout=20) as client,
+    ):
+        while not all(each.view.usable for each in second.registry.workers.values()):
+            await asyncio.sleep(0.02)
+        yield client
 
 
 async def test_what_servers_of_another_kind_lack_is_refused_by_name():

@@ -129,6 +129,7 @@ class RelayedPath:
                 kept if isinstance(kept, str) else "",
                 charge.admit,
                 span=exchange.span,
+                references=fields.references if self.operation == "responses" else (),
             )
             work = gateway.answers.run(relayed)
             gone = not await gateway.server.run(work, receive, account.record.id, lambda: client.whole)

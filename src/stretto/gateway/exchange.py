@@ -35,9 +35,9 @@ class RelayedExchange:
     """One client request to a path. `send(status, headers, body, more)` writes to the client. `write(body)`
     writes more of a body that has begun, at once, or returns False when the client must be waited for.
 
-    `kept`: the id of the answer that it asks for or goes on from. `admit(request, answers)` asks the tenant's
-    limits; it raises StrettoError for a request that may not run. `refusal`: what the last worker answered
-    that could not take it.
+    `kept`: the id of the answer that it asks for or goes on from. `references`: those of the kept items that
+    its input refers to. `admit(request, answers)` asks the tenant's limits; it raises StrettoError for a
+    request that may not run. `refusal`: what the last worker answered that could not take it.
     """
 
     operation: OperationName
@@ -62,6 +62,7 @@ class RelayedExchange:
     prompt_tokens: int = 0  # roughly
     ask: Ask | None = None  # once it is admitted
     span: TraceSpan | None = None  # None: traces are off
+    references: tuple[str, ...] = ()
     worker: str = ""  # that answers, or did last
     ttft: float | None = None  # of a stream, from its arrival
     forecast: float = inf  # of `ttft`

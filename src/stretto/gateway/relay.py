@@ -45,6 +45,7 @@ from stretto.protocol.relay import (
     OperationName,
     RelayedRequest,
 )
+from stretto.protocol.responses import answer_of
 from stretto.telemetry.tracing import TraceSpan
 from stretto.types import Objective, Request, Sampling
 
@@ -280,17 +281,24 @@ class Relay:
         return placement
 
     def _unable(self, exchange: RelayedExchange) -> set[str]:
-        """The workers that do not have the operation, or the kept answer. Raises UnknownResponse."""
+        """The workers that lack the operation, or what the request refers to. Raises UnknownResponse."""
         workers, kept = self.registry.workers, exchange.kept
-        if not kept:
-            return {name for name, worker in workers.items() if exchange.operation in worker.lacks}
-        holders = {name for name, worker in workers.items() if worker.keeps(kept)}
-        if not holders:
+        lacking = {name for name, worker in workers.items() if exchange.operation in worker.lacks}
+        if kept and not any(worker.keeps(kept) for worker in workers.values()):
             raise UnknownResponse(
                 f"no worker keeps the response {kept!r}; send the conversation in $.input",
                 param="$.previous_response_id",
             )
-        return workers.keys() - holders
+        having = able = workers.keys() - lacking
+        for id in {kept, *map(answer_of, exchange.references)}:
+            holders = {name for name, worker in workers.items() if worker.keeps(id)}
+            able = able & holders if holders else able  # a worker says that it keeps no such item
+        if having and not able:
+            raise UnknownResponse(
+                "no worker keeps all that this request refers to; send the whole items in $.input",
+                param="$.input",
+            )
+        return workers.keys() - able
 
     async def _start(self, ask: Ask, exchange: RelayedExchange, placement: Placement) -> Attempt:
         """Sends the request to one worker and waits for its response to begin. Raises WorkerLost."""

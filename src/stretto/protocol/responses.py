@@ -64,6 +64,18 @@ class InputItem(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 InputItems = Annotated[list[InputItem], up_to("messages")]
+RESPONSE = "resp_"  # how the id of an answer begins
+
+
+def item_id(prefix: str, response: str, at: int) -> str:
+    """The id of an answer's item at that place. It is made of the answer's id: so it is the same when another
+    worker goes on, and a gateway finds the worker that keeps the item."""
+    return f"{prefix}{response.removeprefix(RESPONSE)}{at:02x}"
+
+
+def answer_of(item: str) -> str:
+    """What begins with the id of the answer that the item belongs to; `item_id` made the item's id."""
+    return RESPONSE + item.partition("_")[2]
 
 
 class FlatTool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

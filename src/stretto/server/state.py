@@ -38,6 +38,7 @@ from stretto.ladder.learning.feedback import FeedbackLimits, FeedbackStore
 from stretto.ladder.learning.learner import Learner
 from stretto.ladder.serving import ServedLadder
 from stretto.protocol.relay import TOOK, Continuation, EmittedAnswer, Took, WorkerReport
+from stretto.protocol.responses import RESPONSE
 from stretto.queueing.turns import Turns
 from stretto.server.admission_gate import START_S, AdmissionGate
 from stretto.server.objectives import ServicePolicy
@@ -126,7 +127,7 @@ class Server:
         self.sockets: Counter[str] = Counter()  # open sessions by tenant
         self.closing = asyncio.Event()  # set when the server shuts down
         self.created = int(time.time())
-        self.store_id = f"resp_{token_hex(4)}"  # what the ids of the answers begin with that it keeps
+        self.store_id = f"{RESPONSE}{token_hex(4)}"  # what the ids of the answers begin with that it keeps
         self._check_grammar = check_grammar
         self._sizes: dict[str, tuple[float, float]] = {}  # by model: bytes of bodies, tokens of prompts
         self._idle = asyncio.Event()

@@ -14,9 +14,11 @@ from msgspec import Raw, Struct, json
 from stretto.config import Tier
 from stretto.errors import InvalidRequest
 from stretto.protocol.relay import OperationName
+from stretto.protocol.responses import InputItem
 from stretto.types import Objective
 
 BYTES_PER_TOKEN = 3.0  # of a request, until a worker reports its own ratio
+ITEMS = json.Decoder(list[InputItem])
 LATEST = ":latest"  # the tag that clients of Ollama add to a name
 GENERATING: frozenset[OperationName] = frozenset(
     {"chat", "completions", "responses", "messages", "ollama_chat", "ollama_generate"}
@@ -51,6 +53,18 @@ class RoutingFields(Struct):
         """The parts of the prompt, in the order in which templates write them."""
         parts = (self.tools, self.system, self.instructions, self.messages, self.prompt, self.input)
         return b"".join(map(bytes, parts))
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The ids of kept items that the input of `/v1/responses` refers to."""
+        found = bytes(self.input)
+        if not found.startswith(b"[") or b'"id"' not in found:
+            return ()
+        try:
+            items = ITEMS.decode(found)
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            return ()  # the worker says what is wrong
+        return tuple(item.id for item in items if item.refers and item.id)
 
     @property
     def salt(self) -> str:

@@ -28,6 +28,7 @@ from stretto.protocol.responses import (
     ResponseEvent,
     ResponseObject,
     ResponseUsage,
+    item_id,
 )
 from stretto.server.responses import report_of, usage_of
 from stretto.text.output import Output, OutputDelta
@@ -170,8 +171,7 @@ class EventWriter:
     ) -> OpenItem:
         self._close(output, "completed", events)
         at = len(self._items)
-        # Made of the response's id, so that it stays the same when another worker goes on.
-        id = f"{PREFIXES[kind]}{self._response.id.removeprefix('resp_')}{at:02x}"
+        id = item_id(PREFIXES[kind], self._response.id, at)
         opened = self._open = OpenItem(kind, id, call)
         events.append(self._event("output_item.added", output_index=at, item=opened.item("in_progress")))
         if kind != "function_call":
