@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import repeat
 from math import inf
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from msgspec import Struct
 
@@ -33,6 +33,7 @@ from stretto.engine.scheduler.lateness import (
     newcomer,
     prompt_of,
     shortfall,
+    works_of,
 )
 from stretto.engine.scheduler.moore_hodgson import Job, tardy_jobs
 from stretto.engine.scheduler.plan_builder import PlanBuilder
@@ -50,6 +51,7 @@ STARTED = 100.0  # the same for one that is partly computed
 Placed = tuple[Rank, Sequence]
 Late = dict[Sequence, float]  # the seconds by which each would be late
 _rank = attrgetter("rank")
+_place = itemgetter(0)  # comparing ranks alone takes half of the time
 
 
 class Running(Struct, eq=False):
@@ -64,7 +66,6 @@ class Running(Struct, eq=False):
     shortest_itl_s: float = inf  # the shortest inter-token target of a stream or prompt with a deadline
     load: float = 0.0  # share of the time that the streams take at their slowest pace
     context: int = 0  # keys that a step reads for the streams
-    needs: int = 0  # blocks that the streams need for one more token each
 
     def estimate(self, builder: PlanBuilder) -> Estimate:
         """What the streams leave over for prompts."""
@@ -78,18 +79,19 @@ def deadline(context: SchedulingContext) -> Plan:
     expired = _end_expired(builder)
     prompts, others = _look_at_waiting(builder, expired)
     running = _sort_running(builder, expired)
-    prompts = sorted(running.prompts + prompts)[:DEPTH]
+    prompts = sorted(running.prompts + prompts, key=_place)[:DEPTH]
     estimate = running.estimate(builder)
     jobs, heavier = _jobs(builder, prompts), context.history.arrivals.above
-    deferral = estimate.defer(jobs, heavier, context.now)
     goes_first = bool(prompts) and prompts[0][0].negated_weight == FIRST
-    pressed = goes_first or bool(deferral.late_by)
+    deferral = None if goes_first else estimate.defer(jobs, heavier, context.now)
+    pressed = deferral is None or bool(deferral.late_by)
     if running.streams and estimate.stretches and (pressed or _has_waited_long(builder, others[:1])):
         early = zip([seq.deadline for seq in running.streams], running.starts, strict=True)
         hurried = estimate.rate()
         estimate, running.tightest = patient(estimate, early, context.now)
         if estimate.rate() != hurried:
-            deferral = estimate.defer(jobs, heavier, context.now)
+            deferral = None
+    deferral = deferral or estimate.defer(jobs, heavier, context.now)
     deferred = {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
     if builder.plan.newcomers or goes_first:
         prompts, others = _admit(builder, prompts, others, deferral, deferred)
@@ -100,7 +102,9 @@ def deadline(context: SchedulingContext) -> Plan:
         return builder.plan
     builder.timed_rows = len(builder.plan.rows)
     builder.end = min(builder.end, context.now + step_limit(builder.cost) / 1e3)
-    best_effort = running.best_effort + [seq for _, seq in sorted(running.partial_prefills + others)]
+    best_effort = running.best_effort + [
+        seq for _, seq in sorted(running.partial_prefills + others, key=_place)
+    ]
     owed = _owed_now(builder, best_effort)
     owed -= _fill(builder, best_effort, min(owed, builder.left_ms / 2))
     _run_prompts(builder, prompts, deferred, estimate)
@@ -197,7 +201,7 @@ def _best_effort_rank(builder: PlanBuilder, seq: Sequence, since: float) -> Rank
     SIGCOMM 1996).
     """
     tags, tenant = builder.plan.tags, seq.request.tenant
-    work = builder.cost.prefill(seq.done, seq.length - seq.done) / 1e3
+    work = works_of((seq,), builder.cost)[0] / 1e3
     tag = max(since, tags.get(tenant, builder.context.history.fairness.tags.get(tenant, 0.0)))
     tags[tenant] = tag + work
     behind = BREVITY * work + (LATE_S if seq.deadline.next < inf else 0.0)
@@ -207,36 +211,32 @@ def _best_effort_rank(builder: PlanBuilder, seq: Sequence, since: float) -> Rank
 def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
     """Who needs what. A late stream is best effort until it has paused too long: it makes no other late."""
     running = Running()
-    streams, starts, tightest, itl_s, needs = running.streams, running.starts, inf, inf, 0
-    per_decode, per_key, load = builder.cost.per_decode, builder.cost.per_key, 0.0
-    now, size, best_effort = builder.context.now, builder.context.pool.size, running.best_effort
-    due = builder.context.due
-    queue = builder.context.queues.running
+    streams, starts, tightest, itl_s, load = running.streams, running.starts, inf, inf, 0.0
+    per_decode, per_key = builder.cost.per_decode, builder.cost.per_key
+    now, due, queue = builder.context.now, builder.context.due, builder.context.queues.running
     for seq in queue[: bisect_left(queue, (SPARE_TIME,), key=_rank)]:
-        at, rank = seq.kv.computed, seq.rank
-        group, negated_weight, _, _ = rank
+        at, rank, deadline = seq.kv.computed, seq.rank, seq.deadline
         left = seq.remaining if seq.in_flight else len(seq.tokens) - at
         if left == 0 or (expired and seq in expired):
             continue
-        deadline, timed = seq.deadline, group == TIMED
-        if (left > 1 or not deadline.emitted) and (negated_weight == FIRST or (due and seq in due)):
-            if negated_weight != FIRST:
+        if (left > 1 or not deadline.emitted) and (rank[1] == FIRST or (due and seq in due)):
+            if rank[1] != FIRST:
                 rank = first_rank(seq, builder.cost)
                 builder.plan.place.append((seq, rank))
             running.prompts.append((rank, seq))
             continue
+        timed = rank[0] == TIMED
         if not timed or deadline.late or (deadline.latest < now and deadline.next < now):
             if timed:
                 rank = _best_effort_rank(builder, seq, now)
                 builder.plan.place.append((seq, rank))
-            if left == 1 and deadline.last_emission + PAUSE_S <= now and seq.draws:
+            if left > 1:
+                running.partial_prefills.append((rank, seq))
+            elif deadline.last_emission + PAUSE_S <= now and seq.draws:
                 streams.append(seq)
                 starts.append(at)
-                needs += at % size == 0
-            elif left == 1:
-                best_effort.append(seq)
             else:
-                running.partial_prefills.append((rank, seq))
+                running.best_effort.append(seq)
             continue
         target = deadline.target_itl_s
         if target < itl_s:
@@ -247,12 +247,10 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
             if deadline.latest < tightest:
                 tightest = deadline.latest
             load += (per_decode + per_key * at) / target
-            if at % size == 0:
-                needs += 1
         else:
             running.prompts.append((rank, seq))
     running.tightest, running.shortest_itl_s, running.load = tightest, itl_s, load / 1e3
-    running.context, running.needs = sum(starts) + len(starts), needs
+    running.context = sum(starts) + len(starts)
     return running
 
 
@@ -261,7 +259,7 @@ def _run_streams(builder: PlanBuilder, running: Running, *, pressed: bool) -> No
 
     When prompts are `pressed`, streams that may have their token with the next step leave them their time.
     """
-    streams, starts, needs, cost = running.streams, running.starts, running.needs, builder.cost
+    streams, starts, cost, size = running.streams, running.starts, builder.cost, builder.context.pool.size
     until = builder.context.until
     ms = cost.per_decode * len(streams) + cost.per_key * running.context
     builder.end = min(running.tightest, until)
@@ -272,8 +270,8 @@ def _run_streams(builder: PlanBuilder, running: Running, *, pressed: bool) -> No
         running.best_effort += [seq for seq, at in zip(streams, latest, strict=True) if at >= soon]
         urgent = [index for index, at in enumerate(latest) if at < soon]
         streams, starts = [streams[index] for index in urgent], [starts[index] for index in urgent]
-        needs = sum(start % builder.context.pool.size == 0 for start in starts)
         ms = cost.per_decode * len(streams) + cost.per_key * (sum(starts) + len(starts))
+    needs = 0 if late else sum([start % size == 0 for start in starts])  # blocks for one more token each
     if streams and (late or needs > builder.free or len(streams) > builder.tokens_left):
         builder.end = until
         _run_crowded(builder, running)
@@ -289,22 +287,21 @@ def _run_crowded(builder: PlanBuilder, running: Running) -> None:
 
     A stream that will be late whatever is done takes its turn with the best-effort ones.
     """
-    cost, base = builder.cost, builder.context.now + builder.ms * builder.margin / 1e3
-    latest, row_s = latest_of(running.streams, base), builder.margin / 1e3
-    rows = [cost.per_decode + cost.per_key * (start + 1) for start in running.starts]
+    base, row_s = builder.context.now + builder.ms * builder.margin / 1e3, builder.margin / 1e3
+    per_decode, per_key = builder.cost.per_decode, builder.cost.per_key
+    latest, starts = latest_of(running.streams, base), running.starts
     order = sorted(range(len(latest)), key=latest.__getitem__)
-    streams, rows = [running.streams[at] for at in order], [rows[at] for at in order]
-    jobs: list[Job] = [(latest[at], ms * row_s, 0.0) for at, ms in zip(order, rows, strict=True)]
+    jobs: list[Job] = [(latest[at], (per_decode + per_key * (starts[at] + 1)) * row_s, 0.0) for at in order]
     tardy, _ = tardy_jobs(jobs, base)
-    running.best_effort += [streams[index] for index in tardy]
-    for index, seq in enumerate(streams):
+    running.best_effort += [running.streams[order[index]] for index in tardy]
+    for index, at in enumerate(order):
         if index in tardy:
             continue
         if not builder.plan.rows:
             builder.end = min(builder.end, jobs[index][0])
-        elif builder.left_ms < rows[index]:
+        elif builder.left_ms < builder.cost.row(starts[at] + 1):
             break
-        builder.proceed(seq, 1)
+        builder.decode(running.streams[at], starts[at])
 
 
 def _owed_now(builder: PlanBuilder, best_effort: list[Sequence]) -> float:
@@ -323,23 +320,18 @@ def _has_waited_long(builder: PlanBuilder, placed: Iterable[Placed]) -> bool:
 
 def _jobs(builder: PlanBuilder, prompts: list[Placed]) -> dict[float, list[Job]]:
     """The prompts by weight. Newcomers are deferred before admitted ones, and never one that goes first."""
-    history, per_prefill, per_pair = builder.context.history, builder.cost.per_prefill, builder.cost.per_pair
-    worth = history.fairness.worth()
+    worth = builder.context.history.fairness.worth()
     groups: dict[float, list[Job]] = {}
     jobs, group = list[Job](), inf
-    for (_, negated_weight, order, _), seq in prompts:
-        done = seq.done
-        count = len(seq.tokens) - done
-        ms = count * (per_prefill + per_pair * (done + count / 2))
+    works = works_of([seq for _, seq in prompts], builder.cost)
+    for ((_, negated_weight, order, _), seq), ms in zip(prompts, works, strict=True):
         if negated_weight != group:
             group, jobs = negated_weight, []
             groups[-negated_weight] = jobs
         value = worth.get(seq.request.tenant, 0.0) if worth else 0.0
-        if seq.rank.group or seq.request.admitted:
+        if seq.rank[0] or seq.request.admitted:
             value += ADMITTED if seq.started is None else STARTED
-        jobs.append((order, ms, value))
-    if -FIRST in groups:
-        groups[-FIRST] = [(inf, ms, value) for _, ms, value in groups[-FIRST]]
+        jobs.append((inf if group == FIRST else order, ms, value))
     return groups
 
 
@@ -353,11 +345,7 @@ def _admit(
     """
     plan, now, refused, late = builder.plan, builder.context.now, dict[Sequence, float](), list[Placed]()
     newcomers = set(plan.newcomers)
-    first = (
-        one
-        for one in prompts[: bisect_left(prompts, (Rank(TIMED, FIRST, inf, 0),))]
-        if one[1] not in newcomers
-    )
+    first = prompts[: bisect_left(prompts, (Rank(TIMED, FIRST, inf, 0),))]
     refused.update((seq, 0.0) for seq in beyond_their_limit(first, builder.cost, deferral.rate, now))
     if newcomers:
         horizon_s = max((rank.order - now for rank, _ in prompts if rank.negated_weight > FIRST), default=0.0)
@@ -423,20 +411,19 @@ def _put_off(
 
     The rest may take what time is left.
     """
-    put_off: list[Sequence] = []
+    put_off, now = list[Sequence](), builder.context.now
     sure = _sure_to_be_late(builder, prompts, estimate, deferred) if deferred else {}
     backlog: Backlog | None = None
     many = len(deferred) > DEPTH // 2
-    for rank, seq in prompts:
-        if seq not in deferred:
-            continue
+    late = [one for one in prompts if one[1] in deferred]
+    for (rank, seq), ms in zip(late, works_of([seq for _, seq in late], builder.cost), strict=True):
         if seq.request.objective.on_miss == "reject" and seq.started is None:
             builder.plan.refuse.append((seq, deferred[seq]))
             continue
-        hopeless = many or _is_hopeless(builder, seq)
+        hopeless = many or now + ms / 1e3 > seq.deadline.next  # even with the machine to itself
         if (hopeless or seq in sure) and may_refuse(seq) and gives_way(seq, builder.cost):
             backlog = backlog or backlog_of(builder.context, (other for _, other in others))
-            prompt, now = prompt_of(seq, rank, builder.cost), builder.context.now
+            prompt = prompt_of(seq, rank, builder.cost)
             asked = newcomer(prompt, deferral, deferred[seq], backlog, now)._replace(late_s=deferred[seq])
             if shortfall(asked, backlog) > 0:
                 builder.plan.refuse.append((seq, deferred[seq]))
@@ -446,7 +433,7 @@ def _put_off(
                 at = goes_first_at(seq, builder.cost, backlog.late_ms - asked.alone_ms)
                 builder.plan.first.append((at, seq))
         if hopeless:
-            builder.plan.place.append((seq, _best_effort_rank(builder, seq, builder.context.now)))
+            builder.plan.place.append((seq, _best_effort_rank(builder, seq, now)))
         put_off.append(seq)
     return put_off
 
@@ -462,12 +449,6 @@ def _sure_to_be_late(builder: PlanBuilder, prompts: list[Placed], estimate: Esti
         return {}
     deferral = estimate.defer(_jobs(builder, prompts), lambda weight: 0.0, builder.context.now)
     return {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
-
-
-def _is_hopeless(builder: PlanBuilder, seq: Sequence) -> bool:
-    """Whether a prompt would be late even with the machine to itself."""
-    alone = builder.cost.prefill(seq.done, seq.length - seq.done)
-    return builder.context.now + alone / 1e3 > seq.deadline.next
 
 
 def _fill(builder: PlanBuilder, sequences: list[Sequence], ms: float) -> float:

@@ -133,15 +133,17 @@ def patient(
         estimate.cost.per_decode,
         estimate.cost.per_key,
     )
-    itl_s, load, tightest, least = inf, 0.0, inf, 1.0 / SLOWEST
+    itl_s, load, tightest, least, slack_s = inf, 0.0, inf, 1.0 / SLOWEST, SLACK_S
     for deadline, length in streams:
-        due, latest, target = deadline.next, deadline.latest, deadline.target_itl_s
-        if deadline.late or due < now:
+        due = deadline.next
+        if due < now or deadline.late:
             continue
+        latest, target = deadline.latest, deadline.target_itl_s
         if due > latest and deadline.whole == inf:
             latest = deadline.last_emission + (longest_s if longest_s > target else target)
-            latest = due if due < latest else latest
-            share = 1.0 - (due - now) / SLACK_S
+            if due < latest:
+                latest = due
+            share = 1.0 - (due - now) / slack_s
             target /= share if share > least else least
         if latest < tightest:
             tightest = latest

@@ -208,11 +208,8 @@ def backlog_of(context: SchedulingContext, prompts: Iterable[Sequence], horizon_
     `horizon_s`: the longest TTFT objective of a waiting prompt.
     """
     arrivals, late_ms, flex_ms = context.history.arrivals, 0.0, 0.0
-    per_prefill, per_pair = context.history.times.cost.per_prefill, context.history.times.cost.per_pair
-    for seq in prompts:
-        done = seq.done
-        count = len(seq.tokens) - done
-        ms = count * (per_prefill + per_pair * (done + count / 2))
+    prompts = list(prompts)
+    for seq, ms in zip(prompts, works_of(prompts, context.history.times.cost), strict=True):
         if seq.deadline.next < inf:
             late_ms += ms
         else:
@@ -229,6 +226,19 @@ def backlog_of(context: SchedulingContext, prompts: Iterable[Sequence], horizon_
         lump_ms=arrivals.lump_ms,
         turns_away=arrivals.turns_away(context.now),
     )
+
+
+def works_of(prompts: Iterable[Sequence], cost: StepCost) -> list[float]:
+    """The work that is left of each prompt, ms: `StepCost.prefill` written out, because each step asks."""
+    works, per_prefill, per_pair = list[float](), cost.per_prefill, cost.per_pair
+    for seq in prompts:
+        done = seq.kv.computed
+        if seq.slot < 0:
+            done, most = seq.request.cached, seq.prompt_len - 1
+            done = most if done > most else done
+        count = len(seq.tokens) + seq.in_flight - done
+        works.append(count * (per_prefill + per_pair * (done + count / 2)))
+    return works
 
 
 def gives_way(seq: Sequence, cost: StepCost) -> bool:
@@ -254,9 +264,11 @@ def beyond_their_limit(
 
     `rate`: work done in a second, ms.
     """
-    ends, beyond = now, list[Sequence]()
-    for rank, seq in first:
-        done = ends + cost.prefill(seq.done, seq.length - seq.done) / rate
+    ends, beyond, first = now, list[Sequence](), list(first)
+    if not any(may_refuse(seq) for _, seq in first):
+        return beyond
+    for (rank, seq), ms in zip(first, works_of([seq for _, seq in first], cost), strict=True):
+        done = ends + ms / rate
         if done > rank.order and may_refuse(seq):
             beyond.append(seq)
         else:

@@ -32,17 +32,27 @@ def tardy_jobs(jobs: Sequence[Job], start: float, pace: float = 1.0) -> tuple[di
 def _leave_out(jobs: Sequence[Job], first: int, start: float, pace: float) -> tuple[dict[int, float], float]:
     """`tardy_jobs`, where job `first` is the first that would be late."""
     tardy: dict[int, float] = {}
-    heap = [(worth, -work / pace, -index) for index, (_, work, worth) in enumerate(jobs[:first])]
-    end = start + sum([-negated for _, negated, _ in heap])
-    heapify(heap)
+    heap: list[tuple[float, float, int]] = []
+    kept = list(range(first))  # those that are not in the heap yet: it is looked at only when one is left out
+    end = start + sum([work / pace for _, work, _ in jobs[:first]])
     for index in range(first, len(jobs)):
-        deadline, work, worth = jobs[index]
+        deadline, work, _ = jobs[index]
         seconds = work / pace
         if start + seconds > deadline:
             tardy[index] = start + seconds - deadline
             continue
         end += seconds
-        heappush(heap, (worth, -seconds, -index))
+        kept.append(index)
+        if end <= deadline:
+            continue
+        more = [(jobs[at][2], -jobs[at][1] / pace, -at) for at in kept]
+        if len(more) > len(heap):
+            heap += more
+            heapify(heap)
+        else:
+            for one in more:
+                heappush(heap, one)
+        kept = []
         while end > deadline:
             excess = end - deadline
             _, negated, dropped = heappop(heap)
