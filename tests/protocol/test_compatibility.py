@@ -83,6 +83,14 @@ def test_what_would_change_the_answer_is_refused_by_name(fields: dict[str, Any])
     assert caught.value.param in {f"$.{name}" for name in fields}
 
 
+def test_stream_options_without_a_stream_mean_nothing_but_are_still_checked():
+    options = chat(stream_options={"include_usage": True, "include_obfuscation": False}).stream_options
+    assert options is not None and options.include_usage
+    with pytest.raises(InvalidRequest) as caught:
+        chat(stream_options={"include_usage": "P"}, cache_control={})
+    assert caught.value.param == "$.stream_options.include_usage"
+
+
 def test_unknown_members_of_the_history_are_data_for_the_template():
     answer = {
         "role": "assistant",

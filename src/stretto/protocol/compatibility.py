@@ -109,8 +109,6 @@ def accepted(body: Body) -> Body:
         value = found[name]
         if isinstance(value, float) and value.is_integer():
             found[name] = int(value)
-    if not found.get("stream"):
-        found.pop("stream_options", None)
     if found.get("top_logprobs") == 0 and not found.get("logprobs"):
         del found["top_logprobs"]
     _each(found, "messages", _message)
