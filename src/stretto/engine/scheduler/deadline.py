@@ -15,6 +15,7 @@ from operator import attrgetter, itemgetter
 
 from msgspec import Struct
 
+from stretto.deadlines import Deadline
 from stretto.engine.scheduler import spare_time
 from stretto.engine.scheduler.estimate import Deferral, Estimate, patient, step_limit
 from stretto.engine.scheduler.lateness import (
@@ -58,6 +59,7 @@ class Running(Struct, eq=False):
     """The running sequences, by what they need. A stream has computed its prompt."""
 
     streams: list[Sequence] = []  # with a deadline
+    deadlines: list[Deadline] = []  # of the streams
     starts: list[int] = []  # the streams' tokens so far
     prompts: list[Placed] = []  # with a deadline, or those that go first
     best_effort: list[Sequence] = []  # streams without one
@@ -86,7 +88,7 @@ def deadline(context: SchedulingContext) -> Plan:
     deferral = None if goes_first else estimate.defer(jobs, heavier, context.now)
     pressed = deferral is None or bool(deferral.late_by)
     if running.streams and estimate.stretches and (pressed or _has_waited_long(builder, others[:1])):
-        early = zip([seq.deadline for seq in running.streams], running.starts, strict=True)
+        early = zip(running.deadlines, running.starts, strict=True)
         hurried = estimate.rate()
         estimate, running.tightest = patient(estimate, early, context.now)
         if estimate.rate() != hurried:
@@ -211,7 +213,8 @@ def _best_effort_rank(builder: PlanBuilder, seq: Sequence, since: float) -> Rank
 def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
     """Who needs what. A late stream is best effort until it has paused too long: it makes no other late."""
     running = Running()
-    streams, starts, tightest, itl_s, load = running.streams, running.starts, inf, inf, 0.0
+    streams, starts, deadlines = running.streams, running.starts, running.deadlines
+    tightest, itl_s, load = inf, inf, 0.0
     per_decode, per_key = builder.cost.per_decode, builder.cost.per_key
     now, due, queue = builder.context.now, builder.context.due, builder.context.queues.running
     for seq in queue[: bisect_left(queue, (SPARE_TIME,), key=_rank)]:
@@ -234,6 +237,7 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
                 running.partial_prefills.append((rank, seq))
             elif deadline.last_emission + PAUSE_S <= now and seq.draws:
                 streams.append(seq)
+                deadlines.append(deadline)
                 starts.append(at)
             else:
                 running.best_effort.append(seq)
@@ -243,9 +247,11 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
             itl_s = target
         if left == 1 and seq.draws:
             streams.append(seq)
+            deadlines.append(deadline)
             starts.append(at)
-            if deadline.latest < tightest:
-                tightest = deadline.latest
+            latest = deadline.latest
+            if latest < tightest:
+                tightest = latest
             load += (per_decode + per_key * at) / target
         else:
             running.prompts.append((rank, seq))
@@ -266,7 +272,7 @@ def _run_streams(builder: PlanBuilder, running: Running, *, pressed: bool) -> No
     step_s = (builder.ms + ms) * builder.margin / 1e3
     late = builder.context.now + step_s > builder.end
     if pressed and not late:
-        soon, latest = builder.end + step_s, latest_of(streams, builder.context.now)
+        soon, latest = builder.end + step_s, latest_of(running.deadlines, builder.context.now)
         running.best_effort += [seq for seq, at in zip(streams, latest, strict=True) if at >= soon]
         urgent = [index for index, at in enumerate(latest) if at < soon]
         streams, starts = [streams[index] for index in urgent], [starts[index] for index in urgent]
@@ -289,7 +295,7 @@ def _run_crowded(builder: PlanBuilder, running: Running) -> None:
     """
     base, row_s = builder.context.now + builder.ms * builder.margin / 1e3, builder.margin / 1e3
     per_decode, per_key = builder.cost.per_decode, builder.cost.per_key
-    latest, starts = latest_of(running.streams, base), running.starts
+    latest, starts = latest_of(running.deadlines, base), running.starts
     order = sorted(range(len(latest)), key=latest.__getitem__)
     jobs: list[Job] = [(latest[at], (per_decode + per_key * (starts[at] + 1)) * row_s, 0.0) for at in order]
     tardy, _ = tardy_jobs(jobs, base)
@@ -297,11 +303,12 @@ def _run_crowded(builder: PlanBuilder, running: Running) -> None:
     for index, at in enumerate(order):
         if index in tardy:
             continue
+        ms = per_decode + per_key * (starts[at] + 1)
         if not builder.plan.rows:
             builder.end = min(builder.end, jobs[index][0])
-        elif builder.left_ms < builder.cost.row(starts[at] + 1):
+        elif builder.left_ms < ms:
             break
-        builder.decode(running.streams[at], starts[at])
+        builder.decode(running.streams[at], starts[at], ms)
 
 
 def _owed_now(builder: PlanBuilder, best_effort: list[Sequence]) -> float:
@@ -383,8 +390,9 @@ def _run_prompts(builder: PlanBuilder, prompts: list[Placed], deferred: Late, es
     """Give the rest of the step to prompts that need not be deferred."""
     crowded, left, weight, heavier = False, builder.left_ms, -inf, 0.0
     token = builder.cost.per_prefill if builder.plan.rows else 0.0
+    least = min(token, builder.cost.per_decode)
     for rank, seq in prompts:
-        if left <= 0 or builder.tokens_left <= 0:
+        if left <= 0 or left < least or builder.tokens_left <= 0:
             return
         if seq in deferred or (seq.slot < 0 and (crowded or builder.held or left < token)):
             continue

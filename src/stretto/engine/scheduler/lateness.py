@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from msgspec import Struct, structs
 
+from stretto.deadlines import Deadline
 from stretto.engine.scheduler.estimate import Deferral, Group
 from stretto.engine.scheduler.types import SchedulingContext
 from stretto.engine.sequence import TIMED, Rank, Sequence
@@ -232,10 +233,11 @@ def works_of(prompts: Iterable[Sequence], cost: StepCost) -> list[float]:
     """The work that is left of each prompt, ms: `StepCost.prefill` written out, because each step asks."""
     works, per_prefill, per_pair = list[float](), cost.per_prefill, cost.per_pair
     for seq in prompts:
-        done = seq.kv.computed
-        if seq.slot < 0:
-            done, most = seq.request.cached, seq.prompt_len - 1
-            done = most if done > most else done
+        if seq.slot >= 0:
+            done = seq.kv.computed
+        else:
+            cached, most = seq.request.cached, seq.prompt_len - 1
+            done = cached if cached < most else most
         count = len(seq.tokens) + seq.in_flight - done
         works.append(count * (per_prefill + per_pair * (done + count / 2)))
     return works
@@ -302,7 +304,7 @@ def first_rank(seq: Sequence, cost: StepCost) -> Rank:
     return Rank(TIMED, FIRST, seq.request.arrival + longest_wait_of(seq, cost), seq.request.id)
 
 
-def latest_of(streams: list[Sequence], soonest: float) -> list[float]:
+def latest_of(deadlines: list[Deadline], soonest: float) -> list[float]:
     """When each stream must emit: before its pause is too long, or if that is lost, before it is late.
 
     One that is late or has no deadline is here because it has paused too long, and must emit at once.
@@ -310,7 +312,7 @@ def latest_of(streams: list[Sequence], soonest: float) -> list[float]:
     overdue = soonest + OVERDUE_S
     return [
         overdue if due.late or due.next == inf else due.latest if due.latest >= soonest else due.next
-        for due in [seq.deadline for seq in streams]
+        for due in deadlines
     ]
 
 

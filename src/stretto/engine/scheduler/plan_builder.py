@@ -79,8 +79,8 @@ class PlanBuilder(Struct, eq=False):
         self.free -= need
         self.append(Row.of(seq, seq.kv.computed, count))
 
-    def decode(self, seq: Sequence, start: int) -> None:
-        """`proceed` in short, for the next token of a stream that has computed `start` tokens."""
+    def decode(self, seq: Sequence, start: int, ms: float) -> None:
+        """`proceed` in short, for the next token of a stream with `start` tokens: its row takes `ms`."""
         need = -(-(start + 1) // self.context.pool.size) - len(seq.kv.blocks)
         if self.plan.preempt or need > self.free:
             self.proceed(seq, 1)
@@ -88,7 +88,7 @@ class PlanBuilder(Struct, eq=False):
         self.free -= need
         self.plan.rows.append(Row(seq, start, 1, True))
         self.tokens_left -= 1
-        self.ms += self.cost.row(start + 1)
+        self.ms += ms
 
     def admit(self, seq: Sequence, ms: float = UNLIMITED_MS) -> None:
         """Admit a waiting sequence and compute as much of its prompt as fits in `ms`.
