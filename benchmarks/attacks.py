@@ -320,7 +320,9 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="null=null:12", help="what to serve")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each attack is measured")
     parser.add_argument("--attacks", default="", help="parts of names of attacks, separated by commas; all")

@@ -127,7 +127,9 @@ def timed(bench: Bench, samples: list[DataSample], better: str, found: MeasuredC
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("ladder", type=Path)
     parser.add_argument("samples", type=Path)
     parser.add_argument("--prompts", type=int, default=900)

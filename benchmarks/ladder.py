@@ -334,7 +334,9 @@ def show(result: Result) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ladder", type=Path, help="default: variants without weights")
     parser.add_argument("--answers", type=Path, default=Path("build/answers.json"))
     parser.add_argument("--count", type=int, default=20, help="questions of each task and level to ask")

@@ -58,7 +58,9 @@ def _seconds(ms: float) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("traces", type=Path, nargs="+")
     parser.add_argument("--loads", default="0.5,0.7,1,1.5,2")
     parser.add_argument("--schedules", default="fcfs,deadline")

@@ -74,7 +74,9 @@ def _line(report: ReplayReport, fcfs: ReplayReport) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trace", type=Path)
     parser.add_argument("--times", type=Path, help="a step-time model, JSON")
     parser.add_argument("--loads", default="0.7,1,1.5,2")

@@ -138,7 +138,9 @@ def _print_tier(tier: str, outcomes: Sequence[RequestOutcome], world: OverloadWo
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--load", type=float, default=2.0, help="times the peak")
     parser.add_argument("--schedule", default="deadline", choices=sorted(SCHEDULES))
     parser.add_argument("--times", type=Path, help="a step-time model, JSON")

@@ -111,7 +111,9 @@ def _sequence(ident: int, prompt: int, tokens: int, objective: Objective) -> Seq
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--quantise", choices=["int8", "int4"])
     parser.add_argument("--rounds", type=int, default=2)

@@ -142,7 +142,9 @@ def _spread(errors: list[float]) -> dict[str, float]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--quantise", choices=["int8", "int4"])
     parser.add_argument("--seconds", type=float, default=40.0)

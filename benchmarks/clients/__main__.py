@@ -189,7 +189,11 @@ def table(rows: list[tuple[Client, dict[str, str]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.clients", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.clients",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--install", action="store_true", help="install the clients first")
     parser.add_argument(
         "--only", metavar="NAME", nargs="+", default=[""], help="clients whose name has one of these"

@@ -35,9 +35,10 @@ from stretto.simulator.report import ReplayReport
 from stretto.statistics import Spread
 from stretto.types import WorkerState
 
-out = Console(soft_wrap=True, highlight=False)
+FILE_WIDTH = 200  # columns of a table in a file or a pipe, where nothing is cut to the width of a window
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
 QUESTION = "What is 22.53 + 32.62?"
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, width=None if sys.stderr.isatty() else FILE_WIDTH)
 
 
 def print_json(value: object) -> None:
