@@ -11,8 +11,11 @@ Every answer is seeded, and must be the one that an undisturbed worker gives. Th
 because with bfloat16 an answer depends a little on what else is in a step; every request names its variant,
 because a ladder chooses by load. A seed whose undisturbed answers differ, because two tokens are nearly a
 tie, is replaced by another. A lost stream has no end, a wrong one differs, a duplicate repeats a part,
-and a silent one was cut without an error. The pause is the gap between two tokens in which the failure fell,
-beside the gap at a random instant of an undisturbed round. Prints one line a round, then totals.
+and a silent one was cut without an error. A tied one differs too, but at a token whose random number lies at
+the edge of the token's share: without a failure, the answer changes there too if the token's logit is lowered
+by 0.002. (Of 40 answers that were changed on purpose none passed as a tie.) The pause is the gap between two
+tokens in which the failure fell, beside the gap at a random instant of an undisturbed round. Prints one line
+a round, then totals.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from stretto.statistics import quantile
 
 TOKENS = 60
 UNDISTURBED = 3  # rounds without a failure
+LIGHTER = 0.002  # far beyond the rounding errors of a logit, about 0.00001
 SCHEMA = {
     "type": "object",
     "properties": {"names": {"type": "array", "items": {"type": "string", "maxLength": 8}, "minItems": 8}},
@@ -175,6 +179,7 @@ class Counts(NamedTuple):
     duplicated: int = 0
     cut: int = 0
     silent: int = 0
+    tied: int = 0
 
     def __add__(self, other: object) -> Counts:
         return Counts(*map(sum, zip(self, cast("Counts", other), strict=True)))
@@ -245,6 +250,30 @@ def judge(answers: list[Seen], right: list[str], running: int) -> Counts:
     return Counts(running, lost, len(wrong) - repeated, repeated, silent=silent)
 
 
+async def tied(cluster: Cluster, body: dict[str, Any], right: str, text: str) -> bool:
+    """Whether two answers part at a token that was nearly not drawn: with a little less weight for it, an
+    undisturbed worker gives the other answer."""
+    url, place = cluster.gateways[0].url, alike(right, text)
+
+    async def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return (await cluster.client.post(f"{url}{path}", json=body)).raise_for_status().json()
+
+    whole = body | {"stream": False, "logprobs": True}
+    choice = (await post("/v1/chat/completions", whole))["choices"][0]
+    if choice["message"]["content"] != right:
+        return True
+    ends = itertools.accumulate(len(each["token"]) for each in choice["logprobs"]["content"])
+    parts = zip(ends, choice["logprobs"]["content"], strict=True)
+    token = next((each["token"] for end, each in parts if end > place), None)
+    if token is None:
+        return False
+    asked = {"model": body["model"], "prompt": token, "add_special_tokens": False}
+    ids = (await post("/tokenize", asked))["tokens"]
+    lighter = whole | {"logit_bias": {str(each): -LIGHTER for each in ids}}
+    answer = (await post("/v1/chat/completions", lighter))["choices"][0]["message"]["content"]
+    return alike(answer, text) > place
+
+
 async def again(
     cluster: Cluster, victim: Process, bodies: list[dict[str, Any]], answers: list[Seen]
 ) -> tuple[list[Seen], int]:
@@ -290,6 +319,17 @@ async def one_round(
         victim.start()
     await cluster.ready()
     await cluster.idle()
+    if counts.wrong:
+        differ = [
+            place
+            for place, seen in enumerate(answers)
+            if seen.ended and seen.text != right[place]
+            if not seen.repeats(right[place])
+        ]
+        ties = sum(
+            [await tied(cluster, bodies[place], right[place], answers[place].text) for place in differ]
+        )
+        counts = counts._replace(wrong=counts.wrong - ties, tied=ties)
     return counts, gaps
 
 

@@ -190,5 +190,5 @@ async def test_no_stream_is_lost_wrong_or_repeated_when_a_process_fails(how: str
         counts = await failover.measure(options)
         if counts.running:
             break
-    assert counts.running > 0 and counts._replace(running=0, cut=0) == failover.Counts()
+    assert counts.running > 0 and counts._replace(running=0, cut=0, tied=0) == failover.Counts()
     assert (counts.cut > 0) == (how == "gateway")  # the dead gateway's streams, in an error that says so
