@@ -119,7 +119,7 @@ FIELDS: dict[str, str] = {
     "top_p": "Sample among the likeliest tokens that together have this probability.",
     "top_k": "Sample among this many of the likeliest tokens. 0 or -1: no limit.",
     "min_p": "Leave out tokens less likely than this share of the likeliest one.",
-    "seed": "The same seed gives the same answer, whatever else runs in its batch.",
+    "seed": "The same seed draws the same random numbers, whatever else runs. Only rounding may differ.",
     "n": "Number of answers to one prompt.",
     "stop": "One or several strings that end the answer. They are not part of it.",
     "stop_token_ids": "Token ids that end the answer.",
