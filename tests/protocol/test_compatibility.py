@@ -9,9 +9,10 @@ import pytest
 from msgspec import json
 
 from stretto.errors import InvalidRequest, UnsupportedField
+from stretto.protocol.anthropic import HISTORY, MessagesRequest
 from stretto.protocol.compatibility import ANY, NOTHING, reference
 from stretto.protocol.openai import AssistantMessage, ChatRequest, CompletionRequest
-from stretto.protocol.parsing import parse
+from stretto.protocol.parsing import as_it_is, parse
 
 CHAT = json.Decoder(ChatRequest)
 USER: dict[str, Any] = {"role": "user", "content": "Hi"}
@@ -164,3 +165,70 @@ def test_a_member_called_extra_is_data_like_any_other(extra: object):
         messages=[{"role": "system", "content": "s", "extra": extra, "tool_calls": [], "id": 1}, USER]
     )
     assert request.messages[0].extra == {"extra": extra, "tool_calls": [], "id": 1}
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        ({"unheard_of": None}, {}),
+        (
+            {"max_tokens": None, "min_tokens": 2.0, "prompt_logprobs": 3.0},
+            {"min_tokens": 2, "prompt_logprobs": 3},
+        ),
+        ({"tools": [TOOL | {"x": None}]}, {"tools": [TOOL]}),
+        (
+            {"response_format": {"type": "json_object", "schema": None}},
+            {"response_format": {"type": "json_object"}},
+        ),
+        ({"objective": {"ttft_ms": 5, "x": None}}, {"objective": {"ttft_ms": 5}}),
+        ({"stop_token_ids": [1.0, 2]}, {"stop_token_ids": [1, 2]}),
+    ],
+)
+def test_a_null_and_a_whole_number_are_read_at_each_level(sent: dict[str, Any], meant: dict[str, Any]):
+    assert chat(**sent) == chat(**meant)
+
+
+def test_null_in_a_schema_or_in_free_data_is_a_value():
+    schema = {"type": "object", "properties": {"a": {"const": None, "default": 1.0}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    request = chat(tools=[tool], chat_template_kwargs={"a": None}, unheard_of=None)
+    assert request.tools and request.tools[0].function.parameters == schema
+    assert request.chat_template_kwargs == {"a": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [({"arguments": None}, ""), ({}, ""), ({"arguments": {"a": None}}, '{"a":null}')],
+)
+def test_arguments_of_an_earlier_call_may_be_null_missing_or_an_object(arguments: dict[str, Any], read: str):
+    call = {"id": "c", "type": None, "function": {"name": "f", **arguments}}
+    result = {"role": "tool", "tool_call_id": "c", "content": None}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    _, found, said, _ = chat(messages=[USER, answer, result, USER]).messages
+    assert isinstance(found, AssistantMessage) and found.tool_calls
+    assert found.tool_calls[0].function.arguments == read
+    assert said.content == ""
+
+
+HISTORIES = [
+    ("tool_use", {"id": "t", "name": "f", "input": None, "x": 1}),
+    ("tool_use", {"id": "t", "name": "f"}),
+    ("thinking", {"thinking": "hm", "signature": None, "x": {"a": 1}}),
+    ("text", {"text": "a", "citations": None, "x": []}),
+]
+
+
+@pytest.mark.parametrize(("kind", "members"), HISTORIES)
+def test_blocks_of_anthropics_history_may_say_more(kind: str, members: dict[str, Any]):
+    answer = {"role": "assistant", "content": [{"type": kind, **members}], "id": "msg_1", "usage": {"a": 1}}
+    silent = {"role": "assistant", "content": None}
+    body = {"messages": [USER, answer, USER, silent, USER], "max_tokens": 4.0, "top_k": 5.0, "betas": None}
+    request = parse(json.Decoder(MessagesRequest), json.encode(body), as_it_is, HISTORY)
+    assert (request.max_tokens, request.top_k, len(request.messages)) == (4, 5, 5)
+
+
+def test_an_unknown_field_beside_anthropics_history_is_still_named():
+    for more in ({"betas": 1}, {"tools": [{"name": "f", "input_schema": {}, "x": 1}]}):
+        body = {"messages": [USER], "max_tokens": 4, **more}
+        with pytest.raises(UnsupportedField, match=r"\$\.(betas|tools\[0\]\.x)"):
+            parse(json.Decoder(MessagesRequest), json.encode(body), as_it_is, HISTORY)

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from stretto.protocol.openai import ToolCallDelta
-from stretto.text.json_stream import JsonReader, closed
+from stretto.text.json_stream import JsonReader, closed, whole_members
 from stretto.text.reasoning_parser import ReasoningParser, split_whole
 from stretto.text.tools.parser import (
     FORCED,
@@ -255,6 +255,11 @@ def test_several_calls_may_stand_between_two_tags():
 )
 def test_cut_arguments_keep_their_whole_members(cut: str, whole: str):
     assert closed(cut) == whole
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n", "{}"])
+def test_blank_arguments_are_none(text: str):
+    assert whole_members(text) == {}
 
 
 @pytest.mark.parametrize("text", ["", "abc", "[1", '{"a": 1}x', "{,"])

@@ -54,7 +54,7 @@ class RedactedThinkingBlock(Wire, frozen=True, kw_only=True, tag_field="type", t
 class ToolUseBlock(Wire, frozen=True, kw_only=True, tag_field="type", tag="tool_use"):
     id: Identifier
     name: Identifier
-    input: dict[str, Any]
+    input: dict[str, Any] | None = None
     cache_control: Annotation = None
     caller: Annotation = None
     toolset_name: Annotation = None
@@ -84,10 +84,15 @@ class UserTurn(Wire, frozen=True, kw_only=True, tag_field="role", tag="user"):
 
 
 class AssistantTurn(Wire, frozen=True, kw_only=True, tag_field="role", tag="assistant"):
-    content: str | Annotated[list[AssistantBlock], up_to("parts")]
+    content: str | Annotated[list[AssistantBlock], up_to("parts")] | None = None
 
 
 Turn = SystemTurn | UserTurn | AssistantTurn
+# Unknown members of these annotate, and are left out.
+HISTORY = frozenset(
+    {SystemTurn, UserTurn, AssistantTurn, TextBlock, ThinkingBlock, RedactedThinkingBlock}
+    | {ToolUseBlock, ToolResultBlock}
+)
 
 
 # Options

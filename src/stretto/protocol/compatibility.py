@@ -7,10 +7,12 @@ parse, so requests in the usual form pay nothing. docs/compatibility.md is made 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple, cast, get_args
 
-from stretto.protocol.ollama import OllamaCall, OllamaFunction, OllamaMessage
+from msgspec import inspect, json
+
 from stretto.protocol.openai import TEMPLATE_MEMBERS, Message
 
 Body = dict[str, Any]
@@ -64,7 +66,9 @@ NOTHING: dict[str, Accepted] = {
     "cache_control": Accepted((ANY,), "Anthropic's clients"),
     "functions": Accepted(([],), "older OpenAI clients"),
     "function_call": Accepted(("none", "auto"), "older OpenAI clients"),
+    "suffix": Accepted(("",), "older OpenAI clients"),
     "verbosity": Accepted(("medium",), "OpenAI's clients"),
+    "bad_words": Accepted(([],), "vLLM"),
     "prompt_cache_retention": Accepted((ANY,), "OpenAI's clients"),
 }
 STREAM_OPTIONS: dict[str, Accepted] = {"include_obfuscation": Accepted((ANY,), "OpenAI's clients")}
@@ -83,10 +87,6 @@ RENAMED = {
     "guided_whitespace_pattern": "structured_outputs.whitespace_pattern",
     "enable_thinking": "chat_template_kwargs.enable_thinking",
 }
-INTEGERS = frozenset(
-    {"max_tokens", "max_completion_tokens", "min_tokens", "n", "seed", "top_k", "top_logprobs", "logprobs"}
-    | {"best_of", "dimensions", "max_output_tokens"}
-)
 # By role. A member that is not among them is data for the chat template.
 MESSAGE = {
     str(each.__struct_config__.tag): frozenset(each.__struct_fields__) - {"extra"} | {"role"}
@@ -94,9 +94,6 @@ MESSAGE = {
 }
 TEXT_PARTS = ("text", "input_text", "output_text")  # compared with any JSON, so no set
 REASONING = ("reasoning_content", "reasoning")
-OLLAMA_MESSAGE = frozenset(OllamaMessage.__struct_fields__)
-OLLAMA_CALL = frozenset(OllamaCall.__struct_fields__)
-OLLAMA_FUNCTION = frozenset(OllamaFunction.__struct_fields__)
 
 
 def accepted(body: Body) -> Body:
@@ -105,10 +102,6 @@ def accepted(body: Body) -> Body:
     for name, target in RENAMED.items():
         if name in found:
             _move(found, name, target)
-    for name in INTEGERS & found.keys():
-        value = found[name]
-        if isinstance(value, float) and value.is_integer():
-            found[name] = int(value)
     if found.get("top_logprobs") == 0 and not found.get("logprobs"):
         del found["top_logprobs"]
     _each(found, "messages", _message)
@@ -118,27 +111,57 @@ def accepted(body: Body) -> Body:
     return found
 
 
-def ollama_history(body: Body) -> Body:
-    """A request of Ollama's API without the members of its history that Ollama does not read."""
-    found = dict(body)
-    _each(found, "messages", _ollama_message)
+def as_typed(value: Any, kind: Any, history: frozenset[type] = frozenset()) -> Any:
+    """JSON as a type reads it: 40 for 40.0 where it has whole numbers, and no unknown member that is null.
+
+    `history`: the types whose unknown members are left out, whatever they are.
+    """
+    return _as_typed(value, _options(kind), history)
+
+
+@lru_cache(maxsize=64)
+def _options(kind: Any) -> tuple[inspect.Type, ...]:
+    return _alternatives(inspect.type_info(kind))
+
+
+def _alternatives(kind: inspect.Type) -> tuple[inspect.Type, ...]:
+    """The types of which a value has one."""
+    if isinstance(kind, inspect.Metadata):
+        return _alternatives(kind.type)
+    return kind.types if isinstance(kind, inspect.UnionType) else (kind,)
+
+
+def _as_typed(value: Any, options: Iterable[inspect.Type], history: frozenset[type]) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        kinds = {type(each) for each in options}
+        return int(value) if inspect.IntType in kinds and inspect.FloatType not in kinds else value
+    if isinstance(value, list):
+        items = next((each.item_type for each in options if isinstance(each, inspect.ListType)), None)
+        if items is not None:
+            of = _alternatives(items)
+            return [_as_typed(each, of, history) for each in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        members = cast(Body, value)
+        kinds = (each for each in options if isinstance(each, inspect.StructType))
+        found = next((each for each in kinds if _is_tagged(members, each)), None)
+        if found is not None:
+            return _members_as_typed(members, found, history)
+    return cast(Any, value)
+
+
+def _is_tagged(members: Body, kind: inspect.StructType) -> bool:
+    return kind.tag_field is None or members.get(kind.tag_field) == kind.tag
+
+
+def _members_as_typed(members: Body, kind: inspect.StructType, history: frozenset[type]) -> Body:
+    known = {each.encode_name: each.type for each in kind.fields}
+    found: Body = {}
+    for name, value in members.items():
+        if name in known:
+            found[name] = _as_typed(value, _alternatives(known[name]), history)
+        elif name == kind.tag_field or (value is not None and kind.cls not in history):
+            found[name] = value
     return found
-
-
-def _ollama_message(message: Body) -> Body:
-    found = _only(message, OLLAMA_MESSAGE)
-    _each(found, "tool_calls", _ollama_call)
-    return found
-
-
-def _ollama_call(call: Body) -> Body:
-    found = _only(call, OLLAMA_CALL)
-    _part(found, "function", lambda function: _only(function, OLLAMA_FUNCTION))
-    return found
-
-
-def _only(fields: Body, names: frozenset[str]) -> Body:
-    return {name: value for name, value in fields.items() if name in names}
 
 
 def _without(fields: Body, table: dict[str, Accepted]) -> Body:
@@ -194,7 +217,7 @@ def _message(message: Body) -> Body:
     found = {name: value for name, value in message.items() if name in known and value is not None}
     extra = {name: value for name, value in message.items() if name not in known and value is not None}
     if "content" in message:
-        found["content"] = message["content"]
+        found["content"] = "" if message["content"] is None and role == "tool" else message["content"]
     if role == "assistant":
         for name in REASONING:
             if isinstance(extra.get(name), str):
@@ -206,12 +229,17 @@ def _message(message: Body) -> Body:
 
 
 def _call(call: Body) -> Body:
-    found = {name: call[name] for name in ("id", "type", "function") if name in call}
-    _part(
-        found,
-        "function",
-        lambda function: {name: function[name] for name in ("name", "arguments") if name in function},
-    )
+    found = {name: call[name] for name in ("id", "type", "function") if call.get(name) is not None}
+    _part(found, "function", _called_function)
+    return found
+
+
+def _called_function(function: Body) -> Body:
+    """The name and the arguments. Some servers give those as JSON, and none as null."""
+    found = {name: function[name] for name in ("name", "arguments") if function.get(name) is not None}
+    arguments = found.setdefault("arguments", "")
+    if isinstance(arguments, dict):
+        found["arguments"] = json.encode(arguments).decode()
     return found
 
 

@@ -76,7 +76,7 @@ class OllamaOptions(Wire, frozen=True, kw_only=True):
 
 class OllamaFunction(Wire, frozen=True, kw_only=True):
     name: Identifier
-    arguments: dict[str, Any]
+    arguments: dict[str, Any] | None = None
     index: Annotation = None
     description: Annotation = None
 
@@ -98,6 +98,10 @@ class OllamaMessage(Wire, frozen=True, kw_only=True):
     tool_name: Identifier | None = None
     tool_call_id: Identifier | None = None
     name: Identifier | None = None
+
+
+# Unknown members of these annotate, and are left out.
+HISTORY = frozenset({OllamaMessage, OllamaCall, OllamaFunction})
 
 
 class OllamaTool(Wire, frozen=True, kw_only=True):

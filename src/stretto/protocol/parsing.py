@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from msgspec import DecodeError, Raw, ValidationError, convert, json
 
 from stretto.errors import InvalidRequest, TooLarge, UnsupportedField, UnsupportedMedia, cut
-from stretto.protocol.compatibility import accepted
+from stretto.protocol.compatibility import accepted, as_typed
 from stretto.protocol.limits import LIMITS, Limit
 
 T = TypeVar("T")
@@ -52,9 +52,13 @@ def as_it_is(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(
-    decoder: json.Decoder[T], body: bytes, lenient: Callable[[dict[str, Any]], dict[str, Any]] = accepted
+    decoder: json.Decoder[T],
+    body: bytes,
+    lenient: Callable[[dict[str, Any]], dict[str, Any]] = accepted,
+    history: frozenset[type] = frozenset(),
 ) -> T:
-    """Decodes a request body. `lenient`: the usual form of one that some clients send in another.
+    """Decodes a request body. `lenient`: the usual form of one that some clients send in another. `history`:
+    the types whose unknown members are left out.
 
     Raises InvalidRequest for a malformed body and for a value that is wrong or beyond its limit,
     UnsupportedField for a field or a value that this server does not implement, and TooLarge for more than
@@ -65,27 +69,30 @@ def parse(
     try:
         return decoder.decode(body)
     except ValidationError as error:
-        return _parse_otherwise(decoder, body, str(error), lenient)
+        problem = str(error)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except DecodeError as error:
         whole = _without_half_pairs(body)
         if whole == body:
             raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        return parse(decoder, whole, lenient, history)
     except RecursionError:
         raise _too_deep(body) from None
-    return parse(decoder, whole, lenient)
+    return _parse_otherwise(
+        decoder, body, problem, lambda fields: as_typed(lenient(fields), decoder.type, history)
+    )
 
 
 def _parse_otherwise(
-    decoder: json.Decoder[T], body: bytes, problem: str, lenient: Callable[[dict[str, Any]], dict[str, Any]]
+    decoder: json.Decoder[T], body: bytes, problem: str, usual_form: Callable[[dict[str, Any]], Any]
 ) -> T:
     """Decodes a body that clients of other servers may send. `problem`: why it is none of ours."""
     try:
         fields = json.decode(body)
+        usual = usual_form(cast("dict[str, Any]", fields)) if isinstance(fields, dict) else fields
     except (DecodeError, UnicodeDecodeError, RecursionError):
-        fields = None
-    usual = lenient(cast("dict[str, Any]", fields)) if isinstance(fields, dict) else fields
+        fields = usual = None
     if json.encode(usual) == json.encode(fields):  # 40.0 equals 40, and only the latter is accepted
         raise _error_with_path(problem, body)
     try:

@@ -163,7 +163,7 @@ def closed(text: str) -> str:
 def whole_members(text: str) -> dict[str, Any] | None:
     """The members of a JSON object, without those that were cut; None for a text that is no JSON object."""
     try:
-        value = json.loads(text or "{}")
+        value = json.loads(text.strip() or "{}")
     except ValueError:
         try:
             value = json.loads(closed(text))

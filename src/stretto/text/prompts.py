@@ -49,7 +49,7 @@ def check_size(prompt: str, text: TextModel, info: ModelInfo, path: str) -> None
 def check_token_ids(ids: Sequence[int], info: ModelInfo, path: str) -> None:
     """Raises InvalidRequest unless there is at least one id and each is a token of the model."""
     if not ids:
-        raise InvalidRequest(f"{path} is empty: there is nothing to continue", param=path)
+        raise InvalidRequest(f"{path} is empty: send at least one token", param=path)
     if min(ids) < 0 or max(ids) >= info.vocab:
         raise _unknown(next(id for id in ids if not 0 <= id < info.vocab), info, path)
 

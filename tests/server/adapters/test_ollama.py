@@ -254,6 +254,10 @@ async def test_the_history_may_say_more_than_ollama_reads(
         messages=[*HI, {"role": "assistant", "content": "", "tool_calls": [plain]}, result],
     )
     assert engine.requests[0].prompt == engine.requests[1].prompt
+    for none in ({"name": "now"}, {"name": "now", "arguments": None}, {"name": "now", "arguments": {}}):
+        said = {"role": "assistant", "content": None, "tool_calls": [{"function": none}]}
+        await whole(client, "/api/chat", messages=[*HI, said, {"role": "tool", "content": None}])
+    assert engine.requests[2].prompt == engine.requests[3].prompt == engine.requests[4].prompt
     unknown = await client.post("/api/chat", json={"model": "tiny", "messages": [asked], "frobnicate": 1})
     assert (unknown.status_code, unknown.json()["error"].split()[0]) == (400, "$.frobnicate")
 

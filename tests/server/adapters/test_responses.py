@@ -351,6 +351,15 @@ async def test_what_means_nothing_is_accepted(client: httpx.AsyncClient, engine:
     assert structs.replace(second.sampling, max_tokens=None) == first.sampling
 
 
+async def test_null_in_the_history_is_nothing(client: httpx.AsyncClient) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": None, "status": None}
+    result = {"type": "function_call_output", "call_id": "c", "output": "rain"}
+    asked = {"role": "user", "content": "Hi"}
+    history = [asked, call, result, {"role": "assistant", "content": None}, asked]
+    response = await client.post(URL, json={"input": history, "unheard_of": None})
+    assert response.status_code == 200, response.text
+
+
 async def test_a_kept_answer_is_unknown_to_other_tenants(checkpoint: Path, engine: FakeEngine) -> None:
     config = ServeConfig(port=0, response_store=2**16, api_keys={"key-1": "ann", "key-2": "bob"})
     transport = httpx.ASGITransport(build(config, engine, {"tiny": checkpoint}))

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from stretto.errors import CannotBeOnTime, Overloaded, UnsupportedField
 from stretto.http.dialects import ANTHROPIC, OVERLOADED
 from stretto.protocol.anthropic import (
+    HISTORY,
     AnyChoice,
     AssistantBlock,
     AssistantTurn,
@@ -77,7 +78,7 @@ async def create_message(call: Call) -> None:
     _identify(call)
     call.error_event = partial(ANTHROPIC.ending, request_id=call.exchange.id)
     with fields_named(NAMES):
-        request = parse(REQUEST, call.body, as_it_is)
+        request = parse(REQUEST, call.body, as_it_is, HISTORY)
         try:
             await run(
                 call, chat_request(request), check, lambda spec, tier: MessageWriter(spec, call.exchange.id)
@@ -91,7 +92,7 @@ async def count_tokens(call: Call) -> None:
     """Answers `/v1/messages/count_tokens`: also for a prompt that is too long. Raises StrettoError."""
     _identify(call)
     with fields_named(NAMES):
-        request = chat_request(parse(COUNTED, call.body, as_it_is))
+        request = chat_request(parse(COUNTED, call.body, as_it_is, HISTORY))
         call.label(request.model, DEFAULT)
         model = call.server.model(request.model)
         endless = model._replace(info=structs.replace(model.info, context=INT32_MAX))
@@ -175,7 +176,7 @@ def _messages(request: MessagesPrompt) -> list[Message]:
         if isinstance(turn, SystemTurn):
             found.append(SystemMessage(content=_text(turn.content)))
         elif isinstance(turn, AssistantTurn):
-            found.append(_answered(turn.content, path))
+            found.append(_answered(turn.content or "", path))
         else:
             found += _asked(turn.content)
     if isinstance(request.messages[-1], AssistantTurn):
@@ -229,8 +230,9 @@ def _answered(content: str | Sequence[AssistantBlock], path: str) -> AssistantMe
 
 
 def _called(block: ToolUseBlock, path: str) -> ToolCall:
-    check_json(block.input, path)
-    arguments = plain_json.dumps(block.input, ensure_ascii=False)
+    given = block.input or {}
+    check_json(given, path)
+    arguments = plain_json.dumps(given, ensure_ascii=False)
     if len(arguments) > (most := LIMITS["arguments"]).most:
         raise most.error(path, len(arguments))
     return ToolCall(id=block.id, function=CalledFunction(name=block.name, arguments=arguments))

@@ -50,16 +50,14 @@ class ItemConversation:
             self._begin(path)
             place = f"$.messages[{len(self.messages)}].tool_calls[{len(self._calls)}].function"
             self.call_places[place] = path
-            called = CalledFunction(
-                name=_required(item.name, f"{path}.name"),
-                arguments=_required(item.arguments, f"{path}.arguments"),
-            )
+            name = _required(item.name, f"{path}.name")
+            called = CalledFunction(name=name, arguments=item.arguments or "")
             self._calls.append(ToolCall(id=_required(item.call_id, f"{path}.call_id"), function=called))
         elif item.type == "message" and item.role == "assistant":
             if self._content is not None or self._calls:
                 self.end_answer()
             self._begin(path)
-            self._content = _parts(_required(item.content, f"{path}.content"))
+            self._content = _parts(item.content or "")
         else:
             self.end_answer()
             self._begin(path)

@@ -14,9 +14,9 @@ from starlette.responses import Response
 
 from stretto.errors import InvalidRequest, UnsupportedField
 from stretto.http.dialects import OLLAMA
-from stretto.protocol.compatibility import ollama_history
 from stretto.protocol.limits import LIMITS, check_json
 from stretto.protocol.ollama import (
+    HISTORY,
     OllamaAnswer,
     OllamaCall,
     OllamaChat,
@@ -85,7 +85,7 @@ def known_as(name: str | None) -> str | None:
 async def chat(call: Call) -> None:
     """Answers `/api/chat`. Raises StrettoError."""
     with fields_named(NAMES):
-        request = parse(CHAT, call.body, ollama_history)
+        request = parse(CHAT, call.body, as_it_is, HISTORY)
         if not request.messages:
             await _load(call, request, chat=True)
             return
@@ -269,8 +269,9 @@ def _result(message: OllamaMessage, open_calls: list[ToolCall]) -> ToolMessage:
 
 
 def _called(call: OllamaCall, id: str, path: str) -> ToolCall:
-    check_json(call.function.arguments, path)
-    arguments = plain_json.dumps(call.function.arguments, ensure_ascii=False)
+    given = call.function.arguments or {}
+    check_json(given, path)
+    arguments = plain_json.dumps(given, ensure_ascii=False)
     if len(arguments) > (most := LIMITS["arguments"]).most:
         raise most.error(path, len(arguments))
     return ToolCall(id=call.id or id, function=CalledFunction(name=call.function.name, arguments=arguments))
