@@ -155,6 +155,9 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
             ["bench", "serve", "http://x", "--rate", "1", "--goodput", "itl:9"],
             "limits are ttft, tpot and e2e",
         ),
+        (["gateway", "--worker", "http://a:b"], "error: 'http://a:b' is no URL of a worker"),
+        (["gateway", "--workers", "http://a"], "(Possible options: --worker)"),
+        (["serv"], "Did you mean 'serve'?"),
         (["bench", "engine", "--batch", "1,0"], "--batch: '1,0' is no list of numbers above 0"),
     ],
 )

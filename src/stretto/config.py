@@ -29,16 +29,15 @@ LISTS = ("models", "workers", "allowed_hosts", "cors_origins", "feedback_prompts
 ONE_KEY = "STRETTO_API_KEY"
 # Read by the gateway, the examples and the tests.
 OTHERS = (
-    *("STRETTO_KEYS_FILE", "STRETTO_USAGE_FILE", "STRETTO_GATEWAYS"),
-    *("STRETTO_WORKERS", "STRETTO_ROUTE", "STRETTO_HEDGE_SHARE", "STRETTO_REDIS"),
-    *("STRETTO_URL", "STRETTO_DATA", "STRETTO_KEY"),
+    *("STRETTO_KEYS_FILE", "STRETTO_USAGE_FILE", "STRETTO_GATEWAYS", "STRETTO_WORKERS", "STRETTO_ROUTE"),
+    *("STRETTO_HEDGE_SHARE", "STRETTO_REDIS", "STRETTO_URL", "STRETTO_DATA", "STRETTO_KEY"),
 )
 API_KEY = re.compile(r"[!-~]+")
 HOST_NAME = re.compile(r"\*|(\*\.)?[\w.-]+|\[?[0-9a-fA-F:.]+\]?")
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/@?#]+/?", re.IGNORECASE)
 SIZES = {"kv_memory", "cache_size", "response_store"}
 ENVIRONMENT = "STRETTO_"
-ENUM_ERROR = re.compile(r"Invalid enum value .* at `\$\.(\w+)`$")
+NAME_ERROR = re.compile(r"(Invalid enum value|.*unknown field) .* at (?:`key` in )?`\$\.(\w+)[^`]*`$")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?", re.IGNORECASE)
 
 
@@ -416,8 +415,8 @@ class SettingsTable:
     def _checked(self, values: dict[str, Any], where: str, *, strict: bool) -> dict[str, Any]:
         for name in values.keys() - self.infos.keys():
             near = difflib.get_close_matches(name, self.infos, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(self.infos)}"
-            raise StartError(f"{where}: unknown setting {name}{hint}")
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(self.infos)}"
+            raise StartError(f"{where}: unknown setting {name}; {hint}")
         if "gateway_key" in values and not str(values["gateway_key"]).strip():
             raise StartError(f"{where}: gateway_key is empty: set it to a secret, or leave it out")
         try:
@@ -428,9 +427,10 @@ class SettingsTable:
         return {name: getattr(parsed, name) for name in values}
 
     def _hint(self, error: str) -> str:
-        """The allowed values of the setting that msgspec's message names, when it has a fixed set of them."""
-        at = ENUM_ERROR.search(error)
-        return f"; choose from {', '.join(_choices(self.infos[at[1]].type))}" if at else ""
+        """The allowed values or names of the setting that a message of msgspec names, if they are fixed."""
+        at = NAME_ERROR.search(error)
+        of = "values" if at and at[1].startswith("Invalid") else "names"
+        return f"; choose from {', '.join(_choices(self.infos[at[2]].type, of))}" if at else ""
 
 
 def meaning_of(info: FieldInfo) -> str:
@@ -459,8 +459,7 @@ def size(text: object) -> int:
     match = SIZE.fullmatch(str(text).strip())
     if match is None:
         raise ValueError(f"{text!r} is no size: write one like 2GiB, 512MiB or 1.5 (GiB)")
-    number, unit, _ = match.groups()
-    return int(float(number) * 2 ** (10 * ("KMGT".index(unit.upper()) + 1) if unit else 30))
+    return int(float(match[1]) * 2 ** (10 * ("KMGT".index(match[2].upper()) + 1) if match[2] else 30))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -470,10 +469,11 @@ def _read(file: Path) -> dict[str, Any]:
         raise StartError(f"cannot read the configuration {file}: {error}") from error
 
 
-def _choices(kind: Any) -> list[str]:
-    if get_origin(kind) is Literal:
+def _choices(kind: Any, of: Literal["values", "names"]) -> list[str]:
+    if get_origin(kind) is Literal and of == "values":
         return list(get_args(kind))
-    return [choice for part in get_args(kind) for choice in _choices(part)]
+    names: tuple[str, ...] = getattr(kind, "__struct_fields__", ()) if of == "names" else ()
+    return [*names, *(choice for part in get_args(kind) for choice in _choices(part, of))]
 
 
 def part(struct: type[Struct], merged: dict[str, Any]) -> dict[str, Any]:

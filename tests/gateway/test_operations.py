@@ -106,6 +106,8 @@ async def test_settings_reload_on_sighup_without_a_lost_stream(checkpoint: Path,
         ("workers = [", "cannot read the configuration"),
         ('workers = ["{0}"]\nroute = "best"\n', "route"),
         ('workers = ["ftp://x"]\nport = 0\ndrain = 0.3\n', "is no URL of a worker"),
+        ('workers = ["http://a:b"]\nport = 0\ndrain = 0.3\n', "is no URL of a worker"),
+        ('workers = ["http://[::1"]\nport = 0\ndrain = 0.3\n', "is no URL of a worker"),
         ('rout = "sticky"\n', "did you mean route"),
     ],
 )

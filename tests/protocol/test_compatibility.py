@@ -196,10 +196,14 @@ def test_null_in_a_schema_or_in_free_data_is_a_value():
     assert request.chat_template_kwargs == {"a": None}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "read"),
-    [({"arguments": None}, ""), ({}, ""), ({"arguments": {"a": None}}, '{"a":null}')],
-)
+NO_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"arguments": None}, ""),
+    ({}, ""),
+    ({"arguments": {"a": None}}, '{"a":null}'),
+]
+
+
+@pytest.mark.parametrize(("arguments", "read"), NO_ARGUMENTS)
 def test_arguments_of_an_earlier_call_may_be_null_missing_or_an_object(arguments: dict[str, Any], read: str):
     call = {"id": "c", "type": None, "function": {"name": "f", **arguments}}
     result = {"role": "tool", "tool_call_id": "c", "content": None}
@@ -210,7 +214,7 @@ def test_arguments_of_an_earlier_call_may_be_null_missing_or_an_object(arguments
     assert said.content == ""
 
 
-HISTORIES = [
+HISTORIES: list[tuple[str, dict[str, Any]]] = [
     ("tool_use", {"id": "t", "name": "f", "input": None, "x": 1}),
     ("tool_use", {"id": "t", "name": "f"}),
     ("thinking", {"thinking": "hm", "signature": None, "x": {"a": 1}}),
@@ -227,8 +231,11 @@ def test_blocks_of_anthropics_history_may_say_more(kind: str, members: dict[str,
     assert (request.max_tokens, request.top_k, len(request.messages)) == (4, 5, 5)
 
 
-def test_an_unknown_field_beside_anthropics_history_is_still_named():
-    for more in ({"betas": 1}, {"tools": [{"name": "f", "input_schema": {}, "x": 1}]}):
-        body = {"messages": [USER], "max_tokens": 4, **more}
-        with pytest.raises(UnsupportedField, match=r"\$\.(betas|tools\[0\]\.x)"):
-            parse(json.Decoder(MessagesRequest), json.encode(body), as_it_is, HISTORY)
+UNKNOWN: list[dict[str, Any]] = [{"betas": 1}, {"tools": [{"name": "f", "input_schema": {}, "x": 1}]}]
+
+
+@pytest.mark.parametrize("more", UNKNOWN)
+def test_an_unknown_field_beside_anthropics_history_is_still_named(more: dict[str, Any]):
+    body = {"messages": [USER], "max_tokens": 4, **more}
+    with pytest.raises(UnsupportedField, match=r"\$\.(betas|tools\[0\]\.x)"):
+        parse(json.Decoder(MessagesRequest), json.encode(body), as_it_is, HISTORY)

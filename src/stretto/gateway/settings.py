@@ -15,6 +15,7 @@ from stretto.gateway.accounts.ledger import KeySettings
 from stretto.gateway.accounts.prices import Price
 from stretto.gateway.cache.policy import CachePolicy
 from stretto.gateway.routing.router import Method
+from stretto.gateway.upstream.connection import Address
 
 
 class GatewayConfig(HttpConfig, frozen=True, kw_only=True):
@@ -114,4 +115,9 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
         raise StartError(
             "a gateway needs workers: name them with --worker URL, or set gateway_key to let them join"
         )
+    try:
+        for each in settings.workers:
+            Address.of(each.rpartition("=")[2])
+    except ValueError as error:
+        raise StartError(str(error)) from None
     return settings

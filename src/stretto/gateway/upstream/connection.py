@@ -42,11 +42,16 @@ class Address(NamedTuple):
     @classmethod
     def of(cls, url: str) -> Address:
         """Raises ValueError for a text that is no http or https URL."""
-        parts = urlsplit(url)
+        problem = f"{url!r} is no URL of a worker: write http://HOST:PORT"
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            raise ValueError(problem) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no URL of a worker: write http://HOST:PORT")
+            raise ValueError(problem)
         tls = parts.scheme == "https"
-        return cls(parts.hostname, parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"))
+        return cls(parts.hostname, port or (443 if tls else 80), tls, parts.path.rstrip("/"))
 
 
 @dataclass(slots=True)
