@@ -208,7 +208,8 @@ class Request(Struct, frozen=True, kw_only=True):
     them: `sampling` counts them, and token k of the answer has the same random number on every worker.
 
     `spare_time`: it has no objective, runs only in time that no other request needs, and makes none wait.
-    `cached`: tokens of its prompt that its maker expects in the prefix cache; only predictions use it.
+    `cached`: tokens of its prompt that its maker expects in the prefix cache; only predictions before the
+    engine use it, which looks itself.
     `admitted`: its maker has asked admission, so the schedule does not ask again.
     """
 

@@ -83,6 +83,8 @@ class EngineCore:
         model = self.models[seq.request.model]
         queues = model.queues
         self._sequences[seq.request.id] = seq
+        if seq.scores is None:  # a scored prompt is read anew
+            seq.expected = model.pool.expected(seq.kv)
         insort(queues.waiting, seq, key=_rank)
         if seq.deadline.whole < inf:
             heappush(queues.ends, (seq.deadline.whole, seq.request.id, seq))

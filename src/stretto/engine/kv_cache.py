@@ -78,6 +78,13 @@ class BlockPool:
             return None
         return self._keys(kv, matched + 1)[matched]
 
+    def expected(self, kv: KvState) -> int:
+        """The tokens of its longest prefix that are cached, or that a running sequence is computing."""
+        blocks = 0
+        while (key := self.next_key(kv, blocks)) is not None and (key in self._block_of or self.expects(key)):
+            blocks += 1
+        return blocks * self.size
+
     def expects(self, key: bytes) -> bool:
         """Whether a running sequence is computing the block of this key: waiting costs less than redoing."""
         return key in self._expected

@@ -96,6 +96,7 @@ class Sequence:
     scores: list[Logprobs] | None = None  # of its prompt's tokens after the first; None: not wanted, or sent
     slot: int = -1  # its row in the runner's tables; -1 while it waits
     in_flight: int = 0  # tokens that launched steps are drawing, so not in `tokens` yet
+    expected: int = 0  # tokens of the prompt that were expected in the prefix cache when it came
     cached: int = 0  # tokens of the prompt that the prefix cache held when it started
     started: float | None = None  # when its first step was planned
     preemptions: int = 0
@@ -198,7 +199,7 @@ class Sequence:
     @property
     def done(self) -> int:
         """Tokens that are computed; of one that waits, those that it expects in the prefix cache."""
-        return self.kv.computed if self.slot >= 0 else min(self.request.cached, self.prompt_len - 1)
+        return self.kv.computed if self.slot >= 0 else min(self.expected, self.prompt_len - 1)
 
     @property
     def length(self) -> int:

@@ -85,6 +85,11 @@ class Outlook:
         waiting = () if self._seen is None else chain.from_iterable(self._seen.prompts.values())
         return sum(ms for _, ms, _ in waiting) + sum(job[1] for _, _, job in self._sent)
 
+    @property
+    def deferred_ms(self) -> float:
+        """The work of the prompts that wait there for spare time: late ones, and those without deadlines."""
+        return 0.0 if self._seen is None else self._seen.backlog.late_ms + self._seen.backlog.flex_ms
+
     def prefill_ms(self, tokens: int, cached: int = 0) -> float:
         """The work of a prompt of so many tokens after the cached ones; 0 before the first snapshot."""
         return 0.0 if self._seen is None else self._seen.estimate.cost.prefill(cached, tokens - cached)
