@@ -123,6 +123,18 @@ async def test_errors_are_in_the_words_of_each_api(checkpoint: Path):
         assert unknown.status_code == 404 and isinstance(unknown.json()["error"], str)
 
 
+async def test_a_worker_learns_what_of_a_prompt_it_is_believed_to_have_cached(checkpoint: Path):
+    engine = fake(60)
+    body = {"messages": [{"role": "user", "content": "A long story. " * 35}], "max_tokens": 4}
+    async with cluster(checkpoint, engine) as (client, _):
+        for _ in range(2):
+            answer = await client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+    first, second = engine.requests
+    assert (first.cached, first.prompt) == (0, second.prompt)
+    assert 100 < second.cached < len(second.prompt)
+
+
 async def test_a_kept_response_is_found_on_its_worker(checkpoint: Path):
     engines = fake(60, 61), fake(60, 61)
     async with cluster(checkpoint, *engines, worker={"response_store": 1 << 20}, route="round-robin") as (

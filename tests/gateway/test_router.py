@@ -11,6 +11,7 @@ import pytest
 from stretto.config import TIERS
 from stretto.engine.scheduler.admission import Outlook, Snapshot
 from stretto.engine.scheduler.estimate import Estimate
+from stretto.engine.scheduler.lateness import Backlog
 from stretto.engine.step_time import StepCost
 from stretto.gateway.routing.router import STALE_S, Ask, Method, Router, WorkerView
 from stretto.types import Objective, Request, Sampling
@@ -18,7 +19,7 @@ from stretto.types import Objective, Request, Sampling
 COST = StepCost(base=10.0, per_decode=0.5, per_prefill=0.5)  # ms
 
 
-def snapshot(now: float, *, waiting_ms: float = 0.0) -> Snapshot:
+def snapshot(now: float, *, waiting_ms: float = 0.0, late_ms: float = 0.0) -> Snapshot:
     jobs = [(now + 0.9, waiting_ms, 0.0)] if waiting_ms else []
     estimate = Estimate(cost=COST, margin=1.0, streams=0, itl_ms=inf, load=0.0)
     return Snapshot(
@@ -29,6 +30,7 @@ def snapshot(now: float, *, waiting_ms: float = 0.0) -> Snapshot:
         prompts={4.0: [], 2.0: jobs, 1.0: [], 0.0: []},
         inflow={},
         lengths={"default": 10, "priority": 10, "flex": 10},
+        backlog=Backlog(late_ms=late_ms),
     )
 
 
@@ -84,6 +86,25 @@ def test_a_cached_prompt_does_not_hold_a_request_on_a_saturated_worker():
     made.prefixes.add("a", [1, 2, 3, 4], 100)
     placed = made.place(ask(400, keys=(1, 2, 3, 4)), 0.0)
     assert placed is not None and placed.worker is b
+
+
+def test_prompts_that_are_late_already_burden_a_worker():
+    behind, free = view("behind"), view("free", waiting_ms=20.0)
+    behind.outlooks["m"].see(snapshot(0.0, late_ms=3000.0))
+    placed = router(behind, free).place(ask(), 0.0)
+    assert placed is not None and placed.worker is free
+
+
+def test_what_a_worker_refused_is_not_believed_to_be_in_its_cache():
+    a, b = view("a"), view("b")
+    made = router(a, b)
+    made.prefixes.add("a", [1, 2], 100)
+    long = ask(400, ttft_ms=5000.0, keys=(1, 2, 3, 4))
+    placed = made.place(long, 0.0)
+    assert placed is not None and placed.worker is a and placed.cached == 200
+    assert made.prefixes.match(long.keys) == {"a": 4}
+    made.refused(long, placed)
+    assert made.prefixes.match(long.keys) == {"a": 2}
 
 
 def test_a_far_worker_counts_its_round_trip():

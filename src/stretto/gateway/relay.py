@@ -314,10 +314,12 @@ class Relay:
             connection = await worker.pool.acquire(CONNECT_S)
             worker.sent(ask.request.id)
             worker.streams.add(connection.lose)
-            head = await connection.exchange(self._bytes(worker, exchange, span))
+            head = await connection.exchange(self._bytes(worker, exchange, placement, span))
             await self._raise_refusal(worker, connection, head, exchange)
         except BaseException as error:
             self.router.done(placement.worker)
+            if isinstance(error, Refusal):
+                self.router.refused(ask, placement)
             if connection is not None:
                 worker.streams.discard(connection.lose)
                 connection.close()
@@ -349,7 +351,9 @@ class Relay:
             raise WorkerLost(f"{worker.name} refused: {code}")
         raise Refusal(head, body)
 
-    def _bytes(self, worker: Worker, exchange: RelayedExchange, span: TraceSpan | None) -> bytes:
+    def _bytes(
+        self, worker: Worker, exchange: RelayedExchange, placement: Placement, span: TraceSpan | None
+    ) -> bytes:
         """The request as the worker gets it."""
         headers = {"Content-Type": "application/json", "x-request-id": exchange.request_id}
         if span is not None:
@@ -367,6 +371,7 @@ class Relay:
             nonce=exchange.nonce,
             site=worker.view.site,
             degraded=self.registry.degraded(worker, exchange.model),
+            cached=placement.cached,
         )
         return worker.pool.request("POST", RELAY, headers, json.encode(relayed))
 

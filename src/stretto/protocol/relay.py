@@ -128,7 +128,8 @@ class RelayedRequest(Struct, frozen=True):
     `age_ms`: milliseconds since it reached the gateway, from which its deadlines count, with the network's
     way to the worker and back. `request` is the body as the client sent it. `nonce`: a random text of which
     ids in the answer are made, so that they stay the same when another worker goes on. `site` and `degraded`
-    belong into the answer's report.
+    belong into the answer's report. `cached`: the tokens of the prompt that the worker is believed to have in
+    its prefix cache.
     """
 
     operation: OperationName
@@ -139,6 +140,7 @@ class RelayedRequest(Struct, frozen=True):
     nonce: Annotated[str, Meta(max_length=64)] = ""
     site: Annotated[str, Meta(max_length=256)] = ""
     degraded: Degraded | None = None
+    cached: Annotated[int, Meta(ge=0)] = 0
 
 
 class ErasureRequest(Struct, frozen=True, forbid_unknown_fields=True):

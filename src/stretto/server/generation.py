@@ -68,6 +68,7 @@ async def relay(call: Call, operations: Mapping[OperationName, Handler]) -> None
     call.tenant = relayed.tenant
     call.arrival -= min(max(relayed.age_ms, 0.0), OLDEST_MS) / 1e3
     call.relayed = True
+    call.believed_cached = relayed.cached
     call.continuation = relayed.continuation
     call.nonce = relayed.nonce or call.nonce
     call.placed = AnswerPlace(relayed.site or UNSET, relayed.degraded or UNSET)
@@ -151,7 +152,7 @@ def submit(
         request_id=call.exchange.id,
         lighter=() if emitted.tokens else placed.lighter,
         cascade=placed.cascade,
-        cached=call.read_ahead.common(name, prompt.ids),
+        cached=max(call.read_ahead.common(name, prompt.ids), min(call.believed_cached, len(prompt.ids) - 1)),
     )
     sequence = server.engine.submit(request)
     visible = markers.VISIBLE if spec.parser else frozenset[str]()

@@ -356,6 +356,7 @@ class Call:
         self.exchange: Exchange = request.scope[KEY]
         self.outputs: list[Output] = []
         self.relayed = False  # whether a gateway reads the answer
+        self.believed_cached = 0  # tokens of its prompt in the prefix cache, as far as the gateway knows
         self.continuation: Continuation | None = None
         self.nonce = token_hex(12)  # of which ids in the answer are made
         # By which a reward may name the answer, beside the id of the exchange.

@@ -56,6 +56,14 @@ class PrefixIndex:
         while len(held) > capacity:
             self._drop(worker, held.popitem(last=False)[0])
 
+    def remove(self, worker: Hashable, keys: Sequence[int]) -> None:
+        """The worker does not get these keys after all."""
+        held = self._held.get(worker, OrderedDict[int, None]())
+        for key in keys:
+            if key in held:
+                del held[key]
+                self._drop(worker, key)
+
     def forget(self, worker: Hashable) -> None:
         """The worker has lost its cache: it died or restarted."""
         for key in self._held.pop(worker, ()):

@@ -107,7 +107,7 @@ class Router:
             return None
         floor = ask.request.objective.min_quality or 0.0
         able = [worker for worker in able if worker.quality >= floor] or able
-        placement = self._method(ask, able, now) if len(able) > 1 else self._predict(ask, able[0], now, 0)
+        placement = self._method(ask, able, now) if len(able) > 1 else self.predictions(ask, able, now)[0]
         self.record(ask, placement.worker, placement.cached)
         return placement
 
@@ -146,6 +146,11 @@ class Router:
         """A request has ended on that worker."""
         worker.active -= 1
 
+    def refused(self, ask: Ask, placement: Placement) -> None:
+        """The worker has refused the request, so it does not read what of the prompt it did not hold."""
+        held = round(placement.cached / ask.piece) if ask.piece else 0
+        self.prefixes.remove(placement.worker.name, ask.keys[held:])
+
     def predictions(self, ask: Ask, workers: Sequence[WorkerView], now: float) -> list[Placement]:
         """What would become of the request on each of these workers."""
         held = self.prefixes.match(ask.keys)
@@ -168,8 +173,9 @@ class Router:
         burdens least; else the least late one.
 
         The burden is its time to the first token, the work that it may delay there, and its own work, which
-        is less where its prompt is cached. Without a deadline or a fresh state: the least loaded worker,
-        where a cached prompt counts as one request less.
+        is less where its prompt is cached. Prompts that are late already may be delayed too: they wait for
+        spare time, but in the end they go first. Without a deadline or a fresh state: the least loaded
+        worker, where a cached prompt counts as one request less.
         """
         options = self.predictions(ask, self._shortlist(ask, able), now)
         known = [option for option in options if option.ttft_s < inf]
@@ -185,7 +191,8 @@ class Router:
 
         def burden(option: Placement) -> tuple[bool, float, float, float]:
             outlook = option.worker.outlooks[ask.request.model]
-            work = outlook.backlog_ms + OWN_WORK * outlook.prefill_ms(length - option.cached)
+            waiting = outlook.backlog_ms + outlook.deferred_ms
+            work = waiting + OWN_WORK * outlook.prefill_ms(length - option.cached)
             return (
                 not option.feasible,
                 -option.worker.quality if option.feasible else 0.0,
