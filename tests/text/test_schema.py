@@ -64,6 +64,20 @@ CASES: list[tuple[dict[str, Any], list[Any], list[Any], list[str]]] = [
         [{"n": "a"}],
         [],
     ),
+    *(
+        (
+            {
+                "$id": "http://x/y",
+                "type": "object",
+                "properties": {"n": {"$ref": f"http://x/y#{inner}"}},
+                "$defs": {"N": {"$anchor": "name", "type": "integer"}},
+            },
+            [{"n": 1}],
+            [{"n": "a"}],
+            [],
+        )
+        for inner in ("/$defs/N", "name")
+    ),
     ({"const": 1, "$ref": "#/$defs/X", "$defs": {"X": {"type": "integer"}}}, [1], [2], []),
     ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None], []),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, [1, 1.5], ["a"], ["$.oneOf"]),

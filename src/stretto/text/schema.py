@@ -91,6 +91,14 @@ def _find_anchors(schema: Any, place: str, anchors: dict[str, str]) -> None:
                 _find_anchors(value, f"{place}/{key.replace('~', '~0').replace('/', '~1')}", anchors)
 
 
+def _resolved(reference: str, anchors: dict[str, str]) -> str:
+    """A reference without the `$id` of a schema that is inside this one."""
+    id, _, inner = reference.partition("#")
+    if reference in anchors or id not in anchors:
+        return anchors.get(reference, reference)
+    return anchors[id] + inner if inner[:1] in ("", "/") else anchors.get(f"#{inner}", reference)
+
+
 def _part(schema: Any, path: str, anchors: dict[str, str], found: EnforceableSchema) -> Any:
     """The enforceable part of a schema, or of a list of schemas."""
     if isinstance(schema, list):
@@ -108,7 +116,7 @@ def _part(schema: Any, path: str, anchors: dict[str, str], found: EnforceableSch
             named = cast(Schema, value).items()
             part[key] = {name: _part(each, f"{where}.{name}", anchors, found) for name, each in named}
         elif key == "$ref" and isinstance(value, str):
-            part[key] = anchors.get(value, value)
+            part[key] = _resolved(value, anchors)
         elif key == "oneOf" and isinstance(value, list):
             branches = _part(value, where, anchors, found)
             if not _excludes(branches):
