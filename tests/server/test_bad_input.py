@@ -17,6 +17,7 @@ from stretto.config import ServeConfig
 from stretto.errors import EngineDied, InvalidGrammar, Overloaded
 from stretto.server.admission_gate import AdmissionGate
 from stretto.server.app import App
+from stretto.text.tokenizer import TextModel
 from stretto.types import Grammar, Reason, Request
 from tests.server.checkpoint import byte_level, write
 from tests.server.conftest import CHAT, HELLO
@@ -180,6 +181,19 @@ async def test_a_chat_longer_than_the_context_is_refused_not_truncated(
         message = (await client.post(CHAT, json=body)).json()["error"]["message"]
         assert "this model's maximum context length is 512 tokens" in message
     assert not engine.requests
+
+
+async def test_a_token_of_the_template_that_the_model_lacks_is_refused(
+    checkpoint: Path, text: TextModel
+) -> None:
+    """Four tokens were added to the tokenizer, and the model has no embeddings for them."""
+    engine = FakeEngine(lambda request: [65], {"tiny": info(vocab=text.tokenizer.get_vocab_size() - 4)})
+    quick = {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}}  # has <think>
+    app = build(ServeConfig(), engine, {"tiny": checkpoint})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        assert await refused(client, CHAT, quick) == (400, "invalid_value", "$.messages")
+        assert not engine.requests
+        assert (await client.post(CHAT, json={"messages": [USER], "max_tokens": 1})).status_code == 200
 
 
 BODIES = [
