@@ -11,6 +11,7 @@ from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.lateness import Alarms, beyond_their_limit, first_rank, longest_wait_s
+from stretto.engine.scheduler.lengths import OFFERED_S
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import StepTime
@@ -42,6 +43,14 @@ def asked(ident: int, length: int, objective: Objective, *, tokens: int = 300, a
     return Request(
         id=ident, model="null", prompt=(ident,) * length, arrival=at, sampling=sampling, objective=objective
     )
+
+
+def arrive(world: World, requests: list[Request]) -> None:
+    """Send the requests when they arrive, and run them to their ends."""
+    for request in requests:
+        world.run(until=request.arrival)
+        world.submit(request)
+    world.run()
 
 
 def test_long_prompts_that_are_late_begin_by_their_limit_or_are_refused():
@@ -93,3 +102,38 @@ def test_a_request_whose_two_alarms_ring_at_once_goes_first_once():
     for at, ident in ((1.0, 7), (2.0, 8), (1.5, 7), (9.0, 7)):
         alarms.add(at, ident)
     assert alarms.due(3.0) == [7, 8]
+
+
+def test_a_long_flex_prompt_is_not_left_behind_until_few_short_ones_come():
+    """There is little spare time, and each turn brings a short one. Once eight of them began before it."""
+    world, timed, flex = engine(), CPU_TIERS["default"].objective, CPU_TIERS["flex"].objective
+    loads = [
+        structs.replace(asked(1, 4000, flex, tokens=5), tier="flex"),
+        structs.replace(asked(999, 1500, timed, tokens=5), tier="default"),
+    ]
+    for at in range(10, 600, 10):
+        loads.append(structs.replace(asked(at, 2000, timed, tokens=5, at=at), tier="default"))
+        loads.append(structs.replace(asked(at + 1, 1000, flex, tokens=5, at=at), tier="flex"))
+    arrive(world, loads)
+    began = [world.stamps[at + 1][0] for at in range(10, 600, 10)]
+    assert sum(at < world.stamps[1][0] for at in began) <= 5
+    assert not any(end.late for end in world.ends.values())
+
+
+def test_flex_prompts_are_refused_in_an_overload_that_is_not_brief_or_slight():
+    """What comes takes 1.05 of the time for ten minutes, and then 1.2. Once all five were refused in both."""
+    refused: list[int] = []
+    for offered in (1.05, 1.2):
+        world = engine()
+        arrivals = world.engine.models["null"].history.arrivals
+        arrivals.offer(CPU_TIERS["default"].weight, offered * OFFERED_S * 1e3)
+        for ident in (1, 2):
+            timed = asked(ident, 2500, CPU_TIERS["default"].objective, tokens=5)
+            world.submit(structs.replace(timed, tier="default"))
+        world.step()
+        for ident in range(3, 8):
+            flex = asked(ident, 800, CPU_TIERS["flex"].objective, tokens=5, at=world.clock())
+            world.submit(structs.replace(flex, tier="flex"))
+        world.run()
+        refused.append(sum(end.reason is Reason.REFUSED for end in world.ends.values()))
+    assert refused == [0, 5]

@@ -45,7 +45,7 @@ from stretto.engine.step_time import StepCost
 DEPTH = 64  # prompts that a step considers
 BEST_EFFORT_SHARE = 0.03  # of all time goes to best-effort sequences that have waited long
 PATIENCE_S = 30.0  # they have waited long after this
-BREVITY = 30.0  # seconds that a second of work puts a best-effort sequence behind
+BREVITY = 5.0  # seconds that a second of work puts a best-effort sequence behind
 LATE_S = 300.0  # seconds that a late sequence is put behind
 STARTED = 100.0  # the same for one that is partly computed
 

@@ -30,6 +30,7 @@ RESUME_S = 10.0  # after so long a preempted sequence goes first
 FREE = 0.3, 0.15  # of the longest TTFT objective; while less work waits, prompts without one are admitted
 RESERVE = 8.0, 24.0  # beyond it they leave room for so many more like them; at other times and in overload
 OVERLOAD = 1.0  # of the time: more prompt work than this that comes is an overload
+FLEX_OVERLOAD = 1.1  # the same before prompts without an objective get less room: they can wait longer
 OVERLOAD_FLEX = 0.1  # of the time is counted on for prompts without an objective in overload
 MOST = 0.9  # of the time that others leave is counted on for prompts without an objective
 SHORT_QUEUE = 0.2  # of its TTFT objective a newcomer may wait while newcomers are refused
@@ -187,7 +188,7 @@ def shortfall(asked: Newcomer, backlog: Backlog) -> float:
     ones are admitted. This is trunk reservation, which is close to optimal when more comes than can be served
     (Reiman, Queueing Systems 8, 1991). One that will be late is admitted if none like it waits.
     """
-    overload = backlog.overload
+    overload = backlog.offered > (FLEX_OVERLOAD if asked.ttft_s == inf else OVERLOAD)
     spare = OVERLOAD_FLEX if overload else max(LEAD, MOST - backlog.timed)
     if asked.ttft_s == inf:
         own_s, horizon_s = asked.alone_ms / asked.rate, backlog.horizon_s
