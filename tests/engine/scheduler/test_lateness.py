@@ -10,7 +10,7 @@ from msgspec import structs
 from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import SCHEDULES
-from stretto.engine.scheduler.lateness import Alarms, beyond_their_limit, first_rank, longest_wait_s
+from stretto.engine.scheduler.lateness import Alarms, beyond_their_limit, first_rank, longest_wait_s, works_of
 from stretto.engine.scheduler.lengths import OFFERED_S
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
@@ -137,3 +137,12 @@ def test_flex_prompts_are_refused_in_an_overload_that_is_not_brief_or_slight():
         world.run()
         refused.append(sum(end.reason is Reason.REFUSED for end in world.ends.values()))
     assert refused == [0, 5]
+
+
+def test_the_work_of_a_waiting_prompt_is_what_the_prefix_cache_leaves_of_it():
+    """It once left out only what the request itself expected."""
+    sequences = [Sequence.of(asked(ident, 1000, Objective()), 16_384) for ident in range(1, 4)]
+    sequences[1].expected, sequences[2].expected = 900, 5000
+    expected = [SMALL_CPU.prefill(seq.done, seq.length - seq.done) for seq in sequences]
+    assert works_of(sequences, SMALL_CPU) == expected
+    assert expected[0] > 9 * expected[1] > 90 * expected[2]

@@ -237,8 +237,8 @@ def works_of(prompts: Iterable[Sequence], cost: StepCost) -> list[float]:
         if seq.slot >= 0:
             done = seq.kv.computed
         else:
-            cached, most = seq.request.cached, seq.prompt_len - 1
-            done = cached if cached < most else most
+            expected, most = seq.expected, seq.prompt_len - 1
+            done = expected if expected < most else most
         count = len(seq.tokens) + seq.in_flight - done
         works.append(count * (per_prefill + per_pair * (done + count / 2)))
     return works
