@@ -22,6 +22,7 @@ from stretto.types import Request
 Method = Literal["deadline", "round-robin", "least-load", "two-choices", "sticky"]
 STALE_S = 2.0  # an older state says nothing
 OWN_WORK = 2.0  # how much worse a second of own work is than a second of waiting
+DEFERRED = 0.5  # how much of the work that waits for spare time a request may delay
 CACHED_WORTH = 4.0  # how many requests more a worker may have that holds all of an untimed prompt
 LEAST_LOADED, MOST_CACHED = 8, 4  # so many workers are looked at closely
 SATURATED = 8  # requests more than the least loaded worker has: then `sticky` lets go
@@ -173,9 +174,9 @@ class Router:
         burdens least; else the least late one.
 
         The burden is its time to the first token, the work that it may delay there, and its own work, which
-        is less where its prompt is cached. Prompts that are late already may be delayed too: they wait for
-        spare time, but in the end they go first. Without a deadline or a fresh state: the least loaded
-        worker, where a cached prompt counts as one request less.
+        is less where its prompt is cached. Prompts that are late already or have no deadline wait for spare
+        time, but in the end they go first, so they count in part. Without a deadline or a fresh state: the
+        least loaded worker, where a cached prompt counts as one request less.
         """
         options = self.predictions(ask, self._shortlist(ask, able), now)
         known = [option for option in options if option.ttft_s < inf]
@@ -191,7 +192,7 @@ class Router:
 
         def burden(option: Placement) -> tuple[bool, float, float, float]:
             outlook = option.worker.outlooks[ask.request.model]
-            waiting = outlook.backlog_ms + outlook.deferred_ms
+            waiting = outlook.backlog_ms + DEFERRED * outlook.deferred_ms
             work = waiting + OWN_WORK * outlook.prefill_ms(length - option.cached)
             return (
                 not option.feasible,
