@@ -360,8 +360,15 @@ def main() -> None:
             usual = ladder.long
         print(f"\nload {load:g}, {len(asked)} requests\n{HEAD}")
         chosen = options.policies.split(",") if options.policies else [*policies, *ladder.costs]
-        for policy in chosen:
-            show(Trial(policy, ladder, tiers, options.noise, usual).run(asked))
+        results = [Trial(policy, ladder, tiers, options.noise, usual).run(asked) for policy in chosen]
+        for result in results:
+            show(result)
+        alone = max((each.goodput for each in results if each.policy in ladder.costs), default=0.0)
+        if options.trace and alone:
+            most = len(asked) / asked[-1].at
+            print(
+                f"All requests on time and above their floor: {most:.3f}/s, {most / alone:.2f} times the best"
+            )
 
 
 if __name__ == "__main__":

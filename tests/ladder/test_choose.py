@@ -222,3 +222,26 @@ def test_machine_time_is_that_of_an_answer_of_the_mean_length() -> None:
     usual, long = (predict(_two(0.9)[0], each) for each in (need, Need(prompt_tokens=100, output_tokens=100)))
     assert usual.work_ms == pytest.approx(20 + 10 * 2.5) and long.work_ms == pytest.approx(20 + 100 * 2.5)
     assert usual.total_ms == long.total_ms, "what is promised holds for a long answer"
+
+
+def test_a_better_variant_must_have_time_for_one_of_the_longest_answers_if_another_has() -> None:
+    slow = LadderCandidate(name="slow", cost=StepCost(2.0, 0.0, 0.0, 0.0, 0.0), quality=0.9, quality_low=0.8)
+    fast = LadderCandidate(name="fast", cost=StepCost(1.0, 0.0, 0.0, 0.0, 0.0), quality=0.7, quality_low=0.6)
+
+    def chosen(total_ms: float, longest: int, floor: float = 0.0) -> tuple[str | None, str, str]:
+        objective = Objective(total_ms=total_ms, on_miss="reject")
+        need = Need(
+            prompt_tokens=10,
+            output_tokens=100,
+            longest_tokens=longest,
+            objective=objective,
+            min_quality=floor,
+        )
+        found = choose([slow, fast], need)
+        return found.name, found.reason, found.outcome
+
+    assert chosen(210, 0) == ("slow", "best", "on_time")
+    assert chosen(210, 150) == ("fast", "deadline", "on_time")
+    assert chosen(320, 150) == ("slow", "best", "on_time")
+    assert chosen(210, 300) == ("slow", "best", "on_time"), "none has time for it, so nothing changes"
+    assert chosen(210, 150, floor=0.75) == ("slow", "best", "on_time"), "the other does not reach the floor"

@@ -25,6 +25,15 @@ def test_the_mean_is_of_the_same_answers_and_that_of_long_ones_until_there_are_e
     assert lengths.mean("a") == 20 and lengths.mean("a", 7) == 7
 
 
+def test_one_of_the_longest_answers_is_longer_than_a_long_one() -> None:
+    lengths = OutputLengths(40)
+    assert lengths.longest("a") == 40
+    for tokens in range(1, 101):
+        lengths.observe("a", tokens, cut=False)
+    assert lengths.predict("a") < 95 < lengths.longest("a") <= 100
+    assert lengths.longest("a", 50) == 50
+
+
 def test_a_tenant_has_its_own_quantile_and_strangers_that_of_all() -> None:
     lengths = OutputLengths(40)
     for tokens in range(1, 101):

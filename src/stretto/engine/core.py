@@ -142,15 +142,21 @@ class EngineCore:
         return min((other.latest_start() for other in others), default=inf)
 
     def _by_turn(self) -> list[ModelState]:
-        """The models with work, in turn, but first one whose streams cannot wait for the first one's step."""
+        """The models with work, in turn, but first the one whose deadlines need a step soonest: if the first
+        in turn has deadlines too, or if they cannot wait for its step."""
         busy = [model for model in map(self.models.__getitem__, self._turns) if model.busy]
         self._turns.rotate(-1)
         if len(busy) > 1:
             now = self._clock()
             soonest = min(busy, key=lambda model: model.latest_start())
-            if now + busy[0].history.times.cost.decodes(1, 0) / 1e3 > soonest.latest_start():
-                busy.remove(soonest)
-                busy.insert(0, soonest)
+            if now + busy[0].history.times.cost.decodes(1, 0) / 1e3 <= soonest.latest_start():
+                # Prompts take turns. Streams do not: one with little time would be as slow as all together.
+                streams = [model for model in busy if model.streams_alone]
+                if busy[0] not in streams:
+                    return busy
+                soonest = min(streams, key=lambda model: model.latest_start())
+            busy.remove(soonest)
+            busy.insert(0, soonest)
         return busy
 
     def check(self) -> None:

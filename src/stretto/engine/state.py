@@ -14,7 +14,7 @@ from stretto.engine.runners.interface import Pending, Runner
 from stretto.engine.scheduler.deadline import latest_start
 from stretto.engine.scheduler.lateness import Alarms
 from stretto.engine.scheduler.types import History, Plan, Queues
-from stretto.engine.sequence import SPARE_TIME
+from stretto.engine.sequence import SPARE_TIME, TIMED
 from stretto.engine.speculative.policy import Speculation
 from stretto.engine.step_time import StepLoad, StepTime
 from stretto.types import ModelInfo
@@ -62,6 +62,12 @@ class ModelState:
         """Whether it has work that is not for spare time. Such work stands first in both queues."""
         queues = (self.queues.waiting, self.queues.running)
         return any(queue and queue[0].rank.group != SPARE_TIME for queue in queues)
+
+    @property
+    def streams_alone(self) -> bool:
+        """Whether all its work is streams with deadlines."""
+        timed = all(seq.rank.group == TIMED and seq.deadline.emitted for seq in self.queues.running)
+        return timed and not self.queues.waiting and bool(self.queues.running)
 
     def latest_start(self) -> float:
         """When its next step must start for its deadlines to be met; inf when it has none."""

@@ -59,14 +59,16 @@ class LadderCandidate(Struct, frozen=True, kw_only=True):
 
 
 class Need(Struct, frozen=True, kw_only=True):
-    """What a request needs. `output_tokens`: the 90 % quantile of the length of its answer. `mean_tokens`:
-    the mean of it, which says what machine time costs the others; 0: as `output_tokens`.
+    """What a request needs. `output_tokens`: the 90 % quantile of the length of its answer. `longest_tokens`:
+    a length that hardly any answer exceeds; 0: as `output_tokens`. `mean_tokens`: the mean of it, which says
+    what machine time costs the others; 0: as `output_tokens`.
 
     `elapsed_ms`: since its arrival, from which its deadlines count.
     """
 
     prompt_tokens: int
     output_tokens: int
+    longest_tokens: int = 0
     mean_tokens: int = 0
     objective: Objective = Objective()
     min_quality: float = 0.0
@@ -108,6 +110,7 @@ def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0
     """The variant that answers.
 
     Among those that are on time and whose `quality_low` reaches the floor: the best by the preference. If
+    some of them are so even with one of the longest answers, it is one of these. If
     there is none, the objective's `on_miss` decides. `reject`: none answers. `degrade`: the best quality that
     is on time, below the floor (`below_floor`); if none is, the one that ends soonest (`late`). `late`: of
     those that reach the floor, the one that is least late; if none does, the best quality (`below_floor`).
@@ -120,13 +123,16 @@ def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0
     predicted = [_foreseen(candidate, need) for candidate in candidates]
     on_time = [each for each in predicted if each.excess_ms <= 0.0]
     feasible = [each for each in on_time if each.candidate.quality_low >= need.min_quality]
+    safe = [each for each in feasible if _bears_the_longest(each, need)]
     if feasible:
+        feasible, tight = safe or feasible, [each for each in feasible if safe and each not in safe]
         order = _ORDERS[need.preference]
         chosen = best = min(feasible, key=order)
         if price > 0.0 and need.preference == "quality":
             chosen = min(feasible, key=lambda each: _by_worth(each, price))
         variants = [each for each in predicted if each.candidate.takeover is None or each is chosen]
-        reason = "load" if chosen is not best else _reason(min(variants, key=order), chosen)
+        first = min(variants, key=order)
+        reason = "load" if chosen is not best else "deadline" if first in tight else _reason(first, chosen)
         reader = next((each for each in feasible if each.candidate.cached), None)
         if reader is not None and reader is not chosen and need.preference == "quality":
             if reader.candidate.quality >= best.candidate.quality_low:
@@ -205,6 +211,15 @@ def predict(candidate: LadderCandidate, need: Need) -> Prediction:
     usual = need.mean_tokens or tokens
     work = prefill + usual * (cost.row(length + usual // 2) + cost.base / (candidate.streams + 1))
     return Prediction(candidate, ttft, itl, total, candidate.joules_per_token * tokens, excess, work)
+
+
+def _bears_the_longest(each: Prediction, need: Need) -> bool:
+    """Whether a variant would be on time even with one of the longest answers. In the middle of one it is
+    hard to replace: a lighter variant would have to compute all of it again."""
+    tokens = need.longest_tokens
+    if tokens <= need.output_tokens or each.candidate.takeover is not None:
+        return True
+    return excess_ms(need.objective, each.ttft_ms, each.ttft_ms + (tokens - 1) * each.itl_ms, tokens) <= 0.0
 
 
 def _reason(best: Prediction, chosen: Prediction) -> VariantReason:

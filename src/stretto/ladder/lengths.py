@@ -10,6 +10,7 @@ from collections import OrderedDict
 from stretto.engine.step_time import Window
 
 LONG = 0.9  # the quantile that stands for a long answer
+LONGEST = 0.98  # that for one of the longest
 KEPT = 256  # answers of a tenant
 ENOUGH = 8  # answers of a tenant before its own quantile counts
 MOST_TENANTS = 512
@@ -45,6 +46,12 @@ class OutputLengths:
         """The tokens of a long answer to this tenant, at most `max_tokens`."""
         known = self._known(tenant)
         usual = self._prior if known is None else round(known.quantile(LONG, self._prior))
+        return max(1, usual if max_tokens is None else min(usual, max_tokens))
+
+    def longest(self, tenant: str, max_tokens: int | None = None) -> int:
+        """The tokens of one of the longest answers to this tenant, at most `max_tokens`."""
+        known = self._known(tenant)
+        usual = self._prior if known is None else round(known.quantile(LONGEST, self._prior))
         return max(1, usual if max_tokens is None else min(usual, max_tokens))
 
     def mean(self, tenant: str, max_tokens: int | None = None) -> int:

@@ -138,15 +138,26 @@ def test_a_request_with_reject_moves_rather_than_being_refused() -> None:
     assert refused.reason is Reason.REFUSED, "no variant has it on time"
 
 
-def test_a_request_that_has_started_or_has_no_lighter_variant_stays() -> None:
+def overtaken(others: int, **fields: Any) -> Ladders:
+    """A request of which a part of the prompt is computed when others of more weight come."""
     world = Ladders()
-    world.submit(asked(1, prompt=(1,) * 1000, objective=Objective(ttft_ms=1500)))
+    world.submit(asked(1, prompt=(1,) * 1000, objective=Objective(ttft_ms=1500), **fields))
     world.step()
-    for ident in range(2, 8):
+    for ident in range(2, 2 + others):
         world.submit(asked(ident, tier="priority", lighter=(), arrival=world.clock()))
     world.run()
-    assert world.answered_by(1) == "top"
-    assert all(world.answered_by(ident) == "top" for ident in world.stamps)
+    return world
+
+
+def test_a_prompt_that_is_partly_computed_moves_when_the_rest_of_it_would_be_late() -> None:
+    world = overtaken(6)
+    assert world.answered_by(1) in LIGHTER and not world.late(1)
+    stays = overtaken(6, lighter=())
+    assert stays.answered_by(1) == "top" and stays.late(1)
+    assert overtaken(0).answered_by(1) == "top", "it stays while the rest would be on time"
+    assert all(world.answered_by(ident) == "top" for ident in world.stamps.keys() - {1}), (
+        "they have no lighter variant"
+    )
 
 
 def test_names_that_the_engine_does_not_have_are_passed_over() -> None:
@@ -221,3 +232,23 @@ def test_a_request_without_a_deadline_never_moves(lighter: tuple[str, ...]) -> N
     requests = [asked(ident, objective=Objective(), tier="flex", lighter=lighter) for ident in range(1, 30)]
     world = sent(Ladders(), requests)
     assert {world.answered_by(ident) for ident in range(1, 30)} == {"top"}
+
+
+def test_a_stream_with_little_time_does_not_wait_for_steps_of_one_with_much() -> None:
+    def ended(*others: Request) -> tuple[Ladders, float]:
+        world = Ladders()
+        for request in others:
+            world.submit(request)
+        while not all(world.tokens(request.id) for request in others):
+            world.step()
+        began = world.clock()
+        tight = Objective(total_ms=300)
+        world.submit(asked(9, model="low", lighter=(), arrival=began, objective=tight, sampling=many))
+        world.run()
+        return world, world.ended_at[9] - began
+
+    many = Sampling(max_tokens=40)
+    patient = asked(1, model="top", lighter=(), objective=Objective(total_ms=60_000), sampling=many)
+    (_, alone), (world, beside) = ended(), ended(patient)
+    assert beside < 2 * alone, "in turns, each of its steps would wait for one of the top, ten times as long"
+    assert not world.ends[9].late and not world.ends[1].late

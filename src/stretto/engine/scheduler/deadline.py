@@ -48,6 +48,7 @@ PATIENCE_S = 30.0  # they have waited long after this
 BREVITY = 5.0  # seconds that a second of work puts a best-effort sequence behind
 LATE_S = 300.0  # seconds that a late sequence is put behind
 STARTED = 100.0  # the same for one that is partly computed
+EASILY = 1.25  # times as long as alone may the rest of a prompt take, and be on time
 
 Placed = tuple[Rank, Sequence]
 Late = dict[Sequence, float]  # the seconds by which each would be late
@@ -114,7 +115,8 @@ def deadline(context: SchedulingContext) -> Plan:
     owed -= _fill(builder, best_effort + put_off, inf)
     if spare_time.waits(context):
         spare_time.fill(builder)
-    builder.plan.to_move += [seq for seq in {**deferred, **dict(builder.plan.refuse)} if _may_move(seq)]
+    late = {**deferred, **dict(builder.plan.refuse)}
+    builder.plan.to_move += [seq for seq in late if _may_move(builder, seq)]
     builder.plan.owed = max(owed, 0.0)
     builder.plan.predicted = builder.ms
     return builder.plan
@@ -382,8 +384,13 @@ def _admit(
     ] + late
 
 
-def _may_move(seq: Sequence) -> bool:
-    return seq.started is None and bool(seq.request.lighter)
+def _may_move(builder: PlanBuilder, seq: Sequence) -> bool:
+    """Whether another model may emit all of its tokens: a prompt that is partly computed stays as long as the
+    rest of it would easily be on time if it were alone."""
+    if seq.deadline.emitted or not seq.request.lighter:
+        return False
+    alone = builder.cost.prefill(seq.done, seq.length - seq.done)
+    return seq.started is None or builder.context.now + EASILY * alone / 1e3 > seq.deadline.next
 
 
 def _run_prompts(builder: PlanBuilder, prompts: list[Placed], deferred: Late, estimate: Estimate) -> None:

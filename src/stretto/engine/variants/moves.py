@@ -28,8 +28,9 @@ Contexts = Mapping[str, Callable[[], SchedulingContext]]
 
 
 def movable(plan: Plan, *, look: bool) -> list[Sequence]:
-    """The late sequences of a plan that may move: newcomers, those that it refuses, and with `look` all."""
-    pressing = {*plan.newcomers, *(seq for seq, _ in plan.refuse)}
+    """The late sequences of a plan that may move: newcomers, those that it refuses or puts behind all that
+    can be on time, and with `look` all."""
+    pressing = {*plan.newcomers, *(seq for seq, _ in plan.refuse), *(seq for seq, _ in plan.place)}
     return [seq for seq in plan.to_move if look or seq in pressing][:AT_ONCE]
 
 

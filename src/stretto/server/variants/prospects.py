@@ -113,10 +113,17 @@ class Prospects:
                 known = cached.get(name, 0)
                 own = ahead[name] + estimate.cost.prefill(known, length - known)
                 others = sum([ms if ms < own else own for ms in waiting]) - ahead[name]
+            beside = steps_ms - each.step_ms
+            if (
+                beside and itl_ms == inf
+            ):  # only the whole is due, so a mean counts: other streams take their share
+                own = estimate.margin * estimate.cost.decodes(
+                    estimate.streams + 1, each.seen.context + length
+                )
+                share = min(pressure - each.pressure, 1.0 - LEAST_PACE)
+                beside = min(beside, own * share / (1.0 - share))
             crowded = itl_ms < inf and pressure > 0 and not estimate.bears(length, itl_ms, heavier)
-            found[name] = Standing(
-                each.seen, (ahead[name] + others) / pace, pace, steps_ms - each.step_ms, crowded
-            )
+            found[name] = Standing(each.seen, (ahead[name] + others) / pace, pace, beside, crowded)
         return found
 
     def backlog_ms(self) -> float:

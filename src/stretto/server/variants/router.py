@@ -41,7 +41,7 @@ SOONEST_S = 0.05  # the shortest time after which a client is told to try again
 
 
 class LadderRequest(Struct, frozen=True, kw_only=True):
-    """A request for a ladder. `question`: the text of its last message. `only`: the variant it names.
+    """A request for a ladder. `question`: its text, as `estimate.prompt_text`. `only`: the variant it names.
 
     `prompt_tokens`: of all its prompts together; `longest_prompt`: of the longest. `user`: whom it is for.
     `cascade`: whether a small variant may begin the answer.
@@ -192,6 +192,7 @@ class VariantRouter:
         need = Need(
             prompt_tokens=asked.prompt_tokens,
             output_tokens=self.lengths.predict(asked.tenant, asked.max_tokens),
+            longest_tokens=self.lengths.longest(asked.tenant, asked.max_tokens),
             mean_tokens=self.lengths.mean(asked.tenant, asked.max_tokens),
             objective=asked.objective,
             min_quality=asked.objective.min_quality or 0.0,
