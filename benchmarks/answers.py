@@ -1,26 +1,32 @@
 """Asks every variant of a ladder held-out questions of the desk, and keeps what they answered.
 
 `python -m benchmarks.answers [LADDER] --out FILE [--count N]`: N questions of each task and level, none of
-which the ladder was evaluated on. Answers are greedy, on the kernels that serve.
+which the ladder was evaluated or fitted on. Answers are greedy, on the kernels that serve. With `--refit` it
+asks those that the ladder was evaluated on and as many of the validation split, and fits the estimates of
+quality again to the answers.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import torch
-from msgspec import Struct
+from msgspec import Struct, structs
 
 import stretto
-from recipes.desk.samples import TEST_SEED, cells, line
+from recipes.desk.samples import TEST_SEED, VALIDATION_SEED, cells, line
 from recipes.desk.tasks import prompt_text
 from stretto.ladder import registry
+from stretto.ladder.registry import Ladder
 from stretto.models import families
 from stretto.optimise.answers import AnswerOptions, TextCodec, generate
 from stretto.optimise.data import DataSample, right
+from stretto.optimise.evaluate import fitted
 from stretto.optimise.job import load_decoder
 
 DESK = Path(stretto.__file__).parent / "desk"
@@ -50,8 +56,15 @@ class LadderAnswers(Struct, frozen=True):
 
 def held_out(count: int) -> list[DataSample]:
     """`count` questions of each task and level that no training or evaluation has seen."""
-    seen = map(prompt_text, cells(EVALUATED, TEST_SEED))
+    seen = map(prompt_text, cells(EVALUATED, TEST_SEED) + cells(EVALUATED, VALIDATION_SEED))
     return [msgspec.convert(line(each), DataSample) for each in cells(count, SEED, seen)]
+
+
+def to_fit() -> list[DataSample]:
+    """What the estimates of the bundled ladder are fitted to."""
+    first = cells(EVALUATED, TEST_SEED)
+    more = cells(EVALUATED, VALIDATION_SEED, map(prompt_text, first))
+    return [msgspec.convert(line(each), DataSample) for each in first + more]
 
 
 def asked(folder: Path, samples: list[DataSample]) -> LadderAnswers:
@@ -82,12 +95,24 @@ def asked(folder: Path, samples: list[DataSample]) -> LadderAnswers:
     )
 
 
-def kept(file: Path, folder: Path, count: int) -> LadderAnswers:
-    """The answers in `file`; they are asked for first if there is no such file."""
+def kept(file: Path, folder: Path, samples: Callable[[], list[DataSample]]) -> LadderAnswers:
+    """The answers in `file`; the samples are asked first if there is no such file."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(msgspec.json.encode(asked(folder, held_out(count))))
+        file.write_bytes(msgspec.json.encode(asked(folder, samples())))
     return msgspec.json.decode(file.read_bytes(), type=LadderAnswers)
+
+
+def refitted(folder: Path, found: LadderAnswers) -> Ladder:
+    """The ladder with estimates of quality that are fitted to these answers."""
+    ladder = registry.load(folder)
+    kinds = zip(found.questions, found.tasks, found.levels, strict=True)
+    samples = [DataSample(prompt=text, answer="", task=task, level=level) for text, task, level in kinds]
+    variants = tuple(
+        structs.replace(each, estimate=fitted(samples, found.variants[each.name].right))
+        for each in ladder.variants
+    )
+    return structs.replace(ladder, variants=variants)
 
 
 def main() -> None:
@@ -95,8 +120,12 @@ def main() -> None:
     parser.add_argument("ladder", nargs="?", type=Path, default=DESK)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=60, help="questions of each task and level")
+    parser.add_argument("--refit", action="store_true", help="fit the estimates in the ladder again")
     options = parser.parse_args()
-    kept(options.out, options.ladder, options.count)
+    if options.refit:
+        registry.save(refitted(options.ladder, kept(options.out, options.ladder, to_fit)), options.ladder)
+    else:
+        kept(options.out, options.ladder, partial(held_out, options.count))
 
 
 if __name__ == "__main__":

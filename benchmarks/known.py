@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -81,7 +82,7 @@ def by_chance(known: KnownAnswers) -> KnownLadder:
 
 def answered(folder: Path, file: Path, count: int) -> KnownLadder:
     """A ladder on disk, its estimates, and its answers to questions of the desk that it was not made with."""
-    ladder, found = registry.load(folder), answers.kept(file, folder, count)
+    ladder, found = registry.load(folder), answers.kept(file, folder, partial(answers.held_out, count))
     names = tuple(variant.name for variant in ladder.variants)
     table = np.array([found.variants[name].right for name in names], dtype=np.float64).T
     models = tuple(variant.estimate for variant in ladder.variants if variant.estimate is not None)

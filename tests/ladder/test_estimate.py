@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stretto.ladder.estimate import FEATURES, QualityBin, QualityModel, estimate, features, linear
+from stretto.ladder.estimate import (
+    FEATURES,
+    MAX_CHARS,
+    QualityBin,
+    QualityModel,
+    estimate,
+    features,
+    linear,
+    prompt_text,
+)
 from stretto.optimise.data import DataSample
 from stretto.optimise.evaluate import calibrated, fitted
 
@@ -67,6 +76,26 @@ def test_bins_rise_and_hold_every_prompt() -> None:
     assert sum(each.count for each in bins) == 400
     assert [each.mean for each in bins] == sorted(each.mean for each in bins)
     assert [each.score for each in bins] == sorted(each.score for each in bins)
+
+
+def test_a_bound_holds_for_most_kinds_of_prompts_that_look_alike() -> None:
+    rng = Random(5)
+    kinds = [f"kind {number % 60}" for number in range(1800)]
+    shares = {kind: min(1.0, max(0.0, rng.gauss(0.8, 0.12))) for kind in kinds}
+    scores = [0.8 + 0.001 * rng.random() for _ in kinds]  # they look alike
+    rights = [rng.random() < shares[kind] for kind in kinds]
+    (narrow,), (wide,) = calibrated(scores, rights)[:1], calibrated(scores, rights, kinds)[:1]
+    above = [sum(share >= each.low for share in shares.values()) for each in (narrow, wide)]
+    assert above[0] < 45, "a bound for the mean holds for too few kinds"
+    assert above[1] >= 54
+    assert wide.low < narrow.low < wide.mean == narrow.mean
+    assert calibrated(scores, rights, ["one"] * len(kinds)) == calibrated(scores, rights)
+
+
+def test_a_prompt_is_its_last_message_and_then_the_others_as_far_as_there_is_room() -> None:
+    assert prompt_text("and the city?", ["records", "of orders"]) == "and the city?\nrecords\nof orders"
+    assert prompt_text("x" * 5000, ["y"]) == "x" * MAX_CHARS
+    assert prompt_text("ask", ["y" * 5000, "z"]) == "ask\n" + "y" * (MAX_CHARS - 3)
 
 
 def test_too_few_prompts_give_no_model() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 from math import exp, log
@@ -15,9 +16,10 @@ from zlib import crc32
 
 from msgspec import Meta, Struct
 
-BUCKETS = 128
+BUCKETS = 512
 NUMBERS = 4  # features that are numbers, before the buckets
 MAX_WORDS = 96
+MAX_CHARS = 4096
 WORD = re.compile(r"[^\W\d_]+|\d")
 FEATURES = NUMBERS + BUCKETS
 Chance = Annotated[float, Meta(ge=0, le=1)]
@@ -52,7 +54,7 @@ class Quality(NamedTuple):
 
 
 class PromptFeatures(NamedTuple):
-    """The features of a prompt's last message.
+    """The features of a prompt, of which `prompt_text` is the text.
 
     `numbers`: a constant, its length, digits and questions. `buckets`: the indices of its different words
     among all features, rising. `share`: the value of each bucket.
@@ -67,8 +69,20 @@ class PromptFeatures(NamedTuple):
         return [*enumerate(self.numbers), *((index, self.share) for index in self.buckets)]
 
 
+def prompt_text(last: str, others: Iterable[str]) -> str:
+    """What the quality of an answer is estimated from: the last message, then the others from the first, in
+    all at most `MAX_CHARS` characters. How hard a question is may be told by the records that came before."""
+    parts, left = [last[:MAX_CHARS]], MAX_CHARS - len(last)
+    for other in others:
+        if left <= 0:
+            break
+        parts.append(other[:left])
+        left -= len(other)
+    return "\n".join(parts)
+
+
 def features(text: str) -> PromptFeatures:
-    """The features of a message. Its first `MAX_WORDS` words fall into buckets."""
+    """The features of a prompt's text. Its first `MAX_WORDS` words fall into buckets."""
     words = WORD.findall(text)
     digits = sum(map(str.isdigit, words))
     numbers = 1.0, log(1 + len(text)) / 8, log(1 + digits) / 4, float("?" in text)

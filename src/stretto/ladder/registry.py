@@ -21,7 +21,7 @@ from stretto.ladder.estimate import QualityBin, QualityModel
 from stretto.ladder.strict import convert
 
 FILE = "ladder.json"
-VERSION = 1
+VERSION = 2
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "*.safetensors"
@@ -152,13 +152,14 @@ def load(folder: Path, *, digests: bool = True) -> Ladder:
     """
     file = folder / FILE
     try:
-        data = msgspec.json.decode(file.read_bytes())
+        data: Any = msgspec.json.decode(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is no ladder: it has no {FILE}; `stretto optimise` makes one"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    _check_version(file, data)
     try:
         ladder = convert(data, Ladder, str(file))
     except StartError as error:
@@ -191,11 +192,16 @@ def weight_digests(folder: Path) -> dict[str, str]:
     return {file.name: digest(file) for file in sorted(folder.glob(WEIGHTS))}
 
 
-def _check_names(file: Path, ladder: Ladder) -> None:
-    if ladder.version != VERSION:
+def _check_version(file: Path, data: object) -> None:
+    """Raises CheckpointError for another version, before anything else is compared with this one's format."""
+    version = cast("dict[str, Any]", data).get("version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version != VERSION:
         raise CheckpointError(
-            f"{file}: $.version is {ladder.version}, and this Stretto reads {VERSION}: make the ladder again"
+            f"{file}: $.version is {version}, and this Stretto reads {VERSION}: make the ladder again"
         )
+
+
+def _check_names(file: Path, ladder: Ladder) -> None:
     names = [variant.name for variant in ladder.variants]
     for place, name in enumerate(names):
         if not NAME.fullmatch(name):

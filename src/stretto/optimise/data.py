@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from stretto.errors import StartError
+from stretto.ladder.estimate import prompt_text
 from stretto.optimise.recipe import DataFiles
 
 Match = Literal["exact", "last_line", "regex", "json"]
@@ -55,8 +56,10 @@ class DataSample(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def question(self) -> str:
-        """The text of the last message, or of the prompt."""
-        return self.messages[-1].content if self.messages else self.prompt or self.text or ""
+        """The text that the quality of an answer is estimated from."""
+        if not self.messages:
+            return prompt_text(self.prompt or self.text or "", ())
+        return prompt_text(self.messages[-1].content, (turn.content for turn in self.messages[:-1]))
 
     @property
     def key(self) -> str:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import exp
+from math import exp, hypot
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -47,7 +47,8 @@ LIMITS = Limits(256, MOST_STEP_TOKENS)
 RESAMPLES = 1000
 FOLDS = 5
 BINS, LEAST_IN_BIN = 10, 30
-RIDGE = 1.0
+RIDGE = 0.3
+ONE_SIDED = 1.645  # standard deviations: 95 % of the kinds of prompts are above the bound
 KV_BYTES = 256 * 2**20  # enough to calibrate with; the cache of answers is the evaluation's own
 RAPL = Path("/sys/class/powercap")
 CORE_WATTS = 8.0  # of a busy core with its share of memory: typical of servers, for estimates only
@@ -303,7 +304,8 @@ def fitted(samples: Sequence[DataSample], rights: Sequence[bool]) -> QualityMode
         weights = logistic([rows[place] for place in seen], [rights[place] for place in seen])
         for place in held:
             scores[place] = raw(weights, rows[place])
-    return QualityModel(logistic(rows, rights), calibrated(scores, rights))
+    kinds = [f"{sample.task} {sample.level}" for sample in samples]
+    return QualityModel(logistic(rows, rights), calibrated(scores, rights, kinds))
 
 
 def logistic(rows: Sequence[PromptFeatures], rights: Sequence[bool]) -> tuple[float, ...]:
@@ -327,8 +329,14 @@ def logistic(rows: Sequence[PromptFeatures], rights: Sequence[bool]) -> tuple[fl
     return tuple(weights.tolist())
 
 
-def calibrated(scores: Sequence[float], rights: Sequence[bool]) -> tuple[QualityBin, ...]:
-    """The reliability diagram of some scores as bins of about equal size, joined until their means rise."""
+def calibrated(
+    scores: Sequence[float], rights: Sequence[bool], kinds: Sequence[str] = ()
+) -> tuple[QualityBin, ...]:
+    """The reliability diagram of some scores as bins of about equal size, joined until their means rise.
+
+    The lower bound of a bin holds for a kind of prompts, not only for their mean: it also counts how much the
+    kinds in the bin differ. Without `kinds` all prompts are of one.
+    """
     order = sorted(range(len(scores)), key=lambda place: scores[place])
     size = max(LEAST_IN_BIN, -(-len(order) // BINS))
     groups = [order[first : first + size] for first in range(0, len(order), size)]
@@ -344,11 +352,23 @@ def calibrated(scores: Sequence[float], rights: Sequence[bool]) -> tuple[Quality
     bins: list[QualityBin] = []
     for held in groups:
         good = sum(rights[place] for place in held)
-        low, _ = wilson(good, len(held))
-        bins.append(
-            QualityBin(sum(scores[place] for place in held) / len(held), good / len(held), low, len(held))
-        )
+        mean, (low, _) = good / len(held), wilson(good, len(held))
+        differ = ONE_SIDED * _between(held, rights, kinds) if kinds else 0.0
+        low = max(mean - hypot(mean - low, differ), 0.0)
+        bins.append(QualityBin(sum(scores[place] for place in held) / len(held), mean, low, len(held)))
     return tuple(bins)
+
+
+def _between(places: Sequence[int], rights: Sequence[bool], kinds: Sequence[str]) -> float:
+    """The standard deviation of the kinds' true shares of right answers, beyond what chance explains: the
+    moment estimate of a one-way random-effects model (W. G. Cochran, 1954)."""
+    held: dict[str, list[int]] = {}
+    for place in places:
+        held.setdefault(kinds[place], []).append(place)
+    mean, count = _mean(places, rights), len(places)
+    spread = sum(len(one) * (_mean(one, rights) - mean) ** 2 for one in held.values())
+    weight = count - sum(len(one) ** 2 for one in held.values()) / count
+    return (max(spread - (len(held) - 1) * mean * (1 - mean), 0.0) / weight) ** 0.5 if weight > 0 else 0.0
 
 
 def _mean(places: Sequence[int], rights: Sequence[bool]) -> float:

@@ -10,16 +10,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 from stretto.errors import InvalidRequest, UnsupportedField
+from stretto.ladder.estimate import MAX_CHARS, prompt_text
 from stretto.protocol.limits import LIMITS, check_json
 from stretto.protocol.openai import (
+    AssistantMessage,
     ChatRequest,
     CompletionRequest,
+    Function,
     Generation,
     JsonObjectFormat,
     JsonSchemaFormat,
+    Message,
     StreamOptions,
     TextPart,
 )
@@ -79,8 +84,8 @@ class EncodedPrompt(NamedTuple):
 class AnswerSpec:
     """A valid request: what to generate and what to send. `answers` counts the answers to all prompts.
 
-    `encode` returns the prompts, which takes long for a long text. `question` returns the text of the last
-    message, or of the first prompt. `grammar_path` is the path of the field
+    `encode` returns the prompts, which takes long for a long text. `question` returns the text that
+    the quality of the answer is estimated from. `grammar_path` is the path of the field
     that gave the grammar. `parser` makes a parser of tool calls for one answer. With `single_call`, the first
     tool call ends the answer. `relaxed`: paths of a schema's parts that the grammar does not enforce.
     `whole_calls`: a stream has no part of a tool call before all of it. `stop_shown`: the stop string that
@@ -156,7 +161,7 @@ def check_chat(request: ChatRequest, model: ModelHandle, limits: RequestLimits) 
         model,
         sampling,
         encode,
-        question=partial(_last_text, request),
+        question=partial(_question, request),
         parser=tools.parser,
         single_call=tools.single,
         relaxed=relaxed,
@@ -213,16 +218,30 @@ def _spec(
     )
 
 
-def _last_text(request: ChatRequest) -> str:
-    content = request.messages[-1].content
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text for part in content if isinstance(part, TextPart))
+def _question(request: ChatRequest) -> str:
+    """The text of a chat that its quality is estimated from, as the samples of a recipe have it."""
+    tools = (_signature(tool.function) for tool in request.tools or ())
+    return prompt_text(_text(request.messages[-1]), chain(tools, map(_text, request.messages[:-1])))
+
+
+def _text(message: Message) -> str:
+    content = message.content
+    if content is not None and not isinstance(content, str):
+        content = "".join(part.text for part in content if isinstance(part, TextPart))
+    called = message.tool_calls or () if isinstance(message, AssistantMessage) else ()
+    return "\n".join([content or "", *(f"{each.function.name} {each.function.arguments}" for each in called)])
+
+
+def _signature(function: Function) -> str:
+    """A tool in one line: its name, the names of its parameters, and what it does."""
+    properties = (function.parameters or {}).get("properties")
+    names = ", ".join(cast("dict[str, Any]", properties)) if isinstance(properties, dict) else ""
+    return f"{function.name}({names}) {function.description or ''}"
 
 
 def _first_text(inputs: Sequence[RawPrompt], text: TextModel) -> str:
     first = inputs[0]
-    return first if isinstance(first, str) else text.decode(list(first))
+    return prompt_text(first if isinstance(first, str) else text.decode(list(first[:MAX_CHARS])), ())
 
 
 def _encode_chat(
