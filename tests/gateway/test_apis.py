@@ -115,6 +115,31 @@ async def test_whole_answers_and_pages_of_every_api_pass(checkpoint: Path):
         assert (await client.get("/v1/models/none")).status_code == 404
 
 
+@pytest.mark.parametrize("name", STREAMS)
+async def test_half_of_an_emoji_is_read_as_a_worker_reads_it(checkpoint: Path, name: str):
+    path, body = STREAMS[name]
+    half = json.dumps(body | {"tools": []}).replace('"Hi"', r'"Hi \ud83d"').replace(', "tools": []', "")
+    headers = {"content-type": "application/json"}
+    async with cluster(checkpoint, fake(60)) as (client, _):
+        answer = await client.post(path, content=half, headers=headers)
+    assert answer.status_code == 200, answer.text
+
+
+async def test_a_body_that_cannot_be_read_is_refused_as_a_worker_refuses_it(checkpoint: Path):
+    async with cluster(checkpoint, fake(60)) as (client, _):
+        for content, status, param in (
+            ("[]", 400, "$"),
+            ('{"messages": ' + "[" * 4000 + "]" * 4000 + "}", 400, "$.messages"),
+            ('{"messages": ' + "[" * 200_000 + "]" * 200_000 + "}", 413, None),
+            ('{"messages": "\\', 400, None),
+        ):
+            answer = await client.post(
+                "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+            )
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (status, param), error
+
+
 async def test_errors_are_in_the_words_of_each_api(checkpoint: Path):
     async with cluster(checkpoint, fake(60)) as (client, _):
         wrong = await client.post("/v1/messages", json=EMPTY_MESSAGES)

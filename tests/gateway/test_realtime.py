@@ -230,6 +230,17 @@ async def test_events_that_the_worker_refuses_cost_a_request_and_no_tokens(check
         assert (row["requests"], row["completion_tokens"]) == (3, 1)
 
 
+async def test_half_of_an_emoji_in_an_event_hides_no_response(checkpoint: Path, file: KeyFile):
+    ann = create(file, "ann", limits=("requests=100/day",))
+    async with cluster(checkpoint, fake(10), **locked(file)) as (client, _):
+        async with session(client, additional_headers=ann) as talk:
+            await talk.say("Hi")
+            await talk.socket.send(r'{"type": "response.create", "event_id": "\ud83d"}')
+            assert (await talk.answer())["status"] == "completed"
+        (row,) = (await client.get("/v1/usage", headers=ann)).json()["rows"]
+        assert (row["requests"], row["completion_tokens"]) == (1, 1)
+
+
 async def test_no_response_escapes_its_charge(checkpoint: Path, file: KeyFile):
     """Events may come before the last response has ended, or be written so that two readers differ."""
     ann = create(file, "ann", limits=("requests=3/day",), tiers=("default", "flex"))

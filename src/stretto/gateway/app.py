@@ -111,7 +111,7 @@ class RelayedPath:
                 require_json(request.headers.get("content-type"))
                 body = await read_body(request, gateway.config.max_body_bytes)
             exchange.bytes_in = len(body)
-            fields = read_fields(body)
+            fields, body = read_fields(body)
             if gateway.server.draining:
                 raise Draining("the gateway is shutting down; ask another one", retry_after=1.0)
             charge = gateway.ledger.charge(account, names_model=self.operation not in METHODS)

@@ -73,7 +73,7 @@ def parse(
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except DecodeError as error:
-        whole = _without_half_pairs(body)
+        whole = without_half_pairs(body)
         if whole == body:
             raise InvalidRequest(f"the body is not valid JSON: {error}") from None
         return parse(decoder, whole, lenient, history)
@@ -123,7 +123,7 @@ def _check_size(body: bytes) -> None:
             raise LIMITS["field_bytes"].error(path, size)
 
 
-def _without_half_pairs(body: bytes) -> bytes:
+def without_half_pairs(body: bytes) -> bytes:
     """The JSON with U+FFFD for each escaped half of a surrogate pair."""
     # `\\ud83d` is a backslash and letters, so escaped backslashes are hidden from the search. NUL is free for
     # that: JSON has none.

@@ -269,7 +269,7 @@ async def test_a_failed_leaders_followers_try_once_more_together(failures: int, 
 
         body = json.dumps(WHOLE).encode()
         await answers.run(
-            RelayedExchange("chat", CHAT, "ann", body, read_fields(body), time.monotonic(), send)
+            RelayedExchange("chat", CHAT, "ann", body, read_fields(body)[0], time.monotonic(), send)
         )
 
     results = await asyncio.gather(*(ask() for _ in range(5)), return_exceptions=True)

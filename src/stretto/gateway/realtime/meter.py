@@ -25,6 +25,7 @@ from stretto.gateway.relay import Relay
 from stretto.gateway.routing.fields import RoutingFields
 from stretto.gateway.routing.router import Ask
 from stretto.http.errors import internal
+from stretto.protocol.parsing import without_half_pairs
 from stretto.types import Request, Sampling
 
 OK = "ok"
@@ -123,7 +124,7 @@ class SessionMeter:
     def asked(self, event: str | bytes) -> str | bytes:
         """A client's event as the worker gets it. Raises StrettoError for a response that may not run, or a
         tier that the key may not use."""
-        head = _client_head(event)
+        event, head = _read(event)
         if head.type == "session.update":
             fields = _fields(head.session)
             ensure_tier(self._place.account().record, fields.tier)
@@ -285,14 +286,19 @@ def error_event(error: Exception, event_id: object = None) -> str:
 
 def event_id_of(event: str | bytes) -> object:
     """The id that the client gave an event, as far as it can be read."""
-    return _client_head(event).event_id
+    return _read(event)[1].event_id
 
 
-def _client_head(event: str | bytes) -> _ClientHead:
+def _read(event: str | bytes) -> tuple[str | bytes, _ClientHead]:
+    """A client's event, without halves of surrogate pairs as the worker reads it, and its head."""
     try:
-        return json.decode(event, type=_ClientHead)
-    except (DecodeError, ValidationError, RecursionError):
-        return _ClientHead()  # the worker says what is wrong with it
+        return event, json.decode(event, type=_ClientHead)
+    except (DecodeError, RecursionError):
+        whole = without_half_pairs(event.encode() if isinstance(event, str) else event)
+    try:
+        return whole.decode(), json.decode(whole, type=_ClientHead)
+    except (DecodeError, UnicodeDecodeError, RecursionError):
+        return event, _ClientHead()  # the worker says what is wrong with it
 
 
 def _response(raw: Raw) -> _TurnResponse:

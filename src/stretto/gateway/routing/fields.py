@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Raw, Struct, json
 
 from stretto.config import Tier
-from stretto.errors import InvalidRequest
+from stretto.protocol.parsing import as_it_is, parse, without_half_pairs
 from stretto.protocol.relay import OperationName
 from stretto.protocol.responses import InputItem
 from stretto.types import Objective
@@ -115,9 +115,16 @@ def _members(value: object) -> dict[str, Any]:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
-def read_fields(body: bytes) -> RoutingFields:
-    """The fields of a body. Raises InvalidRequest for a body that is no JSON object."""
+FIELDS = json.Decoder(RoutingFields)
+
+
+def read_fields(body: bytes) -> tuple[RoutingFields, bytes]:
+    """The fields of a body, and the body without halves of surrogate pairs.
+
+    Raises what a worker raises for a body that is no JSON object: see `protocol.parsing.parse`.
+    """
     try:
-        return json.decode(body, type=RoutingFields)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not a JSON object: {error}") from None
+        return FIELDS.decode(body), body
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        whole = without_half_pairs(body)
+        return parse(FIELDS, whole, as_it_is), whole
