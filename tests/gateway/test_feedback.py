@@ -114,6 +114,9 @@ async def test_what_is_wrong_with_a_reward_is_said(two: Cluster) -> None:
     for body in (b"[]", b"{", b'{"request_id": 3, "thumbs": "up"}', b'{"thumbs": "up"}'):
         answer = await client.post(URL, content=body, headers={"content-type": "application/json"})
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error"), body
+    half = f'{{"request_id": "{id}", "thumbs": "up", "corrected_answer": "\\ud83d"}}'
+    answer = await client.post(URL, content=half, headers={"content-type": "application/json"})
+    assert answer.status_code == 200, "half of an emoji is read as U+FFFD"
     assert (await client.post(URL, content=b"{}")).status_code == 415
     assert (await give(client, id, {"x-api-key": "wrong"})).status_code == 401
 

@@ -11,12 +11,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from msgspec import DecodeError, Raw, Struct, ValidationError, json, structs
+from msgspec import Raw, Struct, json, structs
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from stretto.errors import InvalidRequest, NotImplementedHere, Unavailable
+from stretto.errors import NotImplementedHere, Unavailable
 from stretto.gateway.accounts.accounts import Account
 from stretto.gateway.accounts.keys import KeyScope
 from stretto.gateway.registry import CONNECT_S, Registry, Worker
@@ -32,7 +32,7 @@ from stretto.protocol.extensions.feedback import (
     VariantFeedback,
     ids_of,
 )
-from stretto.protocol.parsing import JSON, require_json
+from stretto.protocol.parsing import JSON, read_some, require_json
 from stretto.protocol.relay import FEEDBACK, RELAY, FeedbackErasure, OperationName, RelayedRequest
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,9 @@ class RewardedRequest(Struct):
     """What a gateway reads of a reward. The worker checks all of it."""
 
     request_id: Any = None
+
+
+REWARDED = json.Decoder(RewardedRequest)
 
 
 class WorkerReply(NamedTuple):
@@ -90,8 +93,8 @@ class FeedbackRelay:
         does not answer."""
         tenant = self._account(request, "infer").tenant
         require_json(request.headers.get("content-type"))
-        body = await read_body(request, self._most_bytes())
-        id = _request_id(body)
+        fields, body = read_some(REWARDED, await read_body(request, self._most_bytes()))
+        id = fields.request_id
         first = self._answered.worker(tenant, ids_of(id)) if isinstance(id, str) else None
         workers = self._workers()
         workers = [worker for worker in workers if worker.name == first] or workers
@@ -195,13 +198,6 @@ def _both(one: VariantFeedback, other: VariantFeedback) -> VariantFeedback:
         correction=known(one.correction, other.correction),
         correction_low=known(one.correction_low, other.correction_low),
     )
-
-
-def _request_id(body: bytes) -> object:
-    try:
-        return json.decode(body, type=RewardedRequest).request_id
-    except (DecodeError, ValidationError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not a JSON object: {error}") from None
 
 
 def _relayed(request: Request, operation: OperationName, tenant: str, body: bytes) -> tuple[str, bytes]:

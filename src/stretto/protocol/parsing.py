@@ -84,6 +84,18 @@ def parse(
     )
 
 
+def read_some(decoder: json.Decoder[T], body: bytes) -> tuple[T, bytes]:
+    """Some fields of a body that is passed on, and the body without halves of surrogate pairs.
+
+    Raises what `parse` raises.
+    """
+    try:
+        return decoder.decode(body), body
+    except (DecodeError, UnicodeDecodeError, RecursionError):
+        whole = without_half_pairs(body)
+        return parse(decoder, whole, as_it_is), whole
+
+
 def _parse_otherwise(
     decoder: json.Decoder[T], body: bytes, problem: str, usual_form: Callable[[dict[str, Any]], Any]
 ) -> T:

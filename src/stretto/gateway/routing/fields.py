@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Raw, Struct, json
 
 from stretto.config import Tier
-from stretto.protocol.parsing import as_it_is, parse, without_half_pairs
+from stretto.protocol.parsing import read_some
 from stretto.protocol.relay import OperationName
 from stretto.protocol.responses import InputItem
 from stretto.types import Objective
@@ -123,8 +123,4 @@ def read_fields(body: bytes) -> tuple[RoutingFields, bytes]:
 
     Raises what a worker raises for a body that is no JSON object: see `protocol.parsing.parse`.
     """
-    try:
-        return FIELDS.decode(body), body
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        whole = without_half_pairs(body)
-        return parse(FIELDS, whole, as_it_is), whole
+    return read_some(FIELDS, body)
