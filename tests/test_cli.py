@@ -192,6 +192,17 @@ def test_failures_are_one_line_and_exit_with_1(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["run x", "chat", "doctor", "bench serve http://x", "keys list"])
+def test_every_command_refuses_an_unknown_variable(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRETTO_PRT", "1")
+    with pytest.raises(SystemExit) as exit:
+        run_main(command.split())
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("error: STRETTO_PRT: nothing reads this environment variable")
+
+
 def run_main(arguments: list[str]) -> None:
     before, sys.argv = sys.argv, ["stretto", *arguments]
     try:

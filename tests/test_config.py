@@ -76,7 +76,7 @@ def test_every_documented_environment_variable_is_known() -> None:
         try:
             load({}, {variable: "1"}, None)
         except StartError as error:
-            assert "reads no such" not in str(error), variable
+            assert "nothing reads" not in str(error), variable
     load({}, {"STRETTO_URL": "http://127.0.0.1:8000", "STRETTO_DATA": "/data"}, None)
     load(
         {},

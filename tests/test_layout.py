@@ -59,6 +59,7 @@ WIRING: dict[str, set[str]] = {
     "chat": {"cli"},
     "commands": {"cli"},
     "commands.keys": {"cli"},
+    "commands.remote": {"cli"},
     "terminal": {"cli", "chat", "commands.keys"},
     "__main__": set(),
     "__init__": set(),

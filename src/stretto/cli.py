@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
@@ -23,13 +23,13 @@ from stretto import chat as conversation
 from stretto import config, doctor, terminal
 from stretto.bench import engine as alone
 from stretto.bench import load, trace, traces
-from stretto.bench.client import Client, RequestFailed
 from stretto.bench.metrics import GoodputLimits
 from stretto.commands import keys
+from stretto.commands.remote import RemoteModel
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.engine.structured.sandbox import GrammarSandbox
-from stretto.errors import StartError, StrettoError, Unavailable
+from stretto.errors import StartError, StrettoError
 from stretto.gateway import settings as gateway_settings
 from stretto.gateway.app import Gateway
 from stretto.http import serving as server
@@ -76,6 +76,8 @@ def root(
     ] = False,
 ) -> None:
     """A real-time LLM server."""
+    with _usage():
+        config.SERVE.refuse_unknown(os.environ)
 
 
 def setting(name: str, table: config.SettingsTable = config.SERVE) -> Any:
@@ -193,7 +195,7 @@ def chat(
             raise StartError(f"--model is for the URL of a server; to load it here: stretto chat {model}")
     if "://" in source:
         with asyncio.Runner() as runner:
-            remote = RemoteModel(runner, source, sampling, model)
+            remote = RemoteModel(runner, source, _key(), sampling, model)
             conversation.converse(remote, f"{remote.model} at {source}", system)
         return
     with _loaded(source) as llm:
@@ -425,45 +427,6 @@ def _toolchain() -> Any:
         raise StartError(
             f"stretto optimise needs {error.name}, which is not installed: pip install 'stretto[optimise]'"
         ) from error
-
-
-class RemoteModel:
-    """Answers chats through a server. Its event loop runs only while an answer comes."""
-
-    def __init__(self, runner: asyncio.Runner, url: str, sampling: Sampling, model: str | None) -> None:
-        """`model`: its name on the server, None for the server's first. Raises Unavailable, StartError."""
-        self._runner = runner
-        self._client = Client(url, api_key=_key())
-        self._sampling = sampling
-        try:
-            served = self._runner.run(self._client.models())
-            self.model = served[0] if model is None else model
-        except (RequestFailed, IndexError) as failure:
-            raise Unavailable(f"{url} does not answer like a model server: {failure}") from failure
-        if self.model not in served:
-            raise StartError(f"{url} has no model {model!r}; choose from {', '.join(served)}")
-
-    def __call__(self, messages: list[dict[str, Any]]) -> Generator[str]:
-        body = {"model": self.model, "messages": messages, "stream": True}
-        for name in ("max_tokens", "temperature", "seed"):
-            if (value := getattr(self._sampling, name)) is not None:
-                body[name] = value
-        pieces = self._client.pieces("chat/completions", msgspec.json.encode(body))
-        try:
-            while (piece := self._runner.run(_next(pieces))) is not None:
-                yield piece
-        except RequestFailed as failure:
-            raise Unavailable(str(failure)) from failure
-        finally:
-            self._runner.run(_close(pieces))
-
-
-async def _next(pieces: AsyncGenerator[str]) -> str | None:
-    return await anext(pieces, None)
-
-
-async def _close(pieces: AsyncGenerator[str]) -> None:
-    await pieces.aclose()
 
 
 @contextmanager

@@ -371,7 +371,7 @@ class SettingsTable:
         Raises StartError that names the file and key, the environment variable or the flag of a wrong value.
         """
         merged = {} if file is None else self._checked(_read(file), f"{file}", strict=True)
-        self._refuse_unknown(environ)
+        self.refuse_unknown(environ)
         for name in self.infos:
             variable = ENVIRONMENT + name.upper()
             if name not in FILE_ONLY and variable in environ:
@@ -401,7 +401,7 @@ class SettingsTable:
             rows.append(f"| `{name}` | {variable} | {flag} | `{shown}` | {meaning_of(info)} |")
         return "\n".join(rows) + "\n"
 
-    def _refuse_unknown(self, environ: Mapping[str, str]) -> None:
+    def refuse_unknown(self, environ: Mapping[str, str]) -> None:
         """Raises StartError for a variable STRETTO_... that nothing reads, and names the likely one."""
         usable = [name.upper() for name in self.infos if name not in FILE_ONLY]
         usable += [name.removeprefix(ENVIRONMENT) for name in (ONE_KEY, *OTHERS)]
@@ -410,7 +410,7 @@ class SettingsTable:
             if name != variable.upper() and variable not in (ENVIRONMENT + each for each in usable):
                 near = difflib.get_close_matches(name, usable, 1)
                 hint = f"did you mean {ENVIRONMENT}{near[0]}?" if near else "docs/configuration.md lists them"
-                raise StartError(f"{variable}: the server reads no such environment variable; {hint}")
+                raise StartError(f"{variable}: nothing reads this environment variable; {hint}")
 
     def _checked(self, values: dict[str, Any], where: str, *, strict: bool) -> dict[str, Any]:
         for name in values.keys() - self.infos.keys():
