@@ -55,11 +55,14 @@ class DataSample(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.reply if self.reply is not None or self.match == "regex" else self.answer
 
     @property
+    def last(self) -> str:
+        """The text of the last message, or of the prompt."""
+        return self.messages[-1].content if self.messages else self.prompt or self.text or ""
+
+    @property
     def question(self) -> str:
         """The text that the quality of an answer is estimated from."""
-        if not self.messages:
-            return prompt_text(self.prompt or self.text or "", ())
-        return prompt_text(self.messages[-1].content, (turn.content for turn in self.messages[:-1]))
+        return prompt_text(self.last, (turn.content for turn in self.messages[:-1]))
 
     @property
     def key(self) -> str:
@@ -149,8 +152,8 @@ def read_feedback(path: Path, corpus: Corpus) -> CorrectedAnswers:
         raise StartError(
             f"{len(bad)} bad lines in the feedback: {'; '.join(bad[:SHOWN])}. Mend or remove them"
         )
-    asked = {sample.question for sample in (*corpus.validation, *corpus.test)}
-    samples = tuple(sample for sample in found if sample.question not in asked)
+    asked = {sample.last for sample in (*corpus.validation, *corpus.test)}
+    samples = tuple(sample for sample in found if sample.last not in asked)
     if not samples:
         raise StartError(
             f"{path}: none of its {len(found)} lines can be trained on, as the data to measure with has the"

@@ -11,6 +11,7 @@ from msgspec import json
 
 from stretto.http.dialects import OVERLOADED
 from stretto.protocol.anthropic import (
+    HISTORY,
     AnthropicError,
     MadeMessage,
     MessagesPrompt,
@@ -29,11 +30,14 @@ from stretto.protocol.extensions.feedback import (
 from stretto.protocol.health import Health, Status
 from stretto.protocol.ollama import (
     OllamaAnswer,
+    OllamaCall,
     OllamaChat,
     OllamaEmbed,
     OllamaEmbedding,
     OllamaError,
+    OllamaFunction,
     OllamaGenerate,
+    OllamaMessage,
     OllamaModels,
     OllamaShow,
     OllamaShown,
@@ -43,6 +47,7 @@ from stretto.protocol.ollama import (
 )
 from stretto.protocol.openai import (
     TEMPLATE_MEMBERS,
+    CalledFunction,
     ChatChunk,
     ChatCompletion,
     ChatRequest,
@@ -53,7 +58,11 @@ from stretto.protocol.openai import (
     Message,
     ModelCard,
     ModelList,
+    RefusalPart,
     TextCompletion,
+    TextPart,
+    ToolCall,
+    ToolMessage,
 )
 from stretto.protocol.responses import DeletedResponse, ResponseEvent, ResponseObject, ResponseRequest
 from stretto.protocol.vllm import (
@@ -87,7 +96,17 @@ ERRORS = {
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}}
 SSE = "text/event-stream"
 PREFIX = "#/components/schemas/"
-OPEN = ("TextPart", "RefusalPart", "ToolCall", "CalledFunction")  # like messages, they come back from answers
+# Members of a history that some servers give another type, and which.
+LOOSE = (
+    (CalledFunction, "arguments", ("object", "null")),
+    (ToolCall, "type", ("null",)),
+    (ToolMessage, "content", ("null",)),
+)
+# Parts of a history: they come back from the answers of any server.
+OPEN = (
+    *(*get_args(Message), TextPart, RefusalPart, ToolCall, CalledFunction),
+    *(*HISTORY, OllamaMessage, OllamaCall, OllamaFunction),
+)
 _TALK = [{"role": "user", "content": "Hello!"}]
 _TEXTS = ["a blue car", "a red apple"]
 # One small request for each route that takes one.
@@ -316,18 +335,18 @@ def _events(route: _Route, chunk: type) -> dict[str, Any]:
     if route.streamed != SSE:
         return {"type": "string", "description": f"The JSON of a {chunk.__name__} on each line."}
     if route.error is AnthropicError:
-        return {"type": "string", "description": f"Anthropic's events, which make a {chunk.__name__}."}
-    return _event(chunk)
-
-
-def _event(chunk: type) -> dict[str, Any]:
-    """The schema of a server-sent event. OpenAPI 3.1 cannot type its data; the description names the type."""
+        return _event(f"The JSON of one of Anthropic's events, which make a {chunk.__name__}.", "event")
     ends = "; the last event is [DONE], or the JSON of an ErrorBody" if chunk is not Live else ""
-    description = f"The JSON of a {chunk.__name__}{ends}."
+    return _event(f"The JSON of a {chunk.__name__}{ends}.")
+
+
+def _event(description: str, *named: str) -> dict[str, Any]:
+    """The schema of a server-sent event. OpenAPI 3.1 cannot type its data; the description names the type."""
+    names = {name: {"type": "string", "description": "The type of the event."} for name in named}
     return {
         "type": "object",
-        "properties": {"data": {"type": "string", "description": description}},
-        "required": ["data"],
+        "properties": {"data": {"type": "string", "description": description}, **names},
+        "required": ["data", *named],
     }
 
 
@@ -338,10 +357,17 @@ def _words(path: str) -> list[str]:
 
 
 def _open(components: dict[str, Any]) -> None:
-    """Say that the history may have further members: `protocol.compatibility` accepts them."""
-    for name in (*(each.__name__ for each in get_args(Message)), *OPEN):
-        components[name]["additionalProperties"] = True
-        components[name]["properties"].pop(TEMPLATE_MEMBERS, None)
+    """Say which unknown members `protocol.compatibility` accepts: null anywhere, and any in a history."""
+    for schema in components.values():
+        if schema.get("additionalProperties") is False:
+            schema["additionalProperties"] = {"type": "null"}
+    for each in OPEN:
+        components[each.__name__]["additionalProperties"] = True
+        components[each.__name__]["properties"].pop(TEMPLATE_MEMBERS, None)
+    components[CalledFunction.__name__]["required"].remove("arguments")
+    for kind, name, accepted in LOOSE:
+        properties = components[kind.__name__]["properties"]
+        properties[name] = {"anyOf": [properties[name], *({"type": each} for each in accepted)]}
 
 
 def _describe(components: dict[str, Any]) -> None:
