@@ -10,8 +10,8 @@ from typing import Any, get_args
 from msgspec import json
 
 from stretto.http.dialects import OVERLOADED
+from stretto.protocol import anthropic, ollama
 from stretto.protocol.anthropic import (
-    HISTORY,
     AnthropicError,
     MadeMessage,
     MessagesPrompt,
@@ -30,14 +30,11 @@ from stretto.protocol.extensions.feedback import (
 from stretto.protocol.health import Health, Status
 from stretto.protocol.ollama import (
     OllamaAnswer,
-    OllamaCall,
     OllamaChat,
     OllamaEmbed,
     OllamaEmbedding,
     OllamaError,
-    OllamaFunction,
     OllamaGenerate,
-    OllamaMessage,
     OllamaModels,
     OllamaShow,
     OllamaShown,
@@ -103,10 +100,15 @@ LOOSE = (
     (ToolMessage, "content", ("null",)),
 )
 # Parts of a history: they come back from the answers of any server.
-OPEN = (
-    *(*get_args(Message), TextPart, RefusalPart, ToolCall, CalledFunction),
-    *(*HISTORY, OllamaMessage, OllamaCall, OllamaFunction),
-)
+OPEN = {
+    *get_args(Message),
+    TextPart,
+    RefusalPart,
+    ToolCall,
+    CalledFunction,
+    *anthropic.HISTORY,
+    *ollama.HISTORY,
+}
 _TALK = [{"role": "user", "content": "Hello!"}]
 _TEXTS = ["a blue car", "a red apple"]
 # One small request for each route that takes one.

@@ -25,7 +25,7 @@ from stretto.gateway.relay import Relay
 from stretto.gateway.routing.fields import RoutingFields
 from stretto.gateway.routing.router import Ask
 from stretto.http.errors import internal
-from stretto.protocol.parsing import without_half_pairs
+from stretto.protocol.parsing import read_some
 from stretto.types import Request, Sampling
 
 OK = "ok"
@@ -44,6 +44,9 @@ class _ClientHead(Struct):
     create_response: Any = None
     response: Raw = Raw(b"")
     session: Raw = Raw(b"")
+
+
+CLIENT_HEAD = json.Decoder(_ClientHead)
 
 
 class _CachedCount(Struct, frozen=True):
@@ -291,14 +294,12 @@ def event_id_of(event: str | bytes) -> object:
 
 def _read(event: str | bytes) -> tuple[str | bytes, _ClientHead]:
     """A client's event, without halves of surrogate pairs as the worker reads it, and its head."""
+    body = event.encode() if isinstance(event, str) else event
     try:
-        return event, json.decode(event, type=_ClientHead)
-    except (DecodeError, RecursionError):
-        whole = without_half_pairs(event.encode() if isinstance(event, str) else event)
-    try:
-        return whole.decode(), json.decode(whole, type=_ClientHead)
-    except (DecodeError, UnicodeDecodeError, RecursionError):
+        head, whole = read_some(CLIENT_HEAD, body)
+    except StrettoError:
         return event, _ClientHead()  # the worker says what is wrong with it
+    return event if whole is body else whole.decode(), head
 
 
 def _response(raw: Raw) -> _TurnResponse:

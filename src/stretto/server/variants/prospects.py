@@ -114,9 +114,8 @@ class Prospects:
                 own = ahead[name] + estimate.cost.prefill(known, length - known)
                 others = sum([ms if ms < own else own for ms in waiting]) - ahead[name]
             beside = steps_ms - each.step_ms
-            if (
-                beside and itl_ms == inf
-            ):  # only the whole is due, so a mean counts: other streams take their share
+            if beside and itl_ms == inf:
+                # Only the whole is due, so a mean counts: other streams take their share.
                 own = estimate.margin * estimate.cost.decodes(
                     estimate.streams + 1, each.seen.context + length
                 )
