@@ -91,6 +91,17 @@ def test_outliers_do_not_spoil_a_calibration():
         assert model.cost(seen) == pytest.approx(quick(seen), rel=0.15)
 
 
+def test_the_step_that_saturates_a_device_is_the_shortest_with_cheap_tokens():
+    """A device that reads its weights in 4 ms, and computes a token in 22 us meanwhile."""
+
+    def run(step: CalibrationStep) -> float:
+        return max(4.0, 0.022 * (step.decodes + step.prefill)) + 0.3
+
+    assert calibrate(run, GPU_CALIBRATION_STEPS).saturating == 256
+    assert calibrate(lambda step: run(step) + 1.0, GPU_CALIBRATION_STEPS).saturating == 512
+    assert calibrate(run).saturating == 0  # no step is long enough to tell
+
+
 def test_a_machine_too_slow_for_all_steps_is_still_calibrated():
     slow = StepCost(base=300.0, per_decode=40.0, per_prefill=60.0)
     model = calibrate(lambda probe: slow(probe.load))
@@ -228,10 +239,11 @@ def test_a_null_model_reports_its_own_step_time(tmp_path: Path):
 def test_stored_step_times_load_only_for_their_machine_and_checkpoint(tmp_path: Path):
     path = tmp_path / "steptime.json"
     assert load(path, **MACHINE) is None
-    model = StepTime(SMALL_CPU, [0.02, 0.04])
+    model = StepTime(SMALL_CPU, [0.02, 0.04], saturating=512)
     save(model, path, **MACHINE)
     again = load(path, **MACHINE)
     assert again is not None and again.cost == SMALL_CPU and list(again.errors) == [0.02, 0.04]
+    assert again.saturating == 512
     assert load(path, machine="other", checkpoint="small") is None
     assert load(path, machine="two cores", checkpoint="large") is None
     broken = json.loads(path.read_text())

@@ -48,11 +48,12 @@ class TwoModels(World):
         name: str = "deadline",
         depth: int = 0,
         runner: Callable[..., NullRunner] = NullRunner,
+        saturating: int = 0,
     ) -> None:
         clock = VirtualClock()
         infos = [null_info(name=model, context=blocks * 16, blocks=blocks) for model in "ab"]
         runners = [runner(info, cost=cost, sleep=clock.sleep, depth=depth) for info in infos]
-        models = [LoadedModel(each, StepTime(cost, [0.0] * 16)) for each in runners]
+        models = [LoadedModel(each, StepTime(cost, [0.0] * 16, saturating=saturating)) for each in runners]
         super().__init__(clock, models, Limits(running, 512, TIERS), SCHEDULES[name])
 
     def send(
@@ -121,6 +122,46 @@ def test_a_long_prompt_never_makes_a_stream_pause_longer_than_its_objective():
     world = four_streams_and_a_long_prompt("deadline")
     assert max(max(world.gaps(ident)) for ident in range(1, 5)) <= 150.0 + 1e-6
     assert all(world.on_time(ident) for ident in range(1, 6))
+
+
+def longest_step(world: World) -> int:
+    return max(sum(row.count for row in plan.rows) for plan in world.plans)
+
+
+def beside_streams(prompts: int, objective: Objective, *, tokens: int = 400) -> TwoModels:
+    """Eight streams, then prompts of 480 tokens on a device that 128 tokens keep busy."""
+    world = TwoModels(saturating=128)
+    for ident in range(1, 9):
+        world.send(ident, 16, tokens=tokens, objective=Objective(ttft_ms=5000, itl_ms=500))
+    world.run(until=0.1)
+    world.plans.clear()
+    for ident in range(11, 11 + prompts):
+        world.send(ident, 480, tokens=2, objective=objective)
+    world.run(until=0.4)
+    return world
+
+
+def test_prompts_are_spread_over_steps_that_keep_the_device_busy():
+    world = beside_streams(4, Objective(ttft_ms=5000, itl_ms=500))
+    assert longest_step(world) == 128
+    assert all(world.stamps[ident] for ident in range(11, 15))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "ttft_ms"),
+    [(4, 160), (60, 60_000)],
+    ids=["their deadlines are near", "many wait"],
+)
+def test_prompts_are_not_spread_when(prompts: int, ttft_ms: float):
+    world = beside_streams(prompts, Objective(ttft_ms=ttft_ms, itl_ms=500))
+    assert longest_step(world) > 128
+
+
+def test_a_prompt_alone_is_read_in_long_steps():
+    world = TwoModels(saturating=128)
+    world.send(1, 2000, tokens=1, objective=Objective(ttft_ms=60_000))
+    world.run()
+    assert longest_step(world) > 128
 
 
 def test_first_come_first_served_does():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from math import inf
@@ -77,9 +77,12 @@ GPU_CALIBRATION_STEPS = (
     CalibrationStep(128, 64),
     CalibrationStep(16, 512, 496),
     CalibrationStep(0, 0, 128),
+    CalibrationStep(0, 0, 256),
     CalibrationStep(0, 0, 256, 2048),
     CalibrationStep(64, 256, 1472),
 )
+LONG = 1024  # tokens of a step that saturates any device
+SATURATED = 1.1  # times what a token costs in the best of these steps
 MAX_FILES = 64
 LOOP_MS = 0.05  # of the engine's loop for one step
 REWEIGHTED = 10  # rounds of a robust fit
@@ -98,6 +101,7 @@ class StoredStepTimes(Struct, frozen=True):
     checkpoint: str
     cost: StepCost
     errors: list[float]
+    saturating: int
 
 
 def known_times(runner: Runner, limits: Limits, *, machine: str, folder: Path | None) -> StepTime:
@@ -211,7 +215,24 @@ def calibrate(run: StepClock, steps: Iterable[CalibrationStep] = CALIBRATION_STE
         measurement.take(step)
     cost = measurement.cost()
     runs = [(step.load, ms) for step, times in measurement.times.items() for ms in times]
-    return StepTime(cost, [abs(ms / max(cost(load), 1e-9) - 1.0) for load, ms in runs])
+    errors = [abs(ms / max(cost(load), 1e-9) - 1.0) for load, ms in runs]
+    return StepTime(cost, errors, saturating=_saturating(measurement.times))
+
+
+def _saturating(times: Mapping[CalibrationStep, Sequence[float]]) -> int:
+    """The tokens of the shortest step that reads a prompt at the lowest cost a token, or nearly so.
+
+    0 unless the steps that were measured are long enough to tell.
+    """
+    per_token = {
+        step.prefill: min(ms) / step.prefill
+        for step, ms in times.items()
+        if step.prefill and not step.decodes and not step.start
+    }
+    if max(per_token, default=0) < LONG:
+        return 0
+    least = min(per_token.values())
+    return min(tokens for tokens, ms in per_token.items() if ms <= SATURATED * least)
 
 
 def calibrate_together(
@@ -257,7 +278,7 @@ class _Measurement:
 
 def save(model: StepTime, path: Path, *, machine: str, checkpoint: str) -> None:
     """Store a model for the next start, in one atomic step. A file that cannot be written is only logged."""
-    stored = StoredStepTimes(machine, checkpoint, model.cost, list(model.errors))
+    stored = StoredStepTimes(machine, checkpoint, model.cost, list(model.errors), model.saturating)
     temporary = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +301,9 @@ def load(path: Path, *, machine: str, checkpoint: str) -> StepTime | None:
         return None
     usable = (stored.machine, stored.checkpoint) == (machine, checkpoint)
     finite = all(0 <= value < inf for value in msgspec.structs.astuple(stored.cost))
-    return StepTime(stored.cost, stored.errors) if usable and finite else None
+    if not usable or not finite:
+        return None
+    return StepTime(stored.cost, stored.errors, saturating=stored.saturating)
 
 
 def fit(seen: list[tuple[StepLoad, float]]) -> StepCost:

@@ -15,7 +15,9 @@ FIRST_DECODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 DECODES = (*range(1, 33), *range(40, 129, 8), *range(144, 257, 16), *range(288, 1025, 32))
 FIRST_TOKENS = (32, 64, 128, 192, 256, 384, 512, 576, 640, 768, 1024, 1280, 1536, 1792, 2048, 2304, 2560)
 TOKENS = (16, 96, 160, 224, 320, 448, 704, 832, 896, 1152, 1408, 1664, 1920)
-ROWS = (16, 64)  # sequences in a step with prompts, or as many as may run
+# Sequences in a step with prompts, or as many as may run.
+FIRST_ROWS = (16, 64)
+ROWS = (128,)
 
 
 class StepSize(NamedTuple):
@@ -37,14 +39,15 @@ def decode_size(rows: int) -> StepSize:
 
 def first_sizes(max_running: int, most_tokens: int) -> list[StepSize]:
     """The sizes that are ready before the first request: any step has one that holds it."""
-    return _sizes(FIRST_DECODES, FIRST_TOKENS, max_running, min(most_tokens, MOST_TOKENS))
+    return _sizes(FIRST_DECODES, FIRST_TOKENS, FIRST_ROWS, max_running, min(most_tokens, MOST_TOKENS))
 
 
 def later_sizes(max_running: int, most_tokens: int) -> list[StepSize]:
     """The sizes between those, which waste less on padding."""
     most = min(most_tokens, MOST_TOKENS)
     known = {*first_sizes(max_running, most_tokens)}
-    return [size for size in _sizes(DECODES, TOKENS, max_running, most) if size not in known]
+    tokens, rows = FIRST_TOKENS + TOKENS, FIRST_ROWS + ROWS
+    return [size for size in _sizes(DECODES, tokens, rows, max_running, most) if size not in known]
 
 
 def nearest(sizes: Iterable[StepSize], step: StepSize) -> StepSize | None:
@@ -53,14 +56,18 @@ def nearest(sizes: Iterable[StepSize], step: StepSize) -> StepSize | None:
 
 
 def _sizes(
-    decodes: tuple[int, ...], tokens: tuple[int, ...], max_running: int, most_tokens: int
+    decodes: tuple[int, ...],
+    tokens: tuple[int, ...],
+    rows: tuple[int, ...],
+    max_running: int,
+    most_tokens: int,
 ) -> list[StepSize]:
     """The largest come first, because the graphs after them then share their memory."""
-    batches = {*(rows for rows in decodes if rows < max_running), max_running}
+    batches = {*(batch for batch in decodes if batch < max_running), max_running}
     lengths = {*(count for count in tokens if count < most_tokens), most_tokens}
     mixed = {
-        StepSize(count, min(rows, max_running, count), False)
+        StepSize(count, min(sequences, max_running, count), False)
         for count in lengths
-        for rows in (*ROWS, max_running)
+        for sequences in (*rows, max_running)
     }
-    return sorted(mixed | {decode_size(rows) for rows in batches}, reverse=True)
+    return sorted(mixed | {decode_size(batch) for batch in batches}, reverse=True)

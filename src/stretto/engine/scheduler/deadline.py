@@ -99,6 +99,8 @@ def deadline(context: SchedulingContext) -> Plan:
     if builder.plan.newcomers or goes_first:
         prompts, others = _admit(builder, prompts, others, deferral, deferred)
     _run_streams(builder, running, pressed=pressed)
+    if context.history.times.saturating and not pressed:
+        builder.spread(_prompt_works(jobs, running.partial_prefills + others, builder.cost))
     builder.plan.predicted = builder.ms
     idle = not (prompts or others or running.best_effort or running.partial_prefills)
     if idle and not spare_time.waits(context):
@@ -342,6 +344,14 @@ def _jobs(builder: PlanBuilder, prompts: list[Placed]) -> dict[float, list[Job]]
             value += ADMITTED if seq.started is None else STARTED
         jobs.append((inf if group == FIRST else order, ms, value))
     return groups
+
+
+def _prompt_works(
+    jobs: dict[float, list[Job]], others: list[Placed], cost: StepCost
+) -> list[tuple[float, float]]:
+    """The deadline and the milliseconds of each prompt. Those without a deadline come last."""
+    timed = [(due, ms) for group in jobs.values() for due, ms, _ in group]
+    return timed + [(inf, ms) for ms in works_of([seq for _, seq in others], cost)]
 
 
 def _admit(

@@ -14,6 +14,8 @@ from stretto.engine.sequence import BEST_EFFORT, SPARE_TIME, TIMED, Rank, Sequen
 from stretto.engine.step_time import StepCost
 
 UNLIMITED_MS = 1e9
+# Prompts are read soon if that takes at most this time, and this share of the time until their deadlines.
+SOON_MS, SOON = 400.0, 0.4
 
 
 class PlanBuilder(Struct, eq=False):
@@ -58,6 +60,25 @@ class PlanBuilder(Struct, eq=False):
     def left_ms(self) -> float:
         """Milliseconds that can still be filled before the step would be over too late."""
         return (self.end - self.context.now) * 1e3 / self.worst - self.ms
+
+    def spread(self, jobs: list[tuple[float, float]]) -> None:
+        """Take no more tokens than keep the device busy, if all prompts that wait are still read soon.
+
+        A decode costs a busy device little, so more decodes run beside prompts when those are spread over
+        more steps. `jobs`: the deadline of each prompt, or inf, and its milliseconds; the most urgent first.
+        """
+        rows = self.context.limits.max_step_tokens - self.tokens_left
+        tokens = self.context.history.times.saturating - rows
+        alone = not rows and len(jobs) < 2
+        if alone or tokens < rows or tokens >= self.tokens_left:
+            return
+        prompt_ms = self.cost.per_prefill * tokens
+        pace, now, work = prompt_ms / (self.ms + prompt_ms), self.context.now, 0.0
+        for deadline, ms in jobs:
+            work += ms
+            if work > pace * min(SOON_MS, SOON * (deadline - now) * 1e3):
+                return
+        self.tokens_left = tokens
 
     def run(self, seq: Sequence, ms: float) -> None:
         """Compute as much of a sequence as fits in `ms`; admit it first if it waits."""
