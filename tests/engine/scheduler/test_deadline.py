@@ -128,16 +128,16 @@ def longest_step(world: World) -> int:
     return max(sum(row.count for row in plan.rows) for plan in world.plans)
 
 
-def beside_streams(prompts: int, objective: Objective, *, tokens: int = 400) -> TwoModels:
+def beside_streams(prompts: int, objective: Objective, *, prompt: int = 16) -> TwoModels:
     """Eight streams, then prompts of 480 tokens on a device that 128 tokens keep busy."""
     world = TwoModels(saturating=128)
     for ident in range(1, 9):
-        world.send(ident, 16, tokens=tokens, objective=Objective(ttft_ms=5000, itl_ms=500))
-    world.run(until=0.1)
+        world.send(ident, prompt, tokens=600, objective=Objective(ttft_ms=5000, itl_ms=500), first=-1)
+    world.run(until=0.1 if prompt < 100 else 0.6)
     world.plans.clear()
     for ident in range(11, 11 + prompts):
-        world.send(ident, 480, tokens=2, objective=objective)
-    world.run(until=0.4)
+        world.send(ident, 480, tokens=256, objective=objective)
+    world.run(until=world.clock() + 0.4)
     return world
 
 
@@ -148,12 +148,12 @@ def test_prompts_are_spread_over_steps_that_keep_the_device_busy():
 
 
 @pytest.mark.parametrize(
-    ("prompts", "ttft_ms"),
-    [(4, 160), (60, 60_000)],
-    ids=["their deadlines are near", "many wait"],
+    ("prompts", "ttft_ms", "prompt"),
+    [(4, 160, 16), (60, 60_000, 16), (4, 5000, 6000)],
+    ids=["their deadlines are near", "many wait", "as many as those of the streams would take longer"],
 )
-def test_prompts_are_not_spread_when(prompts: int, ttft_ms: float):
-    world = beside_streams(prompts, Objective(ttft_ms=ttft_ms, itl_ms=500))
+def test_prompts_are_not_spread_when(prompts: int, ttft_ms: float, prompt: int):
+    world = beside_streams(prompts, Objective(ttft_ms=ttft_ms, itl_ms=500), prompt=prompt)
     assert longest_step(world) > 128
 
 

@@ -100,7 +100,8 @@ def deadline(context: SchedulingContext) -> Plan:
         prompts, others = _admit(builder, prompts, others, deferral, deferred)
     _run_streams(builder, running, pressed=pressed)
     if context.history.times.saturating and not pressed:
-        builder.spread(_prompt_works(jobs, running.partial_prefills + others, builder.cost))
+        works = _prompt_works(jobs, running.partial_prefills + others, builder.cost)
+        builder.spread(works, running.streams)
     builder.plan.predicted = builder.ms
     idle = not (prompts or others or running.best_effort or running.partial_prefills)
     if idle and not spare_time.waits(context):

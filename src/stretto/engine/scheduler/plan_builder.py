@@ -15,7 +15,8 @@ from stretto.engine.step_time import StepCost
 
 UNLIMITED_MS = 1e9
 # Prompts are read soon if that takes at most this time, and this share of the time until their deadlines.
-SOON_MS, SOON = 400.0, 0.4
+SOON_MS, SOON = 1000.0, 0.4
+SAMPLE = 16  # streams that tell what is usual
 
 
 class PlanBuilder(Struct, eq=False):
@@ -61,16 +62,17 @@ class PlanBuilder(Struct, eq=False):
         """Milliseconds that can still be filled before the step would be over too late."""
         return (self.end - self.context.now) * 1e3 / self.worst - self.ms
 
-    def spread(self, jobs: list[tuple[float, float]]) -> None:
+    def spread(self, jobs: list[tuple[float, float]], streams: list[Sequence]) -> None:
         """Take no more tokens than keep the device busy, if all prompts that wait are still read soon.
 
         A decode costs a busy device little, so more decodes run beside prompts when those are spread over
         more steps. `jobs`: the deadline of each prompt, or inf, and its milliseconds; the most urgent first.
+        `streams`: those of this step. When each of them ends, such a prompt as its own should have been read.
         """
         rows = self.context.limits.max_step_tokens - self.tokens_left
         tokens = self.context.history.times.saturating - rows
         alone = not rows and len(jobs) < 2
-        if alone or tokens < rows or tokens >= self.tokens_left:
+        if alone or tokens < rows * self._prompt_share(streams) or not 0 < tokens < self.tokens_left:
             return
         prompt_ms = self.cost.per_prefill * tokens
         pace, now, work = prompt_ms / (self.ms + prompt_ms), self.context.now, 0.0
@@ -79,6 +81,15 @@ class PlanBuilder(Struct, eq=False):
             if work > pace * min(SOON_MS, SOON * (deadline - now) * 1e3):
                 return
         self.tokens_left = tokens
+
+    def _prompt_share(self, streams: list[Sequence]) -> float:
+        """The tokens of prompts for each token of an answer, by some of these streams."""
+        some = streams[:: max(len(streams) // SAMPLE, 1)]
+        predict = self.context.history.lengths.predict
+        answers = sum(
+            max(predict(seq.request.tier, seq.request.sampling.max_tokens), seq.output_len) for seq in some
+        )
+        return sum(seq.prompt_len for seq in some) / max(answers, 1)
 
     def run(self, seq: Sequence, ms: float) -> None:
         """Compute as much of a sequence as fits in `ms`; admit it first if it waits."""
