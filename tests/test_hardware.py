@@ -20,6 +20,7 @@ from stretto.hardware import (
     choose_device,
     choose_dtype,
     choose_kv,
+    choose_running,
     choose_step_tokens,
     choose_threads,
     gib,
@@ -143,6 +144,11 @@ def test_the_device_is_cuda_when_it_is_usable() -> None:
 def test_the_kv_cache_takes_a_quarter_of_available_memory() -> None:
     plan = choose_kv(shape(), 1024 * 2**20).value
     assert (plan.blocks, plan.bytes, plan.tokens, plan.context) == (256, 256 * 2**20, 4096, 1024)
+
+
+def test_a_gpu_runs_more_sequences_at_once_unless_the_user_says() -> None:
+    assert choose_running(0, "cuda").value > choose_running(0, "cpu").value
+    assert choose_running(7, "cuda").value == choose_running(7, "cpu").value == 7
 
 
 def test_the_kv_cache_is_at_most_max_running_full_contexts() -> None:

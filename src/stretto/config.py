@@ -138,7 +138,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         int, Meta(ge=0, description="most tokens of prompt and answer together; 0: the model's own limit")
     ] = 0
     block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens in a block of the KV cache")] = 16
-    max_running: Annotated[int, Meta(ge=1, description="most sequences in a step")] = 256
+    max_running: Annotated[int, Meta(ge=0, description="most sequences in a step; 0: 256, on a GPU 512")] = 0
     max_step_tokens: Annotated[
         int,
         Meta(

@@ -77,6 +77,8 @@ def diagnose(engine: EngineConfig, model: ModelConfig | None) -> Diagnosis:
     if model is not None and probed.stored is not None:
         dtype = hardware.choose_dtype(seen, probed.stored.dtype, device=device.value, requested=model.dtype)
         own = device.value == "cpu" and probed.kernels.startswith("cpu-")
+        running = hardware.choose_running(engine.max_running, device.value).value
+        engine = msgspec.structs.replace(engine, max_running=running)
         fit = _fit(engine, model, probed.stored, available, dtype, _kv_dtype(engine, model, dtype, own))
     compiler = shutil.which("gcc")
     return Diagnosis(

@@ -25,6 +25,7 @@ ISA = (
 BF16_ISA = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 CACHES = frozenset({"float32", "bfloat16", "int8"})  # dtypes of a KV cache that the C kernels read
 FEWEST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 8192
+MOST_RUNNING = {"cpu": 256, "cuda": 512}  # sequences in a step
 STEP_BASES = 10  # a longer step would gain less than a tenth, and the next request would wait for it
 STEP_TOKENS_ROUNDED = 256
 KV_SHARE = 0.25  # of the available memory, by default
@@ -216,6 +217,16 @@ def choose_threads(machine: Machine, requested: int = 0) -> Decision[int]:
     if machine.quota is not None and machine.quota < machine.cores:
         return Decision(max(1, int(machine.quota)), f"the container may use {machine.quota:g} cores")
     return Decision(machine.cores, "one per physical core this process may use")
+
+
+def choose_running(requested: int, device: str) -> Decision[int]:
+    """The most sequences in a step on a device of this kind, `cpu` or `cuda`.
+
+    A stream holds its place until its answer ends, and a GPU decodes many streams in the time of one.
+    """
+    if requested:
+        return Decision(requested, "set by the user")
+    return Decision(MOST_RUNNING[device], f"the default on {device}")
 
 
 def choose_step_tokens(

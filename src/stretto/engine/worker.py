@@ -51,7 +51,7 @@ class EngineWorker:
         self._socket = socket
         self._loader = ModelLoader(config, self._on_progress)
         models = self._loader.models()
-        limits = step_limits(config, models)
+        limits = step_limits(self._loader.config, models)
         self._tiers = dict(limits.tiers)
         self._infos = [model.info for model in models]
         self._engine = EngineCore(

@@ -165,7 +165,8 @@ def main() -> None:
     # No request here has an objective.
     config = msgspec.structs.replace(given, schedule="fcfs", speculate="off")
     try:
-        (runner,) = ModelLoader(config).runners
+        loader = ModelLoader(config)
+        (runner,), config = loader.runners, loader.config
         kernels = runner.decoder.kernels.name if isinstance(runner, TorchRunner) else runner.info.device
         threads = choose_threads(snapshot(), config.threads).value
         reply(ModelReady(model=runner.info, kernels=kernels, threads=threads))

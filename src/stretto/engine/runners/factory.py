@@ -40,6 +40,7 @@ from stretto.hardware import (
     choose_dtype,
     choose_kv,
     choose_kv_dtype,
+    choose_running,
     choose_step_tokens,
     choose_threads,
     gib,
@@ -88,12 +89,14 @@ class ModelLoader:
     """
 
     def __init__(self, config: EngineConfig, on_progress: ProgressCallback = no_progress) -> None:
-        self._config = config
         self._progress = on_progress
         self._grammars: dict[str, Grammars] = {}
         self.machine = machine_name(config)
         use_threads(choose_threads(snapshot(), config.threads).value)
-        self._device = torch.device(choose_device(config.device, torch.cuda.is_available()).value)
+        device = choose_device(config.device, torch.cuda.is_available()).value
+        self._device = torch.device(device)
+        running = choose_running(config.max_running, device).value
+        self.config = msgspec.structs.replace(config, max_running=running)
         cache = cache_folder(config.cache_dir)
         if self._device.type == "cuda" and cache is not None:
             # Triton names a compiled kernel by its source, its own version and the device.
@@ -111,10 +114,10 @@ class ModelLoader:
 
         Raises StartError when `speculate` names a model that cannot draft.
         """
-        cache = cache_folder(self._config.cache_dir)
+        cache = cache_folder(self.config.cache_dir)
         drafts = self._draft_runners()
         folder = cache and cache / "step-times"
-        limits = Limits(self._config.max_running, self._config.max_step_tokens or MOST_STEP_TOKENS)
+        limits = Limits(self.config.max_running, self.config.max_step_tokens or MOST_STEP_TOKENS)
         times = {
             runner.info.name: known_times(runner, limits, machine=self.machine, folder=folder)
             for runner in self.runners
@@ -173,14 +176,14 @@ class ModelLoader:
         info = msgspec.structs.replace(info, kernels=loaded.why, load_s=loaded.load_s)
         if self._device.type == "cuda":
             return self._cuda_runner(loaded.decoder, info, loaded.eos)
-        return TorchRunner(loaded.decoder, info, eos=loaded.eos, max_running=self._config.max_running)
+        return TorchRunner(loaded.decoder, info, eos=loaded.eos, max_running=self.config.max_running)
 
     def _cuda_runner(self, decoder: Decoder, info: ModelInfo, eos: frozenset[int]) -> Runner:
         """A runner whose graphs are captured. Raises StartError when they leave no memory."""
-        most = self._config.max_step_tokens or MOST_STEP_TOKENS
+        most = self.config.max_step_tokens or MOST_STEP_TOKENS
         try:
             runner = import_module(CUDA).CudaRunner(
-                decoder, info, eos=eos, max_running=self._config.max_running, most_tokens=most
+                decoder, info, eos=eos, max_running=self.config.max_running, most_tokens=most
             )
             runner.start(partial(self._progress, f"{info.name}: graphs"))
         except torch.OutOfMemoryError as error:
@@ -193,38 +196,38 @@ class ModelLoader:
     def _kv_dtype(self, decoder: Decoder, quantised: bool) -> torch.dtype:
         cached = frozenset(_named(dtype) for dtype in decoder.kernels.kv_dtypes)
         choice = choose_kv_dtype(
-            _named(decoder.dtype), quantised=quantised, requested=self._config.kv_dtype, cached=cached
+            _named(decoder.dtype), quantised=quantised, requested=self.config.kv_dtype, cached=cached
         )
         return getattr(torch, choice.value)
 
     def _store(self, path: Path, kernels: str) -> PackedCache | None:
         """The weights of this checkpoint that an earlier start packed for these kernels."""
-        library, kept = native.load(), packed_folder(self._config.cache_dir)
-        if library is None or kept is None or not self._config.cache_bytes:
+        library, kept = native.load(), packed_folder(self.config.cache_dir)
+        if library is None or kept is None or not self.config.cache_bytes:
             return None
-        folder = Folder(kept, self._config.cache_bytes)
+        folder = Folder(kept, self.config.cache_bytes)
         return PackedCache.open(library, folder, f"{kernels} {identity(path)}")
 
     def _draft_runners(self) -> dict[str, TorchRunner]:
         """By model, the runner of its draft model, where it has one. Raises StartError for a wrong name."""
-        name = self._config.speculate
+        name = self.config.speculate
         if name in ("off", "ngram"):
             return {}
         able = {each.info.name: each for each in self.runners if isinstance(each, TorchRunner)}
         if name == "auto":
-            return {each.name: able[each.draft] for each in self._config.models if each.draft in able}
+            return {each.name: able[each.draft] for each in self.config.models if each.draft in able}
         if name not in able:
             names = ", ".join(able) or "none"
             raise StartError(
                 f"speculate: {name!r} is neither auto, off, ngram nor a loaded model that can draft ({names})"
             )
-        return dict.fromkeys((each.name for each in self._config.models), able[name])
+        return dict.fromkeys((each.name for each in self.config.models), able[name])
 
     def _speculation(
         self, runner: Runner, small: TorchRunner | None, times: Mapping[str, StepTime]
     ) -> Speculation | None:
         """Speculative decoding for a model, with `small` as its draft model. Raises StartError."""
-        if self._config.speculate == "off" or not isinstance(runner, TorchRunner):
+        if self.config.speculate == "off" or not isinstance(runner, TorchRunner):
             return None
         if small is None or small is runner:
             return Speculation()
@@ -237,7 +240,7 @@ class ModelLoader:
 
     def _info(self, model: ModelConfig, decoder: Decoder, share: float) -> ModelInfo:
         """The description of a loaded model, with its share of the memory that is free or set for caches."""
-        config, spec = self._config, decoder.spec
+        config, spec = self.config, decoder.spec
         shape = KvShape(
             block_bytes=decoder.cache_bytes_per_block(config.block_size),
             block_size=config.block_size,
