@@ -9,8 +9,10 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stretto.errors import CheckpointError
-from stretto.kernels.reference import REFERENCE
+from stretto.kernels import Activation
+from stretto.kernels.reference import REFERENCE, DenseExperts
 from stretto.models.checkpoint import Checkpoint
 from stretto.models.decoder import Decoder
 from stretto.models.load import load
@@ -257,7 +260,8 @@ def test_a_config_that_does_not_fit_the_tensors_is_refused(checkpoint: Path) -> 
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from stretto.kernels.reference import REFERENCE
+from stretto.kernels import Activation
+from stretto.kernels.reference import REFERENCE, DenseExperts
 from stretto.models.load import load
 
 def memory(key):
@@ -306,3 +310,18 @@ def test_loading_never_holds_a_weight_twice(tmp_path: Path, held: str) -> None:
     grown, weights = map(int, done.stdout.split())
     assert weights > 200e6
     assert weights * 0.95 <= grown <= weights * 1.3
+
+
+def test_the_experts_of_a_layer_are_freed_once_they_are_packed(tmp_path: Path) -> None:
+    """Only one layer of them is held as the checkpoint has it, however many are quantised."""
+    make("qwen3_moe", tmp_path, mlp_only_layers=[])
+    read_as_stored: list[ref[Tensor]] = []
+
+    def pack(gate_up: Tensor, down: Tensor, activation: Activation) -> DenseExperts:
+        assert not any(each() is not None for each in read_as_stored)
+        read_as_stored.extend(ref(each) for each in (gate_up, down))
+        return DenseExperts(gate_up.bfloat16(), down.bfloat16(), activation)
+
+    kernels = replace(REFERENCE, pack_experts=pack)
+    load(tmp_path, dtype=torch.float32, device=CPU, kernels=kernels)
+    assert len(read_as_stored) == 2 * 4

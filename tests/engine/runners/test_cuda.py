@@ -10,7 +10,7 @@ executes each step instead of replaying a graph.
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,8 @@ from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
-from stretto.kernels import Batch
+from stretto.kernels import Activation, AnyKernels, Batch
+from stretto.kernels.reference import REFERENCE, DenseExperts
 from stretto.models.decoder import Decoder
 from stretto.models.load import load
 from stretto.types import ModelInfo, Reason, Request, Sampling, StepStats, TokenEvent
@@ -33,6 +34,7 @@ from tests.models.stepping import Driver, Text
 
 from stretto.engine.runners import cuda  # isort: skip
 from stretto.kernels.cuda import table as cuda_table  # isort: skip
+from stretto.kernels.cuda.experts import FEW_TOKENS, Fp8Experts  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
@@ -167,6 +169,29 @@ def test_rows_that_the_kernel_before_quantises_are_as_exact_as_those_quantised_a
     assert not torch.equal(fused, alone), "both took the same path"
     errors = [float((found - wanted).norm() / wanted.norm()) for found in (fused, alone)]
     assert errors[0] <= 1.2 * errors[1] <= 0.3
+
+
+def test_a_mixture_of_experts_in_fp8_is_near_its_rounded_weights(tmp_path: Path) -> None:
+    """One token at a time, activations are not rounded. In a chunk they are."""
+    dtype = torch.bfloat16 if GPU else torch.float32
+    changes = {"num_experts_per_tok": 6, "mlp_only_layers": [], **LAYERS}
+    make("qwen3_moe", tmp_path, dtype=dtype, initializer_range=0.06, **changes)
+
+    def rounded(gate_up: Tensor, down: Tensor, activation: Activation) -> DenseExperts:
+        packed = Fp8Experts.pack(gate_up, down, activation)
+        first = packed.gate_up.float() * packed.gate_up_scales[..., None]
+        second = packed.down.float() * packed.down_scales[..., None]
+        return DenseExperts(first.to(dtype), second.to(dtype), activation)
+
+    def loaded(kernels: AnyKernels) -> DeviceDriver:
+        return DeviceDriver(load(tmp_path, dtype=dtype, device=DEVICE, kernels=kernels))
+
+    tokens = [3 + 7919 * i % (VOCAB - 3) for i in range(30 if GPU else FEW_TOKENS + 1)]
+    reference, narrow = loaded(replace(REFERENCE, pack_experts=rounded)), loaded(table(DEVICE, "fp8"))
+    for count, chunk, tolerance in ((2, 1, 2e-2 if GPU else 1e-4), (len(tokens), len(tokens), 6e-2)):
+        found, wanted = (each.read(tokens[:count], chunk).cpu() for each in (narrow, reference))
+        assert torch.isfinite(found).all()
+        assert (found - wanted).norm() / wanted.norm() <= tolerance
 
 
 @pytest.mark.parametrize("family", CHOSEN if GPU else [])

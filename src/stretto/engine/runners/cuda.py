@@ -34,7 +34,8 @@ from stretto.types import Logprobs, ModelInfo
 
 log = logging.getLogger(__name__)
 RING = 4
-ALL_KERNELS = 128  # steps of so many tokens use every kernel that longer ones do
+ALL_KERNELS = 128  # steps of so many tokens use every kernel that longer ones do,
+FURTHER_KERNELS = (384, 1024)  # except those of mixtures of experts, which have larger tiles from here on
 UPDATES = 4096  # blocks that a step may add to the tables from pinned memory; more take a copy of their own
 NO_PENALTIES = (1.0, 0.0, 0.0)
 MAX_COUNT = draw.MOST_SEEN.value
@@ -169,9 +170,10 @@ class CudaRunner:
 
         `progress(done, total)` counts graphs.
         """
+        further = () if self._decoder.spec.routing is None else FURTHER_KERNELS
         with torch.inference_mode(), compiling_ahead():
             for size in self._first:
-                if size.decodes or size.tokens <= ALL_KERNELS:
+                if size.decodes or size.tokens <= ALL_KERNELS or size.tokens in further:
                     self._step(self._idle(size))
         draw.write_tables(
             self._ring[0].updates([(len(self._tables) - 1, 0, self.info.blocks)], self._device), self._tables

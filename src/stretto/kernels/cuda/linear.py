@@ -33,7 +33,7 @@ def _finish(sums, scales, bias, row, there):
 
 
 @triton.jit
-def _dot_rows(
+def dot_rows(
     x, weight, gains, row, other, there, k, eps,
     SPAN: tl.constexpr, LOOPS: tl.constexpr, LANE: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def _gemv(
     release()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < n
-    sums, ups = _dot_rows(
+    sums, ups = dot_rows(
         x, weight, gains, row, n + row, there, k, eps, SPAN, LOOPS, LANE, GATED is not None
     )  # fmt: skip
     sums = _finish(sums, scales, bias, row, there)
@@ -121,7 +121,7 @@ def _gemv_rope_and_cache(
     slot, pool = tl.load(slots), (head - HEADS) // KV_HEADS
     page = (pool * blocks + slot // SIZE) * KV_HEADS + (head - HEADS) % KV_HEADS
     row = head * DIM + first
-    a, b = _dot_rows(x, weight, gains, row, row + second - first, there, k, eps, SPAN, LOOPS, LANE, True)
+    a, b = dot_rows(x, weight, gains, row, row + second - first, there, k, eps, SPAN, LOOPS, LANE, True)
     a = _finish(a, scales, bias, row, there)
     b = _finish(b, scales, bias, row + second - first, there)
     spot = tl.where(head < HEADS, out + head * DIM, layer + (page * SIZE + slot % SIZE) * DIM)
@@ -278,11 +278,10 @@ GEMV_SHAPES = {
 FEW_OUTPUTS, FINER = 2048, GemvShape(2048, 2, 2)
 
 
-def _gemv_options(packed: CudaWeights, normed: bool, both: bool) -> dict[str, int]:
-    """The compile-time options of a kernel that streams these weights. With `both`, a program reads twice
-    ROWS rows."""
-    (n, k), size = packed.weight.shape, packed.weight.itemsize
-    shape = FINER if (size, normed) == (2, False) and n <= FEW_OUTPUTS else GEMV_SHAPES[size, normed]
+def row_options(k: int, size: int, normed: bool, both: bool, fine: bool = False) -> dict[str, int]:
+    """The compile-time options of a kernel that streams rows of k weights of `size` bytes. With `both`, a
+    program reads twice ROWS rows. `fine`: among more programs."""
+    shape = FINER if fine else GEMV_SHAPES[size, normed]
     span = min(pow2(k, 32), shape.longest)
     if triton.cdiv(k, span) * span > triton.cdiv(k, span // 2) * (span // 2):
         span //= 2  # a shorter span leaves fewer columns unused
@@ -293,6 +292,12 @@ def _gemv_options(packed: CudaWeights, normed: bool, both: bool) -> dict[str, in
         "LANE": 16 // size,
         "num_warps": max(shape.warps * span // shape.longest, 1),
     }
+
+
+def _gemv_options(packed: CudaWeights, normed: bool, both: bool) -> dict[str, int]:
+    (n, k), size = packed.weight.shape, packed.weight.itemsize
+    fine = (size, normed) == (2, False) and n <= FEW_OUTPUTS
+    return row_options(k, size, normed, both, fine)
 
 
 def gemv(

@@ -34,7 +34,7 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _quantised(value, scale_at, MAX: tl.constexpr):
+def quantised(value, scale_at, MAX: tl.constexpr):
     """A row divided by the scale that brings its largest magnitude to MAX; the scale is stored."""
     scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / MAX
     tl.store(scale_at, scale)
@@ -61,7 +61,7 @@ def _norm(
     mean = tl.sum(value * value, 0) / width
     value = value * tl.rsqrt(mean + eps) * scales
     if scales_out is not None:
-        value = _quantised(value, scales_out + row, MAX)
+        value = quantised(value, scales_out + row, MAX)
     tl.store(out + row * out_stride + columns, value.to(out.dtype.element_ty), inside)
 
 
@@ -135,7 +135,7 @@ def _quantised_act_and_mul(
     wait()
     gates = tl.load(both + row * 2 * width + columns, inside, 0.0).to(tl.float32)
     ups = tl.load(both + (row * 2 + 1) * width + columns, inside, 0.0).to(tl.float32)
-    value = _quantised(activate(gates, KIND) * ups, scales + row, MAX)
+    value = quantised(activate(gates, KIND) * ups, scales + row, MAX)
     tl.store(out + row * width + columns, value.to(out.dtype.element_ty), inside)
 
 
@@ -157,7 +157,7 @@ def _quantise_rows(x, out, scales, k, MAX: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     wait()
     value = tl.load(x + row * k + column, column < k, 0.0).to(tl.float32)
-    value = _quantised(value, scales + row, MAX)
+    value = quantised(value, scales + row, MAX)
     tl.store(out + row * k + column, value.to(out.dtype.element_ty), column < k)
 
 

@@ -21,16 +21,18 @@ from stretto.kernels import (
     Geometry,
     Kernels,
     LayerStack,
+    MixtureOfExperts,
     Mlp,
 )
-from stretto.kernels.cuda import attention, rows
-from stretto.kernels.cuda.experts import experts
+from stretto.kernels.cuda import attention, routing, rows
+from stretto.kernels.cuda.experts import CudaExperts, Fp8Experts, experts, stream
 from stretto.kernels.cuda.linear import GEMV_ROWS, Norm, gemv, gemv_rope_and_cache, skinny_gemm
 from stretto.kernels.cuda.weights import SKINNY_ROWS, CudaWeights, Fp8, Int4, Unquantised
 from stretto.kernels.reference import DenseExperts
 
 CudaQuantise = Literal["fp8", "int4"]
-CudaLayer = DecoderLayer[CudaWeights, DenseExperts]
+CudaLayer = DecoderLayer[CudaWeights, CudaExperts]
+CudaBlock = Mlp[CudaWeights] | MixtureOfExperts[CudaWeights, CudaExperts]
 MAX_COUNTERS = 2**18
 # A router or another small matrix saves nothing when quantised, and its errors matter most.
 SMALLEST_QUANTISED = 256
@@ -84,14 +86,16 @@ class CudaTable:
             return Int4.pack(weight, bias)
         return Fp8.pack(weight, bias)
 
-    def pack_experts(self, gate_up: Tensor, down: Tensor, activation: Activation) -> DenseExperts:
-        """Raises StartError where they are to be quantised."""
-        if self._quantise is not None:
+    def pack_experts(self, gate_up: Tensor, down: Tensor, activation: Activation) -> CudaExperts:
+        """Raises StartError where they are to have four bits."""
+        if self._quantise == "int4":
             raise StartError(
-                f"--quantise {self._quantise}: a mixture of experts cannot be quantised on a CUDA device; "
-                "leave --quantise out"
+                "--quantise int4: the experts of a mixture of experts have no int4 format on a CUDA device; "
+                "use fp8, or leave --quantise out"
             )
-        return DenseExperts(gate_up, down, activation)
+        if self._quantise is None:
+            return DenseExperts(gate_up, down, activation)
+        return Fp8Experts.pack(gate_up, down, activation)
 
     def linear(self, x: Tensor, packed: CudaWeights) -> Tensor:
         count = x.shape[0]
@@ -130,9 +134,9 @@ class CudaTable:
         return attention.chunk(q, kind, layer, plan.batch, tiles, out)
 
     def layers(
-        self, residual: Tensor, stack: LayerStack[CudaWeights, DenseExperts], cache: Cache, plan: CudaPlan
+        self, residual: Tensor, stack: LayerStack[CudaWeights, CudaExperts], cache: Cache, plan: CudaPlan
     ) -> Tensor | None:
-        """Five or six kernels a layer, for a step of one row over weights that `gemv` reads. In a step of
+        """Five to eight kernels a layer, for a step of one row over weights that `gemv` reads. In a step of
         many rows over fp8 weights, the kernels in front of a product quantise its rows."""
         if residual.shape[0] > SKINNY_ROWS and all(
             _has_products(each, residual.dtype) for each in stack.layers
@@ -148,14 +152,14 @@ class CudaTable:
         return rows.norm(residual if outputs is None else residual[outputs], stack.final_norm, stack.eps)
 
     def _fp8_layers(
-        self, residual: Tensor, stack: LayerStack[CudaWeights, DenseExperts], cache: Cache, plan: CudaPlan
+        self, residual: Tensor, stack: LayerStack[CudaWeights, CudaExperts], cache: Cache, plan: CudaPlan
     ) -> Tensor:
         dtype, first, outputs = residual.dtype, stack.layers[0], plan.batch.outputs
         assert first.pre_attention_norm is not None, "see _has_products"
         x, scales, residual = rows.quantised_norm(residual, None, first.pre_attention_norm, first.eps)
         for number, (layer, keys) in enumerate(zip(stack.layers, cache.layers, strict=True)):
-            kind, mlp, norm = layer.attention, layer.feed_forward, layer.pre_mlp_norm
-            assert isinstance(mlp, Mlp) and norm is not None, "see _has_products"
+            kind, norm = layer.attention, layer.pre_mlp_norm
+            assert norm is not None, "see _has_products"
             qkv = _product(layer.qkv, x, scales, dtype)
             q = self.rope_and_cache(qkv, layer.query_key_norm, kind, keys, plan)
             attended = self.paged_attention(q, kind, keys, plan)
@@ -163,19 +167,31 @@ class CudaTable:
             if last and outputs is not None:
                 attended, residual = attended[outputs], residual[outputs]
             x = _product(layer.out, *rows.quantise_rows(attended), dtype)
-            x, scales, residual = rows.quantised_norm(x, residual, norm, layer.eps)
-            x, scales = rows.quantised_act_and_mul(_product(mlp.gate_up, x, scales, dtype), mlp.activation)
-            x, following = _product(mlp.down, x, scales, dtype), stack.norm_after(number)
+            x, residual = self._fp8_feed_forward(layer.feed_forward, x, residual, Norm(norm, layer.eps))
+            following = stack.norm_after(number)
             assert following is not None, "see _has_products"
             if last:
                 return rows.add_norm(x, residual, following, stack.eps)[0]
             x, scales, residual = rows.quantised_norm(x, residual, following, layer.eps)
         raise AssertionError("a model has layers")
 
+    def _fp8_feed_forward(
+        self, block: CudaBlock, x: Tensor, residual: Tensor, norm: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """-> (what the block makes of the norm of x + residual, x + residual)."""
+        dtype = x.dtype
+        if isinstance(block, MixtureOfExperts):
+            x, residual = rows.add_norm(x, residual, norm.gains, norm.eps)
+            logits = self.linear(x, block.router)
+            return experts(x, logits, block.experts, block.top_k, block.normalise), residual
+        x, scales, residual = rows.quantised_norm(x, residual, norm.gains, norm.eps)
+        x, scales = rows.quantised_act_and_mul(_product(block.gate_up, x, scales, dtype), block.activation)
+        return _product(block.down, x, scales, dtype), residual
+
     def _layer(self, residual: Tensor, layer: CudaLayer, keys: Tensor, plan: CudaPlan) -> Tensor:
-        kind, eps, mlp = layer.attention, layer.eps, layer.feed_forward
+        kind, eps, block = layer.attention, layer.eps, layer.feed_forward
         first, second = layer.pre_attention_norm, layer.pre_mlp_norm
-        assert isinstance(mlp, Mlp) and first is not None and second is not None, "see _has_gemv"
+        assert first is not None and second is not None, "see _has_gemv"
         norm = Norm(first, eps)
         if layer.query_key_norm is None:
             cos_sin, slots = plan.cos_sin[kind.rotation], plan.batch.slots
@@ -185,29 +201,36 @@ class CudaTable:
             q = self.rope_and_cache(qkv, layer.query_key_norm, kind, keys, plan)
         attended = attention.decode(q, kind, keys, plan.batch, plan.workspace(kind, keys))
         residual = gemv(attended, layer.out, residual=residual)
-        hidden = gemv(residual, mlp.gate_up, mlp.activation, Norm(second, eps))
-        return gemv(hidden, mlp.down, residual=residual)
+        norm = Norm(second, eps)
+        if isinstance(block, MixtureOfExperts):
+            logits = gemv(residual, block.router, norm=norm, dtype=torch.float32)
+            choice = routing.choose(logits, block.top_k, block.normalise)
+            return stream(residual, choice, block.experts, norm, residual)
+        hidden = gemv(residual, block.gate_up, block.activation, norm)
+        return gemv(hidden, block.down, residual=residual)
 
 
 def _linears(layer: CudaLayer) -> tuple[CudaWeights, ...] | None:
-    """The linear layers of a dense layer that norms what its blocks read, not what they add; None: it is
-    another kind of layer."""
-    mlp = layer.feed_forward
-    if not isinstance(mlp, Mlp) or layer.pre_attention_norm is None or layer.pre_mlp_norm is None:
+    """The linear layers of a layer that norms what its blocks read, not what they add, without the router;
+    None: it is another kind of layer."""
+    block = layer.feed_forward
+    if layer.pre_attention_norm is None or layer.pre_mlp_norm is None:
         return None
     if layer.post_attention_norm is not None or layer.post_mlp_norm is not None:
         return None
-    return layer.qkv, layer.out, mlp.gate_up, mlp.down
+    own = (block.gate_up, block.down) if isinstance(block, Mlp) else ()
+    return layer.qkv, layer.out, *own
 
 
 def _has_gemv(layer: CudaLayer) -> bool:
-    """Whether one row can pass through this layer by `gemv` alone."""
-    linears = _linears(layer)
-    return linears is not None and all(weights.has_gemv for weights in linears)
+    """Whether one row can pass through this layer by `gemv` and `stream` alone."""
+    linears, block = _linears(layer), layer.feed_forward
+    routers = (block.router,) if isinstance(block, MixtureOfExperts) else ()
+    return linears is not None and all(weights.has_gemv for weights in (*linears, *routers))
 
 
 def _has_products(layer: CudaLayer, dtype: torch.dtype) -> bool:
-    """Whether rows of `dtype` can pass through this layer by `Fp8.product` alone."""
+    """Whether rows of `dtype` can pass through this layer by `Fp8.product` and a router alone."""
     linears = _linears(layer)
     return linears is not None and all(
         isinstance(weights, Fp8) and weights.has_product(dtype) for weights in linears
@@ -221,7 +244,7 @@ def _product(weights: CudaWeights, x: Tensor, scales: Tensor, dtype: torch.dtype
 
 def table(
     device: torch.device, quantise: CudaQuantise | None = None
-) -> Kernels[CudaWeights, DenseExperts, CudaPlan]:
+) -> Kernels[CudaWeights, CudaExperts, CudaPlan]:
     """The table for `device`. `quantise` is the format that `pack` rounds large weights to."""
     own = CudaTable(device, quantise)
     return Kernels(
