@@ -29,9 +29,9 @@ from stretto.engine.runners.cuda import CudaRunner
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
-from stretto.kernels import AnyKernels, Batch
+from stretto.kernels import Activation, AnyKernels, Batch, MixtureOfExperts
 from stretto.kernels.cuda.table import CudaQuantise, table
-from stretto.kernels.reference import REFERENCE, Dense
+from stretto.kernels.reference import REFERENCE, Dense, DenseExperts
 from stretto.models import families
 from stretto.models.decoder import Decoder
 from stretto.models.load import WeightReader, read_weights
@@ -66,16 +66,32 @@ QWEN_8B = {
     "max_position_embeddings": 40960,
     "rope_theta": 1000000.0,
 }
+QWEN_30B: dict[str, Any] = {
+    **QWEN_8B,
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
 MODELS: dict[str, tuple[dict[str, Any], CudaQuantise | None]] = {
     "llama-3.2-1b": (LLAMA_1B, None),
     "llama-3.1-8b": (LLAMA_8B, None),
     "llama-3.1-8b-fp8": (LLAMA_8B, "fp8"),
     "qwen3-8b": (QWEN_8B, None),
     "llama-3.1-8b-int4": (LLAMA_8B, "int4"),
+    "qwen3-30b-a3b": (QWEN_30B, None),
+    "qwen3-30b-a3b-fp8": (QWEN_30B, "fp8"),
 }
 BLOCK, BLOCKS, CONTEXT, RUNNING, STEP_TOKENS = 16, 11264, 9216, 256, 4096
 PROMPT = 512
 CASES = ((1, PROMPT), (8, PROMPT), (32, PROMPT), (1, 8192), (128, PROMPT), (256, PROMPT))
+# A mixture of experts is compared over a few layers, because there is no room for the whole model twice.
+CHECKED_LAYERS, CHECKED_TOKENS = 4, 96
 DEVICE = torch.device("cuda")
 
 
@@ -122,7 +138,15 @@ def plain(quantise: CudaQuantise | None) -> AnyKernels:
         packed = held.pack(weight, None)
         return Dense(weight if isinstance(packed, Dense) else packed.widened(weight.dtype), bias)
 
-    return replace(REFERENCE, pack=rounded)
+    def rounded_experts(gate_up: Tensor, down: Tensor, activation: Activation) -> DenseExperts:
+        packed = held.pack_experts(gate_up, down, activation)
+        if isinstance(packed, DenseExperts):
+            return packed
+        first = packed.gate_up.float() * packed.gate_up_scales[..., None]
+        second = packed.down.float() * packed.down_scales[..., None]
+        return DenseExperts(first.to(gate_up.dtype), second.to(down.dtype), activation)
+
+    return replace(REFERENCE, pack=rounded, pack_experts=rounded_experts)
 
 
 class Driver:
@@ -250,6 +274,81 @@ def check(
     }
 
 
+def check_experts(config: dict[str, Any], quantise: CudaQuantise | None) -> dict[str, float]:
+    """Compare a few layers of a mixture of experts with plain torch, over one text that is read whole and
+    then, its second half, token by token.
+
+    Where two experts are nearly equal, rounding chooses between them, and the row is then another one. The
+    error of the logits is therefore that of the median row, the larger one of both ways. A greedy token is
+    compared as in `check`.
+    """
+    small = {**config, "num_hidden_layers": CHECKED_LAYERS}
+    tokens = torch.randint(0, config["vocab_size"], (CHECKED_TOKENS,)).tolist()
+    text, half = one_text(tokens), CHECKED_TOKENS // 2
+    reference = build(small, plain(quantise))
+    wanted = reference.logits(reference.forward(text, reference.new_cache(8, BLOCK)))
+    del reference
+    decoder = build(small, table(DEVICE, quantise))
+    cache = decoder.new_cache(8, BLOCK)
+    whole = decoder.logits(decoder.forward(text, cache))
+    rows = [decoder.logits(decoder.forward(one_token(text, at), cache)) for at in range(half, CHECKED_TOKENS)]
+    single, later = torch.cat(rows), wanted[half:]
+    errors = [
+        ((found - own).norm(dim=1) / own.norm(dim=1)).median().item()
+        for found, own in ((whole, wanted), (single, later))
+    ]
+    worse = (later.max(1).values - later.gather(1, single.argmax(1)[:, None])[:, 0]) / later.std(1)
+    return {
+        "logits_error": max(errors),
+        "greedy_equal": float((worse == 0).float().mean()),
+        "greedy_worst": float(worse.max()),
+    }
+
+
+def one_token(text: Batch, at: int) -> Batch:
+    """The step that decodes token `at` of a text whose earlier tokens are in the cache."""
+    row = slice(at, at + 1)
+    return Batch(
+        tokens=text.tokens[row],
+        positions=text.positions[row],
+        slots=text.slots[row],
+        query_starts=torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
+        contexts=torch.tensor([at + 1], dtype=torch.int32, device=DEVICE),
+        tables=text.tables,
+        outputs=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        query_lens=[1],
+        context_lens=[at + 1],
+    )
+
+
+def experts_chosen(decoder: Decoder, tokens: int) -> float:
+    """The mean number of experts in a layer that so many tokens of a random text choose."""
+    found: list[int] = []
+
+    def spy(x: Tensor, logits: Tensor, packed: Any, k: int, normalise: bool) -> Tensor:
+        found.append(logits[::4][:tokens].topk(k).indices.unique().numel())
+        return decoder.kernels.experts(x, logits, packed, k, normalise)
+
+    kernels = replace(decoder.kernels, experts=spy, layers=None)
+    text = one_text(torch.randint(0, decoder.spec.vocab, (4 * tokens,)).tolist())
+    cache = decoder.new_cache(-(-4 * tokens // BLOCK), BLOCK)
+    Decoder(decoder.spec, kernels, decoder.weights).forward(text, cache)
+    return statistics.mean(found)
+
+
+def bytes_read(decoder: Decoder, batch: int) -> float:
+    """The bytes of weights that a step of `batch` tokens must read. Of a mixture, those of the experts that
+    so many tokens choose if all choices are equally likely."""
+    spec, total = decoder.spec, float(decoder.weight_bytes)
+    if not spec.tied:
+        total -= spec.vocab * spec.hidden * 2
+    if spec.routing is not None:
+        blocks = [layer.feed_forward for layer in decoder.weights.stack.layers]
+        experts = sum(each.experts.nbytes for each in blocks if isinstance(each, MixtureOfExperts))
+        total -= experts * (1 - spec.routing.top_k / spec.routing.count) ** batch
+    return total
+
+
 def measure(name: str, bandwidth: float, deadline: float) -> dict[str, Any]:
     config, quantise = MODELS[name]
     decoder = build(config, table(DEVICE, quantise))
@@ -274,13 +373,16 @@ def measure(name: str, bandwidth: float, deadline: float) -> dict[str, Any]:
         "graphs_s": graphs,
         "all_graphs_s": all_graphs,
         "first_tokens_s": first,
-        "check": check(driver, decoder, config, quantise),
+        "check": check_experts(config, quantise)
+        if spec.routing
+        else check(driver, decoder, config, quantise),
         "itl_ms": {},
         "ttft_ms": {},
         "beside_ms": driver.beside(15, PROMPT, 12),
     }
     torch.cuda.empty_cache()
-    read = decoder.weight_bytes - (0 if spec.tied else spec.vocab * spec.hidden * 2)
+    if spec.routing:
+        result["experts_chosen"] = {str(count): experts_chosen(decoder, count) for count in (8, 32, 128)}
     token = decoder.cache_bytes_per_block(1)
     for length in (512, 2048):
         driver.answer(length, 1)
@@ -293,7 +395,7 @@ def measure(name: str, bandwidth: float, deadline: float) -> dict[str, Any]:
             break
         took = driver.decode(batch, length, 72)
         itl = statistics.median(took) * 1e3
-        floor = (read + batch * length * token) / bandwidth * 1e3
+        floor = (bytes_read(decoder, batch) + batch * length * token) / bandwidth * 1e3
         result["itl_ms"][f"b{batch} {length}"] = {
             "p50": itl,
             "p99": sorted(took)[-2] * 1e3,
@@ -348,6 +450,9 @@ def show(name: str, result: dict[str, Any]) -> None:
             f" {row['mbu']:4.0%} of the floor, {row['tokens_per_s']:8.0f} tokens/s"
         )
     print("  TTFT " + ", ".join(f"{tokens} tokens: {ms:.2f} ms" for tokens, ms in result["ttft_ms"].items()))
+    if "experts_chosen" in result:
+        chosen = ", ".join(f"{n} tokens: {mean:.1f}" for n, mean in result["experts_chosen"].items())
+        print(f"  experts that tokens of a random text choose in a layer: {chosen}")
     waits = {call: count for call, count in result["profile"].items() if "Synchronize" in call}
     print(f"  in ten steps the host waits for: {waits}, of {result['profile']}", flush=True)
 

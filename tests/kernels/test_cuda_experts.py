@@ -117,7 +117,7 @@ def test_a_row_that_is_not_a_number_chooses_experts_that_exist() -> None:
     logits = torch.full((3, 5), torch.nan)
     chosen = routing.choose(logits.to(DEVICE), 3, True).experts
     assert chosen.min() >= 0 and chosen.max() < 5
-    order = routing.sort(routing.Choice(chosen, chosen), 5)
+    order = routing.sort(routing.ExpertChoice(chosen, chosen), 5)
     assert torch.equal(order.picks.cpu().sort().values.long(), torch.arange(9))
 
 
@@ -127,7 +127,7 @@ def test_picks_are_sorted_by_expert_and_then_by_token(rows: int, spread: str) ->
     torch.manual_seed(rows)
     shape = Shape(9, 2, 0, 0)
     chosen = routed(rows, shape, spread).topk(shape.top).indices.int().to(DEVICE)
-    choice = routing.Choice(chosen, chosen)
+    choice = routing.ExpertChoice(chosen, chosen)
     order = routing.sort(choice, shape.count)
     picks = choice.experts.flatten().cpu()
     assert torch.equal(order.picks.cpu().long(), picks.argsort(stable=True))

@@ -18,7 +18,7 @@ from torch import Tensor
 from stretto.kernels import Activation
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 from stretto.kernels.cuda.linear import Norm, dot_rows, row_options
-from stretto.kernels.cuda.routing import Choice, Order, choose, choose_and_quantise, sort
+from stretto.kernels.cuda.routing import ExpertChoice, PickOrder, choose, choose_and_quantise, sort
 from stretto.kernels.cuda.rows import FP8, FP8_MAX, activate, quantise_rows
 from stretto.kernels.reference import DenseExperts
 
@@ -127,7 +127,7 @@ def _stream_down(
 
 def stream(
     x: Tensor,
-    choice: Choice,
+    choice: ExpertChoice,
     packed: CudaExperts,
     norm: Norm | None = None,
     residual: Tensor | None = None,
@@ -152,7 +152,7 @@ def stream(
 
 
 @dataclass(frozen=True, slots=True)
-class Tiling:
+class GroupTiling:
     """How a grouped product divides the work: the tokens of a tile, its rows of the weights (of gates, and as
     many of ups), the bytes of a row in one stage, and the warps and stages of a program."""
 
@@ -180,12 +180,12 @@ def tile_tokens(picks: int, experts: int) -> int:
     return min(max(pow2(2 * picks // experts), 16), 128)
 
 
-def gate_up_tiling(tokens: int) -> Tiling:
-    return Tiling(tokens, warps=4 if tokens < 64 else 8)
+def gate_up_tiling(tokens: int) -> GroupTiling:
+    return GroupTiling(tokens, warps=4 if tokens < 64 else 8)
 
 
-def down_tiling(tokens: int) -> Tiling:
-    return Tiling(tokens, warps=4 if tokens < 64 else 8, stages=4 if tokens < 128 else 3)
+def down_tiling(tokens: int) -> GroupTiling:
+    return GroupTiling(tokens, warps=4 if tokens < 64 else 8, stages=4 if tokens < 128 else 3)
 
 
 @triton.jit
@@ -294,7 +294,12 @@ def _combine(made, shares, out, width, TOP: tl.constexpr, TOP_BLOCK: tl.constexp
 
 
 def grouped_gate_up(
-    x: Tensor, x_scales: Tensor | None, order: Order, packed: CudaExperts, dtype: torch.dtype, tiling: Tiling
+    x: Tensor,
+    x_scales: Tensor | None,
+    order: PickOrder,
+    packed: CudaExperts,
+    dtype: torch.dtype,
+    tiling: GroupTiling,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows x [T, H] -> what is behind the activation, [picks, F] in the order of the picks, in `dtype`. With
     e4m3 weights x is e4m3 with `x_scales` [T], and so is the result, with a float32 scale for each GROUP
@@ -312,7 +317,12 @@ def grouped_gate_up(
 
 
 def grouped_down(
-    hidden: Tensor, levels: Tensor | None, order: Order, packed: CudaExperts, made: Tensor, tiling: Tiling
+    hidden: Tensor,
+    levels: Tensor | None,
+    order: PickOrder,
+    packed: CudaExperts,
+    made: Tensor,
+    tiling: GroupTiling,
 ) -> None:
     """What `grouped_gate_up` made -> `made` [picks, H], by pick. With e4m3 weights a stage of the tile has
     GROUP columns."""

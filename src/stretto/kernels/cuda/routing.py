@@ -1,7 +1,7 @@
 """Which experts a token takes, and the order that puts the tokens of one expert beside each other.
 
-A pick is a token's choice of an expert: pick p is choice p % k of token p // k. The host never learns the
-choices.
+A pick is a token's choice of an expert: pick p is choice p % k of token p // k. The host never learns what
+tokens choose.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEAST_SCAN, MOST_SCAN = 128, 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ExpertChoice:
     """What each of T tokens chose: the experts int32 [T, k], the likeliest first, and their shares float32
     [T, k]."""
 
@@ -29,7 +29,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class PickOrder:
     """The picks sorted by expert, int32 [T * k]. Those of expert e begin at `starts[e]` and end at
     `starts[e + 1]`; `starts` is int32 [E + 1]. No expert has more than `most`."""
 
@@ -73,7 +73,7 @@ def _choose(
 
 def _launch_choose(
     logits: Tensor, top: int, normalise: bool, x: Tensor | None, rounded: Tensor | None, scales: Tensor | None
-) -> Choice:
+) -> ExpertChoice:
     tokens, experts = logits.shape
     chosen = torch.empty((tokens, top), dtype=torch.int32, device=logits.device)
     shares = torch.empty((tokens, top), dtype=torch.float32, device=logits.device)
@@ -83,10 +83,10 @@ def _launch_choose(
         TOP=top, TOP_BLOCK=pow2(top), EXPERT_BLOCK=pow2(experts), NORMALISE=normalise,
         ROW_BLOCK=pow2(width), MAX=FP8_MAX, num_warps=1 if x is None else 4, **OPTIONS,
     )  # fmt: skip
-    return Choice(chosen, shares)
+    return ExpertChoice(chosen, shares)
 
 
-def choose(logits: Tensor, top: int, normalise: bool) -> Choice:
+def choose(logits: Tensor, top: int, normalise: bool) -> ExpertChoice:
     """The `top` likeliest experts by the softmax of logits [T, E], at the same logit the one with the lower
     number. With `normalise` their shares are made to sum to 1."""
     return _launch_choose(logits, top, normalise, None, None, None)
@@ -94,7 +94,7 @@ def choose(logits: Tensor, top: int, normalise: bool) -> Choice:
 
 def choose_and_quantise(
     logits: Tensor, top: int, normalise: bool, x: Tensor
-) -> tuple[Choice, Tensor, Tensor]:
+) -> tuple[ExpertChoice, Tensor, Tensor]:
     """`choose`, and the rows x [T, K] as `quantise_rows` rounds them -> (choice, e4m3 [T, K], scales [T])."""
     rounded, scales = torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
     return _launch_choose(logits, top, normalise, x, rounded, scales), rounded, scales
@@ -121,7 +121,7 @@ def _sort(chosen, order, starts, picks, BLOCK: tl.constexpr):
         first += tl.sum(same, 0)
 
 
-def sort(choice: Choice, experts: int) -> Order:
+def sort(choice: ExpertChoice, experts: int) -> PickOrder:
     """The picks of all tokens, by expert and then by token."""
     picks = choice.experts.numel()
     order = choice.experts.new_empty(picks)
@@ -130,4 +130,4 @@ def sort(choice: Choice, experts: int) -> Order:
     _sort[(experts,)](
         choice.experts, order, starts, picks, BLOCK=block, num_warps=4 if block <= 1024 else 8, **OPTIONS
     )
-    return Order(order, starts, choice.experts.shape[0])
+    return PickOrder(order, starts, choice.experts.shape[0])
