@@ -111,7 +111,7 @@ def parts(
 
     choice, rows, scales = choose()
     order, tile = routing.sort(choice, EXPERTS), mixtures.tile_tokens(picks, EXPERTS)
-    up, down = tilings or (mixtures.gate_up_tiling(tile), mixtures.down_tiling(tile))
+    up, down = tilings or (mixtures.gate_up_tiling(tile, rows.dtype), mixtures.down_tiling(tile, rows.dtype))
     made, out = x.new_empty(picks, HIDDEN), torch.empty_like(x)
 
     def gate_up() -> tuple[Tensor, Tensor | None]:

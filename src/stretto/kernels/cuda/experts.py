@@ -180,11 +180,19 @@ def tile_tokens(picks: int, experts: int) -> int:
     return min(max(pow2(2 * picks // experts), 16), 128)
 
 
-def gate_up_tiling(tokens: int) -> GroupTiling:
+# float32 is multiplied without tensor cores, in code that grows with the tile.
+PLAIN = GroupTiling(16, rows=64, stages=2)
+
+
+def gate_up_tiling(tokens: int, dtype: torch.dtype) -> GroupTiling:
+    if dtype == torch.float32:
+        return PLAIN
     return GroupTiling(tokens, warps=4 if tokens < 64 else 8)
 
 
-def down_tiling(tokens: int) -> GroupTiling:
+def down_tiling(tokens: int, dtype: torch.dtype) -> GroupTiling:
+    if dtype == torch.float32:
+        return PLAIN
     return GroupTiling(tokens, warps=4 if tokens < 64 else 8, stages=4 if tokens < 128 else 3)
 
 
@@ -357,7 +365,7 @@ def experts(x: Tensor, logits: Tensor, packed: CudaExperts, k: int, normalise: b
     else:
         choice, rows, scales = choose(logits, k, normalise), x, None
     order, tile = sort(choice, logits.shape[1]), tile_tokens(tokens * k, logits.shape[1])
-    hidden, levels = grouped_gate_up(rows, scales, order, packed, x.dtype, gate_up_tiling(tile))
+    hidden, levels = grouped_gate_up(rows, scales, order, packed, x.dtype, gate_up_tiling(tile, rows.dtype))
     made = x.new_empty(tokens * k, width)
-    grouped_down(hidden, levels, order, packed, made, down_tiling(tile))
+    grouped_down(hidden, levels, order, packed, made, down_tiling(tile, rows.dtype))
     return combine(made, choice.shares, torch.empty_like(x))
