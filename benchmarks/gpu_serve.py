@@ -3,7 +3,8 @@
 `python benchmarks/gpu_serve.py MODEL_DIR [--vllm PYTHON] [--rates 8 16] [--json FILE]`
 
 Each server runs alone. The first pass follows its start at once; the warm pass repeats it with other prompts.
-`--vllm` names a Python that has vLLM. `--rates` adds Poisson arrivals. Goodput is at `ttft:500,tpot:50`.
+`--vllm` names a Python that has vLLM. `--rates` adds Poisson arrivals after the last pass. Goodput is at
+`ttft:500,tpot:50`, and for the rates Stretto starts again with these limits as the objective of its tier.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 REQUESTS = {1: 16, 16: 128, 64: 256, 256: 768}  # by how many are sent at once
 INPUT, OUTPUT = 512, 128
 GOOD = "ttft:500,tpot:50"
+GOOD_TIER = "[tiers.default]\nttft_ms = 500\nitl_ms = 50\n"
 START_S, POLL_S, LOAD_S = 300.0, 0.05, 240
 RATE_S = 20  # of requests at each rate
 
@@ -35,9 +37,12 @@ class Server(NamedTuple):
     command: list[str]
     port: int
     health: str
+    objective: tuple[str, ...] = ()  # further options for the loads of a rate
 
 
-def servers(model: Path, vllm: str | None, extra: list[str]) -> list[Server]:
+def servers(model: Path, vllm: str | None, extra: list[str], folder: Path) -> list[Server]:
+    tiers = folder / "tiers.toml"
+    tiers.write_text(GOOD_TIER)
     ours = [
         sys.executable,
         "-m",
@@ -50,7 +55,7 @@ def servers(model: Path, vllm: str | None, extra: list[str]) -> list[Server]:
         "8192",
         *extra,
     ]
-    found = [Server("stretto", ours, 8011, "/ready")]
+    found = [Server("stretto", ours, 8011, "/ready", ("--config", str(tiers)))]
     if vllm is not None:
         theirs = f"{vllm} -m vllm.entrypoints.openai.api_server --served-model-name m --port 8012"
         options = "--max-model-len 8192 --gpu-memory-utilization 0.6 --no-enable-prefix-caching --model"
@@ -99,22 +104,44 @@ def load(server: Server, shape: list[str], requests: int, seed: int) -> dict[str
     return json.loads(done.stdout)["report"]
 
 
-def measure(
-    server: Server, passes: list[str], at_once: list[int], rates: list[float]
-) -> list[dict[str, Any]]:
-    """A row of figures for each pass and load."""
+class Load(NamedTuple):
+    """One load: its pass and title, how it is made, and how many requests it has."""
+
+    run: str
+    title: str
+    shape: list[str]
+    requests: int
+
+
+def loads_of(passes: list[str], at_once: list[int], rates: list[float]) -> tuple[list[Load], list[Load]]:
+    """The loads of so many requests at once, pass by pass, and those of a rate."""
+    closed = [
+        Load(run, f"{n} at once", ["--concurrency", str(n)], REQUESTS.get(n, 3 * n))
+        for run in passes
+        for n in at_once
+    ]
+    arrivals = [Load(passes[-1], f"{rate:g}/s", ["--rate", str(rate)], int(rate * RATE_S)) for rate in rates]
+    return closed, arrivals
+
+
+def measure(server: Server, closed: list[Load], arrivals: list[Load]) -> list[dict[str, Any]]:
+    """A row of figures for each load."""
+    if not server.objective or not closed or not arrivals:
+        options = server.objective if arrivals else ()
+        return _measure(server, options, closed + arrivals, 1)
+    rows = _measure(server, (), closed, 1)
+    return rows + _measure(server, server.objective, arrivals, 1 + len(closed))
+
+
+def _measure(server: Server, options: tuple[str, ...], loads: list[Load], seed: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    with running(server) as ready_s:
+    with running(server._replace(command=[*server.command, *options])) as ready_s:
         print(f"\n{server.name}: ready after {ready_s:.1f} s", flush=True)
-        for number, name in enumerate(passes):
-            loads = [(f"{n} at once", ["--concurrency", str(n)], REQUESTS.get(n, 3 * n)) for n in at_once]
-            loads += [(f"{rate:g}/s", ["--rate", str(rate)], int(rate * RATE_S)) for rate in rates]
-            for index, (title, shape, requests) in enumerate(loads):
-                report = load(server, shape, requests, 1000 * number + index + 1)
-                rows.append(
-                    {"server": server.name, "ready_s": ready_s, "pass": name, "load": title, **report}
-                )
-                show(rows[-1])
+        for number, each in enumerate(loads, seed):
+            report = load(server, each.shape, each.requests, number)
+            told = {"server": server.name, "ready_s": ready_s, "pass": each.run, "load": each.title}
+            rows.append({**told, **report})
+            show(rows[-1])
     return rows
 
 
@@ -147,10 +174,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for server in servers(options.model, options.vllm, options.serve):
-        rows += measure(server, options.passes, options.at_once, options.rates)
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=1))
+    closed, arrivals = loads_of(options.passes, options.at_once, options.rates)
+    with tempfile.TemporaryDirectory() as folder:
+        for server in servers(options.model, options.vllm, options.serve, Path(folder)):
+            rows += measure(server, closed, arrivals)
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
