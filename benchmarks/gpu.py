@@ -119,14 +119,14 @@ class Made:
             into.normal_(1.0, 0.1)
 
 
-def build(config: dict[str, Any], kernels: AnyKernels) -> Decoder:
-    """A decoder of this shape. The weights are the same in each call."""
+def build(config: dict[str, Any], kernels: AnyKernels, made: Made | None = None) -> Decoder:
+    """A decoder of this shape, with the weights of `made`. They are the same in each call."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         spec = families.read(Path(folder))
     torch.manual_seed(0)
-    made: Any = Made()
-    reader = WeightReader(made, kernels, torch.bfloat16, DEVICE)
+    checkpoint: Any = made or Made()
+    reader = WeightReader(checkpoint, kernels, torch.bfloat16, DEVICE)
     return Decoder(spec, kernels, read_weights(reader, spec))
 
 

@@ -122,6 +122,42 @@ def test_paged_attention_keeps_to_windows_and_soft_caps(
     near(attend(kernels, made, kind, q), plain(made, kind, q), 1e-5)
 
 
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("drafts", [1, 5, 13])
+def test_rows_of_one_sequence_see_each_other_and_no_key_before_it_is_written(
+    kernels: AnyKernels, drafts: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decodes of 1 + `drafts` tokens of one sequence, beside another's. In the interpreter their keys are
+    there only once a program has waited, as on a device that starts it before the kernel in front has ended.
+    """
+    kind = replace(KIND, window=window)
+    made = step([(1, 90), *((1, 380 + row) for row in range(drafts + 1))], kind)
+    longest = drafts + 1
+    for held in (made.keys, made.values):
+        held[1:] = [held[longest][: 380 + row] for row in range(longest)]
+    written = [89, *[379] * longest]
+    made.batch.written = torch.tensor(written, dtype=torch.int32)
+    made.batch.tables[1:] = made.batch.tables[longest]
+    made.batch.slots[1:] = torch.tensor(
+        [int(made.batch.tables[1, p // 4]) * 4 + p % 4 for p in range(379, 379 + longest)]
+    )
+    q = queries(made, kind, torch.float32)
+    batch, cache = on_device(made)
+    layer = cache.layers[0]
+    plan = kernels.prepare(batch, cache, Geometry((Rotation(torch.zeros(8, device=DEVICE)),), (kind.window,)))
+    keys = torch.stack([each[-1] for each in made.keys])
+    values = torch.stack([each[-1] for each in made.values])
+    qkv = torch.cat((q, keys, values), 1).flatten(1).to(DEVICE)
+    placed = kernels.rope_and_cache(qkv, None, kind, layer, plan)
+    if not GPU:
+        there, before, late = layer.clone(), layer.clone(), batch.slots
+        before[:, late // 4, :, late % 4] = 1e4
+        monkeypatch.setattr(paged, "release", lambda: layer.copy_(before))
+        monkeypatch.setattr(paged, "wait", lambda: layer.copy_(there))
+    found = kernels.paged_attention(placed, kind, layer, plan).view(q.shape)
+    near(found, plain(made, kind, q), 1e-5)
+
+
 @pytest.mark.parametrize("heads", [(1, 1, 128), (4, 4, 24), (8, 1, 64), (14, 2, 96)])
 def test_paged_attention_shares_keys_between_heads(kernels: AnyKernels, heads: tuple[int, int, int]) -> None:
     kind = replace(KIND, heads=heads[0], kv_heads=heads[1], head_dim=heads[2], scale=0.1)

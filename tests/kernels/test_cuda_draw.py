@@ -178,14 +178,16 @@ def test_the_device_fills_a_batch_from_its_inputs() -> None:
     rows = [(2, 9, -1, 77), (0, 2195, 5, 88), (3, 0, -1, 99)]
     made = np.zeros((3, draw.ORDER), dtype=np.int32)
     made[:, :4] = rows
+    made[:, draw.AHEAD] = 0, 3, 0
     batch = Batch(
         zeros(3), zeros(3), zeros(3), zeros(4), zeros(3, kind=torch.int32), zeros(3, 600, kind=torch.int32),
-        zeros(3), [1] * 3, [0] * 3,
+        zeros(3), [1] * 3, [0] * 3, zeros(3, kind=torch.int32),
     )  # fmt: skip
     before = tables.clone()
     draw.read(torch.from_numpy(made).to(DEVICE), known, tables, batch, 4)
     assert batch.tokens.tolist() == [42, 5, 0], "a token that is no number must not be looked up"
     assert batch.positions.tolist() == [9, 2195, 0] and batch.contexts.tolist() == [10, 2196, 1]
+    assert batch.written is not None and batch.written.tolist() == [9, 2192, 0]
     assert batch.slots.tolist() == [77 * 4 + 1, 88 * 4 + 3, 99 * 4]
     for row, (slot, position, _, block) in enumerate(rows):
         assert batch.tables[row, : position // 4].tolist() == before[slot, : position // 4].tolist()

@@ -172,9 +172,13 @@ class EngineCore:
         All steps in flight are committed when there is nothing to run.
         """
         name = model.runner.info.name
+        for other in self._others[name]:
+            other.answered = None
         rang = [self._sequences.get(ident) for ident in model.alarms.due(self._clock())]
         context = self.context(name, until, tuple(seq for seq in rang if seq and seq.request.model == name))
         plan = self._schedule(context)
+        if model.in_flight and not context.due and self._promises_drafts(model, plan, context):
+            return self._commit(model, model.in_flight.popleft())
         if len(self.models) > 1 and self._move_late(model, plan, context):
             context = self.context(name, until, tuple(seq for seq in context.due if not seq.ended))
             plan = self._schedule(context)
@@ -182,6 +186,8 @@ class EngineCore:
         if plan.rows:
             self._add_drafts(model, plan, context)
             self._launch(model, plan)
+        else:
+            model.answered = None
         stats = None
         while len(model.in_flight) > (model.runner.depth if plan.rows else 0):
             stats = self._commit(model, model.in_flight.popleft())
@@ -270,17 +276,26 @@ class EngineCore:
             seq.cached = seq.kv.computed
         insort(model.queues.running, seq, key=_rank)
 
+    def _promises_drafts(self, model: ModelState, plan: Plan, context: SchedulingContext) -> bool:
+        """Whether draft tokens are predicted to pay off for a plan that is made when the results of the steps
+        in flight are known. Until then the tokens that they would follow are not."""
+        speculation = model.speculation
+        return speculation is not None and bool(speculation.choose(plan, context).by_sequence)
+
     def _add_drafts(self, model: ModelState, plan: Plan, context: SchedulingContext) -> None:
         """Let the plan's decodes verify draft tokens where that is predicted to pay off."""
         speculation = model.speculation
-        if speculation is None:
+        if speculation is None or model.in_flight:
             return
         chosen = speculation.choose(plan, context)
         counts = chosen.by_sequence
         if counts:
             for row in plan.rows:
                 model.pool.extend(row.seq.kv, row.start + row.count + counts.get(row.seq, 0))
-            plan.add_drafts(speculation.propose(chosen), model.history.times.cost)
+            drafts = speculation.propose(chosen)
+            if chosen.model:
+                model.answered = None  # the time of a draft model is no turnaround
+            plan.add_drafts(drafts, model.history.times.cost, apart=speculation.apart)
 
     def _launch(self, model: ModelState, plan: Plan) -> None:
         load, started = plan.load, self._clock()
@@ -289,19 +304,22 @@ class EngineCore:
         except Exception as error:
             self._fail(plan.rows, error)
             return
+        if model.answered is not None:
+            model.history.turnarounds.add((self._clock() - model.answered) * 1e3)
+            model.answered = None
         for row in plan.rows:
             seq, count = row.seq, row.count
             model.pool.advance(seq.kv, count)
             seq.in_flight += row.draw
             if (count > 1 or row.start % model.pool.size == 0) and not seq.request.spare_time:
-                self._charge(model, row)
+                self._charge(model, row, plan.apart)
         model.in_flight.append(InFlightStep(plan, pending, started, load))
 
-    def _charge(self, model: ModelState, row: Row) -> None:
+    def _charge(self, model: ModelState, row: Row, apart: bool) -> None:
         """Charge a tenant for a chunk of a prompt, a row with draft tokens, or once a block for decodes."""
         cost, size = model.history.times.cost, model.pool.size
         if row.draft:
-            ms = cost(Plan("", rows=[row]).load) - cost.base
+            ms = cost(Plan("", rows=[row], apart=apart).load) - cost.base
         else:
             ms = cost.prefill(row.start, row.count) if row.count > 1 else size * cost.row(row.start)
         model.history.fairness.charge(row.seq.request.tenant, ms)
@@ -316,6 +334,7 @@ class EngineCore:
                 row.seq.in_flight -= row.draw
             self._fail(launched.plan.rows, error)
             waiting, drawn = [], []
+        model.answered = self._clock()
         accepted = 0
         for row, result in zip(waiting, drawn, strict=True):
             seq = row.seq
@@ -341,6 +360,8 @@ class EngineCore:
         now = self._clock()
         model.history.fairness.fade(now)
         model.history.arrivals.fade(now)
+        if not model.busy:
+            model.answered = None
         return stats
 
     def _score(self, row: Row, drawn: Drawn) -> None:

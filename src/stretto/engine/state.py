@@ -50,6 +50,7 @@ class ModelState:
     queues: Queues = field(default_factory=Queues)
     alarms: Alarms = field(default_factory=Alarms)
     freed: float = -inf  # when its last step was over
+    answered: float | None = None  # when the result of its last step came, while it goes on at once
     looked: float = -inf  # when it last looked for another model for those that would be late
     in_flight: deque[InFlightStep] = field(default_factory=lambda: deque[InFlightStep]())
 

@@ -47,6 +47,8 @@ class Batch:
     `outputs`: int64 [R], the rows whose hidden state is wanted. None: all of them.
     `query_lens`, `context_lens`: rows and contexts of each sequence, on the host. Empty where the device
     alone knows them; then T and S are the most that there can be.
+    `written`: int32 [S], how many keys of each sequence earlier steps have written. None: all but those of
+    its own rows. They are fewer where several of the S sequences are one, whose rows follow each other.
     """
 
     tokens: Tensor
@@ -58,6 +60,7 @@ class Batch:
     outputs: Tensor | None
     query_lens: list[int]
     context_lens: list[int]
+    written: Tensor | None = None
 
 
 @dataclass(slots=True)

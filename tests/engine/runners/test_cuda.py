@@ -10,7 +10,7 @@ executes each step instead of replaying a graph.
 from __future__ import annotations
 
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,21 @@ from stretto.engine.runners.factory import ModelLoader
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
-from stretto.kernels import Activation, AnyKernels, Batch
+from stretto.kernels import Activation, AnyKernels
 from stretto.kernels.reference import REFERENCE, DenseExperts
-from stretto.models.decoder import Decoder
 from stretto.models.load import load
-from stretto.types import ModelInfo, Reason, Request, Sampling, StepStats, TokenEvent
+from stretto.types import Reason, Request, Sampling
+from tests.engine.runners.cuda_bench import (
+    LAYERS,
+    OUTPUT,
+    PROMPTS,
+    Bench,
+    CompletedEvent,
+    Counting,
+    DeviceDriver,
+)
 from tests.kernels.cuda import DEVICE, GPU
 from tests.models.checkpoints import FAMILIES, VOCAB, expected, make
-from tests.models.stepping import Driver, Text
 
 from stretto.engine.runners import cuda  # isort: skip
 from stretto.kernels.cuda import table as cuda_table  # isort: skip
@@ -38,90 +45,11 @@ from stretto.kernels.cuda.experts import FEW_TOKENS, Fp8Experts  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
-BLOCK, OUTPUT = 4, 8 if GPU else 3
-PROMPTS = [
-    [3 + (7 * i * k + k) % (VOCAB - 3) for i in range(length)]
-    for k, length in enumerate((5, 23, 1, 40, 12) if GPU else (5, 9, 1), 1)
-]
+
 # All experts are used, so that rounding cannot choose between two that are nearly equal.
 EXPERTS = {"mixtral": 4, "qwen3_moe": 6}
 # The interpreter is slow, so it runs one layer of two families.
 CHOSEN = FAMILIES if GPU else ["qwen3", "mixtral"]
-LAYERS = {} if GPU else {"num_hidden_layers": 1}
-
-
-class CompletedEvent:
-    """A CUDA event that has always completed."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
-class Counting(cuda.CudaRunner):
-    """A CUDA runner that counts its graphs. Without a GPU it runs every step and captures none."""
-
-    captures = 0
-
-    def _capture(self, memory: cuda.StepMemory) -> None:
-        self.captures += 1
-        if GPU:
-            super()._capture(memory)
-
-
-class DeviceDriver(Driver):
-    """A driver that copies its batches to the device."""
-
-    def batch(self, work: list[tuple[Text, int]], outputs: list[int] | None = None) -> Batch:
-        made = super().batch(work, outputs)
-        values = {field.name: getattr(made, field.name) for field in fields(made)}
-        return Batch(**{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in values.items()})
-
-
-class Bench:
-    """One decoder, and a new engine for each run."""
-
-    def __init__(self, path: Path) -> None:
-        self.decoder: Decoder = load(path, dtype=torch.float32, device=DEVICE, kernels=table(DEVICE))
-        self.events: list[TokenEvent] = []
-        self.steps: list[StepStats] = []
-
-    def engine(self, *, blocks: int = 256, step_tokens: int = 512, eos: int = -1) -> EngineCore:
-        info = ModelInfo(
-            name="m", path="", family="", dtype="", device=str(DEVICE), context=blocks * BLOCK,
-            vocab=VOCAB, parameters=0, weight_bytes=0, kv_bytes=0, load_s=0, block_size=BLOCK, blocks=blocks,
-        )  # fmt: skip
-        runner = Counting(self.decoder, info, eos=frozenset({eos}), max_running=6, most_tokens=step_tokens)
-        self.events, self.steps = [], []
-        return EngineCore(
-            [LoadedModel(runner)],
-            limits=Limits(6, step_tokens),
-            schedule=fcfs,
-            clock=time.monotonic,
-            emit=self.on_events,
-        )
-
-    def on_events(self, events: list[TokenEvent], stats: StepStats | None) -> None:
-        self.events += events
-        self.steps += [] if stats is None else [stats]
-
-    def run(
-        self, engine: EngineCore, prompts: list[list[int]], *samplings: dict[str, object]
-    ) -> list[list[int]]:
-        """Send all prompts at once and return the output tokens of each."""
-        self.events.clear()
-        for ident, prompt in enumerate(prompts):
-            chosen = samplings[ident % len(samplings)] if samplings else {}
-            sampling = Sampling(**{"max_tokens": OUTPUT, "temperature": 0.0, **chosen})  # type: ignore[arg-type]
-            request = Request(id=ident, model="m", prompt=tuple(prompt), arrival=0.0, sampling=sampling)
-            engine.submit(Sequence.of(request, engine.models["m"].runner.info.context))
-        while engine.step() or not engine.idle:
-            engine.check()
-        tokens: list[list[int]] = [[] for _ in prompts]
-        for event in self.events:
-            if event.token is not None:
-                tokens[event.id].append(event.token)
-        return tokens
 
 
 @pytest.fixture(autouse=True)
@@ -277,12 +205,12 @@ def test_steps_are_padded_to_graphs_and_none_is_captured_while_serving(bench: Be
     assert isinstance(runner, Counting)
     runner.start()
     ready = runner.captures
-    assert ready == 5, "decodes of 1, 2, 4 and 6 sequences, and 16 tokens of any"
+    assert ready == 7, "decodes of 1, 2, 4, 8, 12 and 16 rows, and 16 tokens of any"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "_allocate", lambda size: pytest.fail(f"no graph holds {size}"))
         assert bench.run(engine, PROMPTS[:3], *samplings) == wanted
     assert runner.captures == ready
-    assert runner.prepare() and not runner.prepare() and runner.captures == ready + 2
+    assert runner.prepare() and runner.captures == ready + 1
     assert bench.run(engine, PROMPTS[:1]) == wanted[:1]
 
 

@@ -23,7 +23,7 @@ from stretto.engine.runners.torch import TorchRunner
 from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.types import Limits, Plan, SchedulingContext
 from stretto.engine.sequence import Sequence
-from stretto.engine.speculative.ngram import INDEXED_TOKENS, AcceptanceRate, NgramIndex
+from stretto.engine.speculative.ngram import INDEXED_AT_ONCE, INDEXED_TOKENS, AcceptanceRate, NgramIndex
 from stretto.engine.speculative.policy import DraftCounts, Speculation
 from stretto.engine.step_time import StepCost, StepTime
 from stretto.engine.structured.grammar import Grammars
@@ -555,5 +555,10 @@ def test_the_acceptance_rate_is_learnt_from_every_token_whether_verified_or_not(
     assert always.acceptance(0) > 0.9 > 0.2 > never.acceptance(0)
 
 
-def test_only_the_end_of_a_long_prompt_is_indexed():
-    assert len(index_of(list(range(3 * INDEXED_TOKENS)))) == INDEXED_TOKENS
+def test_only_the_end_of_a_long_prompt_is_indexed_and_not_at_once():
+    text = list(range(3 * INDEXED_TOKENS)) + [0, 1] * 3
+    index = index_of(text)
+    assert len(index) == INDEXED_AT_ONCE and not index.holds(text) and index.match == -1
+    for _ in range(INDEXED_TOKENS // INDEXED_AT_ONCE - 1):
+        index.update(text, len(text))
+    assert len(index) == INDEXED_TOKENS and index.holds(text) and index.propose(text, 2) == (0, 1)

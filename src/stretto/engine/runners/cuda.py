@@ -1,8 +1,8 @@
 """Runs plans on an NVIDIA device one step ahead of the host: drawn tokens stay there for the next step.
 
 A step is replayed as a CUDA graph of its size or the next larger one. Graphs are captured before the first
-request and in spare time, never in a step. It reads sequences and changes none. It knows no queue, no time
-and no text.
+request and in spare time, never in a step. A draft token is a row of its own, like a decode of the same
+sequence. The runner reads sequences and changes none. It knows no queue, no time and no text.
 """
 
 # torch's stubs do not type `tolist` and `from_numpy`.
@@ -13,60 +13,58 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from msgspec import structs
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from stretto.engine.runners.graphs import StepSize, decode_size, first_sizes, later_sizes, nearest
-from stretto.engine.runners.sampler import GREEDY_BELOW, Sampler, uniform
+from stretto.engine.runners.graphs import (
+    StepSize,
+    decode_size,
+    first_sizes,
+    later_sizes,
+    nearest,
+    rows_for,
+)
+from stretto.engine.runners.sampler import GREEDY_BELOW, Sampler, drawn_on_host, uniform
 from stretto.engine.runners.scores import score
+from stretto.engine.runners.step_memory import INPUT_ROW, PinnedMemory, StepMemory, send
 from stretto.engine.scheduler.types import Plan, Row
-from stretto.engine.sequence import Drawn, Sequence
-from stretto.kernels import Batch
+from stretto.engine.sequence import Drawn, Sequence, follow
 from stretto.kernels.cuda import draw
 from stretto.kernels.cuda.launch import compiling_ahead
 from stretto.models.decoder import Decoder
 from stretto.types import Logprobs, ModelInfo
 
 log = logging.getLogger(__name__)
-RING = 4
+RING = 10  # launched steps whose results are still to be read: those of a draft model are launched at once
 ALL_KERNELS = 128  # steps of so many tokens use every kernel that longer ones do,
 FURTHER_KERNELS = (384, 1024)  # except those of mixtures of experts, which have larger tiles from here on
-UPDATES = 4096  # blocks that a step may add to the tables from pinned memory; more take a copy of their own
 NO_PENALTIES = (1.0, 0.0, 0.0)
 MAX_COUNT = draw.MOST_SEEN.value
-# One row of a step's input, as `kernels.cuda.draw` reads it.
-INPUT_ROW = np.dtype(
-    [
-        *(
-            (name, np.int32)
-            for name in ("slot", "position", "token", "block", "top_k", "sink", "count", "first")
-        ),
-        *((name, np.float32) for name in ("temperature", "top_p", "min_p", "fraction")),
-        *((name, np.float32) for name in ("repetition", "frequency", "presence")),
-        ("unused", np.int32),
-    ]
-)
-assert INPUT_ROW.itemsize == 4 * draw.ORDER
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
     """A launched step.
 
-    tokens: int64 in pinned memory, valid once `arrived`, one for each row of the plan
-    waiting: the rows that have a result
-    on_host: results that the host drew, by their row
+    tokens: int64 in pinned memory, valid once `arrived`, one for each row of the step
+    places: by row of the plan, the first of its rows of the step; the next ones have its draft tokens
+    drafts: those draft tokens, by row of the plan that has any
+    waiting: the rows of the plan that have a result
+    on_host: results that the host drew, by their row of the plan
     vectors: results of embedding requests, likewise
     scores: of the tokens of prompts, likewise
     """
 
     tokens: Tensor
     arrived: torch.cuda.Event
+    places: list[int] | range
+    drafts: dict[int, tuple[int, ...]]
     waiting: list[int]
     on_host: dict[int, Drawn]
     vectors: dict[int, Tensor]
@@ -75,12 +73,15 @@ class Launched:
     def wait(self) -> list[Drawn]:
         self.arrived.synchronize()
         tokens: list[int] = self.tokens.tolist()
-        return [self._result(row, tokens[row]) for row in self.waiting]
+        return [self._result(row, tokens) for row in self.waiting]
 
-    def _result(self, row: int, token: int) -> Drawn:
+    def _result(self, row: int, tokens: list[int]) -> Drawn:
         if row in self.vectors:
             return Drawn(-1, embedding=tuple(self.vectors[row].tolist()))
-        drawn = self.on_host.get(row) or Drawn(token)
+        first = self.places[row]
+        if (draft := self.drafts.get(row)) is not None:
+            return follow(draft, lambda accepted: Drawn(tokens[first + accepted]))
+        drawn = self.on_host.get(row) or Drawn(tokens[first])
         return structs.replace(drawn, scores=self.scores[row]) if row in self.scores else drawn
 
 
@@ -93,38 +94,12 @@ class StepOutput(NamedTuple):
     every: Tensor | None = None  # the hidden states of all tokens, where they are wanted
 
 
-@dataclass(slots=True)
-class StepMemory:
-    """The memory on the device of steps of one size, and their graph once it is captured.
-
-    `words`, int32: a row of `INPUT_ROW` for each sequence, and for steps with prompts one more row that pads,
-    and the tokens. `outputs`: int64, the last token of each of these rows. `replayed`: the tokens that a
-    replay draws.
-    """
-
-    size: StepSize
-    words: Tensor
-    batch: Batch
-    outputs: Tensor
-    replayed: Tensor | None = None
-    graph: torch.cuda.CUDAGraph | None = None
-
-    @property
-    def inputs(self) -> Tensor:
-        return self.words[: _rows(self.size) * draw.ORDER].view(-1, draw.ORDER)
-
-    @property
-    def ids(self) -> Tensor:
-        return self.words[_rows(self.size) * draw.ORDER :]
-
-
 class CudaRunner:
     """One decoder on a device, with its KV cache. `eos`: the tokens that end an answer. `most_tokens`: of a
     step.
 
-    `depth` is 1. It is 0 while the last launched step has rows that the host draws, because their tokens must
-    be known before the next step. There is no speculation: two steps are in flight at once, and the result of
-    a draft token is known only after its step.
+    `depth` is 1. It is 0 while the last launched step has draft tokens or rows that the host draws, because
+    their results must be known before the next step. A step has at most `graphs.rows_for(max_running)` rows.
     """
 
     def __init__(
@@ -156,13 +131,13 @@ class CudaRunner:
         self._padding = np.zeros((), dtype=INPUT_ROW)
         self._padding["slot"] = self._padding["sink"] = max_running
         self._padding["block"], self._padding["repetition"] = info.blocks, 1.0
-        self._first = first_sizes(max_running, most_tokens)
-        self._later = later_sizes(max_running, most_tokens)
+        rows = rows_for(max_running)
+        self._first, self._later = first_sizes(rows, most_tokens), later_sizes(rows, most_tokens)
         self._memory: dict[StepSize, StepMemory] = {}
         on_gpu = self._device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._stream = torch.cuda.Stream() if on_gpu else None
-        self._ring = [_Pinned(max_running, most_tokens) for _ in range(RING)]
+        self._ring = [PinnedMemory(rows, most_tokens) for _ in range(RING)]
         self._turn = 0
 
     def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -203,19 +178,25 @@ class CudaRunner:
         """Start the plan. One result for each row that draws or scores, in the plan's order."""
         rows = plan.rows
         drawing = [index for index, row in enumerate(rows) if row.draw]
-        on_host = [index for index in drawing if _drawn_on_host(rows[index].seq)]
+        on_host = [index for index in drawing if drawn_on_host(rows[index].seq)]
         embedded = [index for index in drawing if rows[index].seq.request.task == "embed"]
         scoring = [index for index, row in enumerate(rows) if row.scored]
-        self.depth = 0 if on_host or scoring else 1
+        drafts = {index: row.draft for index, row in enumerate(rows) if row.draft}
+        self.depth = 0 if on_host or scoring or drafts else 1
         self._turn = (self._turn + 1) % RING
         pinned = self._ring[self._turn]
-        decodes = len(drawing) == len(rows) and all(row.count == 1 for row in rows)
+        parts = [part for row in rows for part in _parts(row)] if drafts else rows
+        places = [0, *accumulate(1 + len(row.draft) for row in rows)] if drafts else range(len(rows))
+        decodes = len(drawing) == len(rows) and all(part.count == 1 for part in parts)
         size = (
-            decode_size(len(rows)) if decodes else StepSize(sum(row.count for row in rows), len(rows), False)
+            decode_size(len(parts))
+            if decodes
+            else StepSize(sum(part.count for part in parts), len(parts), False)
         )
         held = nearest(self._memory, size)
         memory = self._allocate(size) if held is None else self._memory[held]
-        self._fill(memory, rows, pinned)
+        self._update_tables(rows, pinned, decodes)
+        self._fill(memory, parts, pinned)
         logits = hidden = None
         every = None
         eager = on_host or embedded or scoring
@@ -224,24 +205,39 @@ class CudaRunner:
             tokens = memory.replayed
         else:
             tokens, logits, hidden, every = self._step(memory, every=bool(scoring))
-        draw.move(tokens[: len(rows)], pinned.tokens)
+        draw.move(tokens[: len(parts)], pinned.tokens)
         pinned.arrived.record()
         results: dict[int, Drawn] = {}
         if on_host and logits is not None:
-            drawn = self._sampler(logits[on_host], [rows[index].seq for index in on_host])
-            results = dict(zip(on_host, drawn, strict=True))
-        vectors = {
-            index: torch.nn.functional.normalize(hidden[index].float(), dim=0)
-            for index in embedded
-            if hidden is not None
-        }
-        scores = {} if every is None else self._scores(rows, every)
-        waiting = sorted({*drawing, *scoring})
-        return Launched(pinned.tokens[: len(rows)], pinned.arrived, waiting, results, vectors, scores)
+            own = logits[[places[index] for index in on_host]]
+            results = dict(zip(on_host, self._sampler(own, [rows[i].seq for i in on_host]), strict=True))
+        vectors: dict[int, Tensor] = {}
+        if hidden is not None:
+            vectors = {index: normalize(hidden[places[index]].float(), dim=0) for index in embedded}
+        return Launched(
+            pinned.tokens[: len(parts)],
+            pinned.arrived,
+            places,
+            drafts,
+            waiting=sorted({*drawing, *scoring}),
+            on_host=results,
+            vectors=vectors,
+            scores={} if every is None else self._scores(rows, every),
+        )
 
     def erase(self, blocks: list[int]) -> None:
         """Zero the KV memory of these blocks."""
         self._cache.erase(blocks)
+
+    @property
+    def cache_bytes(self) -> int:
+        """The size of the KV cache."""
+        return self._cache.nbytes
+
+    def trim(self, seq: Sequence, tokens: int) -> None:
+        """Expect other blocks after the first `tokens` tokens of a sequence: a draft model read more."""
+        owner, preemptions, known = self._in_tables[seq.slot]
+        self._in_tables[seq.slot] = owner, preemptions, min(known, -(-tokens // self.info.block_size))
 
     @torch.inference_mode()
     def _prepare(self, size: StepSize, *, loaded: bool = False) -> None:
@@ -305,91 +301,81 @@ class CudaRunner:
         return StepOutput(tokens, logits, hidden, states)
 
     def _allocate(self, size: StepSize) -> StepMemory:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
+        return StepMemory.of(size, self._device, self.info.context, self._tables.shape[1])
 
-        rows = _rows(size)
-        outputs = zeros(rows)
-        starts = torch.arange(rows + 1, dtype=torch.int32, device=self._device)
-        starts[rows] = size.tokens
-        batch = Batch(
-            tokens=zeros(size.tokens),
-            positions=zeros(size.tokens),
-            slots=zeros(size.tokens),
-            query_starts=starts,
-            contexts=zeros(rows, dtype=torch.int32),
-            tables=zeros(rows, self._tables.shape[1], dtype=torch.int32),
-            outputs=None if size.decodes else outputs[: size.rows],
-            query_lens=[1] * size.rows if size.decodes else [],
-            context_lens=[self.info.context] * size.rows if size.decodes else [],
-        )
-        words = rows * draw.ORDER + (0 if size.decodes else size.tokens)
-        return StepMemory(size, zeros(words, dtype=torch.int32), batch, outputs)
+    def _update_tables(self, rows: list[Row], pinned: PinnedMemory, decodes: bool) -> None:
+        """Write the blocks that the tables on the device lack, except the newest of a decode, which its row
+        of the input brings along. A sequence with draft tokens has several such rows, so it lacks none.
+        """
+        updates: list[tuple[int, int, int]] = []
+        size = self.info.block_size
+        for row in rows:
+            seq = row.seq
+            owner, preemptions, known = self._in_tables.get(seq.slot, (None, 0, 0))
+            if owner is not seq or preemptions != seq.preemptions:
+                known = 0
+            end = -(-(row.start + row.count) // size)
+            held = end - 1 if decodes and not row.draft else end
+            if known < held:
+                blocks = seq.kv.blocks
+                updates += ((seq.slot, column, blocks[column]) for column in range(known, held))
+            # The blocks of draft tokens are written again next time, because rejection frees them.
+            self._in_tables[seq.slot] = seq, seq.preemptions, row.start // size + 1 if row.draft else end
+        if updates:
+            draw.write_tables(pinned.updates(updates, self._device), self._tables)
 
-    def _fill(self, memory: StepMemory, rows: list[Row], pinned: _Pinned) -> None:
-        """Send the rows to the memory of a step. What the tables on the device lack is written there."""
+    def _fill(self, memory: StepMemory, parts: list[Row], pinned: PinnedMemory) -> None:
+        """Send rows, and those of draft tokens as `_parts` makes them, to the memory of a step."""
         size = memory.size
         inputs, ids = pinned.parts(size)
-        inputs[len(rows) :] = self._padding
-        updates: list[tuple[int, int, int]] = []
+        inputs[len(parts) :] = self._padding
         first = 0
-        for index, row in enumerate(rows):
-            inputs[index] = self._input(row, first, updates, size.decodes)
+        for index, row in enumerate(parts):
+            inputs[index] = self._input(row, first)
             if not size.decodes:
-                tokens = row.seq.tokens[row.start : row.start + row.count]
+                tokens = row.seq.tokens[row.start : row.start + row.count] or row.draft[-1:]
                 ids[first : first + len(tokens)] = tokens
                 ids[first + len(tokens) : first + row.count] = -1  # it is on the device
             first += row.count
         if not size.decodes:
-            inputs["first"][len(rows) :] = first
+            inputs["first"][len(parts) :] = first
             inputs["count"][-1] = size.tokens - first
-        if updates:
-            draw.write_tables(pinned.updates(updates, self._device), self._tables)
         words = len(inputs) * draw.ORDER + (0 if size.decodes else first)
         draw.move(torch.from_numpy(pinned.words[:words]), memory.words)
 
-    def _input(
-        self, row: Row, first: int, updates: list[tuple[int, int, int]], decodes: bool
-    ) -> tuple[float, ...]:
-        """The `INPUT_ROW` of a row, whose first token is number `first` of the step. Token -1 is on the
-        device. `updates` gets the blocks that the device lacks, except the newest of a decode.
-        """
-        seq, position = row.seq, row.start
-        sampling, blocks = seq.request.sampling, seq.kv.blocks
-        owner, preemptions, known = self._in_tables.get(seq.slot, (None, 0, 0))
-        if owner is not seq or preemptions != seq.preemptions:
-            known = 0
-        block = blocks[position // self.info.block_size]
-        held = len(blocks) - 1 if decodes else len(blocks)
-        if known < held:
-            updates += ((seq.slot, column, blocks[column]) for column in range(known, held))
-        self._in_tables[seq.slot] = seq, seq.preemptions, len(blocks)
+    def _input(self, row: Row, first: int) -> tuple[float, ...]:
+        """The `INPUT_ROW` of a row, whose first token is number `first` of the step. Token -1 is known to the
+        device alone."""
+        seq, position, ahead = row.seq, row.start, len(row.draft)
+        sampling, sink = seq.request.sampling, int(self._padding["sink"])
+        block = seq.kv.blocks[position // self.info.block_size]
         if not row.draw:
-            return (seq.slot, position, -1, block, 0, int(self._padding["sink"]), row.count, first,
+            return (seq.slot, position, -1, block, 0, sink, row.count, first,
                     0.0, 1.0, 0.0, 0.0, *NO_PENALTIES, 0)  # fmt: skip
+        token = seq.tokens[position] if position < len(seq.tokens) else row.draft[-1] if ahead else -1
         greedy = sampling.temperature < GREEDY_BELOW or sampling.top_k == 1
         return (
             seq.slot,
             position,
-            seq.tokens[position] if position < len(seq.tokens) else -1,
+            token,
             block,
             sampling.top_k,
-            seq.slot,
+            sink if ahead else seq.slot,  # the host gives the token after draft tokens
             row.count,
             first,
             0.0 if greedy else sampling.temperature,
             sampling.top_p,
             sampling.min_p,
-            0.0 if greedy else uniform(seq.seed, seq.length),
+            0.0 if greedy else uniform(seq.seed, position + row.count),
             *self._penalties(seq),
-            0,
+            ahead,
         )
 
     def _penalties(self, seq: Sequence) -> tuple[float, float, float]:
         """The repetition, frequency and presence penalty. Writes the token counts they need on the device."""
         sampling = seq.request.sampling
         penalties = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
-        if penalties == NO_PENALTIES or _drawn_on_host(seq):
+        if penalties == NO_PENALTIES or drawn_on_host(seq):
             self._counted.pop(seq.slot, None)
             return NO_PENALTIES
         if self._counted.get(seq.slot) != (seq, seq.preemptions):
@@ -402,56 +388,14 @@ class CudaRunner:
                 counts[token] = counts.get(token, 0) + min(draw.IN_OUTPUT * times, MAX_COUNT)
             row = self._seen[seq.slot].zero_()
             if counts:
-                tokens, times = _send(np.array(list(counts.items())).T.copy(), self._device)
+                tokens, times = send(np.array(list(counts.items())).T.copy(), self._device)
                 row[tokens] = times.to(torch.int16)
         return penalties
 
 
-class _Pinned:
-    """Pinned memory of one step, which the device copies from and to while the host goes on."""
-
-    def __init__(self, rows: int, tokens: int) -> None:
-        self._pin = torch.cuda.is_available()
-        self.words: NDArray[np.int32] = self._zeros((rows + 1) * draw.ORDER + tokens).numpy()
-        self.tokens = torch.zeros(rows, dtype=torch.int64, pin_memory=self._pin)
-        self.arrived = torch.cuda.Event()
-        self._updates = self._zeros(UPDATES * 3).view(-1, 3)
-
-    def parts(self, size: StepSize) -> tuple[NDArray[np.void], NDArray[np.int32]]:
-        """`INPUT_ROW`s and tokens of a step, as views of `words`."""
-        until = _rows(size) * draw.ORDER
-        return self.words[:until].view(INPUT_ROW), self.words[until : until + size.tokens]
-
-    def updates(self, updates: list[tuple[int, int, int]], device: torch.device) -> Tensor:
-        """The updates as int32 [N, 3], where the device can read them."""
-        array = np.array(updates, dtype=np.int32)
-        if len(array) > UPDATES:
-            return _send(array, device)
-        self._updates.numpy()[: len(array)] = array
-        return self._updates[: len(array)]
-
-    def _zeros(self, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32, pin_memory=self._pin)
-
-
-def _rows(size: StepSize) -> int:
-    """The rows of a step's input: one more than its sequences where tokens may have to be padded."""
-    return size.rows + (not size.decodes)
-
-
-def _send(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array on the device. The host does not wait for the copy."""
-    held = torch.from_numpy(array)
-    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.clone()
-
-
-def _drawn_on_host(seq: Sequence) -> bool:
-    """Whether the host must draw, because the device has no grammars, logprobs, bias or minimum length."""
-    sampling = seq.request.sampling
-    return seq.request.task == "generate" and (
-        seq.grammar is not None
-        or seq.request.cascade is not None
-        or sampling.logprobs is not None
-        or bool(sampling.logit_bias)
-        or seq.output_len < sampling.min_tokens
-    )
+def _parts(row: Row) -> list[Row]:
+    """The rows of the step for a row of the plan: its own, and one for each of its draft tokens. In these
+    `draft` has the draft tokens up to the row's own."""
+    own = Row(row.seq, row.start, row.count - len(row.draft), row.draw, (), row.scored)
+    ends = range(1, len(row.draft) + 1)
+    return [own, *(Row(row.seq, row.start + end, 1, True, row.draft[:end]) for end in ends)]

@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -21,13 +21,15 @@ import torch
 from stretto.config import EngineConfig, ModelConfig, tiers_of
 from stretto.engine.core import LoadedModel
 from stretto.engine.runners.calibrate import known_times
-from stretto.engine.runners.draft_model import DraftModel
+from stretto.engine.runners.draft_model import CHUNK, UNREAD, DeviceDraftModel, DraftModel
+from stretto.engine.runners.graphs import rows_for
 from stretto.engine.runners.interface import Runner
 from stretto.engine.runners.null import NullRunner, null_cost, null_info
+from stretto.engine.runners.sampler import verified_on_device
 from stretto.engine.runners.torch import TorchRunner
 from stretto.engine.scheduler.default_tiers import default_tiers
 from stretto.engine.scheduler.types import Limits
-from stretto.engine.speculative.policy import Speculation
+from stretto.engine.speculative.policy import Speculation, Verification
 from stretto.engine.step_time import StepTime
 from stretto.engine.structured.grammar import Grammars
 from stretto.errors import InvalidGrammar, StartError
@@ -91,6 +93,7 @@ class ModelLoader:
     def __init__(self, config: EngineConfig, on_progress: ProgressCallback = no_progress) -> None:
         self._progress = on_progress
         self._grammars: dict[str, Grammars] = {}
+        self._decoders: dict[str, Decoder] = {}
         self.machine = machine_name(config)
         use_threads(choose_threads(snapshot(), config.threads).value)
         device = choose_device(config.device, torch.cuda.is_available()).value
@@ -174,13 +177,16 @@ class ModelLoader:
         """The runner of a model. `share`: of the memory for KV caches. Raises StartError."""
         info = self._info(loaded.model, loaded.decoder, share)
         info = msgspec.structs.replace(info, kernels=loaded.why, load_s=loaded.load_s)
+        self._decoders[info.name] = loaded.decoder
         if self._device.type == "cuda":
-            return self._cuda_runner(loaded.decoder, info, loaded.eos)
+            return self._cuda_runner(
+                loaded.decoder, info, loaded.eos, self.config.max_step_tokens or MOST_STEP_TOKENS
+            )
         return TorchRunner(loaded.decoder, info, eos=loaded.eos, max_running=self.config.max_running)
 
-    def _cuda_runner(self, decoder: Decoder, info: ModelInfo, eos: frozenset[int]) -> Runner:
-        """A runner whose graphs are captured. Raises StartError when they leave no memory."""
-        most = self.config.max_step_tokens or MOST_STEP_TOKENS
+    def _cuda_runner(self, decoder: Decoder, info: ModelInfo, eos: frozenset[int], most: int) -> Any:
+        """A `CudaRunner` for steps of at most `most` tokens, with its graphs. Raises StartError when they
+        leave no memory."""
         try:
             runner = import_module(CUDA).CudaRunner(
                 decoder, info, eos=eos, max_running=self.config.max_running, most_tokens=most
@@ -208,12 +214,12 @@ class ModelLoader:
         folder = Folder(kept, self.config.cache_bytes)
         return PackedCache.open(library, folder, f"{kernels} {identity(path)}")
 
-    def _draft_runners(self) -> dict[str, TorchRunner]:
+    def _draft_runners(self) -> dict[str, Runner]:
         """By model, the runner of its draft model, where it has one. Raises StartError for a wrong name."""
         name = self.config.speculate
         if name in ("off", "ngram"):
             return {}
-        able = {each.info.name: each for each in self.runners if isinstance(each, TorchRunner)}
+        able = {each.info.name: each for each in self.runners if not isinstance(each, NullRunner)}
         if name == "auto":
             return {each.name: able[each.draft] for each in self.config.models if each.draft in able}
         if name not in able:
@@ -224,19 +230,28 @@ class ModelLoader:
         return dict.fromkeys((each.name for each in self.config.models), able[name])
 
     def _speculation(
-        self, runner: Runner, small: TorchRunner | None, times: Mapping[str, StepTime]
+        self, runner: Runner, small: Runner | None, times: Mapping[str, StepTime]
     ) -> Speculation | None:
         """Speculative decoding for a model, with `small` as its draft model. Raises StartError."""
-        if self.config.speculate == "off" or not isinstance(runner, TorchRunner):
+        if self.config.speculate == "off" or isinstance(runner, NullRunner):
             return None
+        rules = Verification()
+        if self._device.type == "cuda":
+            rules = Verification(verified_on_device, rows_for(self.config.max_running), pipelined=True)
         if small is None or small is runner:
-            return Speculation()
+            return Speculation(device=rules)
         if small.info.vocab != runner.info.vocab:
             raise StartError(
                 f"speculate: {small.info.name} has {small.info.vocab} tokens and {runner.info.name}"
                 f" {runner.info.vocab}; a draft model must have the same tokenizer"
             )
-        return Speculation(DraftModel(small, runner, times[small.info.name]))
+        own = times[small.info.name]
+        if isinstance(small, TorchRunner) and isinstance(runner, TorchRunner):
+            return Speculation(DraftModel(small, runner, own), rules)
+        info = msgspec.structs.replace(runner.info, name=small.info.name)
+        most = max(CHUNK, UNREAD * self.config.max_running)
+        drafting = self._cuda_runner(self._decoders[small.info.name], info, runner.eos, most)
+        return Speculation(DeviceDraftModel(drafting, StepTime(own.cost, list(own.errors))), rules)
 
     def _info(self, model: ModelConfig, decoder: Decoder, share: float) -> ModelInfo:
         """The description of a loaded model, with its share of the memory that is free or set for caches."""

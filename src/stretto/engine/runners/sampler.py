@@ -272,6 +272,24 @@ def _mix(state: int) -> int:
     return state ^ (state >> 31)
 
 
+def drawn_on_host(seq: Sequence) -> bool:
+    """Whether a GPU leaves its draw to the host: there it has no grammars, logprobs, bias or minimum."""
+    sampling = seq.request.sampling
+    return seq.request.task == "generate" and (
+        seq.grammar is not None
+        or seq.request.cascade is not None
+        or sampling.logprobs is not None
+        or bool(sampling.logit_bias)
+        or seq.output_len < sampling.min_tokens
+    )
+
+
+def verified_on_device(seq: Sequence) -> bool:
+    """Whether a GPU can verify its draft tokens. With penalties, each draw depends on the draft tokens before
+    it, which the device has not counted."""
+    return not drawn_on_host(seq) and not _penalised(seq.request.sampling)
+
+
 def _penalised(sampling: Sampling) -> bool:
     return (
         sampling.repetition_penalty != 1.0

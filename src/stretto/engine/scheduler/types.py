@@ -16,7 +16,7 @@ from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.fairness import Fairness
 from stretto.engine.scheduler.lengths import DEFAULT_LENGTH, RECENT_S, AnswerLengths, ArrivalRate
 from stretto.engine.sequence import Rank, Sequence
-from stretto.engine.step_time import StepCost, StepLoad, StepTime
+from stretto.engine.step_time import StepCost, StepLoad, StepTime, Window
 
 RECENT = 0.5  # of the longest TTFT objective is how long what has come counts as what comes now
 
@@ -48,9 +48,14 @@ class Queues:
 
 @dataclass(slots=True)
 class History:
-    """What a model's past requests and steps have taught."""
+    """What a model's past requests and steps have taught.
+
+    `turnarounds`: the milliseconds from the result of a step until the next launched one was on its way. A
+    step that is launched only when the last result is known leaves the device idle for as long.
+    """
 
     times: StepTime
+    turnarounds: Window = field(default_factory=lambda: Window(64))
     fairness: Fairness = field(default_factory=Fairness)
     lengths: AnswerLengths = field(default_factory=AnswerLengths)
     arrivals: ArrivalRate = field(default_factory=ArrivalRate)
@@ -146,10 +151,14 @@ class Plan(Struct, eq=False):
     tags: dict[str, float] = {}  # for `Fairness.promise`
     owed: float = 0.0  # for `Fairness.promise`
     predicted: float | None = None  # milliseconds
+    apart: bool = False  # whether each draft token reads the keys by itself, rather than with its row
 
-    def add_drafts(self, drafts: Mapping[Sequence, tuple[int, ...]], cost: StepCost) -> None:
+    def add_drafts(
+        self, drafts: Mapping[Sequence, tuple[int, ...]], cost: StepCost, *, apart: bool = False
+    ) -> None:
         """Let rows verify draft tokens too, and predict the step anew."""
         self.rows = [row.with_draft(drafts.get(row.seq, ())) for row in self.rows]
+        self.apart = apart
         if self.predicted is not None:
             self.predicted = cost(self.load)
 
@@ -157,7 +166,8 @@ class Plan(Struct, eq=False):
     def load(self) -> StepLoad:
         """What the step-time model needs to know.
 
-        A draft token costs what a decode does, except for the keys: all tokens of a row read them together.
+        A draft token costs what a decode does, except for the keys: unless they are `apart`, all tokens of a
+        row read them together.
         """
         decode = prefill = context = 0
         reading = 0.0
@@ -165,8 +175,11 @@ class Plan(Struct, eq=False):
             count, draft = row.count, len(row.draft)
             if row.draw and count == 1 + draft:
                 decode += count
-                context += row.start + count
-                reading += draft * (row.start + count / 2)
+                if self.apart:
+                    context += count * row.start + count * (count + 1) // 2
+                else:
+                    context += row.start + count
+                    reading += draft * (row.start + count / 2)
             else:
                 prefill += count
                 reading += count * (row.start + count / 2)

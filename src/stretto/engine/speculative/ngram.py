@@ -9,7 +9,8 @@ from __future__ import annotations
 NGRAM = 2  # tokens of the shortest passage that is looked up
 MATCHES_COMPARED = 16  # earlier occurrences that are compared, the latest first
 LONGEST_MATCH = 32  # tokens compared of each occurrence
-INDEXED_TOKENS = 8192  # only the last ones of a prompt are indexed, so that the first step does not wait
+INDEXED_TOKENS = 8192  # only the last ones of a prompt are indexed
+INDEXED_AT_ONCE = 1024  # so that no step waits for the index
 LONGEST_BUCKET = 5
 FIRST_RATE = 0.5
 PRIOR_TRIALS = 4.0  # the prior counts as this many trials
@@ -74,16 +75,21 @@ class NgramIndex:
         """How many tokens are indexed."""
         return len(self._previous)
 
+    def holds(self, tokens: list[int]) -> bool:
+        """Whether the index has been told of all these tokens of the sequence."""
+        return self._read == len(tokens)
+
     def acceptance(self, ahead: int) -> float:
         """The probability that draft token `ahead` (from 0) is right if those before it are; 0: no match."""
         return self.copied.estimate(_bucket(self.match_length + ahead)) if self.match >= 0 else 0.0
 
     def update(self, tokens: list[int], prompt_len: int) -> None:
-        """Index the new tokens of the sequence.
+        """Index the new tokens of the sequence, or the first `INDEXED_AT_ONCE` of them.
 
         Each new output token is a trial of the acceptance rate, whether or not a draft token was verified.
         """
-        for index in range(self._read, len(tokens)):
+        end = min(len(tokens), self._read + INDEXED_AT_ONCE)
+        for index in range(self._read, end):
             if self.match >= 0 and index >= prompt_len:
                 hit = tokens[self.match] == tokens[index]
                 self.copied.observe(_bucket(self.match_length), hit)
@@ -91,7 +97,7 @@ class NgramIndex:
             self._add(tokens, index)
             if self.match < 0 and index >= prompt_len - 1:
                 self._search(tokens, index)
-        self._read = len(tokens)
+        self._read = end
 
     def propose(self, tokens: list[int], count: int) -> tuple[int, ...]:
         """`count` draft tokens after the match. At the end of the text they repeat from the match on."""

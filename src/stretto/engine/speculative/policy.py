@@ -8,9 +8,11 @@ no tensor and changes no queue and no block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from math import inf
+from math import inf, prod
+from operator import attrgetter
 from typing import Protocol
 
 from stretto.engine.scheduler.types import Plan, Row, SchedulingContext
@@ -48,6 +50,25 @@ class Drafter(Protocol):
         ...
 
 
+def any_sequence(seq: Sequence) -> bool:
+    """A device that verifies draft tokens of all sequences."""
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How a device verifies draft tokens.
+
+    able: of which sequences it can verify draft tokens
+    rows: the most rows of a step, if each draft token is a row of its own; None: they share their sequence's
+    pipelined: whether a step without draft tokens is launched before the result of the previous one is known
+    """
+
+    able: Callable[[Sequence], bool] = any_sequence
+    rows: int | None = None
+    pipelined: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class DraftCounts:
     """How many draft tokens a step verifies for each sequence, by their source."""
@@ -67,11 +88,17 @@ class Speculation:
     which lookup has the lower acceptance rate.
     """
 
-    def __init__(self, drafter: Drafter | None = None) -> None:
+    def __init__(self, drafter: Drafter | None = None, device: Verification | None = None) -> None:
         self._drafter = drafter
+        self._device = device or Verification()
         self._copied, self._drafted = AcceptanceRate(), AcceptanceRate()
         self._model_counts: dict[Sequence, int] = {}
         self._indexes: dict[Sequence, NgramIndex] = {}
+
+    @property
+    def apart(self) -> bool:
+        """Whether each draft token reads the keys by itself."""
+        return self._device.rows is not None
 
     @property
     def kv_bytes(self) -> int:
@@ -79,17 +106,25 @@ class Speculation:
         return 0 if self._drafter is None else self._drafter.nbytes
 
     def choose(self, plan: Plan, context: SchedulingContext) -> DraftCounts:
-        """How many draft tokens the decodes of a plan (already applied) should verify.
+        """How many draft tokens the decodes of a plan should verify; the plan's blocks are allocated.
 
         It maximises the predicted tokens per millisecond of the step, within the limits and the slack of the
-        running sequences.
+        running sequences. While a decode's own token is still being drawn, the answer is what is expected for
+        the next plan if the steps in flight are waited for, and no block needs to be allocated.
         """
-        rows = [row for row in plan.rows if row.decodes and row.seq.request.task == "generate"]
-        candidates = [(row, self._index(row.seq)) for row in rows]
-        budget = _budget(plan, context)
+        decodes = [row for row in plan.rows if row.decodes and row.seq.request.task == "generate"]
+        budget = _budget(plan, decodes, context, self._device)
+        if not budget.could_gain(decodes):
+            return DraftCounts()
+        budget.slack_ms = _slack_ms(plan, context) - budget.lost_ms
+        able = self._device.able
+        rows = (row for row in decodes if _longest_draft(row) > 0 and able(row.seq))
+        indexed = ((row, self._index(row.seq)) for row in rows)
+        candidates = [(row, index) for row, index in indexed if index.holds(row.seq.tokens)]
         by_model = {} if self._drafter is None else _from_model(candidates, budget, self._drafter)
         rest = [candidate for candidate in candidates if candidate[0].seq not in by_model]
-        return DraftCounts(ngram=_from_ngrams(rest, budget), model=by_model)
+        by_ngram = _from_ngrams(rest, budget)
+        return DraftCounts(by_ngram, by_model) if budget.gains else DraftCounts()
 
     def propose(self, counts: DraftCounts) -> dict[Sequence, tuple[int, ...]]:
         """The draft tokens for the result of `choose`. Blocks for them must be allocated."""
@@ -133,20 +168,41 @@ class _StepBudget:
     """A step while draft tokens are added to it.
 
     tokens, ms: the expected output tokens of its decodes, and their milliseconds without prefill
+    lost_ms: of `ms`, what is lost because no step is launched before the results of this one are known
+    plain: tokens per millisecond without draft tokens
     rows, blocks, slack_ms: what draft tokens may still use
     block_size: tokens in a block
+    apart: whether each draft token reads the keys by itself
     """
 
     cost: StepCost
     tokens: float
     ms: float
+    lost_ms: float
+    plain: float
     rows: int
     blocks: int
     block_size: int
     slack_ms: float
+    apart: bool
+
+    @property
+    def gains(self) -> bool:
+        """Whether draft tokens as they are now make up for what is lost."""
+        return self.lost_ms == 0 or self.tokens > MIN_GAIN * self.plain * self.ms
+
+    def could_gain(self, decodes: list[Row]) -> bool:
+        """Whether draft tokens for these rows would pay off if all were right."""
+        most = min(self.rows, MAX_DRAFT_TOKENS * len(decodes))
+        if most <= 0:
+            return False
+        ms = self.ms + most * self.price(min(decodes, key=_start))
+        return self.tokens + most > MIN_GAIN * self.plain * ms
 
     def price(self, row: Row) -> float:
         """The milliseconds that one more draft token adds to the step."""
+        if self.apart:
+            return self.cost.row(row.start + 1)
         return self.cost.row(1) + self.cost.per_pair * row.start
 
     def has_block(self, row: Row, ahead: int) -> bool:
@@ -163,30 +219,54 @@ class _StepBudget:
         self.slack_ms -= price
 
 
-def _budget(plan: Plan, context: SchedulingContext) -> _StepBudget:
-    """What the plan leaves over.
+_start = attrgetter("start")
 
-    One block is kept for every running sequence, so that no draft token causes a preemption. The slack is
-    that of the first sequence that can still be on time.
+
+def _budget(plan: Plan, decodes: list[Row], context: SchedulingContext, device: Verification) -> _StepBudget:
+    """What the plan leaves over, without the slack. `decodes`: its rows that may get draft tokens.
+
+    One block is kept for every running sequence, so that no draft token causes a preemption.
     """
-    times, running, pool = context.history.times, context.queues.running, context.pool
-    cost, worst = times.cost, times.worst
-    decodes = [row for row in plan.rows if row.decodes]
-    ms = cost(plan.load) * worst
+    cost, pool = context.history.times.cost, context.pool
+    lost = _lost_ms(decodes, context) if device.pipelined else 0.0
+    alone = cost.decodes(len(decodes), sum(map(_start, decodes)) + len(decodes))
+    rows = context.limits.max_step_tokens - sum(row.count for row in plan.rows)
+    return _StepBudget(
+        cost=cost,
+        tokens=float(len(decodes)),
+        ms=alone + lost,
+        lost_ms=lost,
+        plain=len(decodes) / alone if alone > 0 else inf,
+        rows=rows if device.rows is None else min(rows, device.rows - len(plan.rows)),
+        blocks=pool.available - len(context.queues.running),
+        block_size=pool.size,
+        slack_ms=0.0,
+        apart=device.rows is not None,
+    )
+
+
+def _slack_ms(plan: Plan, context: SchedulingContext) -> float:
+    """By how much a plan may take longer: the slack of the first sequence that can still be on time."""
+    times, running = context.history.times, context.queues.running
+    ms = times.cost(plan.load) * times.worst
     end = context.now + ms / 1e3
     soonest = min(
         (seq.deadline.latest for seq in running if not seq.deadline.late and seq.deadline.latest > end),
         default=inf,
     )
-    return _StepBudget(
-        cost=cost,
-        tokens=float(len(decodes)),
-        ms=cost.base + sum(cost.row(row.start + 1) for row in decodes),
-        rows=context.limits.max_step_tokens - sum(row.count for row in plan.rows),
-        blocks=pool.available - len(running),
-        block_size=pool.size,
-        slack_ms=((min(soonest, context.until) - context.now) * 1e3 - ms) / worst,
-    )
+    return ((min(soonest, context.until) - context.now) * 1e3 - ms) / times.worst
+
+
+def _lost_ms(decodes: list[Row], context: SchedulingContext) -> float:
+    """How long a device is idle after a step with draft tokens, and before it too if steps are in flight now;
+    inf before it was ever measured."""
+    idle = context.history.turnarounds.quantile(0.5, inf)
+    return idle * 2 if any(_unknown(row) for row in decodes) else idle
+
+
+def _unknown(row: Row) -> int:
+    """The tokens of a decode that are still being drawn: 1, or 0 when all results are known."""
+    return row.start + 1 - len(row.seq.tokens)
 
 
 def _from_model(candidates: list[Candidate], budget: _StepBudget, drafter: Drafter) -> dict[Sequence, int]:
@@ -194,9 +274,7 @@ def _from_model(candidates: list[Candidate], budget: _StepBudget, drafter: Draft
     drafting = [
         (row, index)
         for row, index in candidates
-        if _longest_draft(row) > 0
-        and row.seq.grammar is None
-        and index.acceptance(0) < index.drafted.estimate(0)
+        if row.seq.grammar is None and index.acceptance(0) < index.drafted.estimate(0)
     ]
     passes = _passes(drafting, budget, drafter) if drafting else 0
     for row, index in drafting:
@@ -214,10 +292,10 @@ def _from_ngrams(candidates: list[Candidate], budget: _StepBudget) -> dict[Seque
     Tokens are added as long as one raises the step's tokens per millisecond by `MIN_GAIN`.
     """
     counts: dict[Sequence, int] = {}
+    # A draft token after one that is being drawn is right only if that one is as expected too.
     heap = [
-        (-index.acceptance(0), place)
+        (-prod(index.acceptance(ahead) for ahead in range(_unknown(row) + 1)), place)
         for place, (row, index) in enumerate(candidates)
-        if _longest_draft(row) > 0
     ]
     heapify(heap)
     while heap and budget.rows > 0:
@@ -231,7 +309,7 @@ def _from_ngrams(candidates: list[Candidate], budget: _StepBudget) -> dict[Seque
         counts[row.seq] = count + 1
         budget.add(row, count, -negated)
         if count + 1 < _longest_draft(row):
-            heappush(heap, (negated * index.acceptance(count + 1), place))
+            heappush(heap, (negated * index.acceptance(_unknown(row) + count + 1), place))
     return counts
 
 
@@ -248,7 +326,7 @@ def _passes(drafting: list[Candidate], budget: _StepBudget, drafter: Drafter) ->
         (budget.blocks // len(drafting)) * budget.block_size,
     )
     tokens, ms = budget.tokens, budget.ms + backlog / REPAYMENT_TOKENS
-    best, rate = 0, MIN_GAIN * budget.tokens / budget.ms
+    best, rate = 0, MIN_GAIN * budget.plain
     for count in range(1, most + 1):
         tokens += sum(
             index.drafted.estimate(0) ** count for row, index in drafting if count <= _longest_draft(row)
@@ -263,4 +341,4 @@ def _passes(drafting: list[Candidate], budget: _StepBudget, drafter: Drafter) ->
 
 def _longest_draft(row: Row) -> int:
     """The most draft tokens that can be useful: the last token of an answer needs none after it."""
-    return min(MAX_DRAFT_TOKENS, row.seq.limit - len(row.seq.tokens) - 1)
+    return min(MAX_DRAFT_TOKENS, row.seq.limit - row.start - 2)

@@ -91,6 +91,20 @@ def _combine(
 
 
 @triton.jit
+def _arrive(
+    stats, parts, arrived, out, split, active, head, high, total, SHARE: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write the maxima and sums of a part. The last program to arrive adds up all parts."""
+    tl.store(stats + split * 2 * SHARE + head, high, head < SHARE)
+    tl.store(stats + split * 2 * SHARE + SHARE + head, total, head < SHARE)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == active - 1:
+        _combine(parts, stats, out, active, SHARE, DIM, WIDTH)
+        tl.store(arrived, 0)
+
+
+@triton.jit
 def _pages(
     pool, further, table, start, oldest, end, dim,
     KV_HEADS: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
@@ -107,17 +121,22 @@ def _pages(
 
 @triton.jit
 def _decode(
-    q, layer, tables, starts, contexts, out, parts, stats, arrived, q_stride, table_stride, blocks, scale,
+    q, layer, tables, starts, contexts, written, out, parts, stats, arrived, q_stride, table_stride, blocks,
+    scale,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     SPLITS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr, MIXED: tl.constexpr,
+    REPEATED: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of a sequence that has one query, for the heads that share the keys. Only the
-    query and the newest key and value come from this step, so all older ones are loaded before `wait`."""
+    query and the newest key and value come from this step, so all older ones are loaded before `wait`. If
+    sequences may be REPEATED, those from number `written` on come from this step too, by other queries of the
+    same sequence. They are loaded after `wait`."""
     release()
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row, context = tl.load(starts + seq).to(tl.int64), tl.load(contexts + seq)
     newest = context - 1
+    earlier = tl.load(written + seq) if REPEATED else newest
     oldest = tl.maximum(context - WINDOW, 0) if WINDOW else 0
     base = oldest // KEYS * KEYS
     reach = tl.cdiv(tl.cdiv(context - base, KEYS), SPLITS) * KEYS
@@ -132,7 +151,7 @@ def _decode(
     further = blocks.to(tl.int64) * KV_HEADS * SIZE * DIM
     begin, end = base + split * reach, tl.minimum(base + (split + 1) * reach, newest)
     keys, values, seen = _pages(
-        pool, further, table, begin, oldest, end, dim, KV_HEADS, SIZE, DIM, KEYS
+        pool, further, table, begin, oldest, tl.minimum(end, earlier), dim, KV_HEADS, SIZE, DIM, KEYS
     )  # fmt: skip
     last = pool + (tl.load(table + newest // SIZE).to(tl.int64) * KV_HEADS * SIZE + newest % SIZE) * DIM + dim
     mine = split == active - 1
@@ -146,7 +165,8 @@ def _decode(
         tl.zeros((SHARE_BLOCK, DIM_BLOCK), tl.float32) + tl.where(mine, new_value.to(tl.float32), 0.0)[None]
     )
     high, total, mixed = _attend(queries, keys, values, seen, scale, high, total, mixed, CAP, EXACT)
-    for start in range(begin + KEYS, end, KEYS):
+    following = tl.minimum(begin + KEYS, tl.maximum(begin, earlier)) if REPEATED else begin + KEYS
+    for start in range(following, end, KEYS):
         keys, values, seen = _pages(
             pool, further, table, start, oldest, end, dim, KV_HEADS, SIZE, DIM, KEYS
         )  # fmt: skip
@@ -158,14 +178,8 @@ def _decode(
         return
     pair = seq * KV_HEADS + kv_head
     parts, stats = parts + pair * SPLITS * SHARE * DIM, stats + pair * SPLITS * SHARE * 2
-    at = split * SHARE + head
-    tl.store(parts + at[:, None] * DIM + dim[None], mixed, own)
-    tl.store(stats + split * 2 * SHARE + head, high, head < SHARE)
-    tl.store(stats + split * 2 * SHARE + SHARE + head, total, head < SHARE)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == active - 1:
-        _combine(parts, stats, there, active, SHARE, DIM, WIDTH)
-        tl.store(arrived + pair, 0)
+    tl.store(parts + (split * SHARE + head)[:, None] * DIM + dim[None], mixed, own)
+    _arrive(stats, parts, arrived + pair, there, split, active, head, high, total, SHARE, DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -305,7 +319,8 @@ def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: D
     share = kind.heads // kind.kv_heads
     out = q.new_empty(q.shape[0], kind.heads * kind.head_dim)
     _decode[(batch.contexts.shape[0], kind.kv_heads, workspace.splits)](
-        q, layer, batch.tables, batch.query_starts, batch.contexts, out,
+        q, layer, batch.tables, batch.query_starts, batch.contexts,
+        batch.contexts if batch.written is None else batch.written, out,
         workspace.parts, workspace.stats, workspace.arrived,
         q.stride(0), batch.tables.stride(0), layer.shape[1], kind.scale,
         KV_HEADS=kind.kv_heads, SHARE=share, SHARE_BLOCK=pow2(share, 16), DIM=kind.head_dim,
@@ -313,6 +328,7 @@ def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: D
         SPLITS=workspace.splits,
         WIDTH=pow2(share * kind.head_dim), KEYS=KEYS if kind.head_dim > 64 else 2 * KEYS,
         EXACT=q.dtype == torch.float32, MIXED=not batch.query_lens or max(batch.query_lens) > 1,
+        REPEATED=batch.written is not None,
         num_warps=_decode_warps(kind, batch.contexts.shape[0]),
         num_stages=3 if kind.head_dim <= 128 and q.itemsize == 2 else 1, **OPTIONS,
     )  # fmt: skip

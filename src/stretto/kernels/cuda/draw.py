@@ -17,12 +17,15 @@ from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 
 SLOT, POSITION, TOKEN, BLOCK, TOP_K, SINK, COUNT, FIRST = range(8)
 TEMPERATURE, TOP_P, MIN_P, FRACTION, REPETITION, FREQUENCY, PRESENCE = range(8, 15)
+AHEAD = 15
 ORDER = 16
-"""How many numbers of 32 bits a row of inputs has. They are float32 from TEMPERATURE on, int32 before. Row
-tables and tokens are read by SLOT; the drawn token is written by SINK, which is another slot where none is
-wanted. A row has COUNT tokens from POSITION on; the first is number FIRST of the step."""
+"""How many numbers of 32 bits a row of inputs has. They are float32 from TEMPERATURE to PRESENCE, the others
+int32. Row tables and tokens are read by SLOT; the drawn token is written by SINK, which is another slot where
+none is wanted. A row has COUNT tokens from POSITION on; the first is number FIRST of the step. The step
+computes AHEAD tokens before them, in rows of the same sequence."""
 SETTINGS = tl.constexpr(TEMPERATURE)
 TO = tl.constexpr(SINK)
+BEFORE = tl.constexpr(AHEAD)
 IN_PROMPT, IN_OUTPUT = 1, 2
 """What a token's count is made of: 1 if the prompt has it, and 2 for each time it was sampled."""
 MOST_SEEN = tl.constexpr(2**15 - 4)
@@ -50,7 +53,7 @@ def move(source: Tensor, target: Tensor) -> None:
 
 @triton.jit
 def _fill_batch(
-    inputs, drawn, tables, tokens, positions, slots, contexts, own_tables, table_stride, own_stride,
+    inputs, drawn, tables, tokens, positions, slots, contexts, written, own_tables, table_stride, own_stride,
     ORDER: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     release()
@@ -65,6 +68,7 @@ def _fill_batch(
     tl.store(positions + row, position.to(tl.int64))
     tl.store(slots + row, block.to(tl.int64) * SIZE + position % SIZE)
     tl.store(contexts + row, position + 1)
+    tl.store(written + row, position - tl.load(row_inputs + BEFORE))
     last = position // SIZE
     tl.store(tables + slot * table_stride + last, block)
     for start in range(0, last + 1, COLUMNS):
@@ -75,14 +79,17 @@ def _fill_batch(
 
 
 def read(inputs: Tensor, drawn: Tensor, tables: Tensor, batch: Batch, block_size: int) -> None:
-    """Fill `batch` for a step of one token per sequence.
+    """Fill `batch`, which has `written`, for a step of one token per row.
 
     `inputs`: int32 [B, ORDER]. `drawn` (int64, the last token) and `tables` (int32, the blocks) are indexed
-    by slot; the newest block is added to `tables`. A TOKEN below zero is read from `drawn`.
+    by slot; the newest block is added to `tables`. A TOKEN below zero is read from `drawn`. Of a sequence
+    with several rows, `tables` must hold all blocks.
     """
+    assert batch.written is not None, "rows of one sequence must know of each other"
     _fill_batch[(inputs.shape[0],)](
-        inputs, drawn, tables, batch.tokens, batch.positions, batch.slots, batch.contexts, batch.tables,
-        tables.stride(0), batch.tables.stride(0), ORDER=ORDER, SIZE=block_size, COLUMNS=512, **OPTIONS,
+        inputs, drawn, tables, batch.tokens, batch.positions, batch.slots, batch.contexts, batch.written,
+        batch.tables, tables.stride(0), batch.tables.stride(0),
+        ORDER=ORDER, SIZE=block_size, COLUMNS=512, **OPTIONS,
     )  # fmt: skip
 
 
