@@ -137,3 +137,25 @@ def test_a_text_too_large_for_the_memory_that_is_left_ends_no_process(tmp_path: 
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[0] == "no memory to encode a text of 2000000 bytes"
     assert int(run.stdout.splitlines()[1]) > 0
+
+
+SHORT = """
+import resource, sys
+from pathlib import Path
+from stretto.text.tokenizer import TextModel
+text = TextModel(Path(sys.argv[1]))
+text.encode_rendered("a few words")
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))
+try:
+    text.encode_rendered("a few words")
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_short_text_asks_for_memory_too_once_the_process_has_a_limit(tmp_path: Path) -> None:
+    path = write(tmp_path, byte_level(), CHATML, eos="<|stop|>")
+    run = subprocess.run([sys.executable, "-c", SHORT, path], capture_output=True, text=True, timeout=60)
+    assert run.stdout == "no memory to encode a text of 11 bytes\n", run.stderr

@@ -83,7 +83,7 @@ class ChatTemplate:
         self._environment = environment = _environment()
         try:
             self._templates: dict[str, Template] = {
-                name: environment.from_string(source) for name, source in sources.items()
+                name: environment.compiled(source) for name, source in sources.items()
             }
         except TemplateSyntaxError as error:
             raise CheckpointError(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import mmap
+import resource
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from string import ascii_lowercase
@@ -158,6 +159,23 @@ class TextModel:
 
 # The memory that encoding takes. For each byte of text it was up to 167 bytes with the bundled tokenizer.
 ENCODING_BYTES_A_BYTE, ENCODING_BYTES = 192, 2**22
+SMALL_TEXT = 2**16  # bytes; the system refuses what this needs only where a limit says so
+
+
+def _memory_is_limited() -> bool:
+    """Whether the system may refuse memory although it has some: this process has a limit, or the system
+    promises no more than it has. It takes 1 us."""
+    limits = resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_DATA)
+    return any(soft != resource.RLIM_INFINITY for soft, _ in limits) or _promises_no_more()
+
+
+@cache
+def _promises_no_more() -> bool:
+    """Whether Linux counts each page that it has promised (`vm.overcommit_memory` is 2)."""
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return True
 
 
 def _encoded(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -> list[int]:
@@ -166,11 +184,12 @@ def _encoded(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -
     Raises MemoryError if there is too little memory. The tokenizer itself would end the process then.
     """
     size = sum(len(text if text.isascii() else text.encode(errors="surrogatepass")) for text in texts)
-    try:
-        # Nothing touches these pages, so the system only checks that it could give them. It takes 8 us.
-        mmap.mmap(-1, ENCODING_BYTES + ENCODING_BYTES_A_BYTE * size, flags=mmap.MAP_PRIVATE).close()
-    except OSError:
-        raise MemoryError(f"no memory to encode a text of {size} bytes") from None
+    if size > SMALL_TEXT or _memory_is_limited():
+        try:
+            # Nothing touches these pages, so the system only checks that it could give them. It takes 8 us.
+            mmap.mmap(-1, ENCODING_BYTES + ENCODING_BYTES_A_BYTE * size, flags=mmap.MAP_PRIVATE).close()
+        except OSError:
+            raise MemoryError(f"no memory to encode a text of {size} bytes") from None
     # The batch call, even for one text: it releases the interpreter lock and computes no offsets.
     try:
         encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=special)
