@@ -178,6 +178,29 @@ def test_inter_token_gaps_fall_into_buckets_by_upper_bound() -> None:
     assert found["stretto_e2e_seconds_sum", ("flex", "m")] == 1.0
 
 
+def test_requests_counted_together_are_counted_as_one_by_one() -> None:
+    ended = Ended("chat", "ok", 1.0, "on_time", "flex", "m", 5, 6, 2, 0.01, 0.02, 0.5, 0.2, [0.01, 0.3])
+    late = replace(ended, verdict="late", slack=-0.4, gaps=(), variant="s", variant_reason="load")
+    refused = Ended("chat", "cannot_be_on_time", 0.1, "refused", "default", "m", status=503)
+    requests = [ended, late, refused, Ended("tokenize", "invalid", 0.1, status=400)] * 25
+    together, apart = (Metrics(lambda: Gauges(0, True, False, 0)) for _ in range(2))
+    for each in requests:
+        together.ended(each)
+        apart.ended(each)
+        apart.text()
+    found, wanted = (
+        {key: value for key, value in samples(metrics.text()).items() if not key[0].startswith("process")}
+        for metrics in (together, apart)
+    )
+    assert found == pytest.approx(wanted)
+    assert found["stretto_requests_total", ("chat", "ok", "flex", "m", "200")] == 50
+    assert found["stretto_lateness_seconds_sum", ("flex", "m")] == pytest.approx(10.0)
+    assert found["stretto_slack_seconds_count", ("flex", "m")] == 25
+    assert found["stretto_itl_seconds_count", ("flex", "m")] == 50
+    assert found["stretto_variant_answers_total", ("load", "m")] == 25
+    assert found["stretto_refusals_total", ("cannot_be_on_time", "default")] == 25
+
+
 def test_promtool_accepts_the_metrics() -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
