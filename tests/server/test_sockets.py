@@ -53,13 +53,14 @@ def steady(request: Request) -> list[Item]:
     return [item for _ in range(20_000) for item in (0.002, 300)]
 
 
+@pytest.mark.parametrize("blanks", [0, 300_000], ids=["", "after_a_body_that_stopped_reading"])
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_disconnects_cancels_its_request(
-    served: Served, engine: FakeEngine, stream: bool
+    served: Served, engine: FakeEngine, stream: bool, blanks: int
 ) -> None:
     engine.script = steady
     async with connected(served) as (reader, writer):
-        writer.write(post(json.dumps(HELLO | {"stream": stream}).encode()))
+        writer.write(post(json.dumps(HELLO | {"stream": stream}).encode() + b" " * blanks))
         if stream:
             await reader.readuntil(b"data: ")
         else:

@@ -8,6 +8,7 @@ with an Upgrade. A request that exceeds a limit is answered by its handler, whic
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -27,7 +28,7 @@ from stretto.errors import (
     TooManyConnections,
 )
 from stretto.http.answer import bytes_of
-from stretto.http.exchange import WRITE, id_of
+from stretto.http.exchange import WATCH, WRITE, id_of
 from stretto.http.limits import (
     HEAD_BYTES,
     HEADERS,
@@ -87,6 +88,7 @@ class RequestCycle(RequestResponseCycle):
 
     refusal: StrettoError | None = None
     received = 0
+    gone: Callable[[], None] | None = None
     _keep_alive = False
 
     @property
@@ -133,6 +135,21 @@ class RequestCycle(RequestResponseCycle):
                 # The error holds this frame. Without the way back, it is freed at once, and the body with it.
                 self.refusal = None
         return event
+
+    def watch(self, gone: Callable[[], None] | None) -> None:
+        """Has `gone` called if the client leaves; None ends that. It sees the end of what is read on only."""
+        self.gone = gone
+        if gone is not None:
+            self.flow.resume_reading()
+            if self.disconnected:
+                gone()
+
+    def lose(self) -> None:
+        """The client has left."""
+        self.disconnected = True
+        self.message_event.set()
+        if self.gone is not None:
+            self.gone()
 
     def refuse(self, error: StrettoError) -> None:
         """Makes `receive` raise `error`."""
@@ -195,9 +212,8 @@ class HttpConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forgets the connection. The handler that is answering sees a disconnect."""
         self._forget()
-        if (answering := self._answering) is not None:
-            answering.disconnected = True
-            answering.message_event.set()
+        if self._answering is not None:
+            self._answering.lose()
         super().connection_lost(exc)
 
     def close(self) -> None:
@@ -418,7 +434,8 @@ class HttpConnection(HttpToolsProtocol):
             keep_alive=modern and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
-        cast("dict[str, Any]", self.scope)[WRITE] = self.cycle.write
+        scope = cast("dict[str, Any]", self.scope)
+        scope[WRITE], scope[WATCH] = self.cycle.write, self.cycle.watch
         if before is None:
             self._start(self.cycle)
         else:

@@ -6,10 +6,12 @@ response and in every log line of the request, and the engine gets it with each 
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
@@ -33,6 +35,7 @@ SWITCHED = 101  # the status of a WebSocket
 STARTS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 KEY = "stretto.exchange"  # of an Exchange in the ASGI scope
 WRITE = "stretto.write"  # of `RequestCycle.write` in the ASGI scope
+WATCH = "stretto.watch"  # of `RequestCycle.watch` in it
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 encode = json.Encoder().encode
 
@@ -80,6 +83,21 @@ class Exchange:
             return taken
 
         return count
+
+
+def watch(scope: Scope, receive: Receive, gone: Callable[[], None]) -> Callable[[], object]:
+    """Has `gone` called once the client has left. The body must have been read. Returns what ends that."""
+    watching: Callable[[Callable[[], None] | None], None] | None = scope.get(WATCH)
+    if watching is None:
+        return asyncio.create_task(_watch(receive, gone)).cancel
+    watching(gone)  # without the 15 us that a task takes
+    return partial(watching, None)
+
+
+async def _watch(receive: Receive, gone: Callable[[], None]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    gone()
 
 
 def id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -31,7 +31,7 @@ from stretto.errors import (
     Unavailable,
     UnknownModel,
 )
-from stretto.http.exchange import KEY, LEFT, Exchange
+from stretto.http.exchange import KEY, LEFT, Exchange, watch
 from stretto.http.request import tenant_of
 from stretto.ladder.energy import joules_by_model
 from stretto.ladder.learning.feedback import FeedbackLimits, FeedbackStore
@@ -377,7 +377,7 @@ class Call:
     async def run(self, handler: Callable[[Call], Awaitable[None]]) -> None:
         """Runs the handler until it is done, the client has left, or the server ends the call. Raises what
         the handler raises, and what the server ended it with."""
-        watch = asyncio.create_task(self._end_on_disconnect())
+        unwatch = watch(self.request.scope, self.request.receive, self.end)
         self.server.started(self)
         try:
             await handler(self)
@@ -389,7 +389,7 @@ class Call:
                 raise self._error from None
             self.client_gone = True
         finally:
-            watch.cancel()
+            unwatch()
             self.server.stopped(self)
             for output in self.outputs:
                 output.stream.close()
@@ -423,7 +423,7 @@ class Call:
             None if energy is None else energy.joules,
         )
 
-    def end(self, error: StrettoError | None) -> None:
+    def end(self, error: StrettoError | None = None) -> None:
         """Ends the call: with `error`, or silently when the client has left."""
         if not self._ended and self._task is not None:
             self._ended = True
@@ -470,11 +470,6 @@ class Call:
         if error is None:
             return "on_time"
         return "failed" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else None
-
-    async def _end_on_disconnect(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
-        self.end(None)
 
 
 def status_of(error: StrettoError | None, exchange: Exchange, *, client_gone: bool) -> int:
