@@ -36,6 +36,12 @@ BOUNDS: dict[str, Meta] = {
     "prompt_logprobs": Meta(ge=0, le=20),
     "n": Meta(ge=1, le=INT32_MAX),
 }
+# The same as numbers, which each request is checked by: lowest, highest, and what a value must be above.
+_RANGES = tuple(
+    (name, (each.ge if each.gt is None else each.gt) or 0.0, each.le or 0.0, each.gt)
+    for name, each in BOUNDS.items()
+    if name != "logit_bias"
+)
 Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
 QualityFloor = Annotated[float, Meta(ge=0, le=1)]
 Preference = Literal["quality", "energy", "latency"]  # what a choice among variants that are on time is by
@@ -124,14 +130,14 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        for name, bounds in BOUNDS.items():
+        for name, low, high, above in _RANGES:
             value = getattr(self, name)
-            if name == "logit_bias":
-                low, high = bounds.ge or 0.0, bounds.le or 0.0
-                for token in [each for each, bias in self.logit_bias.items() if not low <= bias <= high]:
-                    _check_within(f"logit_bias[{token}]", self.logit_bias[token], bounds)
-            elif value is not None:
-                _check_within(name, value, bounds)
+            if value is not None and (not low <= value <= high or value == above):
+                raise _beyond(name, value, BOUNDS[name])
+        bounds = BOUNDS["logit_bias"]
+        for token, bias in self.logit_bias.items():
+            if not (bounds.ge or 0.0) <= bias <= (bounds.le or 0.0):
+                raise _beyond(f"logit_bias[{token}]", bias, bounds)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
         # Requests have signed 64-bit seeds. The k-th answer to one has seed + k, which may be larger.
@@ -154,14 +160,9 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return tuple(structs.replace(self, n=1, seed=self.seed + index) for index in range(self.n))
 
 
-def _check_within(name: str, value: float, bounds: Meta) -> None:
-    low = bounds.ge if bounds.gt is None else bounds.gt
-    high = bounds.le
-    assert low is not None and high is not None
-    if not low <= value <= high or value == bounds.gt:
-        raise ValueError(
-            f"{name} must be {'from' if bounds.gt is None else 'above'} {low} to {high}, not {value}"
-        )
+def _beyond(name: str, value: float, bounds: Meta) -> ValueError:
+    low, how = (bounds.ge, "from") if bounds.gt is None else (bounds.gt, "above")
+    return ValueError(f"{name} must be {how} {low} to {bounds.le}, not {value}")
 
 
 class Objective(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -32,10 +32,10 @@ from stretto.text import messages, reasoning_parser
 from stretto.text.output import AnswerParser
 from stretto.text.prompts import (
     RawPrompt,
+    check_encoded,
     check_length,
     check_sampling_ids,
     check_size,
-    check_token_ids,
     encode_prompts,
 )
 from stretto.text.stop_strings import StopStrings
@@ -257,7 +257,7 @@ def _encode_chat(
     if kept is None:
         check_size(rendered, text, model.info, "$.messages")
     ids = tuple(text.encode_rendered(rendered))[-kept if kept else 0 :]
-    check_token_ids(ids, model.info, "$.messages")
+    check_encoded(ids, text, model.info, "$.messages")
     check_length(len(ids), sampling.least_tokens, model.info, "$.messages")
     _check_scores(len(ids), sampling)
     thinking: bool | None = None
@@ -370,8 +370,11 @@ def _sampling(
     scored = request.prompt_logprobs
     if isinstance(request, CompletionRequest) and request.echo and logprobs is not None:
         scored = max(logprobs, scored or 0)
-    given: dict[str, Any] = {name: getattr(request, name) for name in EQUAL_OPTIONS}
-    given["top_k"] = None if request.top_k is None else max(0, request.top_k)
+    given: dict[str, Any] = {
+        name: value for name in EQUAL_OPTIONS if (value := getattr(request, name)) is not None
+    }
+    if request.top_k is not None:
+        given["top_k"] = max(0, request.top_k)
     try:
         return Sampling(
             max_tokens=max_tokens,
@@ -380,7 +383,7 @@ def _sampling(
             stop=stops,
             stop_token_ids=(*(request.stop_token_ids or ()), *special),
             grammar=grammar,
-            **{name: value for name, value in given.items() if value is not None},
+            **given,
         )
     except ValueError as error:
         raise InvalidRequest(f"$.{error}", param=f"$.{str(error).split(maxsplit=1)[0]}") from error

@@ -348,7 +348,7 @@ class Output:
     def energy(self) -> AnswerEnergy | None:
         """What it took by now, for its tokens and those of its prompt that were not cached; None: unknown.
         A variant that goes on computes all tokens before its own."""
-        if self.began is None and not self.tokens:
+        if not self.energies or (self.began is None and not self.tokens):
             return None
         read = self.prompt_tokens - (0 if self.began is None else self.began.cached_tokens)
         spans = [span for span in self._spans() if span[1]] or self._spans()[-1:]
@@ -376,6 +376,8 @@ class Output:
 
     def _parts(self) -> list[AnswerPart]:
         """What each variant wrote, if several did."""
+        if not self.moves:
+            return []
         parts = [
             AnswerPart(
                 variant=start.model, tokens=written, reason=self.variant_reason if at == 0 else start.why

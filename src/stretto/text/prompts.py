@@ -54,6 +54,12 @@ def check_token_ids(ids: Sequence[int], info: ModelInfo, path: str) -> None:
         raise _unknown(next(id for id in ids if not 0 <= id < info.vocab), info, path)
 
 
+def check_encoded(ids: Sequence[int], text: TextModel, info: ModelInfo, path: str) -> None:
+    """The same for ids that the tokenizer made. If the model has them all, nobody looks at each."""
+    if not ids or text.largest_id >= info.vocab:
+        check_token_ids(ids, info, path)
+
+
 def check_sampling_ids(sampling: Sampling, info: ModelInfo, root: str = "$.") -> None:
     """Raises InvalidRequest when `logit_bias` or `stop_token_ids` holds an id that is no token."""
     for id in sampling.logit_bias:

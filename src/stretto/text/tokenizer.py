@@ -48,6 +48,7 @@ class TextModel:
         _add_listed(self.tokenizer, config)
         self.template = chat_template.load(path, config) if not is_null else _null_template()
         self._added = self.tokenizer.get_added_tokens_decoder()
+        self.largest_id = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self._special = {id for id, token in self._added.items() if token.special}
         self._guard = SpecialTokenGuard(token.content for token in self._added.values())
         self._continuation: Tokenizer | None = None
@@ -165,8 +166,11 @@ SMALL_TEXT = 2**16  # bytes; the system refuses what this needs only where a lim
 def _memory_is_limited() -> bool:
     """Whether the system may refuse memory although it has some: this process has a limit, or the system
     promises no more than it has. It takes 1 us."""
-    limits = resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_DATA)
-    return any(soft != resource.RLIM_INFINITY for soft, _ in limits) or _promises_no_more()
+    return (
+        resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+        or resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+        or _promises_no_more()
+    )
 
 
 @cache
