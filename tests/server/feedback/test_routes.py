@@ -15,7 +15,7 @@ from stretto.optimise import data
 from stretto.optimise.recipe import DataFiles
 from stretto.protocol.limits import LIMITS
 from stretto.server.app import App
-from tests.server.conftest import CHAT, HELLO
+from tests.server.conftest import CHAT, HELLO, Served
 from tests.server.fake_engine import FakeEngine, build
 
 URL = "/v1/feedback"
@@ -67,6 +67,18 @@ async def test_a_reward_is_kept_for_an_answer(
     summary = (await client.get(URL)).json()
     kept = {"rewards": 1, "mean_reward": reward, "mean_expected": None} | NOTHING_LEARNT
     assert summary["waiting"] == 0 and summary["models"] == {"tiny": {"tiny": kept}}
+
+
+async def test_a_reward_may_come_with_the_first_token(served: Served, engine: FakeEngine) -> None:
+    engine.script = lambda request: [0.001, 300, 0.5, 300]
+    async with (
+        httpx.AsyncClient(base_url=served.url, headers=ANN) as http,
+        http.stream("POST", CHAT, json=HELLO | {"stream": True}) as answer,
+    ):
+        assert (await anext(answer.aiter_lines())).startswith("data: ")
+        vote = await http.post(URL, json={"request_id": answer.headers["x-request-id"], "thumbs": "up"})
+        assert vote.status_code == 200, vote.text
+        assert engine.open, "the answer goes on"
 
 
 async def test_the_id_of_an_answer_names_its_request(client: httpx.AsyncClient) -> None:
