@@ -1,6 +1,6 @@
 """Prometheus metrics of one worker: creates the metrics that `catalogue` lists, and counts in them.
 
-It counts a request when it ends, and steps in batches, so no token costs a look-up of labels.
+It counts requests that have ended and steps in batches, so no token costs a look-up of labels.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ def place(call: Call, spec: AnswerSpec, slo: ServiceLevel, prompts: list[Encoded
     QualityOutOfReach and CannotBeOnTime for a request that rather wants a refusal.
     """
     model, floor = spec.model, slo.objective.min_quality
-    begun = next((name for index in range(spec.answers) if (name := begun_with(call, model.name, index))), "")
-    if begun:
-        return VariantPlacement(begun)
+    if call.continuation is not None:
+        begun = (begun_with(call, model.name, index) for index in range(spec.answers))
+        if name := next(filter(None, begun), ""):
+            return VariantPlacement(name)
     router = call.server.router(model.name)
     if slo.asks_cascade:
         _check_cascade(model.name, router, slo)
@@ -55,6 +56,8 @@ def place(call: Call, spec: AnswerSpec, slo: ServiceLevel, prompts: list[Encoded
 def begun_with(call: Call, model: str, index: int) -> str:
     """The variant with which another worker began the answer `index`; empty if there is none, or it is not
     served here."""
+    if call.continuation is None:
+        return ""
     variant, router = call.emitted(index).variant, call.server.router(model)
     served = router is not None and any(variant == each.name for each in router.ladder.models.values())
     return variant if served else ""
