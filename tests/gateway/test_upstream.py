@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stretto.gateway.upstream.connection import UpstreamConnection, WorkerLost
 from stretto.gateway.upstream.progress import Progress
-from stretto.protocol.relay import error_mark, mark
+from stretto.protocol.relay import error_mark, mark, variant_mark
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 EVENT = b'data: {"id":"c1","created":7,"choices":[]}\n\n'
@@ -70,7 +73,7 @@ async def test_what_arrives_goes_past_the_reader_only_while_it_has_all_before():
 
 async def test_a_malformed_stream_that_is_passed_on_ends_the_exchange():
     connection, progress = await answering(), Progress(lambda: 0.0)
-    connection.hand_over(lambda data: progress.push(data) is not None)
+    connection.hand_over(partial(progress.take, lambda data: True))
     reading = await waiting(connection)
     connection.data_received(chunk(EVENT + b":~x y\n\n"))
     with pytest.raises(WorkerLost, match="malformed"):
@@ -82,11 +85,58 @@ async def test_a_malformed_stream_that_is_passed_on_ends_the_exchange():
 def test_the_end_of_a_stream_is_seen_wherever_it_is_split(ending: bytes):
     """Whatever completes the last mark is left to the reader, which writes the end of the body."""
     stream = EVENT + mark(0, [4], complete=False, last=False) + EVENT + ending
-    assert not Progress(lambda: 0.0).may_end(stream[: len(stream) - len(EVENT) - len(ending)])
     for cut in range(1, len(stream)):
         progress, left = Progress(lambda: 0.0), list[bool]()
         for part in (stream[:cut], stream[cut:]):
-            left.append(progress.may_end(part))
-            progress.push(part)
+            left.append(not progress.take(lambda data: True, part))
+            if left[-1]:
+                progress.push(part)
             assert left[-1] or not (progress.ended or progress.error)
         assert any(left)
+
+
+def said(index: int, tokens: list[int], *, complete: bool = False, late: bool = False) -> bytes:
+    """A mark."""
+    return mark(index, tokens, complete=complete, last=False, late=late)
+
+
+PARTS = [
+    EVENT + said(0, [4]),
+    EVENT + said(0, [5, 61]),
+    (EVENT + said(0, [7])) * 3,
+    b"event: a\n" + EVENT + said(0, [8]) + EVENT + said(0, [9]),
+    EVENT + said(0, [10]) + said(0, [11], late=True),
+    EVENT + said(1, [12]) + EVENT + said(0, [13]),
+    said(0, [14]) + said(0, [15]),
+    b": a comment\n\n" + EVENT + said(0, [16], complete=True),
+    EVENT + said(0, []) + EVENT + said(0, [17]),
+    b"\n\n" + EVENT + variant_mark(1, "m:int8") + EVENT + said(1, [18]),
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6), st.integers(0, 40))
+def test_a_stream_that_is_taken_is_that_which_is_read_mark_by_mark(parts: list[bytes], cut: int):
+    """However little is looked at of what has the usual form."""
+    stream = PARTS[0] + b"".join(parts)
+    taking, reading, passed = Progress(lambda: 0.0), Progress(lambda: 0.0), list[bytes]()
+    whole = reading.push(stream)
+
+    def write(data: bytes) -> bool:
+        passed.append(data)
+        return True
+
+    passed.append(taking.push(PARTS[0]))
+    for part in [*parts[:-1], parts[-1][:cut], parts[-1][cut:]]:
+        assert taking.take(write, part)
+    assert b"".join(passed) == whole
+    assert taking.emitted == reading.emitted
+    assert taking.continuation(0.0) == reading.continuation(0.0)
+    assert taking.written == len(whole) - len(passed[0])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_the_client_cannot_take_changes_nothing(part: bytes):
+    progress = Progress(lambda: 0.0)
+    progress.push(PARTS[0])
+    assert not progress.take(lambda data: False, part)
+    assert progress.emitted == 1 and progress.written == 0

@@ -37,7 +37,7 @@ from stretto.gateway.routing.router import Router
 from stretto.gateway.settings import GatewayConfig
 from stretto.http.dialects import dialect_of
 from stretto.http.errors import error_response, internal, nothing_there
-from stretto.http.exchange import KEY, Exchange, ExchangeLayer
+from stretto.http.exchange import KEY, WRITE, Exchange, ExchangeLayer
 from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
 from stretto.protocol.health import Status
@@ -124,7 +124,7 @@ class RelayedPath:
                 fields,
                 arrival,
                 client.send,
-                exchange.writer(scope),
+                scope.get(WRITE),
                 exchange.id,
                 kept if isinstance(kept, str) else "",
                 charge.admit,
@@ -146,6 +146,8 @@ class RelayedPath:
             ending = dialect_of(scope["path"]).ending(failure, exchange.id)
             await client.send(0, {}, ending, False)
         finally:
+            if relayed is not None:
+                exchange.bytes_out += relayed.progress.written
             end = CallEnd(self.operation, arrival, relayed, charge, failure, gone)
             gateway.monitor.ended(exchange, end)
             failure = None  # the error holds this frame, and the frame the body

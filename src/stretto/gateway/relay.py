@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from math import inf
 from typing import Any, cast
@@ -35,7 +35,7 @@ from stretto.gateway.routing.hedge import Hedges
 from stretto.gateway.routing.prefixes import PIECE, keys_of
 from stretto.gateway.routing.router import Ask, Placement
 from stretto.gateway.upstream.connection import Head, UpstreamConnection, WorkerLost
-from stretto.gateway.upstream.progress import RETRIABLE, Progress
+from stretto.gateway.upstream.progress import RETRIABLE
 from stretto.protocol.relay import (
     ERROR_CODE,
     MARKED,
@@ -401,7 +401,7 @@ class Relay:
             if passed:
                 await exchange.send(head.status, headers, passed, not progress.ended)
                 if not begun and (write := exchange.write) is not None:
-                    connection.hand_over(_taker(progress, write))
+                    connection.hand_over(partial(progress.take, write))
                 begun = True
             if progress.ended:
                 await connection.finish()
@@ -417,20 +417,6 @@ class Relay:
         attempt.worker.streams.discard(attempt.connection.lose)
         attempt.worker.pool.release(attempt.connection)
         self.router.done(attempt.placement.worker)
-
-
-def _taker(progress: Progress, write: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
-    """Passes the middle of a stream on at once, while the client takes it."""
-
-    def take(data: bytes) -> bool:
-        if progress.may_end(data) or not write(b""):
-            return False
-        passed = progress.push(data)
-        if passed:
-            write(passed)
-        return True
-
-    return take
 
 
 @lru_cache(256)  # it checks all its values, and few limits are in use

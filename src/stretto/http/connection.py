@@ -52,34 +52,36 @@ class _Writer:
     """A transport whose `close` is the connection's own, and that writes the head of an answer together with
     what the handler sends in the same turn of the event loop: each write is a system call."""
 
-    __slots__ = ("_close", "_held", "_loop", "_write", "holds", "is_closing")
+    __slots__ = ("_close", "_held", "_loop", "_write", "is_closing", "write")
 
     def __init__(self, transport: asyncio.Transport, connection: HttpConnection) -> None:
-        self._write = transport.write
+        self._write = self.write = transport.write  # nothing stands between while nothing is held
         self._close = connection.close
         self._loop = connection.loop
         self._held = b""
-        self.holds = False  # whether the next bytes wait
         self.is_closing = transport.is_closing
 
-    def write(self, data: bytes) -> None:
-        """Writes, or holds the bytes until the next ones or the end of this turn."""
-        if self._held:
-            data, self._held = self._held + data, b""
-        if self.holds:
-            self.holds, self._held = False, data
-            self._loop.call_soon(self._flush)
-        else:
-            self._write(data)
+    def hold(self) -> None:
+        """The next bytes wait for those after them, or for the end of this turn."""
+        if not self._held:
+            self.write = self._keep
 
     def close(self) -> None:
         """Closes after all that was written."""
         self._flush()
         self._close()
 
+    def _keep(self, data: bytes) -> None:
+        self._held, self.write = data, self._write_both
+        self._loop.call_soon(self._flush)
+
+    def _write_both(self, data: bytes) -> None:
+        data, self._held, self.write = self._held + data, b"", self._write
+        self._write(data)
+
     def _flush(self) -> None:
         if self._held and not self.is_closing():
-            self.write(b"")
+            self._write_both(b"")
 
 
 class RequestCycle(RequestResponseCycle):
@@ -106,7 +108,7 @@ class RequestCycle(RequestResponseCycle):
         """Sends. The head of an answer waits for what follows it at once. The next chunk of a body takes the
         short way, because a stream has one for each token."""
         if not self.response_started:
-            cast(_Writer, self.transport).holds = True
+            cast(_Writer, self.transport).hold()
         elif (chunk := cast(Any, message)).get("more_body") and self.write(chunk.get("body", b"")):
             return
         await super().send(message)

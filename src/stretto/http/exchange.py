@@ -70,20 +70,6 @@ class Exchange:
             self.bytes_out += len(message.get("bytes") or message.get("text") or b"")
         return self.onward(message)
 
-    def writer(self, scope: Scope) -> Callable[[bytes], bool] | None:
-        """What writes more of a body that has begun, at once: it returns False when the client must be waited
-        for. None where the server has no such way."""
-        write: Callable[[bytes], bool] | None = scope.get(WRITE)
-        if write is None:
-            return None
-
-        def count(body: bytes) -> bool:
-            taken = write(body)
-            self.bytes_out += len(body) if taken else 0
-            return taken
-
-        return count
-
 
 def watch(scope: Scope, receive: Receive, gone: Callable[[], None]) -> Callable[[], object]:
     """Has `gone` called once the client has left. The body must have been read. Returns what ends that."""

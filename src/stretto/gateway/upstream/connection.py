@@ -168,8 +168,23 @@ class UpstreamConnection(asyncio.Protocol):
         except httptools.HttpParserError:
             self._fail("the worker's response is not HTTP/1.1")
             return
-        if self._chunks:
-            self._pass_on()
+        chunks, taker, arrived = self._chunks, self._taker, self._arrived
+        if not chunks:
+            return
+        if taker is None or self._done or arrived is None or arrived.done():
+            self._wake()
+        else:
+            # The reader has all that came before.
+            try:
+                if taker(chunks[0] if len(chunks) == 1 else b"".join(chunks)):
+                    chunks.clear()
+                    self._waiting = 0
+                    return
+            except ValueError as error:
+                chunks.clear()
+                self._fail(f"the worker sent a malformed stream: {error}")
+                return
+            self._wake()
         if self._waiting > HIGH_WATER and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -191,24 +206,6 @@ class UpstreamConnection(asyncio.Protocol):
         self._done = True
         self.open = self.open and self._parser.should_keep_alive()
         self._wake()
-
-    def _pass_on(self) -> None:
-        """Gives the reader what has come, or the taker if the reader has all that came before."""
-        idle = self._arrived is not None and not self._arrived.done()
-        if self._taker is None or not idle or self._done:
-            self._wake()
-            return
-        try:
-            taken = self._taker(b"".join(self._chunks))
-        except ValueError as error:
-            self._chunks.clear()
-            self._fail(f"the worker sent a malformed stream: {error}")
-            return
-        if taken:
-            self._chunks.clear()
-            self._waiting = 0
-        else:
-            self._wake()
 
     def _wake(self) -> None:
         if self._arrived is not None and not self._arrived.done():

@@ -19,7 +19,10 @@ from stretto.protocol.relay import (
 )
 
 MARK_LINE = b"\n" + MARK
+FIRST_MARK = MARK_LINE + b"0 "  # of the first answer
+IN_MARK, IN_END = len(FIRST_MARK), -2  # where its tokens begin and end
 END = b"\n\n"
+NUMBERS = b"0123456789 "
 LAST = b"!" + END  # how the last mark ends; no event does, because JSON has no line breaks
 ERROR = MARK + b"?"
 DATA = b"data: "
@@ -46,11 +49,12 @@ class _Opened(Struct):
 
 @dataclass(slots=True)
 class _Part:
-    """What the client has of one answer. Times are seconds of the gateway's clock."""
+    """What the client has of one answer. Times are seconds of the gateway's clock. `tokens`: a space and the
+    id of each one, as the marks have them: only a failover needs them as numbers."""
 
     first: float
     last: float
-    tokens: list[int] = field(default_factory=list[int])
+    tokens: bytearray = field(default_factory=bytearray)
     complete: bool = False
     late: bool = False
 
@@ -62,16 +66,29 @@ class Progress:
     the code of the error in which the worker ended the stream; the client gets it unless it is RETRIABLE.
     """
 
-    __slots__ = ("_clock", "_head", "_held", "_parts", "_variants", "ended", "error", "took")
+    __slots__ = (
+        "_clock",
+        "_first",
+        "_head",
+        "_held",
+        "_parts",
+        "_variants",
+        "ended",
+        "error",
+        "took",
+        "written",
+    )
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.ended = False  # whether the client has the whole stream
         self.took: Took | None = None  # as the worker said at the end
         self.error = ""
+        self.written = 0  # bytes that `take` has passed on
         self._clock = clock
         self._held: bytes = b""
         self._head: _Opened | None = None
         self._parts: dict[int, _Part] = {}
+        self._first: _Part | None = None  # of the first answer, once the client has something of the stream
         self._variants: dict[int, str] = {}  # that make the answers, where a ladder has several
 
     @property
@@ -82,12 +99,38 @@ class Progress:
     @property
     def emitted(self) -> int:
         """How many tokens the client has."""
-        return sum(len(part.tokens) for part in self._parts.values())
+        return sum(len(part.tokens.split()) for part in self._parts.values())
 
-    def may_end(self, data: bytes) -> bool:
-        """Whether `data` may complete a mark that ends the stream."""
-        data = self._held + data if self._held else data
-        return LAST in data or ERROR in data
+    def take(self, write: Callable[[bytes], bool], data: bytes) -> bool:
+        """Passes the middle of a stream on to `write`. Returns False, with nothing changed, if `write` does,
+        or if `data` may end the stream. Raises ValueError for a malformed mark.
+
+        Nearly all that comes is one event of one line with its token, or several events with theirs. That is
+        not read further.
+        """
+        part = self._first
+        if part is not None and not self._held and data.endswith(END):
+            at = data.find(b"\n") + 1
+            tokens = data[at + IN_MARK : IN_END]
+            if data.startswith(FIRST_MARK, at) and tokens.isdigit() and not data.startswith(MARK):
+                passed = data[: at + 1]
+            else:
+                passed, tokens = _plain(data)
+            if tokens:
+                if not write(passed):
+                    return False
+                part.tokens += b" " + tokens
+                part.last = self._clock()
+                self.written += len(passed)
+                return True
+        held = self._held + data if self._held else data
+        if LAST in held or ERROR in held or not write(b""):
+            return False
+        passed = self.push(data)
+        if passed:
+            write(passed)
+            self.written += len(passed)
+        return True
 
     def push(self, data: bytes) -> bytes:
         """The bytes for the client that `data` completes. Raises ValueError for a malformed mark."""
@@ -141,7 +184,8 @@ class Progress:
             return EmittedAnswer()
         first_ms, last_ms = ((when - arrival) * 1e3 for when in (part.first, part.last))
         variant = self._variants.get(index, "")
-        return EmittedAnswer(part.tokens, part.complete, part.late, first_ms, last_ms, variant)
+        tokens = list(map(int, part.tokens.split()))
+        return EmittedAnswer(tokens, part.complete, part.late, first_ms, last_ms, variant)
 
     def _take(self, events: bytes, line: bytes) -> None:
         """Counts what a mark says of the events before it."""
@@ -156,11 +200,25 @@ class Progress:
         part = self._parts.get(mark.answer)
         if part is None:
             part = self._parts[mark.answer] = _Part(now, now)
-        part.tokens += mark.tokens
+        part.tokens += b"".join([b" %d" % token for token in mark.tokens])
         part.last = now
+        if mark.answer == 0 and self._head is not None:
+            self._first = part
         part.complete = part.complete or mark.complete
         part.late = part.late or mark.late
         self.ended = self.ended or mark.last
+
+
+def _plain(data: bytes) -> tuple[bytes, bytes]:
+    """The events and the tokens of data that ends in a mark, where all marks are those of the first answer
+    and have tokens only. Else the tokens are empty."""
+    first, *others = data.split(FIRST_MARK)
+    read = [other.partition(END) for other in others]
+    tokens = b" ".join([numbers for numbers, _, _ in read])
+    events = b"\n".join([first, *(event for _, _, event in read)])
+    whole = bool(read) and all(numbers for numbers, _, _ in read) and not read[-1][2]
+    other = tokens.translate(None, NUMBERS) or MARK_LINE in events or data.startswith(MARK)
+    return (events, tokens) if whole and not other else (b"", b"")
 
 
 def _opened(events: bytes) -> _Opened:
