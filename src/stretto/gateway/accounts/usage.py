@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from stretto.gateway.accounts.keys import MODE, replace
 from stretto.gateway.accounts.limits import Period, Quantity
 
 DAYS = 62  # kept
+DAY_S = 86_400
 MOST_ROWS = 20_000
 MOST_PER_DAY = 2_000  # tenants times models; the rest of a day is one row, `other`
 OTHER = "other"
@@ -82,6 +84,12 @@ class _Sum:
     joules: float = 0.0
 
 
+@lru_cache(4)
+def _day(number: float) -> str:
+    """The name of a day, by its number since 1970."""
+    return datetime.fromtimestamp(number * DAY_S, UTC).strftime("%Y-%m-%d")
+
+
 class UsageTable:
     """The rows in memory."""
 
@@ -94,7 +102,7 @@ class UsageTable:
 
     def add(self, wall: float, tenant: str, model: str, tally: Tally) -> None:
         """Counts one request that ended at `wall` seconds since 1970."""
-        day = datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%d")
+        day = _day(wall // DAY_S)
         rows = self._days.get(day)
         if rows is None:
             rows = self._days[day] = {}

@@ -6,8 +6,8 @@ It counts a request when it ends; no token costs anything here.
 from __future__ import annotations
 
 import platform
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import takewhile
 from math import inf
@@ -25,6 +25,7 @@ from stretto.telemetry.catalogue import Metric
 from stretto.telemetry.series import Series
 
 OTHER = "other"
+TOGETHER = 32  # requests that the series count in one go
 WINDOW_S = 10.0
 KEPT = 2048
 FRESH_S, MOST_SHOWN = 0.5, 64
@@ -114,34 +115,60 @@ class GatewayMetrics:
         self._gauged: set[tuple[str, ...]] = set()
         self._shown: dict[str | None, tuple[float, Recently]] = {}  # by tenant, and when
         self._recent: deque[RelayedEnd] = deque(maxlen=KEPT)
+        self._uncounted: list[RelayedEnd] = []
         self._of(catalogue.BUILD, version("stretto"), platform.python_version()).set(1)
 
     def ended(self, request: RelayedEnd) -> None:
-        """Counts a request that is over."""
-        tenant, model, tally = self._tenants.of(request.tenant), request.model, request.tally
-        self._of(catalogue.REQUESTS, tenant, model, request.outcome, str(request.status)).inc()
-        for kind, count in (
-            ("prompt", tally.prompt_tokens),
-            ("cached", tally.cached_tokens),
-            ("output", tally.completion_tokens),
-        ):
-            if count:
-                self._of(catalogue.TOKENS, tenant, model, kind).inc(count)
-        if tally.cost:
-            self._of(catalogue.COST, tenant, model).inc(tally.cost)
-        if tally.joules:
-            self._of(catalogue.JOULES, tenant, model).inc(tally.joules)
-        if request.worker:
-            self._of(catalogue.ROUTED, self._workers.of(request.worker)).inc()
-        if request.upstream is not None:
-            self._of(catalogue.UPSTREAM, self._workers.of(request.worker)).observe(request.upstream)
-        if request.first is not None:
-            self._of(catalogue.TTFT, model).observe(request.first)
-            if request.forecast is not None and request.forecast < inf:
-                self._of(catalogue.FORECAST, model).observe(request.forecast)
-                error = abs(request.forecast - request.first)
-                self._of(catalogue.FORECAST_ERROR, model).observe(error)
+        """Counts a request that is over. The series count several together, because each has a lock."""
         self._recent.append(request)
+        self._uncounted.append(request)
+        if len(self._uncounted) >= TOGETHER:
+            self._count_ended()
+
+    def _count_ended(self) -> None:
+        ended, self._uncounted = self._uncounted, []
+        alike: defaultdict[tuple[str, str, str, str, str], list[RelayedEnd]] = defaultdict(list)
+        for each in ended:
+            alike[each.tenant, each.model, each.outcome, str(each.status), each.worker].append(each)
+        for (tenant, model, outcome, status, worker), requests in alike.items():
+            tenant = self._tenants.of(tenant)
+            self._of(catalogue.REQUESTS, tenant, model, outcome, status).inc(len(requests))
+            used = [each.tally for each in requests]
+            for metric, labels, amount in (
+                (catalogue.TOKENS, (tenant, model, "prompt"), sum(each.prompt_tokens for each in used)),
+                (catalogue.TOKENS, (tenant, model, "cached"), sum(each.cached_tokens for each in used)),
+                (
+                    catalogue.TOKENS,
+                    (tenant, model, "output"),
+                    sum(each.completion_tokens for each in used),
+                ),
+                (catalogue.COST, (tenant, model), sum(each.cost for each in used)),
+                (catalogue.JOULES, (tenant, model), sum(each.joules for each in used)),
+            ):
+                if amount:
+                    self._of(metric, *labels).inc(amount)
+            if worker:
+                self._of(catalogue.ROUTED, self._workers.of(worker)).inc(len(requests))
+            self._count_times(model, worker, requests)
+
+    def _count_times(self, model: str, worker: str, requests: Sequence[RelayedEnd]) -> None:
+        """Counts the times of requests to one model that one worker answered."""
+        upstream = [each.upstream for each in requests if each.upstream is not None]
+        if upstream:
+            self._of(catalogue.UPSTREAM, self._workers.of(worker)).observe_all(upstream)
+        firsts = [each.first for each in requests if each.first is not None]
+        forecasts = [
+            (each.forecast, abs(each.forecast - each.first))
+            for each in requests
+            if each.first is not None and each.forecast is not None and each.forecast < inf
+        ]
+        for metric, seconds in (
+            (catalogue.TTFT, firsts),
+            (catalogue.FORECAST, [forecast for forecast, _ in forecasts]),
+            (catalogue.FORECAST_ERROR, [error for _, error in forecasts]),
+        ):
+            if seconds:
+                self._of(metric, model).observe_all(seconds)
 
     def recently(self, clock: float, tenant: str | None) -> Recently:
         """The last WINDOW_S seconds before `clock`; of one tenant, None for all."""
@@ -174,6 +201,7 @@ class GatewayMetrics:
 
     def text(self) -> bytes:
         """The exposition that Prometheus reads."""
+        self._count_ended()
         now = self._now()
         self._of(catalogue.OPEN).set(now.open)
         self._of(catalogue.DRAINING).set(now.draining)
