@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
 from typing import Any, cast
 
+from msgspec import json
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
+from websockets.http11 import Response
 
-from stretto.errors import StrettoError
+from stretto.errors import InvalidHttp, StrettoError, UpgradeRequired
 from stretto.http.limits import Edge
+from stretto.protocol.parsing import JSON
 
 # uvicorn would log every handshake, and with its traceback every message that is no UTF-8.
 SILENT = logging.getLogger(f"{__name__}.uvicorn")
@@ -34,6 +40,7 @@ class SocketConnection(WebSocketsSansIOProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.logger = SILENT
+        cast(Any, self.conn).reject = partial(_reject, self.conn.reject)
         self._edge = cast(Edge, config.edge)
         self._since = self._edge.now
         self._blocked_since: float | None = None
@@ -82,3 +89,20 @@ class SocketConnection(WebSocketsSansIOProtocol):
         """The client has caught up."""
         self._blocked_since = None
         super().resume_writing()
+
+
+def _reject(plain: Callable[[int, str], Response], status: int, text: str) -> Response:
+    """The answer to a handshake that is none, as every other error. websockets would send plain text."""
+    response = plain(status, text)
+    if not text:
+        return response
+    error: StrettoError = InvalidHttp(text.strip())
+    if status == HTTPStatus.UPGRADE_REQUIRED:
+        error = UpgradeRequired(text.strip())
+    elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        error = StrettoError("an error inside the server; its log names the place")
+    response.body = json.encode(error.body())
+    for name, value in (("Content-Type", JSON), ("Content-Length", str(len(response.body)))):
+        del response.headers[name]
+        response.headers[name] = value
+    return response

@@ -363,7 +363,10 @@ async def test_a_handshake_that_is_none(served: Served, handshake: str) -> None:
     writer.write("\r\n".join([*lines.values(), "", ""]).encode())
     async with asyncio.timeout(20):
         answer = await reader.readuntil(b"\r\n\r\n")
-    assert answer.split()[1] in (b"400", b"405", b"426")
+        length = int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        error = json.loads(await reader.readexactly(length))["error"]
+    assert answer.split()[1] in (b"400", b"405", b"426") and b"application/json" in answer
+    assert error["message"] and error["type"] == "invalid_request_error"
     writer.close()
 
 
