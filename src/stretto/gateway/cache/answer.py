@@ -1,7 +1,9 @@
 """A kept answer: read from what a worker sent, as a stream or in one piece, and written as either. Pure.
 
-An answer is kept as the chunks of its stream. Unknown members of a chunk are kept too, so that answers of
-servers of another kind come back whole. What is cut or failed is no answer: reading it gives None.
+An answer is kept as the chunks of its stream, with members that nobody knows, so that answers of servers of
+another kind come back whole. What is cut or failed is no answer: reading it gives None. `sent` is a second
+form, for the other APIs. This one serves both ways to ask from one answer, as chunks add up to the whole; in
+`sent` each way is kept for itself. In this form, the other APIs would need writers like those of a worker.
 """
 
 from __future__ import annotations
