@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from msgspec import Struct, json
@@ -37,7 +38,7 @@ from stretto.gateway.routing.router import Router
 from stretto.gateway.settings import GatewayConfig
 from stretto.http.dialects import dialect_of
 from stretto.http.errors import error_response, internal, nothing_there
-from stretto.http.exchange import KEY, WRITE, Exchange, ExchangeLayer
+from stretto.http.exchange import KEY, WRITE, Exchange, ExchangeLayer, watch
 from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
 from stretto.protocol.health import Status
@@ -132,7 +133,8 @@ class RelayedPath:
                 references=fields.references if self.operation == "responses" else (),
             )
             work = gateway.answers.run(relayed)
-            gone = not await gateway.server.run(work, receive, account.record.id, lambda: client.whole)
+            watching = partial(watch, scope, receive)
+            gone = not await gateway.server.run(work, watching, account.record.id, lambda: client.whole)
         except ClientDisconnect:
             gone = True
         except asyncio.CancelledError:

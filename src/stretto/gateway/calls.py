@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Container, Coroutine
 from typing import Any
 
-from starlette.types import Receive
-
 from stretto.errors import StrettoError
 from stretto.gateway.settings import GatewayConfig
 from stretto.telemetry.log import LineWriter
@@ -59,32 +57,34 @@ class Calls:
     async def run(
         self,
         work: Coroutine[Any, Any, None],
-        receive: Receive | None,
+        watch: Callable[[Callable[[], None]], Callable[[], object]] | None,
         owner: str = "",
         whole: Callable[[], bool] = lambda: False,
     ) -> bool:
         """Runs a call in the current task. Returns False when its client left before the call was done, or
         before it had the `whole` answer. Raises StrettoError.
 
-        `receive` None: the call notices itself when its client leaves.
+        `watch(gone)` has `gone` called when the client leaves, and returns what ends that. None: the call
+        notices itself when its client leaves.
         """
         task = asyncio.current_task()
         assert task is not None
-        gone = None if receive is None else asyncio.create_task(_gone(receive))
+        left = False
 
-        def leave(_: asyncio.Task[None]) -> None:
+        def gone() -> None:
+            nonlocal left
+            left = True
             if task in self._tasks and not whole():
                 task.cancel()
 
-        if gone is not None:
-            gone.add_done_callback(leave)
         self._tasks[task] = owner
+        unwatch = None if watch is None else watch(gone)
         try:
             await work
             return True
         except asyncio.CancelledError:
             error = self._errors.pop(task, None)
-            if error is None and (gone is None or not gone.done() or gone.cancelled()):
+            if error is None and not left:
                 raise
             task.uncancel()
             if error is not None:
@@ -92,10 +92,5 @@ class Calls:
             return False
         finally:
             del self._tasks[task]
-            if gone is not None:
-                gone.cancel()
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+            if unwatch is not None:
+                unwatch()
