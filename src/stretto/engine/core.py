@@ -18,6 +18,7 @@ from operator import attrgetter
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.deadline import pressure
 from stretto.engine.scheduler.lateness import RESUME_S, goes_first_at
+from stretto.engine.scheduler.lengths import IdleTime
 from stretto.engine.scheduler.types import (
     History,
     Limits,
@@ -59,12 +60,13 @@ class EngineCore:
         self._emit = emit
         self._sequences: dict[int, Sequence] = {}
         self._events: list[TokenEvent] = []
+        idle = IdleTime()
         self.models = {
             model.runner.info.name: ModelState(
                 runner=model.runner,
                 pool=BlockPool(model.runner.info.blocks, model.runner.info.block_size, share=share),
                 slots=list(range(limits.max_running - 1, -1, -1)),
-                history=History.of(model.times, model.runner.info.usual_tokens, limits.tiers),
+                history=History.of(model.times, model.runner.info.usual_tokens, limits.tiers, idle),
                 speculation=model.speculation,
             )
             for model in models
@@ -356,10 +358,7 @@ class EngineCore:
                     self._record_emission(model, seq)
                     self._end(seq, Ending(Reason.LENGTH))
         stats = self._stats(model, launched, accepted)
-        model.history.times.observe(launched.load, stats.ms)
-        now = self._clock()
-        model.history.fairness.fade(now)
-        model.history.arrivals.fade(now)
+        model.history.observe(launched.load, stats.ms, self._clock())
         if not model.busy:
             model.answered = None
         return stats

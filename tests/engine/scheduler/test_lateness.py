@@ -10,8 +10,16 @@ from msgspec import structs
 from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import SCHEDULES
-from stretto.engine.scheduler.lateness import Alarms, beyond_their_limit, first_rank, longest_wait_s, works_of
-from stretto.engine.scheduler.lengths import OFFERED_S
+from stretto.engine.scheduler.lateness import (
+    FLEX_WAIT_S,
+    Alarms,
+    backlog_of,
+    beyond_their_limit,
+    first_rank,
+    longest_wait_s,
+    works_of,
+)
+from stretto.engine.scheduler.lengths import IDLE_S, OFFERED_S, IdleTime
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import StepTime
@@ -137,6 +145,73 @@ def test_flex_prompts_are_refused_in_an_overload_that_is_not_brief_or_slight():
         world.run()
         refused.append(sum(end.reason is Reason.REFUSED for end in world.ends.values()))
     assert refused == [0, 5]
+
+
+def test_flex_prompts_of_a_burst_wait_for_a_pause_like_those_before():
+    """A hundred come in an overload. Once all were refused, also after a pause of half an hour."""
+    answered: list[int] = []
+    for pause_s in (0.0, 0.2 * IDLE_S, IDLE_S):
+        world = engine()
+        arrive(world, [asked(ident, 10, Objective(), tokens=2, at=ident * pause_s) for ident in (0, 1)])
+        arrivals = world.engine.models["null"].history.arrivals
+        arrivals.offer(CPU_TIERS["default"].weight, 1.2 * OFFERED_S * 1e3)
+        for ident in (2, 3):
+            timed = asked(ident, 2500, CPU_TIERS["default"].objective, tokens=5, at=world.clock())
+            world.submit(structs.replace(timed, tier="default"))
+        world.step()
+        for ident in range(4, 104):
+            flex = asked(ident, 800, CPU_TIERS["flex"].objective, tokens=5, at=world.clock())
+            world.submit(structs.replace(flex, tier="flex"))
+        world.run()
+        kept = [ident for ident in range(4, 104) if world.ends[ident].reason is not Reason.REFUSED]
+        waits = [world.stamps[ident][0] - world.requests[ident].arrival for ident in kept]
+        assert max(waits, default=0.0) <= FLEX_WAIT_S
+        assert not any(world.ends[ident].late for ident in (2, 3))
+        answered.append(len(kept))
+    nothing, little, much = answered
+    assert (nothing, nothing < little < much < 100) == (0, True), answered
+
+
+def test_idle_time_is_what_was_seen_of_it():
+    idle, now = IdleTime(), 5_000.0
+    assert idle.share(now) == 0.0, "nothing is known before the first step"
+    idle.observe(100.0, now)
+    for _ in range(8000):
+        now += 2.0
+        idle.observe(500.0, now)
+    assert abs(idle.share(now) - 0.75) < 0.02
+    assert idle.share(now + IDLE_S) > 0.9
+    for _ in range(4000):
+        now += 1.0
+        idle.observe(1000.0, now)
+    assert 0.0 <= idle.share(now) < 0.1
+
+
+def test_the_models_of_a_device_share_what_is_known_of_its_idle_time():
+    clock = VirtualClock()
+    runners = [
+        NullRunner(null_info(name=name, context=1024, blocks=64), cost=SMALL_CPU, sleep=clock.sleep)
+        for name in ("a", "b")
+    ]
+    models = [LoadedModel(runner, StepTime(SMALL_CPU)) for runner in runners]
+    world = World(clock, models, Limits(8, 512, CPU_TIERS), SCHEDULES["deadline"])
+    for ident in range(1, 50):
+        world.submit(structs.replace(asked(ident, 300, Objective(), at=clock()), model="a"))
+    world.run()
+    assert clock() > 60.0
+    assert world.engine.models["b"].history.idle.share(clock()) < 0.01
+
+
+def test_the_backlog_counts_all_that_wait_though_it_looks_at_the_first_ones():
+    world = engine()
+    for ident in range(1, 200):
+        flex = asked(ident, 1000, CPU_TIERS["flex"].objective, tokens=5)
+        world.submit(structs.replace(flex, tier="flex"))
+    world.step()
+    waiting = world.engine.models["null"].queues.waiting
+    assert len(waiting) > 150
+    backlog = backlog_of(world.engine.context("null"), waiting[:10], len(waiting))
+    assert backlog.flex_ms == sum(works_of(waiting, SMALL_CPU)) > 0
 
 
 def test_the_work_of_a_waiting_prompt_is_what_the_prefix_cache_leaves_of_it():

@@ -171,7 +171,7 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         context=sum(seq.length for seq in streams),
         prompts=jobs,
         inflow={weight: context.history.arrivals.above(weight) for weight in weights},
-        backlog=backlog_of(context, islice(behind, MAX_PROMPTS)),
+        backlog=backlog_of(context, islice(behind, MAX_PROMPTS), last - first),
         worth=dict(islice(((tenant, value) for tenant, value in worth.items() if value), MAX_PROMPTS)),
         lengths={name: context.history.lengths.predict(name) for name in tiers},
         patient=patient(estimate, early, context.now)[0] if estimate.stretches else None,

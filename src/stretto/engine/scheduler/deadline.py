@@ -167,6 +167,7 @@ def _look_at_waiting(builder: PlanBuilder, expired: set[Sequence]) -> tuple[list
     prompts = [(seq.rank, seq) for seq in waiting[timed : min(best_effort, timed + DEPTH)]]
     spare = bisect_left(waiting, (SPARE_TIME,), key=_rank)
     others = [(seq.rank, seq) for seq in waiting[best_effort : min(spare, best_effort + DEPTH)]]
+    builder.behind = spare - best_effort
     due = builder.context.due
     if due:
         prompts = [one for one in prompts if one[1] not in due]
@@ -370,7 +371,7 @@ def _admit(
     if newcomers:
         horizon_s = max((rank.order - now for rank, _ in prompts if rank.negated_weight > FIRST), default=0.0)
         behind = [seq for _, seq in others if seq not in newcomers]
-        backlog = backlog_of(builder.context, behind, horizon_s)
+        backlog = backlog_of(builder.context, behind, builder.behind, horizon_s)
         for rank, seq in [one for one in prompts + others if one[1] in newcomers]:
             late_s = deferred.get(seq, 0.0)
             prompt = prompt_of(seq, rank, builder.cost, prompts, deferred)
@@ -448,7 +449,7 @@ def _put_off(
             continue
         hopeless = many or now + ms / 1e3 > seq.deadline.next  # even with the machine to itself
         if (hopeless or seq in sure) and may_refuse(seq) and gives_way(seq, builder.cost):
-            backlog = backlog or backlog_of(builder.context, (other for _, other in others))
+            backlog = backlog or backlog_of(builder.context, (other for _, other in others), builder.behind)
             prompt = prompt_of(seq, rank, builder.cost)
             asked = newcomer(prompt, deferral, deferred[seq], backlog, now)._replace(late_s=deferred[seq])
             if shortfall(asked, backlog) > 0:

@@ -32,6 +32,7 @@ RESERVE = 8.0, 24.0  # beyond it they leave room for so many more like them; at 
 OVERLOAD = 1.0  # of the time: more prompt work than this that comes is an overload
 FLEX_OVERLOAD = 1.1  # the same before prompts without an objective get less room: they can wait longer
 OVERLOAD_FLEX = 0.1  # of the time is counted on for prompts without an objective in overload
+IDLE = 0.4  # of the share of idle time in the last half hour is counted on for them whatever comes now
 MOST = 0.9  # of the time that others leave is counted on for prompts without an objective
 SHORT_QUEUE = 0.2  # of its TTFT objective a newcomer may wait while newcomers are refused
 LONG_QUEUE = 0.8  # the same before any is refused
@@ -74,6 +75,7 @@ class Backlog(Struct, frozen=True, array_like=True):
     recent: dict[float, float] = {}  # by weight, the same for what comes now in it and in heavier ones
     lump_ms: float = 0.0  # what a prompt of the usual size takes, by work
     turns_away: tuple[float, ...] = ()  # the weights of which a newcomer was refused a moment ago
+    idle: float = 0.0  # share of the last half hour in which no step ran
 
     @property
     def overload(self) -> bool:
@@ -187,11 +189,17 @@ def shortfall(asked: Newcomer, backlog: Backlog) -> float:
     While many prompts wait, one without an objective must leave room for several more like it, so only short
     ones are admitted. This is trunk reservation, which is close to optimal when more comes than can be served
     (Reiman, Queueing Systems 8, 1991). One that will be late is admitted if none like it waits.
+
+    After a burst comes a pause, so what waits without an objective may also wait for idle time like that of
+    the last half hour. It must have its turn there before it goes first.
     """
     overload = backlog.offered > (FLEX_OVERLOAD if asked.ttft_s == inf else OVERLOAD)
     spare = OVERLOAD_FLEX if overload else max(LEAD, MOST - backlog.timed)
     if asked.ttft_s == inf:
         own_s, horizon_s = asked.alone_ms / asked.rate, backlog.horizon_s
+        idle_ms = IDLE * backlog.idle * (asked.wait_s - LEAD * FLEX_WAIT_S) * 1e3
+        if backlog.flex_ms + (1 + RESERVE[False]) * asked.alone_ms <= idle_ms:
+            return 0.0
         excess = _excess(asked, backlog.flex_ms, spare)
         if asked.busy_s > FREE[overload] * horizon_s:
             excess = max(excess, (1 + RESERVE[overload]) * own_s + asked.busy_s - horizon_s)
@@ -204,13 +212,16 @@ def shortfall(asked: Newcomer, backlog: Backlog) -> float:
     return asked.late_s if _excess(asked, ahead_ms, spare) > 0 else 0.0
 
 
-def backlog_of(context: SchedulingContext, prompts: Iterable[Sequence], horizon_s: float = 0.0) -> Backlog:
-    """The backlog of these prompts, which wait behind those that can be on time.
+def backlog_of(
+    context: SchedulingContext, prompts: Iterable[Sequence], waiting: int, horizon_s: float = 0.0
+) -> Backlog:
+    """The backlog of the prompts that wait behind those that can be on time, by the first of them.
 
-    `horizon_s`: the longest TTFT objective of a waiting prompt.
+    `waiting`: how many wait there in all. `horizon_s`: the longest TTFT objective of a waiting prompt.
     """
     arrivals, late_ms, flex_ms = context.history.arrivals, 0.0, 0.0
     prompts = list(prompts)
+    times = max(waiting / (len(prompts) or 1), 1.0)
     for seq, ms in zip(prompts, works_of(prompts, context.history.times.cost), strict=True):
         if seq.deadline.next < inf:
             late_ms += ms
@@ -219,14 +230,15 @@ def backlog_of(context: SchedulingContext, prompts: Iterable[Sequence], horizon_
     tiers = context.limits.tiers
     targets = [tier.objective.ttft_ms for tier in tiers.values()]
     return Backlog(
-        late_ms=late_ms,
-        flex_ms=flex_ms,
+        late_ms=late_ms * times,
+        flex_ms=flex_ms * times,
         timed=arrivals.above(0.0),
         offered=arrivals.offered,
         horizon_s=max((horizon_s, *(ms / 1e3 for ms in targets if ms is not None))) or inf,
         recent={weight: arrivals.recent(weight) for weight in {tier.weight for tier in tiers.values()}},
         lump_ms=arrivals.lump_ms,
         turns_away=arrivals.turns_away(context.now),
+        idle=context.history.idle.share(context.now),
     )
 
 

@@ -1,6 +1,6 @@
-"""Two predictions from recent requests: how many tokens an answer will have, and how much work arrives.
+"""What the recent past predicts: the tokens of an answer, the work that arrives, and the time left over.
 
-The engine's loop records requests, the scheduler asks.
+The engine's loop records requests and steps, the scheduler asks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ LONG = 0.7  # the quantile that stands for a long answer
 ARRIVALS_S = 120.0
 OFFERED_S = 600.0  # the same for what comes, refused or not: a burst is no overload
 RECENT_S = 10.0  # the same for what comes now, on a machine whose objectives are short
+IDLE_S = 1800.0  # the same for the time in which no step ran: bursts and the pauses between them
 
 
 class AnswerLengths:
@@ -100,3 +101,34 @@ class ArrivalRate:
             self._recent = {weight: ms * recent for weight, ms in self._recent.items()}
             self._ms = {weight: ms * share for weight, ms in self._ms.items()}
             self._faded = now
+
+
+class IdleTime:
+    """The share of the time in which no step ran on the device, fading over `IDLE_S`.
+
+    Time before the first step counts as busy, because nothing is known of it.
+    """
+
+    def __init__(self) -> None:
+        self._busy_s = self._known = 0.0  # of `IDLE_S`
+        self._faded: float | None = None
+
+    def observe(self, ms: float, now: float) -> None:
+        """Record a step that took `ms` and ended now."""
+        if self._faded is None:
+            self._faded = now
+            return
+        if now - self._faded >= 1.0:
+            self._busy_s, self._known = self._at(now)
+            self._faded = now
+        self._busy_s += ms / 1e3
+
+    def share(self, now: float) -> float:
+        """The share of the time in which no step ran."""
+        busy_s, known = self._at(now)
+        return max(known - busy_s / IDLE_S, 0.0)
+
+    def _at(self, now: float) -> tuple[float, float]:
+        """The busy seconds and the share of the time that is known, faded until now."""
+        left = 1.0 if self._faded is None else exp((self._faded - now) / IDLE_S)
+        return self._busy_s * left, 1.0 - (1.0 - self._known) * left

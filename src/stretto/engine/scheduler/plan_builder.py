@@ -36,6 +36,7 @@ class PlanBuilder(Struct, eq=False):
     slots_left: int  # sequences that may still be admitted
     end: float = inf  # when the step must be over
     timed_rows: int = 0  # rows of streams with a deadline, which stand first
+    behind: int = 0  # sequences that wait behind the prompts with a deadline
     full: bool = False  # whether a sequence without a deadline was turned away
     held: bool = False  # whether all slots are taken by sequences that cannot be preempted
     claimed: set[bytes] = set()  # keys of blocks that admitted ones will compute

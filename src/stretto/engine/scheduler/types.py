@@ -14,7 +14,13 @@ from msgspec import Struct
 from stretto.config import TIERS, Tier
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.fairness import Fairness
-from stretto.engine.scheduler.lengths import DEFAULT_LENGTH, RECENT_S, AnswerLengths, ArrivalRate
+from stretto.engine.scheduler.lengths import (
+    DEFAULT_LENGTH,
+    RECENT_S,
+    AnswerLengths,
+    ArrivalRate,
+    IdleTime,
+)
 from stretto.engine.sequence import Rank, Sequence
 from stretto.engine.step_time import StepCost, StepLoad, StepTime, Window
 
@@ -59,14 +65,29 @@ class History:
     fairness: Fairness = field(default_factory=Fairness)
     lengths: AnswerLengths = field(default_factory=AnswerLengths)
     arrivals: ArrivalRate = field(default_factory=ArrivalRate)
+    idle: IdleTime = field(default_factory=IdleTime)  # of the device: all its models share it
 
     @classmethod
-    def of(cls, times: StepTime, usual_tokens: int, tiers: Mapping[str, Tier] = TIERS) -> History:
-        """Before any request. `usual_tokens`: of a long answer; 0: unknown."""
+    def of(
+        cls,
+        times: StepTime,
+        usual_tokens: int,
+        tiers: Mapping[str, Tier] = TIERS,
+        idle: IdleTime | None = None,
+    ) -> History:
+        """Before any request. `usual_tokens`: of a long answer; 0: unknown. `idle`: that of the device."""
         targets = (tier.objective.ttft_ms for tier in tiers.values())
         recent_s = RECENT * max((ms / 1e3 for ms in targets if ms is not None), default=0.0)
         arrivals = ArrivalRate(max(recent_s, RECENT_S))
-        return cls(times, lengths=AnswerLengths(usual_tokens or DEFAULT_LENGTH), arrivals=arrivals)
+        lengths = AnswerLengths(usual_tokens or DEFAULT_LENGTH)
+        return cls(times, lengths=lengths, arrivals=arrivals, idle=idle or IdleTime())
+
+    def observe(self, load: StepLoad, ms: float, now: float) -> None:
+        """Record a step that took `ms` and has ended now, and let the past count less."""
+        self.times.observe(load, ms)
+        self.idle.observe(ms, now)
+        self.fairness.fade(now)
+        self.arrivals.fade(now)
 
     def record(self, plan: Plan, tiers: Mapping[str, Tier], now: float) -> None:
         """Record the work of a plan's newcomers, of which the refused ones have ended, and its promises."""
