@@ -79,6 +79,12 @@ class Deadline:
         self.target_itl_s = min(self.target_itl_s, max(self.whole - now, 0.0) / tokens)
 
 
+def first_due(arrival: float, objective: Objective) -> float:
+    """When the first token of a request is due. The same as with `Deadline`, without one."""
+    first, whole = arrival + _seconds(objective.ttft_ms), arrival + _seconds(objective.total_ms)
+    return first if first < whole else whole
+
+
 def excess_ms(objective: Objective, first_ms: float, last_ms: float, tokens: int) -> float:
     """By how much an answer of `tokens` tokens would miss its deadlines; 0: it would be on time.
 

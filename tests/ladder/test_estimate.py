@@ -9,15 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stretto.ladder import estimate as estimates
 from stretto.ladder.estimate import (
     FEATURES,
     MAX_CHARS,
+    PLAIN_WORD,
+    WORD,
     QualityBin,
     QualityModel,
     estimate,
     features,
     linear,
     prompt_text,
+    raw,
 )
 from stretto.optimise.data import DataSample
 from stretto.optimise.evaluate import calibrated, fitted
@@ -49,6 +53,44 @@ def test_the_score_is_the_sum_of_all_features_times_their_weights(text: str, see
     weights = tuple(rng.uniform(-2, 2) for _ in range(FEATURES))
     plain = sum(weights[index] * value for index, value in found.pairs())
     assert linear(weights, found) == pytest.approx(plain, abs=1e-12)
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_plain_text_has_the_words_that_any_text_has(text: str) -> None:
+    assert PLAIN_WORD.findall(text) == WORD.findall(text)
+
+
+@given(st.text(), st.integers(0, 2**16))
+def test_the_quick_estimate_is_that_of_the_score_between_its_bins(text: str, seed: int) -> None:
+    rng, found = Random(seed), features(text)
+    scores, lows = sorted(rng.random() for _ in range(4)), sorted(rng.random() for _ in range(4))
+    bins = tuple(
+        QualityBin(score, min(1.0, low + 0.1), low, 9) for score, low in zip(scores, lows, strict=True)
+    )
+    model = QualityModel(tuple(rng.uniform(-2, 2) for _ in range(FEATURES)), bins)
+    score, quality = raw(model.weights, found), estimate(model, found)
+    place = sum(each < score for each in scores)
+    if place in (0, len(bins)):
+        end = bins[min(place, len(bins) - 1)]
+        assert quality == (end.mean, end.low)
+    else:
+        left, right = bins[place - 1], bins[place]
+        share = (score - left.score) / (right.score - left.score)
+        assert quality.low == pytest.approx(left.low + share * (right.low - left.low), abs=1e-9)
+        assert quality.mean == pytest.approx(left.mean + share * (right.mean - left.mean), abs=1e-9)
+
+
+def test_words_are_remembered_within_bounds_and_fall_into_the_same_buckets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = [f"word{'x' * number} {number}" for number in range(60)]
+    before = [features(text) for text in texts]
+    monkeypatch.setattr(estimates, "KEPT_WORDS", 8)
+    kept = estimates._INDICES  # pyright: ignore[reportPrivateUsage]
+    kept.clear()
+    for text, found in zip(texts, before, strict=True):
+        assert features(text) == found
+        assert len(kept) <= 8
 
 
 def test_the_estimate_is_calibrated_on_prompts_it_has_not_seen() -> None:

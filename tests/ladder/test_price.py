@@ -16,11 +16,11 @@ from stretto.ladder.price import (
     WorkOption,
 )
 
-TOP, LIGHT = WorkOption(1000.0, 0.9), WorkOption(100.0, 0.6)
+TOP, LIGHT = (1000.0, 0.9), (100.0, 0.6)
 
 
 def taken(price: float, options: tuple[WorkOption, ...]) -> WorkOption:
-    return max(options, key=lambda option: option.quality - price * option.work_ms)
+    return max(options, key=lambda option: option[1] - price * option[0])
 
 
 def at_rate(per_second: float, options: tuple[WorkOption, ...] = (TOP, LIGHT)) -> TimePrice:
@@ -43,23 +43,23 @@ def test_time_is_free_while_the_best_variants_fit() -> None:
 def test_of_equal_requests_as_many_take_the_better_variant_as_fit() -> None:
     price = at_rate(2.0)
     chosen = [taken(seen(price, 30.0), (TOP, LIGHT)) for _ in range(100)]
-    work_ms = sum(option.work_ms for option in chosen)
+    work_ms = sum(work_ms for work_ms, _ in chosen)
     assert abs(work_ms / (100 / 2.0 * 1e3) - FULL) < 0.03
     assert chosen[:50].count(TOP) in range(chosen.count(TOP) // 2 - 1, chosen.count(TOP) // 2 + 2)
 
 
 def test_of_different_requests_those_gain_most_that_need_the_better_variant() -> None:
     rng, price = Random(0), TimePrice()
-    asked = [(WorkOption(1000.0, rng.random()), WorkOption(100.0, 0.1)) for _ in range(60)]
+    asked = [((1000.0, rng.random()), (100.0, 0.1)) for _ in range(60)]
     for number, options in enumerate(asked):
         price.offer(10.0 + number / 3, options)  # 3 requests a second: 3 s of work for the top in each second
     value = seen(price, 30.0)
     chosen = [taken(value, options) for options in asked]
     assert taken(seen(price, 30.0), asked[0]) == chosen[0]
-    work_s = sum(option.work_ms for option in chosen) / 1e3
+    work_s = sum(work_ms for work_ms, _ in chosen) / 1e3
     assert 0.6 * FULL * HORIZON_S < work_s < 1.1 * FULL * HORIZON_S
-    gains = [options[0].quality for options in asked]
-    heavy = {gain for gain, option in zip(gains, chosen, strict=True) if option.work_ms == 1000.0}
+    gains = [options[0][1] for options in asked]
+    heavy = {gain for gain, option in zip(gains, chosen, strict=True) if option[0] == 1000.0}
     assert min(heavy) > max(gain for gain in gains if gain not in heavy), "the largest gains get the time"
 
 
@@ -112,7 +112,7 @@ def test_a_price_falls_by_half_at_the_fastest() -> None:
 
 
 def test_a_new_price_takes_little_time() -> None:
-    price = at_rate(100.0, tuple(WorkOption(100.0 * (k + 1), 0.5 + k / 20) for k in range(5)))
+    price = at_rate(100.0, tuple((100.0 * (k + 1), 0.5 + k / 20) for k in range(5)))
     best = 1.0
     for round_ in range(10):
         started = process_time()

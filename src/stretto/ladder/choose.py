@@ -121,17 +121,21 @@ def choose(candidates: Sequence[LadderCandidate], need: Need, price: float = 0.0
     if not candidates:
         raise ValueError("there is no variant to choose from")
     predicted = [_foreseen(candidate, need) for candidate in candidates]
+    floor, longest = need.min_quality, need.longest_tokens > need.output_tokens
     on_time = [each for each in predicted if each.excess_ms <= 0.0]
-    feasible = [each for each in on_time if each.candidate.quality_low >= need.min_quality]
-    safe = [each for each in feasible if _bears_the_longest(each, need)]
+    feasible = [each for each in on_time if each.candidate.quality_low >= floor]
+    safe = [each for each in feasible if _bears_the_longest(each, need)] if longest else feasible
     if feasible:
-        feasible, tight = safe or feasible, [each for each in feasible if safe and each not in safe]
+        tight = [each for each in feasible if each not in safe] if safe and safe is not feasible else []
+        feasible = safe or feasible
         order = _ORDERS[need.preference]
         chosen = best = min(feasible, key=order)
         if price > 0.0 and need.preference == "quality":
             chosen = min(feasible, key=lambda each: _by_worth(each, price))
-        variants = [each for each in predicted if each.candidate.takeover is None or each is chosen]
-        first = min(variants, key=order)
+        first = best
+        if len(feasible) < len(predicted):
+            variants = [each for each in predicted if each.candidate.takeover is None or each is chosen]
+            first = min(variants, key=order)
         reason = "load" if chosen is not best else "deadline" if first in tight else _reason(first, chosen)
         reader = next((each for each in feasible if each.candidate.cached), None)
         if reader is not None and reader is not chosen and need.preference == "quality":
@@ -199,17 +203,19 @@ def _with_takeover(begun: Prediction, takeover: Takeover, need: Need) -> Predict
 
 def predict(candidate: LadderCandidate, need: Need) -> Prediction:
     """What the candidate would do: queue + prefill, then `output_tokens` steps of its usual duration."""
-    cost, margin = candidate.cost, candidate.margin
-    length, tokens = need.prompt_tokens, max(need.output_tokens, 1)
-    prefill, keys = cost.prefill(candidate.cached, length - candidate.cached), length + tokens // 2
+    cost, margin, streams = candidate.cost, candidate.margin, candidate.streams + 1
+    length, cached, tokens = need.prompt_tokens, candidate.cached, need.output_tokens
+    if tokens < 1:
+        tokens = 1
+    prefill, keys = cost.prefill(cached, length - cached), length + tokens // 2
     ttft = need.elapsed_ms + candidate.queue_ms + margin * (cost.base + prefill) / candidate.pace
-    itl = margin * cost.decodes(candidate.streams + 1, candidate.context + keys) + candidate.beside_ms
+    itl = margin * cost.decodes(streams, candidate.context + keys) + candidate.beside_ms
     total = ttft + (tokens - 1) * itl
     excess = excess_ms(need.objective, ttft, total, tokens)
     if candidate.crowded and excess < CROWDED_MS:
         excess = CROWDED_MS
     usual = need.mean_tokens or tokens
-    work = prefill + usual * (cost.row(length + usual // 2) + cost.base / (candidate.streams + 1))
+    work = prefill + usual * (cost.row(length + usual // 2) + cost.base / streams)
     return Prediction(candidate, ttft, itl, total, candidate.joules_per_token * tokens, excess, work)
 
 

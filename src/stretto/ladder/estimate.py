@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterable
-from functools import lru_cache
 from itertools import pairwise
 from math import exp, log
+from operator import itemgetter
 from typing import Annotated, NamedTuple
 from zlib import crc32
 
@@ -20,7 +20,9 @@ BUCKETS = 512
 NUMBERS = 4  # features that are numbers, before the buckets
 MAX_WORDS = 96
 MAX_CHARS = 4096
+KEPT_WORDS = 8192  # of which the buckets are remembered
 WORD = re.compile(r"[^\W\d_]+|\d")
+PLAIN_WORD = re.compile(r"[A-Za-z]+|[0-9]")  # the same in ASCII, in half the time
 FEATURES = NUMBERS + BUCKETS
 Chance = Annotated[float, Meta(ge=0, le=1)]
 
@@ -83,17 +85,26 @@ def prompt_text(last: str, others: Iterable[str]) -> str:
 
 def features(text: str) -> PromptFeatures:
     """The features of a prompt's text. Its first `MAX_WORDS` words fall into buckets."""
-    words = WORD.findall(text)
+    words = (PLAIN_WORD if text.isascii() else WORD).findall(text)
     digits = sum(map(str.isdigit, words))
     numbers = 1.0, log(1 + len(text)) / 8, log(1 + digits) / 4, float("?" in text)
-    buckets = tuple(sorted({*map(_index, words[:MAX_WORDS])}))
+    buckets = tuple(sorted({*map(_INDICES.__getitem__, words[:MAX_WORDS])}))
     return PromptFeatures(numbers, buckets, 1.0 / max(1.0, len(buckets)) ** 0.5)
 
 
-@lru_cache(maxsize=8192)
-def _index(word: str) -> int:
-    """The feature of a word's bucket. All digits share one."""
-    return NUMBERS + crc32(b"0" if word.isdigit() else word.lower().encode()) % BUCKETS
+class _Indices(dict[str, int]):
+    """The feature of a word's bucket, by the word. All digits share one. Forgets all words when there are too
+    many: a hit takes half of what `lru_cache` does."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= KEPT_WORDS:
+            self.clear()
+        index = NUMBERS + crc32(b"0" if word.isdigit() else word.lower().encode()) % BUCKETS
+        self[word] = index
+        return index
+
+
+_INDICES = _Indices()
 
 
 def linear(weights: tuple[float, ...], found: PromptFeatures) -> float:
@@ -110,26 +121,32 @@ def raw(weights: tuple[float, ...], found: PromptFeatures) -> float:
 
 
 class Calibration:
-    """A fitted model, ready for quick questions."""
+    """A fitted model, ready for quick questions: `raw`, then the line between two bins."""
 
-    __slots__ = ("_bins", "_scores", "_weights")
+    __slots__ = ("_bins", "_numbers", "_scores", "_weights")
 
     def __init__(self, model: QualityModel) -> None:
-        self._weights, self._bins = model.weights, model.bins
+        self._numbers, self._weights = model.weights[:NUMBERS], model.weights
+        self._bins = [(each.score, each.mean, each.low) for each in model.bins]
         self._scores = [each.score for each in model.bins]
 
     def quality(self, found: PromptFeatures) -> Quality:
         """The calibrated chance of a right answer for these features, linear between two bins."""
-        score, bins = raw(self._weights, found), self._bins
-        place = bisect_left(self._scores, score)
+        (one, length, digits, question), buckets, share = found
+        first, second, third, fourth = self._numbers
+        score = first * one + second * length + third * digits + fourth * question
+        if len(buckets) > 1:
+            score += share * sum(itemgetter(*buckets)(self._weights))
+        elif buckets:
+            score += share * self._weights[buckets[0]]
+        score = 1.0 / (1.0 + exp(-score if -30.0 < score < 30.0 else -30.0 if score > 0.0 else 30.0))
+        place, bins = bisect_left(self._scores, score), self._bins
         if place == 0 or place == len(bins):
-            end = bins[place and place - 1]
-            return Quality(end.mean, end.low)
-        left, right = bins[place - 1], bins[place]
-        share = (score - left.score) / (right.score - left.score)
-        return Quality(
-            left.mean + share * (right.mean - left.mean), left.low + share * (right.low - left.low)
-        )
+            _, mean, low = bins[place and place - 1]
+            return Quality(mean, low)
+        (left, mean, low), (right, next_mean, next_low) = bins[place - 1], bins[place]
+        share = (score - left) / (right - left)
+        return Quality(mean + share * (next_mean - mean), low + share * (next_low - low))
 
 
 def estimate(model: QualityModel, found: PromptFeatures) -> Quality:

@@ -28,19 +28,16 @@ HALF_LIFE_S = 0.5  # in which a price falls by half at the fastest, so that it d
 HALVINGS = 10  # of the interval that holds the price
 
 
+# A variant for one request: what it takes, in ms of the machine's time, and the quality it gives.
+WorkOption = tuple[float, float]
+
+
 class PricedRequest(NamedTuple):
     """A request, as it counts for the price."""
 
     at: float
     options: Sequence[WorkOption]
     patience_ms: float
-
-
-class WorkOption(NamedTuple):
-    """A variant for one request: what it takes, in ms of the machine's time, and the quality it gives."""
-
-    work_ms: float
-    quality: float
 
 
 class TimePrice:
@@ -145,6 +142,6 @@ def _dearest(options: Sequence[WorkOption]) -> float:
     """A price at which a request takes its lightest variant."""
     light, quality = min(options)
     return max(
-        ((other.quality - quality) / (other.work_ms - light) for other in options if other.work_ms > light),
+        ((more - quality) / (work - light) for work, more in options if work > light),
         default=0.0,
     )

@@ -265,7 +265,7 @@ class VariantRouter:
     def _placed(
         self, asked: LadderRequest, choice: VariantChoice, expected: Expectation, floor: float
     ) -> VariantPlacement:
-        low = max(each.candidate.quality_low for each in choice.predicted)
+        low = max([each.candidate.quality_low for each in choice.predicted])
         if choice.chosen is None:
             after = min(each.excess_ms for each in choice.predicted) / 1e3
             return VariantPlacement(None, choice.reason, (), low, low >= floor, max(after, SOONEST_S))
@@ -275,7 +275,6 @@ class VariantRouter:
             name, better = chosen.candidate.name, Cascade(takeover.candidate.name, takeover.below)
             made = MadeChoice(self.ladder.name, name)
             return VariantPlacement(name, "cascade", (), low, made=made, cascade=better)
-        choice = choice._replace(feasible=[each for each in choice.feasible if not each.candidate.takeover])
         propensities = {chosen.candidate.name: 1.0}
         guidance = expected.guidance
         # A preference for energy or latency, and a load that has a price, have decided already.
@@ -285,13 +284,13 @@ class VariantRouter:
             and asked.prefer == "quality"
             and reason != "load"
             and not chosen.candidate.cached  # what is read would be read again
-            and len(choice.feasible) > 1
+            and len(feasible := [each for each in choice.feasible if not each.candidate.takeover]) > 1
         ):
-            names = [each.candidate.name for each in choice.feasible]
-            drawn = guidance.draw(names, [each.candidate.quality for each in choice.feasible])
+            names = [each.candidate.name for each in feasible]
+            drawn = guidance.draw(names, [each.candidate.quality for each in feasible])
             propensities = dict(zip(names, drawn.propensities, strict=True))
-            if choice.feasible[drawn.place] is not chosen:
-                chosen, reason = choice.feasible[drawn.place], "explored"
+            if feasible[drawn.place] is not chosen:
+                chosen, reason = feasible[drawn.place], "explored"
         name = chosen.candidate.name
         return VariantPlacement(
             name,
@@ -314,13 +313,14 @@ class VariantRouter:
 
 def _patience_ms(objective: Objective) -> float:
     """How long after its arrival the first token of a request is due."""
-    return min(each for each in (objective.ttft_ms, objective.total_ms, inf) if each is not None)
+    first, whole = objective.ttft_ms, objective.total_ms
+    return min(inf if first is None else first, inf if whole is None else whole)
 
 
 def _options(choice: VariantChoice, floor: float) -> list[WorkOption]:
     """What the choice could have taken of the machine's time: the variants that reach the floor, or all."""
     able = [each for each in choice.predicted if each.candidate.quality_low >= floor]
-    return [WorkOption(each.work_ms, each.candidate.quality) for each in able or choice.predicted]
+    return [(each.work_ms, each.candidate.quality) for each in able or choice.predicted]
 
 
 def _lighter(
