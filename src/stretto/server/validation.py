@@ -10,24 +10,20 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple, cast
 
 from stretto.errors import InvalidRequest, UnsupportedField
 from stretto.ladder.estimate import MAX_CHARS, prompt_text
 from stretto.protocol.limits import LIMITS, check_json
 from stretto.protocol.openai import (
-    AssistantMessage,
     ChatRequest,
     CompletionRequest,
-    Function,
     Generation,
     JsonObjectFormat,
     JsonSchemaFormat,
-    Message,
     StreamOptions,
-    TextPart,
 )
+from stretto.server.variants.question import question
 from stretto.text import messages, reasoning_parser
 from stretto.text.output import AnswerParser
 from stretto.text.prompts import (
@@ -161,7 +157,7 @@ def check_chat(request: ChatRequest, model: ModelHandle, limits: RequestLimits) 
         model,
         sampling,
         encode,
-        question=partial(_question, request),
+        question=partial(question, request),
         parser=tools.parser,
         single_call=tools.single,
         relaxed=relaxed,
@@ -216,27 +212,6 @@ def _spec(
         grammar_path=path if request.structured_outputs is None else "$.structured_outputs",
         **chat,
     )
-
-
-def _question(request: ChatRequest) -> str:
-    """The text of a chat that its quality is estimated from, as the samples of a recipe have it."""
-    tools = (_signature(tool.function) for tool in request.tools or ())
-    return prompt_text(_text(request.messages[-1]), chain(tools, map(_text, request.messages[:-1])))
-
-
-def _text(message: Message) -> str:
-    content = message.content
-    if content is not None and not isinstance(content, str):
-        content = "".join(part.text for part in content if isinstance(part, TextPart))
-    called = message.tool_calls or () if isinstance(message, AssistantMessage) else ()
-    return "\n".join([content or "", *(f"{each.function.name} {each.function.arguments}" for each in called)])
-
-
-def _signature(function: Function) -> str:
-    """A tool in one line: its name, the names of its parameters, and what it does."""
-    properties = (function.parameters or {}).get("properties")
-    names = ", ".join(cast("dict[str, Any]", properties)) if isinstance(properties, dict) else ""
-    return f"{function.name}({names}) {function.description or ''}"
 
 
 def _first_text(inputs: Sequence[RawPrompt], text: TextModel) -> str:
