@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -31,6 +32,7 @@ from stretto.types import Objective
 SPEEDS = (2.5, 1.0, 0.6, 0.3, 0.12)  # of the drawn variants: times the cost of `SMALL_CPU`
 DEADLINES = (0.25, 0.5, 1.0, 2.0, 5.0)  # times what the top takes alone for a usual request
 FLOORS, FLOORED = (0.5, 0.7, 0.9), 0.3
+Kinds = Sequence[tuple[str, Sequence[float]]]  # of questions: their kind, and whether each variant was right
 
 
 def scaled(cost: StepCost, by: float) -> StepCost:
@@ -59,10 +61,12 @@ class KnownLadder:
         costs: Sequence[StepCost],
         prompts: Sequence[int],
         lengths: Sequence[tuple[int, ...]],
+        more: Kinds | None = None,
     ) -> KnownLadder:
+        """`more`: whether answers to other questions are right, which say how often each kind is."""
         low = tuple(tuple(quality.low for quality in row) for row in known.estimates())
         named = dict(zip(known.names, costs, strict=True))
-        return cls(known, named, tuple(prompts), tuple(lengths), low, true_chances(known))
+        return cls(known, named, tuple(prompts), tuple(lengths), low, true_chances(known, more))
 
     @property
     def long(self) -> int:
@@ -80,8 +84,11 @@ def by_chance(known: KnownAnswers) -> KnownLadder:
     return KnownLadder.of(known, costs, prompts, [(each,) * len(SPEEDS) for each in tokens])
 
 
-def answered(folder: Path, file: Path, count: int) -> KnownLadder:
-    """A ladder on disk, its estimates, and its answers to questions of the desk that it was not made with."""
+def answered(folder: Path, file: Path, count: int, truth: Path | None = None) -> KnownLadder:
+    """A ladder on disk, its estimates, and its answers to questions of the desk that it was not made with.
+
+    `truth`: a file of answers to more of them, which are not asked, but say what share of a kind is right.
+    """
     ladder, found = registry.load(folder), answers.kept(file, folder, partial(answers.held_out, count))
     names = tuple(variant.name for variant in ladder.variants)
     table = np.array([found.variants[name].right for name in names], dtype=np.float64).T
@@ -92,7 +99,13 @@ def answered(folder: Path, file: Path, count: int) -> KnownLadder:
     known = KnownAnswers(names, tuple(found.questions), tuple(found.tasks), cells, table, models)
     costs = [next(iter(variant.times.values())) for variant in ladder.variants]
     lengths = list(zip(*(found.variants[name].tokens for name in names), strict=True))
-    return KnownLadder.of(known, costs, found.prompt_tokens, lengths)
+    more = None
+    if truth is not None:
+        other = answers.kept(truth, folder, partial(answers.held_out, count))
+        kinds = [f"{task} {level}" for task, level in zip(other.tasks, other.levels, strict=True)]
+        rights = zip(*(other.variants[name].right for name in names), strict=True)
+        more = list(zip(kinds, rights, strict=True))
+    return KnownLadder.of(known, costs, found.prompt_tokens, lengths, more)
 
 
 @dataclass(frozen=True)
@@ -129,12 +142,14 @@ def alone_ms(cost: StepCost, prompt: int, tokens: int) -> float:
     return first + (tokens - 1) * cost.decodes(1, prompt + tokens // 2)
 
 
-def true_chances(known: KnownAnswers) -> tuple[tuple[float, ...], ...]:
-    """By prompt, then by variant: the share of right answers to prompts of its kind."""
-    cells: dict[str, list[int]] = {}
-    for place, cell in enumerate(known.cells):
-        cells.setdefault(cell, []).append(place)
-    means = {cell: tuple(known.right[places].mean(axis=0).tolist()) for cell, places in cells.items()}
+def true_chances(known: KnownAnswers, more: Kinds | None = None) -> tuple[tuple[float, ...], ...]:
+    """By prompt, then by variant: the share of right answers to prompts of its kind, `more` included."""
+    rows: dict[str, list[Sequence[float]]] = {}
+    for cell, right in chain(zip(known.cells, known.right.tolist(), strict=True), more or ()):
+        rows.setdefault(cell, []).append(right)
+    means = {
+        cell: tuple(np.array(held, dtype=np.float64).mean(axis=0).tolist()) for cell, held in rows.items()
+    }
     return tuple(means[cell] for cell in known.cells)
 
 

@@ -340,15 +340,17 @@ def main() -> None:
     parser.add_argument("--ladder", type=Path, help="default: variants without weights")
     parser.add_argument("--answers", type=Path, default=Path("build/answers.json"))
     parser.add_argument("--count", type=int, default=20, help="questions of each task and level to ask")
+    parser.add_argument("--truth", type=Path, help="answers to more questions, for the share that is right")
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--loads", default="0.3,0.7,1.2")
     parser.add_argument("--noise", type=float, default=0.05)
     parser.add_argument("--policies", help="these alone, with commas")
     options = parser.parse_args()
-    ladder = (
-        answered(options.ladder, options.answers, options.count) if options.ladder else by_chance(drawn())
-    )
+    if options.ladder:
+        ladder = answered(options.ladder, options.answers, options.count, options.truth)
+    else:
+        ladder = by_chance(drawn())
     tiers = tight_tiers(list(ladder.costs.values())[1])
     loads = {"trace": 1.5} if options.trace else {load: float(load) for load in options.loads.split(",")}
     for load in loads.values():

@@ -24,7 +24,11 @@ from stretto.ladder.estimate import (
     raw,
 )
 from stretto.optimise.data import DataSample
-from stretto.optimise.evaluate import calibrated, fitted
+from stretto.optimise.evaluate import (
+    _smoothed,  # pyright: ignore[reportPrivateUsage]
+    calibrated,
+    fitted,
+)
 
 
 def samples(count: int, seed: int) -> tuple[list[DataSample], list[bool]]:
@@ -132,6 +136,29 @@ def test_a_bound_holds_for_most_kinds_of_prompts_that_look_alike() -> None:
     assert above[1] >= 54
     assert wide.low < narrow.low < wide.mean == narrow.mean
     assert calibrated(scores, rights, ["one"] * len(kinds)) == calibrated(scores, rights)
+
+
+def test_no_bound_exceeds_that_of_a_better_score() -> None:
+    rng = Random(6)
+    kinds = [f"kind {number % 40}" for number in range(1200)]
+    level = {kind: rng.random() for kind in kinds}
+    scores = [min(1.0, 0.5 + 0.4 * rng.random() + 0.1 * level[kind]) for kind in kinds]
+    rights = [rng.random() < score for score in scores]
+    lows = [each.low for each in calibrated(scores, rights, kinds)]
+    assert len(lows) > 4
+    assert lows == sorted(lows)
+
+
+def test_an_answer_counts_half_as_its_kind_if_there_are_enough_kinds() -> None:
+    kinds = [f"kind {number % 10}" for number in range(30)]
+    rights = [kind == "kind 0" or number < 10 for number, kind in enumerate(kinds)]
+    found = _smoothed(rights, kinds)
+    usual = sum(rights) / len(rights)
+    assert found[0] == pytest.approx((1.0 + (3 + usual) / 4) / 2)
+    assert found[11] == pytest.approx((0.0 + (1 + usual) / 4) / 2), (
+        "one of three is right, and the usual share"
+    )
+    assert _smoothed(rights, [f"kind {number % 9}" for number in range(30)]) == rights
 
 
 def test_a_prompt_is_its_last_message_and_then_the_others_as_far_as_there_is_room() -> None:

@@ -48,6 +48,8 @@ RESAMPLES = 1000
 FOLDS = 5
 BINS, LEAST_IN_BIN = 10, 30
 RIDGE = 0.3
+SMOOTHED = 0.5  # how far an answer counts as the mean of its kind
+FEWEST_KINDS = 10  # of prompts; the means of fewer say nothing of another one
 ONE_SIDED = 1.645  # standard deviations: 95 % of the kinds of prompts are above the bound
 KV_BYTES = 256 * 2**20  # enough to calibrate with; the cache of answers is the evaluation's own
 RAPL = Path("/sys/class/powercap")
@@ -290,26 +292,42 @@ def fitted(samples: Sequence[DataSample], rights: Sequence[bool]) -> QualityMode
     """A model of the chance of a right answer by the prompt; None with too few prompts to calibrate it.
 
     Ridge logistic regression. The calibration table is made of predictions by models that have not seen the
-    prompt (cross-validation), so it is honest.
+    prompt (cross-validation), so it is honest. Each answer counts half by itself and half as the share of its
+    kind (task and level), which chance moves less: the words then tell kinds apart.
     """
     if len(samples) < 2 * LEAST_IN_BIN:
         return None
     rows = [features(sample.question) for sample in samples]
+    kinds = [f"{sample.task} {sample.level}" for sample in samples]
     order = list(range(len(rows)))
     Random(0).shuffle(order)
     scores = [0.0] * len(rows)
     for fold in range(FOLDS):
         held = set(order[fold::FOLDS])
         seen = [place for place in order if place not in held]
-        weights = logistic([rows[place] for place in seen], [rights[place] for place in seen])
+        labels = _smoothed([rights[place] for place in seen], [kinds[place] for place in seen])
+        weights = logistic([rows[place] for place in seen], labels)
         for place in held:
             scores[place] = raw(weights, rows[place])
-    kinds = [f"{sample.task} {sample.level}" for sample in samples]
-    return QualityModel(logistic(rows, rights), calibrated(scores, rights, kinds))
+    return QualityModel(logistic(rows, _smoothed(rights, kinds)), calibrated(scores, rights, kinds))
 
 
-def logistic(rows: Sequence[PromptFeatures], rights: Sequence[bool]) -> tuple[float, ...]:
-    """The weights of a ridge logistic regression, by Newton's method."""
+def _smoothed(rights: Sequence[bool], kinds: Sequence[str]) -> list[float]:
+    """Each answer, drawn by `SMOOTHED` to the mean of its kind. A kind has one answer more, of the mean of
+    all, so that a small one counts as what is usual. With few kinds the answers stay as they are."""
+    if len(set(kinds)) < FEWEST_KINDS:
+        return list(map(float, rights))
+    usual = sum(rights) / len(rights)
+    good, count = dict.fromkeys(kinds, usual), dict.fromkeys(kinds, 1)
+    for one, kind in zip(rights, kinds, strict=True):
+        good[kind] += one
+        count[kind] += 1
+    shares = {kind: good[kind] / count[kind] for kind in good}
+    return [one + SMOOTHED * (shares[kind] - one) for one, kind in zip(rights, kinds, strict=True)]
+
+
+def logistic(rows: Sequence[PromptFeatures], rights: Sequence[float]) -> tuple[float, ...]:
+    """The weights of a ridge logistic regression, by Newton's method. `rights`: 1, 0, or a share."""
     x = torch.zeros(len(rows), FEATURES, dtype=torch.float64)
     for number, row in enumerate(rows):
         for index, value in row.pairs():
@@ -335,7 +353,8 @@ def calibrated(
     """The reliability diagram of some scores as bins of about equal size, joined until their means rise.
 
     The lower bound of a bin holds for a kind of prompts, not only for their mean: it also counts how much the
-    kinds in the bin differ. Without `kinds` all prompts are of one.
+    kinds in the bin differ. Without `kinds` all prompts are of one. No bound exceeds that of a bin with a
+    better score: it would be so by chance.
     """
     order = sorted(range(len(scores)), key=lambda place: scores[place])
     size = max(LEAST_IN_BIN, -(-len(order) // BINS))
@@ -350,13 +369,14 @@ def calibrated(
         else:
             place += 1
     bins: list[QualityBin] = []
-    for held in groups:
+    least = 1.0
+    for held in reversed(groups):
         good = sum(rights[place] for place in held)
         mean, (low, _) = good / len(held), wilson(good, len(held))
         differ = ONE_SIDED * _between(held, rights, kinds) if kinds else 0.0
-        low = max(mean - hypot(mean - low, differ), 0.0)
-        bins.append(QualityBin(sum(scores[place] for place in held) / len(held), mean, low, len(held)))
-    return tuple(bins)
+        least = min(least, max(mean - hypot(mean - low, differ), 0.0))
+        bins.append(QualityBin(sum(scores[place] for place in held) / len(held), mean, least, len(held)))
+    return tuple(reversed(bins))
 
 
 def _between(places: Sequence[int], rights: Sequence[bool], kinds: Sequence[str]) -> float:
