@@ -23,7 +23,6 @@ PROGRAMS = 264  # two for each multiprocessor of a Hopper card
 MANY_PROGRAMS = 512
 CHUNK_ROWS, CHUNK_KEYS, CHUNK_STAGES = 128, 128, 3
 SEQUENCES = 512  # `_number_tiles` is compiled once for up to so many sequences
-PARTS_AT_ONCE = tl.constexpr(8)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -69,13 +68,14 @@ def _combine(
     """Add up the parts of one sequence's heads that share keys: parts [splits, SHARE, DIM], stats
     [splits, 2, SHARE] (maximum, sum). A thread handles one column of several parts, so that no thread
     waits for another."""
+    AT_ONCE: tl.constexpr = 8 if WIDTH <= 512 else 4  # more of the wide ones would not fit registers
     column = tl.arange(0, WIDTH)
     inside, head = column < SHARE * DIM, column // DIM
     high = tl.full((WIDTH,), -float("inf"), tl.float32)
     total = tl.where(inside, 0.0, 1.0)
     mixed = tl.zeros((WIDTH,), tl.float32)
-    for start in range(0, active, PARTS_AT_ONCE):
-        split = start + tl.arange(0, PARTS_AT_ONCE)[:, None]
+    for start in range(0, active, AT_ONCE):
+        split = start + tl.arange(0, AT_ONCE)[:, None]
         there = (split < active) & inside[None]
         spot = stats + split * 2 * SHARE + head[None]
         highs = tl.load(spot, there, -float("inf"), cache_modifier=".cg")
@@ -336,8 +336,9 @@ def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: D
 
 
 def _decode_warps(kind: Attention, sequences: int) -> int:
-    """Many programs read the keys of wide heads faster with two warps than with four."""
-    return 2 if kind.head_dim > 64 and sequences * kind.kv_heads >= MANY_PROGRAMS else 4
+    """Two warps read the keys of wide heads faster than four, if programs are many and share few heads."""
+    few = kind.heads // kind.kv_heads <= 4
+    return 2 if few and kind.head_dim > 64 and sequences * kind.kv_heads >= MANY_PROGRAMS else 4
 
 
 def tile_tokens(kind: Attention, itemsize: int) -> int:

@@ -193,7 +193,8 @@ def gate_up_tiling(tokens: int, dtype: torch.dtype) -> GroupTiling:
 def down_tiling(tokens: int, dtype: torch.dtype) -> GroupTiling:
     if dtype == torch.float32:
         return PLAIN
-    return GroupTiling(tokens, warps=4 if tokens < 64 else 8, stages=4 if tokens < 128 else 3)
+    tokens = min(tokens, 64)  # more need more registers than there are
+    return GroupTiling(tokens, warps=4 if tokens < 64 else 8, stages=4)
 
 
 @triton.jit
