@@ -23,6 +23,7 @@ PROGRAMS = 264  # two for each multiprocessor of a Hopper card
 MANY_PROGRAMS = 512
 CHUNK_ROWS, CHUNK_KEYS, CHUNK_STAGES = 128, 128, 3
 SEQUENCES = 512  # `_number_tiles` is compiled once for up to so many sequences
+PARTS_AT_ONCE, PARTS_VALUES = 8, 4096  # that a program adds up at once: more would not fit its registers
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -63,19 +64,19 @@ def _attend(queries, keys, values, seen, scale, high, total, mixed, CAP: tl.cons
 
 @triton.jit
 def _combine(
-    parts, stats, out, active, SHARE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+    parts, stats, out, active, SHARE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of one sequence's heads that share keys: parts [splits, SHARE, DIM], stats
     [splits, 2, SHARE] (maximum, sum). A thread handles one column of several parts, so that no thread
     waits for another."""
-    AT_ONCE: tl.constexpr = 8 if WIDTH <= 512 else 4  # more of the wide ones would not fit registers
     column = tl.arange(0, WIDTH)
     inside, head = column < SHARE * DIM, column // DIM
     high = tl.full((WIDTH,), -float("inf"), tl.float32)
     total = tl.where(inside, 0.0, 1.0)
     mixed = tl.zeros((WIDTH,), tl.float32)
-    for start in range(0, active, AT_ONCE):
-        split = start + tl.arange(0, AT_ONCE)[:, None]
+    for start in range(0, active, PARTS):
+        split = start + tl.arange(0, PARTS)[:, None]
         there = (split < active) & inside[None]
         spot = stats + split * 2 * SHARE + head[None]
         highs = tl.load(spot, there, -float("inf"), cache_modifier=".cg")
@@ -93,14 +94,14 @@ def _combine(
 @triton.jit
 def _arrive(
     stats, parts, arrived, out, split, active, head, high, total, SHARE: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Write the maxima and sums of a part. The last program to arrive adds up all parts."""
     tl.store(stats + split * 2 * SHARE + head, high, head < SHARE)
     tl.store(stats + split * 2 * SHARE + SHARE + head, total, head < SHARE)
     tl.debug_barrier()
     if tl.atomic_add(arrived, 1, sem="acq_rel") == active - 1:
-        _combine(parts, stats, out, active, SHARE, DIM, WIDTH)
+        _combine(parts, stats, out, active, SHARE, DIM, WIDTH, PARTS)
         tl.store(arrived, 0)
 
 
@@ -125,8 +126,8 @@ def _decode(
     scale,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    SPLITS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr, MIXED: tl.constexpr,
-    REPEATED: tl.constexpr,
+    SPLITS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+    MIXED: tl.constexpr, REPEATED: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of a sequence that has one query, for the heads that share the keys. Only the
     query and the newest key and value come from this step, so all older ones are loaded before `wait`. If
@@ -179,7 +180,7 @@ def _decode(
     pair = seq * KV_HEADS + kv_head
     parts, stats = parts + pair * SPLITS * SHARE * DIM, stats + pair * SPLITS * SHARE * 2
     tl.store(parts + (split * SHARE + head)[:, None] * DIM + dim[None], mixed, own)
-    _arrive(stats, parts, arrived + pair, there, split, active, head, high, total, SHARE, DIM, WIDTH)
+    _arrive(stats, parts, arrived + pair, there, split, active, head, high, total, SHARE, DIM, WIDTH, PARTS)
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -317,7 +318,7 @@ def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: D
     """Attention of the sequences that have one query, [T, heads * head_dim]. The rows of other sequences are
     not written."""
     share = kind.heads // kind.kv_heads
-    out = q.new_empty(q.shape[0], kind.heads * kind.head_dim)
+    out, width = q.new_empty(q.shape[0], kind.heads * kind.head_dim), pow2(share * kind.head_dim)
     _decode[(batch.contexts.shape[0], kind.kv_heads, workspace.splits)](
         q, layer, batch.tables, batch.query_starts, batch.contexts,
         batch.contexts if batch.written is None else batch.written, out,
@@ -325,8 +326,8 @@ def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: D
         q.stride(0), batch.tables.stride(0), layer.shape[1], kind.scale,
         KV_HEADS=kind.kv_heads, SHARE=share, SHARE_BLOCK=pow2(share, 16), DIM=kind.head_dim,
         DIM_BLOCK=pow2(kind.head_dim, 16), SIZE=layer.shape[3], WINDOW=kind.window, CAP=kind.softcap,
-        SPLITS=workspace.splits,
-        WIDTH=pow2(share * kind.head_dim), KEYS=KEYS if kind.head_dim > 64 else 2 * KEYS,
+        SPLITS=workspace.splits, WIDTH=width, PARTS=min(max(PARTS_VALUES // width, 1), PARTS_AT_ONCE),
+        KEYS=KEYS if kind.head_dim > 64 else 2 * KEYS,
         EXACT=q.dtype == torch.float32, MIXED=not batch.query_lens or max(batch.query_lens) > 1,
         REPEATED=batch.written is not None,
         num_warps=_decode_warps(kind, batch.contexts.shape[0]),
