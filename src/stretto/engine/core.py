@@ -124,6 +124,7 @@ class EngineCore:
         for model, until in zip(models * 2, considerate + regardless, strict=False):
             stats = self._turn(model, until)
             self._flush(stats)
+            model.learn(self._clock())  # tokens do not wait for this
             if stats is not None:
                 return True
         self._flush(None)
@@ -358,7 +359,7 @@ class EngineCore:
                     self._record_emission(model, seq)
                     self._end(seq, Ending(Reason.LENGTH))
         stats = self._stats(model, launched, accepted)
-        model.history.observe(launched.load, stats.ms, self._clock())
+        model.unlearnt.append((launched.load, stats.ms))
         if not model.busy:
             model.answered = None
         return stats

@@ -53,6 +53,7 @@ class ModelState:
     answered: float | None = None  # when the result of its last step came, while it goes on at once
     looked: float = -inf  # when it last looked for another model for those that would be late
     in_flight: deque[InFlightStep] = field(default_factory=lambda: deque[InFlightStep]())
+    unlearnt: list[tuple[StepLoad, float]] = field(default_factory=list[tuple[StepLoad, float]])
 
     @property
     def busy(self) -> bool:
@@ -69,6 +70,12 @@ class ModelState:
         """Whether all its work is streams with deadlines."""
         timed = all(seq.rank.group == TIMED and seq.deadline.emitted for seq in self.queues.running)
         return timed and not self.queues.waiting and bool(self.queues.running)
+
+    def learn(self, now: float) -> None:
+        """Learn from the steps that have been committed: their loads and milliseconds."""
+        for load, ms in self.unlearnt:
+            self.history.observe(load, ms, now)
+        self.unlearnt.clear()
 
     def latest_start(self) -> float:
         """When its next step must start for its deadlines to be met; inf when it has none."""

@@ -68,6 +68,7 @@ class EngineWorker:
         self._admits = config.schedule == "deadline"
         self._newest: dict[str, int] = {}
         self._snapshot_times: dict[str, float] = {}
+        self._owes_snapshots = False
         self._queues: dict[str, QueueState] = {}
         self._unprepared = True  # whether a runner could use spare time
         self._stopped = False
@@ -84,6 +85,9 @@ class EngineWorker:
             self._collect_compiled()
             if self._engine.step():
                 self._checked = False
+            if self._owes_snapshots and (snapshots := self._snapshots()):
+                self._send(ipc.StepResult([], None, snapshots))
+            self._owes_snapshots = False
 
     def _inbox(self) -> Iterator[bytes]:
         """The messages that have arrived. Waits for one when there is nothing to run."""
@@ -200,7 +204,9 @@ class EngineWorker:
         self._send(ipc.LoadProgress(stage, done, total))
 
     def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
-        snapshots = self._snapshots() if self._admits else {}
+        # A first token does not wait for the snapshots.
+        self._owes_snapshots = self._admits and any(event.began is not None for event in events)
+        snapshots = self._snapshots() if self._admits and not self._owes_snapshots else {}
         self._send(ipc.StepResult(events, stats, snapshots, self._changed_queues(stats)))
 
     def _changed_queues(self, stats: StepStats | None) -> dict[str, QueueState]:
