@@ -8,6 +8,11 @@ TESTED := $(VENV)/.tested
 FAST := tests/test_layout.py tests/test_docs.py tests/test_config.py tests/protocol tests/text tests/telemetry \
     tests/engine/scheduler tests/engine/test_step_time.py
 
+# Tests that compute, in two processes at once. All others start servers or measure threads, and run one by one.
+COMPUTE := $(addprefix tests/,kernels models ladder optimise recipes simulator text protocol) \
+    $(addprefix tests/engine/,runners scheduler speculative structured variants)
+THREADS := tests/kernels/test_cpu_threads.py
+
 .PHONY: run ladder check test lint coverage docs clean
 
 DESK = $(BIN)/python -m recipes.desk.train --count 0
@@ -36,7 +41,9 @@ test: $(TESTED)
 	$(BIN)/ruff check .
 	$(BIN)/codespell
 	$(BIN)/pyright
-	$(BIN)/python -m pytest --durations=25
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations=25 $(COMPUTE) --ignore=$(THREADS)
+	$(BIN)/python -m pytest $(THREADS)
+	$(BIN)/python -m pytest --durations=25 $(addprefix --ignore=,$(COMPUTE))
 
 lint: $(TESTED)
 	$(BIN)/ruff format .
