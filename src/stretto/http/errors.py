@@ -16,6 +16,7 @@ from stretto.http.exchange import KEY, Exchange
 from stretto.telemetry.log import describe
 
 log = logging.getLogger(__name__)
+NO_THREAD = "can't start new thread"  # Python's RuntimeError where there is no memory for its stack
 
 
 def internal(error: BaseException) -> StrettoError:
@@ -24,7 +25,7 @@ def internal(error: BaseException) -> StrettoError:
     Neither holds the error's message, because that may quote a prompt.
     """
     log.error("a request failed with %s", describe(error))
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or str(error) == NO_THREAD:
         return OutOfMemory("the server has no memory left for this request; send it again", retry_after=1)
     return StrettoError("an error inside the server; its log names the place")
 
