@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from stretto.models.decoder import Decoder
 from stretto.models.load import load
 from stretto.types import ModelInfo, Request, Sampling, StepStats, TokenEvent
 from tests.kernels.cuda import DEVICE, GPU
-from tests.models.checkpoints import VOCAB
+from tests.models.checkpoints import VOCAB, make
 from tests.models.stepping import Driver, Text
 
 from stretto.engine.runners import cuda  # isort: skip
@@ -125,3 +126,16 @@ class Bench:
             if event.token is not None:
                 tokens[event.id].append(event.token)
         return tokens
+
+
+@pytest.fixture(autouse=True)
+def events(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU:
+        monkeypatch.setattr(torch.cuda, "Event", CompletedEvent)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    path = tmp_path_factory.mktemp("llama")
+    make("llama", path, **LAYERS)
+    return Bench(path)

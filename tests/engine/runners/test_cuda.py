@@ -32,9 +32,10 @@ from tests.engine.runners.cuda_bench import (
     OUTPUT,
     PROMPTS,
     Bench,
-    CompletedEvent,
     Counting,
     DeviceDriver,
+    bench,
+    events,
 )
 from tests.kernels.cuda import DEVICE, GPU
 from tests.models.checkpoints import FAMILIES, VOCAB, expected, make
@@ -44,25 +45,13 @@ from stretto.kernels.cuda import table as cuda_table  # isort: skip
 from stretto.kernels.cuda.experts import FEW_TOKENS, Fp8Experts  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
 
+__all__ = ["bench", "events"]
 pytestmark = [pytest.mark.cuda] if GPU else []
 
 # All experts are used, so that rounding cannot choose between two that are nearly equal.
 EXPERTS = {"mixtral": 4, "qwen3_moe": 6}
 # The interpreter is slow, so it runs one layer of two families.
 CHOSEN = FAMILIES if GPU else ["qwen3", "mixtral"]
-
-
-@pytest.fixture(autouse=True)
-def events(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not GPU:
-        monkeypatch.setattr(torch.cuda, "Event", CompletedEvent)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    path = tmp_path_factory.mktemp("llama")
-    make("llama", path, **LAYERS)
-    return Bench(path)
 
 
 @pytest.mark.parametrize("family", CHOSEN)

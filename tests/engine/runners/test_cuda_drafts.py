@@ -20,10 +20,11 @@ from stretto.engine.scheduler.types import Plan, SchedulingContext
 from stretto.engine.sequence import Sequence
 from stretto.engine.speculative.policy import DraftCounts, Speculation, Verification
 from stretto.engine.step_time import StepCost, StepLoad, StepTime
-from tests.engine.runners.cuda_bench import BLOCK, LAYERS, PROMPTS, Bench, CompletedEvent, Counting
+from tests.engine.runners.cuda_bench import BLOCK, LAYERS, PROMPTS, Bench, Counting, bench, events
 from tests.kernels.cuda import GPU
 from tests.models.checkpoints import VOCAB, make
 
+__all__ = ["bench", "events"]
 pytestmark = [pytest.mark.cuda] if GPU else []
 LENGTH = 24 if GPU else 8
 PERIOD = 7
@@ -79,19 +80,6 @@ class KnownAnswers(Speculation):
         draft = self.answers[seq.request.id][seq.output_len :][:count]
         place = next(self.wrong)
         return tuple((token + (at == place)) % VOCAB for at, token in enumerate(draft))
-
-
-@pytest.fixture(autouse=True)
-def events(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not GPU:
-        monkeypatch.setattr(torch.cuda, "Event", CompletedEvent)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    path = tmp_path_factory.mktemp("llama")
-    make("llama", path, **LAYERS)
-    return Bench(path)
 
 
 @pytest.fixture(scope="module")
