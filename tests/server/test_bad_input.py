@@ -258,6 +258,17 @@ async def test_unknown_paths_and_methods_get_404_and_405(client: httpx.AsyncClie
         assert status != 405 or response.headers["allow"]
 
 
+async def test_a_wrong_method_is_told_all_methods_of_the_path(client: httpx.AsyncClient) -> None:
+    for path, allowed in (("/v1/responses/resp_1", "DELETE, GET, HEAD"), (CHAT, "POST"), ("/", "GET, HEAD")):
+        response = await client.request("PATCH", path)
+        assert (response.status_code, response.headers["allow"]) == (405, allowed)
+
+
+async def test_a_byte_order_mark_is_no_part_of_the_json(client: httpx.AsyncClient) -> None:
+    body = b"\xef\xbb\xbf" + json.dumps(HELLO).encode()
+    assert (await client.post(CHAT, content=body)).status_code == 200
+
+
 async def test_requests_without_a_valid_api_key_get_401(checkpoint: Path, engine: FakeEngine) -> None:
     config = ServeConfig(api_keys={"sk-ann": "ann", "sk-bob": "bob"})
     app = build(config, engine, {"tiny": checkpoint})
@@ -290,6 +301,13 @@ async def test_an_invalid_grammar_is_a_400_that_names_its_field(checkpoint: Path
         assert await refused(client, CHAT, body) == (400, "invalid_grammar", "$.structured_outputs")
         schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}
         body = HELLO | {"response_format": schema}
+        path = "$.response_format.json_schema.schema.type"
+        assert await refused(client, CHAT, body) == (400, "invalid_grammar", path)
+        schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"format": []}}}
+        body = HELLO | {"response_format": schema}
+        path = "$.response_format.json_schema.schema.format"
+        assert await refused(client, CHAT, body) == (400, "invalid_grammar", path)
+        schema["json_schema"] = {"name": "a", "schema": {"type": "object"}}
         assert await refused(client, CHAT, body) == (400, "invalid_grammar", "$.response_format")
     assert not engine.requests
 

@@ -13,11 +13,13 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from stretto.engine.structured.grammar import compiled
+from stretto.errors import InvalidGrammar
 from stretto.text.schema import enforceable, moved, object_schema
 from stretto.text.tools.strict.formats import StrictTool, hermes
 from stretto.text.tools.strict.lark import Rules, without
 from stretto.text.tools.strict.strings import searched
 from stretto.types import CallGrammar, Grammar
+from tests.text.test_strict_calls import DECIMAL, EMAIL
 
 DESK = Path(__file__).parents[2] / "src" / "stretto" / "desk" / "tokenizer.json"
 TOKENIZER = LLTokenizer(DESK.read_text())
@@ -92,6 +94,79 @@ CASES: list[tuple[dict[str, Any], list[Any], list[Any], list[str]]] = [
         [{"k": "c"}],
         [],
     ),
+    *(
+        (
+            {
+                "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}],
+                "discriminator": {
+                    "propertyName": "k",
+                    "mapping": {"cat": "#/$defs/Cat", "dog": "#/$defs/Dog"},
+                },
+                "$defs": {
+                    name: {
+                        "type": "object",
+                        "properties": {"k": kind | {"type": "string", "title": "K"}},
+                        "required": ["k"],
+                    }
+                    for name, kind in kinds.items()
+                },
+            },
+            [{"k": "cat"}],
+            [{"k": "cow"}],
+            [],
+        )
+        for kinds in (
+            {"Cat": {"const": "cat"}, "Dog": {"const": "dog"}},
+            {"Cat": {"enum": ["cat", "kitten"]}, "Dog": {"enum": ["dog"]}},
+        )
+    ),
+    (
+        {"oneOf": [{"$ref": "#/$defs/A"}, {"type": "null"}], "$defs": {"A": {"type": "integer"}}},
+        [1, None],
+        ["a"],
+        [],
+    ),
+    *(
+        (
+            {
+                "properties": {"a": {"$ref": f"#/$defs/{ref}"}},
+                "$defs": {"Größe[int] 5%": {"type": "integer"}},
+            },
+            [{"a": 1}],
+            [{"a": "x"}],
+            [],
+        )
+        for ref in ("Größe[int] 5%", "Gr%C3%B6%C3%9Fe%5Bint%5D%205%25")
+    ),
+    # pydantic's decimal numbers, Zod's e-mail, host names and durations
+    ({"type": "string", "pattern": DECIMAL}, ["1.5", "-3"], ["", "-.", "x"], []),
+    (
+        {
+            "type": "string",
+            "format": "email",
+            "pattern": EMAIL,
+        },
+        ["a.b@c.org"],
+        [".a@c.org", "a..b@c.org", "a"],
+        [],
+    ),
+    ({"type": "string", "pattern": r"^(?=.{1,5}$)(?=a)[a-z.]+$"}, ["ab.c"], ["abcdef", "b"], []),
+    (
+        {"type": "string", "format": "duration", "pattern": r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+D)?)$"},
+        ["P1D", "P2W"],
+        ["1D"],
+        ["$.pattern"],
+    ),
+    ({"minLength": None, "type": "integer", "enum": None, "properties": None}, [1], ["a"], []),
+    (
+        {
+            "properties": {"n": {"$dynamicRef": "#name"}},
+            "$defs": {"N": {"$dynamicAnchor": "name", "type": "integer"}},
+        },
+        [{"n": 1}],
+        [{"n": "a"}],
+        [],
+    ),
     ({"type": "object", "properties": {"not": {"type": "integer"}}}, [{"not": 1}], [{"not": "a"}], []),
     ({"enum": [{"uniqueItems": True}]}, [{"uniqueItems": True}], [1], []),
 ]
@@ -118,6 +193,44 @@ def test_what_strict_must_not_lose_is_named():
     assert found.relaxed == ["$.s.properties.a.uniqueItems"]
 
 
+@pytest.mark.parametrize(
+    "pattern", [r"^(?!admin)\w+$", r"\bword\b", r"(a)\1", r"a(?=b)", r"^(?=a)b|c", r"^(?<!x)a"]
+)
+def test_a_pattern_that_no_grammar_follows_matters(pattern: str):
+    schema = {"type": "string", "pattern": pattern}
+    assert enforceable(schema).essential == ["$.pattern"]
+    assert accepts(schema, "word") or accepts(schema, "ab") or accepts(schema, "c")
+
+
+WRONG: dict[str, list[Any]] = {
+    "format": [["date"], {}, 1],
+    "pattern": [1, ["a"]],
+    "required": [True, "a", [1]],
+    "enum": ["a", {}],
+    "type": ["text", [1], {}],
+    "properties": [[], "a", {"a": 1}],
+    "$defs": [[]],
+    "items": ["string", [1]],
+    "anyOf": [{}, [1], True],
+    "oneOf": [5],
+    "allOf": [False],
+    "additionalProperties": ["a", []],
+    "propertyNames": ["a"],
+    "minItems": ["1", -1, 1.5, {}],
+    "maxProperties": ["#", []],
+    "minimum": ["0"],
+    "$ref": [1],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key in WRONG for value in WRONG[key]])
+def test_a_keyword_with_a_wrong_value_is_refused_by_its_path(key: str, value: Any):
+    schema = {"type": "object", "properties": {"a": {"anyOf": [{}, {key: value}]}}}
+    with pytest.raises(InvalidGrammar) as refused:
+        enforceable(schema, "$.s")
+    assert refused.value.param == f"$.s.properties.a.anyOf[1].{key}"
+
+
 def test_parameters_are_always_an_object():
     assert object_schema(None) == object_schema({}) == {"type": "object"}
     assert object_schema({"properties": {}}) == {"properties": {}, "type": "object"}
@@ -129,6 +242,14 @@ def test_references_follow_a_schema_that_moves():
     schema = {"properties": {"a": {"$ref": "#/$defs/A"}}, "const": {"$ref": "#/x"}, "$defs": {"A": {}}}
     assert moved(schema, "#/$defs/t")["properties"]["a"]["$ref"] == "#/$defs/t/$defs/A"
     assert moved(schema, "#/$defs/t")["const"] == {"$ref": "#/x"}
+
+
+@pytest.mark.parametrize("name", ["default", "enum", "required", "examples", "const", "$ref"])
+def test_a_property_may_be_called_like_a_keyword(name: str):
+    schema = {"properties": {name: {"$ref": "#there"}}, "$defs": {name: {"$anchor": "there"}}}
+    found = enforceable(schema).schema
+    assert found["properties"][name] == {"$ref": f"#/$defs/{name}"}
+    assert moved(found, "#/$defs/t")["properties"][name] == {"$ref": f"#/$defs/t/$defs/{name}"}
 
 
 def test_a_strict_call_is_constrained_where_it_begins_and_text_is_free():

@@ -76,6 +76,9 @@ PLACE = {
     "required": ["street"],
     "additionalProperties": False,
 }
+# As pydantic and Zod write them.
+DECIMAL = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"
+EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
 TOOLS: list[dict[str, Any]] = [
     {
         "name": "book",
@@ -89,6 +92,8 @@ TOOLS: list[dict[str, Any]] = [
                 "mixed": {"type": ["string", "number", "boolean"]},
                 "level": {"enum": ["low", "high", 3, None, "</parameter>", "<escape>"]},
                 "code": {"type": "string", "pattern": "^[A-Z]{2}[0-9]+$"},
+                "amount": {"anyOf": [{"type": "number"}, {"type": "string", "pattern": DECIMAL}]},
+                "mail": {"type": "string", "format": "email", "pattern": EMAIL, "maxLength": 12},
                 "on": {"type": "string", "format": "date"},
                 "short": {"type": "string", "minLength": 1, "maxLength": 3},
                 "place": {"$ref": "#/$defs/place"},
@@ -203,7 +208,7 @@ def satisfies(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
         found &= schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", 1e9)
         found &= re.search(schema.get("pattern", ""), value) is not None
         found &= schema.get("format") != "date" or bool(
-            date.fromisoformat(value if value >= "0001" else "0001" + value[4:])
+            date.fromisoformat("2000" + value[4:])  # a grammar does not know leap years
         )
     if isinstance(value, int | float):
         found &= schema.get("minimum", -1e999) <= value <= schema.get("maximum", 1e999)
@@ -313,7 +318,7 @@ def test_the_sandbox_compiles_calls_in_every_format_and_refuses_bad_schemas(ment
     text = model(tmp_path, mentioned, True)
     grammar = calls(request(TOOLS), text).grammar
     assert grammar is not None and error_of(bytes_only, grammar) is None
-    parameters = {"type": "object", "properties": {"a": {"type": "string", "pattern": r"a\bc"}}}
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "pattern": r"a^c"}}}
     grammar = calls(request([{"name": "f", "strict": True, "parameters": parameters}]), text).grammar
     assert grammar is not None
     assert "look-around" in str(error_of(bytes_only, grammar))

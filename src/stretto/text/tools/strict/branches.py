@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from stretto.text.schema import Schema
+from stretto.text.schema import TYPES, UNKNOWN, Schema, referred
 
-TYPES = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
 NOTES = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "x-guidance"}
 )
@@ -38,7 +37,10 @@ def branches(schema: Any, root: Any, depth: int = 0) -> list[Schema]:
     found: list[Schema] = [{key: value for key, value in whole.items() if key not in SKIPPED}]
     groups: list[list[Schema]] = []
     if "$ref" in whole:
-        groups.append(branches(referred(whole["$ref"], root), root, depth + 1))
+        target = referred(whole["$ref"], root)
+        if target is UNKNOWN:
+            raise NotWritable(f"$ref {whole['$ref']!r}, which is not there")
+        groups.append(branches(target, root, depth + 1))
     groups += [branches(each, root, depth + 1) for each in whole.get("allOf", ())]
     for name in ("anyOf", "oneOf"):
         if name in whole:
@@ -48,20 +50,6 @@ def branches(schema: Any, root: Any, depth: int = 0) -> list[Schema]:
         if len(found) > MOST:
             raise NotWritable(f"more than {MOST} combinations of its parts")
     return found
-
-
-def referred(reference: Any, root: Any) -> Any:
-    """What a `$ref` refers to. Raises NotWritable if that is nothing inside the schema."""
-    place: Any = root
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        raise NotWritable(f"$ref {reference!r}")
-    for step in reference[1:].strip("/").split("/") if len(reference) > 1 else ():
-        name = step.replace("~1", "/").replace("~0", "~")
-        try:
-            place = cast("list[Any]", place)[int(name)] if isinstance(place, list) else place[name]
-        except (KeyError, IndexError, ValueError, TypeError):
-            raise NotWritable(f"$ref {reference!r}, which is not there") from None
-    return place
 
 
 def types_of(plain: Schema) -> frozenset[str]:
@@ -136,6 +124,8 @@ def _both(one: Schema, other: Schema) -> Schema | None:
             found[key] = list(dict.fromkeys([*mine, *value]))
         elif key == "enum":
             found[key] = [each for each in mine if each in value]
+        elif key == "pattern" and mine != value:
+            found[key] = [*patterns_of(one), *patterns_of(other)]
         elif key in MERGED:
             found[key] = MERGED[key](mine, value)
         elif mine != value:
@@ -143,6 +133,12 @@ def _both(one: Schema, other: Schema) -> Schema | None:
         else:
             found[key] = value
     return found
+
+
+def patterns_of(plain: Schema) -> list[str]:
+    """The patterns that strings must match. Several stand in a plain schema that was merged of others."""
+    found: Any = plain.get("pattern", [])
+    return [found] if isinstance(found, str) else found
 
 
 def _shared_types(one: Any, other: Any) -> list[str]:

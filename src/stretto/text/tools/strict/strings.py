@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from stretto.text.schema import Schema
-from stretto.text.tools.strict.branches import NotWritable
+from stretto.text.tools.strict.branches import NotWritable, patterns_of
 from stretto.text.tools.strict.lark import Rules, TerminalText, slashed, without
 
 _DATE = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
@@ -49,8 +49,7 @@ def string_terminal(
     least, most = plain.get("minLength", 0), plain.get("maxLength", "")
     if least or most != "":
         parts.append(f"(?s:.{{{least},{most}}})")
-    if "pattern" in plain:
-        parts.append(searched(plain["pattern"]))
+    parts += map(searched, patterns_of(plain))
     if (form := plain.get("format")) in FORMATS:
         parts.append(FORMATS[str(form)])
     expressions = [f"/{without(stops)}/", *(f"/{slashed(part)}/" for part in parts)]
