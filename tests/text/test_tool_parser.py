@@ -62,6 +62,13 @@ CASES: list[tuple[ToolFormat, str, str, list[list[str]]]] = [
     ),
     (HERMES, '<tool_call>{"name": "now"}</tool_call> Done.', " Done.", [["now", "{}"]]),
     (HERMES, '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}', "", [["add", '{"a": 1}']]),
+    (
+        HERMES,
+        '<tool_call>{"name": "now"}</tool_call> Done. \n<tool_call>{"name": "add"}</tool_call> \n ',
+        " Done. \n",
+        [["now", "{}"], ["add", "{}"]],
+    ),
+    (MISTRAL, "[TOOL_CALLS]add{} and \n", "and \n", [["add", "{}"]]),
     (HERMES, "<tool_call>not json</tool_call> x", "<tool_call>not json</tool_call> x", []),
     (HERMES, '<tool_call>{"nome": "x"}</tool_call>', '<tool_call>{"nome": "x"}</tool_call>', []),
     (
@@ -94,6 +101,13 @@ CASES: list[tuple[ToolFormat, str, str, list[list[str]]]] = [
         '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]weather{"b": 2}',
         "",
         [["add", '{"a": 1}'], ["weather", '{"b": 2}']],
+    ),
+    (
+        MISTRAL,
+        f"[TOOL_CALLS]weather[CALL_ID]a1B2c3D4e[ARGS]{WEATHER}"
+        '[TOOL_CALLS]add[CALL_ID]123456789[ARGS]{"a": 1}',
+        "",
+        [["weather", WEATHER], ["add", '{"a": 1}']],
     ),
     (MISTRAL, "[TOOL_CALLS]and so on\nmore", "[TOOL_CALLS]and so on\nmore", []),
     (
@@ -134,6 +148,18 @@ def test_a_call_with_broken_arguments_returns_the_rest_as_content() -> None:
     content, calls = joined(events)
     assert calls[0][0] == "add"
     assert text.endswith(calls[0][1] + content)
+
+
+@pytest.mark.parametrize("twice", ['"arguments": {"a": 2}', '"parameters": {}', '"name": "weather"'])
+def test_a_member_that_comes_twice_makes_no_call(twice: str) -> None:
+    text = f'<tool_call>{{"name": "add", "arguments": {{"a": 1}}, {twice}}}</tool_call>'
+    for size in (1, 7, len(text)):
+        parser = ToolParser(HERMES, NAMES)
+        events = [each for at in range(0, len(text), size) for each in parser.push(text[at : at + size])]
+        events += parser.flush()
+        whole = [each.text if isinstance(each, AbandonedCall) else each for each in events]
+        assert "".join(each for each in whole if isinstance(each, str)) == text
+        assert parser.calls == 0
 
 
 def test_truncated_forced_calls_keep_their_partial_arguments() -> None:

@@ -26,7 +26,8 @@ class ToolFormat:
     """How a family of models writes calls: `opener`, one or more calls, `closer`.
 
     `bare`: the answer may begin with a call without an opener, if it names a tool of the request. `named`:
-    the opener may be followed by a name, `[ARGS]` and the arguments. `forced`: the whole answer is calls.
+    the opener may be followed by a name, perhaps `[CALL_ID]` with an id, `[ARGS]` and the arguments.
+    `forced`: the whole answer is calls.
     `strict` writes the grammar of strict calls, with the special tokens `marks`.
     """
 
@@ -41,10 +42,10 @@ class ToolFormat:
 
 HERMES = ToolFormat("<tool_call>", "</tool_call>", strict=hermes, marks=("<tool_call>", "</tool_call>"))
 LLAMA = ToolFormat("<|python_tag|>", bare=True, strict=llama, marks=("<|python_tag|>",))
-MISTRAL = ToolFormat("[TOOL_CALLS]", named=True, strict=mistral, marks=("[TOOL_CALLS]", "[ARGS]"))
+ARGS, CALL_ID = "[ARGS]", "[CALL_ID]"
+MISTRAL = ToolFormat("[TOOL_CALLS]", named=True, strict=mistral, marks=("[TOOL_CALLS]", ARGS, CALL_ID))
 FORCED = ToolFormat("", forced=True)
-ARGS = "[ARGS]"
-MARKERS = frozenset({LLAMA.opener, MISTRAL.opener, ARGS, HERMES.opener, HERMES.closer})
+MARKERS = frozenset({LLAMA.opener, HERMES.opener, HERMES.closer, *MISTRAL.marks})
 
 
 def choose(mentions: Callable[[str], bool]) -> ToolFormat | None:
@@ -100,6 +101,7 @@ class ToolParser:
         self._call = _Call(self._names)
         self._index = 0
         self._begun = False
+        self._after_call = False  # whether blanks are no content
         self.calls = 0
 
     def push(self, text: str) -> list[ToolEvent]:
@@ -115,8 +117,7 @@ class ToolParser:
         """The remaining content and calls, when the answer ended."""
         events: list[ToolEvent] = []
         if self._state == "text":
-            if self._held and not (self.calls and self._held.isspace()):
-                events.append(self._held)
+            self._content(self._held, events)
         elif self._state == "call" and self._form.forced:
             self._emit(events)
         elif self._state in ("call", "name") or (self._state == "open" and not self._array):
@@ -141,19 +142,18 @@ class ToolParser:
         at = text.find(opener) if opener else -1
         if at < 0:
             cut = len(text) - partial_match(text, opener)
-            if self.calls and text[:cut].isspace():
+            if self._after_call and text[:cut].isspace():
                 cut = 0
             self._content(text[:cut], events)
             self._held = text[cut:]
             return ""
-        if not (self.calls and text[:at].isspace()):
-            self._content(text[:at], events)
+        self._content(text[:at], events)
         self._open(opener)
         return text[at + len(opener) :]
 
     def _content(self, text: str, events: list[ToolEvent]) -> None:
-        if text:
-            self._begun = True
+        if text and not (self._after_call and text.isspace()):
+            self._begun, self._after_call = True, False
             events.append(text)
 
     def _open(self, raw: str) -> None:
@@ -181,7 +181,7 @@ class ToolParser:
                 self._emit(events)
                 self._index += 1
                 self.calls += 1
-                self._state, self._raw = "close", ""
+                self._state, self._raw, self._after_call = "close", "", True
                 self._call = _Call(self._names)
         return ""
 
@@ -236,7 +236,7 @@ class ToolParser:
 
     def _abandon(self, events: list[ToolEvent]) -> None:
         raw, sent = self._raw, self._call.sent
-        self._state, self._raw, self._begun = "text", "", True
+        self._state, self._raw, self._begun, self._after_call = "text", "", True, False
         if sent is not None:
             unsent = raw[raw.find(sent) + len(sent) :] if sent else raw
             events.append(AbandonedCall(self._index, raw, unsent))
@@ -279,7 +279,7 @@ class _Call:
     def feed_name(self, character: str) -> bool:
         """Read a character of a name before its arguments. Returns True when the arguments begin."""
         if character == "{":
-            self._set_name(self._prefix.removesuffix(ARGS).strip())
+            self._set_name(self._prefix.removesuffix(ARGS).partition(CALL_ID)[0].strip())
             self.has_arguments = True
             self.feed(character)
             return True
@@ -309,6 +309,8 @@ class _Call:
         if not self._value:
             key = json.loads(self._json.key)
             self._key = "arguments" if key in ARGUMENTS else key
+            if (self._key == "arguments" and self.has_arguments) or (key == "name" and self.name is not None):
+                raise ValueError("a member twice, and the first one may have been sent")
         self._value += character
         if self._key == "arguments" and self._value[0] == "{":
             self.has_arguments = True

@@ -75,9 +75,12 @@ def llama(rules: Rules, tools: Sequence[StrictTool], others: Sequence[int]) -> F
 
 
 def mistral(rules: Rules, tools: Sequence[StrictTool], others: Sequence[int]) -> Frame:
-    """After a token either an array of JSON objects, or a name and its arguments."""
+    """After a token either an array of JSON objects, or a name, perhaps an id, and the arguments."""
     listed = objects(rules, tools, "", "arguments", [TerminalText('"}"')])
     mark = rules.literal("[ARGS]") if rules.special("[ARGS]") else []
+    if rules.special("[CALL_ID]"):
+        id = [*rules.literal("[CALL_ID]"), TerminalText("/[a-zA-Z0-9]{9}/")]
+        mark = [rules.repeated(id, "?"), *mark]
     named = each_call(
         rules, tools, lambda tool: [TerminalText(quoted(tool.name)), *mark, rules.json(tool.schema)]
     )
