@@ -39,6 +39,8 @@ def test_a_field_that_means_nothing_is_accepted_and_any_other_value_refused_by_n
     [
         ({"max_tokens": 40.0, "seed": 7.0, "n": 1.0}, {"max_tokens": 40, "seed": 7, "n": 1}),
         ({"n_predict": 9}, {"max_tokens": 9}),
+        ({"n_predict": -1}, {}),
+        ({"max_tokens": -1, "max_completion_tokens": -1.0}, {}),
         ({"repeat_penalty": 1.1}, {"repetition_penalty": 1.1}),
         ({"guided_json": {"type": "object"}}, {"structured_outputs": {"json": {"type": "object"}}}),
         ({"guided_regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),

@@ -61,6 +61,15 @@ NOTHING: dict[str, Accepted] = {
     "dynatemp_range": Accepted((0,), "llama.cpp"),
     "xtc_probability": Accepted((0,), "llama.cpp"),
     "dry_multiplier": Accepted((0,), "llama.cpp"),
+    # Each of these says more about an option above, which is off.
+    **dict.fromkeys(
+        ("dynatemp_exponent", "xtc_threshold", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
+        Accepted((ANY,), "llama.cpp"),
+    ),
+    "typ_p": Accepted((1,), "llama.cpp"),
+    "top_n_sigma": Accepted((-1,), "llama.cpp"),
+    "repeat_last_n": Accepted((-1,), "llama.cpp"),
+    "reasoning_format": Accepted(("auto", "deepseek"), "llama.cpp"),
     "keep_alive": Accepted((ANY,), "Ollama"),
     "extra_body": Accepted(({},), "litellm"),
     "cache_control": Accepted((ANY,), "Anthropic's clients"),
@@ -69,6 +78,9 @@ NOTHING: dict[str, Accepted] = {
     "suffix": Accepted(("",), "older OpenAI clients"),
     "verbosity": Accepted(("medium",), "OpenAI's clients"),
     "bad_words": Accepted(([],), "vLLM"),
+    "echo": Accepted((False,), "vLLM"),
+    "documents": Accepted(([],), "vLLM"),
+    "logits_processors": Accepted(([],), "vLLM"),
     "prompt_cache_retention": Accepted((ANY,), "OpenAI's clients"),
 }
 STREAM_OPTIONS: dict[str, Accepted] = {"include_obfuscation": Accepted((ANY,), "OpenAI's clients")}
@@ -87,6 +99,7 @@ RENAMED = {
     "guided_whitespace_pattern": "structured_outputs.whitespace_pattern",
     "enable_thinking": "chat_template_kwargs.enable_thinking",
 }
+LIMIT = ("max_tokens", "max_completion_tokens")
 # By role. A member that is not among them is data for the chat template.
 MESSAGE = {
     str(each.__struct_config__.tag): frozenset(each.__struct_fields__) - {"extra"} | {"role"}
@@ -102,6 +115,8 @@ def accepted(body: Body) -> Body:
     for name, target in RENAMED.items():
         if name in found:
             _move(found, name, target)
+    if "messages" in found:  # a chat without a limit has none; a plain completion has OpenAI's
+        found = {name: value for name, value in found.items() if name not in LIMIT or value != -1}
     if found.get("top_logprobs") == 0 and not found.get("logprobs"):
         del found["top_logprobs"]
     _each(found, "messages", _message)
