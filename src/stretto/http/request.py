@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from hmac import compare_digest
 
@@ -10,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from stretto.errors import TooLarge, Unauthorised
 
 HEADERS = ("authorization", "x-api-key")
+_SLASHES = re.compile("/{2,}")
 
 
 def given_keys(headers: Mapping[str, str]) -> list[str]:
@@ -39,7 +41,10 @@ def tenant_of(headers: Mapping[str, str], keys: Mapping[str, str]) -> str:
 
 
 def plain_path(path: str) -> str:
-    """The path without a slash at its end, which many clients add to a base URL. No route ends in one."""
+    """The path without a slash at its end or twice in a row, which clients make of a base URL that ends in
+    one. No route has either."""
+    if "//" in path:
+        path = _SLASHES.sub("/", path)
     return path[:-1] if len(path) > 1 and path[-1] == "/" else path
 
 

@@ -1,8 +1,11 @@
-"""The types of vLLM's endpoints for tokens, scores and ranks, and for its version. No behaviour."""
+"""The types of vLLM's endpoints for tokens, scores and ranks, and for its version. No behaviour.
+
+The endpoints for tokens take llama.cpp's fields too, as both servers have them at the same paths.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Struct
 
@@ -23,10 +26,11 @@ Texts = Annotated[list[str], up_to("prompts", min_length=1)]
 
 
 class TokenizeRequest(Wire, frozen=True, kw_only=True):
-    """A text in `prompt`, or a chat in `messages`: exactly one of them.
+    """A text in `prompt`, a chat in `messages`, or a text in `content` as llama.cpp has it: one of them.
 
     `add_special_tokens`: whether a text gets the tokenizer's own BOS or EOS; a chat's template writes them.
-    `return_token_strs`: whether the answer has each token as the vocabulary spells it.
+    `add_special` is the same for `content`, and false by default. `return_token_strs`: whether the answer has
+    each token as the vocabulary spells it. `with_pieces`: whether each token comes with its text.
     """
 
     model: ModelName | None = None
@@ -37,6 +41,17 @@ class TokenizeRequest(Wire, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], up_to("variables")] | None = None
     return_token_strs: bool | None = None
+    content: str | None = None
+    add_special: bool | None = None
+    parse_special: Literal[True] | None = None
+    with_pieces: bool | None = None
+
+
+class TokenPiece(Struct, frozen=True, kw_only=True):
+    """A token and its text; its bytes, if they are no whole text."""
+
+    id: int
+    piece: str | list[int]
 
 
 class Tokenized(Struct, frozen=True, kw_only=True):
@@ -44,7 +59,7 @@ class Tokenized(Struct, frozen=True, kw_only=True):
 
     count: int
     max_model_len: int
-    tokens: list[int]
+    tokens: list[int | TokenPiece]
     token_strs: list[str] | None = None
 
 
@@ -54,9 +69,10 @@ class DetokenizeRequest(Wire, frozen=True, kw_only=True):
 
 
 class Detokenized(Struct, frozen=True):
-    """`prompt` is the text of the tokens, special tokens included."""
+    """The text of the tokens, special tokens included: `content` is llama.cpp's name for it."""
 
     prompt: str
+    content: str
 
 
 class ScoreRequest(Wire, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,9 +12,11 @@ from msgspec import structs
 
 from stretto.config import ServeConfig
 from stretto.text.tokenizer import TextModel
+from tests.server.checkpoint import sentencepiece, write
 from tests.server.conftest import CHAT, HELLO
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import FakeEngine, build, info
 
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 TEXT = "Grüße 世界 <|stop|> 😀"
 
 
@@ -25,17 +28,45 @@ async def test_a_text_becomes_tokens_and_the_tokens_become_the_text(
     assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), 512)
     assert found["token_strs"] is None
     back = await client.post("/detokenize", json={"model": "tiny", "tokens": found["tokens"]})
-    assert back.json() == {"prompt": TEXT}
+    assert back.json() == {"prompt": TEXT, "content": TEXT}
     spelt = await client.post("/tokenize", json={"prompt": "Hi", "return_token_strs": True})
     assert spelt.json()["token_strs"] == [text.tokenizer.id_to_token(id) for id in spelt.json()["tokens"]]
-    assert (await client.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
+    assert (await client.post("/detokenize", json={"tokens": []})).json() == {"prompt": "", "content": ""}
+
+
+async def test_llama_cpp_calls_the_text_content(client: httpx.AsyncClient, text: TextModel) -> None:
+    found = (await client.post("/tokenize", json={"content": TEXT})).json()
+    assert found["tokens"] == text.encode(TEXT, special=False)
+    pieces = (await client.post("/tokenize", json={"content": TEXT, "with_pieces": True})).json()["tokens"]
+    assert [each["id"] for each in pieces] == found["tokens"]
+    parts = [each["piece"] for each in pieces]
+    assert (
+        b"".join(part.encode() if isinstance(part, str) else bytes(part) for part in parts) == TEXT.encode()
+    )
+
+
+async def test_special_tokens_are_added_to_a_text_by_the_default_of_each_server(tmp_path: Path) -> None:
+    path = write(tmp_path, sentencepiece(), None, eos="</s>", bos="<s>")
+    text = TextModel(path)
+    whole, bare = text.encode("Hello"), text.encode("Hello", special=False)
+    assert whole != bare
+    engine = FakeEngine(lambda _: [], {"llama": info("llama", vocab=text.largest_id + 1)})
+    transport = httpx.ASGITransport(build(ServeConfig(port=0), engine, {"llama": path}))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        for body, tokens in (
+            ({"prompt": "Hello"}, whole),
+            ({"prompt": "Hello", "add_special_tokens": False}, bare),
+            ({"prompt": "Hello", "add_special_tokens": False, "mm_processor_kwargs": None}, bare),
+            ({"content": "Hello"}, bare),
+            ({"content": "Hello", "add_special": True, "parse_special": True}, whole),
+        ):
+            assert (await client.post("/tokenize", json=body)).json()["tokens"] == tokens, body
 
 
 async def test_a_chat_becomes_the_tokens_that_the_engine_gets(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
-    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-    for chat in (HELLO, HELLO | {"tools": [tool]}):
+    for chat in (HELLO, HELLO | {"tools": [TOOL]}, HELLO | {"add_special_tokens": False}):
         await client.post(CHAT, json=chat)
         found = (await client.post("/tokenize", json=chat)).json()
         assert tuple(found["tokens"]) == engine.requests[-1].prompt
@@ -55,6 +86,11 @@ async def test_a_prompt_longer_than_the_context_is_counted(client: httpx.AsyncCl
         ("/tokenize", HELLO | {"prompt": "Hi"}, "$.prompt"),
         ("/tokenize", {"prompt": "Hi", "model": "gpt-7"}, "$.model"),
         ("/tokenize", {"prompt": ["Hi"]}, "$.prompt"),
+        ("/tokenize", {"prompt": "Hi", "content": "Hi"}, "$.prompt"),
+        ("/tokenize", {"prompt": "Hi", "tools": [TOOL]}, "$.tools"),
+        ("/tokenize", {"prompt": "Hi", "add_special": False}, "$.add_special"),
+        ("/tokenize", {"content": "Hi", "parse_special": False}, "$.parse_special"),
+        ("/tokenize", HELLO | {"add_special_tokens": True}, "$.add_special_tokens"),
         ("/tokenize", {"prompt": "Hi", "colour": 1}, "$.colour"),
         ("/tokenize", HELLO | {"chat_template_kwargs": {"nothing": 1}}, "$.chat_template_kwargs.nothing"),
         ("/detokenize", {"tokens": [10**6]}, "$.tokens"),
@@ -74,9 +110,9 @@ async def test_the_version_is_that_of_the_package(client: httpx.AsyncClient) -> 
     assert (await client.get("/version")).json() == {"version": version("stretto")}
 
 
-async def test_every_path_may_end_in_a_slash(client: httpx.AsyncClient) -> None:
-    for path in ("/v1/models/", "/v1/models/tiny/", "/health/", "/version/"):
-        assert (await client.get(path)).status_code == 200, path
+async def test_every_path_may_have_more_slashes(client: httpx.AsyncClient) -> None:
+    for path in ("/v1/models/", "/v1//models/tiny/", "/health///", "//version/"):
+        assert (await client.get(f"http://localhost{path}")).status_code == 200, path
     assert (await client.post(f"{CHAT}/", json=HELLO)).status_code == 200
     assert (await client.get("/")).status_code == 200
     assert (await client.get("/nothing/")).status_code == 404
