@@ -442,6 +442,16 @@ async def test_an_ambiguous_length_is_refused_and_what_follows_is_not_read(
     assert len(re.findall(rb"HTTP/1\.1 \d", answer)) == 1
 
 
+async def test_two_slashes_begin_a_path_and_no_host(victim: Victim) -> None:
+    for target in ("//v1/models", "///v1//models/", "http://localhost//v1/models"):
+        assert status(await talk(victim, head(f"GET {target} HTTP/1.1", "Connection: close"))) == 200, target
+
+
+async def test_head_of_a_stream_has_no_body_and_ends(victim: Victim) -> None:
+    answer = await talk(victim, head("HEAD /live HTTP/1.1", "Connection: close"))
+    assert b"text/event-stream" in answer and answer.endswith(b"\r\n\r\n")
+
+
 async def test_a_connection_is_for_requests_only(victim: Victim) -> None:
     for data in (
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",

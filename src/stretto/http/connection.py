@@ -445,7 +445,8 @@ class HttpConnection(HttpToolsProtocol):
 
     def _set_target(self) -> None:
         """Puts the path of the request line into the scope. A host in that line counts, not the header."""
-        target = httptools.parse_url(self.url)
+        # Two slashes would begin with a host, but only a whole URL may name one here.
+        target = httptools.parse_url(b"/" + self.url.lstrip(b"/") if self.url[:1] == b"/" else self.url)
         path = target.path or b"/"
         text = path.decode("ascii")
         self.scope["path"] = unquote(text) if "%" in text else text

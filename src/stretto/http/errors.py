@@ -7,6 +7,7 @@ import logging
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from stretto.errors import NotFound, OutOfMemory, StrettoError, WrongMethod
@@ -37,15 +38,21 @@ async def nothing_there(scope: Scope, receive: Receive, send: Send) -> None:
     raise HTTPException(404)
 
 
+def _methods(scope: Scope) -> str:
+    """The methods of all routes at the path of a request."""
+    routes = [route for route in scope["router"].routes if isinstance(route, Route)]
+    found = [route.methods or () for route in routes if route.matches(scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for methods in found for method in methods}))
+
+
 async def error_response(request: Request, error: Exception) -> Response:
     """Every error as a response, the router's own included."""
     allow: dict[str, str] = {}
     if isinstance(error, HTTPException):
-        allow = dict(error.headers or {})
         path = request.scope["path"]
         if error.status_code == WrongMethod.status:
-            allowed = allow.get("Allow", "other methods")
-            error = WrongMethod(f"{path} does not take {request.method}; use {allowed}")
+            allow = {"allow": _methods(request.scope)}
+            error = WrongMethod(f"{path} does not take {request.method}; use {allow['allow']}")
         else:
             error = NotFound(f"there is nothing at {path}")
     if not isinstance(error, StrettoError):

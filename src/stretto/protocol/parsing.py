@@ -1,11 +1,13 @@
 """Request bodies -> wire types. An error names the wrong field by its path, as `$.messages[0].content`.
 
-Half a surrogate pair in a string becomes U+FFFD: JavaScript sends one when it cuts an emoji in two.
+Half a surrogate pair in a string becomes U+FFFD: JavaScript sends one when it cuts an emoji in two. A mark of
+the byte order in front, as .NET writes it, is left out.
 """
 
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -73,7 +75,7 @@ def parse(
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except DecodeError as error:
-        whole = without_half_pairs(body)
+        whole = without_half_pairs(body.removeprefix(BOM_UTF8))
         if whole == body:
             raise InvalidRequest(f"the body is not valid JSON: {error}") from None
         return parse(decoder, whole, lenient, history)
@@ -85,14 +87,14 @@ def parse(
 
 
 def read_some(decoder: json.Decoder[T], body: bytes) -> tuple[T, bytes]:
-    """Some fields of a body that is passed on, and the body without halves of surrogate pairs.
+    """Some fields of a body that is passed on, and the body without BOM and halves of surrogate pairs.
 
     Raises what `parse` raises.
     """
     try:
         return decoder.decode(body), body
     except (DecodeError, UnicodeDecodeError, RecursionError):
-        whole = without_half_pairs(body)
+        whole = without_half_pairs(body.removeprefix(BOM_UTF8))
         return parse(decoder, whole, as_it_is), whole
 
 

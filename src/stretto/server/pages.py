@@ -126,6 +126,8 @@ class Pages:
         if self._viewers >= VIEWERS:
             raise Overloaded(f"{VIEWERS} clients watch already; close one, or try again", retry_after=10.0)
         headers = {"Cache-Control": "no-store"}
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream", headers=headers)
         return StreamingResponse(self._snapshots(), media_type="text/event-stream", headers=headers)
 
     async def _snapshots(self) -> AsyncIterator[bytes]:

@@ -116,6 +116,8 @@ class LivePage:
         if self._viewers >= VIEWERS:
             raise Overloaded(f"{VIEWERS} clients watch already; close one, or try again", retry_after=10.0)
         headers = {"Cache-Control": "no-store"}
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream", headers=headers)
         return StreamingResponse(self._snapshots(request), media_type="text/event-stream", headers=headers)
 
     def snapshot(self, account: Account) -> GatewayLive:
