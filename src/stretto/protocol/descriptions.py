@@ -14,7 +14,7 @@ ANNOTATIONS = (
 ABSENT = (
     *("mcp_servers", "container", "speed", "defer_loading", "images", "mirostat"),
     *("tfs_z", "typical_p", "logits_all", "vocab_only", "embedding_only", "license", "modelfile"),
-    *("parent_model", "OllamaGenerate.template", "OllamaGenerate.context"),
+    *("parent_model", "OllamaGenerate.template", "OllamaGenerate.context", "parse_special"),
 )
 FIELDS: dict[str, str] = {
     **dict.fromkeys(ANNOTATIONS, "Accepted. It changes no answer."),
@@ -357,7 +357,6 @@ FIELDS: dict[str, str] = {
     "add_generation_prompt": "Whether a chat ends with the beginning of the model's answer.",
     "return_token_strs": "Whether the answer has each token as the vocabulary spells it.",
     "add_special": "`add_special_tokens` for `content`. Absent: false.",
-    "parse_special": "Special tokens in the text count as such.",
     "with_pieces": "Whether each token of the answer comes with its text.",
     "piece": "The text of a token; its bytes, if they are no whole text.",
     "count": "Number of tokens.",
@@ -485,12 +484,11 @@ TYPES: dict[str, str] = {
     "FunctionDelta": "A part of a called function.",
     "ChatLogprobs": "Log probabilities of an answer.",
     "TokenLogprob": "A token with its log probability and the likeliest tokens at its place.",
-    "Usage": "Number of tokens of a request.",
+    **dict.fromkeys(("Usage", "EmbeddingUsage"), "Number of tokens of a request."),
     "CachedTokens": "Tokens of the prompt that were not computed again.",
     "TextChoice": "One answer, or a part of it.",
     "EmbeddingRequest": "Texts to embed.",
     "EmbeddingList": "The embeddings, in the order of the texts.",
-    "EmbeddingUsage": "Number of tokens of a request.",
     "DetokenizeRequest": "Token ids whose text is wanted.",
     "Version": "The version of the server.",
     "Score": "How near the texts of one pair are.",
