@@ -50,30 +50,50 @@ def test_a_full_index_forgets_the_least_recent_end_first():
     assert index.match([7, 8]) == {}
 
 
-def test_the_breaker_opens_after_failures_in_a_row_and_lets_one_request_try():
+def test_the_breaker_opens_after_failures_in_a_row_and_a_report_closes_it():
     breaker = Breaker()
     for _ in range(FAILURES - 1):
         breaker.fail(0.0)
-    breaker.succeed(0.0)
+    breaker.succeed()
+    breaker.fail(0.0)
     assert breaker.state(0.0) == "closed"
-    for _ in range(FAILURES):
+    for _ in range(FAILURES - 1):
+        breaker.heard(1.0)  # says nothing of the answers
         breaker.fail(1.0)
     assert breaker.state(1.0) == "open"
+    breaker.heard(1.1)
+    assert breaker.broken
     assert breaker.state(1.0 + FIRST_PAUSE_S) == "half-open"
-    breaker.try_one(1.0 + FIRST_PAUSE_S)
-    assert breaker.state(1.0 + FIRST_PAUSE_S) == "open"
-    breaker.succeed(2.0)
+    breaker.heard(2.0)
     assert breaker.state(2.0) == "closed"
     assert breaker.weight(2.0) < 0.2 and breaker.weight(2.0 + SLOW_START_S) == 1.0
 
 
-def test_the_pause_of_a_lost_worker_doubles_up_to_a_limit():
-    breaker = Breaker()
-    pauses: list[float] = []
+def test_the_pause_of_a_worker_that_flaps_doubles_up_to_a_limit():
+    breaker, now, pauses = Breaker(), 0.0, list[float]()
     for _ in range(10):
-        breaker.fail(0.0, lost=True)
+        breaker.fail(now, lost=True)
         pauses.append(breaker.pause)
+        now += breaker.pause
+        breaker.heard(now)
     assert pauses[0] == FIRST_PAUSE_S and pauses[1] == 2 * FIRST_PAUSE_S and pauses[-1] == LONGEST_PAUSE_S
+    breaker.fail(now + SLOW_START_S, lost=True)
+    assert breaker.pause == FIRST_PAUSE_S
+
+
+@given(st.floats(0.05, 60.0), st.integers(1, 64))
+def test_a_worker_is_used_soon_after_an_outage_however_long_it_was(outage: float, streams: int):
+    """All its streams fail at once, and then each report for a while."""
+    breaker, now = Breaker(), 0.0
+    for _ in range(streams):
+        breaker.fail(now, lost=True)
+    while now < outage:
+        breaker.fail(now, lost=True)
+        now += 0.05
+    while breaker.broken:
+        breaker.heard(now)
+        now += 0.05
+    assert now <= max(outage, FIRST_PAUSE_S) + 0.2
 
 
 def test_a_second_attempt_starts_when_a_miss_is_likely_and_not_before():

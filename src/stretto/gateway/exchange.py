@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import inf
 from secrets import token_hex
 
+from stretto.errors import Draining, Overloaded, Unavailable
 from stretto.gateway.accounts.usage import Tally
 from stretto.gateway.routing.fields import RoutingFields
 from stretto.gateway.routing.router import Ask
@@ -17,6 +18,7 @@ from stretto.protocol.relay import MARKED, OperationName, Took
 from stretto.telemetry.tracing import TraceSpan
 from stretto.types import Request
 
+CALM = (Draining.code, Unavailable.code, Overloaded.code)  # no request is why a worker says so
 EVENTS = "text/event-stream"
 Send = Callable[[int, Mapping[str, str], bytes, bool], Awaitable[None]]
 
@@ -66,6 +68,21 @@ class RelayedExchange:
     worker: str = ""  # that answers, or did last
     ttft: float | None = None  # of a stream, from its arrival
     forecast: float = inf  # of `ttft`
+    passed: bool = False  # whether the client has a part of a body without marks
+    losses: int = 0  # workers in a row that were lost without a token more
+    _had: int = 0  # tokens that the client had at the last loss
+
+    @property
+    def begun(self) -> bool:
+        """Whether the client has any part of the answer."""
+        return self.passed or self.progress.begun
+
+    def lost(self, code: str) -> None:
+        """The worker that answers is lost. `code`: of the error that it says; empty: none."""
+        emitted = self.progress.emitted
+        self.losses = (0 if emitted > self._had else self.losses) + (code not in CALM)
+        self._had = emitted
+        self.progress.lost()
 
     def answered(self, worker: str, forecast: float, head: Head) -> None:
         """A worker's response has begun. `forecast`: the predicted time from arrival to the first token."""

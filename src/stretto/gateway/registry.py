@@ -39,6 +39,13 @@ WARM = 2  # connections to each worker that wait open, so that a far one costs n
 MOST_REPORT_BYTES = 4 << 20
 SENT_UNSEEN_S = 0.03  # a report may miss what arrived at the worker so shortly before
 UNKNOWN = "unknown"
+MODELS = "/v1/models"
+NOT_FOUND = 404
+BROKEN = (500,)  # statuses of a worker that fails; others are refusals, or the client's mistakes
+PLAIN_BROKEN = (500, 502, 503, 504)  # the same for a worker that is no Stretto
+EJECTED = 3  # at most one of so many workers is left out because of such statuses
+REST = 20.0  # how much longer a worker is left alone than its report took to read
+STALLED_S = 0.1  # a timeout that comes so late says that this process was stopped
 NO_TIERS: Mapping[str, Tier] = {}
 
 
@@ -71,8 +78,10 @@ class Worker:
     ratios: Mapping[str, float] = field(default_factory=dict[str, float])  # bytes of a token, by model
     joules: Mapping[str, float] = field(default_factory=dict[str, float])  # of an answer's token, by model
     streams: set[Callable[[], None]] = field(default_factory=set[Callable[[], None]])
+    rest: float = 0.0  # seconds without a report after one that took long to read
     lease: float | None = None  # when a worker that joined by itself must have renewed; None: configured
     task: asyncio.Task[None] | None = None
+    watched: UpstreamConnection | None = None  # over which it reports
     _sent: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
 
     @property
@@ -88,6 +97,12 @@ class Worker:
         else:
             self.drained.clear()
 
+    def hang_up(self) -> None:
+        """Closes the connection over which it reports."""
+        if self.watched is not None:
+            self.watched.close()
+            self.watched = None
+
     def keeps(self, response: str) -> bool:
         """Whether it may keep the answer with this id."""
         return bool(self.store) and response.startswith(self.store)
@@ -102,7 +117,7 @@ class Worker:
         """How long it may be silent, in seconds."""
         if self.plain or not self.pool.round_trip:
             return PLAIN_SILENT_S  # its network may be slow
-        return SILENT_S + 4 * self.pool.round_trip
+        return SILENT_S + min(4 * self.pool.round_trip, PLAIN_SILENT_S)
 
     def sent(self, ident: int) -> None:
         """A request with that id is on its way to the worker."""
@@ -129,9 +144,11 @@ class Registry:
         address = _address(url)
         name = name or _name_of(address)
         known = self.workers.get(name)
-        if known is not None:
-            known.lease = lease if known.lease is not None else None
+        if known is not None and (known.address == address or (known.lease is None and lease is not None)):
+            if known.lease is not None:
+                known.lease, known.view.site = lease, site
             return known
+        self.leave(name)  # it speaks TLS now, or no longer
         view = WorkerView(name, site, usable=False)
         worker = Worker(name, address, Pool(address, headers=self._headers), view, lease=lease)
         self.workers[name] = worker
@@ -172,7 +189,7 @@ class Registry:
 
     def model(self, name: object) -> ModelOfAll:
         """What is known of the model of that name; of the first one if the name is None."""
-        names = {None, name, name.removesuffix(LATEST)} if isinstance(name, str) and name else {name}
+        names = {name, name.removesuffix(LATEST)} if isinstance(name, str) else set[str]()
         for worker in self.workers.values():
             for known, info in worker.models.items():
                 if name is None or known in names:
@@ -206,39 +223,47 @@ class Registry:
     def failed(self, worker: Worker, reason: str, *, lost: bool) -> None:
         """A request failed on a worker."""
         worker.breaker.fail(time.monotonic(), lost=lost)
-        worker.error = reason
+        if worker.breaker.broken:
+            worker.error = reason
         self._judge(worker)
 
-    def succeeded(self, worker: Worker) -> None:
-        """A worker has answered a request."""
-        worker.breaker.succeed(time.monotonic())
+    def answered(self, worker: Worker, status: int) -> None:
+        """A worker has answered a request. One that fails is fast and so attracts requests: it is left out,
+        unless too many are, because a client may send what fails everywhere."""
+        if status not in (PLAIN_BROKEN if worker.plain else BROKEN):
+            worker.breaker.succeed()
+            return
+        out = sum(each.breaker.broken for each in self.workers.values())
+        others = any(each.view.usable for each in self.workers.values() if each is not worker)
+        if others and out < max(1, len(self.workers) // EJECTED):
+            self.failed(worker, f"it has answered several requests in a row with {status}", lost=False)
 
     async def _watch(self, worker: Worker) -> None:
         """Asks for reports until the worker leaves."""
-        connection: UpstreamConnection | None = None
         last = time.monotonic()
+        excused = False  # whether a timeout was this process's own fault
         try:
             while True:
+                due = time.monotonic() + worker.patience_s
                 try:
                     async with asyncio.timeout(worker.patience_s):
-                        if connection is None or not connection.reusable:
-                            connection = await worker.pool.acquire(CONNECT_S)
-                        await self._ask(worker, connection)
-                    last = time.monotonic()
+                        await self._ask(worker)
+                    last, excused = time.monotonic(), False
                     worker.pool.warm(WARM)
                 except Exception as error:  # whatever a worker sends, it is watched on
-                    if connection is not None:
-                        connection.close()
-                    connection = None
+                    worker.hang_up()
+                    stalled = isinstance(error, TimeoutError) and time.monotonic() > due + STALLED_S
+                    if stalled and not excused:
+                        excused = True  # all workers would seem lost at once
+                        continue
                     self._silent(worker, _reason(error, worker), last)
                 self._judge(worker)
                 if worker.lease is not None and time.monotonic() > worker.lease:
                     log.warning("worker %s: its lease is over", worker.name)
                     self.leave(worker.name)
-                await asyncio.sleep(PLAIN_POLL_S if worker.plain else POLL_S)
+                await asyncio.sleep(max(PLAIN_POLL_S if worker.plain else POLL_S, worker.rest))
         finally:
-            if connection is not None:
-                connection.close()
+            worker.hang_up()
 
     def _silent(self, worker: Worker, reason: str, last: float) -> None:
         """No report came. A plain worker is known to be lost only by its connections."""
@@ -249,28 +274,40 @@ class Registry:
         worker.breaker.fail(now, lost=True)
         if now - last >= worker.patience_s or not worker.plain:
             worker.lost()
+        worker.lacks.clear()
 
-    async def _ask(self, worker: Worker, connection: UpstreamConnection) -> None:
-        """One report. Raises WorkerLost."""
-        asked = time.monotonic()
-        path = "/v1/models" if worker.plain else RELAY
-        head = await connection.exchange(worker.pool.request("GET", path, {}))
-        body = await connection.read_all(MOST_REPORT_BYTES)
+    async def _ask(self, worker: Worker) -> None:
+        """One report. Raises WorkerLost. A server of another kind is asked for one over each new connection,
+        because another server may have come in its place."""
+        fresh = worker.watched is None or not worker.watched.reusable
+        reports = fresh or not worker.plain
+        asked, head, body = await self._get(worker, RELAY if reports else MODELS)
+        if reports and head.status == NOT_FOUND:
+            worker.plain, reports = True, False
+            asked, head, body = await self._get(worker, MODELS)
         now = time.monotonic()
-        worker.pool.note_round_trip(now - asked)
-        if not worker.plain and head.status == 404:
-            worker.plain = True
-            await self._ask(worker, connection)
-            return
         if head.status != 200:
-            raise WorkerLost(f"its report has the status {head.status}")
-        if worker.plain:
-            self._see_models(worker, body)
+            what = "its report" if reports else f"{worker.name} is no Stretto, and its list of models"
+            raise WorkerLost(f"{what} has the status {head.status}")
+        if reports:
+            self._see(worker, body, asked, now)
+            worker.plain = False
         else:
-            self._see(worker, head, body, asked, now)
-        worker.error = ""
-        if worker.breaker.pause and worker.breaker.state(now) != "open":
-            worker.breaker.succeed(now)
+            self._see_models(worker, body)
+        worker.breaker.heard(now)
+        if not worker.breaker.broken:
+            worker.error = ""
+
+    async def _get(self, worker: Worker, path: str) -> tuple[float, Head, bytes]:
+        """When the worker was asked for that path, and what it answered. Raises WorkerLost."""
+        if worker.watched is None or not worker.watched.reusable:
+            worker.hang_up()
+            worker.watched = await worker.pool.acquire(CONNECT_S)
+        asked = time.monotonic()
+        head = await worker.watched.exchange(worker.pool.request("GET", path, {}))
+        body = await worker.watched.read_all(MOST_REPORT_BYTES)
+        worker.pool.note_round_trip(time.monotonic() - asked)
+        return asked, head, body
 
     def _see_models(self, worker: Worker, body: bytes) -> None:
         try:
@@ -281,9 +318,13 @@ class Registry:
         worker.view.outlooks = {name: worker.view.outlooks.get(name) or Outlook({}) for name in names}
         worker.view.seen = float("-inf")
 
-    def _see(self, worker: Worker, head: Head, body: bytes, asked: float, now: float) -> None:
+    def _see(self, worker: Worker, body: bytes, asked: float, now: float) -> None:
         """Takes over a report."""
-        report, seen = read_report(body)
+        began = time.thread_time()
+        try:
+            report, seen = read_report(body)
+        finally:
+            worker.rest = min(REST * (time.thread_time() - began), PLAIN_POLL_S)
         view = worker.view
         if worker.boot and report.boot != worker.boot:
             self.router.prefixes.forget(worker.name)
@@ -309,8 +350,8 @@ class Registry:
     def _judge(self, worker: Worker) -> None:
         """Whether the router may use the worker now, and how much."""
         now = time.monotonic()
-        worker.view.usable = worker.breaker.state(now) != "open" and not (
-            worker.draining or worker.held or not worker.models
+        worker.view.usable = not (
+            worker.breaker.broken or worker.draining or worker.held or not worker.models
         )
         worker.view.weight = worker.breaker.weight(now)
 
@@ -331,7 +372,7 @@ def _address(url: str) -> Address:
 
 
 def _name_of(address: Address) -> str:
-    return f"{address.host}:{address.port}{address.path}"
+    return f"{address.authority}{address.path}"
 
 
 def _pieces(models: tuple[ModelInfo, ...], ratios: Mapping[str, float]) -> int:

@@ -50,7 +50,7 @@ from stretto.telemetry.tracing import TraceSpan
 from stretto.types import Objective, Request, Sampling
 
 MOST_ANSWER_BYTES = 64 << 20
-ATTEMPTS = 4  # before the first token; a stream that has begun goes on as long as a worker is left
+ATTEMPTS = 4  # before the first token, and between two tokens: the request itself may be why workers die
 PATIENCE_S = 10.0  # how long a begun stream waits for a worker
 RETRY_PAUSE_S = 0.02
 EVERY_SERVER: frozenset[OperationName] = frozenset({"chat", "completions", "embeddings"})
@@ -138,7 +138,7 @@ class Relay:
                 attempt = await self._begin(ask, exchange)
             except (WorkerLost, Refusal) as error:
                 exchange.refusal = error if isinstance(error, Refusal) else exchange.refusal
-                if exchange.progress.begun or len(exchange.tried) < ATTEMPTS:
+                if exchange.losses < ATTEMPTS and (exchange.begun or len(exchange.tried) < ATTEMPTS):
                     continue
                 if isinstance(error, WorkerLost):
                     raise
@@ -146,7 +146,7 @@ class Relay:
                 return
             except Unavailable:
                 refusal = exchange.refusal
-                if refusal is None or exchange.progress.begun:
+                if refusal is None or exchange.begun:
                     raise
                 await exchange.send(refusal.head.status, _headers(refusal.head), refusal.body, False)
                 return
@@ -155,16 +155,18 @@ class Relay:
                 self.answered.add(exchange.tenant, exchange.request_id, attempt.worker.name)
             try:
                 await self._pass_on(attempt, exchange)
-                self.registry.succeeded(attempt.worker)
+                self.registry.answered(attempt.worker, attempt.head.status)
                 return
             except WorkerLost as error:
                 self.registry.failed(attempt.worker, error.message, lost=True)
-                exchange.progress.lost()
+                exchange.lost(exchange.progress.error)
                 exchange.tried = {attempt.worker.name}
-                if exchange.progress.begun:
+                if exchange.passed:
+                    raise
+                if exchange.losses >= ATTEMPTS:
+                    raise WorkerLost(f"{ATTEMPTS} workers in a row were lost at this request") from error
+                if exchange.begun:
                     self.failovers += 1
-                    if attempt.worker.plain:
-                        raise
                 else:
                     self.retries += 1
             finally:
@@ -248,7 +250,7 @@ class Relay:
         """Seconds from now after which a second attempt may start; inf for never. An answer in one piece says
         nothing of its first token."""
         lone = len(self.registry.workers) < 2
-        if lone or exchange.progress.begun or not exchange.fields.streams(exchange.operation):
+        if lone or exchange.begun or not exchange.fields.streams(exchange.operation):
             return inf
         wait = self.hedging.wait(ask, placement)
         return max(exchange.arrival + wait - time.monotonic(), 0.0) if wait < inf else inf
@@ -260,17 +262,20 @@ class Relay:
 
     async def _place(self, ask: Ask, exchange: RelayedExchange) -> Placement:
         """A worker for the request. Raises Unavailable, or CannotBeOnTime if the request wants that."""
-        deadline = time.monotonic() + (PATIENCE_S if exchange.progress.begun else 0.0)
+        deadline = time.monotonic() + (PATIENCE_S if exchange.begun else 0.0)
         unable = self._unable(exchange)
         while True:
-            placement = self.router.place(ask, time.monotonic(), exchange.tried | unable)
+            avoid = exchange.tried | unable
+            if exchange.begun:  # servers of another kind cannot go on
+                avoid |= {name for name, worker in self.registry.workers.items() if worker.plain}
+            placement = self.router.place(ask, time.monotonic(), avoid)
             if placement is not None:
                 break
             if time.monotonic() >= deadline:
                 raise nobody(self.registry, ask.request.model, exchange.path, unable)
             await asyncio.sleep(RETRY_PAUSE_S)
             exchange.tried.clear()
-        late = placement.ttft_s < inf and not placement.feasible and not exchange.progress.begun
+        late = placement.ttft_s < inf and not placement.feasible and not exchange.begun
         if late and exchange.refusal is not None:
             self.router.done(placement.worker)
             raise Unavailable("no other worker would be on time")  # the client gets the refusal
@@ -304,7 +309,6 @@ class Relay:
         """Sends the request to one worker and waits for its response to begin. Raises WorkerLost."""
         worker = self.registry.workers[placement.worker.name]
         exchange.tried.add(worker.name)
-        worker.breaker.try_one(time.monotonic())
         connection: UpstreamConnection | None = None
         sent = time.monotonic()
         span = (
@@ -320,6 +324,7 @@ class Relay:
             self.router.done(placement.worker)
             if isinstance(error, Refusal):
                 self.router.refused(ask, placement)
+                self.registry.answered(worker, error.head.status)
             if connection is not None:
                 worker.streams.discard(connection.lose)
                 connection.close()
@@ -348,6 +353,7 @@ class Relay:
         if absent:
             worker.lacks.add(operation)
         elif not refused and not lost:
+            exchange.lost(code)
             raise WorkerLost(f"{worker.name} refused: {code}")
         raise Refusal(head, body)
 
@@ -387,7 +393,7 @@ class Relay:
                 return
             counted = PlainStream()
             while data := await connection.read():
-                exchange.took = counted.push(data)
+                exchange.took, exchange.passed = counted.push(data), True
                 await exchange.send(head.status, headers, data, True)
             exchange.took = counted.end()
             await exchange.send(head.status, headers, b"", False)

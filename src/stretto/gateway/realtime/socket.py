@@ -155,7 +155,6 @@ class RealtimeRelay:
                 break
             worker = registry.workers[view.name]
             tried.add(worker.name)
-            worker.breaker.try_one(time.monotonic())
             session = RelayedSession(
                 tenant=tenant, model=model, site=view.site, age_ms=max(view.round_trip * 1e3, 0.0)
             )
@@ -169,7 +168,7 @@ class RealtimeRelay:
                     raise
                 refusal = error
                 continue
-            registry.succeeded(worker)
+            worker.breaker.succeed()
             relay.answered.add(tenant, exchange.id, worker.name)
             return worker, socket
         raise refusal or nobody(registry, model, PATH, unable)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import ssl
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -70,9 +69,7 @@ async def open_socket(
 ) -> ClientConnection:
     """A socket to the worker. Raises WorkerLost, or SessionRefused with the worker's answer."""
     address = worker.pool.address
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    uri = f"ws{'s' * address.tls}://{host}:{address.port}{address.path}{RELAY}?{session.query}"
-    tls = (worker.pool.tls or ssl.create_default_context()) if address.tls else None
+    uri = f"ws{'s' * address.tls}://{address.authority}{address.path}{RELAY}?{session.query}"
     try:
         return await _Connect(
             uri,
@@ -87,7 +84,7 @@ async def open_socket(
             max_size=MOST_EVENT_BYTES,
             max_queue=WAITING_EVENTS,
             logger=SILENT,
-            ssl=tls,
+            ssl=worker.pool.context() if address.tls else None,
         )
     except InvalidStatus as error:
         raise SessionRefused(error.response) from None

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
@@ -23,6 +24,10 @@ IDLE_S = 30.0  # an idle connection is closed after this, because a worker may c
 WARM_S = 5.0  # within which a connection that is kept for later must open
 END_S = 1.0  # within which the end of a body must follow its last bytes
 MAX_IDLE = 256  # connections kept open to one worker
+MOST_BARE = 256 * 1024  # bytes of headers and the like, which wait in memory until they are whole
+RELOAD_S = 10.0  # after which trusted certificates are read again if one is not valid
+FINAL = 200  # statuses below announce another response
+BASE = "/v1"  # which OpenAI's clients have at the end of a URL, and all paths here begin with
 
 
 class WorkerLost(Unavailable):
@@ -41,17 +46,28 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """Raises ValueError for a text that is no http or https URL."""
-        problem = f"{url!r} is no URL of a worker: write http://HOST:PORT"
+        """Raises ValueError for a text that is no http or https URL, or has more than a host and a path."""
+        form = "write http://HOST:PORT"
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError:
-            raise ValueError(problem) from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(problem)
+            raise ValueError(f"{url!r} is no URL of a worker: {form}") from None
+        if parts.username is not None or parts.password is not None:  # a secret, so it is not repeated
+            raise ValueError(f"the URL of the worker {parts.hostname} has a user or a password: {form}")
+        plain = url.isascii() and url.isprintable() and " " not in url
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not plain:
+            raise ValueError(f"{url!r} is no URL of a worker: {form}")
+        if parts.query or parts.fragment:
+            raise ValueError(f"{url!r} has more than the address of a worker: {form}")
         tls = parts.scheme == "https"
-        return cls(parts.hostname, port or (443 if tls else 80), tls, parts.path.rstrip("/"))
+        path = parts.path.rstrip("/").removesuffix(BASE)
+        return cls(parts.hostname, port or (443 if tls else 80), tls, path)
+
+    @property
+    def authority(self) -> str:
+        """Host and port, as URLs and the header Host have them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(slots=True)
@@ -79,12 +95,15 @@ class UpstreamConnection(asyncio.Protocol):
         self._error: WorkerLost | None = None
         self._arrived: asyncio.Future[None] | None = None
         self._taker: Callable[[bytes], bool] | None = None
+        self._bare = 0  # bytes since the last that belonged to a body
+        self._interim = False  # whether the response only says that another one follows
+        self._until_closed = False  # whether the body ends with the connection
 
     async def exchange(self, request: bytes) -> Head:
         """Sends a request and waits for the head of its response. Raises WorkerLost."""
         assert self._transport is not None and self._done
         self._parser = httptools.HttpResponseParser(self)
-        self._status_headers, self._done, self._taker = {}, False, None
+        self._status_headers, self._done, self._taker, self._bare = {}, False, None, 0
         self._head = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         try:
@@ -157,16 +176,24 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail("the worker closed the connection")
+        if exc is None and self._until_closed and not self._done and self._error is None:
+            self.open, self._done = False, True
+            self._wake()
+        else:
+            self._fail("the worker closed the connection")
 
     def data_received(self, data: bytes) -> None:
         if self._parser is None or self._done:
             self._fail("the worker sent bytes that nobody asked for")
             return
+        self._bare += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._fail("the worker's response is not HTTP/1.1")
+            return
+        if self._bare > MOST_BARE:
+            self._fail(f"the worker sent more than {MOST_BARE} bytes of headers")
             return
         chunks, taker, arrived = self._chunks, self._taker, self._arrived
         if not chunks:
@@ -194,15 +221,25 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
+        status, headers = self._parser.get_status_code(), self._status_headers
+        self._interim = status < FINAL
+        if self._interim:
+            self._status_headers = {}
+            return
+        chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        self._until_closed = not chunked and "content-length" not in headers
         if self._head is not None and not self._head.done():
-            self._head.set_result(Head(self._parser.get_status_code(), self._status_headers))
+            self._head.set_result(Head(status, headers))
 
     def on_body(self, body: bytes) -> None:
+        self._bare = 0
         self._chunks.append(body)
         self._waiting += len(body)
 
     def on_message_complete(self) -> None:
         assert self._parser is not None
+        if self._interim:
+            return
         self._done = True
         self.open = self.open and self._parser.should_keep_alive()
         self._wake()
@@ -233,6 +270,7 @@ class Pool:
     tls: ssl.SSLContext | None = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     round_trip: float = 0.0
+    _trusted: float = -inf  # when the trusted certificates were read
     _idle: list[UpstreamConnection] = field(default_factory=list[UpstreamConnection])
     _warming: asyncio.Task[None] | None = None
 
@@ -279,7 +317,7 @@ class Pool:
     def request(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
         """The bytes of a request to this worker."""
         address = self.address
-        lines = [f"{method} {address.path}{path} HTTP/1.1", f"Host: {address.host}:{address.port}"]
+        lines = [f"{method} {address.path}{path} HTTP/1.1", f"Host: {address.authority}"]
         lines += [f"{name}: {value}" for name, value in {**self.headers, **headers}.items()]
         lines.append(f"Content-Length: {len(body)}")
         return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
@@ -291,6 +329,12 @@ class Pool:
         while self._idle:
             self._idle.pop().close()
 
+    def context(self) -> ssl.SSLContext:
+        """What checks the worker's certificate. It takes a while to make, so it is kept."""
+        if self.tls is None:
+            self.tls, self._trusted = ssl.create_default_context(), time.monotonic()
+        return self.tls
+
     async def _connect(self, within: float) -> UpstreamConnection:
         loop, address = asyncio.get_running_loop(), self.address
         try:
@@ -299,9 +343,11 @@ class Pool:
                     UpstreamConnection,
                     address.host,
                     address.port,
-                    ssl=(self.tls or ssl.create_default_context()) if address.tls else None,
+                    ssl=self.context() if address.tls else None,
                 )
         except ssl.SSLCertVerificationError as error:
+            if time.monotonic() > self._trusted + RELOAD_S:
+                self.tls = None  # the trusted ones may have been renewed
             raise WorkerLost(
                 f"the certificate of {address.host} is not valid: {error.verify_message}"
             ) from error

@@ -1,6 +1,7 @@
 """Whether a worker may get requests: a circuit breaker with slow start. Pure; the clock is an argument.
 
-The states are those of Nygard's circuit breaker (Release It!, 2007): closed, open, half open.
+The states are those of Nygard's circuit breaker (Release It!, 2007): closed, open, half open. Reports, which
+come many times a second, try the worker in place of requests.
 """
 
 from __future__ import annotations
@@ -19,40 +20,43 @@ BreakerState = Literal["closed", "open", "half-open"]
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens after FAILURES in a row, or at once when the worker is lost. Then it lets one request through
-    after a pause, which doubles with each failure. A success closes it, and the load rises over SLOW_START_S.
+    """Opens after FAILURES in a row, or at once when the worker is lost. When the pause is over, the worker's
+    next report closes it. Then the load rises over SLOW_START_S.
+
+    The pause doubles if the worker fails again within SLOW_START_S. All that fails while it is open counts
+    once, so a worker that comes back is used soon, however many streams it lost and however long it was away.
     """
 
     failures: int = 0
-    pause: float = 0.0
+    pause: float = 0.0  # the last one
     opened: float = -inf
     closed: float = -inf  # when it closed again
-    trying: bool = False
+    broken: bool = False  # whether it has not closed since it opened
 
     def state(self, now: float) -> BreakerState:
         """What it lets through at `now`."""
-        if not self.pause:
+        if not self.broken:
             return "closed"
-        return "open" if self.trying or now < self.opened + self.pause else "half-open"
-
-    def try_one(self, now: float) -> None:
-        """A request goes to the worker. While half open it is the only one."""
-        self.trying = self.state(now) == "half-open"
+        return "open" if now < self.opened + self.pause else "half-open"
 
     def weight(self, now: float) -> float:
         """The share of its usual load that the worker may get."""
         return min(1.0, LEAST_WEIGHT + (1.0 - LEAST_WEIGHT) * (now - self.closed) / SLOW_START_S)
 
-    def succeed(self, now: float) -> None:
-        """The worker has answered."""
-        if self.pause:
-            self.closed = now
-        self.failures, self.pause, self.trying = 0, 0.0, False
+    def heard(self, now: float) -> None:
+        """The worker has reported."""
+        if self.state(now) == "half-open":
+            self.failures, self.broken, self.closed = 0, False, now
+
+    def succeed(self) -> None:
+        """The worker has answered a request."""
+        self.failures = 0
 
     def fail(self, now: float, *, lost: bool = False) -> None:
         """The worker has failed. `lost`: it cannot be reached, so the breaker opens at once."""
         self.failures += 1
-        self.trying = False
-        if lost or self.failures >= FAILURES:
-            self.pause = min(max(2 * self.pause, FIRST_PAUSE_S), LONGEST_PAUSE_S)
-            self.opened = now
+        if self.broken or not (lost or self.failures >= FAILURES):
+            return
+        again = now < self.closed + SLOW_START_S
+        self.pause = min(2 * self.pause, LONGEST_PAUSE_S) if again else FIRST_PAUSE_S
+        self.opened, self.broken = now, True
