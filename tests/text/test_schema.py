@@ -32,6 +32,7 @@ def accepts(schema: Any, value: Any) -> bool:
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
+RANGE = ["$.minimum", "$.maximum"]
 CASES: list[tuple[dict[str, Any], list[Any], list[Any], list[str]]] = [
     # schema, values it allows, values it forbids, paths that are relaxed
     ({"type": "object", "propertyNames": {"type": "string"}}, [{"a": 1}], [1], []),
@@ -157,6 +158,10 @@ CASES: list[tuple[dict[str, Any], list[Any], list[Any], list[str]]] = [
         ["1D"],
         ["$.pattern"],
     ),
+    ({"type": "string", "pattern": r"^(?<year>\d{4})\/\p{L}+$"}, ["2026/Mai"], ["26/Mai"], []),
+    ({"type": "number", "minimum": -3.4028234663852886e38, "maximum": 3.4e38}, [-1.5, 0], ["a"], RANGE),
+    ({"type": "number", "minimum": 0, "maximum": 1.7976931348623157e308}, [1.5], [-1], []),
+    ({"type": "integer", "minimum": 0, "maximum": 18446744073709551615}, [2**60], [-1], ["$.maximum"]),
     ({"minLength": None, "type": "integer", "enum": None, "properties": None}, [1], ["a"], []),
     (
         {
@@ -290,6 +295,7 @@ def test_a_regex_without_stops_matches_all_other_texts(stops: list[str]):
         (r"^\d[\dx]$", ["1x", "22"], ["x1"]),
         (r"a\$", ["a$b"], ["a"]),
         ("^(a|b)/$", ["a/", "b/"], ["a"]),
+        (r"^\u0041$", ["A"], ["B"]),
     ],
 )
 def test_a_pattern_is_searched_as_json_schema_means_it(pattern: str, matches: list[str], others: list[str]):

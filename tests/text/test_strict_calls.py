@@ -91,7 +91,7 @@ TOOLS: list[dict[str, Any]] = [
                 "note": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
                 "mixed": {"type": ["string", "number", "boolean"]},
                 "level": {"enum": ["low", "high", 3, None, "</parameter>", "<escape>"]},
-                "code": {"type": "string", "pattern": "^[A-Z]{2}[0-9]+$"},
+                "code": {"type": "string", "pattern": "^[A-Z]{2}(?P<number>[0-9]+)$"},
                 "amount": {"anyOf": [{"type": "number"}, {"type": "string", "pattern": DECIMAL}]},
                 "mail": {"type": "string", "format": "email", "pattern": EMAIL, "maxLength": 12},
                 "on": {"type": "string", "format": "date"},

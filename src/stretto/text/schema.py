@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -47,7 +48,10 @@ LOOK_AROUNDS = {
     r"(?!\.)": r"^[^.]|^$",
     r"(?!.*\.\.)": r"^([^.]|\.[^.])*\.?$",
 }
-_REGEX_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?<?[=!]|.", re.DOTALL)
+_REGEX_PART = re.compile(r"\\.|\(\?P?<[A-Za-z_]\w*>|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?<?[=!]|.", re.DOTALL)
+# A limit that is farther from 0 cannot be followed. Those of 32-bit and 64-bit types exclude little.
+FARTHEST = 1e18
+MOST = {"maximum": 1, "exclusiveMaximum": 1, "minimum": -1, "exclusiveMinimum": -1}
 _NOT_REGULAR = re.compile(r"\\[bB1-9k]")
 
 
@@ -252,6 +256,9 @@ def _part(schema: Any, path: str, document: _Document, found: EnforceableSchema)
             part["anyOf" if "anyOf" not in part else "oneOf"] = branches
         elif key in VALUES:
             part[key] = value
+        elif key in MOST and value * MOST[key] >= FARTHEST:
+            if abs(value) < sys.float_info.max:
+                found.relaxed.append(where)
         elif key in ANNOTATIONS or key in NAMES_OF_PLACES or key in ("propertyNames", "pattern"):
             continue
         elif key != "format" or value in FORMATS:  # any other format is an annotation
@@ -284,7 +291,8 @@ def _without_look_arounds(pattern: str) -> tuple[str, list[str], bool]:
     kept, others, lost, at = "", list[str](), False, 0
     while at < len(parts):
         if not re.match(r"\(\?<?[=!]", parts[at]):
-            kept, at = kept + parts[at], at + 1
+            kept += "(?:" if parts[at].startswith("(?") else parts[at]  # a name of a group says nothing
+            at += 1
             continue
         end, depth = at + 1, 1
         while end < len(parts) and depth:

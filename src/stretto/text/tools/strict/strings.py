@@ -57,10 +57,14 @@ def string_terminal(
     return rules.terminal(" & ".join(expressions))
 
 
+# What Python's regular expressions lack and the grammar's have.
+_NOT_PYTHON = re.compile(r"\\[pPu]\{[^{}]*\}")
+
+
 def searched(pattern: str) -> str:
     """A regex for the texts in which `pattern` is found, as JSON Schema means it. Raises NotWritable."""
     try:
-        re.compile(pattern)
+        re.compile(_NOT_PYTHON.sub("x", pattern))
     except (re.error, RecursionError, OverflowError):
         raise NotWritable(f"pattern {pattern[:40]!r}, which is no regular expression") from None
     found: list[str] = []
