@@ -256,8 +256,8 @@ def _part(schema: Any, path: str, document: _Document, found: EnforceableSchema)
             part["anyOf" if "anyOf" not in part else "oneOf"] = branches
         elif key in VALUES:
             part[key] = value
-        elif key in MOST and value * MOST[key] >= FARTHEST:
-            if abs(value) < sys.float_info.max:
+        elif key in MOST and (limit := cast(float, value)) * MOST[key] >= FARTHEST:
+            if abs(limit) < sys.float_info.max:
                 found.relaxed.append(where)
         elif key in ANNOTATIONS or key in NAMES_OF_PLACES or key in ("propertyNames", "pattern"):
             continue
