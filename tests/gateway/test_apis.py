@@ -172,6 +172,8 @@ async def test_a_kept_response_is_found_on_its_worker(checkpoint: Path):
             answer = await client.post("/v1/responses", json=follow)
             assert answer.status_code == 200, answer.text
             assert (await client.get(f"/v1/responses/{first['id']}")).json() == first
+            streamed = await client.get(f"/v1/responses/{first['id']}", params={"stream": "true"})
+            assert (streamed.status_code, streamed.json()["error"]["param"]) == (400, "stream")
             assert (await client.delete(f"/v1/responses/{first['id']}")).json()["deleted"]
             gone = await client.get(f"/v1/responses/{first['id']}")
             assert (gone.status_code, gone.json()["error"]["code"]) == (404, "previous_response_not_found")

@@ -40,7 +40,7 @@ from stretto.http.dialects import dialect_of
 from stretto.http.errors import error_response, internal, nothing_there
 from stretto.http.exchange import KEY, WRITE, Exchange, ExchangeLayer, watch
 from stretto.http.guard import Guard
-from stretto.http.request import plain_path, read_body
+from stretto.http.request import plain_path, read_body, refuse_stream
 from stretto.protocol.health import Status
 from stretto.protocol.parsing import JSON, parse, require_json
 from stretto.protocol.realtime.handshake import PATH
@@ -108,7 +108,9 @@ class RelayedPath:
             account = gateway.account(request, "infer")
             exchange.tenant = account.tenant
             body = b"{}"
-            if self.operation not in METHODS:
+            if self.operation in METHODS:
+                refuse_stream(request.query_params)
+            else:
                 require_json(request.headers.get("content-type"))
                 body = await read_body(request, gateway.config.max_body_bytes)
             exchange.bytes_in = len(body)

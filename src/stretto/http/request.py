@@ -8,7 +8,7 @@ from hmac import compare_digest
 
 from starlette.requests import ClientDisconnect, Request
 
-from stretto.errors import TooLarge, Unauthorised
+from stretto.errors import TooLarge, Unauthorised, UnsupportedField
 
 HEADERS = ("authorization", "x-api-key")
 _SLASHES = re.compile("/{2,}")
@@ -46,6 +46,14 @@ def plain_path(path: str) -> str:
     if "//" in path:
         path = _SLASHES.sub("/", path)
     return path[:-1] if len(path) > 1 and path[-1] == "/" else path
+
+
+def refuse_stream(query: Mapping[str, str]) -> None:
+    """Raises UnsupportedField if the query asks for the events of an answer that was kept whole."""
+    if query.get("stream", "").lower() in ("true", "1"):
+        raise UnsupportedField(
+            "stream: a kept answer has no events any more; leave stream out of the query", param="stream"
+        )
 
 
 async def read_body(request: Request, limit: int) -> bytes:

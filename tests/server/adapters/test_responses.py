@@ -270,6 +270,8 @@ async def test_a_kept_answer_goes_on_for_its_tenant_alone(
     first = await ai.responses.create(model="tiny", input="A number?", instructions="Be brief.")
     assert first.store is True
     assert (await ai.responses.retrieve(first.id)).output_text == "Seven."
+    with pytest.raises(openai.BadRequestError, match="no events any more"):
+        await ai.responses.retrieve(first.id, stream=True)
     second = await ai.responses.create(model="tiny", input="And?", previous_response_id=first.id)
     assert second.previous_response_id == first.id
     prompt = text.decode(list(engine.requests[-1].prompt))

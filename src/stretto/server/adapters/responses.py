@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stretto.errors import InvalidRequest
+from stretto.http.request import refuse_stream
 from stretto.protocol.limits import LIMITS
 from stretto.protocol.openai import (
     ChatRequest,
@@ -100,7 +101,8 @@ class Responses:
             await self._answer(call, request, chat_of(request, conversation.messages), items)
 
     async def retrieve(self, request: Request) -> Response:
-        """A kept answer."""
+        """A kept answer. Raises UnknownResponse, and UnsupportedField if it is wanted as a stream."""
+        refuse_stream(request.query_params)
         return self._kept(request.path_params["id"], self.server.tenant(request.headers))
 
     async def delete(self, request: Request) -> Response:
