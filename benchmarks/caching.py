@@ -31,6 +31,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from benchmarks.near_duplicates import NEAR_DUPLICATES
 from recipes.desk.questions.orders import ASK, ASK_ITEM_ORDER, ASK_WHO, records
 from recipes.desk.questions.words import CITIES, FIRST, LAST, MONTHS, THINGS
 from stretto import LLM, Sampling
@@ -299,6 +300,7 @@ def pairs(rng: Random, prompts: Sequence[str]) -> list[tuple[str, Near]]:
         question = rng.choice(ASK).format(f="price", o=row["order"])
         found += [(question, near) for near in near_of(question)]
         found.append((question, Near(question.replace("price", "city"), "other field")))
+    found += [(one, Near(other, what)) for what, written in NEAR_DUPLICATES.items() for one, other in written]
     return list(dict.fromkeys(pair for pair in found if pair[0] != pair[1].text))
 
 

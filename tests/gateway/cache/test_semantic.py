@@ -88,7 +88,7 @@ def test_small_words_and_signs_keep_questions_apart(one: str, other: str):
     assert alike(one, other) != "same words"
 
 
-@pytest.mark.parametrize("text", ["", "   ", "?!", "the", "x" * (LONGEST + 1)])
+@pytest.mark.parametrize("text", ["", "   ", "?!", "x" * (LONGEST + 1)])
 def test_texts_without_words_or_too_long_are_not_compared(text: str):
     assert read(text) is None
 
