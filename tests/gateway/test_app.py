@@ -14,6 +14,7 @@ from benchmarks import failover
 from stretto.errors import EngineDied, StartError
 from stretto.gateway import settings
 from stretto.gateway.app import Gateway
+from stretto.gateway.cache.policy import CachePolicy
 from stretto.gateway.settings import GatewayConfig
 from stretto.http import serving
 from tests.gateway.cluster import ASK, CHAT, cluster, fake, running, text_of
@@ -43,6 +44,27 @@ async def test_the_workers_errors_reach_the_client(checkpoint: Path):
             assert answer.status_code == 400, body
         assert (await client.get("/nothing")).status_code == 404
         assert (await client.get(CHAT)).status_code == 405
+
+
+NUMBERS = ["true", "2147483648", "9" * 30, "9" * 400, "1e300", "1e999", '"x"', "[1]", "{}"]
+
+
+@pytest.mark.parametrize(
+    "name", ["n", "max_tokens", "max_output_tokens", "model", "seed", "cache", "objective"]
+)
+async def test_a_value_that_nobody_takes_is_the_clients_mistake(checkpoint: Path, name: str):
+    """With and without a cache, which reads all of a request."""
+    for caches in ({}, {"*": CachePolicy(sampled=True, semantic=True)}):
+        async with cluster(checkpoint, fake(10), caches=caches) as (client, _):
+            for path in (CHAT, "/v1/responses", "/v1/messages", "/api/generate"):
+                for value in NUMBERS:
+                    body = b'{"messages":[{"role":"user","content":"Hi"}],"input":"Hi","prompt":"Hi","%b":%b}'
+                    answer = await client.post(
+                        path,
+                        content=body % (name.encode(), value.encode()),
+                        headers={"content-type": "application/json"},
+                    )
+                    assert answer.status_code < 500, (path, name, value, answer.text)
 
 
 async def test_without_workers_requests_are_refused_at_once(checkpoint: Path):

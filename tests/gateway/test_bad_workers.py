@@ -68,6 +68,11 @@ ABSURD: dict[str, bytes] = {
     "endless cost": report(costing(base=INF)),
     "margin": report(structs.replace(WELL, estimate=Estimate(COST, NAN))),
     "negative margin": report(structs.replace(WELL, estimate=Estimate(COST, -1.0))),
+    "inflow": report(structs.replace(WELL, inflow={2.0: NAN})),
+    "worth": report(structs.replace(WELL, worth={"local": NAN})),
+    "patient cost": report(structs.replace(WELL, patient=costing(per_prefill=NAN).estimate)),
+    "patient margin": report(structs.replace(WELL, patient=Estimate(COST, 0.0))),
+    "patient pace": report(structs.replace(WELL, patient=Estimate(COST, 1.0, itl_ms=0.0))),
     "time": report(structs.replace(WELL, now=INF)),
 }
 

@@ -109,6 +109,7 @@ async def test_settings_reload_on_sighup_without_a_lost_stream(checkpoint: Path,
         ('workers = ["http://a:b"]\nport = 0\ndrain = 0.3\n', "is no URL of a worker"),
         ('workers = ["http://[::1"]\nport = 0\ndrain = 0.3\n', "is no URL of a worker"),
         ('rout = "sticky"\n', "did you mean route"),
+        ("a = " + "[" * 5000, "cannot read the configuration"),
     ],
 )
 async def test_a_reload_with_something_wrong_changes_nothing(

@@ -68,6 +68,8 @@ class OtherServer:
                 await reader.readexactly(int(fields.get("Content-Length", 0)))
                 if self.report is not None and head.split()[1] == RELAY:
                     writer.write(sized(self.report))
+                elif head.split()[1] == "/api/tags":
+                    writer.write(sized(b'{"models":[{"x":1}]}'))
                 elif head.startswith("GET"):
                     found = head.split()[1] == "/v1/models"
                     writer.write(sized(MODELS) if found else sized(b"{}", "404 Not Found"))
@@ -244,6 +246,23 @@ async def test_another_server_may_come_in_the_place_of_one():
         server.abort()
         await until(lambda: worker.view.outlooks["tiny"].seen is not None)
         assert not worker.plain
+
+
+async def test_lists_and_rewards_that_a_worker_garbles_are_its_own_mistake(checkpoint: Path):
+    async def garbled(writer: asyncio.StreamWriter) -> bool:
+        writer.write(sized(b'{"a":1}'))
+        return True
+
+    async with other(garbled) as server, cluster(checkpoint, fake(10)) as (client, gateway):
+        server.report = report()
+        worker = gateway.registry.join(server.url)
+        await until(lambda: worker.view.usable)
+        worker.models = {"another": None}  # so that it is asked too
+        assert (await client.get("/api/tags")).status_code == 200
+        for path in ("/v1/feedback", "/v1/feedback/policies"):
+            got = await client.get(path)
+            assert got.status_code == 503 and worker.name in got.json()["error"]["message"]
+        assert (await client.delete("/v1/feedback")).status_code == 503
 
 
 async def test_a_worker_is_reached_at_an_address_with_colons():

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from msgspec import Raw, Struct, json, structs
+from msgspec import DecodeError, Raw, Struct, ValidationError, json, structs
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 WAIT_S = 5.0  # for a worker's answer
 MOST_BYTES = 64 << 20  # of it
 UNKNOWN_STATUS = 404
+T = TypeVar("T")
 GetAccount = Callable[[Request, KeyScope], Account]
 
 
@@ -115,13 +116,13 @@ class FeedbackRelay:
     async def show(self, request: Request) -> Response:
         """The tenant's rewards at all workers. Raises Unavailable if one does not answer."""
         replies = await self._all(request, "show_feedback", b"{}")
-        return _json(joined([json.decode(reply.body, type=FeedbackSummary) for reply in replies]))
+        return _json(joined([_read(reply, FeedbackSummary) for reply in replies]))
 
     async def policies(self, request: Request) -> Response:
         """What other ways to choose would have been worth at each worker, by the tenant's rewards there.
         Raises Unavailable if one does not answer."""
         replies = await self._all(request, "feedback_policies", b"{}")
-        return _json(listed({each.worker: json.decode(each.body, type=FeedbackPolicies) for each in replies}))
+        return _json(listed({each.worker: _read(each, FeedbackPolicies) for each in replies}))
 
     async def export(self, request: Request) -> Response:
         """The tenant's corrected answers at all workers. Raises Unavailable if one does not answer."""
@@ -135,9 +136,7 @@ class FeedbackRelay:
         given = request.path_params
         body = json.encode(FeedbackErasure(given.get("id"), given.get("user")))
         replies = await self._all(request, "erase_feedback", body)
-        counts = [
-            json.decode(each.body, type=ErasedFeedback).erased for each in replies if each.status == 200
-        ]
+        counts = [_read(each, ErasedFeedback).erased for each in replies if each.status == 200]
         return _json(ErasedFeedback(erased=sum(counts))) if counts else _response(replies[0])
 
     async def _all(self, request: Request, operation: OperationName, body: bytes) -> list[WorkerReply]:
@@ -222,6 +221,14 @@ async def _ask(worker: Worker, asked: tuple[str, bytes]) -> WorkerReply | None:
     finally:
         if connection is not None:
             worker.pool.release(connection)
+
+
+def _read(reply: WorkerReply, kind: type[T]) -> T:
+    """What a worker has answered. Raises Unavailable if it is something else."""
+    try:
+        return json.decode(reply.body, type=kind)
+    except (DecodeError, ValidationError):
+        raise _unconfirmed([reply.worker]) from None
 
 
 def _unconfirmed(silent: Sequence[str]) -> Unavailable:

@@ -74,8 +74,7 @@ class ModelListing:
                 asked.append(worker)
         found: dict[str, Raw] = {}
         for models in await asyncio.gather(*(_models_of(worker, request.url.path) for worker in asked)):
-            for model in models:
-                name = json.decode(model, type=_Named).name
+            for name, model in models.items():
                 if account.allows(name):
                     found.setdefault(name, model)
         return _json(_Listed(list(found.values())))
@@ -98,8 +97,8 @@ class ModelListing:
         return {name: ModelCard(id=name, created=0, max_model_len=context) for name, context in known.items()}
 
 
-async def _models_of(worker: Worker, path: str) -> list[Raw]:
-    """The list of one worker; empty when it does not answer."""
+async def _models_of(worker: Worker, path: str) -> dict[str, Raw]:
+    """The models of one worker by name; empty when it does not answer."""
     pool = worker.pool
     try:
         async with asyncio.timeout(CONNECT_S):
@@ -109,9 +108,10 @@ async def _models_of(worker: Worker, path: str) -> list[Raw]:
                 body = await connection.read_all(MOST_LIST_BYTES)
             finally:
                 pool.release(connection)
-        return json.decode(body, type=_Listed).models if head.status == 200 else []
+        models = json.decode(body, type=_Listed).models if head.status == 200 else []
+        return {json.decode(model, type=_Named).name: model for model in models}
     except (WorkerLost, TimeoutError, DecodeError, ValidationError):
-        return []
+        return {}
 
 
 def _json(value: object) -> Response:

@@ -19,6 +19,7 @@ from stretto.types import ModelInfo
 FORMAT = b"answer 1"  # changes with the form of what is kept
 # These say how an answer is sent, or are repeated in it. Every other field shapes it.
 TRANSPORT = frozenset({"stream", "stream_options", "metadata"})
+LARGEST = 2.0**53  # floats below have a fraction, or are whole numbers of a client
 encode = json.Encoder(order="deterministic").encode
 
 
@@ -83,4 +84,5 @@ def revisions(infos: Sequence[str]) -> tuple[str, ...]:
 
 def _number(value: Any) -> Any:
     """1.0 and 1 mean the same option."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < LARGEST
+    return int(value) if whole else value

@@ -75,8 +75,8 @@ def without_field(raw: bytes) -> tuple[CacheFields, bytes]:
     """The request's field `cache`, and the body without it, for the worker. Raises InvalidRequest."""
     if b'"cache"' not in raw:
         return CacheFields(), raw
-    body: JsonObject = json.decode(raw)
-    if "cache" not in body:
+    body = _object(raw)
+    if body is None or "cache" not in body:
         return CacheFields(), raw
     given = body.pop("cache")
     try:
@@ -95,7 +95,9 @@ def wish_of(policy: CachePolicy, fields: CacheFields, operation: OperationName, 
     """
     if fields.personal or fields.mode == "bypass":
         return None
-    body: JsonObject = json.decode(raw)
+    body = _object(raw)
+    if body is None:
+        return None
     if fields.mode != "use" and not policy.sampled and not _repeats(operation, body):
         return None
     if operation != "embeddings" and not _replayable(body):
@@ -140,6 +142,14 @@ def question_of(operation: OperationName, body: JsonObject) -> AskedText | None:
     if not isinstance(content, str) or cast(JsonObject, last).get("images"):
         return None
     return AskedText(content, body | {name: [*earlier, cast(JsonObject, last) | {"content": ""}]})
+
+
+def _object(raw: bytes) -> JsonObject | None:
+    """The whole request; None for one with a number or a depth that nobody takes, which the worker says."""
+    try:
+        return json.decode(raw, type=JsonObject)
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError):
+        return None
 
 
 def _repeats(operation: OperationName, body: JsonObject) -> bool:

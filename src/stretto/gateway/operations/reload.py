@@ -15,6 +15,7 @@ from msgspec.structs import fields
 
 from stretto.errors import StartError, StrettoError
 from stretto.gateway.settings import GatewayConfig
+from stretto.telemetry.log import describe
 
 log = logging.getLogger(__name__)
 RELOADED = frozenset(
@@ -64,9 +65,10 @@ class Reloader:
             fresh = await asyncio.to_thread(self._reread)
             changed = changes(self.config, fresh)
             await self._take(fresh)
-        except StrettoError as error:
-            self.error = error.message
-            log.error("the settings stay as they were: %s", error.message)
+        except Exception as error:  # whatever is in the file, the log and `error` say so
+            known = isinstance(error, StrettoError)
+            self.error = error.message if known else f"the settings cannot be read: {describe(error)}"
+            log.error("the settings stay as they were: %s", self.error)
             return
         self.config, self.error = fresh, ""
         log.info("read the settings again; changed: %s", ", ".join(changed) or "nothing")

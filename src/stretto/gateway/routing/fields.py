@@ -6,7 +6,7 @@ Their values are checked by the worker, which also reports what is wrong with th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import msgspec
 from msgspec import Raw, Struct, json
@@ -15,7 +15,7 @@ from stretto.config import Tier
 from stretto.protocol.parsing import read_some
 from stretto.protocol.relay import OperationName
 from stretto.protocol.responses import InputItem
-from stretto.types import Objective
+from stretto.types import INT32_MAX, Objective
 
 BYTES_PER_TOKEN = 3.0  # of a request, until a worker reports its own ratio
 ITEMS = json.Decoder(list[InputItem])
@@ -81,7 +81,7 @@ class RoutingFields(Struct):
             self.max_tokens,
             options.get("num_predict"),
         )
-        return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+        return next((limit for limit in limits if _counts(limit)), None)
 
     def streams(self, operation: OperationName) -> bool:
         """Whether the answer comes as a stream. Ollama's does unless it is told not to."""
@@ -92,7 +92,7 @@ class RoutingFields(Struct):
     @property
     def answers(self) -> int:
         """How many answers are asked for."""
-        return self.n if isinstance(self.n, int) and self.n > 0 else 1
+        return self.n if _counts(self.n) else 1
 
     @property
     def tier(self) -> str:
@@ -109,6 +109,11 @@ class RoutingFields(Struct):
             return msgspec.convert(own, Objective)
         except msgspec.ValidationError:
             return Objective()
+
+
+def _counts(value: object) -> TypeGuard[int]:
+    """Whether a worker would take it as a number of tokens or answers, above zero."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= INT32_MAX
 
 
 def _members(value: object) -> dict[str, Any]:
