@@ -9,7 +9,6 @@ from msgspec import DecodeError, ValidationError, msgpack, structs
 
 from stretto.config import Tier
 from stretto.engine.scheduler.admission import Outlook, Snapshot
-from stretto.engine.scheduler.estimate import Estimate
 from stretto.gateway.upstream.connection import WorkerLost
 from stretto.protocol.relay import WorkerReport
 from stretto.types import ModelInfo, Objective, Request, Sampling
@@ -67,17 +66,15 @@ def _possible(info: ModelInfo) -> bool:
     return info.context > 0 <= info.blocks and 0 <= info.block_size * info.blocks <= MOST_TOKENS
 
 
-def _sane(estimate: Estimate) -> bool:
-    costs = (*structs.astuple(estimate.cost), estimate.load, estimate.elsewhere)
-    times = all(isfinite(cost) and cost >= 0 for cost in costs) and estimate.itl_ms > 0
-    return times and isfinite(estimate.margin) and estimate.margin > 0 <= estimate.streams
-
-
 def _usable(snapshot: Snapshot, tiers: Mapping[str, Tier]) -> bool:
     """Whether a request can be predicted from it."""
-    estimates = (snapshot.estimate, snapshot.patient or snapshot.estimate)
-    shares = (*snapshot.inflow.values(), *snapshot.worth.values())
-    if not (all(map(_sane, estimates)) and all(map(isfinite, shares)) and isfinite(snapshot.now)):
+    numbers = [snapshot.now, *snapshot.inflow.values(), *snapshot.worth.values()]
+    for estimate in (snapshot.estimate, snapshot.patient or snapshot.estimate):
+        costs = (*structs.astuple(estimate.cost), estimate.load, estimate.elsewhere, float(estimate.streams))
+        if min(costs) < 0 or not (estimate.margin > 0 < estimate.itl_ms):
+            return False
+        numbers += [*costs, estimate.margin]
+    if not all(map(isfinite, numbers)):
         return False
     outlook = Outlook(tiers)
     outlook.see(snapshot)
