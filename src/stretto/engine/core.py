@@ -16,7 +16,6 @@ from math import inf, isfinite
 from operator import attrgetter
 
 from stretto.engine.kv_cache import BlockPool
-from stretto.engine.scheduler.deadline import pressure
 from stretto.engine.scheduler.lateness import RESUME_S, goes_first_at
 from stretto.engine.scheduler.lengths import IdleTime
 from stretto.engine.scheduler.types import (
@@ -134,7 +133,7 @@ class EngineCore:
         """What a policy looks at now to plan the next step of a model, which should be over at `until`."""
         model, others, now = self.models[name], self._others[name], self._clock()
         spare = not any(other.needs_time for other in others)
-        elsewhere = sum(pressure(other.queues, other.history.times.cost) for other in others)
+        elsewhere = sum(other.queues.pressure(other.history.times.cost) for other in others)
         return SchedulingContext(
             name, model.queues, model.pool, self._limits, model.history, now, until, due, elsewhere, spare
         )

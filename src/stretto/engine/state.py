@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from stretto.engine.kv_cache import BlockPool
 from stretto.engine.runners.interface import Pending, Runner
-from stretto.engine.scheduler.deadline import latest_start
 from stretto.engine.scheduler.lateness import Alarms
 from stretto.engine.scheduler.types import History, Plan, Queues
 from stretto.engine.sequence import SPARE_TIME, TIMED
@@ -79,7 +78,7 @@ class ModelState:
 
     def latest_start(self) -> float:
         """When its next step must start for its deadlines to be met; inf when it has none."""
-        return latest_start(self.queues, self.history.times.cost)
+        return self.queues.latest_start(self.history.times.cost)
 
 
 class InFlightStep(Struct, frozen=True):

@@ -7,8 +7,8 @@ models or machines can ask without asking the engine.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Mapping
-from itertools import chain, islice
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice, repeat
 from math import inf
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from stretto.engine.scheduler.estimate import Estimate, patient
 from stretto.engine.scheduler.lateness import ADMITTED, Backlog, Prompt, backlog_of, newcomer, shortfall
 from stretto.engine.scheduler.moore_hodgson import Job
 from stretto.engine.scheduler.types import SchedulingContext, tier_weight
-from stretto.engine.sequence import BEST_EFFORT, SPARE_TIME, TIMED
+from stretto.engine.sequence import BEST_EFFORT, SPARE_TIME, TIMED, Sequence
 from stretto.types import Request
 
 MAX_PROMPTS = 64
@@ -144,16 +144,16 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
     cost = times.cost
     timed = [seq for seq in queues.running if seq.rank.group == TIMED and not seq.deadline.late]
     streams = [seq for seq in timed if seq.deadline.emitted]
-    waiting = (seq for seq in queues.waiting if seq.rank.group <= TIMED and seq.deadline.next < inf)
-    prompts = [*(seq for seq in timed if not seq.deadline.emitted), *islice(waiting, MAX_PROMPTS)]
+    first, last = (bisect_left(queues.waiting, (group,), key=_rank) for group in (BEST_EFFORT, SPARE_TIME))
+    waiting = [seq for seq in islice(queues.waiting, first) if seq.deadline.next < inf]
+    prompts = [*((seq, 1) for seq in timed if not seq.deadline.emitted), *_some(waiting)]
     worth = context.history.fairness.worth()
     weights = sorted({0.0, *(tier.weight for tier in tiers.values())}, reverse=True)
     jobs: dict[float, list[Job]] = {weight: [] for weight in weights}
-    for seq in sorted(prompts, key=lambda seq: seq.deadline.next):
-        ms = cost.prefill(seq.done, seq.length - seq.done)
+    for seq, count in sorted(prompts, key=lambda one: one[0].deadline.next):
+        ms = cost.prefill(seq.done, seq.length - seq.done) * count
         value = ADMITTED + worth.get(seq.request.tenant, 0.0)
         jobs[tier_weight(tiers, seq.request.tier)].append((seq.deadline.next, ms, value))
-    first, last = (bisect_left(queues.waiting, (group,), key=_rank) for group in (BEST_EFFORT, SPARE_TIME))
     behind = islice(queues.waiting, first, last)
     estimate = Estimate(
         cost=cost,
@@ -163,6 +163,9 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         load=sum(cost.row(seq.length) / seq.deadline.target_itl_s for seq in streams) / 1e3,
         elsewhere=context.elsewhere,
     )
+    waits = context.place_waits(MAX_PROMPTS)
+    if waits:
+        estimate = context.with_places(estimate, len(timed) - len(streams), waits)
     early = ((seq.deadline, seq.length) for seq in streams)
     return Snapshot(
         now=context.now,
@@ -176,6 +179,22 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         lengths={name: context.history.lengths.predict(name) for name in tiers},
         patient=patient(estimate, early, context.now)[0] if estimate.stretches else None,
     )
+
+
+def _some(waiting: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
+    """At most `MAX_PROMPTS` of the sequences, in order, each with how many it stands for.
+
+    If there are more, those that go first stand for themselves, and each of some others for several.
+    """
+    if len(waiting) <= MAX_PROMPTS:
+        yield from zip(waiting, repeat(1))
+        return
+    yield from zip(waiting[: MAX_PROMPTS // 2], repeat(1))
+    others = waiting[MAX_PROMPTS // 2 :]
+    count = -(-len(others) // (MAX_PROMPTS // 2))
+    for begin in range(0, len(others), count):
+        same = others[begin : begin + count]
+        yield same[len(same) // 2], len(same)
 
 
 def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Forecast:
@@ -199,10 +218,14 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     if deferral.late_by and seen.patient is not None:
         estimate = seen.patient
         deferral = estimate.defer(groups, lambda weight: seen.inflow.get(weight, 0.0), now)
-    begin, pace = deferral.groups[weight][:2]
+    begin, pace, flow = (
+        deferral.groups[weight].start,
+        deferral.groups[weight].pace,
+        deferral.groups[weight].flow,
+    )
     first = sum(map(len, groups.values())) - len(groups[weight])
     ahead = sum(ms for index, (_, ms, _) in enumerate(jobs[:place], first) if index not in deferral.late_by)
-    start = begin + ahead / pace
+    start = begin + ahead / flow
     first_token = start + own_ms / pace
     step_s = cost.decodes(estimate.streams + 1, seen.context + length) / 1e3
     last_token = first_token + (_tokens(request, seen) - 1) * step_s

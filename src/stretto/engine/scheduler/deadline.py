@@ -38,7 +38,7 @@ from stretto.engine.scheduler.lateness import (
 )
 from stretto.engine.scheduler.moore_hodgson import Job, tardy_jobs
 from stretto.engine.scheduler.plan_builder import PlanBuilder
-from stretto.engine.scheduler.types import Plan, Queues, Row, SchedulingContext, tier_weight
+from stretto.engine.scheduler.types import Plan, Row, SchedulingContext, tier_weight
 from stretto.engine.sequence import BEST_EFFORT, SPARE_TIME, TIMED, Rank, Sequence
 from stretto.engine.step_time import StepCost
 
@@ -72,8 +72,12 @@ class Running(Struct, eq=False):
 
     def estimate(self, builder: PlanBuilder) -> Estimate:
         """What the streams leave over for prompts."""
-        itl_ms, elsewhere = self.shortest_itl_s * 1e3, builder.context.elsewhere
-        return Estimate(builder.cost, builder.margin, len(self.streams), itl_ms, self.load, elsewhere)
+        itl_ms, context = self.shortest_itl_s * 1e3, builder.context
+        streams = len(self.streams)
+        made = Estimate(builder.cost, builder.margin, streams, itl_ms, self.load, context.elsewhere)
+        return (
+            context.with_places(made, len(self.prompts), builder.place_waits) if builder.place_waits else made
+        )
 
 
 def deadline(context: SchedulingContext) -> Plan:
@@ -81,6 +85,7 @@ def deadline(context: SchedulingContext) -> Plan:
     builder = PlanBuilder.of(context, timed=True)
     expired = _end_expired(builder)
     prompts, others = _look_at_waiting(builder, expired)
+    builder.place_waits = context.place_waits(len(prompts))
     running = _sort_running(builder, expired)
     prompts = sorted(running.prompts + prompts, key=_place)[:DEPTH]
     estimate = running.estimate(builder)
@@ -123,30 +128,6 @@ def deadline(context: SchedulingContext) -> Plan:
     builder.plan.owed = max(owed, 0.0)
     builder.plan.predicted = builder.ms
     return builder.plan
-
-
-def latest_start(queues: Queues, cost: StepCost) -> float:
-    """When the next step must start for every stream and the first prompt to be on time; inf: any time."""
-    streams = [seq for seq in queues.running if seq.rank.group == TIMED and not seq.deadline.late]
-    tightest = min((seq.deadline.latest for seq in streams), default=inf)
-    context = sum(seq.kv.computed for seq in streams)
-    start = tightest - cost.decodes(len(streams), context) / 1e3
-    first = bisect_left(queues.waiting, (TIMED,), key=_rank)
-    if first < len(queues.waiting) and queues.waiting[first].rank.group == TIMED:
-        seq = queues.waiting[first]
-        start = min(start, seq.rank.order - (cost.base + cost.prefill(seq.done, seq.length - seq.done)) / 1e3)
-    return start
-
-
-def pressure(queues: Queues, cost: StepCost, without: Sequence | None = None) -> float:
-    """The share of the time that the streams with a deadline take at their slowest pace; `without` one."""
-    load, itl_s = 0.0, inf
-    for seq in queues.running:
-        deadline = seq.deadline
-        if seq.rank.group == TIMED and deadline.emitted and not deadline.late and seq is not without:
-            load += cost.row(seq.length) / deadline.target_itl_s
-            itl_s = min(itl_s, deadline.target_itl_s)
-    return (load + cost.base / itl_s) / 1e3
 
 
 def _end_expired(builder: PlanBuilder) -> set[Sequence]:
@@ -217,7 +198,10 @@ def _best_effort_rank(builder: PlanBuilder, seq: Sequence, since: float) -> Rank
 
 
 def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
-    """Who needs what. A late stream is best effort until it has paused too long: it makes no other late."""
+    """Who needs what. A late stream is best effort until it has paused too long: it makes no other late.
+
+    While prompts wait for places it does not wait: a place becomes free only when a stream ends.
+    """
     running = Running()
     streams, starts, deadlines = running.streams, running.starts, running.deadlines
     tightest, itl_s, load = inf, inf, 0.0
@@ -241,7 +225,9 @@ def _sort_running(builder: PlanBuilder, expired: set[Sequence]) -> Running:
                 builder.plan.place.append((seq, rank))
             if left > 1:
                 running.partial_prefills.append((rank, seq))
-            elif deadline.last_emission + PAUSE_S <= now and seq.draws:
+            elif seq.draws and (
+                (builder.place_waits and deadline.late) or deadline.last_emission + PAUSE_S <= now
+            ):
                 streams.append(seq)
                 deadlines.append(deadline)
                 starts.append(at)

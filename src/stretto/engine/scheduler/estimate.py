@@ -23,6 +23,7 @@ CAUTION = 0.7  # of the time that heavier prompts seem to leave is counted on
 SLACK_S = 40.0  # streams that are early use up their slack in so long while prompts are pressed for time
 SLOWEST = 20.0  # times its pace is the slowest that a stream is expected to have then
 MAX_STREAM_LOAD = 0.9  # no prompt may become a stream if streams would then take more of the time
+NEXT_ENDS = 16  # so many of the next answers that end tell when places become free
 
 
 def step_limit(cost: StepCost) -> float:
@@ -31,6 +32,14 @@ def step_limit(cost: StepCost) -> float:
     A longer one would gain little and keep the next request from starting.
     """
     return max(LONGEST_STEP_BASES * cost.base, SHORTEST_LIMIT_MS)
+
+
+def ends_of(left: Sequence[int], step_ms: float) -> tuple[float, ...]:
+    """After how many seconds the next running sequences end, the first of them first, at most `NEXT_ENDS`.
+
+    `left`: the tokens that each still has. `step_ms`: what a step of all takes, without prompts.
+    """
+    return tuple(tokens * step_ms / 1e3 for tokens in sorted(left)[:NEXT_ENDS])
 
 
 class Group(NamedTuple):
@@ -42,6 +51,7 @@ class Group(NamedTuple):
     end: float  # of the last one that is not deferred
     busy_ms: float  # the work of those that are not deferred, and of heavier ones
     all_ms: float  # the same of all
+    flow: float = inf  # `pace`, as far as places allow: work done in a second of prompts that wait for places
 
 
 class Deferral(NamedTuple):
@@ -52,6 +62,7 @@ class Deferral(NamedTuple):
     ]  # by index over all groups, the seconds by which each deferred one would be late
     groups: dict[float, Group]  # by weight
     rate: float  # work for prompts that is done in a second if nothing else comes, ms
+    most: float  # `rate`, as far as places allow
 
 
 class Estimate(Struct, frozen=True, array_like=True):
@@ -63,6 +74,9 @@ class Estimate(Struct, frozen=True, array_like=True):
     itl_ms: float = inf  # the shortest inter-token target of a stream
     load: float = 0.0  # share of the time that the streams take at their slowest pace
     elsewhere: float = 0.0  # the share that the streams of other models on the device take
+    places: int = 1 << 30  # so many prompts can start at once; those after them wait for sequences to end
+    place_s: float = 0.0  # the first of those waits so much longer than the others
+    place_pace: float = inf  # sequences that end in a second leave their places to prompts of so many ms
 
     @property
     def pressure(self) -> float:
@@ -101,22 +115,37 @@ class Estimate(Struct, frozen=True, array_like=True):
         ones to come will leave: those take `heavier(weight)` of the time. `itl_ms` is the target of a stream
         that may be added.
         """
-        rate = self.rate(itl_ms)
-        deferral = Deferral({}, {}, 1e3 * rate)
-        first, work, put_off = 0, 0.0, 0.0
+        rate, late_by, made = self.rate(itl_ms), dict[int, float](), dict[float, Group]()
+        first, work, put_off, most = 0, 0.0, 0.0, 1e3 * rate
         for weight, jobs in groups.items():
             share = heavier(weight)
             likely = 1e3 * max(rate - share, LEAST_LIGHTER * rate)
-            pace = likely * CAUTION if share else likely
-            begin = start
+            pace = flow = likely * CAUTION if share else likely
+            begin, free = start, self.places - first
+            if len(jobs) > max(free, 0):
+                flow = 1.0 / (1.0 / pace + 1.0 / self.place_pace)
+                most = 1.0 / (1e-3 / rate + 1.0 / self.place_pace)
+                jobs = self._behind_places(jobs, free, pace / flow, pace)
+                begin += self.place_s if free == 0 else 0.0
             tardy, start = tardy_jobs(jobs, begin, pace)
             work += (start - begin) * pace
             for place, excess in tardy.items():
-                deferral.late_by[first + place] = excess
+                late_by[first + place] = excess
                 put_off += jobs[place][1]
-            deferral.groups[weight] = Group(begin, pace, likely, start, work, work + put_off)
+            made[weight] = Group(begin, pace, likely, start, work, work + put_off, flow)
             first += len(jobs)
-        return deferral
+        return Deferral(late_by, made, 1e3 * rate, most)
+
+    def _behind_places(self, jobs: Sequence[Job], free: int, longer: float, pace: float) -> list[Job]:
+        """The jobs, of which those beyond the free places take so many times longer: they wait for places.
+
+        The first of them also waits for the first place, except when none is free: then all of them do.
+        """
+        some = max(free, 0)
+        first_ms = self.place_s * pace if free > 0 else 0.0
+        waiting = [(due, work * longer, worth) for due, work, worth in jobs[some:]]
+        due, work, worth = waiting[0]
+        return [*jobs[:some], (due, work + first_ms, worth), *waiting[1:]]
 
 
 def patient(

@@ -141,7 +141,7 @@ def newcomer(prompt: Prompt, deferral: Deferral, late_s: float, backlog: Backlog
     """
     timed, weight, rate = prompt.deadline < inf, prompt.weight, deferral.rate
     turned_away = weight in backlog.turns_away
-    most = STILL_CROWDED * rate if turned_away else rate
+    most = STILL_CROWDED * deferral.most if turned_away else deferral.most
     crowded = backlog.overload or (timed and backlog.recent.get(weight, 0.0) * 1e3 > most)
     if not timed:
         weight = min(deferral.groups, default=weight)
@@ -173,9 +173,9 @@ def _queue_excess(prompt: Prompt, group: Group, backlog: Backlog, now: float, *,
     come after the overload too: the standing queue of Nichols and Jacobson (ACM Queue 10, 2012). A short one
     holds as many prompts as keep the machine busy. Where prompts are long the objective is the only limit.
     """
-    queue_s = group.start - now + prompt.ahead_ms / group.pace
-    left_s, own_s = prompt.deadline - now, prompt.alone_ms / group.pace
-    short_s = min(max(SHORT_QUEUE * left_s, LUMPS * backlog.lump_ms / group.pace), left_s)
+    queue_s = group.start - now + prompt.ahead_ms / group.flow
+    left_s, own_s = prompt.deadline - now, prompt.alone_ms / group.flow
+    short_s = min(max(SHORT_QUEUE * left_s, LUMPS * backlog.lump_ms / group.flow), left_s)
     long_s = short_s if turned_away else max(LONG_QUEUE * left_s, short_s)
     least_s = LEAST_QUEUE * left_s
     if queue_s <= max(long_s - own_s, least_s):

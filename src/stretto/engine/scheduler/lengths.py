@@ -5,8 +5,10 @@ The engine's loop records requests and steps, the scheduler asks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import exp
 
+from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import Window
 
 KEPT_LENGTHS = 512
@@ -14,7 +16,11 @@ DEFAULT_LENGTH = 256  # tokens of a long answer, while nothing is known
 LONG = 0.7  # the quantile that stands for a long answer
 ARRIVALS_S = 120.0
 OFFERED_S = 600.0  # the same for what comes, refused or not: a burst is no overload
-RECENT_S = 10.0  # the same for what comes now, on a machine whose objectives are short
+RECENT_S = 10.0  # at most the same for what comes now, on a machine whose objectives are short
+LEAST_RECENT_S = 1.0  # at least the same
+RECENT_LUMPS = (
+    50.0  # prompts of the usual size, one after the other, take as long: the rate is then known to 10 %
+)
 IDLE_S = 1800.0  # the same for the time in which no step ran: bursts and the pauses between them
 
 
@@ -35,19 +41,35 @@ class AnswerLengths:
         usual = self._usual if lengths is None else int(lengths.quantile(LONG, self._usual))
         return max(1, usual if max_tokens is None else min(usual, max_tokens))
 
+    def left(self, sequences: Iterable[Sequence]) -> list[int]:
+        """The tokens that each of these still has if its answer is a long one, at least 1.
+
+        One that is longer already is expected to become half as long again.
+        """
+        usual: dict[str, int] = {}
+        left = list[int]()
+        for seq in sequences:
+            tier, done = seq.request.tier, seq.output_len
+            if tier not in usual:
+                usual[tier] = self.predict(tier)
+            more = max(usual[tier] - done, done // 2)
+            left.append(max(min(more, seq.limit - seq.length), 1))
+        return left
+
 
 class ArrivalRate:
     """How much prompt work has arrived recently, by the weight of its tier, fading over `ARRIVALS_S`.
 
-    `recent_s`: over how many seconds `recent` fades.
+    `recent_s`: over how many seconds `recent` fades at most. It fades sooner where prompts are short, because
+    then fewer seconds tell how much comes.
     """
 
     def __init__(self, recent_s: float = RECENT_S) -> None:
         self._turned_away: dict[float, float] = {}  # by weight, when a newcomer was last refused
         self._ms: dict[float, float] = {}
         self._recent: dict[float, float] = {}
-        self._offered = self._squares = 0.0
-        self._recent_s = recent_s
+        self._offered = self._squares = self._count = 0.0
+        self._recent_s = self._most_recent_s = recent_s
         self._faded = 0.0
 
     def observe(self, weight: float, ms: float) -> None:
@@ -58,6 +80,7 @@ class ArrivalRate:
         """Record a prompt of so many milliseconds in a tier of this weight, admitted or refused."""
         self._offered += ms
         self._squares += ms * ms
+        self._count += 1
         self._recent[weight] = self._recent.get(weight, 0.0) + ms
 
     def turn_away(self, weight: float, ms: float, now: float) -> None:
@@ -73,6 +96,11 @@ class ArrivalRate:
     def lump_ms(self) -> float:
         """What a prompt of the usual size takes: the mean of the recent ones, each counted by its work."""
         return self._squares / (sum(self._recent.values()) or 1.0)
+
+    @property
+    def mean_ms(self) -> float:
+        """What a recent prompt takes in the mean; 0 before the first."""
+        return sum(self._recent.values()) / (self._count or 1.0)
 
     def recent(self, weight: float) -> float:
         """The work of this weight or more that comes now, refused or not, as a share of the time."""
@@ -92,15 +120,21 @@ class ArrivalRate:
         return self._ms.get(weight, 0.0) / (ARRIVALS_S * 1e3)
 
     def fade(self, now: float) -> None:
-        """Let the past count less. Called after every step, it acts once a second."""
-        if now - self._faded >= 1.0:
-            share = exp((self._faded - now) / ARRIVALS_S)
-            self._offered *= exp((self._faded - now) / OFFERED_S)
-            recent = exp((self._faded - now) / self._recent_s)
-            self._squares *= recent
-            self._recent = {weight: ms * recent for weight, ms in self._recent.items()}
+        """Let the past count less. Called after every step, it acts ten times in `recent_s`."""
+        passed = now - self._faded
+        if passed >= self._recent_s / 10:
+            share = exp(-passed / ARRIVALS_S)
+            self._offered *= exp(-passed / OFFERED_S)
+            lumps_s = RECENT_LUMPS * self.lump_ms / 1e3
+            recent_s = min(max(lumps_s, LEAST_RECENT_S), self._most_recent_s) if lumps_s else self._recent_s
+            recent = exp(-passed / self._recent_s)
+            self._squares *= recent * recent_s / self._recent_s
+            self._count *= recent * recent_s / self._recent_s
+            self._recent = {
+                weight: ms * recent * recent_s / self._recent_s for weight, ms in self._recent.items()
+            }
             self._ms = {weight: ms * share for weight, ms in self._ms.items()}
-            self._faded = now
+            self._recent_s, self._faded = recent_s, now
 
 
 class IdleTime:

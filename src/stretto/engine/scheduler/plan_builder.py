@@ -39,6 +39,10 @@ class PlanBuilder(Struct, eq=False):
     behind: int = 0  # sequences that wait behind the prompts with a deadline
     full: bool = False  # whether a sequence without a deadline was turned away
     held: bool = False  # whether all slots are taken by sequences that cannot be preempted
+    place_waits: tuple[
+        float, ...
+    ] = ()  # after how many seconds the next places become free; empty: enough are
+    queued: int = 0  # prompts that wait for one
     claimed: set[bytes] = set()  # keys of blocks that admitted ones will compute
 
     @classmethod
@@ -150,7 +154,7 @@ class PlanBuilder(Struct, eq=False):
             matched, start = [], 0
             count = self._chunk(0, seq.length, ms)
             need = pool.blocks_for(count)
-            if not self._free_blocks(seq, need + growth, among=_after(seq)):
+            if self._can_wait(seq) or not self._free_blocks(seq, need + growth, among=_after(seq)):
                 self.full = True
                 return
         if count <= 0:
@@ -199,12 +203,23 @@ class PlanBuilder(Struct, eq=False):
         self.full = True
         if self.held or seq.rank.group == SPARE_TIME:
             return False
+        if self._can_wait(seq):
+            return False
         looser = self._looser(seq, _after(seq))
         self.held = seq.rank.group == TIMED and not looser and not seq.deadline.late
         if looser:
             self.free += self.context.pool.freed_by(looser[-1].kv)
             self._preempt(looser[-1:])
         return self.slots_left > 0
+
+    def _can_wait(self, seq: Sequence) -> bool:
+        """Whether a prompt that waits for a place will still be on time: then no sequence is preempted."""
+        if not self.place_waits or seq.rank.group != TIMED:
+            return False
+        wait_s = self.place_waits[min(self.queued, len(self.place_waits) - 1)]
+        alone_s = self.cost.prefill(seq.done, seq.length - seq.done) / 1e3
+        self.queued += 1
+        return self.context.now + wait_s + alone_s < seq.rank.order
 
     def _looser(self, seq: Sequence, among: int) -> list[Sequence]:
         """The running sequences that may be preempted for this one, the loosest last.

@@ -5,14 +5,18 @@ Plain values. The policies decide over them, and `stretto.engine.core` carries t
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
+from operator import attrgetter
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from stretto.config import TIERS, Tier
 from stretto.engine.kv_cache import BlockPool
+from stretto.engine.scheduler.estimate import LEAST_PREFILL, Estimate, ends_of
 from stretto.engine.scheduler.fairness import Fairness
 from stretto.engine.scheduler.lengths import (
     DEFAULT_LENGTH,
@@ -21,9 +25,13 @@ from stretto.engine.scheduler.lengths import (
     ArrivalRate,
     IdleTime,
 )
-from stretto.engine.sequence import Rank, Sequence
+from stretto.engine.sequence import BEST_EFFORT, TIMED, Rank, Sequence
 from stretto.engine.step_time import StepCost, StepLoad, StepTime, Window
 
+ROOMY = 0.5  # of the blocks: while more are left, slots alone decide how many sequences may start
+GROWN = 0.5  # of what running sequences still need is needed at once: some end while others grow
+SAMPLE = 16  # sequences that tell what is usual
+_rank = attrgetter("rank")
 RECENT = 0.5  # of the longest TTFT objective is how long what has come counts as what comes now
 
 
@@ -50,6 +58,29 @@ class Queues:
     running: list[Sequence] = field(default_factory=list[Sequence])  # by rank
     # A heap of those whose whole answer has a deadline: that deadline, the request's id, the sequence.
     ends: list[tuple[float, int, Sequence]] = field(default_factory=list[tuple[float, int, Sequence]])
+
+    def latest_start(self, cost: StepCost) -> float:
+        """When the next step must start for all streams and the first prompt to be on time; inf: any time."""
+        streams = [seq for seq in self.running if seq.rank.group == TIMED and not seq.deadline.late]
+        tightest = min((seq.deadline.latest for seq in streams), default=inf)
+        context = sum(seq.kv.computed for seq in streams)
+        start = tightest - cost.decodes(len(streams), context) / 1e3
+        first = bisect_left(self.waiting, (TIMED,), key=_rank)
+        if first < len(self.waiting) and self.waiting[first].rank.group == TIMED:
+            seq = self.waiting[first]
+            prompt_ms = cost.base + cost.prefill(seq.done, seq.length - seq.done)
+            start = min(start, seq.rank.order - prompt_ms / 1e3)
+        return start
+
+    def pressure(self, cost: StepCost, without: Sequence | None = None) -> float:
+        """The share of the time that streams with a deadline take at their slowest pace; `without` one."""
+        load, itl_s = 0.0, inf
+        for seq in self.running:
+            deadline = seq.deadline
+            if seq.rank.group == TIMED and deadline.emitted and not deadline.late and seq is not without:
+                load += cost.row(seq.length) / deadline.target_itl_s
+                itl_s = min(itl_s, deadline.target_itl_s)
+        return (load + cost.base / itl_s) / 1e3
 
 
 @dataclass(slots=True)
@@ -115,6 +146,49 @@ class SchedulingContext(Struct, frozen=True):
     due: tuple[Sequence, ...] = ()  # those that go before all others from now on
     elsewhere: float = 0.0  # the share of the time that the streams of other models take
     spare_time: bool = True  # whether the other models on the device leave some
+
+    @property
+    def places_left(self) -> int:
+        """The sequences that may start before a running one ends: by slots, and by blocks once few are left.
+
+        A sequence is expected to need as many blocks as the running ones, which need some more themselves.
+        """
+        running, pool = self.queues.running, self.pool
+        slots = self.limits.max_running - len(running)
+        if not running or pool.available > ROOMY * pool.total:
+            return slots
+        left = self.history.lengths.left(running[:: max(len(running) // SAMPLE, 1)])
+        growth = sum(left) / (len(left) * pool.size)
+        each = (pool.total - pool.available) / len(running) + growth
+        return max(min(slots, int((pool.available - GROWN * growth * len(running)) / each)), 0)
+
+    @property
+    def places_for_prompts(self) -> int:
+        """The same for prompts with a deadline, which may take those of sequences that have never had one."""
+        running = self.queues.running
+        first = bisect_left(running, (BEST_EFFORT,), key=_rank)
+        return self.places_left + sum(seq.deadline.next == inf for seq in running[first:])
+
+    def place_waits(self, waiting: int) -> tuple[float, ...]:
+        """After how many seconds the next places become free; empty if enough are free for `waiting`."""
+        running = self.queues.running
+        if not running or waiting <= self.places_left:
+            return ()
+        keys, others = sum(seq.length for seq in running), max(1.0 - self.elsewhere, LEAST_PREFILL)
+        step_ms = self.history.times.cost.decodes(len(running), keys) / others
+        return ends_of(self.history.lengths.left(running), step_ms)
+
+    def with_places(self, estimate: Estimate, started: int, waits: tuple[float, ...]) -> Estimate:
+        """The estimate with what places allow. `started`: prompts that have one. `waits`: `place_waits`."""
+        if not waits:
+            return estimate
+        each_s, prompt_ms = waits[-1] / len(waits), self.history.arrivals.mean_ms
+        return replace(
+            estimate,
+            places=self.places_for_prompts + started,
+            place_s=max(waits[0] - each_s, 0.0),
+            place_pace=prompt_ms / each_s if each_s and prompt_ms else inf,
+        )
 
 
 class Row(Struct, frozen=True, gc=False):

@@ -14,7 +14,6 @@ from math import inf
 from msgspec.structs import replace
 
 from stretto.engine.scheduler.admission import predict, snapshot
-from stretto.engine.scheduler.deadline import pressure
 from stretto.engine.scheduler.types import Plan, SchedulingContext, tier_weight
 from stretto.engine.sequence import TIMED, Sequence
 from stretto.types import Request
@@ -79,7 +78,7 @@ def _on_time(seq: Sequence, name: str, late: Collection[Sequence], contexts: Con
     if seq.slot >= 0:  # it will leave the streams of its model
         own = contexts[seq.request.model]()
         cost = own.history.times.cost
-        change = pressure(own.queues, cost, seq) - pressure(own.queues, cost)
+        change = own.queues.pressure(cost, seq) - own.queues.pressure(cost)
         context = replace(context, elsewhere=max(context.elsewhere + change, 0.0))
     seen, weight = snapshot(context, 0), tier_weight(context.limits.tiers, request.tier)
     # Models take turns, so the prompts of the others that are due before this one come first.
