@@ -341,3 +341,18 @@ def test_tokens_beside_the_calls_stay_free(tmp_path: Path):
     sampler = Sampler(text, grammars.compile(grammar), 0)
     assert sampler.force('<think>\nhm\n</think>\n\nSo: <tool_call>\n{"name": "ping.v2", "arguments": {}}')
     assert sampler.force("\n</tool_call>") and not sampler.force("<tool_call>{")
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_strict_call_has_its_opener(special: bool, tmp_path: Path):
+    """A reader takes a call without one too, so the grammar must not let it be written."""
+    text = model(tmp_path, "<function=", special)
+    found = calls(request(TOOLS), text)
+    assert found.grammar is not None
+    grammars = Grammars(
+        tmp_path, frozenset({text.tokenizer.token_to_id("<|stop|>")}), text.tokenizer.get_vocab_size()
+    )
+    assert Sampler(text, grammars.compile(found.grammar), 0).force(
+        "Sure: a <functional> <tool_call>\n<function=book>"
+    )
+    assert not Sampler(text, grammars.compile(found.grammar), 0).force("Sure: <function=book>")

@@ -40,6 +40,23 @@ CASES: list[tuple[TagFormat, str, str, list[tuple[str, dict[str, Any]]]]] = [
         "Sure.\n",
         [("weather", {"city": "Paris", "days": 3}), ("ping", {})],
     ),
+    # the model left the opener out, as it often does
+    (QWEN_CODER, f"Sure.\n{PARIS}\n</tool_call>", "Sure.\n", [("weather", {"city": "Paris", "days": 3})]),
+    (
+        QWEN_CODER,
+        f"{PARIS}\n<function=ping>\n</function>\n<tool_call>{PARIS}</tool_call> ok",
+        " ok",
+        [("weather", {"city": "Paris", "days": 3}), ("ping", {}), ("weather", {"city": "Paris", "days": 3})],
+    ),
+    (
+        QWEN_CODER,
+        "Write <function=x></function>, not </tool_call>.",
+        "Write <function=x></function>, not </tool_call>.",
+        [],
+    ),
+    (QWEN_CODER, PARIS[:60], "", [("weather", {"city": "Paris"})]),
+    (QWEN_CODER, "a <function", "a <function", []),
+    (QWEN_CODER, f"{PARIS} and</tool_call>", " and</tool_call>", [("weather", {"city": "Paris", "days": 3})]),
     (QWEN_CODER, "<tool_call>what is this</tool_call>", "<tool_call>what is this</tool_call>", []),
     (QWEN_CODER, "a < b, <tool", "a < b, <tool", []),
     (

@@ -44,7 +44,8 @@ class TagFormat:
     """How a family writes a call. `mentioned`: texts that occur in the chat templates of the family.
 
     `wrappers`: tags around all calls, which are neither content nor part of a call. `inner`: special tokens
-    inside a call, which the detokenizer has to show. `strict` writes the grammar of strict calls.
+    inside a call, which the detokenizer has to show. `strict` writes the grammar of strict calls. `bare`: how
+    a call begins and ends whose opener the model left out.
     """
 
     mentioned: tuple[str, ...]
@@ -54,6 +55,7 @@ class TagFormat:
     closer: str = "</tool_call>"
     wrappers: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
+    bare: tuple[str, str] | None = None
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -300,9 +302,10 @@ QWEN_CODER = TagFormat(
             ("</parameter>", "</tool_call>"),
             r"[^\s>]([^>\n]*[^\s>])?",
         ),
-        "<tool_call>",
+        ("<tool_call>", "<function="),
         (),
     ),
+    bare=("<function=", "</function>"),
 )
 # <tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>
 GLM = TagFormat(
@@ -325,7 +328,7 @@ GLM = TagFormat(
             ("</arg_value>", "</tool_call>"),
             r"[^\s<]([^<]*[^\s<])?",
         ),
-        "<tool_call>",
+        ("<tool_call>",),
         (),
     ),
 )
@@ -375,7 +378,7 @@ DEEPSEEK_DSML = TagFormat(
             r'[^\s"]([^"\n]*[^\s"])?',
             ("true", "false"),
         ),
-        "<｜DSML｜invoke",
+        ("<｜DSML｜invoke",),
         DSML_WRAPPERS,
     ),
     "<｜DSML｜invoke",

@@ -21,7 +21,8 @@ class TagParser:
         """`parameters`: the schema of each tool's arguments, by the tool's name."""
         self._form = form
         self._parameters = parameters
-        self._outside = (form.opener, *form.wrappers)
+        self._outside = (form.opener, *form.wrappers, *((form.bare[0], form.closer) if form.bare else ()))
+        self._opener, self._closer = form.opener, form.closer  # of the call that is being read
         self._tags = re.compile("|".join(map(re.escape, self._outside)))
         self._held = ""
         self._inside = False
@@ -50,10 +51,23 @@ class TagParser:
                 self._held = text[cut:]
                 self._content(text[:cut], events)
                 return events
-            self._content(text[: tag.start()], events)
-            self._blank = True
-            self._inside, text = tag[0] == self._form.opener, text[tag.end() :]
+            text = self._tag(text, tag, events)
         return events
+
+    def _tag(self, text: str, tag: re.Match[str], events: list[ToolEvent]) -> str:
+        """Emit the content before a tag. Returns the text after it, or from it on if it is part of a call."""
+        form = self._form
+        self._content(text[: tag.start()], events)
+        if tag[0] == form.closer and not self._blank:
+            self._content(tag[0], events)  # it closes nothing
+            return text[tag.end() :]
+        self._blank = True
+        self._opener, self._closer = form.opener, form.closer
+        if form.bare is not None and tag[0] == form.bare[0]:
+            self._inside, self._opener, self._closer = True, "", form.bare[1]
+            return text[tag.start() :]
+        self._inside = tag[0] == form.opener
+        return text[tag.end() :]
 
     def flush(self) -> list[ToolEvent]:
         """The rest, when the answer ended. A call that was cut keeps the arguments that are whole."""
@@ -71,7 +85,7 @@ class TagParser:
 
     def _end(self, text: str) -> int:
         """Where the call in `text` ends, -1 while it may go on. A closer inside a value ends nothing."""
-        closer = self._form.closer
+        closer = self._closer
         start = self._ends[-1] + 1 if self._ends else max(0, self._seen - len(closer))
         self._seen = len(text)
         while (end := text.find(closer, start)) >= 0:
@@ -90,7 +104,7 @@ class TagParser:
         """Emit the call that ends there. Returns the text after it."""
         self._inside, self._ends, self._seen = False, [], 0
         self._call(text[:end], events, whole=True)
-        return text[end + len(self._form.closer) :]
+        return text[end + len(self._closer) :]
 
     def _content(self, text: str, events: list[ToolEvent]) -> None:
         if text and not (self._blank and not text.strip()):
@@ -103,7 +117,8 @@ class TagParser:
         except UnfinishedCall as unfinished:
             call = unfinished.call
         if call is None:
-            events.append(self._form.opener + inside + (self._form.closer if whole else ""))
+            events.append(self._opener + inside + (self._closer if whole else ""))
+            self._blank = False
             return
         name, arguments = call
         events.append(first_delta(self.calls, name, _dumped(arguments)))

@@ -98,15 +98,16 @@ def harmony(rules: Rules, tools: Sequence[StrictTool], others: Sequence[int]) ->
 
 def tagged(
     layout: TagLayout,
-    opener: str,
+    openers: tuple[str, ...],
     wrappers: tuple[str, ...],
     rules: Rules,
     tools: Sequence[StrictTool],
     others: Sequence[int],
 ) -> Frame:
-    """Each argument between tags of its own."""
+    """Each argument between tags of its own. `openers`: the one that a call has, then those of calls that
+    lack it."""
     calls = each_call(rules, tools, lambda tool: tagged_arguments(rules, layout, tool.name, tool.schema))
-    return between_text(rules, opener, calls, wrappers, others)
+    return between_text(rules, openers[0], calls, wrappers, others, openers[1:])
 
 
 def separated(

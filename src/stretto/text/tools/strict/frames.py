@@ -15,15 +15,20 @@ BLANK = r"\s\x1c-\x1f"  # what Python takes for blanks
 
 
 def between_text(
-    rules: Rules, opener: str, calls: RuleName, wrappers: Sequence[str], others: Sequence[int]
+    rules: Rules,
+    opener: str,
+    calls: RuleName,
+    wrappers: Sequence[str],
+    others: Sequence[int],
+    bare: Sequence[str] = (),
 ) -> Frame:
     """Calls anywhere in a text, each after `opener`. `wrappers` may stand around them. `others`: the special
-    tokens that may occur in the text."""
-    free = rules.free(opener)
+    tokens that may occur in the text. `bare`: what begins calls without an opener; no text may hold it."""
+    free = rules.free(opener, *bare)
     pieces: list[list[GrammarPiece]] = [[free, *rules.literal(opener), calls]]
     pieces += [[free, *rules.literal(each)] for each in wrappers if rules.special(each)]
     if others:  # readers do not see these tokens, so the text on both sides is one text for them
-        pieces.append([rules.free(opener, whole=True), rules.mark(list(others))])
+        pieces.append([rules.free(opener, *bare, whole=True), rules.mark(list(others))])
     return [[rules.repeated([rules.rule(*pieces)], "*"), free]]
 
 
