@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stretto.errors import StartError
 from stretto.kernels.reference import REFERENCE, DenseExperts
 from tests.kernels.cuda import DEVICE, GPU, TOLERANCES
 
-from stretto.kernels.cuda import experts as mixtures, routing  # isort: skip
-from stretto.kernels.cuda.experts import FEW_TOKENS, GROUP, Fp8Experts  # isort: skip
+from stretto.kernels.cuda import experts as mixtures, routing, streaming  # isort: skip
+from stretto.kernels.cuda.experts import FEW_TOKENS  # isort: skip
 from stretto.kernels.cuda.linear import Norm  # isort: skip
 from stretto.kernels.cuda.rows import quantise_rows  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
+from stretto.kernels.cuda.weights import GROUP, CudaExperts, Fp8Experts, Int4, Int4Experts  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES)
@@ -37,7 +37,8 @@ class Shape:
 
 # Not multiples of a tile; experts that are not a power of two; widths of several tiles and groups.
 SMALL, UNEVEN, WIDE = Shape(5, 3, 40, 24), Shape(6, 4, 144, 129), Shape(3, 2, 160, 304)
-SHAPES = [SMALL, UNEVEN, WIDE]
+ODD = Shape(5, 2, 261, 131)  # int4 holds rows in pairs, and columns in groups
+SHAPES = [SMALL, UNEVEN, WIDE, ODD] if GPU else [SMALL, UNEVEN, WIDE]
 # How the tokens choose: freely; all take one expert among others; nobody takes the first experts.
 SPREADS = ["free", "one", "none"]
 # The interpreter is slow, so without a GPU only some of the combinations run.
@@ -55,7 +56,19 @@ COMBINATIONS = (
         (70, UNEVEN, "one"),
     ]
 )
+INT4_COMBINATIONS = (
+    COMBINATIONS
+    if GPU
+    else [
+        (1, ODD, "none"),
+        (FEW_TOKENS, SMALL, "free"),
+        (FEW_TOKENS + 1, ODD, "none"),
+        (17, WIDE, "free"),
+        (70, SMALL, "one"),
+    ]
+)
 combinations = pytest.mark.parametrize(("rows", "shape", "spread"), COMBINATIONS)
+int4_combinations = pytest.mark.parametrize(("rows", "shape", "spread"), INT4_COMBINATIONS)
 
 
 def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -90,10 +103,19 @@ def reference(
     return REFERENCE.experts(x.double(), logits.double(), packed, shape.top, normalise)
 
 
-def widened(packed: Fp8Experts) -> tuple[Tensor, Tensor]:
-    pairs = (packed.gate_up, packed.gate_up_scales), (packed.down, packed.down_scales)
-    gate_up, down = (values.double() * scales.double()[..., None] for values, scales in pairs)
-    return gate_up, down
+def widened(packed: CudaExperts) -> tuple[Tensor, Tensor]:
+    held = packed if isinstance(packed, DenseExperts) else packed.widened(torch.float64)
+    return held.gate_up.cpu(), held.down.cpu()
+
+
+def rounded(values: Tensor, size: int) -> Tensor:
+    """Rows in e4m3 with a scale for each `size` columns, in float64."""
+
+    def each(part: Tensor) -> Tensor:
+        scale = part.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+        return (part.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+    return torch.cat([each(part) for part in values.split(size, -1)], -1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -106,10 +128,11 @@ def test_a_token_chooses_its_likeliest_experts(shape: Shape, normalise: bool) ->
     assert torch.equal(found.experts.cpu().long(), chosen)
     near(found.shares, shares / shares.sum(-1, keepdim=True) if normalise else shares, 1e-6)
     x = torch.randn(11, shape.hidden).to(DTYPE).to(DEVICE)
-    same, rows, scales = routing.choose_and_quantise(logits.to(DEVICE), shape.top, normalise, x)
+    same, rows = routing.choose_and_quantise(logits.to(DEVICE), shape.top, normalise, x)
     assert torch.equal(same.experts, found.experts) and torch.equal(same.shares, found.shares)
     wanted, wanted_scales = quantise_rows(x)
-    assert torch.equal(rows.float(), wanted.float()) and torch.equal(scales, wanted_scales)
+    assert rows.scales is not None
+    assert torch.equal(rows.values.float(), wanted.float()) and torch.equal(rows.scales, wanted_scales)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -151,42 +174,61 @@ def test_experts_equal_their_definition(dtype: torch.dtype, rows: int, shape: Sh
     near(found, reference(x, logits, held, shape, normalise), TOLERANCES[dtype])
 
 
-def emulated(x: Tensor, logits: Tensor, packed: Fp8Experts, shape: Shape) -> Tensor:
+def emulated(x: Tensor, logits: Tensor, packed: CudaExperts, shape: Shape) -> Tensor:
     """The mixture with activations rounded to e4m3 as the kernels round them, in float64."""
-
-    def rounded(values: Tensor) -> Tensor:
-        scale = values.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
-        return (values.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
-
-    gate_up, down = (each.cpu() for each in widened(packed))
+    gate_up, down = widened(packed)
     shares, chosen = logits.double().softmax(-1).topk(shape.top)
     out = torch.zeros(x.shape, dtype=torch.float64)
-    for row, value in enumerate(rounded(x)):
+    for row, value in enumerate(rounded(x, shape.hidden)):
         for share, expert in zip(shares[row], chosen[row].tolist(), strict=True):
             gates, ups = (gate_up[expert] @ value).chunk(2)
-            hidden = (F.silu(gates) * ups).split(GROUP)
-            out[row] += share * (down[expert] @ torch.cat([rounded(part) for part in hidden]))
+            out[row] += share * (down[expert] @ rounded(F.silu(gates) * ups, GROUP))
     return out
 
 
-@combinations
-def test_fp8_experts_equal_their_definition(rows: int, shape: Shape, spread: str) -> None:
+def check_rounding(x: Tensor, logits: Tensor, packed: CudaExperts, shape: Shape) -> None:
     """A few rows are not rounded. Of more, the error is what rounding activations explains."""
-    torch.manual_seed(rows)
-    kernels = table(DEVICE, "fp8")
-    x = (torch.randn(rows, shape.hidden) * torch.logspace(-2, 1, rows)[:, None]).to(DTYPE)
-    logits, held = routed(rows, shape, spread), weights(shape, DTYPE)
-    packed = kernels.pack_experts(*(each.to(DEVICE) for each in held), "silu")
-    assert isinstance(packed, Fp8Experts)
-    found = kernels.experts(x.to(DEVICE), logits.to(DEVICE), packed, shape.top, False)
+    found = mixtures.experts(x.to(DEVICE), logits.to(DEVICE), packed, shape.top, False)
     # Each row by itself, because their sizes differ by three orders.
     exact = reference(x, logits, widened(packed), shape, False)
     unit = exact.norm(dim=1, keepdim=True)
-    if rows <= FEW_TOKENS:
+    if len(x) <= FEW_TOKENS:
         near(found.cpu().double() / unit, exact / unit, 8e-3 if GPU else 1e-5)
         return
     near(found.cpu().double() / unit, exact / unit, 6e-2)
     near(found.cpu().double() / unit, emulated(x, logits, packed, shape) / unit, 1.5e-2 if GPU else 5e-3)
+
+
+@combinations
+def test_fp8_experts_equal_their_definition(rows: int, shape: Shape, spread: str) -> None:
+    torch.manual_seed(rows)
+    x = (torch.randn(rows, shape.hidden) * torch.logspace(-2, 1, rows)[:, None]).to(DTYPE)
+    packed = table(DEVICE, "fp8").pack_experts(*(each.to(DEVICE) for each in weights(shape, DTYPE)), "silu")
+    assert isinstance(packed, Fp8Experts)
+    check_rounding(x, routed(rows, shape, spread), packed, shape)
+
+
+@int4_combinations
+def test_int4_experts_on_a_device_with_fp8_equal_their_definition(
+    rows: int, shape: Shape, spread: str
+) -> None:
+    """Levels are not around zero in the product: the more rows are, the more must be subtracted."""
+    torch.manual_seed(rows)
+    x = ((1 + torch.randn(rows, shape.hidden)) * torch.logspace(-2, 1, rows)[:, None]).to(DTYPE)
+    packed = Int4Experts.pack(*(each.to(DEVICE) for each in weights(shape, DTYPE)), "silu", rounds=True)
+    check_rounding(x, routed(rows, shape, spread), packed, shape)
+
+
+@dtypes
+@int4_combinations
+def test_int4_experts_on_other_devices_equal_their_definition(
+    dtype: torch.dtype, rows: int, shape: Shape, spread: str
+) -> None:
+    torch.manual_seed(rows)
+    x, logits = torch.randn(rows, shape.hidden).to(dtype), routed(rows, shape, spread)
+    packed = Int4Experts.pack(*(each.to(DEVICE) for each in weights(shape, dtype)), "silu", rounds=False)
+    found = mixtures.experts(x.to(DEVICE), logits.to(dtype).to(DEVICE), packed, shape.top, rows % 2 == 0)
+    near(found, reference(x, logits, widened(packed), shape, rows % 2 == 0), TOLERANCES[dtype])
 
 
 def test_fp8_experts_hold_a_byte_for_a_weight_and_a_scale_for_a_row() -> None:
@@ -201,7 +243,7 @@ def test_fp8_experts_hold_a_byte_for_a_weight_and_a_scale_for_a_row() -> None:
     for found, weight in zip(widened(packed), held, strict=True):
         # Three bits of mantissa: at most a sixteenth of a number, or of the least normal one of its row.
         peak = weight.double().abs().amax(-1, keepdim=True)
-        error = (found.cpu() - weight.double()).abs()
+        error = (found - weight.double()).abs()
         assert (error <= torch.maximum(weight.double().abs() / 16, peak / 448 * 2**-10) * 1.001).all()
 
 
@@ -210,17 +252,16 @@ def test_streamed_rows_are_read_through_a_norm_and_added_to_a_sum(
     quantise: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(mixtures, "STREAMED_COLUMNS", 32)  # a row of `down` is then several spans
+    monkeypatch.setattr(streaming, "STREAMED_COLUMNS", 32)  # a row of `down` is then several spans
     shape, kernels = Shape(5, 3, 40, 70), table(DEVICE, quantise)  # type: ignore[arg-type]
     packed = kernels.pack_experts(*(each.to(DEVICE) for each in weights(shape, DTYPE)), "silu")
     x, residual = (torch.randn(2, shape.hidden).to(DTYPE).to(DEVICE) for _ in range(2))
     gains = (1 + torch.randn(shape.hidden) / 9).to(DTYPE).to(DEVICE)
     logits = routed(2, shape, "free")
     choice = routing.choose(logits.to(DEVICE), shape.top, True)
-    found = mixtures.stream(x, choice, packed, Norm(gains, 1e-5), residual)
+    found = streaming.stream(x, choice, packed, Norm(gains, 1e-5), residual)
     normed = REFERENCE.norm(x.float(), gains.float(), 1e-5)
-    held = widened(packed) if isinstance(packed, Fp8Experts) else (packed.gate_up, packed.down)
-    wanted = reference(normed.cpu(), logits, held, shape, True) + residual.cpu().double()
+    wanted = reference(normed.cpu(), logits, widened(packed), shape, True) + residual.cpu().double()
     near(found, wanted, 8e-3 if GPU else 1e-5)
 
 
@@ -244,6 +285,17 @@ def test_an_expert_with_more_tiles_than_programs_has_them_all_computed(
     near(found, reference(x, logits, held, shape, True), TOLERANCES[DTYPE])
 
 
-def test_int4_experts_are_refused_with_what_to_do() -> None:
-    with pytest.raises(StartError, match=r"--quantise int4: .* experts .* use fp8, or leave --quantise out"):
-        table(DEVICE, "int4").pack_experts(torch.randn(2, 8, 4), torch.randn(2, 4, 4), "silu")
+@pytest.mark.parametrize("shape", SHAPES if GPU else [SMALL, ODD])
+def test_int4_experts_hold_each_matrix_as_a_linear_layer_would(shape: Shape) -> None:
+    torch.manual_seed(0)
+    held = weights(shape, DTYPE)
+    packed = table(DEVICE, "int4").pack_experts(*(each.to(DEVICE) for each in held), "silu")
+    assert isinstance(packed, Int4Experts)
+    assert packed.rounds == (GPU and torch.cuda.get_device_capability() >= (8, 9))
+    assert not packed.shares(held[0])
+    half, groups = -(-shape.hidden // 2), [-(-width // GROUP) for width in (shape.hidden, shape.inner)]
+    size = shape.inner * groups[0] * (GROUP + 4) + half * groups[1] * (GROUP + 4)
+    assert packed.nbytes == shape.count * size
+    for found, matrices in zip(widened(packed), held, strict=True):
+        wanted = [Int4.pack(each.to(DEVICE), None).widened(torch.float64).cpu() for each in matrices]
+        assert torch.equal(found, torch.stack(wanted))

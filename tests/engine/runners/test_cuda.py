@@ -42,7 +42,7 @@ from tests.models.checkpoints import FAMILIES, VOCAB, expected, make
 
 from stretto.engine.runners import cuda  # isort: skip
 from stretto.kernels.cuda import table as cuda_table  # isort: skip
-from stretto.kernels.cuda.experts import FEW_TOKENS, Fp8Experts  # isort: skip
+from stretto.kernels.cuda.experts import FEW_TOKENS  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
 
 __all__ = ["bench", "events"]
@@ -88,25 +88,26 @@ def test_rows_that_the_kernel_before_quantises_are_as_exact_as_those_quantised_a
     assert errors[0] <= 1.2 * errors[1] <= 0.3
 
 
-def test_a_mixture_of_experts_in_fp8_is_near_its_rounded_weights(tmp_path: Path) -> None:
-    """One token at a time, activations are not rounded. In a chunk they are."""
+@pytest.mark.parametrize("quantise", ["fp8", "int4"])
+def test_a_quantised_mixture_of_experts_is_near_its_rounded_weights(
+    quantise: cuda_table.CudaQuantise, tmp_path: Path
+) -> None:
+    """One token at a time, activations are not rounded. In a chunk they are, in int4 where there is fp8."""
     dtype = torch.bfloat16 if GPU else torch.float32
     changes = {"num_experts_per_tok": 6, "mlp_only_layers": [], **LAYERS}
     make("qwen3_moe", tmp_path, dtype=dtype, initializer_range=0.06, **changes)
+    narrow = table(DEVICE, quantise)
 
     def rounded(gate_up: Tensor, down: Tensor, activation: Activation) -> DenseExperts:
-        packed = Fp8Experts.pack(gate_up, down, activation)
-        first = packed.gate_up.float() * packed.gate_up_scales[..., None]
-        second = packed.down.float() * packed.down_scales[..., None]
-        return DenseExperts(first.to(dtype), second.to(dtype), activation)
+        return narrow.pack_experts(gate_up, down, activation).widened(dtype)
 
     def loaded(kernels: AnyKernels) -> DeviceDriver:
         return DeviceDriver(load(tmp_path, dtype=dtype, device=DEVICE, kernels=kernels))
 
     tokens = [3 + 7919 * i % (VOCAB - 3) for i in range(30 if GPU else FEW_TOKENS + 1)]
-    reference, narrow = loaded(replace(REFERENCE, pack_experts=rounded)), loaded(table(DEVICE, "fp8"))
+    reference, own = loaded(replace(REFERENCE, pack_experts=rounded)), loaded(narrow)
     for count, chunk, tolerance in ((2, 1, 2e-2 if GPU else 1e-4), (len(tokens), len(tokens), 6e-2)):
-        found, wanted = (each.read(tokens[:count], chunk).cpu() for each in (narrow, reference))
+        found, wanted = (each.read(tokens[:count], chunk).cpu() for each in (own, reference))
         assert torch.isfinite(found).all()
         assert (found - wanted).norm() / wanted.norm() <= tolerance
 

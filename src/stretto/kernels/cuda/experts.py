@@ -15,140 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stretto.kernels import Activation
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
-from stretto.kernels.cuda.linear import Norm, dot_rows, row_options
-from stretto.kernels.cuda.routing import ExpertChoice, PickOrder, choose, choose_and_quantise, sort
-from stretto.kernels.cuda.rows import FP8, FP8_MAX, activate, quantise_rows
-from stretto.kernels.reference import DenseExperts
+from stretto.kernels.cuda.linear import int4_levels, int4_values
+from stretto.kernels.cuda.routing import ExpertRows, PickOrder, choose, choose_and_quantise, sort
+from stretto.kernels.cuda.rows import FP8, FP8_MAX, activate
+from stretto.kernels.cuda.streaming import stream
+from stretto.kernels.cuda.weights import (
+    GROUP,
+    CudaExperts,
+    Int4Experts,
+    expert_scales,
+    expert_width,
+    rounds_rows,
+)
 
 # Up to so many tokens stream: more of them have experts in common, which then are read once for all.
 FEW_TOKENS = 4
-# What a program of `_stream_down` requests at once: columns, and bytes for each thread.
-STREAMED_COLUMNS, STREAMED_BYTES = 1024, 64
-GROUP = 128  # values behind the activation that share a scale in e4m3
 SLOTS = 2  # programs that share the tiles of an expert
 COMBINE_BLOCK = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8Experts:
-    """All experts of a layer in e4m3: `gate_up` [E, 2F, H] and `down` [E, H, F]. A row is multiplied by its
-    float32 scale, in `gate_up_scales` [E, 2F] or `down_scales` [E, H]."""
-
-    gate_up: Tensor
-    gate_up_scales: Tensor
-    down: Tensor
-    down_scales: Tensor
-    activation: Activation
-
-    @classmethod
-    def pack(cls, gate_up: Tensor, down: Tensor, activation: Activation) -> Fp8Experts:
-        return cls(*_rounded(gate_up), *_rounded(down), activation)
-
-    @property
-    def nbytes(self) -> int:
-        held = self.gate_up, self.gate_up_scales, self.down, self.down_scales
-        return sum(tensor.nbytes for tensor in held)
-
-    def shares(self, weight: Tensor) -> bool:
-        return False
-
-
-CudaExperts = DenseExperts | Fp8Experts
-
-
-def _rounded(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [E, N, K] in e4m3, and the scale of each row, [E, N]."""
-    values, scales = quantise_rows(weights.flatten(0, 1).contiguous())
-    return values.view(weights.shape), scales.view(weights.shape[:2])
-
-
-def _scales(packed: CudaExperts) -> tuple[Tensor | None, Tensor | None]:
-    """The scales of `gate_up` and of `down`."""
-    return (packed.gate_up_scales, packed.down_scales) if isinstance(packed, Fp8Experts) else (None, None)
-
-
-@triton.jit
-def _stream_gate_up(
-    x, weights, scales, gains, chosen, out, n, k, share, eps,
-    KIND: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """ROWS values behind the activation, for one pick."""
-    release()
-    pick, row = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < n
-    wait()
-    first = tl.load(chosen + pick).to(tl.int64) * 2 * n
-    gates, ups = dot_rows(
-        x + (pick // share) * k, weights + first * k, gains, row, n + row, there, k, eps,
-        SPAN, LOOPS, LANE, True,
-    )  # fmt: skip
-    if scales is not None:
-        gates *= tl.load(scales + first + row, there, 0.0)
-        ups *= tl.load(scales + first + n + row, there, 0.0)
-    tl.store(out + pick * n + row, (activate(gates, KIND) * ups).to(out.dtype.element_ty), there)
-
-
-@triton.jit
-def _stream_down(
-    hidden, weights, scales, chosen, shares, residual, out, n, k,
-    TOP: tl.constexpr, TOP_BLOCK: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr,
-    LANE: tl.constexpr,
-):  # fmt: skip
-    """ROWS outputs of one token, over all its experts: a line is one expert's row of an output."""
-    release()
-    line = tl.arange(0, ROWS * TOP_BLOCK)
-    row, choice = tl.program_id(0) * ROWS + line // TOP_BLOCK, line % TOP_BLOCK
-    pick, column = tl.program_id(1) * TOP + choice, tl.arange(0, SPAN)
-    there = (row < n) & (choice < TOP)
-    wait()
-    stored = tl.load(chosen + pick, choice < TOP, 0).to(tl.int64) * n + row
-    at, across = weights + stored[:, None] * k + column[None], hidden + pick[:, None] * k + column[None]
-    held = tl.load(at, there[:, None] & (column < k)[None], 0.0, eviction_policy="evict_first")
-    share = tl.load(shares + pick, there, 0.0)
-    if scales is not None:
-        share *= tl.load(scales + stored, there, 0.0)
-    sums = tl.zeros((ROWS * TOP_BLOCK, SPAN // LANE), tl.float32)
-    for loop in tl.static_range(LOOPS):
-        now, left = held.to(tl.float32), k - loop * SPAN
-        if loop + 1 < LOOPS:
-            inside = there[:, None] & (column < left - SPAN)[None]
-            held = tl.load(at + (loop + 1) * SPAN, inside, 0.0, eviction_policy="evict_first")
-        values = tl.load(across + loop * SPAN, there[:, None] & (column < left)[None], 0.0).to(tl.float32)
-        sums += tl.sum(tl.reshape(now * values, (ROWS * TOP_BLOCK, SPAN // LANE, LANE)), 2)
-    total = tl.sum(tl.reshape(tl.sum(sums, 1) * share, (ROWS, TOP_BLOCK)), 1)
-    made = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    spot = tl.program_id(1) * n + made
-    if residual is not None:
-        total += tl.load(residual + spot, made < n, 0.0).to(tl.float32)
-    tl.store(out + spot, total.to(out.dtype.element_ty), made < n)
-
-
-def stream(
-    x: Tensor,
-    choice: ExpertChoice,
-    packed: CudaExperts,
-    norm: Norm | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The mixture of a few rows x [T, H] -> [T, H]. `norm` is applied to x first; `residual` [T, H] is
-    added last."""
-    (tokens, top), (n, k), size = choice.experts.shape, packed.down.shape[1:], packed.down.itemsize
-    gate_up_scales, down_scales = _scales(packed)
-    hidden = x.new_empty(tokens * top, k)
-    options = row_options(n, size, norm is not None, True)
-    _stream_gate_up[(triton.cdiv(k, options["ROWS"]), tokens * top)](
-        x, packed.gate_up, gate_up_scales, None if norm is None else norm.gains, choice.experts, hidden,
-        k, n, top, 0.0 if norm is None else norm.eps, KIND=packed.activation, **options, **OPTIONS,
-    )  # fmt: skip
-    out, lines, span = torch.empty_like(x), max(8, pow2(top)), min(pow2(k, 32), STREAMED_COLUMNS)
-    _stream_down[(triton.cdiv(n, lines // pow2(top)), tokens)](
-        hidden, packed.down, down_scales, choice.experts, choice.shares, residual, out, n, k,
-        TOP=top, TOP_BLOCK=pow2(top), ROWS=lines // pow2(top), SPAN=span, LOOPS=triton.cdiv(k, span),
-        LANE=16 // size, num_warps=min(max(lines * span * size // (32 * STREAMED_BYTES), 1), 8), **OPTIONS,
-    )  # fmt: skip
-    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +46,14 @@ class GroupTiling:
     warps: int = 4
     stages: int = 3
 
-    def options(self, x: Tensor) -> dict[str, Any]:
-        """The compile-time options of a kernel that multiplies x."""
+    def options(self, x: Tensor, packed: CudaExperts) -> dict[str, Any]:
+        """The compile-time options of a kernel that multiplies x. A stage of int4 weights is a group."""
+        int4 = isinstance(packed, Int4Experts)
         return {
+            "INT4": int4,
             "TILE": self.tokens,
             "N_BLOCK": self.rows,
-            "K_BLOCK": self.row_bytes // x.itemsize,
+            "K_BLOCK": GROUP if int4 else self.row_bytes // x.itemsize,
             "EXACT": x.dtype == torch.float32,
             "num_warps": self.warps,
             "num_stages": self.stages,
@@ -184,57 +70,125 @@ def tile_tokens(picks: int, experts: int) -> int:
 PLAIN = GroupTiling(16, rows=64, stages=2)
 
 
-def gate_up_tiling(tokens: int, dtype: torch.dtype) -> GroupTiling:
+def gate_up_tiling(tokens: int, dtype: torch.dtype, packed: CudaExperts) -> GroupTiling:
     if dtype == torch.float32:
         return PLAIN
+    if isinstance(packed, Int4Experts):
+        return _int4_tiling(tokens, GROUP if dtype == FP8 else GROUP // 2)
     return GroupTiling(tokens, warps=4 if tokens < 64 else 8)
 
 
-def down_tiling(tokens: int, dtype: torch.dtype) -> GroupTiling:
+def down_tiling(tokens: int, dtype: torch.dtype, packed: CudaExperts) -> GroupTiling:
     if dtype == torch.float32:
         return PLAIN
+    if isinstance(packed, Int4Experts):
+        return _int4_tiling(tokens, GROUP // 2)
     tokens = min(tokens, 64)  # more need more registers than there are
     return GroupTiling(tokens, warps=4 if tokens < 64 else 8, stages=4)
 
 
+def _int4_tiling(tokens: int, rows: int) -> GroupTiling:
+    """Sums of lower and of upper levels take twice the registers."""
+    tokens = min(tokens, 64)
+    return GroupTiling(tokens, rows, warps=4 if tokens < 64 else 8, stages=3 if tokens == 32 else 4)
+
+
+@triton.jit
+def _int4_products(
+    x, levels, place, held, weights, scales, row, half, k, stored,
+    TILE: tl.constexpr, N_BLOCK: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """The rows `row` of one expert's int4 weights, and those `half` further, times the rows `place` of x:
+    [N_BLOCK, TILE] each. Weights are multiplied without their scales; the sums of each group are scaled,
+    also by the scales of x in `levels` if there are any.
+
+    The bits of a level are those of an e4m3 number, level / 512. So beside e4m3 rows no level is converted:
+    the tensor cores add -8 / 512 times the group instead, and the result is to be multiplied by 512."""
+    column, there, groups = tl.arange(0, GROUP), row < half, stored // GROUP
+    at = weights + row[:, None] * stored + column[None]
+    across = x + place[None] * k + column[:, None]
+    low, high = tl.load(scales + row, there, 0.0), tl.load(scales + half + row, there, 0.0)
+    if levels is not None:
+        level = tl.load(levels + place * groups, held, 0.0)
+    lows = tl.zeros((N_BLOCK, TILE), tl.float32)
+    highs = tl.zeros((N_BLOCK, TILE), tl.float32)
+    for group in range(0, groups):
+        inside = group * GROUP + column < k
+        packed = tl.load(at + group * GROUP, there[:, None], 0, eviction_policy="evict_first")
+        values = tl.load(across + group * GROUP, held[None] & inside[:, None], 0.0)
+        # The next scales are requested before these products need their own.
+        further = tl.minimum(group + 1, groups - 1)
+        next_low = tl.load(scales + further * 2 * half + row, there, 0.0)
+        next_high = tl.load(scales + (further * 2 + 1) * half + row, there, 0.0)
+        if x.dtype.element_ty == tl.float8e4nv:
+            below, above = int4_levels(packed)
+            zero = tl.full((N_BLOCK, GROUP), 0x88, tl.uint8).to(tl.float8e4nv, bitcast=True)
+            base = tl.dot(zero, values)
+            below = tl.dot(below.to(tl.float8e4nv, bitcast=True), values) + base
+            if levels is not None:
+                below *= level[None]
+            lows += below * low.to(tl.float32)[:, None]
+            above = tl.dot(above.to(tl.float8e4nv, bitcast=True), values) + base
+            if levels is not None:
+                above *= level[None]
+                level = tl.load(levels + place * groups + further, held, 0.0)
+            highs += above * high.to(tl.float32)[:, None]
+        else:
+            below = tl.dot(int4_values(packed & 15, x), values, input_precision="ieee" if EXACT else "tf32")
+            lows += below * low.to(tl.float32)[:, None]
+            above = tl.dot(int4_values(packed >> 4, x), values, input_precision="ieee" if EXACT else "tf32")
+            highs += above * high.to(tl.float32)[:, None]
+        low, high = next_low, next_high
+    return lows, highs
+
+
 @triton.jit
 def _grouped_gate_up(
-    x, x_scales, weights, scales, order, starts, out, out_scales, n, k, share,
-    KIND: tl.constexpr, MAX: tl.constexpr, TILE: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-    EXACT: tl.constexpr,
+    x, x_scales, weights, scales, order, starts, out, out_scales, n, k, stored, share,
+    KIND: tl.constexpr, MAX: tl.constexpr, INT4: tl.constexpr, TILE: tl.constexpr, N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """N_BLOCK values behind the activation, for the tiles of one expert. They are stored in the order of the
     picks; in e4m3 the N_BLOCK values of a pick have one scale."""
     release()
-    expert, group = tl.program_id(2), tl.program_id(1)
+    expert, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row, column = group * N_BLOCK + tl.arange(0, N_BLOCK), tl.arange(0, K_BLOCK)
     there = row < n
     wait()
     first, end = tl.load(starts + expert), tl.load(starts + expert + 1)
-    stored = expert.to(tl.int64) * 2 * n
-    gate_at = weights + stored * k + row[:, None] * k + column[None]
+    above = expert * 2 * n
+    gate_at = weights + above * k + row[:, None] * k + column[None]
     up_at = gate_at + n * k
     for begin in range(first + tl.program_id(0) * TILE, end, tl.num_programs(0) * TILE):
         place = begin + tl.arange(0, TILE)
         held = place < end
         token = tl.load(order + place, held, 0) // share
-        across = x + token[None] * k + column[:, None]
-        gates = tl.zeros((N_BLOCK, TILE), tl.float32)
-        ups = tl.zeros((N_BLOCK, TILE), tl.float32)
-        for start in range(0, k, K_BLOCK):
-            inside = start + column < k
-            within = there[:, None] & inside[None]
-            gate = tl.load(gate_at + start, within, 0.0, eviction_policy="evict_first")
-            up = tl.load(up_at + start, within, 0.0, eviction_policy="evict_first")
-            values = tl.load(across + start, held[None] & inside[:, None], 0.0)
-            gates = tl.dot(gate, values, acc=gates, input_precision="ieee" if EXACT else "tf32")
-            ups = tl.dot(up, values, acc=ups, input_precision="ieee" if EXACT else "tf32")
-        if scales is not None:
-            unit = tl.load(x_scales + token, held, 0.0)[None]
-            gates *= tl.load(scales + stored + row, there, 0.0)[:, None] * unit
-            ups *= tl.load(scales + stored + n + row, there, 0.0)[:, None] * unit
+        if INT4:
+            gates, ups = _int4_products(
+                x, None, token, held, weights + expert * n * stored,
+                scales + above * (stored // K_BLOCK), row, n, k, stored, TILE, N_BLOCK, K_BLOCK, EXACT,
+            )  # fmt: skip
+        else:
+            across = x + token[None] * k + column[:, None]
+            gates = tl.zeros((N_BLOCK, TILE), tl.float32)
+            ups = tl.zeros((N_BLOCK, TILE), tl.float32)
+            for start in range(0, k, K_BLOCK):
+                inside = start + column < k
+                within = there[:, None] & inside[None]
+                gate = tl.load(gate_at + start, within, 0.0, eviction_policy="evict_first")
+                up = tl.load(up_at + start, within, 0.0, eviction_policy="evict_first")
+                values = tl.load(across + start, held[None] & inside[:, None], 0.0)
+                gates = tl.dot(gate, values, acc=gates, input_precision="ieee" if EXACT else "tf32")
+                ups = tl.dot(up, values, acc=ups, input_precision="ieee" if EXACT else "tf32")
+            if scales is not None:
+                gates *= tl.load(scales + above + row, there, 0.0)[:, None]
+                ups *= tl.load(scales + above + n + row, there, 0.0)[:, None]
+        if x_scales is not None:
+            unit = tl.load(x_scales + token, held, 0.0)[None] * (512.0 if INT4 else 1.0)
+            gates *= unit
+            ups *= unit
         made = activate(gates, KIND) * ups
-        if scales is not None:
+        if out_scales is not None:
             level = tl.maximum(tl.max(tl.abs(made), 0), 1e-12) / MAX
             tl.store(out_scales + place * tl.num_programs(1) + group, level, held)
             made = made / level[None]
@@ -247,44 +201,53 @@ def _grouped_gate_up(
 
 @triton.jit
 def _grouped_down(
-    hidden, levels, weights, scales, order, starts, out, n, k, groups,
-    TILE: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, EXACT: tl.constexpr,
+    hidden, levels, weights, scales, order, starts, out, n, half, k, stored, groups,
+    INT4: tl.constexpr, TILE: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """N_BLOCK outputs for the tiles of one expert, stored by pick. In e4m3 the sums of each K_BLOCK columns
-    are scaled, because a pick has a scale for so many."""
+    """N_BLOCK outputs for the tiles of one expert, stored by pick; of int4 weights also those `half` further.
+    In e4m3 the sums of each K_BLOCK columns are scaled, because a pick has a scale for so many."""
     release()
-    expert = tl.program_id(2)
+    expert = tl.program_id(2).to(tl.int64)
     row, column = tl.program_id(1) * N_BLOCK + tl.arange(0, N_BLOCK), tl.arange(0, K_BLOCK)
-    there = row < n
+    there = row < half
     wait()
     first, end = tl.load(starts + expert), tl.load(starts + expert + 1)
-    stored = expert.to(tl.int64) * n
-    at = weights + stored * k + row[:, None] * k + column[None]
+    at = weights + expert * n * k + row[:, None] * k + column[None]
     for begin in range(first + tl.program_id(0) * TILE, end, tl.num_programs(0) * TILE):
         place = begin + tl.arange(0, TILE)
         held = place < end
-        across = hidden + place[None] * k + column[:, None]
-        sums = tl.zeros((N_BLOCK, TILE), tl.float32)
-        if scales is not None:
-            level = tl.load(levels + place * groups, held, 0.0)
-        for start in range(0, k, K_BLOCK):
-            inside = start + column < k
-            within = there[:, None] & inside[None]
-            weight = tl.load(at + start, within, 0.0, eviction_policy="evict_first")
-            values = tl.load(across + start, held[None] & inside[:, None], 0.0)
+        spot = out + tl.load(order + place, held, 0)[None] * n + row[:, None]
+        if INT4:
+            sums, highs = _int4_products(
+                hidden, levels, place, held, weights + expert * half * stored,
+                scales + expert * groups * 2 * half, row, half, k, stored, TILE, N_BLOCK, K_BLOCK, EXACT,
+            )  # fmt: skip
+            if levels is not None:
+                sums *= 512.0
+                highs *= 512.0
+            within = (row < n - half)[:, None] & held[None]
+            tl.store(spot + half, highs.to(out.dtype.element_ty), within)
+        else:
+            across = hidden + place[None] * k + column[:, None]
+            sums = tl.zeros((N_BLOCK, TILE), tl.float32)
             if scales is not None:
-                # The next scale is requested before this product needs its own.
-                further = start // K_BLOCK + 1
-                until = tl.where(further < groups, end, 0)
-                following = tl.load(levels + place * groups + further, place < until, 0.0)
-                sums += tl.dot(weight, values) * level[None]
-                level = following
-            else:
-                sums = tl.dot(weight, values, acc=sums, input_precision="ieee" if EXACT else "tf32")
-        if scales is not None:
-            sums *= tl.load(scales + stored + row, there, 0.0)[:, None]
-        pick = tl.load(order + place, held, 0)
-        spot = out + pick[None] * n + row[:, None]
+                level = tl.load(levels + place * groups, held, 0.0)
+            for start in range(0, k, K_BLOCK):
+                inside = start + column < k
+                within = there[:, None] & inside[None]
+                weight = tl.load(at + start, within, 0.0, eviction_policy="evict_first")
+                values = tl.load(across + start, held[None] & inside[:, None], 0.0)
+                if scales is not None:
+                    # The next scale is requested before this product needs its own.
+                    further = start // K_BLOCK + 1
+                    until = tl.where(further < groups, end, 0)
+                    following = tl.load(levels + place * groups + further, place < until, 0.0)
+                    sums += tl.dot(weight, values) * level[None]
+                    level = following
+                else:
+                    sums = tl.dot(weight, values, acc=sums, input_precision="ieee" if EXACT else "tf32")
+            if scales is not None:
+                sums *= tl.load(scales + expert * n + row, there, 0.0)[:, None]
         tl.store(spot, sums.to(out.dtype.element_ty), there[:, None] & held[None])
 
 
@@ -303,43 +266,33 @@ def _combine(made, shares, out, width, TOP: tl.constexpr, TOP_BLOCK: tl.constexp
 
 
 def grouped_gate_up(
-    x: Tensor,
-    x_scales: Tensor | None,
-    order: PickOrder,
-    packed: CudaExperts,
-    dtype: torch.dtype,
-    tiling: GroupTiling,
-) -> tuple[Tensor, Tensor | None]:
-    """Rows x [T, H] -> what is behind the activation, [picks, F] in the order of the picks, in `dtype`. With
-    e4m3 weights x is e4m3 with `x_scales` [T], and so is the result, with a float32 scale for each GROUP
-    columns: [picks, groups]. The tile then has GROUP rows."""
-    picks, (experts, n, k) = order.picks.shape[0], packed.down.shape
-    scales, groups = _scales(packed)[0], triton.cdiv(k, tiling.rows)
-    hidden = torch.empty((picks, k), dtype=dtype if scales is None else FP8, device=x.device)
-    levels = None if scales is None else torch.empty((picks, groups), device=x.device)
+    rows: ExpertRows, order: PickOrder, packed: CudaExperts, dtype: torch.dtype, tiling: GroupTiling
+) -> ExpertRows:
+    """Rows [T, H] -> what is behind the activation, [picks, F] in the order of the picks: in `dtype`, or from
+    e4m3 rows in e4m3 with a scale for each GROUP columns. The tile then has GROUP rows."""
+    picks, experts, inner, x = order.picks.shape[0], packed.down.shape[0], expert_width(packed), rows.values
+    hidden = torch.empty((picks, inner), dtype=dtype if rows.scales is None else FP8, device=x.device)
+    groups = triton.cdiv(inner, tiling.rows)
+    levels = None if rows.scales is None else rows.scales.new_empty(picks, groups)
     slots = min(triton.cdiv(order.most, tiling.tokens), SLOTS)
     _grouped_gate_up[(slots, groups, experts)](
-        x, x_scales, packed.gate_up, scales, order.picks, order.starts, hidden, levels,
-        k, n, picks // x.shape[0], KIND=packed.activation, MAX=FP8_MAX, **tiling.options(x),
+        x, rows.scales, packed.gate_up, expert_scales(packed)[0], order.picks, order.starts, hidden, levels,
+        inner, x.shape[1], packed.gate_up.shape[2], picks // x.shape[0],
+        KIND=packed.activation, MAX=FP8_MAX, **tiling.options(x, packed),
     )  # fmt: skip
-    return hidden, levels
+    return ExpertRows(hidden, levels)
 
 
 def grouped_down(
-    hidden: Tensor,
-    levels: Tensor | None,
-    order: PickOrder,
-    packed: CudaExperts,
-    made: Tensor,
-    tiling: GroupTiling,
+    rows: ExpertRows, order: PickOrder, packed: CudaExperts, made: Tensor, tiling: GroupTiling
 ) -> None:
-    """What `grouped_gate_up` made -> `made` [picks, H], by pick. With e4m3 weights a stage of the tile has
+    """What `grouped_gate_up` made -> `made` [picks, H], by pick. With e4m3 rows a stage of the tile has
     GROUP columns."""
-    experts, n, k = packed.down.shape
-    slots = min(triton.cdiv(order.most, tiling.tokens), SLOTS)
-    _grouped_down[(slots, triton.cdiv(n, tiling.rows), experts)](
-        hidden, levels, packed.down, _scales(packed)[1], order.picks, order.starts, made,
-        n, k, triton.cdiv(k, GROUP), **tiling.options(hidden),
+    experts, half, stored = packed.down.shape
+    slots, inner = min(triton.cdiv(order.most, tiling.tokens), SLOTS), rows.values.shape[1]
+    _grouped_down[(slots, triton.cdiv(half, tiling.rows), experts)](
+        rows.values, rows.scales, packed.down, expert_scales(packed)[1], order.picks, order.starts, made,
+        made.shape[1], half, inner, stored, triton.cdiv(inner, GROUP), **tiling.options(rows.values, packed),
     )  # fmt: skip
 
 
@@ -354,19 +307,19 @@ def combine(made: Tensor, shares: Tensor, out: Tensor) -> Tensor:
 
 
 def experts(x: Tensor, logits: Tensor, packed: CudaExperts, k: int, normalise: bool) -> Tensor:
-    """As `Kernels.experts`. Up to FEW_TOKENS rows stay in their dtype; of more, those that e4m3 weights
-    multiply are quantised."""
+    """As `Kernels.experts`. Up to FEW_TOKENS rows stay in their dtype; of more, those that weights in e4m3 or
+    int4 multiply are quantised, if the device can do so."""
     x, (tokens, width) = x.contiguous(), x.shape
     if not tokens:
         return x
     if tokens <= FEW_TOKENS:
         return stream(x, choose(logits, k, normalise), packed)
-    if isinstance(packed, Fp8Experts):
-        choice, rows, scales = choose_and_quantise(logits, k, normalise, x)
+    if rounds_rows(packed):
+        choice, rows = choose_and_quantise(logits, k, normalise, x)
     else:
-        choice, rows, scales = choose(logits, k, normalise), x, None
+        choice, rows = choose(logits, k, normalise), ExpertRows(x)
     order, tile = sort(choice, logits.shape[1]), tile_tokens(tokens * k, logits.shape[1])
-    hidden, levels = grouped_gate_up(rows, scales, order, packed, x.dtype, gate_up_tiling(tile, rows.dtype))
-    made = x.new_empty(tokens * k, width)
-    grouped_down(hidden, levels, order, packed, made, down_tiling(tile, rows.dtype))
+    dtype, made = rows.values.dtype, x.new_empty(tokens * k, width)
+    hidden = grouped_gate_up(rows, order, packed, x.dtype, gate_up_tiling(tile, dtype, packed))
+    grouped_down(hidden, order, packed, made, down_tiling(tile, dtype, packed))
     return combine(made, choice.shares, torch.empty_like(x))

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from stretto.kernels import Activation, Attention
-from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
+from stretto.kernels.cuda.launch import INTERPRETED, OPTIONS, pow2, release, wait
 from stretto.kernels.cuda.rows import activate
 from stretto.kernels.cuda.weights import CudaWeights, Tiling
 
 GEMV_ROWS = 1
 MAX_M_BLOCK = 64
+INTERPRETER = tl.constexpr(INTERPRETED)  # it knows no inline assembly
 
 
 @triton.jit
@@ -150,7 +151,19 @@ def _dot_dense(
 
 
 @triton.jit
-def _int4_values(nibbles, like):
+def int4_levels(packed):
+    """The lower and the upper four bits of bytes, as bytes."""
+    if INTERPRETER:
+        return packed & 15, packed >> 4
+    # Four bytes at once; the compiler would take each one by itself.
+    return tl.inline_asm_elementwise(
+        "and.b32 $0, $2, 0x0f0f0f0f; shr.b32 $1, $2, 4; and.b32 $1, $1, 0x0f0f0f0f;",
+        "=&r,=r,r", [packed], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def int4_values(nibbles, like):
     """level - 8 for four-bit levels, in the dtype of `like`."""
     if like.dtype.element_ty == tl.bfloat16:
         # The bits are put into those of 128, because a device does few conversions at once.
@@ -177,8 +190,8 @@ def _dot_int4(
         spot = scales + start // GROUP * 2 * half + row
         low = tl.load(spot, inside, 0.0).to(tl.float32)
         high = tl.load(spot + half, inside, 0.0).to(tl.float32)
-        below = tl.dot(_int4_values(held & 15, x), values, input_precision="ieee" if EXACT else "tf32")
-        above = tl.dot(_int4_values(held >> 4, x), values, input_precision="ieee" if EXACT else "tf32")
+        below = tl.dot(int4_values(held & 15, x), values, input_precision="ieee" if EXACT else "tf32")
+        above = tl.dot(int4_values(held >> 4, x), values, input_precision="ieee" if EXACT else "tf32")
         lows += below * low[:, None]
         highs += above * high[:, None]
     return lows, highs

@@ -38,6 +38,15 @@ class PickOrder:
     most: int
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """Rows that experts multiply, [M, K]. Those in e4m3 have float32 scales: one a row, [M], or one for each
+    128 columns, [M, groups]."""
+
+    values: Tensor
+    scales: Tensor | None = None
+
+
 @triton.jit
 def _choose(
     logits, chosen, shares, x, rounded, scales, experts, k,
@@ -72,12 +81,13 @@ def _choose(
 
 
 def _launch_choose(
-    logits: Tensor, top: int, normalise: bool, x: Tensor | None, rounded: Tensor | None, scales: Tensor | None
+    logits: Tensor, top: int, normalise: bool, x: Tensor | None, rows: ExpertRows | None
 ) -> ExpertChoice:
     tokens, experts = logits.shape
     chosen = torch.empty((tokens, top), dtype=torch.int32, device=logits.device)
     shares = torch.empty((tokens, top), dtype=torch.float32, device=logits.device)
     width = 1 if x is None else x.shape[1]
+    rounded, scales = (None, None) if rows is None else (rows.values, rows.scales)
     _choose[(tokens,)](
         logits.contiguous(), chosen, shares, x, rounded, scales, experts, width,
         TOP=top, TOP_BLOCK=pow2(top), EXPERT_BLOCK=pow2(experts), NORMALISE=normalise,
@@ -89,15 +99,15 @@ def _launch_choose(
 def choose(logits: Tensor, top: int, normalise: bool) -> ExpertChoice:
     """The `top` likeliest experts by the softmax of logits [T, E], at the same logit the one with the lower
     number. With `normalise` their shares are made to sum to 1."""
-    return _launch_choose(logits, top, normalise, None, None, None)
+    return _launch_choose(logits, top, normalise, None, None)
 
 
 def choose_and_quantise(
     logits: Tensor, top: int, normalise: bool, x: Tensor
-) -> tuple[ExpertChoice, Tensor, Tensor]:
-    """`choose`, and the rows x [T, K] as `quantise_rows` rounds them -> (choice, e4m3 [T, K], scales [T])."""
-    rounded, scales = torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
-    return _launch_choose(logits, top, normalise, x, rounded, scales), rounded, scales
+) -> tuple[ExpertChoice, ExpertRows]:
+    """`choose`, and the rows x [T, K] as `quantise_rows` rounds them."""
+    rows = ExpertRows(torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32))
+    return _launch_choose(logits, top, normalise, x, rows), rows
 
 
 @triton.jit

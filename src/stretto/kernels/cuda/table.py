@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stretto.errors import StartError
 from stretto.kernels import (
     Activation,
     Attention,
@@ -25,9 +24,19 @@ from stretto.kernels import (
     Mlp,
 )
 from stretto.kernels.cuda import attention, routing, rows
-from stretto.kernels.cuda.experts import CudaExperts, Fp8Experts, experts, stream
+from stretto.kernels.cuda.experts import experts
 from stretto.kernels.cuda.linear import GEMV_ROWS, Norm, gemv, gemv_rope_and_cache, skinny_gemm
-from stretto.kernels.cuda.weights import SKINNY_ROWS, CudaWeights, Fp8, Int4, Unquantised
+from stretto.kernels.cuda.streaming import stream
+from stretto.kernels.cuda.weights import (
+    SKINNY_ROWS,
+    CudaExperts,
+    CudaWeights,
+    Fp8,
+    Fp8Experts,
+    Int4,
+    Int4Experts,
+    Unquantised,
+)
 from stretto.kernels.reference import DenseExperts
 
 CudaQuantise = Literal["fp8", "int4"]
@@ -87,14 +96,10 @@ class CudaTable:
         return Fp8.pack(weight, bias)
 
     def pack_experts(self, gate_up: Tensor, down: Tensor, activation: Activation) -> CudaExperts:
-        """Raises StartError where they are to have four bits."""
-        if self._quantise == "int4":
-            raise StartError(
-                "--quantise int4: the experts of a mixture of experts have no int4 format on a CUDA device; "
-                "use fp8, or leave --quantise out"
-            )
         if self._quantise is None:
             return DenseExperts(gate_up, down, activation)
+        if self._quantise == "int4":
+            return Int4Experts.pack(gate_up, down, activation, self._has_fp8)
         return Fp8Experts.pack(gate_up, down, activation)
 
     def linear(self, x: Tensor, packed: CudaWeights) -> Tensor:
@@ -225,7 +230,11 @@ def _linears(layer: CudaLayer) -> tuple[CudaWeights, ...] | None:
 def _has_gemv(layer: CudaLayer) -> bool:
     """Whether one row can pass through this layer by `gemv` and `stream` alone."""
     linears, block = _linears(layer), layer.feed_forward
-    routers = (block.router,) if isinstance(block, MixtureOfExperts) else ()
+    routers: tuple[CudaWeights, ...] = ()
+    if isinstance(block, MixtureOfExperts):
+        if isinstance(block.experts, Int4Experts):
+            return False  # `stream` does not read x through a norm for them
+        routers = (block.router,)
     return linears is not None and all(weights.has_gemv for weights in (*linears, *routers))
 
 

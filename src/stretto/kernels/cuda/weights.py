@@ -1,7 +1,7 @@
 """The weight formats of a CUDA device: what each holds, how weights are packed, and how they are widened.
 
 A format is a class with the members of `CudaWeights`. If `skinny_gemm` has to decode its weights, it also has
-a branch on `format` in that kernel.
+a branch on `format` in that kernel. All experts of a layer are held together, in a class of `CudaExperts`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stretto.kernels import Activation
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 from stretto.kernels.cuda.rows import FP8, FP8_MAX, quantise_rows
-from stretto.kernels.reference import Dense
+from stretto.kernels.reference import Dense, DenseExperts
 
 SKINNY_ROWS = 64
 WIDE = 8192  # with this many outputs or more, the vendor's product of 16-bit weights is the faster one
 
+# Columns of a row that share a scale, in int4 weights and in the e4m3 rows that experts multiply.
 GROUP = 128
 ZERO_POINT = 8
 # The largest magnitude of a group is represented by the lowest level, or is this much beyond it.
@@ -211,12 +213,8 @@ class Int4:
     def pack(cls, weight: Tensor, bias: Tensor | None) -> Int4:
         """Round weights [N, K]. Each group gets the scale, of several, that leaves the least
         squared error."""
-        outputs, columns = weight.shape
-        parts = [_rounded(some) for some in weight.split(ROWS_AT_ONCE)]
-        levels, scales = (torch.cat(each) for each in zip(*parts, strict=True))
-        levels, scales = (F.pad(each, (0, 0, 0, outputs % 2)) for each in (levels, scales))
-        low, high = levels.chunk(2)
-        return cls(low | (high << 4), scales.t().contiguous(), bias, outputs, columns)
+        packed, scales = _paired(weight[None])
+        return cls(packed[0], scales[0], bias, *weight.shape)
 
     @property
     def nbytes(self) -> int:
@@ -246,6 +244,17 @@ class Int4:
             GROUP=GROUP, BLOCK=block, **OPTIONS,
         )  # fmt: skip
         return out
+
+
+def _paired(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices [E, N, K] -> the `weight` and the `scales` of `Int4` of each: [E, half, padded] and
+    [E, groups, 2 * half]."""
+    count, outputs = weights.shape[:2]
+    parts = [_rounded(some) for some in weights.flatten(0, 1).split(ROWS_AT_ONCE)]
+    levels, scales = (torch.cat(each).view(count, outputs, -1) for each in zip(*parts, strict=True))
+    levels, scales = (F.pad(each, (0, 0, 0, outputs % 2)) for each in (levels, scales))
+    low, high = levels.chunk(2, 1)
+    return low | (high << 4), scales.mT.contiguous()
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,3 +290,101 @@ def _widen_int4(weight, scales, out, n, k, half, padded, GROUP: tl.constexpr, BL
     if row + half < n:
         further = out + (row + half) * k + column
         tl.store(further, (((held >> 4).to(tl.float32) - 8.0) * high).to(kind), column < k)
+
+
+def _by_row(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [E, N, K] in e4m3, and the scale of each row, [E, N]."""
+    values, scales = quantise_rows(weights.flatten(0, 1).contiguous())
+    return values.view(weights.shape), scales.view(weights.shape[:2])
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Experts:
+    """All experts of a layer in e4m3: `gate_up` [E, 2F, H] and `down` [E, H, F]. A row is multiplied by its
+    float32 scale, in `gate_up_scales` [E, 2F] or `down_scales` [E, H]. Activations are quantised too, where
+    there are more than a few rows."""
+
+    gate_up: Tensor
+    gate_up_scales: Tensor
+    down: Tensor
+    down_scales: Tensor
+    activation: Activation
+
+    @classmethod
+    def pack(cls, gate_up: Tensor, down: Tensor, activation: Activation) -> Fp8Experts:
+        return cls(*_by_row(gate_up), *_by_row(down), activation)
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.gate_up, self.gate_up_scales, self.down, self.down_scales)
+
+    def shares(self, weight: Tensor) -> bool:
+        return False
+
+    def widened(self, dtype: torch.dtype) -> DenseExperts:
+        """The weights that these represent."""
+        gate_up = self.gate_up.float() * self.gate_up_scales[..., None]
+        down = self.down.float() * self.down_scales[..., None]
+        return DenseExperts(gate_up.to(dtype), down.to(dtype), self.activation)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Experts:
+    """All experts of a layer, the matrices of each as `Int4` holds one: `gate_up` uint8 [E, F, H padded], in
+    which a byte holds a gate's weight and its up's; `down` uint8 [E, half of H, F padded]; and float16
+    `gate_up_scales` [E, groups, 2F] and `down_scales` [E, groups, H or one more].
+
+    `rounds`: whether activations are quantised to e4m3, where there are more than a few rows."""
+
+    gate_up: Tensor
+    gate_up_scales: Tensor
+    down: Tensor
+    down_scales: Tensor
+    activation: Activation
+    hidden: int
+    rounds: bool
+
+    @classmethod
+    def pack(cls, gate_up: Tensor, down: Tensor, activation: Activation, rounds: bool) -> Int4Experts:
+        return cls(*_paired(gate_up), *_paired(down), activation, gate_up.shape[2], rounds)
+
+    @property
+    def inner(self) -> int:
+        """F."""
+        return self.gate_up.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.gate_up, self.gate_up_scales, self.down, self.down_scales)
+
+    def shares(self, weight: Tensor) -> bool:
+        return False
+
+    def widened(self, dtype: torch.dtype) -> DenseExperts:
+        """The weights that these represent."""
+        inner, hidden = self.inner, self.hidden
+        first = zip(self.gate_up, self.gate_up_scales, strict=True)
+        gate_up = [Int4(held, scales, None, 2 * inner, hidden).widened(dtype) for held, scales in first]
+        second = zip(self.down, self.down_scales, strict=True)
+        down = [Int4(held, scales, None, hidden, inner).widened(dtype) for held, scales in second]
+        return DenseExperts(torch.stack(gate_up), torch.stack(down), self.activation)
+
+
+CudaExperts = DenseExperts | Fp8Experts | Int4Experts
+
+
+def expert_scales(packed: CudaExperts) -> tuple[Tensor | None, Tensor | None]:
+    """The scales of `gate_up` and of `down`."""
+    if isinstance(packed, DenseExperts):
+        return None, None
+    return packed.gate_up_scales, packed.down_scales
+
+
+def expert_width(packed: CudaExperts) -> int:
+    """F, the width of an expert."""
+    return packed.inner if isinstance(packed, Int4Experts) else packed.down.shape[2]
+
+
+def rounds_rows(packed: CudaExperts) -> bool:
+    """Whether rows, where there are more than a few, are quantised to e4m3 in front of these weights."""
+    return packed.rounds if isinstance(packed, Int4Experts) else isinstance(packed, Fp8Experts)
