@@ -1,6 +1,6 @@
 """Measures speculative decoding on this GPU: draft tokens from a text's own words, on and off in turns.
 
-`python -m benchmarks.gpu_speculation`
+`python benchmarks/gpu_speculation.py`
 
 Random weights repeat nothing. Here every matrix has its shape and random values, but what the layers add is
 small, and the head's row of a token is the embedding of the token before it in a cycle of 512. So a greedy
@@ -23,26 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_engine import DEVICE, MODELS, Driver, Made, build, new_runner
 from torch import Tensor
 
-from benchmarks.gpu import BLOCK, DEVICE, MODELS, Made, build
-from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.calibrate import known_times
 from stretto.engine.runners.cuda import CudaRunner
 from stretto.engine.runners.graphs import rows_for
 from stretto.engine.runners.sampler import verified_on_device
-from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits
-from stretto.engine.sequence import Sequence
 from stretto.engine.speculative.policy import Speculation, Verification
 from stretto.engine.step_time import StepTime
 from stretto.kernels.cuda.table import table
-from stretto.types import ModelInfo, Request, Sampling, StepStats, TokenEvent
 
 CYCLE, PIECE = 512, 8
-BLOCKS, CONTEXT, STEP_TOKENS = 3072, 4096, 2048
+BLOCKS, CONTEXT, LIMITS = 3072, 4096, Limits(32, 2048)
 QUIET = 1e-4  # of a layer's output, beside an embedding whose values are 1 / 64
-LIMITS = Limits(32, STEP_TOKENS)
 KINDS = ("repeats", "pieces", "never")
 
 
@@ -100,29 +95,11 @@ class Result:
     accepted: int
 
 
-class Driver:
+class Answers(Driver):
     """An engine over the runner, with or without speculation."""
 
     def __init__(self, runner: CudaRunner, times: StepTime, speculation: Speculation | None) -> None:
-        self.tokens: dict[int, list[int]] = {}
-        self.steps: list[StepStats] = []
-        self.engine = EngineCore(
-            [LoadedModel(runner, StepTime(times.cost, list(times.errors)), speculation)],
-            limits=LIMITS,
-            schedule=fcfs,
-            clock=time.monotonic,
-            emit=self._emit,
-            share=False,
-        )
-        self._next = 0
-
-    def _emit(self, events: list[TokenEvent], stats: StepStats | None) -> None:
-        self.steps += [] if stats is None else [stats]
-        for event in events:
-            if event.finish is not None and event.finish.error:
-                raise RuntimeError(event.finish.error)
-            if event.token is not None:
-                self.tokens.setdefault(event.id, []).append(event.token)
+        super().__init__(runner, LIMITS, StepTime(times.cost, list(times.errors)), speculation)
 
     @property
     def turnaround_ms(self) -> float:
@@ -131,26 +108,12 @@ class Driver:
     def run(self, kind: str, batch: int, count: int) -> tuple[Result, list[list[int]]]:
         """Decode `count` tokens of each sequence -> the figures since all have their first token, and the
         tokens."""
-        idents: list[int] = []
-        for seed in range(batch):
-            self._next += 1
-            sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
-            request = Request(
-                id=self._next,
-                model="m",
-                prompt=tuple(prompt(kind, 2 * seed)),
-                arrival=time.monotonic(),
-                sampling=sampling,
-            )
-            self.engine.submit(Sequence.of(request, CONTEXT))
-            idents.append(self._next)
-        while any(not self.tokens.get(ident) for ident in idents):
-            self.engine.step()
+        idents = [self.submit(prompt(kind, 2 * seed), count) for seed in range(batch)]
+        self.step_until(idents, 1)
         before = sum(len(self.tokens[ident]) for ident in idents)
         self.steps.clear()
         started = time.perf_counter()
-        while not self.engine.idle:
-            self.engine.step()
+        self.finish()
         ms = (time.perf_counter() - started) * 1e3
         decoded = sum(len(self.tokens[ident]) for ident in idents) - before
         result = Result(
@@ -163,7 +126,7 @@ class Driver:
         return result, [self.tokens.pop(ident) for ident in idents]
 
 
-def compare(ways: dict[str, Driver], kind: str, batch: int, count: int, rounds: int) -> dict[str, Any]:
+def compare(ways: dict[str, Answers], kind: str, batch: int, count: int, rounds: int) -> dict[str, Any]:
     """Run each way in turns -> medians."""
     found: dict[str, list[Result]] = {name: [] for name in ways}
     equal: list[bool] = []
@@ -218,21 +181,13 @@ def main() -> None:
     began = time.monotonic()
     config, quantise = MODELS[options.model]
     decoder = build(config | {"tie_word_embeddings": False}, table(DEVICE, quantise), Copying())
-    spec = decoder.spec
-    info = ModelInfo(
-        name="m", path="", family=spec.family, dtype="bfloat16", device="cuda", context=CONTEXT,
-        vocab=spec.vocab, parameters=decoder.parameters, weight_bytes=decoder.weight_bytes, kv_bytes=0,
-        block_size=BLOCK, blocks=BLOCKS, load_s=0.0,
-    )  # fmt: skip
-    runner = CudaRunner(
-        decoder, info, eos=frozenset(), max_running=LIMITS.max_running, most_tokens=STEP_TOKENS
-    )
+    runner = new_runner(decoder, LIMITS, BLOCKS, CONTEXT)
     runner.start()
     while runner.prepare():
         pass
     times = known_times(runner, LIMITS, machine="", folder=None)
     rules = Verification(verified_on_device, rows_for(LIMITS.max_running), pipelined=True)
-    ways = {"off": Driver(runner, times, None), "ngram": Driver(runner, times, Speculation(device=rules))}
+    ways = {"off": Answers(runner, times, None), "ngram": Answers(runner, times, Speculation(device=rules))}
     cost = times.cost
     print(
         f"{torch.cuda.get_device_name()}, {options.model}: ready after {time.monotonic() - began:.1f} s; a"

@@ -1,0 +1,109 @@
+"""What the benchmarks of a GPU share and compute, on a GPU or in Triton's interpreter, with tiny shapes."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from math import inf
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from stretto.engine.scheduler.types import Limits
+from stretto.engine.step_time import StepTime
+from tests.engine.runners.cuda_bench import Counting, events
+from tests.kernels.cuda import DEVICE, GPU
+
+from stretto.kernels.cuda.table import table  # isort: skip
+
+__all__ = ["events"]
+pytestmark = [pytest.mark.cuda] if GPU else []
+
+FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
+LIMITS, CYCLE = Limits(4, 32), 4
+SHAPE = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 8 * CYCLE,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Any]:
+    """The scripts, imported as when they run: with their folder on the import path."""
+    sys.path.insert(0, str(FOLDER))
+    names = ("gpu_engine", "gpu", "gpu_speculation", "gpu_experts")
+    try:
+        yield SimpleNamespace(**{name: __import__(name) for name in names})
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture
+def engine(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`gpu_engine`, whose runners capture no graphs without a GPU. The interpreter truncates bfloat16."""
+    monkeypatch.setattr(scripts.gpu_engine, "CudaRunner", Counting)
+    if not GPU:
+        monkeypatch.setattr(scripts.gpu_engine, "DTYPE", torch.float32)
+    return scripts.gpu_engine
+
+
+def test_a_driver_answers_and_decodes_in_batches(engine: Any, scripts: Any) -> None:
+    runner = engine.new_runner(engine.build(SHAPE, table(DEVICE)), LIMITS, 16, 64)
+    runner.start()
+    driver = engine.Driver(runner, LIMITS)
+    ident, first = driver.answer(3, 2)
+    assert len(driver.tokens[ident]) == 2 and 0 < first < inf
+    assert len(driver.decode(2, 3, 9)) == 1, "the first eight steps are not timed"
+    assert driver.engine.idle and 5 <= min(len(driver.tokens[each]) for each in (2, 3)) < 9
+    assert scripts.gpu.beside(driver, 1, 3, 1) > 0
+    again = engine.Driver(runner, LIMITS)
+    again.answer(3, 2)
+    assert again.tokens[1] == driver.tokens[1], "a prompt is that of its id"
+
+
+def test_answers_of_the_copying_checkpoint_walk_their_cycle(
+    engine: Any, scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying = scripts.gpu_speculation
+    for name, value in {"CYCLE": CYCLE, "PIECE": 2, "LIMITS": LIMITS}.items():
+        monkeypatch.setattr(copying, name, value)
+    config = SHAPE | {"tie_word_embeddings": False}
+    decoder = engine.build(config, table(DEVICE), copying.Copying())
+    runner = engine.new_runner(decoder, LIMITS, 16, 64)
+    runner.start()
+    driver = copying.Answers(runner, StepTime(), None)
+    result, tokens = driver.run("repeats", 2, 3)
+    assert tokens == [[0, 1, 2], [8, 9, 10]]
+    assert result.tokens == 4 and result.steps >= 2 and result.proposed == 0
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4", "bf16"])
+def test_the_parts_of_a_mixture_make_the_whole(
+    name: str, scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    shapes = scripts.gpu_experts
+    for constant, value in {"EXPERTS": 3, "TOP": 2, "HIDDEN": 40, "INNER": 24, "LAYERS": 1}.items():
+        monkeypatch.setattr(shapes, constant, value)
+    if not GPU:
+        monkeypatch.setattr(shapes, "DTYPE", torch.float32)
+    (mixture,) = shapes.step(shapes.layers(shapes.FORMATS[name]), 5)
+    parts = shapes.parts(mixture)
+    assert list(parts) == ["choose", "sort", "gate_up", "down", "combine"]
+    parts["down"]()
+    assert torch.equal(parts["combine"](), shapes.whole(mixture)())
+    floor = shapes.floors([mixture], 1e6)
+    assert floor["whole"] == pytest.approx(mixture.packed.nbytes * mixture.chosen / 3)
