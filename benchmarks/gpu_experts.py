@@ -4,8 +4,8 @@
 
 `kernels` times those of one layer, in microseconds in a CUDA graph. The mixtures of several layers run in
 turn, so that no weights stay in the cache. The floor is the bytes of the experts that the tokens chose, over
-the copy bandwidth. With --sweep, the grouped products also run with other tilings. `model` measures ITL and
-TTFT of the whole model with random weights, through the engine loop.
+the copy bandwidth. With --sweep, they also run with other tilings. `model` measures ITL and TTFT of the whole
+model with random weights, through the engine loop.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -38,10 +38,11 @@ from triton.runtime.errors import OutOfResources  # pyright: ignore[reportMissin
 
 from stretto.engine.scheduler.types import Limits
 from stretto.kernels.cuda import experts as mixtures
-from stretto.kernels.cuda import routing
+from stretto.kernels.cuda import routing, streaming
 from stretto.kernels.cuda.experts import GroupTiling
 from stretto.kernels.cuda.launch import compiling_ahead
 from stretto.kernels.cuda.routing import ExpertRows
+from stretto.kernels.cuda.rows import FP8
 from stretto.kernels.cuda.table import CudaQuantise, table
 from stretto.kernels.cuda.weights import CudaExperts, rounds_rows
 from stretto.kernels.reference import DenseExperts
@@ -52,7 +53,7 @@ EXPERTS, TOP = QWEN_30B["num_experts"], QWEN_30B["num_experts_per_tok"]
 HIDDEN, INNER = QWEN_30B["hidden_size"], QWEN_30B["moe_intermediate_size"]
 LAYERS, ROUNDS, REPLAYS = 4, 4, 7
 TOKENS = (1, 2, 4, 5, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-SWEPT = (8, 32, 128, 256, 512, 2048)
+SWEPT, STAGES, COLUMNS = (1, 4, 8, 32, 128, 256, 2048), (2, 3, 4), (256, 512, 1024)
 BATCHES, PROMPTS = (1, 8, 32, 128, 256), (512, 2048)
 BLOCKS, CONTEXT, LIMITS = 11264, 9216, Limits(256, 4096)
 
@@ -157,35 +158,56 @@ def floors(mixtures_: list[Mixture], bandwidth: float) -> dict[str, float]:
     return {"whole": up + down, "gate_up": up, "down": down}
 
 
-def variants(tokens: int) -> list[GroupTiling]:
+def variants(tokens: int, part: str) -> list[GroupTiling]:
+    """Tilings of one of the two grouped products. What the first one makes has a scale for each 128 rows."""
     usual = mixtures.tile_tokens(tokens * TOP, EXPERTS)
     tiles = sorted({max(usual // 2, 16), usual, min(usual * 2, 128)})
-    return [
-        GroupTiling(tile, 128, row_bytes, warps, stages)
-        for tile, row_bytes, warps, stages in product(tiles, (128,), (4, 8), (2, 3, 4, 5))
-    ]
+    rows = (64, 128) if part == "down" else (128,)
+    return [GroupTiling(each[0], each[1], 128, *each[2:]) for each in product(tiles, rows, (4, 8), STAGES)]
 
 
 def sweep(packed: list[CudaExperts], bandwidth: float, tokens: int) -> dict[str, dict[str, float]]:
-    """By part, the microseconds of each tiling that the device can run."""
+    """By part, the microseconds of each tiling that the device can run; of a few tokens, the microseconds of
+    the whole by the most columns that `_stream_down` requests at once."""
     mixture = step(packed, tokens)
     floor = floors(mixture, bandwidth)
-    found: dict[str, dict[str, float]] = {"gate_up": {}, "down": {}}
-    with compiling_ahead():
-        for tiling in variants(tokens):
-            parts(mixture[0], (tiling, tiling))["down"]()
-    for tiling in variants(tokens):
-        name = f"{tiling.tokens} tokens, {tiling.warps} warps, {tiling.stages} stages"
-        for part, took in found.items():
-            try:
-                took[name] = timed([parts(each, (tiling, tiling))[part] for each in mixture])
-            except OutOfResources:
-                break
+    found: dict[str, dict[str, float]] = {}
+    if tokens <= mixtures.FEW_TOKENS:
+        found["whole"] = {f"{columns} columns": spanned(mixture, columns) for columns in COLUMNS}
+    else:
+        found = {part: tiled(mixture, part, variants(tokens, part)) for part in ("gate_up", "down")}
     for part, took in found.items():
         best = sorted(took.items(), key=lambda item: item[1])[:4]
         shown = "; ".join(f"{name}: {us:.1f}" for name, us in best)
         print(f"    {part} of {tokens} tokens, floor {floor[part]:.1f}: {shown}", flush=True)
     return found
+
+
+def spanned(mixture: list[Mixture], columns: int) -> float:
+    usual = streaming.STREAMED_COLUMNS, streaming.INT4_COLUMNS
+    streaming.STREAMED_COLUMNS = streaming.INT4_COLUMNS = columns
+    try:
+        return timed([whole(each) for each in mixture])
+    finally:
+        streaming.STREAMED_COLUMNS, streaming.INT4_COLUMNS = usual
+
+
+def tiled(mixture: list[Mixture], part: str, tilings: list[GroupTiling]) -> dict[str, float]:
+    packed, rows = mixture[0].packed, mixture[0].x.shape[0]
+    dtype = FP8 if rounds_rows(packed) else DTYPE
+    usual = mixtures.gate_up_tiling(mixtures.tile_tokens(rows * TOP, EXPERTS), dtype, packed)
+    pairs = [(tiling, tiling) if part == "gate_up" else (usual, tiling) for tiling in tilings]
+    with compiling_ahead():
+        for pair in pairs:
+            parts(mixture[0], pair)[part]()
+    took: dict[str, float] = {}
+    for tiling, pair in zip(tilings, pairs, strict=True):
+        name = f"{tiling.tokens} tokens, {tiling.rows} rows, {tiling.warps} warps, {tiling.stages} stages"
+        try:
+            took[name] = timed([parts(each, pair)[part] for each in mixture])
+        except OutOfResources:
+            continue
+    return took
 
 
 def kernels(formats: list[str], bandwidth: float, swept: bool) -> dict[str, Any]:

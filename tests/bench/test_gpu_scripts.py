@@ -107,3 +107,30 @@ def test_the_parts_of_a_mixture_make_the_whole(
     assert torch.equal(parts["combine"](), shapes.whole(mixture)())
     floor = shapes.floors([mixture], 1e6)
     assert floor["whole"] == pytest.approx(mixture.packed.nbytes * mixture.chosen / 3)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4"])
+def test_a_sweep_times_each_tiling_and_leaves_the_usual_ones(
+    name: str, scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = scripts.gpu_experts
+    tiny = {"EXPERTS": 3, "TOP": 2, "HIDDEN": 40, "INNER": 24, "LAYERS": 1, "STAGES": (3,)}
+    for constant, value in tiny.items():
+        monkeypatch.setattr(shapes, constant, value)
+    if not GPU:
+        monkeypatch.setattr(shapes, "DTYPE", torch.float32)
+    columns: list[int] = []
+
+    def timed(works: list[Any]) -> float:
+        columns.append(shapes.streaming.STREAMED_COLUMNS)
+        return float(len([work() for work in works]))
+
+    monkeypatch.setattr(shapes, "timed", timed)
+    packed = shapes.layers(shapes.FORMATS[name])
+    found = shapes.sweep(packed, 1e6, 5)
+    assert list(found["gate_up"]) == [
+        f"{tokens} tokens, 128 rows, {warps} warps, 3 stages" for tokens in (16, 32) for warps in (4, 8)
+    ]
+    assert len(found["down"]) == 8 and {*found["gate_up"].values(), *found["down"].values()} == {1.0}
+    assert list(shapes.sweep(packed, 1e6, 1)["whole"]) == ["256 columns", "512 columns", "1024 columns"]
+    assert columns[-3:] == [256, 512, 1024] and shapes.streaming.STREAMED_COLUMNS == columns[0]
