@@ -11,8 +11,10 @@ from msgspec import json
 from stretto.errors import InvalidRequest, UnsupportedField
 from stretto.protocol.anthropic import HISTORY, MessagesRequest
 from stretto.protocol.compatibility import ANY, NOTHING, reference
+from stretto.protocol.compatibility import CHAT as OF_CHATS
 from stretto.protocol.openai import AssistantMessage, ChatRequest, CompletionRequest
 from stretto.protocol.parsing import as_it_is, parse
+from stretto.protocol.vllm import TokenizeRequest
 
 CHAT = json.Decoder(ChatRequest)
 USER: dict[str, Any] = {"role": "user", "content": "Hi"}
@@ -21,6 +23,15 @@ TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f.g", "paramet
 
 def chat(**fields: Any) -> ChatRequest:
     return parse(CHAT, json.encode({"messages": [USER]} | fields))
+
+
+@pytest.mark.parametrize("name", OF_CHATS)
+def test_what_means_nothing_in_a_chat_is_left_to_other_requests(name: str):
+    for value in OF_CHATS[name].values:
+        assert chat(**{name: value, "unknown": None}) == chat()
+    for other in (CompletionRequest, TokenizeRequest):
+        body = json.encode({"prompt": "a", "add_special_tokens": False, "unknown": None})
+        assert parse(json.Decoder(other), body).add_special_tokens is False
 
 
 @pytest.mark.parametrize("name", sorted(NOTHING.keys() - set(ChatRequest.__struct_fields__)))

@@ -28,7 +28,6 @@ class Accepted(NamedTuple):
 
 NOTHING: dict[str, Accepted] = {
     "add_generation_prompt": Accepted((True,), "vLLM"),
-    "add_special_tokens": Accepted((False,), "vLLM"),
     "skip_special_tokens": Accepted((True,), "vLLM"),
     "spaces_between_special_tokens": Accepted((True, False), "vLLM"),
     "continue_final_message": Accepted((False,), "vLLM"),
@@ -79,9 +78,14 @@ NOTHING: dict[str, Accepted] = {
     "verbosity": Accepted(("medium",), "OpenAI's clients"),
     "bad_words": Accepted(([],), "vLLM"),
     "echo": Accepted((False,), "vLLM"),
-    "documents": Accepted(([],), "vLLM"),
     "logits_processors": Accepted(([],), "vLLM"),
     "prompt_cache_retention": Accepted((ANY,), "OpenAI's clients"),
+}
+# Of a chat alone: its template writes special tokens, and an answer without a limit has none.
+CHAT: dict[str, Accepted] = {
+    "add_special_tokens": Accepted((False,), "vLLM"),
+    "max_tokens": Accepted((-1,), "llama.cpp, LM Studio"),
+    "max_completion_tokens": Accepted((-1,), "llama.cpp"),
 }
 STREAM_OPTIONS: dict[str, Accepted] = {"include_obfuscation": Accepted((ANY,), "OpenAI's clients")}
 TOOL: dict[str, Accepted] = {
@@ -99,7 +103,6 @@ RENAMED = {
     "guided_whitespace_pattern": "structured_outputs.whitespace_pattern",
     "enable_thinking": "chat_template_kwargs.enable_thinking",
 }
-LIMIT = ("max_tokens", "max_completion_tokens")
 # By role. A member that is not among them is data for the chat template.
 MESSAGE = {
     str(each.__struct_config__.tag): frozenset(each.__struct_fields__) - {"extra"} | {"role"}
@@ -115,8 +118,8 @@ def accepted(body: Body) -> Body:
     for name, target in RENAMED.items():
         if name in found:
             _move(found, name, target)
-    if "messages" in found:  # a chat without a limit has none; a plain completion has OpenAI's
-        found = {name: value for name, value in found.items() if name not in LIMIT or value != -1}
+    if "messages" in found:
+        found = _without(found, CHAT)
     if found.get("top_logprobs") == 0 and not found.get("logprobs"):
         del found["top_logprobs"]
     _each(found, "messages", _message)
@@ -284,11 +287,16 @@ def _format(form: Body) -> Body:
 def reference() -> str:
     """The tables in Markdown, for the documentation."""
     rows = ["| field | accepted when it is | sent by |", "| --- | --- | --- |"]
-    prefixes = (("", NOTHING), ("stream_options.", STREAM_OPTIONS), ("tools[].", TOOL))
-    for prefix, table in prefixes:
+    prefixes = (
+        ("", NOTHING, ""),
+        ("", CHAT, " in a chat"),
+        ("stream_options.", STREAM_OPTIONS, ""),
+        ("tools[].", TOOL, ""),
+    )
+    for prefix, table, where in prefixes:
         for name, row in table.items():
             values = ", ".join("anything" if each is ANY else f"`{each!r}`" for each in row.values)
-            rows.append(f"| `{prefix}{name}` | {values} | {row.sender} |")
+            rows.append(f"| `{prefix}{name}`{where} | {values} | {row.sender} |")
     rows += ["", "| field | means here |", "| --- | --- |"]
     rows += [f"| `{name}` | `{target}` |" for name, target in RENAMED.items()]
     return "\n".join(rows) + "\n"

@@ -277,13 +277,15 @@ class ChatRequest(Generation, frozen=True, kw_only=True):
 
 
 class CompletionRequest(Generation, frozen=True, kw_only=True):
-    """A prompt is a text, token ids, or a list of either. Special token ids are allowed."""
+    """A prompt is a text, token ids, or a list of either. Special token ids are allowed. Without
+    `add_special_tokens: false`, a text gets the tokenizer's own BOS or EOS."""
 
     prompt: str | Annotated[list[str | TokenId | TokenIds], up_to("token_ids", min_length=1)]
     max_tokens: Annotated[int, BOUNDS["max_tokens"]] | None = None
     echo: bool | None = None
     logprobs: TopLogprobs | None = None
     best_of: Positive | None = None
+    add_special_tokens: bool | None = None
     suffix: None = None
 
 
@@ -292,6 +294,7 @@ class EmbeddingRequest(Wire, frozen=True, kw_only=True):
     model: ModelName | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Positive | None = None
+    add_special_tokens: bool | None = None
     user: UserKey | None = None
     cache_salt: UserKey | None = None
     cache: CacheFields | None = None

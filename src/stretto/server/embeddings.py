@@ -54,7 +54,8 @@ async def embedded(
     inputs = split_inputs(request.input, path)
     with server.gate.reserve(min(len(inputs), WINDOW)) as slot:
         info = structs.replace(model.info, context=INT32_MAX) if cut else model.info
-        encode = partial(encode_prompts, model.text, inputs, info, path)
+        special = request.add_special_tokens is not False
+        encode = partial(encode_prompts, model.text, inputs, info, path, special=special)
         prompts = [ids[: model.info.context] for ids in await server.run_text(call, encode)]
         vectors: list[tuple[float, ...]] = []
         for start in range(0, len(prompts), WINDOW):

@@ -177,9 +177,7 @@ def check_completion(request: CompletionRequest, model: ModelHandle, limits: Req
     form = _grammar(request)
     sampling = _sampling(request, model.text, limit, request.logprobs, form.grammar)
     check_sampling_ids(sampling, model.info)
-    encode = partial(
-        _encode_completion, inputs, model, sampling, bool(request.echo), request.truncate_prompt_tokens
-    )
+    encode = partial(_encode_completion, request, inputs, model, sampling)
     question = partial(_first_text, inputs, model.text)
     return _spec(
         request, model, sampling, encode, prompts=len(inputs), question=question, relaxed=form.relaxed
@@ -245,15 +243,22 @@ def _encode_chat(
 
 
 def _encode_completion(
-    inputs: list[RawPrompt], model: ModelHandle, sampling: Sampling, echo: bool, kept: int | None
+    request: CompletionRequest, inputs: list[RawPrompt], model: ModelHandle, sampling: Sampling
 ) -> list[EncodedPrompt]:
     prompts: list[EncodedPrompt] = []
-    encoded = encode_prompts(model.text, inputs, model.info, "$.prompt", last=kept)
+    encoded = encode_prompts(
+        model.text,
+        inputs,
+        model.info,
+        "$.prompt",
+        last=request.truncate_prompt_tokens,
+        special=request.add_special_tokens is not False,
+    )
     for ids, source in zip(encoded, inputs, strict=True):
         check_length(len(ids), sampling.least_tokens, model.info, "$.prompt")
         _check_scores(len(ids), sampling)
         text = source if isinstance(source, str) else model.text.decode(list(source))
-        prompts.append(EncodedPrompt(ids, text if echo else ""))
+        prompts.append(EncodedPrompt(ids, text if request.echo else ""))
     return prompts
 
 

@@ -15,9 +15,16 @@ RawPrompt = str | Sequence[int]
 
 
 def encode_prompts(
-    text: TextModel, prompts: Sequence[RawPrompt], info: ModelInfo, path: str, *, last: int | None = None
+    text: TextModel,
+    prompts: Sequence[RawPrompt],
+    info: ModelInfo,
+    path: str,
+    *,
+    last: int | None = None,
+    special: bool = True,
 ) -> list[tuple[int, ...]]:
     """The token ids of each prompt, or the last `last` of them. `path` names the field they came in.
+    `special`: a text gets the tokenizer's own BOS or EOS.
 
     Raises InvalidRequest for an empty prompt or an unknown token id, ContextExceeded for a long one.
     """
@@ -27,7 +34,7 @@ def encode_prompts(
         if isinstance(prompt, str):
             if last is None:
                 check_size(prompt, text, info, where)
-            prompt = text.encode(prompt)
+            prompt = text.encode(prompt, special=special)
         ids = tuple(prompt)[-last if last else 0 :]
         check_length(len(ids), 0, info, where)
         check_token_ids(ids, info, where)

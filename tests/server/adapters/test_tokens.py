@@ -12,6 +12,7 @@ from msgspec import structs
 
 from stretto.config import ServeConfig
 from stretto.text.tokenizer import TextModel
+from stretto.types import Reason, TokenEvent
 from tests.server.checkpoint import sentencepiece, write
 from tests.server.conftest import CHAT, HELLO
 from tests.server.fake_engine import FakeEngine, build, info
@@ -50,7 +51,9 @@ async def test_special_tokens_are_added_to_a_text_by_the_default_of_each_server(
     text = TextModel(path)
     whole, bare = text.encode("Hello"), text.encode("Hello", special=False)
     assert whole != bare
-    engine = FakeEngine(lambda _: [], {"llama": info("llama", vocab=text.largest_id + 1)})
+    vector: list[TokenEvent | Reason] = [TokenEvent(0, embedding=(1.0,)), Reason.STOP]
+    models = {"llama": info("llama", vocab=text.largest_id + 1)}
+    engine = FakeEngine(lambda request: vector if request.task == "embed" else [5], models)
     transport = httpx.ASGITransport(build(ServeConfig(port=0), engine, {"llama": path}))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         for body, tokens in (
@@ -61,6 +64,13 @@ async def test_special_tokens_are_added_to_a_text_by_the_default_of_each_server(
             ({"content": "Hello", "add_special": True, "parse_special": True}, whole),
         ):
             assert (await client.post("/tokenize", json=body)).json()["tokens"] == tokens, body
+        for more, tokens in (({}, whole), ({"add_special_tokens": False, "unknown": None}, bare)):
+            for path, body in (
+                ("/v1/completions", {"prompt": "Hello"}),
+                ("/v1/embeddings", {"input": "Hello"}),
+            ):
+                assert (await client.post(path, json=body | more)).status_code == 200
+                assert engine.requests[-1].prompt == tuple(tokens)
 
 
 async def test_a_chat_becomes_the_tokens_that_the_engine_gets(

@@ -9,7 +9,6 @@ from msgspec import json
 from starlette.responses import Response
 
 from stretto.errors import InvalidRequest, UnsupportedField
-from stretto.protocol.compatibility import accepted
 from stretto.protocol.limits import check_json
 from stretto.protocol.openai import ChatRequest
 from stretto.protocol.parsing import JSON, parse
@@ -33,7 +32,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 
 async def tokenize(call: Call) -> None:
     """Answers with the token ids of a text, or of a chat as its template writes it. Raises StrettoError."""
-    request = parse(TOKENIZE, call.body, _usual)
+    request = parse(TOKENIZE, call.body)
     call.label(request.model, DEFAULT)
     model = call.server.model(request.model)
     _check_source(request)
@@ -58,12 +57,6 @@ async def detokenize(call: Call) -> None:
     decode = partial(model.text.decode, request.tokens, special=True)
     text = await call.server.run_text(call, decode)
     await call.respond(Response(json.encode(Detokenized(prompt=text, content=text)), media_type=JSON))
-
-
-def _usual(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of other servers in their usual form. Here `add_special_tokens: false` means something."""
-    own = {name: fields[name] for name in SOURCES["prompt"] if name in fields}
-    return accepted(fields) | own
 
 
 def _check_source(request: TokenizeRequest) -> None:
