@@ -3,6 +3,8 @@
 # pyright: reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,12 +13,14 @@ from hypothesis import strategies as st
 
 from stretto.engine.core import LoadedModel
 from stretto.engine.runners.null import Finished, NullRunner, VirtualClock, null_info
+from stretto.engine.scheduler.admission import snapshot
+from stretto.engine.scheduler.deadline import deadline
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import Drawn, Sequence
-from stretto.engine.step_time import StepCost
+from stretto.engine.step_time import StepCost, StepTime
 from stretto.simulator.harness import World
-from stretto.types import Reason, Request, Sampling, cache_salt
+from stretto.types import Objective, Reason, Request, Sampling, cache_salt
 
 COST = StepCost(base=1.0, per_decode=0.1, per_prefill=0.05)
 
@@ -271,3 +275,34 @@ def test_a_tenants_cached_prompts_are_dropped_by_subject():
     assert world.ends[30].reason is Reason.LENGTH
     world.engine.check()
     assert world.engine.models["a"].pool.available == 64
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """The calls of functions, Python's and C's, that some work makes."""
+    calls = 0
+
+    def count(frame: object, event: str, arg: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+def test_a_first_token_and_a_snapshot_take_few_calls():
+    """Time depends on the machine, calls do not. A prompt of 466 tokens has 29 blocks."""
+    clock = VirtualClock()
+    models = [LoadedModel(NullRunner(null_info(), sleep=clock.sleep), StepTime(StepCost(base=0.05)))]
+    world = World(clock, models, Limits(256, 512), deadline)
+    objective = Objective(ttft_ms=20_000, itl_ms=250)
+    request = Request(
+        id=1, model="null", prompt=tuple(range(466)), arrival=0.0, objective=objective, admitted=True
+    )
+    engine, seq = world.engine, Sequence.of(request, 8192)
+    assert calls_of(lambda: (engine.submit(seq), engine.step())) < 600
+    assert calls_of(lambda: snapshot(engine.context("null"), 1)) < 115

@@ -99,11 +99,12 @@ def test_the_engine_counts_what_was_refused_before_it_came():
     arrivals = world.engine.models["null"].history.arrivals
     assert not arrivals.turns_away(clock())
     world.engine.turn_away("null", 2.0, 5_000.0)
-    assert arrivals.recent(2.0) == arrivals.recent(0.0) > 0 == arrivals.recent(4.0)
+    recent = arrivals.recent((4.0, 2.0, 0.0))
+    assert recent[2.0] == recent[0.0] > 0 == recent[4.0]
     assert arrivals.turns_away(clock()) == (2.0,)
     clock.sleep(60.0)
     arrivals.fade(clock())
-    assert not arrivals.turns_away(clock()) and arrivals.recent(2.0) < 0.01
+    assert not arrivals.turns_away(clock()) and arrivals.recent((2.0,))[2.0] < 0.01
 
 
 def test_retry_after_is_right_within_a_factor_of_two():

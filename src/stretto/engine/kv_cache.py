@@ -7,15 +7,16 @@ tenant. (Block tables: vLLM, arXiv 2309.06180. Prefix sharing: SGLang, arXiv 231
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from struct import pack
 
 from stretto.types import is_about
 
 KEY_BYTES = 16
+INT64 = 8  # bytes of a token in what is hashed
 
 
 @dataclass(slots=True, eq=False)
@@ -64,24 +65,24 @@ class BlockPool:
         Adopting an idle block makes one block fewer available. At least one token is left to compute.
         """
         found: list[int] = []
-        if self._share:
-            for key in self._keys(kv, (len(kv.tokens) - 1) // self.size):
-                block = self._block_of.get(key)
-                if block is None:
-                    break
-                found.append(block)
+        for key in self._shared_keys(kv):
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
         return found, sum(1 for block in found if self._refs[block] == 0)
 
     def next_key(self, kv: KvState, matched: int) -> bytes | None:
         """The key of the first block after `matched` ones; None when others could not share that block."""
-        if not self._share or matched >= (len(kv.tokens) - 1) // self.size:
-            return None
-        return self._keys(kv, matched + 1)[matched]
+        keys = self._shared_keys(kv)
+        return keys[matched] if matched < len(keys) else None
 
     def expected(self, kv: KvState) -> int:
         """The tokens of its longest prefix that are cached, or that a running sequence is computing."""
         blocks = 0
-        while (key := self.next_key(kv, blocks)) is not None and (key in self._block_of or self.expects(key)):
+        for key in self._shared_keys(kv):
+            if key not in self._block_of and key not in self._expected:
+                break
             blocks += 1
         return blocks * self.size
 
@@ -101,8 +102,8 @@ class BlockPool:
         kv.blocks = list(matched)
         kv.published = len(matched)
         kv.computed = len(matched) * self.size
-        if self._share and claim:
-            for key in self._keys(kv, (len(kv.tokens) - 1) // self.size)[len(matched) :]:
+        if claim:
+            for key in self._shared_keys(kv)[len(matched) :]:
                 self._expected.setdefault(key, kv)
 
     def extend(self, kv: KvState, tokens: int) -> None:
@@ -217,12 +218,23 @@ class BlockPool:
         if key is not None:
             del self._block_of[key], self._root_of[block]
 
+    def _shared_keys(self, kv: KvState) -> list[bytes]:
+        """The keys of the full blocks before its last token, which others may share."""
+        return self._keys(kv, (len(kv.tokens) - 1) // self.size) if self._share else []
+
     def _keys(self, kv: KvState, count: int) -> list[bytes]:
         """The keys of the first `count` full blocks; each is computed once."""
-        keys, size = kv.keys, self.size
-        while len(keys) < count:
-            start = len(keys) * size
-            parent = keys[-1] if keys else repr(kv.root).encode()
-            tokens = array("q", kv.tokens[start : start + size]).tobytes()
-            keys.append(blake2b(tokens, digest_size=KEY_BYTES, key=blake2b(parent).digest()).digest())
+        keys, done, width = kv.keys, len(kv.keys), INT64 * self.size
+        if done < count:
+            key = keys[-1] if keys else _root_key(kv.root)
+            tokens = kv.tokens[done * self.size : count * self.size]
+            packed = pack(f"{len(tokens)}q", *tokens)
+            for start in range(0, len(packed), width):
+                key = blake2b(key + packed[start : start + width], digest_size=KEY_BYTES).digest()
+                keys.append(key)
         return keys[:count] if len(keys) > count else keys
+
+
+def _root_key(root: tuple[str, str]) -> bytes:
+    """What the keys of a tenant and salt begin with. BLAKE2 keeps it apart from the keys of blocks."""
+    return blake2b(repr(root).encode(), digest_size=KEY_BYTES, person=b"root").digest()

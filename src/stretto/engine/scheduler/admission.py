@@ -140,44 +140,54 @@ class Outlook:
 
 def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
     """What `predict` needs to know of an engine that has had the requests up to id `newest`."""
-    times, queues, tiers = context.history.times, context.queues, context.limits.tiers
-    cost = times.cost
-    timed = [seq for seq in queues.running if seq.rank.group == TIMED and not seq.deadline.late]
-    streams = [seq for seq in timed if seq.deadline.emitted]
-    first, last = (bisect_left(queues.waiting, (group,), key=_rank) for group in (BEST_EFFORT, SPARE_TIME))
-    waiting = [seq for seq in islice(queues.waiting, first) if seq.deadline.next < inf]
-    prompts = [*((seq, 1) for seq in timed if not seq.deadline.emitted), *_some(waiting)]
-    worth = context.history.fairness.worth()
-    weights = sorted({0.0, *(tier.weight for tier in tiers.values())}, reverse=True)
-    jobs: dict[float, list[Job]] = {weight: [] for weight in weights}
+    history, queues, limits = context.history, context.queues, context.limits
+    prompts, streams = list[tuple[Sequence, int]](), list[tuple[Deadline, int]]()
+    cost, keys, load, itl_s = history.times.cost, 0, 0.0, inf
+    for seq in queues.running:
+        deadline = seq.deadline
+        if seq.rank.group != TIMED or deadline.late:
+            continue
+        if not deadline.emitted:
+            prompts.append((seq, 1))
+            continue
+        streams.append((deadline, seq.length))
+        keys += seq.length
+        load += cost.row(seq.length) / deadline.target_itl_s
+        itl_s = min(itl_s, deadline.target_itl_s)
+    behind = bisect_left(queues.waiting, (BEST_EFFORT,), key=_rank)
+    spare = bisect_left(queues.waiting, (SPARE_TIME,), key=_rank)
+    started = len(prompts)
+    prompts += _some([seq for seq in islice(queues.waiting, behind) if seq.deadline.next < inf])
+    worth = history.fairness.worth()
+    jobs: dict[float, list[Job]] = {weight: [] for weight in limits.weights}
     for seq, count in sorted(prompts, key=lambda one: one[0].deadline.next):
         ms = cost.prefill(seq.done, seq.length - seq.done) * count
         value = ADMITTED + worth.get(seq.request.tenant, 0.0)
-        jobs[tier_weight(tiers, seq.request.tier)].append((seq.deadline.next, ms, value))
-    behind = islice(queues.waiting, first, last)
+        jobs[tier_weight(limits.tiers, seq.request.tier)].append((seq.deadline.next, ms, value))
     estimate = Estimate(
         cost=cost,
-        margin=times.margin,
+        margin=history.times.margin,
         streams=len(streams),
-        itl_ms=min((seq.deadline.target_itl_s for seq in streams), default=inf) * 1e3,
-        load=sum(cost.row(seq.length) / seq.deadline.target_itl_s for seq in streams) / 1e3,
+        itl_ms=itl_s * 1e3,
+        load=load / 1e3,
         elsewhere=context.elsewhere,
     )
     waits = context.place_waits(MAX_PROMPTS)
     if waits:
-        estimate = context.with_places(estimate, len(timed) - len(streams), waits)
-    early = ((seq.deadline, seq.length) for seq in streams)
+        estimate = context.with_places(estimate, started, waits)
     return Snapshot(
         now=context.now,
         newest=newest,
         estimate=estimate,
-        context=sum(seq.length for seq in streams),
+        context=keys,
         prompts=jobs,
-        inflow={weight: context.history.arrivals.above(weight) for weight in weights},
-        backlog=backlog_of(context, islice(behind, MAX_PROMPTS), last - first),
-        worth=dict(islice(((tenant, value) for tenant, value in worth.items() if value), MAX_PROMPTS)),
-        lengths={name: context.history.lengths.predict(name) for name in tiers},
-        patient=patient(estimate, early, context.now)[0] if estimate.stretches else None,
+        inflow=history.arrivals.above_each(limits.weights),
+        backlog=backlog_of(
+            context, queues.waiting[behind : min(spare, behind + MAX_PROMPTS)], spare - behind
+        ),
+        worth=dict(islice(worth.items(), MAX_PROMPTS)),
+        lengths={name: history.lengths.predict(name) for name in limits.tiers},
+        patient=patient(estimate, streams, context.now)[0] if estimate.stretches else None,
     )
 
 

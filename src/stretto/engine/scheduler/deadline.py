@@ -101,7 +101,8 @@ def deadline(context: SchedulingContext) -> Plan:
             deferral = None
     deferral = deferral or estimate.defer(jobs, heavier, context.now)
     deferred = {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
-    if builder.plan.newcomers or goes_first:
+    # Those that admission has let in, and that will be on time, ask for nothing.
+    if goes_first or any(seq in deferred or not seq.request.admitted for seq in builder.plan.newcomers):
         prompts, others = _admit(builder, prompts, others, deferral, deferred)
     _run_streams(builder, running, pressed=pressed)
     if context.history.times.saturating and not pressed:
@@ -425,7 +426,9 @@ def _put_off(
     The rest may take what time is left.
     """
     put_off, now = list[Sequence](), builder.context.now
-    sure = _sure_to_be_late(builder, prompts, estimate, deferred) if deferred else {}
+    if not deferred:
+        return put_off
+    sure = _sure_to_be_late(builder, prompts, estimate, deferred)
     backlog: Backlog | None = None
     many = len(deferred) > DEPTH // 2
     late = [one for one in prompts if one[1] in deferred]

@@ -23,8 +23,11 @@ class Fairness:
         self._faded = 0.0
 
     def worth(self) -> dict[str, float]:
-        """What a prompt of each tenant is worth, by recent use: 0 or less. Empty while there is only one."""
-        return {t: -(debt // DEBT_STEP_MS) for t, debt in self.debts.items()} if len(self.debts) > 1 else {}
+        """What a prompt of each tenant is worth, by recent use: less than 0, or 0 if the tenant is not named.
+        None is named while there is only one."""
+        if len(self.debts) < 2:
+            return {}
+        return {t: -(debt // DEBT_STEP_MS) for t, debt in self.debts.items() if debt >= DEBT_STEP_MS}
 
     def charge(self, tenant: str, ms: float) -> None:
         """Record that a tenant's requests took so much of a step."""

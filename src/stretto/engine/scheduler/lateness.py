@@ -227,15 +227,13 @@ def backlog_of(
             late_ms += ms
         else:
             flex_ms += ms
-    tiers = context.limits.tiers
-    targets = [tier.objective.ttft_ms for tier in tiers.values()]
     return Backlog(
         late_ms=late_ms * times,
         flex_ms=flex_ms * times,
         timed=arrivals.above(0.0),
         offered=arrivals.offered,
-        horizon_s=max((horizon_s, *(ms / 1e3 for ms in targets if ms is not None))) or inf,
-        recent={weight: arrivals.recent(weight) for weight in {tier.weight for tier in tiers.values()}},
+        horizon_s=max(horizon_s, context.limits.longest_ttft_s) or inf,
+        recent=arrivals.recent(context.limits.weights),
         lump_ms=arrivals.lump_ms,
         turns_away=arrivals.turns_away(context.now),
         idle=context.history.idle.share(context.now),

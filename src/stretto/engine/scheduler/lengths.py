@@ -30,15 +30,17 @@ class AnswerLengths:
     def __init__(self, usual: int = DEFAULT_LENGTH) -> None:
         self._usual = usual
         self._lengths: dict[str, Window] = {}
+        self._long: dict[str, int] = {}  # of those lengths, by tier
 
     def observe(self, tier: str, tokens: int) -> None:
         """Record an answer that came to its own end."""
-        self._lengths.setdefault(tier, Window(KEPT_LENGTHS)).add(tokens)
+        lengths = self._lengths.setdefault(tier, Window(KEPT_LENGTHS))
+        lengths.add(tokens)
+        self._long[tier] = int(lengths.quantile(LONG, self._usual))
 
     def predict(self, tier: str, max_tokens: int | None = None) -> int:
         """The tokens of a long answer of this tier, at most `max_tokens`."""
-        lengths = self._lengths.get(tier)
-        usual = self._usual if lengths is None else int(lengths.quantile(LONG, self._usual))
+        usual = self._long.get(tier, self._usual)
         return max(1, usual if max_tokens is None else min(usual, max_tokens))
 
     def left(self, sequences: Iterable[Sequence]) -> list[int]:
@@ -102,9 +104,14 @@ class ArrivalRate:
         """What a recent prompt takes in the mean; 0 before the first."""
         return sum(self._recent.values()) / (self._count or 1.0)
 
-    def recent(self, weight: float) -> float:
-        """The work of this weight or more that comes now, refused or not, as a share of the time."""
-        return sum(ms for other, ms in self._recent.items() if other >= weight) / (self._recent_s * 1e3)
+    def recent(self, weights: Iterable[float]) -> dict[float, float]:
+        """For each of these weights, in falling order: the work of this weight or more that comes now,
+        refused or not, as a share of the time. Work of other weights does not count."""
+        shares, ms = dict[float, float](), 0.0
+        for weight in weights:
+            ms += self._recent.get(weight, 0.0)
+            shares[weight] = ms / (self._recent_s * 1e3)
+        return shares
 
     @property
     def offered(self) -> float:
@@ -115,9 +122,13 @@ class ArrivalRate:
         """The work of greater weight that arrives, as a share of the time."""
         return sum(ms for heavier, ms in self._ms.items() if heavier > weight) / (ARRIVALS_S * 1e3)
 
-    def of(self, weight: float) -> float:
-        """The work of this weight that arrives, as a share of the time."""
-        return self._ms.get(weight, 0.0) / (ARRIVALS_S * 1e3)
+    def above_each(self, weights: Iterable[float]) -> dict[float, float]:
+        """The same for each of these weights, in falling order. Work of other weights does not count."""
+        shares, ms = dict[float, float](), 0.0
+        for weight in weights:
+            shares[weight] = ms / (ARRIVALS_S * 1e3)
+            ms += self._ms.get(weight, 0.0)
+        return shares
 
     def fade(self, now: float) -> None:
         """Let the past count less. Called after every step, it acts ten times in `recent_s`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
 from operator import attrgetter
 
@@ -41,13 +42,28 @@ def tier_weight(tiers: Mapping[str, Tier], name: str) -> float:
     return tier.weight if tier else 0.0
 
 
-@dataclass(frozen=True, slots=True)
+def longest_ttft_s(tiers: Mapping[str, Tier]) -> float:
+    """The longest TTFT objective of the tiers; 0 without one."""
+    return max((tier.objective.ttft_ms or 0.0 for tier in tiers.values()), default=0.0) / 1e3
+
+
+@dataclass(frozen=True)
 class Limits:
     """What the engine may do at once, and what each tier asks for."""
 
     max_running: int  # sequences that hold blocks
     max_step_tokens: int
     tiers: Mapping[str, Tier] = field(default_factory=lambda: TIERS)
+
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        """The weights of the tiers, and 0, in falling order."""
+        return tuple(sorted({0.0, *(tier.weight for tier in self.tiers.values())}, reverse=True))
+
+    @cached_property
+    def longest_ttft_s(self) -> float:
+        """The longest TTFT objective of the tiers; 0 without one."""
+        return longest_ttft_s(self.tiers)
 
 
 @dataclass(slots=True)
@@ -107,9 +123,7 @@ class History:
         idle: IdleTime | None = None,
     ) -> History:
         """Before any request. `usual_tokens`: of a long answer; 0: unknown. `idle`: that of the device."""
-        targets = (tier.objective.ttft_ms for tier in tiers.values())
-        recent_s = RECENT * max((ms / 1e3 for ms in targets if ms is not None), default=0.0)
-        arrivals = ArrivalRate(max(recent_s, RECENT_S))
+        arrivals = ArrivalRate(max(RECENT * longest_ttft_s(tiers), RECENT_S))
         lengths = AnswerLengths(usual_tokens or DEFAULT_LENGTH)
         return cls(times, lengths=lengths, arrivals=arrivals, idle=idle or IdleTime())
 
