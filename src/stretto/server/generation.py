@@ -31,7 +31,7 @@ from stretto.server.validation import (
     check_chat,
     check_completion,
 )
-from stretto.server.variants.placement import begun_with, learn_lengths, place
+from stretto.server.variants.placement import begun_with, learn_lengths, place, reprice
 from stretto.text.output import AnswerPlace, Output, OutputDelta
 from stretto.text.tools import markers
 from stretto.types import Request, Sampling, TokenEvent
@@ -119,14 +119,16 @@ async def run(
         call.tier = slo.tier
         await server.check_grammar(call, spec.sampling.grammar, spec.grammar_path)
         prompts = await server.run_text(call, spec.encode)
-        server.encoded(model.name, call.size, max(sum(len(prompt.ids) for prompt in prompts), 1))
         call.user = user_of(request)
         call.placement = place(call, spec, slo, prompts)
         samplings = spec.sampling.fan_out()
         for prompt in prompts:
             for copy, sampling in enumerate(samplings):
                 submit(call, spec, slo, prompt, sampling, first=copy == 0)
+        await asyncio.sleep(0)  # now the requests leave, and the engine works while the rest is done
+        server.encoded(model.name, call.size, max(sum(len(prompt.ids) for prompt in prompts), 1))
         variant = call.placement.model or model.info.name
+        reprice(call, model.name)
         remember(call, request, call.placement.made or MadeChoice(model.name, variant))
         await (stream if spec.stream else answer)(call, writer_of(spec, slo.tier), slot)
     learn_lengths(call, model.name)

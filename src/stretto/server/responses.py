@@ -196,24 +196,29 @@ class ResponseWriter:
         self._usage = bool(options.include_usage)
         self._each_usage = bool(options.continuous_usage_stats)
         self._only_deltas = not (self._shows.logprobs or self._shows.ids or self._each_usage)
-        self._templates: dict[int, ChunkTemplate] = {}
+        # Made now, because the engine is at work on the first token, and nothing else is to do.
+        self._templates = (
+            [self._template(index) for index in range(spec.answers)]
+            if spec.stream and self._only_deltas
+            else []
+        )
+        self._opened: set[int] = set()
         self._offsets: dict[int, int] = {}
         self._kept: dict[int, WholeOutput] = {}
 
     def events(self, output: Output, deltas: Sequence[OutputDelta]) -> bytes:
         """The events of new deltas. The last one of an output has its finish reason and its report."""
-        template = self._templates.get(output.index)
-        if template is None:
-            template = self._open(output)
+        if output.index not in self._opened:
+            self._opened.add(output.index)
             first, event = deltas[0] if deltas else (EMPTY, None)
             deltas = [(self._style.opening(output, first), event), *deltas[1:]]
             opening = self._opening(output)
             if opening is not None:
                 return opening + self.events(output, [(first, event), *deltas[1:]])
         if output.finish_reason is None:
-            return self._unfinished(output, template, deltas)
+            return self._unfinished(output, deltas)
         delta, event = deltas[-1] if deltas else (EMPTY, None)
-        before = self._unfinished(output, template, deltas[:-1])
+        before = self._unfinished(output, deltas[:-1])
         return before + event_of(self.chunk(output, delta, event, ends=True))
 
     def _opening(self, output: Output) -> bytes | None:
@@ -234,18 +239,18 @@ class ResponseWriter:
     def skip(self, output: Output, deltas: Sequence[OutputDelta]) -> None:
         """Counts deltas that the client has from another worker, which has also opened the answer."""
         if output.request.emitted:
-            self._open(output)
+            self._opened.add(output.index)
         for delta, _ in deltas:
             self._count(output, delta)
 
-    def _open(self, output: Output) -> ChunkTemplate:
-        chunk = self._with_usage(output, self._style.chunk(self._head, ChunkPart(output.index)))
-        template = self._templates[output.index] = ChunkTemplate(chunk, self._style)
-        return template
+    def _template(self, index: int) -> ChunkTemplate:
+        """The template of the output with that index, whose chunks say nothing but their delta."""
+        chunk = self._style.chunk(self._head, ChunkPart(index))
+        return ChunkTemplate(structs.replace(chunk, usage=None) if self._usage else chunk, self._style)
 
-    def _unfinished(self, output: Output, template: ChunkTemplate, deltas: Sequence[OutputDelta]) -> bytes:
+    def _unfinished(self, output: Output, deltas: Sequence[OutputDelta]) -> bytes:
         if self._only_deltas:
-            return template.events(deltas)
+            return self._templates[output.index].events(deltas)
         return b"".join([event_of(self.chunk(output, delta, event)) for delta, event in deltas])
 
     def chunk(

@@ -34,7 +34,7 @@ from stretto.errors import (
 from stretto.http.exchange import KEY, LEFT, Exchange, watch
 from stretto.http.request import tenant_of
 from stretto.ladder.energy import joules_by_model
-from stretto.ladder.learning.feedback import FeedbackLimits, FeedbackStore, MadeChoice
+from stretto.ladder.learning.feedback import FeedbackLimits, FeedbackStore
 from stretto.ladder.learning.learner import Learner
 from stretto.ladder.serving import ServedLadder
 from stretto.protocol.relay import TOOK, Continuation, EmittedAnswer, Took, WorkerReport
@@ -362,7 +362,6 @@ class Call:
         # By which a reward may name the answer, beside the id of the exchange.
         self.feedback_ids: tuple[str, ...] = ()
         self.placement = VariantPlacement(None)
-        self.unkept: MadeChoice | None = None  # the choice, until feedback on it can come
         self.placed = NOWHERE
         self.user = ""  # what stands for whom the request is for, within the tenant
         self.model = ""

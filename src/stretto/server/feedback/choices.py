@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from hashlib import blake2b
 from typing import cast
@@ -16,36 +15,23 @@ TEXT_ROLES = ("system", "developer", "user", "assistant")
 
 
 def remember(call: Call, request: Generation, choice: MadeChoice) -> None:
-    """Keep the choice that was made for a call, until its reward comes.
-
-    It is kept once the request is on its way to the engine: in the event loop's next turn, which is before
-    the first token comes.
-    """
-    call.unkept = choice
-    asyncio.get_running_loop().call_soon(_keep, call, request)
-
-
-def follow(call: Call, request: Generation) -> None:
-    """Keep the variant that has answered a call, where the engine moved it to another one than was chosen."""
-    _keep(call, request)
-    made = call.placement.made
-    if made is not None and call.outputs and (spoke := call.outputs[0].variant) != made.variant:
-        call.unkept = made._replace(variant=spoke, propensities=())
-        _keep(call, request)
-
-
-def _keep(call: Call, request: Generation) -> None:
-    """Keep the choice that is not kept yet, if there is one."""
-    config, choice = call.server.config, call.unkept
-    if choice is None or not config.feedback_wait_s:
+    """Keep the choice that was made for a call, until its reward comes."""
+    config = call.server.config
+    if not config.feedback_wait_s:
         return
-    call.unkept = None
     request_id, *names = call.feedback_ids or (call.exchange.id,)
     if call.tenant in config.feedback_prompts or EVERYONE in config.feedback_prompts:
         choice = choice._replace(prompt=kept_prompt(request))
     if call.user:
         choice = choice._replace(user=call.user)
     call.server.learner.remember(call.tenant, request_id, choice, time.monotonic(), tuple(names))
+
+
+def follow(call: Call, request: Generation) -> None:
+    """Keep the variant that has answered a call, where the engine moved it to another one than was chosen."""
+    made = call.placement.made
+    if made is not None and call.outputs and (spoke := call.outputs[0].variant) != made.variant:
+        remember(call, request, made._replace(variant=spoke, propensities=()))
 
 
 def user_of(request: Generation) -> str:

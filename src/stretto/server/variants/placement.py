@@ -5,7 +5,6 @@ It turns the router's answer into one of the pipeline: a placement, or an error 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass
 
@@ -125,9 +124,7 @@ def _asked(
 
 
 def _chosen(call: Call, router: VariantRouter, asked: LadderRequest) -> VariantPlacement:
-    now = time.monotonic()
-    placed = router.place(asked, now)
-    asyncio.get_running_loop().call_soon(router.reprice, now)  # once the request is on its way
+    placed = router.place(asked, time.monotonic())
     if placed.model is None and placed.late:
         raise CannotBeOnTime(
             "no variant of this model can meet $.objective now; try again later, or ask for more time",
@@ -140,6 +137,13 @@ def _chosen(call: Call, router: VariantRouter, asked: LadderRequest) -> VariantP
             param=FLOOR,
         )
     return placed
+
+
+def reprice(call: Call, model: str) -> None:
+    """Lets the price of machine time follow the load after a choice, once the request is on its way."""
+    router = call.server.router(model)
+    if router is not None and call.placement.made is not None:
+        router.reprice(time.monotonic())
 
 
 def learn_lengths(call: Call, model: str) -> None:
