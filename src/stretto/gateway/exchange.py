@@ -70,6 +70,7 @@ class RelayedExchange:
     forecast: float = inf  # of `ttft`
     passed: bool = False  # whether the client has a part of a body without marks
     losses: int = 0  # workers in a row that were lost without a token more
+    due: Tally | None = None  # its part of an answer that several requests share
     _had: int = 0  # tokens that the client had at the last loss
 
     @property
@@ -93,6 +94,10 @@ class RelayedExchange:
             self.forecast = forecast
 
     def tally(self) -> Tally:
+        """What the request is charged for: what its answer took, or its part of one that it shared."""
+        return self.taken() if self.due is None else self.due
+
+    def taken(self) -> Tally:
         """What the answer took. Of one that was broken off the length of the prompt is an estimate."""
         emitted, took = self.progress.emitted, self.progress.took or self.took
         if took is None:

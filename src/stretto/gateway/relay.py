@@ -139,6 +139,7 @@ class Relay:
             except (WorkerLost, Refusal) as error:
                 exchange.refusal = error if isinstance(error, Refusal) else exchange.refusal
                 if exchange.losses < ATTEMPTS and (exchange.begun or len(exchange.tried) < ATTEMPTS):
+                    self.retries += isinstance(error, WorkerLost) and not exchange.begun
                     continue
                 if isinstance(error, WorkerLost):
                     raise

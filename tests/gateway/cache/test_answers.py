@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -334,3 +335,27 @@ async def test_an_answer_that_an_erasure_overtakes_is_not_kept(checkpoint: Path)
         assert cached(await asked) is None
         await settled(gateway)
         assert gateway.answers.stats.entries == 0
+
+
+async def test_who_reads_on_pays_what_is_still_to_come(checkpoint: Path):
+    """Two clients share an answer, and the one that asked first leaves early."""
+    engine = fake(10, 11, 0.5, *range(12, 30))
+    async with cluster(checkpoint, engine, **ON) as (client, gateway):
+        stats = gateway.answers.stats
+        first = asyncio.create_task(left_when(client, lambda: stats.joined == 1))
+        while not engine.requests:
+            await asyncio.sleep(0.005)
+        second = await client.post(CHAT, json=FIXED | {"stream_options": None})
+        await first
+        assert len(engine.requests) == 1 and "[DONE]" in second.text
+        (row,) = (await client.get("/v1/usage")).json()["rows"]
+        assert (row["requests"], row["completion_tokens"]) == (2, 20)
+        whole = await client.post(CHAT, json=WHOLE | {"max_tokens": 100})
+        (row,) = (await client.get("/v1/usage")).json()["rows"]
+        assert row["prompt_tokens"] == 2 * whole.json()["usage"]["prompt_tokens"]
+
+
+async def left_when(client: httpx.AsyncClient, condition: Callable[[], bool]) -> None:
+    async with client.stream("POST", CHAT, json=FIXED):
+        while not condition():
+            await asyncio.sleep(0.005)

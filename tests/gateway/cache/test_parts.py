@@ -10,6 +10,7 @@ import pytest
 from msgspec import json
 
 from stretto.errors import InvalidRequest
+from stretto.gateway.accounts.usage import Tally
 from stretto.gateway.cache import answer
 from stretto.gateway.cache.answer import Recipient
 from stretto.gateway.cache.flight import HIGH_WATER, AnswerFlight, FlightFailed
@@ -344,7 +345,7 @@ async def settle() -> None:
 
 
 async def test_all_readers_of_a_flight_get_all_of_it():
-    flight, go = AnswerFlight(1 << 20), asyncio.Event()
+    flight, go = AnswerFlight(1 << 20, Tally), asyncio.Event()
 
     async def work() -> None:
         await flight.send(200, {}, b"one", True)
@@ -353,12 +354,12 @@ async def test_all_readers_of_a_flight_get_all_of_it():
 
     flight.start(work)
     clients = [Client() for _ in range(3)]
-    tasks = [asyncio.create_task(flight.follow(client.send)) for client in clients]
+    tasks = [asyncio.create_task(flight.follow(client.send, lambda: None)) for client in clients]
     await settle()
     tasks[0].cancel()  # the one that started it leaves
     await settle()
     late = Client()
-    tasks.append(asyncio.create_task(flight.follow(late.send)))
+    tasks.append(asyncio.create_task(flight.follow(late.send, lambda: None)))
     go.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert [client.got for client in (*clients[1:], late)] == [[b"one", b"two"]] * 3
@@ -366,7 +367,7 @@ async def test_all_readers_of_a_flight_get_all_of_it():
 
 
 async def test_the_work_ends_with_its_last_reader():
-    flight, cancelled = AnswerFlight(1 << 20), asyncio.Event()
+    flight, cancelled = AnswerFlight(1 << 20, Tally), asyncio.Event()
 
     async def work() -> None:
         try:
@@ -376,7 +377,7 @@ async def test_the_work_ends_with_its_last_reader():
             raise
 
     flight.start(work)
-    tasks = [asyncio.create_task(flight.follow(Client().send)) for _ in range(2)]
+    tasks = [asyncio.create_task(flight.follow(Client().send, lambda: None)) for _ in range(2)]
     await settle()
     tasks[0].cancel()
     await settle()
@@ -387,7 +388,7 @@ async def test_the_work_ends_with_its_last_reader():
 
 
 async def test_a_failure_reaches_all_readers_after_what_came_before_it():
-    flight = AnswerFlight(1 << 20)
+    flight = AnswerFlight(1 << 20, Tally)
 
     async def work() -> None:
         await flight.send(200, {}, b"one", True)
@@ -396,7 +397,7 @@ async def test_a_failure_reaches_all_readers_after_what_came_before_it():
     flight.start(work)
     clients = [Client(), Client()]
     results = await asyncio.gather(
-        *(flight.follow(client.send) for client in clients), return_exceptions=True
+        *(flight.follow(client.send, lambda: None) for client in clients), return_exceptions=True
     )
     assert [client.got for client in clients] == [[b"one"]] * 2
     assert all(isinstance(each, FlightFailed) and each.begun for each in results)
@@ -404,7 +405,7 @@ async def test_a_failure_reaches_all_readers_after_what_came_before_it():
 
 async def test_a_slow_reader_holds_up_the_worker_only_when_the_answer_is_not_kept():
     sent = 0
-    flight = AnswerFlight(2 * HIGH_WATER)
+    flight = AnswerFlight(2 * HIGH_WATER, Tally)
 
     async def work() -> None:
         nonlocal sent
@@ -415,7 +416,7 @@ async def test_a_slow_reader_holds_up_the_worker_only_when_the_answer_is_not_kep
     slow, fast = Client(), Client()
     slow.open.clear()
     flight.start(work)
-    tasks = [asyncio.create_task(flight.follow(client.send)) for client in (slow, fast)]
+    tasks = [asyncio.create_task(flight.follow(client.send, lambda: None)) for client in (slow, fast)]
     for _ in range(40):
         await settle()
     assert 8 <= len(fast.got) <= 14 and sent < 20 and not flight.joinable

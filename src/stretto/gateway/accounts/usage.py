@@ -55,6 +55,12 @@ class Tally(Struct, frozen=True, kw_only=True):
     cost: float = 0.0
     joules: float = 0.0
 
+    def less(self, other: Tally) -> Tally:
+        """What it has more than another one."""
+        return Tally(
+            **{name: max(0, getattr(self, name) - getattr(other, name)) for name in self.__struct_fields__}
+        )
+
 
 class SpentBudget(Struct, frozen=True, kw_only=True):
     """What was spent of a budget in the window that begins at `start`. `owner`: a key or a tenant."""

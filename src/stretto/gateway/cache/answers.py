@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from hashlib import sha256
 from random import Random
 from secrets import token_bytes
@@ -234,16 +235,19 @@ class Answers:
             else:
                 self.stats.joined += 1
             try:
-                await flight.follow(client)
+                await flight.follow(client, partial(self._pay, flight, exchange))
                 return
             except FlightFailed as failure:
                 if not (joins and again) or failure.begun:
                     raise failure.error from None
 
+    def _pay(self, flight: AnswerFlight, exchange: RelayedExchange) -> None:
+        exchange.due = flight.bill()
+
     def _take_off(
         self, key: bytes, asked: Asked, exchange: RelayedExchange, probe: Probe | None
     ) -> AnswerFlight:
-        flight = self._flights[key] = AnswerFlight(MOST_ANSWER)
+        flight = self._flights[key] = AnswerFlight(MOST_ANSWER, exchange.taken)
         erasures = self._erasures
         exchange.send, exchange.write = flight.send, None
 

@@ -1,7 +1,8 @@
 """One answer in flight that several clients with the same request read. One upstream makes it.
 
 The answer's first reader starts it, and the others join while all of it is still at hand. A reader that
-leaves ends nothing for the others; when the last one leaves, the work is cancelled.
+leaves ends nothing for the others; when the last one leaves, the work is cancelled. The reader that came
+first pays; when it leaves, the next one pays what is still to come.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
+from stretto.gateway.accounts.usage import Tally
 from stretto.gateway.exchange import Send
 
 HIGH_WATER = 256 * 1024  # unread bytes for which the upstream waits
@@ -37,10 +39,13 @@ class AnswerFlight:
     """The pieces of an answer as they come. Up to `limit` bytes all of them stay, so that others may join and
     the answer may be kept. Beyond, the slowest reader sets the pace, and what all have read is forgotten."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, took: Callable[[], Tally]) -> None:
+        """`took()`: what the answer has taken so far."""
         self.pieces: list[Piece] = []
         self.size = 0  # bytes of all pieces so far
         self.landed = False
+        self._took = took
+        self._paid = Tally()
         self._limit = limit
         self._forgotten = 0  # pieces
         self._error: Exception | None = None
@@ -62,6 +67,12 @@ class AnswerFlight:
         """Whether another reader would get all of the answer."""
         return self.whole and not self.landed and not self._cancelled
 
+    def bill(self) -> Tally:
+        """What the answer has taken that nobody has paid yet; it counts as paid from now on."""
+        took = self._took()
+        due, self._paid = took.less(self._paid), took
+        return due
+
     def start(self, work: Callable[[], Awaitable[None]]) -> None:
         """Starts the upstream, which calls `send`. Its first reader must follow at once."""
         self._task = asyncio.create_task(self._run(work))
@@ -76,8 +87,9 @@ class AnswerFlight:
             self._read.clear()
             await self._read.wait()
 
-    async def follow(self, send: Send) -> None:
-        """Passes the answer on to one client. Raises FlightFailed."""
+    async def follow(self, send: Send, pay: Callable[[], None]) -> None:
+        """Passes the answer on to one client. `pay()` is called when the client leaves or has all, if it is
+        the one that came first of those that are left. Raises FlightFailed."""
         reader, self._serial = self._serial, self._serial + 1
         self._readers[reader] = (0, 0)
         try:
@@ -98,6 +110,8 @@ class AnswerFlight:
                 else:
                     await self._changed.wait()
         finally:
+            if reader == next(iter(self._readers)):
+                pay()
             del self._readers[reader]
             self._read.set()
             if not self._readers and not self._ended and self._task is not None:
