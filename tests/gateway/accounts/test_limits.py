@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stretto.gateway.accounts.limits import BudgetMeter, KeyLimit, Now, RateMeter, window_of
+from stretto.gateway.accounts.limits import HELD_S, BudgetMeter, KeyLimit, Now, RateMeter, window_of
 
 
 def at(text: str) -> float:
@@ -118,6 +118,7 @@ def test_a_steady_clock_that_stood_still_gives_nothing():
 def test_a_budget_is_whole_again_in_the_next_period():
     budget = BudgetMeter(KeyLimit.of("tokens=100/day"))
     budget.reserve(100, now())
+    budget.settle(100, 100, now(), now())
     assert budget.wait(1, now()) == 12 * 3600 == budget.resets(now())
     assert budget.wait(1, now(wall="2026-11-30T00:00:00")) == 0
     assert budget.used(now(wall="2026-11-30T00:00:00")) == 0
@@ -136,6 +137,7 @@ def test_a_wall_clock_that_jumps_back_keeps_what_is_spent_and_does_not_get_stuck
     budget = BudgetMeter(KeyLimit.of("tokens=100/day"))
     far = now(wall="2031-01-01T00:00:00")
     budget.reserve(100, far)
+    budget.settle(100, 100, far, far)
     back = now(wall="2026-11-29T12:00:00")
     assert budget.wait(1, back) == 12 * 3600, "spent, and whole again at midnight, not in 2031"
     assert budget.wait(1, now(wall="2026-11-30T00:00:00")) == 0
@@ -149,3 +151,19 @@ def test_a_changed_limit_keeps_what_is_used():
         assert (meter.used(now()), meter.size) == (60, 100)
         meter.change(KeyLimit(meter.limit.quantity, 50, meter.limit.period), 1.0)
         assert meter.wait(1, now()) > 0
+
+
+def test_what_running_requests_hold_of_a_budget_is_soon_free_again():
+    budget = BudgetMeter(KeyLimit.of("tokens=100/day"))
+    budget.reserve(265, now())
+    assert budget.wait(1, now()) == HELD_S
+    budget.settle(265, 28, now(), now())
+    assert budget.wait(1, now()) == 0 and budget.held == 0
+    budget.reserve(265, now())
+    budget.settle(265, 90, now(), now())
+    assert budget.wait(1, now()) == 12 * 3600
+    counted = BudgetMeter(KeyLimit.of("requests=1/day"))
+    counted.reserve(1, now())
+    assert counted.wait(1, now()) == 12 * 3600, "a request that runs is one"
+    budget.reserve(50, now())
+    assert budget.wait(1, now(0.0, "2026-11-30T00:00:00")) == 0 and budget.held == 0

@@ -139,7 +139,7 @@ async def test_without_redis_each_gateway_counts_alone_and_says_so(
         gateways.spend(ledger)
     await until(lambda: gateways.used(one) == gateways.used(two) == 2)
     redis.kill()
-    await until(lambda: "Redis is away" in one.shared_error)
+    await until(lambda: "Redis is away or full" in one.shared_error)
     for _ in range(2):
         gateways.spend(one)
     assert gateways.used(one) == 4, "what it heard of the other one still counts"

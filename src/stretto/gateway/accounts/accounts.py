@@ -355,15 +355,22 @@ class Accounts:
         wait = meter.wait(need, now)
         if not wait:
             return
-        used = f"{meter.used(now):,.6g} of {meter.size:,.6g} used"
+        held = meter.held if isinstance(meter, BudgetMeter) else 0.0
+        used = f"{meter.used(now) - held:,.6g} of {meter.size:,.6g} used"
         again = "it is never renewed" if wait == inf else f"try again in {wait:,.0f} s"
-        kind = RateLimited if limit.rate else BudgetExceeded
+        whose = f"{limit} of {' '.join(owner)}"
+        after = None if wait == inf else wait
         if limit.rate:
-            message = f"the rate {limit} of {' '.join(owner)} is used up: {used}, {need:,.6g} needed; {again}"
-        else:
-            whole = "" if wait == inf else f", renewed at {_iso(now.wall + wait)}"
-            message = f"the budget {limit} of {' '.join(owner)} is used up: {used}{whole}; {again}"
-        raise kind(message, retry_after=None if wait == inf else wait)
+            raise RateLimited(
+                f"the rate {whose} is used up: {used}, {need:,.6g} needed; {again}", retry_after=after
+            )
+        if meter.used(now) - held < meter.size:
+            raise RateLimited(
+                f"running requests hold the rest of the budget {whose}: {used}, {held:,.6g} held; {again}",
+                retry_after=after,
+            )
+        whole = "" if wait == inf else f", renewed at {_iso(now.wall + wait)}"
+        raise BudgetExceeded(f"the budget {whose} is used up: {used}{whole}; {again}", retry_after=after)
 
 
 def ensure_tier(record: KeyRecord, tier: str) -> None:

@@ -20,6 +20,7 @@ Period = Literal["second", "minute", "hour", "day", "week", "month", "ever"]
 RATES: dict[str, float] = {"second": 1.0, "minute": 60.0}
 LIMIT = re.compile(r"(\w+)=(\d+(?:\.\d+)?(?:[eE]\d+)?)/(\w+)")
 ROUNDING = 1e-9  # of a bucket's size: what adding many parts may be off
+HELD_S = 1.0  # after which to ask again for what running requests hold
 WEEK = timedelta(days=7)
 
 
@@ -154,7 +155,8 @@ class RateMeter:
 
 @dataclass(slots=True)
 class BudgetMeter:
-    """The meter of a budget. `spent` is what this gateway gave out in the window, reservations included.
+    """The meter of a budget. `spent` is what this gateway gave out in the window, with what is `held` for
+    requests that run and may take less.
 
     A request may start while anything is left, so the last one may go beyond by its size. The window moves on
     with the wall clock. When that jumps back, the window follows and what is spent stays spent. When
@@ -164,6 +166,7 @@ class BudgetMeter:
     limit: KeyLimit
     share: float = 1.0
     spent: float = 0.0
+    held: float = 0.0
     elsewhere: float = 0.0
     window: CalendarWindow | None = None
     seen: float = 0.0  # the wall clock when it was asked last
@@ -179,19 +182,25 @@ class BudgetMeter:
         return self.spent + self.elsewhere
 
     def wait(self, need: float, now: Now) -> float:
-        """Seconds until a request may start: 0 at once, inf never."""
-        return 0.0 if self.used(now) < self.size else self.resets(now)
+        """Seconds until a request may start: 0 at once, inf never. What is held may soon be given back."""
+        used = self.used(now)
+        if used < self.size:
+            return 0.0
+        return HELD_S if used - self.held < self.size else self.resets(now)
 
     def reserve(self, amount: float, now: Now) -> None:
         """Takes an amount."""
         self._turn(now.wall)
         self.spent += amount
+        if self.limit.quantity != "requests":  # of which none is given back
+            self.held += amount
 
     def settle(self, reserved: float, actual: float, since: Now, now: Now) -> None:
         """Takes the actual amount in place of what was reserved at `since`, perhaps in an earlier window."""
         window = self._turn(now.wall)
         held = reserved if since.wall >= window.start else 0.0
         self.spent = max(0.0, self.spent + actual - held)
+        self.held = max(0.0, self.held - held)
 
     def resets(self, now: Now) -> float:
         """Seconds until the next window."""
@@ -207,7 +216,7 @@ class BudgetMeter:
         if held is not None and held.start <= wall < held.end:
             return held
         if held is not None and wall >= held.end:
-            self.spent = self.elsewhere = 0.0
+            self.spent = self.held = self.elsewhere = 0.0
         self.window = window_of(self.limit.period, wall)
         return self.window
 

@@ -92,7 +92,7 @@ class SharedSpending:
         except Exception as error:  # of the client's own kinds, of the network, and the timeout
             if not self.error:
                 log.warning("limits are not shared with other gateways: %s", type(error).__name__)
-            self.error = "Redis is away, so this gateway counts limits alone"
+            self.error = "Redis is away or full, so this gateway counts limits alone"
             return False
         self.error = ""
         self.gateways = max(1, int(cast(int, present)))

@@ -195,7 +195,8 @@ class RedisStore:
         if self._stats.shared != "gone":
             self._stats.shared = "gone"
             log.warning(
-                "the shared cache is gone, and answers come without it: %s", error or type(error).__name__
+                "the shared cache is gone, and answers come without it: %s",
+                str(error) or type(error).__name__,
             )
 
     def _mac(self, name: bytes, value: bytes) -> bytes:
