@@ -22,11 +22,13 @@ import stretto
 from recipes.desk.samples import TEST_SEED, VALIDATION_SEED, cells, line
 from recipes.desk.tasks import prompt_text
 from stretto.ladder import registry
-from stretto.ladder.registry import Ladder
+from stretto.ladder.registry import Ladder, Variant
 from stretto.models import families
-from stretto.optimise.answers import AnswerOptions, TextCodec, generate
+from stretto.optimise.answers import AnswerOptions, Ids, TextCodec, generate, generate_traced
+from stretto.optimise.cascade.calibrate import hand_over
 from stretto.optimise.data import DataSample, right
-from stretto.optimise.evaluate import fitted
+from stretto.optimise.estimates.lengths import fitted_lengths
+from stretto.optimise.estimates.quality import fitted
 from stretto.optimise.job import load_decoder
 
 DESK = Path(stretto.__file__).parent / "desk"
@@ -44,15 +46,26 @@ class VariantAnswers(Struct, frozen=True):
     tokens: list[int]
 
 
+class CascadeAnswers(Struct, frozen=True):
+    """Of each question: the tokens of the first variant's answer that it is not sure of. The other one ends
+    the answer from the first of them on: whether that is right, and its tokens."""
+
+    unsure: list[list[int]]
+    right: list[bool]
+    tokens: list[int]
+
+
 class LadderAnswers(Struct, frozen=True):
     """What all variants answered. `questions`: the text of the last message. `tasks`, `levels`: of each
-    question. `prompt_tokens`: of all its messages. `variants`: by name, the best first."""
+    question. `prompt_tokens`: of all its messages. `variants`: by name, the best first. `cascade`: what that
+    of the ladder answers, if it has one."""
 
     questions: list[str]
     tasks: list[str]
     levels: list[str]
     prompt_tokens: list[int]
     variants: dict[str, VariantAnswers]
+    cascade: CascadeAnswers | None = None
 
 
 def held_out(count: int, seed: int = SEED) -> list[DataSample]:
@@ -76,16 +89,11 @@ def asked(folder: Path, samples: list[DataSample]) -> LadderAnswers:
     found: dict[str, VariantAnswers] = {}
     lengths: list[int] = []
     for variant in ladder.variants:
-        path = folder / variant.path
-        spec = families.read(path)
-        codec = TextCodec(path, spec.eos)
-        prompts = [codec.prompt(sample) for sample in samples]
+        asking = VariantAsking(folder, variant)
+        prompts = [asking.codec.prompt(sample) for sample in samples]
         lengths = [len(ids) for ids in prompts]
-        how = AnswerOptions(LONGEST, spec.context, frozenset(spec.eos))
-        decoder = load_decoder(path, CPU, variant.quantise, variant.exclude)
-        answers = generate(decoder, prompts, how)
-        replies = [codec.text.decode(ids) for ids in answers]
-        rights = [right(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
+        answers = generate(asking.decoder, prompts, asking.how)
+        rights = asking.rights(samples, answers)
         # The token that ends an answer is computed too.
         found[variant.name] = VariantAnswers(rights, [len(ids) + 1 for ids in answers])
         print(f"{variant.name}: {sum(rights) / len(rights):.1%} right", file=sys.stderr, flush=True)
@@ -95,7 +103,38 @@ def asked(folder: Path, samples: list[DataSample]) -> LadderAnswers:
         [str(sample.level) for sample in samples],
         lengths,
         found,
+        _of_cascade(folder, ladder, samples),
     )
+
+
+class VariantAsking:
+    """A variant of the ladder in `folder`, ready to be asked."""
+
+    def __init__(self, folder: Path, variant: Variant) -> None:
+        path = folder / variant.path
+        spec = families.read(path)
+        self.codec = TextCodec(path, spec.eos)
+        self.how = AnswerOptions(LONGEST, spec.context, frozenset(spec.eos))
+        self.decoder = load_decoder(path, CPU, variant.quantise, variant.exclude)
+
+    def rights(self, samples: list[DataSample], answers: list[Ids]) -> list[bool]:
+        """Whether each answer is right."""
+        replies = [self.codec.text.decode(ids) for ids in answers]
+        return [right(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
+
+
+def _of_cascade(folder: Path, ladder: Ladder, samples: list[DataSample]) -> CascadeAnswers | None:
+    better = next((each for each in ladder.variants if each.cascade is not None), None)
+    if better is None or better.cascade is None:
+        return None
+    below = better.cascade.below
+    first, other = VariantAsking(folder, ladder.variant(better.cascade.begins)), VariantAsking(folder, better)
+    prompts = [first.codec.prompt(sample) for sample in samples]
+    traced = generate_traced(first.decoder, prompts, first.how)
+    found = hand_over(traced, prompts, below, lambda starts: generate(other.decoder, starts, other.how))
+    unsure = [[place for place, sure in enumerate(each.sureness) if sure < below] for each in traced]
+    tokens = [len(ids) + 1 for ids in found.answers]
+    return CascadeAnswers(unsure, other.rights(samples, found.answers), tokens)
 
 
 def kept(file: Path, folder: Path, samples: Callable[[], list[DataSample]]) -> LadderAnswers:
@@ -107,7 +146,7 @@ def kept(file: Path, folder: Path, samples: Callable[[], list[DataSample]]) -> L
 
 
 def refitted(folder: Path, found: LadderAnswers) -> Ladder:
-    """The ladder with estimates of quality that are fitted to these answers."""
+    """The ladder with estimates of quality and of lengths that are fitted to these answers."""
     ladder = registry.load(folder)
     kinds = zip(found.questions, found.tasks, found.levels, strict=True)
     samples = [DataSample(prompt=text, answer="", task=task, level=level) for text, task, level in kinds]
@@ -115,7 +154,8 @@ def refitted(folder: Path, found: LadderAnswers) -> Ladder:
         structs.replace(each, estimate=fitted(samples, found.variants[each.name].right))
         for each in ladder.variants
     )
-    return structs.replace(ladder, variants=variants)
+    lengths = fitted_lengths(samples, found.variants[ladder.top].tokens)
+    return structs.replace(ladder, variants=variants, lengths=lengths)
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ from stretto.ladder.learning.bandit import SETTINGS, Bandit, BanditSettings, Les
 from stretto.ladder.learning.off_policy import LoggedChoice, MissingOverlap, OffPolicyReport, evaluate
 from stretto.optimise import data, recipe
 from stretto.optimise.data import DataSample
-from stretto.optimise.evaluate import EvaluateStep, Measured, fitted
+from stretto.optimise.estimates.quality import fitted
+from stretto.optimise.evaluate import EvaluateStep, Measured
 
 Table = NDArray[np.float64]
 TASKS: dict[str, tuple[float, tuple[str, ...]]] = {  # how much each level costs, and how users ask

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -17,6 +17,7 @@ import numpy as np
 from msgspec import structs
 
 from benchmarks import answers
+from benchmarks.answers import CascadeAnswers
 from benchmarks.feedback import KnownAnswers
 from stretto.bench import traces
 from stretto.config import TIERS, Tier
@@ -24,6 +25,7 @@ from stretto.engine.scheduler.default_tiers import LONG_PROMPT, PAUSES, PROMPTS
 from stretto.engine.step_time import StepCost
 from stretto.ladder import registry
 from stretto.ladder.choose import LadderCandidate, Need, predict
+from stretto.ladder.registry import Ladder
 from stretto.simulator.replay import capacity
 from stretto.simulator.setting import SMALL_CPU, Setting
 from stretto.statistics import quantile
@@ -44,7 +46,8 @@ class KnownLadder:
     """A ladder whose variants have answered all questions. `costs`: by name, the largest first.
 
     By question: `prompts`, the tokens of it; `lengths`, of each variant's answer; `low`, the lower bounds of
-    the estimates; `chances`, the shares of right answers to questions of its kind.
+    the estimates; `chances`, the shares of right answers to questions of its kind. `ladder`: that on disk;
+    `cascaded`: what its cascade answers.
     """
 
     known: KnownAnswers
@@ -53,6 +56,17 @@ class KnownLadder:
     lengths: tuple[tuple[int, ...], ...]
     low: tuple[tuple[float, ...], ...]
     chances: tuple[tuple[float, ...], ...]
+    ladder: Ladder | None = None
+    cascaded: CascadeAnswers | None = None
+
+    @cached_property
+    def cascade_chances(self) -> list[float]:
+        """By question: the share of the cascade's answers to questions of its kind that are right."""
+        rights = [] if self.cascaded is None else self.cascaded.right
+        rows: dict[str, list[bool]] = {}
+        for cell, right in zip(self.known.cells, rights, strict=True):
+            rows.setdefault(cell, []).append(right)
+        return [sum(rows[cell]) / len(rows[cell]) for cell in self.known.cells]
 
     @classmethod
     def of(
@@ -105,13 +119,14 @@ def answered(folder: Path, file: Path, count: int, truth: Path | None = None) ->
         kinds = [f"{task} {level}" for task, level in zip(other.tasks, other.levels, strict=True)]
         rights = zip(*(other.variants[name].right for name in names), strict=True)
         more = list(zip(kinds, rights, strict=True))
-    return KnownLadder.of(known, costs, found.prompt_tokens, lengths, more)
+    made = KnownLadder.of(known, costs, found.prompt_tokens, lengths, more)
+    return replace(made, ladder=ladder, cascaded=found.cascade)
 
 
 @dataclass(frozen=True)
 class Asked:
     """A request of a load, and what is true of it. `right` (whether the answer is), `chance` (that it is) and
-    `low` (the estimate's lower bound of that): by variant."""
+    `low` (the estimate's lower bound of that): by variant. `place`: of the question among the known ones."""
 
     at: float
     question: str
@@ -122,6 +137,7 @@ class Asked:
     right: tuple[float, ...]
     chance: tuple[float, ...]
     low: tuple[float, ...]
+    place: int = 0
 
     def fits(self, cost: StepCost, tokens: int) -> bool:
         """Whether a variant of this cost would have so many tokens on time on an idle machine."""
@@ -166,6 +182,7 @@ def asked_of(ladder: KnownLadder, number: int, at: float, objective: Objective, 
         tuple(known.right[place].tolist()),
         ladder.chances[place],
         ladder.low[place],
+        place,
     )
 
 

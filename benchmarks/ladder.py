@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
 from random import Random
 from time import process_time
+from typing import NamedTuple
 
 import numpy as np
 from msgspec import structs
@@ -30,12 +31,14 @@ from stretto.engine.runners.null import NullRunner, VirtualClock, null_info
 from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.admission import Outlook, snapshot
 from stretto.engine.scheduler.types import Limits
+from stretto.engine.sequence import Drawn
 from stretto.engine.sequence import Sequence as EngineSequence
 from stretto.engine.step_time import StepCost, StepLoad, StepTime
 from stretto.ladder.choose import VariantChoice
 from stretto.ladder.estimate import Quality
 from stretto.ladder.learning.feedback import FeedbackStore
 from stretto.ladder.learning.learner import Learner
+from stretto.ladder.lengths import AnswerTokens
 from stretto.ladder.registry import Ladder, Lengths, Origin, QualityInterval, Variant
 from stretto.ladder.serving import ServedLadder
 from stretto.server.variants.router import Expectation, LadderRequest, VariantPlacement, VariantRouter
@@ -46,6 +49,7 @@ from stretto.types import Reason, Request, Sampling, StepStats, TokenEvent
 
 SNAPSHOT_S = 0.02  # as the engine sends them
 OURS, CELLS, ORACLE = "ours", "knows each kind's share", "oracle"
+CASCADE = "ours with a cascade"
 FITS, RANDOM = "largest that fits", "random feasible"
 
 
@@ -57,9 +61,16 @@ class NoisyRunner(NullRunner):
         info = structs.replace(info, usual_tokens=usual)
         super().__init__(info, cost=cost, sleep=clock.sleep)
         self._rng, self._noise = Random(f"{name} {noise}"), noise
+        self.unsure: dict[int, frozenset[int]] = {}  # by request, the tokens of which it is not sure
 
     def step_ms(self, load: StepLoad) -> float:
         return self.cost(load) * (self._rng.lognormvariate(0.0, self._noise) if self._noise else 1.0)
+
+    def draw(self, seq: EngineSequence, ahead: int) -> Drawn:
+        drawn = super().draw(seq, ahead)
+        if seq.request.cascade is not None and seq.output_len + ahead in self.unsure.get(seq.request.id, ()):
+            return structs.replace(drawn, sureness=-inf)
+        return drawn
 
 
 class LadderWorld(World):
@@ -69,11 +80,12 @@ class LadderWorld(World):
         self, costs: Mapping[str, StepCost], tiers: dict[str, Tier], noise: float, usual: int
     ) -> None:
         clock, names = VirtualClock(), list(costs)
+        self.runners = {
+            name: NoisyRunner(f"m:{name}", cost, clock, noise, usual) for name, cost in costs.items()
+        }
         models = [
-            LoadedModel(
-                NoisyRunner(f"m:{name}", cost, clock, noise, usual), StepTime(cost, [max(noise, 0.01)] * 16)
-            )
-            for name, cost in costs.items()
+            LoadedModel(runner, StepTime(runner.cost, [max(noise, 0.01)] * 16))
+            for runner in self.runners.values()
         ]
         super().__init__(
             clock, models, Limits(256, 512, tiers), SCHEDULES["deadline"], share=False, record=False
@@ -81,6 +93,7 @@ class LadderWorld(World):
         self.outlooks = {f"m:{name}": Outlook(tiers) for name in names}
         self.outcomes: dict[int, RequestOutcome] = {}
         self.spoke: dict[int, str] = {}
+        self.handed: dict[int, int] = {}  # by request, the tokens after which a better variant went on
         self.on_end: Callable[[int, Reason], None] = lambda ident, reason: None
         self._newest = 0
         self._seen = -inf
@@ -92,6 +105,8 @@ class LadderWorld(World):
             if event.began is not None:
                 moved = event.began.moved
                 self.spoke[event.id] = moved.model if moved else outcome.request.model
+                if moved is not None and moved.why == "unsure":
+                    self.handed[event.id] = moved.after
             if event.token is not None:
                 outcome.on_token(now)
             if event.finish is not None:
@@ -159,20 +174,77 @@ class PolicyRouter(VariantRouter):
         return super()._placed(asked, choice, expected, floor)
 
 
-@dataclass(frozen=True)
-class Result:
-    """What became of a load under one policy. Shares; `on_time` is among the requests that could be."""
+class KnownAnswer(NamedTuple):
+    """`variant`: the place of the one that answered, or ended the answer; negative: none did. `chance`: the
+    share of such answers that are right in that kind of questions."""
 
-    policy: str
-    on_time: float
-    foreseen: float  # on time among those that would be even with a long answer
-    quality: float  # right answers among all answers to requests without a floor
-    right_on_time: float  # right answers on time, among all requests without a floor
-    violated: float  # answers whose chance to be right is below their floor, among those with a floor
-    goodput: float  # on time and not below a floor, per second
-    ttft_ms: tuple[float, float]  # 99th percentile and maximum
-    moved: float
-    decision_us: tuple[float, float]  # median and 99th percentile of processor time
+    variant: int
+    right: float = 0.0
+    chance: float = 0.0
+
+
+@dataclass
+class Tally:
+    """What became of loads under one policy, added up. `could`: requests that could be on time; `sure`: those
+    that would be even with a long answer; `free`: without a floor. `right`: right answers to these."""
+
+    sent: int = 0
+    could: int = 0
+    sure: int = 0
+    floored: int = 0
+    good: int = 0
+    sure_good: int = 0
+    answered: int = 0
+    free: int = 0
+    right: float = 0.0
+    right_on_time: float = 0.0
+    violated: int = 0
+    kept: int = 0
+    above_floor: int = 0
+    moved: int = 0
+    seconds: float = 0.0
+    first_ms: list[float] = field(default_factory=list[float])
+    decided_us: list[float] = field(default_factory=list[float])
+
+    def add(
+        self, asked: Asked, outcome: RequestOutcome | None, answer: KnownAnswer, ladder: KnownLadder
+    ) -> None:
+        """Count a request."""
+        floor = asked.objective.min_quality
+        possible, sure = asked.feasible(ladder), asked.feasible(ladder, ladder.long)
+        self.sent += 1
+        self.could += possible
+        self.sure += sure
+        self.floored += floor is not None
+        if outcome is None or answer.variant < 0:
+            return
+        good, below = outcome.good, answer.chance < (floor or 0.0)
+        self.answered += 1
+        self.good += possible and good
+        self.sure_good += sure and good
+        self.violated += below
+        self.kept += good and not below
+        if floor is None:
+            self.free += 1
+            self.right += answer.right
+            self.right_on_time += answer.right * good
+        else:
+            self.above_floor += good and not below
+
+    def include(self, other: Tally) -> None:
+        """Add another tally to this one."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+    @property
+    def quality(self) -> float:
+        """The share of right answers among all answers to requests without a floor."""
+        return self.right / max(self.free, 1)
+
+    @property
+    def goodput(self) -> float:
+        """Requests per second that were on time and not below their floor."""
+        return self.kept / self.seconds
 
 
 class Trial:
@@ -191,31 +263,57 @@ class Trial:
         self.router = PolicyRouter(known, tiers, lambda: self.world.outlooks, lambda: infos, learner)
         self.router.policy = policy
         self._seconds: list[float] = []
-        self._tokens: dict[int, int] = {}
+        self._unsure: dict[int, list[int]] = {}
+        self._tokens: dict[int, tuple[int, AnswerTokens | None]] = {}
         self.world.on_end = self._ended
 
-    def run(self, load: Sequence[Asked]) -> Result:
+    def run(self, load: Sequence[Asked]) -> Tally:
         self.world.play(load, self._send)
-        return self._result(load)
+        outcomes, order, found = self.world.outcomes, list(self._ladder.costs), Tally(seconds=load[-1].at)
+        for ident, asked in enumerate(load, 1):
+            outcome, spoke = outcomes.get(ident), self.world.spoke.get(ident)
+            answer = KnownAnswer(-1)
+            if spoke is not None:
+                answer = self._answer(ident, asked, order.index(spoke.partition(":")[2]))
+            found.add(asked, outcome, answer, self._ladder)
+            found.moved += outcome is not None and spoke is not None and spoke != outcome.request.model
+        found.first_ms = [(one.first - one.request.arrival) * 1e3 for one in outcomes.values() if one.count]
+        found.decided_us = [second * 1e6 for second in self._seconds]
+        return found
+
+    def _answer(self, ident: int, asked: Asked, variant: int) -> KnownAnswer:
+        """What is known of an answer that this variant gave or ended. One of a cascade is like the others of
+        it if the better variant went on as soon as the first one was not sure."""
+        cascaded, place = self._ladder.cascaded, asked.place
+        handed, unsure = self.world.handed.get(ident), self._unsure.get(ident)
+        if cascaded is None or unsure is None or handed != next(iter(unsure), None):
+            return KnownAnswer(variant, asked.right[variant], asked.chance[variant])
+        return KnownAnswer(variant, float(cascaded.right[place]), self._ladder.cascade_chances[place])
 
     def _send(self, ident: int, asked: Asked) -> None:
         self.router.asked = asked
-        lighter: tuple[str, ...] = ()
+        placed = VariantPlacement(None)
         if self.policy == FITS:
-            usual = self.router.lengths.predict("local")
+            usual = int(self.router.lengths.expect("local").long)
             fitting = (name for name, cost in self.costs.items() if asked.fits(cost, usual))
             model = next(fitting, self.names[-1])
         elif len(self.names) == 1:
             model = self.names[0]
         else:
             started = process_time()
-            placed = self.router.place(_request(ident, asked), self.world.clock())
+            placed = self.router.place(_request(asked, self.policy == CASCADE), self.world.clock())
             self._seconds.append(process_time() - started)
             self.router.reprice(self.world.clock())
             if placed.model is None:
                 return
-            model, lighter = placed.model.partition(":")[2], placed.lighter
-        tokens = self._tokens[ident] = asked.tokens[list(self._ladder.costs).index(model)]
+            model = placed.model.partition(":")[2]
+        tokens = asked.tokens[list(self._ladder.costs).index(model)]
+        cascaded = self._ladder.cascaded
+        if placed.cascade is not None and cascaded is not None:
+            self._unsure[ident] = cascaded.unsure[asked.place]
+            self.world.runners[model].unsure[ident] = frozenset(cascaded.unsure[asked.place])
+            tokens = cascaded.tokens[asked.place]
+        self._tokens[ident] = tokens, placed.fitted
         request = Request(
             id=ident,
             model=f"m:{model}",
@@ -224,57 +322,18 @@ class Trial:
             sampling=Sampling(seed=ident),
             objective=asked.objective,
             tier=asked.tier,
-            lighter=lighter if self.policy != RANDOM else (),
+            lighter=placed.lighter if self.policy != RANDOM else (),
+            expected_tokens=placed.expected_tokens,
+            cascade=placed.cascade,
         )
         self.world.admit(request, asked.prompt_tokens + tokens)
 
     def _ended(self, ident: int, reason: Reason) -> None:
         if reason in (Reason.STOP, Reason.LENGTH):
-            self.router.lengths.observe("local", self._tokens[ident], cut=False)
-
-    def _result(self, load: Sequence[Asked]) -> Result:
-        outcomes, order = self.world.outcomes, list(self._ladder.costs)
-        long = self._ladder.long
-        could = good = foreseen = kept_foreseen = answered = kept = moved = free = 0
-        right = right_on_time = 0.0
-        floored = violated = 0
-        for ident, asked in enumerate(load, 1):
-            outcome = outcomes.get(ident)
-            possible, sure = asked.feasible(self._ladder), asked.feasible(self._ladder, long)
-            could += possible
-            foreseen += sure
-            floored += asked.objective.min_quality is not None
-            if outcome is None or ident not in self.world.spoke:
-                continue
-            variant = order.index(self.world.spoke[ident].partition(":")[2])
-            below = asked.chance[variant] < (asked.objective.min_quality or 0.0)
-            answered += 1
-            violated += below
-            moved += self.world.spoke[ident] != outcome.request.model
-            good += possible and outcome.good
-            kept_foreseen += sure and outcome.good
-            kept += outcome.good and not below
-            if asked.objective.min_quality is None:
-                free += 1
-                right += asked.right[variant]
-                right_on_time += asked.right[variant] * outcome.good
-        first = sorted((one.first - one.request.arrival) * 1e3 for one in outcomes.values() if one.count)
-        spent = sorted(second * 1e6 for second in self._seconds)
-        return Result(
-            policy=self.policy,
-            on_time=good / max(could, 1),
-            foreseen=kept_foreseen / max(foreseen, 1),
-            quality=right / max(free, 1),
-            right_on_time=right_on_time / max(len(load) - floored, 1),
-            violated=violated / max(floored, 1),
-            goodput=kept / load[-1].at,
-            ttft_ms=(quantile(first, 0.99), first[-1]) if first else (0.0, 0.0),
-            moved=moved / max(answered, 1),
-            decision_us=(quantile(spent, 0.5), quantile(spent, 0.99)) if spent else (0.0, 0.0),
-        )
+            self.router.lengths.observe("local", *self._tokens[ident])
 
 
-def _request(ident: int, asked: Asked) -> LadderRequest:
+def _request(asked: Asked, cascade: bool) -> LadderRequest:
     return LadderRequest(
         question=asked.question,
         prompt_tokens=asked.prompt_tokens,
@@ -282,14 +341,34 @@ def _request(ident: int, asked: Asked) -> LadderRequest:
         arrival=asked.at,
         objective=asked.objective,
         tier=asked.tier,
+        cascade=cascade,
     )
 
 
 def served(full: KnownLadder, names: Sequence[str], usual: int) -> ServedLadder:
-    """The ladder of these variants with the estimates that were fitted to other prompts."""
+    """The ladder of these variants: as it is on disk, or with estimates that were fitted to other prompts."""
+    ladder = full.ladder or Ladder(
+        model="m", family="", vocab=0, tokenizer="", top=full.known.names[0], variants=_made(full, usual)
+    )
+    variants = tuple(variant for variant in ladder.variants if variant.name in names)
+    top = ladder.top if ladder.top in names else names[0]
+    models = {name: ModelConfig(name=f"m:{name}", path=name) for name in names}
+    return ServedLadder("m", Path(), structs.replace(ladder, top=top, variants=variants), models)
+
+
+def with_usual(full: KnownLadder, usual: int) -> KnownLadder:
+    """The same for a load whose lengths have nothing to do with the questions. `usual`: of a long answer."""
+    if full.ladder is None:
+        return full
+    lengths = Lengths(60, 20, usual)
+    variants = tuple(structs.replace(variant, lengths=lengths) for variant in full.ladder.variants)
+    return replace(full, ladder=structs.replace(full.ladder, variants=variants, lengths=None))
+
+
+def _made(full: KnownLadder, usual: int) -> tuple[Variant, ...]:
+    """Variants without weights."""
     known, variants = full.known, list[Variant]()
-    for name in names:
-        place = known.names.index(name)
+    for place, name in enumerate(known.names):
         share = float(known.right[:, place].mean())
         variants.append(
             Variant(
@@ -303,32 +382,25 @@ def served(full: KnownLadder, names: Sequence[str], usual: int) -> ServedLadder:
                 origin=Origin(step="model"),
             )
         )
-    ladder = Ladder(
-        model="m",
-        family="",
-        vocab=0,
-        tokenizer="",
-        top=names[0],
-        variants=tuple(variants),
-    )
-    models = {name: ModelConfig(name=f"m:{name}", path=name) for name in names}
-    return ServedLadder("m", Path(), ladder, models)
+    return tuple(variants)
 
 
 HEAD = (
-    "| policy | on time | foreseen | quality | right and on time | floors violated | goodput"
-    " | TTFT p99, max ms | moved | decision p50, p99 us |\n"
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    "| policy | on time | with a long answer | quality | right and on time | floors violated | on time, above"
+    " their floor | goodput | TTFT p99, max ms | moved | decision p50, p99 us |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
 )
 
 
-def show(result: Result) -> None:
-    p99, most = result.ttft_ms
+def show(policy: str, found: Tally) -> None:
+    first, spent = sorted(found.first_ms) or [0.0], sorted(found.decided_us) or [0.0]
     print(
-        f"| {result.policy} | {result.on_time:.1%} | {result.foreseen:.1%} | {result.quality:.3f}"
-        f" | {result.right_on_time:.3f} | {result.violated:.1%} | {result.goodput:.3f}/s"
-        f" | {p99:,.0f}, {most:,.0f} | {result.moved:.1%}"
-        f" | {result.decision_us[0]:.0f}, {result.decision_us[1]:.0f} |",
+        f"| {policy} | {found.good / max(found.could, 1):.1%} | {found.sure_good / max(found.sure, 1):.1%}"
+        f" | {found.quality:.3f} | {found.right_on_time / max(found.sent - found.floored, 1):.3f}"
+        f" | {found.violated / max(found.floored, 1):.1%} | {found.above_floor} of {found.floored}"
+        f" | {found.goodput:.3f}/s | {quantile(first, 0.99):,.0f}, {first[-1]:,.0f}"
+        f" | {found.moved / max(found.answered, 1):.1%} | {quantile(spent, 0.5):.0f},"
+        f" {quantile(spent, 0.99):.0f} |",
         flush=True,
     )
 
@@ -346,7 +418,9 @@ def main() -> None:
     parser.add_argument("--loads", default="0.3,0.7,1.2")
     parser.add_argument("--noise", type=float, default=0.05)
     parser.add_argument("--policies", help="these alone, with commas")
+    parser.add_argument("--seeds", default="0", help="of the loads, with commas; all count together")
     options = parser.parse_args()
+    seeds = [int(seed) for seed in options.seeds.split(",")]
     if options.ladder:
         ladder = answered(options.ladder, options.answers, options.count, options.truth)
     else:
@@ -355,21 +429,27 @@ def main() -> None:
     loads = {"trace": 1.5} if options.trace else {load: float(load) for load in options.loads.split(",")}
     for load in loads.values():
         if options.trace:
-            asked, policies = recorded(ladder, options.trace, options.requests, load, tiers), [OURS]
-            usual = round(quantile(sorted(one.tokens[0] for one in asked), 0.9))
+            made = [recorded(ladder, options.trace, options.requests, load, tiers)]
+            usual = round(quantile(sorted(one.tokens[0] for one in made[0]), 0.9))
+            policies, measured = [OURS], with_usual(ladder, usual)
         else:
-            asked, policies = tasks(ladder, options.requests, load), [OURS, CELLS, ORACLE, FITS, RANDOM]
-            usual = ladder.long
-        print(f"\nload {load:g}, {len(asked)} requests\n{HEAD}")
+            made, measured = [tasks(ladder, options.requests, load, seed) for seed in seeds], ladder
+            usual, policies = ladder.long, [OURS, CELLS, ORACLE, FITS, RANDOM]
+            policies += [CASCADE] if ladder.cascaded else []
+        print(f"\nload {load:g}, {sum(map(len, made))} requests\n{HEAD}")
         chosen = options.policies.split(",") if options.policies else [*policies, *ladder.costs]
-        results = [Trial(policy, ladder, tiers, options.noise, usual).run(asked) for policy in chosen]
-        for result in results:
-            show(result)
-        alone = max((each.goodput for each in results if each.policy in ladder.costs), default=0.0)
-        if options.trace and alone:
-            most = len(asked) / asked[-1].at
+        best = 0.0
+        for policy in chosen:
+            total = Tally()
+            for asked in made:
+                total.include(Trial(policy, measured, tiers, options.noise, usual).run(asked))
+            show(policy, total)
+            if policy in ladder.costs:
+                best = max(best, total.goodput)
+        if options.trace and best:
+            most = len(made[0]) / made[0][-1].at
             print(
-                f"All requests on time and above their floor: {most:.3f}/s, {most / alone:.2f} times the best"
+                f"All requests on time and above their floor: {most:.3f}/s, {most / best:.2f} times the best"
             )
 
 

@@ -212,6 +212,7 @@ class Request(Struct, frozen=True, kw_only=True):
     `cached`: tokens of its prompt that its maker expects in the prefix cache; only predictions before the
     engine use it, which looks itself.
     `admitted`: its maker has asked admission, so the schedule does not ask again.
+    `expected_tokens`: of its answer, as its maker expects; 0: as is usual for its tier.
     """
 
     id: int
@@ -228,6 +229,7 @@ class Request(Struct, frozen=True, kw_only=True):
     spare_time: bool = False
     cached: int = 0
     admitted: bool = False
+    expected_tokens: int = 0
     request_id: str = ""  # of the HTTP request, for log lines
     # Models that may answer in place of `model` if it would be late, the best first. They have its tokenizer.
     lighter: tuple[str, ...] = ()

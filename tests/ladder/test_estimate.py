@@ -24,10 +24,10 @@ from stretto.ladder.estimate import (
     raw,
 )
 from stretto.optimise.data import DataSample
-from stretto.optimise.evaluate import (
-    _smoothed,  # pyright: ignore[reportPrivateUsage]
+from stretto.optimise.estimates.quality import (
     calibrated,
     fitted,
+    smoothed,
 )
 
 
@@ -152,13 +152,13 @@ def test_no_bound_exceeds_that_of_a_better_score() -> None:
 def test_an_answer_counts_half_as_its_kind_if_there_are_enough_kinds() -> None:
     kinds = [f"kind {number % 10}" for number in range(30)]
     rights = [kind == "kind 0" or number < 10 for number, kind in enumerate(kinds)]
-    found = _smoothed(rights, kinds)
+    found = smoothed(rights, kinds)
     usual = sum(rights) / len(rights)
     assert found[0] == pytest.approx((1.0 + (3 + usual) / 4) / 2)
     assert found[11] == pytest.approx((0.0 + (1 + usual) / 4) / 2), (
         "one of three is right, and the usual share"
     )
-    assert _smoothed(rights, [f"kind {number % 9}" for number in range(30)]) == rights
+    assert smoothed(rights, [f"kind {number % 9}" for number in range(30)]) == rights
 
 
 def test_a_prompt_is_its_last_message_and_then_the_others_as_far_as_there_is_room() -> None:

@@ -7,7 +7,7 @@ from random import Random
 
 from benchmarks.feedback import drawn
 from benchmarks.known import Asked, KnownLadder, asked_of, by_chance, scaled, tight_tiers
-from benchmarks.ladder import OURS, Result, Trial
+from benchmarks.ladder import OURS, Tally, Trial
 
 PROMPT, TOKENS = 1000, 60
 
@@ -29,7 +29,7 @@ def test_at_a_peak_the_choice_has_nearly_the_goodput_of_the_best_variant_at_more
     slow = by_chance(drawn())
     ladder = replace(slow, costs={name: scaled(cost, 0.02) for name, cost in slow.costs.items()})
     tiers, load = tight_tiers(list(ladder.costs.values())[1]), peak(ladder)
-    found: dict[str, Result] = {
+    found: dict[str, Tally] = {
         policy: Trial(policy, ladder, tiers, 0.05, TOKENS).run(load) for policy in (OURS, *ladder.costs)
     }
     ours = found.pop(OURS)

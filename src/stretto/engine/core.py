@@ -426,7 +426,7 @@ class EngineCore:
         """Record the time of a token. The first one sets the pace at which the whole answer is on time."""
         now, deadline = self._clock(), seq.deadline
         if not deadline.emitted and deadline.whole < inf:
-            rest = model.history.lengths.predict(seq.request.tier, seq.request.sampling.max_tokens)
+            rest = model.history.lengths.of(seq.request)
             deadline.keep_pace(now, rest)
         deadline.emit(now)
 

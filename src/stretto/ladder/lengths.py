@@ -1,13 +1,20 @@
-"""How many tokens a long answer has, learnt from finished answers of each ladder and tenant.
+"""How many tokens an answer has: by the prompt, as `stretto.optimise.estimates` fitted it, and by what has
+ended lately, for each ladder and tenant.
 
 Bounded: the tenants that asked last are remembered. It knows no clock and no request.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
+from itertools import pairwise
+from typing import Annotated, NamedTuple
+
+from msgspec import Meta, Struct
 
 from stretto.engine.step_time import Window
+from stretto.ladder.estimate import BUCKETS, FEATURES, NUMBERS, PromptFeatures, linear
 
 LONG = 0.9  # the quantile that stands for a long answer
 LONGEST = 0.98  # that for one of the longest
@@ -15,53 +22,164 @@ KEPT = 256  # answers of a tenant
 ENOUGH = 8  # answers of a tenant before its own quantile counts
 MOST_TENANTS = 512
 UNKNOWN = 256  # tokens, before anything is known
+FADING = 0.98  # of what is known of how well the model predicts, with each answer
+USUAL_LENGTH = 0.75  # of a prompt, as `PromptFeatures` has it: 400 characters
+LengthAmount = Annotated[float, Meta(ge=0)]
+
+
+class LengthBin(Struct, frozen=True, forbid_unknown_fields=True):
+    """Prompts with a raw estimate near `score`, their mean: the mean tokens of their answers, those of a long
+    one (90 %) and of one of the longest (98 %), and how many prompts there were."""
+
+    score: float
+    mean: LengthAmount
+    long: LengthAmount
+    longest: LengthAmount
+    count: Annotated[int, Meta(ge=0)]
+
+
+class LengthModel(Struct, frozen=True, forbid_unknown_fields=True):
+    """A linear regression of the logarithm of the tokens, then a table whose bins rise by `score`.
+
+    `weights`: of the features. `slopes`: what is added to the weight of each bucket of words for each unit of
+    `slope_of`, because a longer prompt has a longer answer with some tasks and not with others.
+    """
+
+    weights: Annotated[tuple[float, ...], Meta(min_length=FEATURES, max_length=FEATURES)]
+    slopes: Annotated[tuple[float, ...], Meta(min_length=BUCKETS, max_length=BUCKETS)]
+    bins: Annotated[tuple[LengthBin, ...], Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        if any(first.score >= second.score for first, second in pairwise(self.bins)):
+            raise ValueError("the bins must rise by `score`")
+
+
+class AnswerTokens(NamedTuple):
+    """The tokens of an answer: the mean, those of a long one, and of one of the longest."""
+
+    mean: float
+    long: float
+    longest: float
+
+    def within(self, most: int | None) -> AnswerTokens:
+        """Whole tokens, at least one and at most `most`."""
+        limit = float("inf") if most is None else most
+        return AnswerTokens(*[max(min(round(each), limit), 1) for each in self])
+
+
+def slope_of(found: PromptFeatures) -> float:
+    """How far a prompt's length is from a usual one, by its logarithm."""
+    return 4.0 * (found.numbers[1] - USUAL_LENGTH)
+
+
+class FittedLengths:
+    """A fitted model, ready for quick questions: the score, then the line between two bins."""
+
+    __slots__ = ("_bins", "_scores", "_slopes", "_weights")
+
+    def __init__(self, model: LengthModel) -> None:
+        self._weights, self._slopes = model.weights, (*[0.0] * NUMBERS, *model.slopes)
+        self._bins = [AnswerTokens(each.mean, each.long, each.longest) for each in model.bins]
+        self._scores = [each.score for each in model.bins]
+
+    def of(self, found: PromptFeatures) -> AnswerTokens:
+        """For a prompt with these features."""
+        steeper = slope_of(found) * found.share * sum(map(self._slopes.__getitem__, found.buckets))
+        score = linear(self._weights, found) + steeper
+        place, bins = bisect_left(self._scores, score), self._bins
+        if place == 0 or place == len(bins):
+            return bins[place and place - 1]
+        first, second = bins[place - 1], bins[place]
+        left, right = self._scores[place - 1], self._scores[place]
+        share = (score - left) / (right - left)
+        return AnswerTokens(*[one + share * (two - one) for one, two in zip(first, second, strict=True)])
 
 
 class OutputLengths:
-    """The lengths of recent answers of one ladder. `prior`: of a long answer before any has ended."""
+    """The lengths of recent answers of one ladder. `prior`: of a long answer before any has ended. `model`:
+    what was fitted when the ladder was made.
 
-    def __init__(self, prior: int = 0) -> None:
-        self._prior = prior or UNKNOWN
-        self._all = Window(KEPT)
-        self._tenants: OrderedDict[str, Window] = OrderedDict()
+    What has ended scales what the model expects: so much longer were a tenant's answers. For a tenant with
+    whom the model is worse than none, only the lengths count.
+    """
+
+    def __init__(self, prior: int = 0, model: LengthModel | None = None) -> None:
+        self._prior = AnswerTokens(*[prior or UNKNOWN] * 3)
+        self._model = None if model is None else FittedLengths(model)
+        self._all = _RecentLengths()
+        self._tenants: OrderedDict[str, _RecentLengths] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._tenants)
 
-    def observe(self, tenant: str, tokens: int, *, cut: bool) -> None:
-        """Record an answer. `cut`: it reached its limit of tokens, so it says only that answers may be as
-        long; one that is shorter than a long answer says nothing."""
-        if cut and tokens < self.predict(tenant):
+    def fitted(self, found: PromptFeatures) -> AnswerTokens | None:
+        """What the model expects for a prompt with these features; None without a model."""
+        return None if self._model is None else self._model.of(found)
+
+    def expect(
+        self, tenant: str, fitted: AnswerTokens | None = None, max_tokens: int | None = None
+    ) -> AnswerTokens:
+        """The tokens of an answer to this tenant, at most `max_tokens`. `fitted`: what the model expects."""
+        own = self._tenants.get(tenant, self._all)
+        known = own if len(own) >= ENOUGH else self._all
+        found = known.expect(fitted) if len(known) >= ENOUGH else fitted or self._prior
+        return found.within(max_tokens)
+
+    def observe(
+        self, tenant: str, tokens: int, fitted: AnswerTokens | None = None, *, cut: bool = False
+    ) -> None:
+        """Record an answer. `fitted`: what the model expected. `cut`: it reached its limit of tokens, so it
+        says only that answers may be as long; one that is shorter than a long answer says nothing."""
+        if cut and tokens < self.expect(tenant, fitted).long:
             return
-        self._all.add(tokens)
+        self._all.add(tokens, fitted)
         own = self._tenants.get(tenant)
         if own is None:
-            own = self._tenants[tenant] = Window(KEPT)
+            own = self._tenants[tenant] = _RecentLengths()
             if len(self._tenants) > MOST_TENANTS:
                 self._tenants.popitem(last=False)
         self._tenants.move_to_end(tenant)
-        own.add(tokens)
+        own.add(tokens, fitted)
 
-    def predict(self, tenant: str, max_tokens: int | None = None) -> int:
-        """The tokens of a long answer to this tenant, at most `max_tokens`."""
-        known = self._known(tenant)
-        usual = self._prior if known is None else round(known.quantile(LONG, self._prior))
-        return max(1, usual if max_tokens is None else min(usual, max_tokens))
 
-    def longest(self, tenant: str, max_tokens: int | None = None) -> int:
-        """The tokens of one of the longest answers to this tenant, at most `max_tokens`."""
-        known = self._known(tenant)
-        usual = self._prior if known is None else round(known.quantile(LONGEST, self._prior))
-        return max(1, usual if max_tokens is None else min(usual, max_tokens))
+class _RecentLengths:
+    """The last answers of one tenant, or of all. `_gain`: how much less the model was wrong lately, in tokens
+    of the pinball loss, than the quantile of the lengths alone."""
 
-    def mean(self, tenant: str, max_tokens: int | None = None) -> int:
-        """The mean tokens of an answer to this tenant, at most `max_tokens`. Unknown: those of a long one."""
-        known = self._known(tenant)
-        usual = self._prior if known is None else round(sum(known) / len(known))
-        return max(1, usual if max_tokens is None else min(usual, max_tokens))
+    __slots__ = ("_gain", "_ratios", "_tokens", "_usual")
 
-    def _known(self, tenant: str) -> Window | None:
-        """The lengths that stand for this tenant's."""
-        own = self._tenants.get(tenant, self._all)
-        known = own if len(own) >= ENOUGH else self._all
-        return known if len(known) >= ENOUGH else None
+    def __init__(self) -> None:
+        self._tokens, self._ratios = Window(KEPT), Window(KEPT)
+        self._gain = 0.0
+        self._usual: AnswerTokens | None = None
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def add(self, tokens: int, fitted: AnswerTokens | None) -> None:
+        if fitted is not None:
+            if len(self._ratios) >= ENOUGH:
+                plain, scaled = self._tokens.quantile(LONG, 0.0), fitted.long * self._scale()
+                self._gain = FADING * self._gain + _loss(tokens, plain) - _loss(tokens, scaled)
+            self._ratios.add(tokens / max(fitted.long, 1.0))
+        self._tokens.add(tokens)
+        self._usual = None
+
+    def expect(self, fitted: AnswerTokens | None) -> AnswerTokens:
+        if fitted is not None and self._gain >= 0.0:
+            scale = self._scale()
+            return AnswerTokens(fitted.mean * scale, fitted.long * scale, fitted.longest * scale)
+        if self._usual is None:
+            tokens = self._tokens
+            mean = sum(tokens) / len(tokens)
+            self._usual = AnswerTokens(mean, tokens.quantile(LONG, mean), tokens.quantile(LONGEST, mean))
+        return self._usual
+
+    def _scale(self) -> float:
+        """How much longer long answers are than the model expects."""
+        return self._ratios.quantile(LONG, 1.0) if len(self._ratios) >= ENOUGH else 1.0
+
+
+def _loss(tokens: float, long: float) -> float:
+    """The pinball loss of the quantile `LONG`."""
+    return (tokens - long) * (LONG if tokens > long else LONG - 1.0)

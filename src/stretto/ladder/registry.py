@@ -18,6 +18,7 @@ from stretto.config import Quantise
 from stretto.engine.step_time import StepCost
 from stretto.errors import CheckpointError, StartError
 from stretto.ladder.estimate import QualityBin, QualityModel
+from stretto.ladder.lengths import LengthModel
 from stretto.ladder.strict import convert
 
 FILE = "ladder.json"
@@ -128,7 +129,8 @@ class Dropped(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ladder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A model's variants, the best first. `tokenizer` is the digest of the tokenizer.json that all share."""
+    """A model's variants, the best first. `tokenizer` is the digest of the tokenizer.json that all share.
+    `lengths`: the tokens of an answer of the top, by the prompt."""
 
     version: int = VERSION
     model: str
@@ -137,6 +139,7 @@ class Ladder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tokenizer: str
     top: str
     variants: Annotated[tuple[Variant, ...], Meta(min_length=1)]
+    lengths: LengthModel | None = None
     dropped: tuple[Dropped, ...] = ()
 
     def variant(self, name: str) -> Variant:

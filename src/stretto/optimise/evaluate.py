@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import exp, hypot
+from math import exp
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -31,11 +31,14 @@ from stretto.engine.scheduler.types import Limits
 from stretto.engine.step_time import StepCost
 from stretto.errors import StartError
 from stretto.hardware import MOST_STEP_TOKENS
-from stretto.ladder.estimate import FEATURES, PromptFeatures, QualityBin, QualityModel, features, raw
+from stretto.ladder.estimate import QualityModel
+from stretto.ladder.lengths import LengthModel
 from stretto.ladder.registry import Lengths, QualityInterval, TokenEnergy
 from stretto.models.decoder import Decoder
 from stretto.optimise.answers import Ids, TextScore, generate, mean_kl, read_scores
 from stretto.optimise.data import DataSample, groups, right
+from stretto.optimise.estimates.lengths import fitted_lengths
+from stretto.optimise.estimates.quality import fitted
 from stretto.optimise.job import StepJob, load_decoder
 from stretto.optimise.recipe import EvaluateStep
 from stretto.optimise.training.trainer import write_whole
@@ -45,12 +48,6 @@ log = logging.getLogger(__name__)
 KeptStruct = TypeVar("KeptStruct", bound=Struct)
 LIMITS = Limits(256, MOST_STEP_TOKENS)
 RESAMPLES = 1000
-FOLDS = 5
-BINS, LEAST_IN_BIN = 10, 30
-RIDGE = 0.3
-SMOOTHED = 0.5  # how far an answer counts as the mean of its kind
-FEWEST_KINDS = 10  # of prompts; the means of fewer say nothing of another one
-ONE_SIDED = 1.645  # standard deviations: 95 % of the kinds of prompts are above the bound
 KV_BYTES = 256 * 2**20  # enough to calibrate with; the cache of answers is the evaluation's own
 RAPL = Path("/sys/class/powercap")
 CORE_WATTS = 8.0  # of a busy core with its share of memory: typical of servers, for estimates only
@@ -89,6 +86,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     energy: TokenEnergy | None
     lengths: Lengths
     estimate: QualityModel | None
+    length_model: LengthModel | None = None
     seconds: float
 
 
@@ -128,6 +126,8 @@ def measure(job: StepJob, step: EvaluateStep, subject: Subject, key: str) -> Mea
         energy=_measured_energy(joules, tokens),
         lengths=_lengths(prompts or [text.ids for text in texts], answers),
         estimate=fitted(samples, rights),
+        # The token that ends an answer is computed too.
+        length_model=fitted_lengths(samples, [len(ids) + 1 for ids in answers]),
         seconds=perf_counter() - started,
     )
 
@@ -286,113 +286,6 @@ def _estimated_energy(cost: StepCost, device: torch.device) -> TokenEnergy | Non
     return TokenEnergy(
         cost.decodes(1, 256) / 1e3 * watts, f"estimate: {watts:g} W times the step time at batch 1"
     )
-
-
-def fitted(samples: Sequence[DataSample], rights: Sequence[bool]) -> QualityModel | None:
-    """A model of the chance of a right answer by the prompt; None with too few prompts to calibrate it.
-
-    Ridge logistic regression. The calibration table is made of predictions by models that have not seen the
-    prompt (cross-validation), so it is honest. Each answer counts half by itself and half as the share of its
-    kind (task and level), which chance moves less: the words then tell kinds apart.
-    """
-    if len(samples) < 2 * LEAST_IN_BIN:
-        return None
-    rows = [features(sample.question) for sample in samples]
-    kinds = [f"{sample.task} {sample.level}" for sample in samples]
-    order = list(range(len(rows)))
-    Random(0).shuffle(order)
-    scores = [0.0] * len(rows)
-    for fold in range(FOLDS):
-        held = set(order[fold::FOLDS])
-        seen = [place for place in order if place not in held]
-        labels = _smoothed([rights[place] for place in seen], [kinds[place] for place in seen])
-        weights = logistic([rows[place] for place in seen], labels)
-        for place in held:
-            scores[place] = raw(weights, rows[place])
-    return QualityModel(logistic(rows, _smoothed(rights, kinds)), calibrated(scores, rights, kinds))
-
-
-def _smoothed(rights: Sequence[bool], kinds: Sequence[str]) -> list[float]:
-    """Each answer, drawn by `SMOOTHED` to the mean of its kind. A kind has one answer more, of the mean of
-    all, so that a small one counts as what is usual. With few kinds the answers stay as they are."""
-    if len(set(kinds)) < FEWEST_KINDS:
-        return list(map(float, rights))
-    usual = sum(rights) / len(rights)
-    good, count = dict.fromkeys(kinds, usual), dict.fromkeys(kinds, 1)
-    for one, kind in zip(rights, kinds, strict=True):
-        good[kind] += one
-        count[kind] += 1
-    shares = {kind: good[kind] / count[kind] for kind in good}
-    return [one + SMOOTHED * (shares[kind] - one) for one, kind in zip(rights, kinds, strict=True)]
-
-
-def logistic(rows: Sequence[PromptFeatures], rights: Sequence[float]) -> tuple[float, ...]:
-    """The weights of a ridge logistic regression, by Newton's method. `rights`: 1, 0, or a share."""
-    x = torch.zeros(len(rows), FEATURES, dtype=torch.float64)
-    for number, row in enumerate(rows):
-        for index, value in row.pairs():
-            x[number, index] = value
-    y = torch.tensor(rights, dtype=torch.float64)
-    weights = torch.zeros(FEATURES, dtype=torch.float64)
-    ridge = torch.full((FEATURES,), RIDGE, dtype=torch.float64)
-    ridge[0] = 1e-3  # of the constant
-    for _ in range(25):
-        chances = (x @ weights).sigmoid()
-        slope = x.T @ (chances - y) + ridge * weights
-        curve = (x.T * (chances * (1 - chances))) @ x + torch.diag(ridge)
-        move = torch.linalg.solve(curve, slope)
-        weights -= move
-        if float(move.abs().max()) < 1e-8:
-            break
-    return tuple(weights.tolist())
-
-
-def calibrated(
-    scores: Sequence[float], rights: Sequence[bool], kinds: Sequence[str] = ()
-) -> tuple[QualityBin, ...]:
-    """The reliability diagram of some scores as bins of about equal size, joined until their means rise.
-
-    The lower bound of a bin holds for a kind of prompts, not only for their mean: it also counts how much the
-    kinds in the bin differ. Without `kinds` all prompts are of one. No bound exceeds that of a bin with a
-    better score: it would be so by chance.
-    """
-    order = sorted(range(len(scores)), key=lambda place: scores[place])
-    size = max(LEAST_IN_BIN, -(-len(order) // BINS))
-    groups = [order[first : first + size] for first in range(0, len(order), size)]
-    if len(groups) > 1 and len(groups[-1]) < LEAST_IN_BIN:
-        groups[-2] += groups.pop()
-    place = 1
-    while place < len(groups):
-        if _mean(groups[place], rights) < _mean(groups[place - 1], rights):
-            groups[place - 1] += groups.pop(place)
-            place = max(1, place - 1)
-        else:
-            place += 1
-    bins: list[QualityBin] = []
-    least = 1.0
-    for held in reversed(groups):
-        good = sum(rights[place] for place in held)
-        mean, (low, _) = good / len(held), wilson(good, len(held))
-        differ = ONE_SIDED * _between(held, rights, kinds) if kinds else 0.0
-        least = min(least, max(mean - hypot(mean - low, differ), 0.0))
-        bins.append(QualityBin(sum(scores[place] for place in held) / len(held), mean, least, len(held)))
-    return tuple(reversed(bins))
-
-
-def _between(places: Sequence[int], rights: Sequence[bool], kinds: Sequence[str]) -> float:
-    """The standard deviation of the kinds' true shares of right answers, beyond what chance explains: the
-    moment estimate of a one-way random-effects model (W. G. Cochran, 1954)."""
-    held: dict[str, list[int]] = {}
-    for place in places:
-        held.setdefault(kinds[place], []).append(place)
-    mean, count = _mean(places, rights), len(places)
-    spread = sum(len(one) * (_mean(one, rights) - mean) ** 2 for one in held.values())
-    weight = count - sum(len(one) ** 2 for one in held.values()) / count
-    return (max(spread - (len(held) - 1) * mean * (1 - mean), 0.0) / weight) ** 0.5 if weight > 0 else 0.0
-
-
-def _mean(places: Sequence[int], rights: Sequence[bool]) -> float:
-    return sum(rights[place] for place in places) / len(places)
 
 
 def stored(file: Path, key: str, make: Callable[[], Measured]) -> Measured:

@@ -397,6 +397,7 @@ class _Run:
                 structs.replace(self._variant(by_name[name], by_name[top]), cascade=cascades.get(name))
                 for name in kept.names
             ),
+            lengths=by_name[top].length_model,
             dropped=kept.dropped,
         )
         registry.save(ladder, self.out)

@@ -156,6 +156,7 @@ def submit(
         request_id=call.exchange.id,
         lighter=() if emitted.tokens else placed.lighter,
         cascade=placed.cascade,
+        expected_tokens=placed.expected_tokens,
         cached=max(call.read_ahead.common(name, prompt.ids), min(call.believed_cached, len(prompt.ids) - 1)),
     )
     sequence = server.engine.submit(request)

@@ -66,6 +66,7 @@ class TwoModels(World):
         objective: Objective | None = None,
         tenant: str = "local",
         first: int | None = None,
+        expected: int = 0,
     ) -> Request:
         """A request for model `b` when its id is above 1,000, else for `a`. Prompts with one `first` token
         begin alike; those without share nothing."""
@@ -79,6 +80,7 @@ class TwoModels(World):
                 objective=TIERS[tier].objective if objective is None else objective,
                 tier=tier,
                 tenant=tenant,
+                expected_tokens=expected,
             )
         )
 
@@ -284,6 +286,16 @@ def test_a_total_is_kept_by_a_stream_without_other_dues():
     world = TwoModels()
     world.engine.models["a"].history.lengths.observe("default", 100)
     world.send(1, 100, tokens=100, objective=Objective(total_ms=400))
+    for ident in range(2, 6):
+        world.send(ident, 3000, tier="flex")
+    world.run()
+    assert world.ended_at[1] <= 0.4 and world.reason(1) is Reason.LENGTH
+
+
+def test_the_pace_is_that_of_the_answer_that_the_maker_expects():
+    world = TwoModels()
+    world.engine.models["a"].history.lengths.observe("default", 5)
+    world.send(1, 100, tokens=100, objective=Objective(total_ms=400), expected=100)
     for ident in range(2, 6):
         world.send(ident, 3000, tier="flex")
     world.run()

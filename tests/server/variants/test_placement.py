@@ -263,11 +263,11 @@ async def test_the_lengths_of_answers_are_learnt_by_tenant(
     client: httpx.AsyncClient, application: App, engine: FakeEngine
 ) -> None:
     router = application.server.router("m")
-    assert router is not None and router.lengths.predict("alice") == 8, "the ladder's own"
+    assert router is not None and router.lengths.expect("alice").long == 8, "the ladder's own"
     engine.script = lambda request: [65] * 30
     for _ in range(10):
         await ask(client)
-    assert router.lengths.predict("alice") == 30
+    assert router.lengths.expect("alice").long == 30
 
 
 async def test_a_single_model_has_no_floor_and_no_reason(

@@ -12,10 +12,11 @@ from msgspec import structs
 
 from stretto.config import TIERS, ModelConfig
 from stretto.engine.scheduler.admission import Outlook
-from stretto.ladder.estimate import features
+from stretto.ladder.estimate import BUCKETS, FEATURES, features
 from stretto.ladder.learning.bandit import context
 from stretto.ladder.learning.feedback import FeedbackStore, MadeChoice, Reward
 from stretto.ladder.learning.learner import Learner
+from stretto.ladder.lengths import LengthBin, LengthModel, OutputLengths
 from stretto.ladder.serving import ServedLadder
 from stretto.server.variants.router import LadderRequest, VariantRouter
 from stretto.types import Objective, Request
@@ -280,3 +281,19 @@ def test_feedback_explores_nothing_when_the_prompt_is_read() -> None:
     learnt = learner(full=0.6, int8=0.6)
     models = [router(idle(), learnt=learnt).place(asked(cached={"m:full": 90}), NOW) for _ in range(50)]
     assert {(placed.model, placed.reason) for placed in models} == {("m:full", "best")}
+
+
+def test_a_prompt_with_a_short_answer_gets_a_better_variant_in_the_same_time() -> None:
+    asks = tuple(float(index == 3) for index in range(FEATURES))  # a question has the score 1, else 0
+    bins = LengthBin(0.0, 150.0, 200.0, 250.0, 90), LengthBin(1.0, 2.0, 3.0, 4.0, 90)
+    made = router(idle())
+    made.lengths = OutputLengths(100, LengthModel(asks, (0.0,) * BUCKETS, bins))
+    total = Objective(total_ms=1000)
+    short = made.place(asked(objective=total, max_tokens=None), NOW)
+    long = made.place(asked(objective=total, max_tokens=None, question="Add 1 and 2 in steps."), NOW)
+    assert (short.model, short.expected_tokens) == ("m:full", 2)
+    assert (long.model, long.expected_tokens) == ("m:small", 150)
+    for _ in range(20):
+        made.lengths.observe("local", 600, long.fitted)
+    again = made.place(asked(objective=total, max_tokens=None, question="Add 1 and 2 in steps."), NOW)
+    assert again.reason == "late" and again.expected_tokens == 450

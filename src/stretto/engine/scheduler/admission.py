@@ -20,6 +20,7 @@ from stretto.config import Tier
 from stretto.deadlines import Deadline
 from stretto.engine.scheduler.estimate import Estimate, patient
 from stretto.engine.scheduler.lateness import ADMITTED, Backlog, Prompt, backlog_of, newcomer, shortfall
+from stretto.engine.scheduler.lengths import answer_tokens
 from stretto.engine.scheduler.moore_hodgson import Job
 from stretto.engine.scheduler.types import SchedulingContext, tier_weight
 from stretto.engine.sequence import BEST_EFFORT, SPARE_TIME, TIMED, Sequence
@@ -132,7 +133,8 @@ class Outlook:
         seen = self._seen
         if seen is None:
             return 0.0
-        cost, length, tokens = seen.estimate.cost, len(request.prompt), _tokens(request, seen)
+        cost, length = seen.estimate.cost, len(request.prompt)
+        tokens = answer_tokens(request, seen.lengths.get(request.tier, 1))
         base = cost.base / (seen.estimate.streams + 1)
         prefill = cost.prefill(request.cached, length - request.cached)
         return prefill + tokens * (base + cost.row(length + tokens // 2))
@@ -210,8 +212,8 @@ def _some(waiting: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
 def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Forecast:
     """What would become of a request in a tier of this weight if it were sent `now`.
 
-    It is feasible when the scheduler would not defer it, the streams would keep their pace, and the whole
-    answer (of a long one's length for its tier) would be on time.
+    It is feasible when the scheduler would not defer it, the streams would keep their pace, and a long answer
+    would be on time as a whole.
     """
     estimate, length = seen.estimate, len(request.prompt)
     deadline = Deadline.of(request.arrival, request.objective)
@@ -238,7 +240,7 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     start = begin + ahead / flow
     first_token = start + own_ms / pace
     step_s = cost.decodes(estimate.streams + 1, seen.context + length) / 1e3
-    last_token = first_token + (_tokens(request, seen) - 1) * step_s
+    last_token = first_token + (answer_tokens(request, seen.lengths.get(request.tier, 1)) - 1) * step_s
     excess = max(
         deferral.late_by.get(first + place, 0.0),
         first_token - first_deadline,
@@ -263,12 +265,6 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
         retry_after=retry_after,
         refused_for=refused_for,
     )
-
-
-def _tokens(request: Request, seen: Snapshot) -> int:
-    """The tokens of the answer if it is a long one of its tier."""
-    wanted, usual = request.sampling.max_tokens, seen.lengths.get(request.tier, 1)
-    return max(usual if wanted is None else min(wanted, usual), 1)
 
 
 _deadline = itemgetter(0)

@@ -176,7 +176,7 @@ def _first_rank(builder: PlanBuilder, seq: Sequence) -> Rank:
     context, deadline, tier = builder.context, seq.deadline, seq.request.tier
     first = deadline.next
     if deadline.whole < inf:
-        rest = context.history.lengths.predict(tier, seq.request.sampling.max_tokens) - seq.output_len
+        rest = context.history.lengths.of(seq.request) - seq.output_len
         step_s = builder.cost.decodes(1 + len(context.queues.running), seq.length) / 1e3
         first = min(first, deadline.whole - max(rest, 1) * min(deadline.target_itl_s, step_s))
     if min(first, deadline.target_itl_s) < inf:

@@ -10,6 +10,7 @@ from math import exp
 
 from stretto.engine.sequence import Sequence
 from stretto.engine.step_time import Window
+from stretto.types import Request
 
 KEPT_LENGTHS = 512
 DEFAULT_LENGTH = 256  # tokens of a long answer, while nothing is known
@@ -38,13 +39,16 @@ class AnswerLengths:
         lengths.add(tokens)
         self._long[tier] = int(lengths.quantile(LONG, self._usual))
 
-    def predict(self, tier: str, max_tokens: int | None = None) -> int:
-        """The tokens of a long answer of this tier, at most `max_tokens`."""
-        usual = self._long.get(tier, self._usual)
-        return max(1, usual if max_tokens is None else min(usual, max_tokens))
+    def predict(self, tier: str) -> int:
+        """The tokens of a long answer of this tier."""
+        return max(self._long.get(tier, self._usual), 1)
+
+    def of(self, request: Request) -> int:
+        """The tokens of an answer to a request, as its maker expects, or a long one of its tier."""
+        return answer_tokens(request, self.predict(request.tier))
 
     def left(self, sequences: Iterable[Sequence]) -> list[int]:
-        """The tokens that each of these still has if its answer is a long one, at least 1.
+        """The tokens that each of these still has if its answer is as expected, or a long one, at least 1.
 
         One that is longer already is expected to become half as long again.
         """
@@ -54,9 +58,15 @@ class AnswerLengths:
             tier, done = seq.request.tier, seq.output_len
             if tier not in usual:
                 usual[tier] = self.predict(tier)
-            more = max(usual[tier] - done, done // 2)
+            more = max((seq.request.expected_tokens or usual[tier]) - done, done // 2)
             left.append(max(min(more, seq.limit - seq.length), 1))
         return left
+
+
+def answer_tokens(request: Request, usual: int) -> int:
+    """The tokens of an answer to a request, as its maker expects. `usual`: if that is not known."""
+    tokens, most = request.expected_tokens or usual, request.sampling.max_tokens
+    return max(tokens if most is None else min(tokens, most), 1)
 
 
 class ArrivalRate:

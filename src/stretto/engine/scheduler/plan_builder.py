@@ -90,10 +90,8 @@ class PlanBuilder(Struct, eq=False):
     def _prompt_share(self, streams: list[Sequence]) -> float:
         """The tokens of prompts for each token of an answer, by some of these streams."""
         some = streams[:: max(len(streams) // SAMPLE, 1)]
-        predict = self.context.history.lengths.predict
-        answers = sum(
-            max(predict(seq.request.tier, seq.request.sampling.max_tokens), seq.output_len) for seq in some
-        )
+        answer_tokens = self.context.history.lengths.of
+        answers = sum(max(answer_tokens(seq.request), seq.output_len) for seq in some)
         return sum(seq.prompt_len for seq in some) / max(answers, 1)
 
     def run(self, seq: Sequence, ms: float) -> None:

@@ -105,15 +105,16 @@ def _rest(seq: Sequence, context: SchedulingContext) -> Request | None:
             total_ms=None if deadline.whole == inf else (deadline.whole - now) * 1e3,
         ),
         sampling=replace(asked.sampling, max_tokens=_left(seq, context), min_tokens=0),
+        expected_tokens=_left(seq, context),
         cached=0,
     )
 
 
 def _left(seq: Sequence, context: SchedulingContext) -> int:
-    """How many tokens a stream is predicted to have yet. An answer that is longer than a long one of its tier
-    may be longer by a quarter of what it has."""
+    """How many tokens a stream is predicted to have yet. An answer that is longer than a long one may be
+    longer by a quarter of what it has."""
     done, asked = seq.output_len, seq.request
-    whole = context.history.lengths.predict(asked.tier, asked.sampling.max_tokens)
+    whole = context.history.lengths.of(asked)
     return max(min(max(whole - done, done // 4), seq.limit - len(seq.tokens)), 1)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -21,7 +22,8 @@ from stretto.ladder.registry import MeasuredCascade
 from stretto.models.decoder import Decoder
 from stretto.optimise.answers import Ids, TracedAnswer, generate, generate_traced
 from stretto.optimise.data import DataSample, right
-from stretto.optimise.evaluate import LEAST_IN_BIN, calibrated, interval
+from stretto.optimise.estimates.quality import LEAST_IN_BIN, calibrated
+from stretto.optimise.evaluate import interval
 from stretto.optimise.job import StepJob
 from stretto.optimise.training.trainer import write_whole
 
@@ -96,6 +98,34 @@ def threshold(
     return surest if not fewest else (surest + sureness[order[fewest - 1]]) / 2
 
 
+class HandedOver(NamedTuple):
+    """The answers of a cascade. `kept`: how many tokens of each the first variant wrote. `handed`: the places
+    of those that the other one ended. `rest`: what it wrote."""
+
+    answers: list[Ids]
+    kept: list[int]
+    handed: list[int]
+    rest: list[Ids]
+
+
+def hand_over(
+    traced: Sequence[TracedAnswer],
+    prompts: Sequence[Ids],
+    below: float,
+    go_on: Callable[[list[Ids]], list[Ids]],
+) -> HandedOver:
+    """Let `go_on` end the answers, each from the first token on that is less sure than `below`."""
+    kept = [each.sure_of(below) for each in traced]
+    handed = [
+        place for place, (each, count) in enumerate(zip(traced, kept, strict=True)) if count < each.drawn
+    ]
+    rest = go_on([prompts[place] + traced[place].ids[: kept[place]] for place in handed])
+    answers = [each.ids for each in traced]
+    for place, ids in zip(handed, rest, strict=True):
+        answers[place] = traced[place].ids[: kept[place]] + ids
+    return HandedOver(answers, kept, handed, rest)
+
+
 def _on_test(
     job: StepJob,
     begins: CascadeSide,
@@ -107,15 +137,10 @@ def _on_test(
     """What the cascade gives on held-out prompts."""
     traced, alone = _traced(job, begins, held), _answers(job, better, held)
     prompts = [job.codec.prompt(sample) for sample in held]
-    kept = [each.sure_of(below) for each in traced]
-    handed = [
-        place for place, (each, count) in enumerate(zip(traced, kept, strict=True)) if count < each.drawn
-    ]
-    starts = [prompts[place] + traced[place].ids[: kept[place]] for place in handed]
-    rest = generate(better.decoder, starts, job.generation(), job.counting(f"{better.name}: cascade"))
-    answers = [each.ids for each in traced]
-    for place, ids in zip(handed, rest, strict=True):
-        answers[place] = traced[place].ids[: kept[place]] + ids
+    on_done = job.counting(f"{better.name}: cascade")
+    answers, kept, handed, rest = hand_over(
+        traced, prompts, below, lambda starts: generate(better.decoder, starts, job.generation(), on_done)
+    )
     rights, usual = _right(job, held, answers), _right(job, held, alone)
     whole = sum(usual_ms(better.cost, len(p), 0, len(ids)) for p, ids in zip(prompts, alone, strict=True))
     taken = sum(

@@ -151,4 +151,5 @@ def learn_lengths(call: Call, model: str) -> None:
     router = call.server.router(model)
     if router is not None:
         for output in call.outputs:
-            router.lengths.observe(call.tenant, output.tokens, cut=output.finish_reason == "length")
+            cut = output.finish_reason == "length"
+            router.lengths.observe(call.tenant, output.tokens, call.placement.fitted, cut=cut)

@@ -29,9 +29,9 @@ from stretto.ladder.estimate import Quality, features
 from stretto.ladder.learning.bandit import context
 from stretto.ladder.learning.feedback import MadeChoice
 from stretto.ladder.learning.learner import Guidance, Learner
-from stretto.ladder.lengths import OutputLengths
+from stretto.ladder.lengths import AnswerTokens, OutputLengths
 from stretto.ladder.price import TimePrice, WorkOption
-from stretto.ladder.quality import MeasuredQuality
+from stretto.ladder.quality import measured_qualities
 from stretto.ladder.registry import Variant
 from stretto.ladder.serving import ServedLadder
 from stretto.server.variants.prospects import Prospects
@@ -69,7 +69,8 @@ class VariantPlacement(NamedTuple):
     `reason` is None when nothing was chosen. `model` is None when the request is refused; `best_quality` is
     then the lower bound of the best variant, `late` says whether one would have been good enough, and
     `retry_after` after how many seconds it might be on time. `made`: the choice, for those who give feedback.
-    `cascade`: who goes on when the model is not sure.
+    `cascade`: who goes on when the model is not sure. `expected_tokens`: of the answer, 0 if nothing was
+    predicted; `fitted`: what the ladder's own model expects of its length.
     """
 
     model: str | None
@@ -80,18 +81,23 @@ class VariantPlacement(NamedTuple):
     retry_after: float | None = None
     made: MadeChoice | None = None
     cascade: Cascade | None = None
+    expected_tokens: int = 0
+    fitted: AnswerTokens | None = None
 
 
 class Expectation(NamedTuple):
     """What is expected of the variants, by the engine's names, for a prompt with this context.
 
     `measured`: when the ladder was made. `corrected`: by what `guidance`, the tenant's feedback, has taught.
+    `fitted`: the tokens of its answer, as measured then; `tokens`: as they are with this tenant.
     """
 
     context: NDArray[np.float64]
     measured: dict[str, Quality]
     corrected: dict[str, Quality]
     guidance: Guidance | None
+    fitted: AnswerTokens | None
+    tokens: AnswerTokens
 
 
 class VariantRouter:
@@ -109,7 +115,8 @@ class VariantRouter:
     ) -> None:
         self.ladder = ladder
         self._learner = learner
-        self.lengths = OutputLengths(max(each.lengths.p90 for each in ladder.variants))
+        prior = max(each.lengths.p90 for each in ladder.variants)
+        self.lengths = OutputLengths(prior, ladder.ladder.lengths)
         self._tiers = tiers
         self._infos = infos
         self._prospects = Prospects(outlooks)
@@ -120,7 +127,8 @@ class VariantRouter:
             for each in ladder.variants
             if each.cascade is not None and each.cascade.begins in ladder.models
         }
-        self._measured = {model: MeasuredQuality(variant) for model, variant in self._variants.items()}
+        measured = measured_qualities(ladder.variants, ladder.ladder.top)
+        self._measured = {model: measured[variant.name] for model, variant in self._variants.items()}
 
     @property
     def measures_cascade(self) -> bool:
@@ -139,9 +147,11 @@ class VariantRouter:
         floor = asked.objective.min_quality or 0.0
         choice = self._choice(asked, models, expected, now)
         if choice is None:
-            return self._unforeseen(asked, expected, floor)
-        self._price.offer(now, _options(choice, floor), _patience_ms(asked.objective))
-        return self._placed(asked, choice, expected, floor)
+            placed = self._unforeseen(asked, expected, floor)
+        else:
+            self._price.offer(now, _options(choice, floor), _patience_ms(asked.objective))
+            placed = self._placed(asked, choice, expected, floor)
+        return placed._replace(expected_tokens=int(expected.tokens.mean), fitted=expected.fitted)
 
     def foresee(self, asked: LadderRequest, now: float) -> str:
         """The variant that would answer if this were asked now; the top if none would. Nothing is drawn, and
@@ -191,9 +201,9 @@ class VariantRouter:
             candidates += self._begun(candidates)
         need = Need(
             prompt_tokens=asked.prompt_tokens,
-            output_tokens=self.lengths.predict(asked.tenant, asked.max_tokens),
-            longest_tokens=self.lengths.longest(asked.tenant, asked.max_tokens),
-            mean_tokens=self.lengths.mean(asked.tenant, asked.max_tokens),
+            output_tokens=int(expected.tokens.long),
+            longest_tokens=int(expected.tokens.longest),
+            mean_tokens=int(expected.tokens.mean),
             objective=asked.objective,
             min_quality=asked.objective.min_quality or 0.0,
             preference=asked.prefer,
@@ -223,11 +233,13 @@ class VariantRouter:
         found = features(asked.question)
         described = context(found)
         quality = {model: self._measured[model].of(found) for model in models}
+        fitted = self.lengths.fitted(found)
+        tokens = self.lengths.expect(asked.tenant, fitted, asked.max_tokens)
         guidance = self._learner.guidance(asked.tenant, self.ladder.name, described, asked.user, now)
-        if guidance is None:
-            return Expectation(described, quality, quality, None)
-        better = {model: guidance.corrected(model, each) for model, each in quality.items()}
-        return Expectation(described, quality, better, guidance)
+        better = quality
+        if guidance is not None:
+            better = {model: guidance.corrected(model, each) for model, each in quality.items()}
+        return Expectation(described, quality, better, guidance, fitted, tokens)
 
     def reprice(self, now: float) -> None:
         """Let the price of machine time follow the load. To be called after a choice, when nobody waits."""
