@@ -151,3 +151,25 @@ def test_moments_are_spans_from_now_or_dates():
     for wrong in ("soon", "999999999d"):
         with pytest.raises(StartError):
             issue.moment(wrong, NOW)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tenant": "bad name"}, "the name of a tenant has 1 to 64 letters"),
+        ({"scopes": ("everything",)}, "a scope is one of infer, usage, metrics, admin"),
+        ({"tiers": ("gold",)}, "a tier is one of priority, default, flex"),
+        ({"models": ("",)}, "the name of a model has"),
+        ({"limits": ("requests=60",)}, "^the key cannot be made: 'requests=60' is no limit: write one like"),
+    ],
+)
+def test_a_key_that_cannot_be_made_says_what_to_write(tmp_path: Path, fields: dict[str, Any], message: str):
+    file = KeyFile(tmp_path / "keys.json")
+    with pytest.raises(StartError, match=message):
+        issue.create(file, datetime.now(UTC), **{"tenant": "acme"} | fields)
+    assert not file.path.exists()
+
+
+def test_limits_of_a_name_that_no_tenant_has_are_refused(tmp_path: Path):
+    with pytest.raises(StartError, match="'bad name' is no tenant: the name of a tenant has"):
+        issue.limit_tenant(KeyFile(tmp_path / "keys.json"), "bad name", ["tokens=1/day"])

@@ -5,20 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 from msgspec import Struct, json, structs
 
+from stretto.config import TierName
 from stretto.errors import StartError
 from stretto.gateway.accounts.keys import (
     SCOPES,
     KeyBook,
     KeyFile,
     KeyRecord,
+    KeyScope,
+    Name,
     TenantRecord,
     decode,
     hash_of,
+    limits_of,
     new_id,
     new_key,
 )
@@ -26,6 +30,12 @@ from stretto.gateway.accounts.keys import (
 SPAN = re.compile(r"(\d+)([smhdw])")
 SPANS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 NAMES = "1 to 64 letters, digits and the characters . _ @ -"
+HINTS = {
+    "$.tenant": f"the name of a tenant has {NAMES}",
+    "$.scopes": f"a scope is one of {', '.join(get_args(KeyScope))}",
+    "$.tiers": f"a tier is one of {', '.join(get_args(TierName))}",
+    "$.models": "the name of a model has 1 to 256 characters",
+}
 KeyStatus = Literal["active", "expired", "revoked"]
 
 
@@ -69,8 +79,13 @@ def create(file: KeyFile, now: datetime, **fields: object) -> NewKey:
     try:
         record = msgspec.convert(values, KeyRecord)
     except msgspec.ValidationError as error:
-        hint = f"; a name is {NAMES}" if "$.tenant" in str(error) else ""
-        raise StartError(f"the key cannot be made: {error}{hint}") from error
+        hints = [
+            f"{path}: {hint}, unlike {values.get(path[2:])!r}"
+            for path, hint in HINTS.items()
+            if path in str(error)
+        ]
+        raise StartError(f"the key cannot be made: {hints[0] if hints else error}") from error
+    limits_of(record.limits, "the key cannot be made")
     if record.expires is not None and record.expires <= now:
         raise StartError(f"a key cannot expire in the past, at {record.expires:%Y-%m-%dT%H:%M:%SZ}")
     _change(file, lambda book: structs.replace(book, keys=(*book.keys, record)), missing_ok=True)
@@ -96,7 +111,12 @@ def rotate(file: KeyFile, name: str, now: datetime, grace: timedelta) -> NewKey:
 
 def limit_tenant(file: KeyFile, tenant: str, limits: Sequence[str]) -> TenantRecord:
     """Sets the limits that all keys of a tenant share; none: it has no limits. Raises StartError."""
+    try:
+        msgspec.convert(tenant, Name)
+    except msgspec.ValidationError:
+        raise StartError(f"{tenant!r} is no tenant: {HINTS['$.tenant']}") from None
     record = TenantRecord(limits=tuple(limits))
+    limits_of(record.limits, f"tenant {tenant}")
 
     def changed(book: KeyBook) -> KeyBook:
         others = {name: each for name, each in book.tenants.items() if name != tenant}
