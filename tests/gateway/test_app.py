@@ -135,6 +135,24 @@ async def test_a_drained_worker_gets_no_new_requests(checkpoint: Path):
         assert len(engines[0].requests) == 1
 
 
+async def test_a_worker_joins_with_the_key_and_an_address_alone(checkpoint: Path):
+    async with cluster(checkpoint, fake(10), gateway_key="secret") as (client, gateway):
+        (configured,) = gateway.registry.workers.values()
+        url = f"https://{configured.name}"
+        assert (await client.post("/v1/workers", json={"url": url})).status_code == 401
+        assert (await client.post("/v1/workers", json={"url": url}, headers=KEY)).status_code == 200
+        assert list(gateway.registry.workers.values()) == [configured] and configured.lease is None
+        for wrong in ({"url": "http://a b"}, {"url": "http://u:p@a"}, {"url": 5}, {"url": "x", "lease_s": 9}):
+            answer = await client.post("/v1/workers", json=wrong, headers=KEY)
+            assert answer.status_code == 400 and "$." in answer.json()["error"]["param"], answer.text
+        large = await client.post("/v1/workers", json={"url": "x" * (5 << 20)}, headers=KEY)
+        assert large.status_code == 413
+        for site in ("edge", "core"):
+            await client.post("/v1/workers", json={"url": "http://127.0.0.1:1", "site": site}, headers=KEY)
+        assert gateway.registry.workers["127.0.0.1:1"].view.site == "core"
+        assert (await client.post(CHAT, json=ASK)).status_code == 200
+
+
 async def test_tenants_have_keys_at_the_gateway_and_reach_the_engine(checkpoint: Path):
     engine = fake(10)
     async with cluster(checkpoint, engine, gateway_key="secret", api_keys={"k-ann": "ann"}) as (client, _):

@@ -17,7 +17,15 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stretto.errors import Draining, KeyRevoked, NotFound, StrettoError, Unavailable
+from stretto.errors import (
+    Draining,
+    InvalidRequest,
+    KeyRevoked,
+    NotFound,
+    StartError,
+    StrettoError,
+    Unavailable,
+)
 from stretto.gateway.accounts.accounts import Account
 from stretto.gateway.accounts.keys import KeyScope
 from stretto.gateway.accounts.ledger import Charge, Ledger
@@ -331,8 +339,11 @@ class Gateway(Starlette):
         """A worker joins, or renews its lease."""
         self.account(request, "admin")
         require_json(request.headers.get("content-type"))
-        joining = parse(json.Decoder(Joining), await request.body())
-        worker = self.registry.join(joining.url, joining.site, lease=time.monotonic() + LEASE_S)
+        joining = parse(json.Decoder(Joining), await read_body(request, self.config.max_body_bytes))
+        try:
+            worker = self.registry.join(joining.url, joining.site, lease=time.monotonic() + LEASE_S)
+        except StartError as error:
+            raise InvalidRequest(f"$.url: {error.message}", param="$.url") from None
         return _json({"name": worker.name, "lease_s": LEASE_S})
 
     async def leave(self, request: Request) -> Response:
