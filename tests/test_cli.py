@@ -128,6 +128,13 @@ def test_help_shows_every_command_without_colours() -> None:
     assert ESCAPE not in done.stdout
 
 
+@pytest.mark.parametrize("command", ["", "serve", "bench serve", "keys list"])
+def test_help_has_its_short_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run_main([*command.split(), "-h"])
+    assert exit.value.code == 0 and "Usage:" in capsys.readouterr().out
+
+
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         run_main(["--version"])

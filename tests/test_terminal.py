@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from io import BytesIO, TextIOWrapper
 
 import pytest
 
@@ -39,3 +41,11 @@ def test_progress_bars_show_nothing_without_a_terminal(capsys: pytest.CaptureFix
         bars("weights", 1, 2)
         bars("weights", 2, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_character_that_the_locale_lacks_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(written, "latin-1"))
+    terminal.write_any_text()
+    terminal.print_json({"answer": "Adiós 😀"})
+    assert "Adiós ?".encode("latin-1") in written.getvalue()

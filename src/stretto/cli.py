@@ -55,7 +55,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"token_normalize_func": _one_spelling},
+    context_settings={"token_normalize_func": _one_spelling, "help_option_names": ["--help", "-h"]},
 )
 bench = typer.Typer(help="Measure a server, a schedule, or the engine alone.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
@@ -455,6 +455,7 @@ def _loaded(model: str) -> LLM:
 
 def main() -> None:
     """Run a command. A StrettoError is printed as one line, without a traceback."""
+    terminal.write_any_text()
     try:
         app()
     except StrettoError as error:

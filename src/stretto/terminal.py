@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any
 
 import msgspec
@@ -39,6 +40,13 @@ FILE_WIDTH = 200  # columns of a table in a file or a pipe, where nothing is cut
 out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
 QUESTION = "What is 22.53 + 32.62?"
 err = Console(stderr=True, soft_wrap=True, highlight=False, width=None if sys.stderr.isatty() else FILE_WIDTH)
+
+
+def write_any_text() -> None:
+    """Has a question mark written for a character that the locale of the terminal lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def print_json(value: object) -> None:
