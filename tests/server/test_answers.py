@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import struct
@@ -14,11 +15,12 @@ import pytest
 
 from stretto.config import ServeConfig
 from stretto.server.app import App
+from stretto.server.responses import ResponseWriter
 from stretto.text.tokenizer import TextModel
 from stretto.types import Began, Grammar, Reason, Request, Sampling, TokenEvent
 from tests.server.checkpoint import byte_level, write
 from tests.server.conftest import CHAT, HELLO, ids_of
-from tests.server.fake_engine import FakeEngine, build, info
+from tests.server.fake_engine import FakeEngine, FakeStream, build, info
 from tests.server.sse import events, text_of
 
 SetAnswer = Callable[[str], list[int]]
@@ -51,6 +53,27 @@ async def streamed(client: httpx.AsyncClient, path: str = CHAT, **body: Any) -> 
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
     return events(response.text)
+
+
+async def test_a_request_leaves_before_the_work_that_can_wait(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client of the engine sends what it has in the event loop's next turn."""
+    order: list[str] = []
+    submit, opened = engine.submit, ResponseWriter.__init__
+
+    def submitting(request: Request) -> FakeStream:
+        asyncio.get_running_loop().call_soon(order.append, "left")
+        return submit(request)
+
+    def opening(self: ResponseWriter, *values: Any) -> None:
+        order.append("writer made")
+        opened(self, *values)
+
+    monkeypatch.setattr(engine, "submit", submitting)
+    monkeypatch.setattr(ResponseWriter, "__init__", opening)
+    await streamed(client)
+    assert order == ["left", "writer made"]
 
 
 async def test_a_chat_answer_has_text_usage_and_finish_reason(
