@@ -153,6 +153,20 @@ async def test_a_worker_joins_with_the_key_and_an_address_alone(checkpoint: Path
         assert (await client.post(CHAT, json=ASK)).status_code == 200
 
 
+async def test_a_worker_at_two_addresses_is_one(checkpoint: Path):
+    async with cluster(checkpoint, fake(10), fake(10)) as (client, gateway):
+        first, _ = gateway.registry.workers.values()
+        twin = gateway.registry.join(f"http://localhost:{first.address.port}")
+        while twin.error == "no report yet":
+            await asyncio.sleep(0.01)
+        assert not twin.view.usable and f"it is the worker {first.name} at another address" in twin.error
+        gateway.registry.leave(first.name)
+        async with asyncio.timeout(10):
+            while not twin.view.usable:
+                await asyncio.sleep(0.01)
+        assert (await client.post(CHAT, json=ASK)).status_code == 200
+
+
 async def test_tenants_have_keys_at_the_gateway_and_reach_the_engine(checkpoint: Path):
     engine = fake(10)
     async with cluster(checkpoint, engine, gateway_key="secret", api_keys={"k-ann": "ann"}) as (client, _):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from functools import partial
 from typing import Any, cast
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stretto.gateway.upstream.connection import UpstreamConnection, WorkerLost
+from stretto.gateway.upstream import connection
+from stretto.gateway.upstream.connection import Address, Pool, UpstreamConnection, WorkerLost
 from stretto.gateway.upstream.progress import Progress
 from stretto.protocol.relay import error_mark, mark, variant_mark
 
@@ -140,3 +142,23 @@ def test_what_the_client_cannot_take_changes_nothing(part: bytes):
     progress.push(PARTS[0])
     assert not progress.take(lambda data: False, part)
     assert progress.emitted == 1 and progress.written == 0
+
+
+async def test_trusted_certificates_are_read_once_and_again_when_one_is_not_valid(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    async def refuse(*_: Any, **__: Any) -> None:
+        error = ssl.SSLCertVerificationError("not valid")
+        error.verify_message = "certificate has expired"
+        raise error
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", refuse)
+    pool = Pool(Address.of("https://worker.example"))
+    before = pool.context()
+    with pytest.raises(WorkerLost, match="certificate"):
+        await pool.acquire(1.0)
+    assert pool.context() is before, "an invalid one is tried 20 times a second"
+    monkeypatch.setattr(connection, "RELOAD_S", 0.0)
+    with pytest.raises(WorkerLost):
+        await pool.acquire(1.0)
+    assert pool.context() is not before

@@ -33,6 +33,8 @@ from stretto.types import (
 Item = int | list[int] | float | Reason | Exception | TokenEvent
 Script = Callable[[Request], Sequence[Item]]
 
+BOOTS = count(1)
+
 
 def info(name: str = "tiny", *, vocab: int, context: int = 512) -> ModelInfo:
     return ModelInfo(
@@ -137,7 +139,7 @@ class FakeEngine:
     failure: str | None = None
     ended: bool = False
     work_ms: float = 0.0
-    boot: str = "first"
+    boot: str = field(default_factory=lambda: f"boot-{next(BOOTS)}")
     erased: list[tuple[str, str | None]] = field(default_factory=list[Any])
     outlooks: dict[str, Outlook] = field(default_factory=dict[str, Outlook])
     tiers: dict[str, Tier] = field(default_factory=lambda: TIERS)

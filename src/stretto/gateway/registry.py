@@ -325,6 +325,9 @@ class Registry:
             report, seen = read_report(body)
         finally:
             worker.rest = min(REST * (time.thread_time() - began), PLAIN_POLL_S)
+        for each in self.workers.values():
+            if each is not worker and each.boot == report.boot != "" and not each.breaker.broken:
+                raise NotAReport(f"it is the worker {each.name} at another address; list it once")
         view = worker.view
         if worker.boot and report.boot != worker.boot:
             self.router.prefixes.forget(worker.name)
