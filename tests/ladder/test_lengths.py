@@ -86,6 +86,7 @@ def test_the_prior_counts_until_enough_answers_have_ended() -> None:
     lengths.observe("a", 5)
     assert lengths.expect("a").long == 5
     assert OutputLengths().expect("a").long == UNKNOWN
+    assert OutputLengths(40).expect("a", max_tokens=0) == (1, 1, 1)
 
 
 def test_the_mean_is_of_the_same_answers_and_that_of_long_ones_until_there_are_enough() -> None:

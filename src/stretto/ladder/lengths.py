@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 from msgspec import Meta, Struct
 
 from stretto.engine.step_time import Window
-from stretto.ladder.estimate import BUCKETS, FEATURES, NUMBERS, PromptFeatures, linear
+from stretto.ladder.estimate import BUCKETS, FEATURES, NUMBERS, PromptFeatures
 
 LONG = 0.9  # the quantile that stands for a long answer
 LONGEST = 0.98  # that for one of the longest
@@ -63,8 +63,11 @@ class AnswerTokens(NamedTuple):
 
     def within(self, most: int | None) -> AnswerTokens:
         """Whole tokens, at least one and at most `most`."""
-        limit = float("inf") if most is None else most
-        return AnswerTokens(*[max(min(round(each), limit), 1) for each in self])
+        mean, long, longest = round(self.mean) or 1, round(self.long) or 1, round(self.longest) or 1
+        if most is None:
+            return AnswerTokens(mean, long, longest)
+        most = most or 1
+        return AnswerTokens(min(mean, most), min(long, most), min(longest, most))
 
 
 def slope_of(found: PromptFeatures) -> float:
@@ -75,24 +78,34 @@ def slope_of(found: PromptFeatures) -> float:
 class FittedLengths:
     """A fitted model, ready for quick questions: the score, then the line between two bins."""
 
-    __slots__ = ("_bins", "_scores", "_slopes", "_weights")
+    __slots__ = ("_bins", "_numbers", "_scores", "_words")
 
     def __init__(self, model: LengthModel) -> None:
-        self._weights, self._slopes = model.weights, (*[0.0] * NUMBERS, *model.slopes)
+        self._numbers = model.weights[:NUMBERS]
+        # Weight and slope of a bucket as one complex number, so that one sum adds up both.
+        pairs = zip(model.weights[NUMBERS:], model.slopes, strict=True)
+        self._words = [0j] * NUMBERS + [complex(weight, slope) for weight, slope in pairs]
         self._bins = [AnswerTokens(each.mean, each.long, each.longest) for each in model.bins]
         self._scores = [each.score for each in model.bins]
 
     def of(self, found: PromptFeatures) -> AnswerTokens:
         """For a prompt with these features."""
-        steeper = slope_of(found) * found.share * sum(map(self._slopes.__getitem__, found.buckets))
-        score = linear(self._weights, found) + steeper
-        place, bins = bisect_left(self._scores, score), self._bins
+        (one, length, digits, question), buckets, share = found
+        first, second, third, fourth = self._numbers
+        words = sum(map(self._words.__getitem__, buckets))
+        score = first * one + second * length + third * digits + fourth * question
+        score += share * (words.real + slope_of(found) * words.imag)
+        scores, bins = self._scores, self._bins
+        place = bisect_left(scores, score)
         if place == 0 or place == len(bins):
             return bins[place and place - 1]
-        first, second = bins[place - 1], bins[place]
-        left, right = self._scores[place - 1], self._scores[place]
-        share = (score - left) / (right - left)
-        return AnswerTokens(*[one + share * (two - one) for one, two in zip(first, second, strict=True)])
+        (mean, long, longest), (next_mean, next_long, next_longest) = bins[place - 1], bins[place]
+        part = (score - scores[place - 1]) / (scores[place] - scores[place - 1])
+        return AnswerTokens(
+            mean + part * (next_mean - mean),
+            long + part * (next_long - long),
+            longest + part * (next_longest - longest),
+        )
 
 
 class OutputLengths:
