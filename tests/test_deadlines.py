@@ -83,4 +83,12 @@ def test_total_ms_tightens_the_itl_target() -> None:
     deadline.keep_pace(11.0, 10)
     assert deadline.target_itl_s == pytest.approx(0.1)
     deadline.keep_pace(13.0, 10)
-    assert deadline.target_itl_s == 0.0
+    assert deadline.target_itl_s == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_pace_is_never_zero_though_the_whole_answer_is_due_now():
+    """A stream that had its first token at that very instant stopped the engine: a load is a cost by pace."""
+    deadline = Deadline.of(0.0, Objective(total_ms=500))
+    deadline.keep_pace(0.5, 10)
+    deadline.emit(0.5)
+    assert not deadline.late and deadline.target_itl_s > 0.0

@@ -76,7 +76,7 @@ class Deadline:
 
     def keep_pace(self, now: float, tokens: int) -> None:
         """Lower `target_itl_s` so that `tokens` more tokens can be out when the whole answer is due."""
-        self.target_itl_s = min(self.target_itl_s, max(self.whole - now, 0.0) / tokens)
+        self.target_itl_s = min(self.target_itl_s, max(self.whole - now, ROUNDING_S) / tokens)
 
 
 def first_due(arrival: float, objective: Objective) -> float:

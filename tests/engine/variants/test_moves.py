@@ -196,7 +196,7 @@ def test_a_cancelled_request_ends_where_it_moved_to() -> None:
         max_size=40,
     )
 )
-def test_random_loads_end_each_request_once_and_compute_nothing_twice(rows: list[Any]) -> None:
+def test_random_loads_end_each_request_once_and_compute_it_twice_only_when_it_moves(rows: list[Any]) -> None:
     world = Ladders()
     rows.sort(key=lambda row: row[0])
     for ident, (at, prompt, tokens, ttft, itl, total, on_miss, tier, lighter) in enumerate(rows, 1):
@@ -218,10 +218,11 @@ def test_random_loads_end_each_request_once_and_compute_nothing_twice(rows: list
     assert set(world.ends) == set(world.requests)
     for ident, request in world.requests.items():
         by = [name for name, runner in world.runners.items() if ident in runner.computed]
-        assert len(by) <= 1
+        moved = any(event.began is not None and event.began.moved for event in world.events[ident])
+        assert len(by) <= (1 + MOST_MOVES if moved else 1), "a stream may move, which reads its tokens again"
         assert set(by) <= {request.model, *request.lighter}
         if ident in world.stamps:
-            assert by == [world.answered_by(ident)]
+            assert world.answered_by(ident) in by
     assert all(
         seq.moves <= MOST_MOVES for model in world.engine.models.values() for seq in model.queues.waiting
     )
