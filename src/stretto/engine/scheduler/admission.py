@@ -174,9 +174,7 @@ def snapshot(context: SchedulingContext, newest: int) -> Snapshot:
         load=load / 1e3,
         elsewhere=context.elsewhere,
     )
-    waits = context.place_waits(MAX_PROMPTS)
-    if waits:
-        estimate = context.with_places(estimate, started, waits)
+    estimate = context.with_places(estimate, started, context.place_waits(MAX_PROMPTS))
     return Snapshot(
         now=context.now,
         newest=newest,
@@ -230,15 +228,11 @@ def predict(request: Request, seen: Snapshot, weight: float, now: float) -> Fore
     if deferral.late_by and seen.patient is not None:
         estimate = seen.patient
         deferral = estimate.defer(groups, lambda weight: seen.inflow.get(weight, 0.0), now)
-    begin, pace, flow = (
-        deferral.groups[weight].start,
-        deferral.groups[weight].pace,
-        deferral.groups[weight].flow,
-    )
+    same = deferral.groups[weight]
     first = sum(map(len, groups.values())) - len(groups[weight])
     ahead = sum(ms for index, (_, ms, _) in enumerate(jobs[:place], first) if index not in deferral.late_by)
-    start = begin + ahead / flow
-    first_token = start + own_ms / pace
+    start = same.start + ahead / same.flow
+    first_token = start + own_ms / same.pace
     step_s = cost.decodes(estimate.streams + 1, seen.context + length) / 1e3
     last_token = first_token + (answer_tokens(request, seen.lengths.get(request.tier, 1)) - 1) * step_s
     excess = max(

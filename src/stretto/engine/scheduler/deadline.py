@@ -75,9 +75,7 @@ class Running(Struct, eq=False):
         itl_ms, context = self.shortest_itl_s * 1e3, builder.context
         streams = len(self.streams)
         made = Estimate(builder.cost, builder.margin, streams, itl_ms, self.load, context.elsewhere)
-        return (
-            context.with_places(made, len(self.prompts), builder.place_waits) if builder.place_waits else made
-        )
+        return context.with_places(made, len(self.prompts), builder.place_waits)
 
 
 def deadline(context: SchedulingContext) -> Plan:

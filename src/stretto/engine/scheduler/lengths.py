@@ -19,9 +19,7 @@ ARRIVALS_S = 120.0
 OFFERED_S = 600.0  # the same for what comes, refused or not: a burst is no overload
 RECENT_S = 10.0  # at most the same for what comes now, on a machine whose objectives are short
 LEAST_RECENT_S = 1.0  # at least the same
-RECENT_LUMPS = (
-    50.0  # prompts of the usual size, one after the other, take as long: the rate is then known to 10 %
-)
+RECENT_LUMPS = 50.0  # of so many prompts of the usual size the rate is known to about 10 %
 IDLE_S = 1800.0  # the same for the time in which no step ran: bursts and the pauses between them
 
 
