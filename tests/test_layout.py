@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profiler": GROUND | {"engine", "models", "kernels"},
     "bench": GROUND | {"simulator", "profiler.protocol"},
     "server": SERVING,
-    "gateway": SERVING,
+    "gateway": SERVING | {"engine.scheduler.lateness"},
     "cluster": GROUND | {"telemetry", "simulator", "gateway.routing"},
     "optimise": GROUND | {"models", "kernels", "engine", "text", "ladder"},
 }

@@ -45,6 +45,15 @@ def test_a_change_that_needs_a_restart_is_refused_by_its_name():
     assert RELOADED <= GATEWAY.infos.keys()
 
 
+@pytest.mark.parametrize("name", ["answer_timeout", "silence_timeout"])
+def test_the_bounds_of_silence_are_settings_above_zero(name: str):
+    given = {"STRETTO_WORKERS": "http://a:1", f"STRETTO_{name.upper()}": "2.5"}
+    assert 2.5 in load({}, given, None).patience and name in RELOADED
+    for wrong in ("0", "-1", "nan", "soon"):
+        with pytest.raises(StartError, match=name.upper()):
+            load({}, given | {f"STRETTO_{name.upper()}": wrong}, None)
+
+
 @contextlib.asynccontextmanager
 async def reloading(
     checkpoint: Path, tmp_path: Path, engines: list[FakeEngine]

@@ -315,3 +315,88 @@ async def test_a_gateway_that_was_stopped_blames_no_worker(checkpoint: Path, mon
         await asyncio.sleep(0.1)
         await asyncio.gather(*streams)
         assert lost == [] and gateway.relay.failovers == 0
+
+
+async def silent(writer: asyncio.StreamWriter) -> bool:
+    """Accepts a request and never answers."""
+    await asyncio.sleep(60)
+    return False
+
+
+async def silent_after_head(writer: asyncio.StreamWriter) -> bool:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+    return await silent(writer)
+
+
+async def silent_in_body(writer: asyncio.StreamWriter) -> bool:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+    return await silent(writer)
+
+
+async def silent_in_stream(writer: asyncio.StreamWriter) -> bool:
+    """The first two words of a stream, and no more."""
+    await broken_off(writer)
+    return await silent(writer)
+
+
+@pytest.mark.parametrize("answer", [silent, silent_after_head])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_server_that_never_answers_costs_its_client_an_error_in_time(answer: Answer, stream: bool):
+    async with other(answer) as server, in_front(server.url, answer_timeout_s=0.3) as (client, gateway):
+        got = await client.post(CHAT, json=ASK | {"stream": stream})
+        assert (got.status_code, got.json()["error"]["code"]) == (504, "worker_timeout"), got.text
+        assert "sent nothing for 0.3 s" in got.json()["error"]["message"]
+        assert server.asked == 1 and gateway.relay.retries == 0
+        (worker,) = gateway.registry.workers.values()
+        assert worker.view.usable and worker.view.active == 0, "it may be slow at this request"
+
+
+@pytest.mark.parametrize("answer", [silent, silent_after_head])
+async def test_a_request_with_an_objective_goes_on_from_a_server_that_never_answers(answer: Answer):
+    ask = ASK | {"objective": {"ttft_ms": 100}}
+    async with (
+        other(answer) as hung,
+        other(whole) as well,
+        in_front(hung.url, well.url, route="round-robin") as (client, gateway),
+    ):
+        got = [await client.post(CHAT, json=ask) for _ in range(2)]
+        assert [words_of(each) for each in got] == [list(WORDS)] * 2 and gateway.relay.retries == 1
+        assert hung.asked == 1 and well.asked == 2
+
+
+async def test_a_server_that_often_never_answers_is_left_out():
+    ask = ASK | {"objective": {"ttft_ms": 20}}
+    async with (
+        other(silent) as hung,
+        other(whole) as well,
+        in_front(hung.url, well.url, route="least-load") as (client, gateway),
+    ):
+        worker = gateway.registry.workers[hung.url.removeprefix("http://")]
+        for _ in range(4):
+            assert words_of(await client.post(CHAT, json=ask)) == list(WORDS)
+        assert hung.asked <= 3 and (hung.asked < 3 or "504" in worker.error)
+
+
+async def test_an_answer_in_which_a_server_falls_silent_ends_in_an_error():
+    async with other(silent_in_stream) as server, in_front(server.url, silence_timeout_s=0.3) as (client, _):
+        got = await client.post(CHAT, json=ASK)
+        assert words_of(got) == list(WORDS[:2]) and "worker_timeout" in got.text and "[DONE]" not in got.text
+    async with other(silent_in_body) as server, in_front(server.url, silence_timeout_s=0.3) as (client, _):
+        got = await client.post(CHAT, json=ASK | {"stream": False})
+        assert (got.status_code, got.json()["error"]["code"]) == (504, "worker_timeout")
+
+
+async def test_a_slow_server_that_sends_now_and_then_is_waited_for():
+    """No bound is on the whole answer, nor on one that may be late."""
+
+    async def slow(writer: asyncio.StreamWriter) -> bool:
+        await asyncio.sleep(0.5)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        for part in (*map(event, WORDS), b"data: [DONE]\n\n"):
+            writer.write(part)
+            await asyncio.sleep(0.3)
+        return False
+
+    late = ASK | {"objective": {"ttft_ms": 10, "on_miss": "late"}}
+    async with other(slow) as server, in_front(server.url, silence_timeout_s=1.0) as (client, _):
+        assert words_of(await client.post(CHAT, json=late)) == list(WORDS)

@@ -308,7 +308,7 @@ async def test_a_worker_that_dies_ends_its_sessions_and_the_next_one_is_elsewher
             await talk.until("response.output_text.delta")
             (index,) = [at for at, worker in enumerate(workers) if worker.view.active]
             if how == "silent":
-                workers[index].lost()
+                workers[index].pool.lose()
             else:
                 opened[0].transport.abort()
             assert (await talk.error())["code"] == "worker_lost"

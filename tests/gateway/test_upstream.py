@@ -12,9 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stretto.gateway.upstream import connection
-from stretto.gateway.upstream.connection import Address, Pool, UpstreamConnection, WorkerLost
+from stretto.gateway.upstream.connection import (
+    Address,
+    ClosedWhenIdle,
+    Pool,
+    UpstreamConnection,
+    WorkerLost,
+)
 from stretto.gateway.upstream.progress import Progress
 from stretto.protocol.relay import error_mark, mark, variant_mark
+from tests.gateway.cluster import ASK, CHAT
+from tests.gateway.test_bad_workers import report
+from tests.gateway.test_other_servers import WORDS, in_front, other, sized, until, whole, words_of
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 EVENT = b'data: {"id":"c1","created":7,"choices":[]}\n\n'
@@ -162,3 +171,97 @@ async def test_trusted_certificates_are_read_once_and_again_when_one_is_not_vali
     with pytest.raises(WorkerLost):
         await pool.acquire(1.0)
     assert pool.context() is not before
+
+
+async def test_a_kept_connection_that_its_worker_closes_costs_no_request_and_no_worker():
+    """It closes each connection when a second request comes on it, as one that was idle for too long."""
+    used, begun = set[asyncio.StreamWriter](), 0
+
+    async def once(writer: asyncio.StreamWriter) -> bool:
+        nonlocal begun
+        if writer in used:
+            return False
+        used.add(writer)
+        begun += 1
+        return await whole(writer)
+
+    async with other(once) as server, in_front(server.url) as (client, gateway):
+        (worker,) = gateway.registry.workers.values()
+        for number in range(6):
+            got = await client.post(CHAT, json=ASK)
+            assert got.status_code == 200 and words_of(got) == list(WORDS), got.text
+            assert worker.view.usable and begun == number + 1
+        assert server.asked > 6 and not worker.breaker.failures
+        assert gateway.relay.retries == 0 and len(worker.pool.streams) <= 1
+
+
+async def test_a_worker_that_closes_new_connections_too_is_lost_and_asked_no_third_time():
+    async def closing(writer: asyncio.StreamWriter) -> bool:
+        return False
+
+    async with other(closing) as server, in_front(server.url) as (client, gateway):
+        (worker,) = gateway.registry.workers.values()
+        await until(lambda: worker.pool.idle > 0)
+        assert (await client.post(CHAT, json=ASK)).status_code == 503
+        assert server.asked == 2 and worker.breaker.broken and len(worker.pool.streams) <= 1
+
+
+async def test_reports_too_go_on_over_a_new_connection_when_the_worker_closes_theirs():
+    reports = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal reports
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(sized(report()))
+            reports += 1
+            await reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        writer.transport.abort()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with in_front(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as (_, gateway):
+        (worker,) = gateway.registry.workers.values()
+        first = reports
+        await until(lambda: reports > first + 5)
+        assert worker.view.usable and not worker.breaker.opened > 0
+    server.close()
+
+
+@pytest.mark.parametrize(("head", "kept"), [(b"timeout=1", False), (b"max=5, timeout=9", True), (b"", True)])
+async def test_a_connection_is_kept_no_longer_than_its_worker_says(head: bytes, kept: bool):
+    made = UpstreamConnection()
+    made.connection_made(cast(Any, Wire()))
+    asking = asyncio.create_task(made.exchange(b""))
+    await asyncio.sleep(0)
+    made.data_received(b"HTTP/1.1 200 OK\r\nKeep-Alive: %b\r\nContent-Length: 2\r\n\r\n{}" % head)
+    assert (await asking).status == 200 and await made.read() == b"{}" and made.reusable
+    pool = Pool(Address.of("http://a:1"))
+    pool.release(made)
+    assert (pool.idle == 1) is made.lasting is kept
+
+
+@pytest.mark.parametrize(
+    ("race_s", "heard", "closed"), [(60.0, b"", True), (0.0, b"", False), (60.0, b"HTTP", False)]
+)
+async def test_only_a_kept_connection_that_is_closed_at_once_was_closed_because_it_was_idle(
+    monkeypatch: pytest.MonkeyPatch, race_s: float, heard: bytes, closed: bool
+):
+    """Else the worker may have begun on the request. The response before had no body and no length."""
+    monkeypatch.setattr(connection, "RACE_S", race_s)
+    made = UpstreamConnection()
+    made.connection_made(cast(Any, Wire()))
+    for again in (False, True):
+        asking = asyncio.create_task(made.exchange(b""))
+        await asyncio.sleep(0)
+        if not again:
+            made.data_received(b"HTTP/1.1 204 No Content\r\n\r\n")
+            assert (await asking).status == 204 and made.reusable
+    if heard:
+        made.data_received(heard)
+    made.connection_lost(None)
+    with pytest.raises(WorkerLost) as caught:
+        async with asyncio.timeout(5):
+            await asking
+    assert (type(caught.value) is ClosedWhenIdle) is closed

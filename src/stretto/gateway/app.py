@@ -194,7 +194,7 @@ class Gateway(Starlette):
         self.tracer = tracing.connect(config.trace_endpoint, "stretto-gateway")
         headers = {"Authorization": f"Bearer {config.gateway_key}"} if config.gateway_key else {}
         self.registry = Registry(Router(config.route, Random(seed).randrange), headers)
-        self.relay = Relay(self.registry, config.hedge_share)
+        self.relay = Relay(self.registry, config.hedge_share, config.patience)
         self.ledger = Ledger(config.keys, self._end_revoked, joules=self.registry.joules)
         self.answers = Answers(config, self.relay)
         self.monitor = Monitor(self.registry, self.answers, self.server, self.ledger)
@@ -261,6 +261,7 @@ class Gateway(Starlette):
         await self.ledger.apply(config.keys)
         self.registry.router.choose_by(config.route)
         self.relay.hedging.budget.share = config.hedge_share
+        self.relay.patience = config.patience
         self.answers.policies = config.caches
         logging.getLogger().setLevel(config.log_level.upper())
 

@@ -59,6 +59,7 @@ class RelayedExchange:
     tried: set[str] = field(default_factory=set[str])
     first: float | None = None  # when the first bytes came
     refusal: Refusal | None = None
+    silence: str = ""  # what to tell the client of the last worker that sent nothing
     model: str = ""
     tier: str = ""
     prompt_tokens: int = 0  # roughly

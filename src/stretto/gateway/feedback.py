@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from msgspec import DecodeError, Raw, Struct, ValidationError, json, structs
@@ -212,7 +213,8 @@ async def _ask(worker: Worker, asked: tuple[str, bytes]) -> WorkerReply | None:
         async with asyncio.timeout(WAIT_S):
             connection = await worker.pool.acquire(CONNECT_S)
             headers = {"Content-Type": JSON, "x-request-id": id}
-            head = await connection.exchange(worker.pool.request("POST", RELAY, headers, body))
+            sent = partial(worker.pool.request, "POST", RELAY, headers, body)
+            connection, head = await worker.pool.send(connection, sent, CONNECT_S)
             answer = await connection.read_all(MOST_BYTES)
         return WorkerReply(worker.name, head.status, head.headers.get("content-type", JSON), answer)
     except (WorkerLost, TimeoutError) as error:

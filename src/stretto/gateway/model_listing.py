@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 
 from msgspec import DecodeError, Raw, Struct, ValidationError, json
@@ -103,8 +104,9 @@ async def _models_of(worker: Worker, path: str) -> dict[str, Raw]:
     try:
         async with asyncio.timeout(CONNECT_S):
             connection = await pool.acquire(CONNECT_S)
+            asked = partial(pool.request, "GET", path, {})
+            connection, head = await pool.send(connection, asked, CONNECT_S)
             try:
-                head = await connection.exchange(pool.request("GET", path, {}))
                 body = await connection.read_all(MOST_LIST_BYTES)
             finally:
                 pool.release(connection)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from msgspec import DecodeError, ValidationError, json, structs
@@ -21,7 +22,14 @@ from stretto.errors import StartError
 from stretto.gateway.routing.fields import BYTES_PER_TOKEN, LATEST
 from stretto.gateway.routing.prefixes import PIECE
 from stretto.gateway.routing.router import Router, WorkerView
-from stretto.gateway.upstream.connection import Address, Head, Pool, UpstreamConnection, WorkerLost
+from stretto.gateway.upstream.connection import (
+    Address,
+    Head,
+    Pool,
+    UpstreamConnection,
+    WorkerLost,
+    WorkerSilent,
+)
 from stretto.gateway.upstream.health import Breaker
 from stretto.gateway.upstream.reports import NotAReport, read_report
 from stretto.protocol.openai import ModelList
@@ -59,7 +67,7 @@ class ModelOfAll(NamedTuple):
 
 @dataclass(slots=True)
 class Worker:
-    """One worker. `streams` hold a function for each stream on it, to call when the worker is lost."""
+    """One worker."""
 
     name: str
     address: Address
@@ -77,7 +85,6 @@ class Worker:
     store: str = ""  # what the ids of the answers begin with that it keeps
     ratios: Mapping[str, float] = field(default_factory=dict[str, float])  # bytes of a token, by model
     joules: Mapping[str, float] = field(default_factory=dict[str, float])  # of an answer's token, by model
-    streams: set[Callable[[], None]] = field(default_factory=set[Callable[[], None]])
     rest: float = 0.0  # seconds without a report after one that took long to read
     lease: float | None = None  # when a worker that joined by itself must have renewed; None: configured
     task: asyncio.Task[None] | None = None
@@ -100,17 +107,12 @@ class Worker:
     def hang_up(self) -> None:
         """Closes the connection over which it reports."""
         if self.watched is not None:
-            self.watched.close()
+            self.pool.drop(self.watched)
             self.watched = None
 
     def keeps(self, response: str) -> bool:
         """Whether it may keep the answer with this id."""
         return bool(self.store) and response.startswith(self.store)
-
-    def lost(self) -> None:
-        """Tells all its streams that it is gone."""
-        for tell in list(self.streams):
-            tell()
 
     @property
     def patience_s(self) -> float:
@@ -181,7 +183,7 @@ class Registry:
         if worker.task is not None:
             worker.task.cancel()
         worker.pool.close()
-        worker.lost()
+        worker.pool.lose()
 
     def known(self, model: str) -> str:
         """The model's name if a worker has it, else `unknown`: clients must not make up names in reports."""
@@ -226,6 +228,14 @@ class Registry:
         if worker.breaker.broken:
             worker.error = reason
         self._judge(worker)
+
+    def gave_up(self, worker: Worker, error: WorkerLost) -> None:
+        """A request was lost on a worker. One that only sends nothing may be slow at this request: that
+        counts as if it had answered 504."""
+        if isinstance(error, WorkerSilent):
+            self.answered(worker, error.status)
+        else:
+            self.failed(worker, error.message, lost=True)
 
     def answered(self, worker: Worker, status: int) -> None:
         """A worker has answered a request. One that fails is fast and so attracts requests: it is left out,
@@ -273,13 +283,13 @@ class Registry:
         worker.error = reason
         worker.breaker.fail(now, lost=True)
         if now - last >= worker.patience_s or not worker.plain:
-            worker.lost()
+            worker.pool.lose()
         worker.lacks.clear()
 
     async def _ask(self, worker: Worker) -> None:
         """One report. Raises WorkerLost. A server of another kind is asked for one over each new connection,
         because another server may have come in its place."""
-        fresh = worker.watched is None or not worker.watched.reusable
+        fresh = worker.watched is None or not worker.watched.lasting
         reports = fresh or not worker.plain
         asked, head, body = await self._get(worker, RELAY if reports else MODELS)
         if reports and head.status == NOT_FOUND:
@@ -300,11 +310,12 @@ class Registry:
 
     async def _get(self, worker: Worker, path: str) -> tuple[float, Head, bytes]:
         """When the worker was asked for that path, and what it answered. Raises WorkerLost."""
-        if worker.watched is None or not worker.watched.reusable:
+        if worker.watched is None or not worker.watched.lasting:
             worker.hang_up()
             worker.watched = await worker.pool.acquire(CONNECT_S)
         asked = time.monotonic()
-        head = await worker.watched.exchange(worker.pool.request("GET", path, {}))
+        request = partial(worker.pool.request, "GET", path, {})
+        worker.watched, head = await worker.pool.send(worker.watched, request, CONNECT_S)
         body = await worker.watched.read_all(MOST_REPORT_BYTES)
         worker.pool.note_round_trip(time.monotonic() - asked)
         return asked, head, body

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from msgspec import Raw, json
 
+from stretto.engine.scheduler.lateness import longest_wait_s
 from stretto.errors import (
     CannotBeOnTime,
     NotImplementedHere,
@@ -34,7 +35,8 @@ from stretto.gateway.routing.fields import GENERATING
 from stretto.gateway.routing.hedge import Hedges
 from stretto.gateway.routing.prefixes import PIECE, keys_of
 from stretto.gateway.routing.router import Ask, Placement
-from stretto.gateway.upstream.connection import Head, UpstreamConnection, WorkerLost
+from stretto.gateway.settings import Patience
+from stretto.gateway.upstream.connection import Head, UpstreamConnection, WorkerLost, WorkerSilent
 from stretto.gateway.upstream.progress import RETRIABLE
 from stretto.protocol.relay import (
     ERROR_CODE,
@@ -52,6 +54,7 @@ from stretto.types import Objective, Request, Sampling
 MOST_ANSWER_BYTES = 64 << 20
 ATTEMPTS = 4  # before the first token, and between two tokens: the request itself may be why workers die
 PATIENCE_S = 10.0  # how long a begun stream waits for a worker
+SLOWEST_MS = 5.0  # a token of the prompt takes a server of another kind at most, as far as anyone knows
 RETRY_PAUSE_S = 0.02
 EVERY_SERVER: frozenset[OperationName] = frozenset({"chat", "completions", "embeddings"})
 METHODS: dict[OperationName, str] = {"retrieve_response": "GET", "delete_response": "DELETE"}
@@ -62,13 +65,14 @@ GATEWAY_ERRORS = (502, 503, 504)  # how a server in front of another one says th
 
 @dataclass(slots=True)
 class Attempt:
-    """A request on one worker, with its response's head."""
+    """A request on one worker, with its response's head. `due`: by when its body must have begun."""
 
     worker: Worker
     placement: Placement
     connection: UpstreamConnection
     head: Head
     span: TraceSpan | None  # None: traces are off
+    due: float = inf
 
 
 class Rival:
@@ -122,8 +126,9 @@ class Rival:
 class Relay:
     """Passes requests on to the workers of a registry."""
 
-    def __init__(self, registry: Registry, hedge_share: float) -> None:
+    def __init__(self, registry: Registry, hedge_share: float, patience: Patience) -> None:
         self.registry = registry
+        self.patience = patience
         self.router = registry.router
         self.failovers = self.retries = self.hedges = self.hedges_won = 0
         self.hedging = Hedges(hedge_share)
@@ -138,7 +143,8 @@ class Relay:
                 attempt = await self._begin(ask, exchange)
             except (WorkerLost, Refusal) as error:
                 exchange.refusal = error if isinstance(error, Refusal) else exchange.refusal
-                if exchange.losses < ATTEMPTS and (exchange.begun or len(exchange.tried) < ATTEMPTS):
+                exchange.silence = error.message if isinstance(error, WorkerSilent) else exchange.silence
+                if self._goes_on(exchange):
                     self.retries += isinstance(error, WorkerLost) and not exchange.begun
                     continue
                 if isinstance(error, WorkerLost):
@@ -147,6 +153,8 @@ class Relay:
                 return
             except Unavailable:
                 refusal = exchange.refusal
+                if exchange.silence and refusal is None and not exchange.begun:
+                    raise WorkerSilent(exchange.silence) from None
                 if refusal is None or exchange.begun:
                     raise
                 await exchange.send(refusal.head.status, _headers(refusal.head), refusal.body, False)
@@ -159,10 +167,11 @@ class Relay:
                 self.registry.answered(attempt.worker, attempt.head.status)
                 return
             except WorkerLost as error:
-                self.registry.failed(attempt.worker, error.message, lost=True)
+                self.registry.gave_up(attempt.worker, error)
                 exchange.lost(exchange.progress.error)
+                exchange.silence = error.message if isinstance(error, WorkerSilent) else exchange.silence
                 exchange.tried = {attempt.worker.name}
-                if exchange.passed:
+                if exchange.passed or not self._in_time(exchange):
                     raise
                 if exchange.losses >= ATTEMPTS:
                     raise WorkerLost(f"{ATTEMPTS} workers in a row were lost at this request") from error
@@ -172,6 +181,32 @@ class Relay:
                     self.retries += 1
             finally:
                 self._end(attempt)
+
+    def _goes_on(self, exchange: RelayedExchange) -> bool:
+        """Whether a request may go to another worker after an attempt failed."""
+        few = exchange.begun or len(exchange.tried) < ATTEMPTS
+        return exchange.losses < ATTEMPTS and few and self._in_time(exchange)
+
+    def _in_time(self, exchange: RelayedExchange) -> bool:
+        """Whether a worker that sends nothing has left any time to another one."""
+        waited = time.monotonic() - exchange.arrival
+        return not exchange.silence or exchange.begun or waited < self.patience.begin_s
+
+    def _patience(self, worker: Worker, ask: Ask, exchange: RelayedExchange) -> float:
+        """Seconds in which the worker must begin its response; inf for a Stretto, whose reports tell whether
+        it is well, and which refuses what would be too late. How long a prompt takes alone is a guess."""
+        if not worker.plain:
+            return inf
+        left = exchange.arrival + self.patience.begin_s - time.monotonic()
+        objective = ask.request.objective
+        if (
+            objective.ttft_ms is None
+            or objective.on_miss == "late"
+            or not exchange.fields.streams(exchange.operation)
+        ):
+            return max(left, 0.0)
+        alone_ms = SLOWEST_MS * len(ask.request.prompt)
+        return max(min(longest_wait_s(objective.ttft_ms / 1e3, alone_ms), left), 0.0)
 
     def admit(self, exchange: RelayedExchange) -> Ask:
         """Asks the tenant's limits, once for a request. Raises StrettoError for one that may not run."""
@@ -317,9 +352,14 @@ class Relay:
         )
         try:
             connection = await worker.pool.acquire(CONNECT_S)
-            worker.sent(ask.request.id)
-            worker.streams.add(connection.lose)
-            head = await connection.exchange(self._bytes(worker, exchange, placement, span))
+            connection.patience = patience = self._patience(worker, ask, exchange)
+            due = time.monotonic() + patience
+
+            def request() -> bytes:
+                worker.sent(ask.request.id)
+                return self._bytes(worker, exchange, placement, span)
+
+            connection, head = await worker.pool.send(connection, request, CONNECT_S)
             await self._raise_refusal(worker, connection, head, exchange)
         except BaseException as error:
             self.router.done(placement.worker)
@@ -327,10 +367,9 @@ class Relay:
                 self.router.refused(ask, placement)
                 self.registry.answered(worker, error.head.status)
             if connection is not None:
-                worker.streams.discard(connection.lose)
-                connection.close()
+                worker.pool.drop(connection)
             if isinstance(error, WorkerLost):
-                self.registry.failed(worker, error.message, lost=True)
+                self.registry.gave_up(worker, error)
             if span is not None:
                 span.end({}, error.code if isinstance(error, StrettoError) else "cancelled")
             raise
@@ -338,7 +377,7 @@ class Relay:
             if exchange.fields.streams(exchange.operation):
                 self.hedging.came(placement, time.monotonic() - exchange.arrival)
             exchange.first = time.monotonic() - sent
-        return Attempt(worker, placement, connection, head, span)
+        return Attempt(worker, placement, connection, head, span, due)
 
     async def _raise_refusal(
         self, worker: Worker, connection: UpstreamConnection, head: Head, exchange: RelayedExchange
@@ -385,15 +424,20 @@ class Relay:
     async def _pass_on(self, attempt: Attempt, exchange: RelayedExchange) -> None:
         """Passes a response on. Raises WorkerLost when it breaks off."""
         head, connection, progress = attempt.head, attempt.connection, exchange.progress
-        headers = _headers(head)
+        headers, silence_s = _headers(head), inf
+        if attempt.due < inf:
+            silence_s = self.patience.silence_s
+            connection.patience = max(attempt.due - time.monotonic(), 0.0)
         if MARKED not in head.headers:
             if "content-length" in head.headers:
+                connection.patience = silence_s
                 body = await connection.read_all(MOST_ANSWER_BYTES)
                 exchange.took = took_of(head.headers.get(TOOK), body)
                 await exchange.send(head.status, headers, body, False)
                 return
             counted = PlainStream()
             while data := await connection.read():
+                connection.patience = silence_s
                 exchange.took, exchange.passed = counted.push(data), True
                 await exchange.send(head.status, headers, data, True)
             exchange.took = counted.end()
@@ -401,13 +445,14 @@ class Relay:
             return
         begun = False
         while data := await connection.read():
+            connection.patience = silence_s
             try:
                 passed = progress.push(data)
             except ValueError as error:
                 raise WorkerLost(f"{attempt.worker.name} sent a malformed stream: {error}") from error
             if passed:
                 await exchange.send(head.status, headers, passed, not progress.ended)
-                if not begun and (write := exchange.write) is not None:
+                if not begun and silence_s == inf and (write := exchange.write) is not None:
                     connection.hand_over(partial(progress.take, write))
                 begun = True
             if progress.ended:
@@ -421,7 +466,6 @@ class Relay:
             attempt.span.end(
                 {"http.response.status_code": attempt.head.status}, "" if whole else "broken_off"
             )
-        attempt.worker.streams.discard(attempt.connection.lose)
         attempt.worker.pool.release(attempt.connection)
         self.router.done(attempt.placement.worker)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from msgspec import Meta, field
 from msgspec.structs import fields
@@ -16,6 +16,14 @@ from stretto.gateway.accounts.prices import Price
 from stretto.gateway.cache.policy import CachePolicy
 from stretto.gateway.routing.router import Method
 from stretto.gateway.upstream.connection import Address
+
+
+class Patience(NamedTuple):
+    """How long a server of another kind may send nothing, in seconds: from a request's arrival until its
+    answer begins, and within an answer."""
+
+    begin_s: float
+    silence_s: float
 
 
 class GatewayConfig(HttpConfig, frozen=True, kw_only=True):
@@ -39,6 +47,20 @@ class GatewayConfig(HttpConfig, frozen=True, kw_only=True):
     hedge_share: Annotated[
         float, Meta(ge=0, le=1, description="most requests that may start a second attempt, as a share")
     ] = 0.05
+    answer_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="seconds in which a worker that is no Stretto must begin its answer; else 504",
+        ),
+    ] = field(default=600.0, name="answer_timeout")
+    silence_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="seconds that such a worker may send nothing within an answer; else it ends",
+        ),
+    ] = field(default=60.0, name="silence_timeout")
     keys_file: Annotated[
         str, Meta(description="the file of `stretto keys`; with it every request needs a key")
     ] = ""
@@ -98,6 +120,11 @@ class GatewayConfig(HttpConfig, frozen=True, kw_only=True):
             share=1 / self.gateways,
             redis=self.redis,
         )
+
+    @property
+    def patience(self) -> Patience:
+        """How long a server of another kind may send nothing."""
+        return Patience(self.answer_timeout_s, self.silence_timeout_s)
 
     @property
     def locked(self) -> bool:

@@ -303,8 +303,9 @@ async def erase_prefixes(worker: Worker, asked: bytes) -> ErasureReport | None:
     try:
         async with asyncio.timeout(ERASE_S):
             connection = await worker.pool.acquire(CONNECT_S)
-            sent = worker.pool.request("DELETE", RELAY, {"Content-Type": "application/json"}, asked)
-            head = await connection.exchange(sent)
+            headers = {"Content-Type": "application/json"}
+            request = partial(worker.pool.request, "DELETE", RELAY, headers, asked)
+            connection, head = await worker.pool.send(connection, request, CONNECT_S)
             body = await connection.read_all(MOST_ANSWER)
         return json.decode(body, type=ErasureReport) if head.status == 200 else None
     except (WorkerLost, TimeoutError, DecodeError, ValidationError) as error:

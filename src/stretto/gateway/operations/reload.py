@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 RELOADED = frozenset(
     {
         *("workers", "route", "hedge_share", "api_keys", "prices", "gateways", "caches"),
-        *("max_body_bytes", "log_level"),
+        *("max_body_bytes", "log_level", "answer_timeout", "silence_timeout"),
     }
 )
 Reread = Callable[[], GatewayConfig]

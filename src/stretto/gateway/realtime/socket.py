@@ -197,7 +197,7 @@ class RelayedSocket:
     async def run(self) -> None:
         """Passes events on until a side leaves. Raises StrettoError when the session must end, and WorkerLost
         when its worker is gone."""
-        self._worker.streams.add(self._lost.set)
+        self._worker.pool.streams.add(self._lost.set)
         up, down = asyncio.create_task(self._up()), asyncio.create_task(self._down())
         gone, ending = asyncio.create_task(self._lost.wait()), asyncio.create_task(self._ending())
         tasks: set[asyncio.Task[object]] = {up, down, gone, ending}
@@ -219,7 +219,7 @@ class RelayedSocket:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._worker.streams.discard(self._lost.set)
+            self._worker.pool.streams.discard(self._lost.set)
             self._meter.close(failure)
             await self._leave(failure)
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -21,12 +21,15 @@ from stretto.errors import Unavailable
 
 HIGH_WATER = 256 * 1024  # bytes that wait for the reader before the socket is paused
 IDLE_S = 30.0  # an idle connection is closed after this, because a worker may close it soon too
+SOON_S = 1.0  # before a worker would close it: the time that it says, less this
+RACE_S = 1.0  # a kept connection that is closed so soon after a request was closed because it was idle
 WARM_S = 5.0  # within which a connection that is kept for later must open
 END_S = 1.0  # within which the end of a body must follow its last bytes
 MAX_IDLE = 256  # connections kept open to one worker
 MOST_BARE = 256 * 1024  # bytes of headers and the like, which wait in memory until they are whole
 RELOAD_S = 10.0  # after which trusted certificates are read again if one is not valid
 FINAL = 200  # statuses below announce another response
+T = TypeVar("T")
 BASE = "/v1"  # which OpenAI's clients have at the end of a URL, and all paths here begin with
 
 
@@ -34,6 +37,17 @@ class WorkerLost(Unavailable):
     """The connection to a worker failed, or the worker broke HTTP."""
 
     code = "worker_lost"
+
+
+class ClosedWhenIdle(WorkerLost):
+    """The worker closed a kept connection just as a request was sent on it, and so has not begun on it."""
+
+
+class WorkerSilent(WorkerLost):
+    """The worker sent nothing for as long as it may."""
+
+    status = 504
+    code = "worker_timeout"
 
 
 class Address(NamedTuple):
@@ -79,11 +93,19 @@ class Head:
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """One connection. It carries one exchange at a time."""
+    """One connection. It carries one exchange at a time.
+
+    `patience`: seconds that the worker may send nothing of what is waited for.
+    """
 
     def __init__(self) -> None:
         self.open = True
-        self.idle_since = 0.0
+        self.patience = inf
+        self._idle_since = time.monotonic()
+        self._lasts = IDLE_S  # seconds that it is kept idle
+        self._kept = False  # whether it was idle before this exchange
+        self._heard = False  # whether anything of the response has come
+        self._sent = 0.0  # when the request was sent
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._head: asyncio.Future[Head] | None = None
@@ -104,10 +126,11 @@ class UpstreamConnection(asyncio.Protocol):
         assert self._transport is not None and self._done
         self._parser = httptools.HttpResponseParser(self)
         self._status_headers, self._done, self._taker, self._bare = {}, False, None, 0
+        self._until_closed, self._heard, self._sent = False, False, time.monotonic()
         self._head = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         try:
-            return await self._head
+            return await self._within_patience(self._head)
         except asyncio.CancelledError:
             self.close()
             raise
@@ -120,7 +143,7 @@ class UpstreamConnection(asyncio.Protocol):
             if self._error is not None:
                 raise self._error
             self._arrived = asyncio.get_running_loop().create_future()
-            await self._arrived
+            await self._within_patience(self._arrived)
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._waiting = 0
@@ -162,6 +185,15 @@ class UpstreamConnection(asyncio.Protocol):
         """Whether the exchange is over and the connection can carry another one."""
         return self.open and self._done
 
+    @property
+    def lasting(self) -> bool:
+        """Whether it is reusable, and the worker will not close it at once because it has been idle."""
+        return self.reusable and time.monotonic() - self._idle_since < self._lasts
+
+    def keep(self) -> None:
+        """From now on it is idle."""
+        self._kept, self._idle_since, self.patience = True, time.monotonic(), inf
+
     def close(self) -> None:
         """Closes the connection. The worker takes that as the end of its client, and cancels the work."""
         self.open = False
@@ -179,6 +211,8 @@ class UpstreamConnection(asyncio.Protocol):
         if exc is None and self._until_closed and not self._done and self._error is None:
             self.open, self._done = False, True
             self._wake()
+        elif self._kept and not (self._done or self._heard) and time.monotonic() - self._sent < RACE_S:
+            self._fail("the worker closed an idle connection", ClosedWhenIdle)
         else:
             self._fail("the worker closed the connection")
 
@@ -186,6 +220,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._parser is None or self._done:
             self._fail("the worker sent bytes that nobody asked for")
             return
+        self._heard = True
         self._bare += len(data)
         try:
             self._parser.feed_data(data)
@@ -228,6 +263,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         self._until_closed = not chunked and "content-length" not in headers
+        self._lasts = min(IDLE_S, _announced(headers.get("keep-alive", "")) - SOON_S)
         if self._head is not None and not self._head.done():
             self._head.set_result(Head(status, headers))
 
@@ -242,15 +278,28 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._done = True
         self.open = self.open and self._parser.should_keep_alive()
+        self.keep()
         self._wake()
 
     def _wake(self) -> None:
         if self._arrived is not None and not self._arrived.done():
             self._arrived.set_result(None)
 
-    def _fail(self, reason: str) -> None:
+    async def _within_patience(self, coming: asyncio.Future[T]) -> T:
+        if self.patience == inf:  # nearly always: reports tell whether a Stretto is well
+            return await coming
+        timer = asyncio.get_running_loop().call_later(self.patience, self._silent, self.patience)
+        try:
+            return await coming
+        finally:
+            timer.cancel()
+
+    def _silent(self, seconds: float) -> None:
+        self._fail(f"the worker has sent nothing for {seconds:.3g} s", WorkerSilent)
+
+    def _fail(self, reason: str, kind: type[WorkerLost] = WorkerLost) -> None:
         self.open = False
-        self._error = WorkerLost(reason)
+        self._error = kind(reason)
         if self._head is not None and not self._head.done():
             self._head.set_exception(self._error)
             self._head.exception()  # it may be that nobody waits any more
@@ -259,30 +308,64 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.abort()
 
 
+def _announced(keep_alive: str) -> float:
+    """The seconds that a worker keeps an idle connection, as its header Keep-Alive says; inf without one."""
+    for each in keep_alive.split(","):
+        name, _, value = each.partition("=")
+        if name.strip().lower() == "timeout" and value.strip().isdecimal():
+            return float(value)
+    return inf
+
+
 @dataclass(slots=True)
 class Pool:
     """The connections to one worker, and how long its network takes.
 
-    `round_trip`: seconds of a short exchange, smoothed.
+    `round_trip`: seconds of a short exchange, smoothed. `streams` hold a function for each exchange and each
+    session, to call when the worker is lost.
     """
 
     address: Address
     tls: ssl.SSLContext | None = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     round_trip: float = 0.0
+    streams: set[Callable[[], None]] = field(default_factory=set[Callable[[], None]])
     _trusted: float = -inf  # when the trusted certificates were read
     _idle: list[UpstreamConnection] = field(default_factory=list[UpstreamConnection])
     _warming: asyncio.Task[None] | None = None
 
     async def acquire(self, within: float) -> UpstreamConnection:
         """An idle connection, or a new one. Raises WorkerLost when none can be made `within` seconds."""
-        now = time.monotonic()
         while self._idle:
             connection = self._idle.pop()
-            if connection.open and now - connection.idle_since < IDLE_S:
+            if connection.lasting:
                 return connection
             connection.close()
         return await self._connect(within)
+
+    async def send(
+        self, connection: UpstreamConnection, request: Callable[[], bytes], within: float
+    ) -> tuple[UpstreamConnection, Head]:
+        """Sends a request on a connection that was acquired. Returns the one that carries the response, which
+        the caller releases, and the response's head. Raises WorkerLost; then the connection is closed.
+
+        A worker may close a kept connection just as a request is sent on it. Then it has not begun on the
+        request, which is sent once more over a connection that is made `within` seconds.
+        """
+        try:
+            return connection, await self._send(connection, request())
+        except ClosedWhenIdle:
+            fresh = await self._connect(within)
+            fresh.patience = connection.patience
+            return fresh, await self._send(fresh, request())
+
+    async def _send(self, connection: UpstreamConnection, request: bytes) -> Head:
+        self.streams.add(connection.lose)
+        try:
+            return await connection.exchange(request)
+        except BaseException:
+            self.drop(connection)
+            raise
 
     @property
     def idle(self) -> int:
@@ -291,9 +374,8 @@ class Pool:
 
     def warm(self, count: int) -> None:
         """Has idle connections opened until `count` are open. Returns at once; a failure changes nothing."""
-        now = time.monotonic()
         self._idle = [each for each in self._idle if each.open]
-        if self._warming is None and sum(now - each.idle_since < IDLE_S for each in self._idle) < count:
+        if self._warming is None and sum(each.lasting for each in self._idle) < count:
             self._warming = asyncio.create_task(self._open_one())
             self._warming.add_done_callback(self._warmed)
 
@@ -308,11 +390,22 @@ class Pool:
 
     def release(self, connection: UpstreamConnection) -> None:
         """Gives a connection back. One whose exchange is not over is closed, which cancels the exchange."""
-        if connection.reusable and len(self._idle) < MAX_IDLE:
-            connection.idle_since = time.monotonic()
+        if connection.lasting and len(self._idle) < MAX_IDLE:
+            self.streams.discard(connection.lose)
+            connection.keep()
             self._idle.append(connection)
         else:
-            connection.close()
+            self.drop(connection)
+
+    def drop(self, connection: UpstreamConnection) -> None:
+        """Closes a connection, which cancels its exchange."""
+        self.streams.discard(connection.lose)
+        connection.close()
+
+    def lose(self) -> None:
+        """The worker is known to be lost: ends all exchanges and sessions."""
+        for tell in list(self.streams):
+            tell()
 
     def request(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
         """The bytes of a request to this worker."""
