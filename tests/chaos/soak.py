@@ -86,7 +86,7 @@ async def one(client: httpx.AsyncClient, number: int) -> str:
         {"messages": [{"role": "user", "content": "word " * random.randrange(1, 60)}]},
         {"response_format": {"type": "json_object"}},
         {"model": f"made-up-{number}"},
-        {"max_tokens": -1, "user": f"user-{number}"},
+        {"max_tokens": -2, "user": f"user-{number}"},
     )[kind - 4]
     response = await client.post(CHAT, json=chat(number) | changes)
     return str(response.status_code)
