@@ -73,11 +73,13 @@ async def test_one_connection_serves_many_requests() -> None:
         client.close()
 
 
-async def test_a_kept_alive_connection_closed_by_the_server_is_replaced() -> None:
+@pytest.mark.parametrize("pause", [0.0, 0.05], ids=["while it sends", "while it is idle"])
+async def test_a_kept_alive_connection_closed_by_the_server_is_replaced(pause: float) -> None:
     async with serving(lambda *_: [OK, *chunked(chat("a"), DONE), None]) as server:
         client = Client(server.url)
         for _ in range(3):
             assert (await client.sample(CHAT, b"{}")).error is None
+            await asyncio.sleep(pause)
         assert (server.connections, len(server.requests)) == (3, 3)
         client.close()
 

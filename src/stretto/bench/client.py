@@ -155,13 +155,13 @@ class Connection(asyncio.Protocol):
         With status 200, `on_event` gets the data of each event and its time in seconds. The body of any other
         answer is kept in `body`.
         """
+        self._tail, self.body, self.status, self.received, self._whole = b"", b"", 0, False, False
+        self.retry_after = None
         if self._transport is None or self._lost:
             raise ConnectionResetError("the connection is lost")
         self._done = asyncio.get_running_loop().create_future()
         self._on_event = on_event
         self._parser = httptools.HttpResponseParser(self)
-        self._tail, self.body, self.status, self.received, self._whole = b"", b"", 0, False, False
-        self.retry_after = None
         self._transport.write(message)
         await self._done
 
