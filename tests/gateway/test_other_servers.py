@@ -345,7 +345,7 @@ async def test_a_server_that_never_answers_costs_its_client_an_error_in_time(ans
     async with other(answer) as server, in_front(server.url, answer_timeout_s=0.3) as (client, gateway):
         got = await client.post(CHAT, json=ASK | {"stream": stream})
         assert (got.status_code, got.json()["error"]["code"]) == (504, "worker_timeout"), got.text
-        assert "sent nothing for 0.3 s" in got.json()["error"]["message"]
+        assert "has not begun its answer after" in got.json()["error"]["message"]
         assert server.asked == 1 and gateway.relay.retries == 0
         (worker,) = gateway.registry.workers.values()
         assert worker.view.usable and worker.view.active == 0, "it may be slow at this request"
@@ -353,7 +353,7 @@ async def test_a_server_that_never_answers_costs_its_client_an_error_in_time(ans
 
 @pytest.mark.parametrize("answer", [silent, silent_after_head])
 async def test_a_request_with_an_objective_goes_on_from_a_server_that_never_answers(answer: Answer):
-    ask = ASK | {"objective": {"ttft_ms": 100}}
+    ask = ASK | {"objective": {"ttft_ms": 200}}
     async with (
         other(answer) as hung,
         other(whole) as well,
@@ -365,16 +365,18 @@ async def test_a_request_with_an_objective_goes_on_from_a_server_that_never_answ
 
 
 async def test_a_server_that_often_never_answers_is_left_out():
-    ask = ASK | {"objective": {"ttft_ms": 20}}
+    ask = ASK | {"objective": {"ttft_ms": 200}}
     async with (
         other(silent) as hung,
         other(whole) as well,
-        in_front(hung.url, well.url, route="least-load") as (client, gateway),
+        in_front(hung.url, well.url, route="round-robin") as (client, gateway),
     ):
         worker = gateway.registry.workers[hung.url.removeprefix("http://")]
-        for _ in range(4):
+        for _ in range(12):
+            if hung.asked == 3:
+                break
             assert words_of(await client.post(CHAT, json=ask)) == list(WORDS)
-        assert hung.asked <= 3 and (hung.asked < 3 or "504" in worker.error)
+        assert worker.breaker.broken and "504" in worker.error and not worker.view.usable
 
 
 async def test_an_answer_in_which_a_server_falls_silent_ends_in_an_error():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from functools import partial
 from typing import Any, cast
 
@@ -265,3 +266,18 @@ async def test_only_a_kept_connection_that_is_closed_at_once_was_closed_because_
         async with asyncio.timeout(5):
             await asking
     assert (type(caught.value) is ClosedWhenIdle) is closed
+
+
+async def test_a_gateway_that_was_stopped_reads_what_has_come_before_it_takes_it_to_be_late():
+    made = UpstreamConnection()
+    made.connection_made(cast(Any, Wire()))
+    made.patience = 0.05
+    asking = asyncio.create_task(made.exchange(b""))
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_soon(time.sleep, 0.3)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    made.data_received(HEAD)
+    assert (await asking).status == 200
+    with pytest.raises(WorkerLost, match="not begun its answer"):
+        await made.read()

@@ -23,6 +23,7 @@ from stretto.gateway.routing.fields import BYTES_PER_TOKEN, LATEST
 from stretto.gateway.routing.prefixes import PIECE
 from stretto.gateway.routing.router import Router, WorkerView
 from stretto.gateway.upstream.connection import (
+    STALLED_S,
     Address,
     Head,
     Pool,
@@ -53,7 +54,6 @@ BROKEN = (500,)  # statuses of a worker that fails; others are refusals, or the 
 PLAIN_BROKEN = (500, 502, 503, 504)  # the same for a worker that is no Stretto
 EJECTED = 3  # at most one of so many workers is left out because of such statuses
 REST = 20.0  # how much longer a worker is left alone than its report took to read
-STALLED_S = 0.1  # a timeout that comes so late says that this process was stopped
 NO_TIERS: Mapping[str, Tier] = {}
 
 

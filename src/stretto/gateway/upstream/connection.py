@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -27,6 +27,7 @@ WARM_S = 5.0  # within which a connection that is kept for later must open
 END_S = 1.0  # within which the end of a body must follow its last bytes
 MAX_IDLE = 256  # connections kept open to one worker
 MOST_BARE = 256 * 1024  # bytes of headers and the like, which wait in memory until they are whole
+STALLED_S = 0.1  # a timer that comes so late says that this process was stopped
 RELOAD_S = 10.0  # after which trusted certificates are read again if one is not valid
 FINAL = 200  # statuses below announce another response
 T = TypeVar("T")
@@ -105,6 +106,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._lasts = IDLE_S  # seconds that it is kept idle
         self._kept = False  # whether it was idle before this exchange
         self._heard = False  # whether anything of the response has come
+        self._begun = False  # whether anything of its body has come
         self._sent = 0.0  # when the request was sent
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
@@ -126,7 +128,8 @@ class UpstreamConnection(asyncio.Protocol):
         assert self._transport is not None and self._done
         self._parser = httptools.HttpResponseParser(self)
         self._status_headers, self._done, self._taker, self._bare = {}, False, None, 0
-        self._until_closed, self._heard, self._sent = False, False, time.monotonic()
+        self._until_closed = self._heard = self._begun = False
+        self._sent = time.monotonic()
         self._head = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         try:
@@ -268,7 +271,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._head.set_result(Head(status, headers))
 
     def on_body(self, body: bytes) -> None:
-        self._bare = 0
+        self._bare, self._begun = 0, True
         self._chunks.append(body)
         self._waiting += len(body)
 
@@ -288,14 +291,26 @@ class UpstreamConnection(asyncio.Protocol):
     async def _within_patience(self, coming: asyncio.Future[T]) -> T:
         if self.patience == inf:  # nearly always: reports tell whether a Stretto is well
             return await coming
-        timer = asyncio.get_running_loop().call_later(self.patience, self._silent, self.patience)
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self.patience
+        timer = loop.call_at(due, self._silent, coming, due)
         try:
             return await coming
         finally:
             timer.cancel()
 
-    def _silent(self, seconds: float) -> None:
-        self._fail(f"the worker has sent nothing for {seconds:.3g} s", WorkerSilent)
+    def _silent(self, coming: asyncio.Future[Any], due: float) -> None:
+        """Its patience has ended at `due`."""
+        loop = asyncio.get_running_loop()
+        if coming.done():
+            return
+        if loop.time() > due + STALLED_S:  # what has come meanwhile is read first
+            loop.call_later(STALLED_S, self._silent, coming, inf)
+        elif self._begun:
+            self._fail(f"the worker has sent nothing for {self.patience:.3g} s", WorkerSilent)
+        else:
+            waited = time.monotonic() - self._sent
+            self._fail(f"the worker has not begun its answer after {waited:.3g} s", WorkerSilent)
 
     def _fail(self, reason: str, kind: type[WorkerLost] = WorkerLost) -> None:
         self.open = False
