@@ -74,6 +74,24 @@ async def test_without_workers_requests_are_refused_at_once(checkpoint: Path):
         assert (await client.get("/ready")).status_code == 503
 
 
+async def test_a_new_request_waits_a_moment_for_a_worker_to_be_usable(checkpoint: Path):
+    """It was refused at once, as in a rolling restart on a busy machine, where reports came late."""
+    async with cluster(checkpoint, fake(10, 11)) as (client, gateway):
+        (worker,) = gateway.registry.workers.values()
+        worker.hold(on=True)
+        waiting = asyncio.create_task(client.post(CHAT, json=ASK))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        worker.hold(on=False)
+        worker.view.usable = True
+        assert (await waiting).status_code == 200
+        worker.hold(on=True)
+        soon = ASK | {"objective": {"ttft_ms": 100}}
+        began = asyncio.get_running_loop().time()
+        assert (await client.post(CHAT, json=soon)).status_code == 503
+        assert asyncio.get_running_loop().time() - began < 0.9, "no longer than its objective"
+
+
 async def test_an_engine_that_dies_in_mid_answer_is_replaced_by_another_worker(checkpoint: Path):
     dying = fake(10, 11, EngineDied("the engine ended"))
     healthy = fake(10, 11, 12, 13)

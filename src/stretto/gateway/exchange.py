@@ -18,6 +18,8 @@ from stretto.protocol.relay import MARKED, OperationName, Took
 from stretto.telemetry.tracing import TraceSpan
 from stretto.types import Request
 
+PATIENCE_S = 10.0  # how long a begun stream waits for a worker
+HOLD_S = 1.0  # how long a new request does at most
 CALM = (Draining.code, Unavailable.code, Overloaded.code)  # no request is why a worker says so
 EVENTS = "text/event-stream"
 Send = Callable[[int, Mapping[str, str], bytes, bool], Awaitable[None]]
@@ -78,6 +80,15 @@ class RelayedExchange:
     def begun(self) -> bool:
         """Whether the client has any part of the answer."""
         return self.passed or self.progress.begun
+
+    @property
+    def hold_s(self) -> float:
+        """How long it waits while no worker is usable: all may be so for a moment, as when their reports come
+        late on a busy machine or the last one restarts. A new one waits no longer than its objective."""
+        if self.begun or self.tried:
+            return PATIENCE_S if self.begun else 0.0
+        ttft_ms = None if self.ask is None else self.ask.request.objective.ttft_ms
+        return min(HOLD_S, inf if ttft_ms is None else ttft_ms / 1e3)
 
     def lost(self, code: str) -> None:
         """The worker that answers is lost. `code`: of the error that it says; empty: none."""

@@ -53,7 +53,6 @@ from stretto.types import Objective, Request, Sampling
 
 MOST_ANSWER_BYTES = 64 << 20
 ATTEMPTS = 4  # before the first token, and between two tokens: the request itself may be why workers die
-PATIENCE_S = 10.0  # how long a begun stream waits for a worker
 SLOWEST_MS = 5.0  # a token of the prompt takes a server of another kind at most, as far as anyone knows
 RETRY_PAUSE_S = 0.02
 EVERY_SERVER: frozenset[OperationName] = frozenset({"chat", "completions", "embeddings"})
@@ -298,7 +297,7 @@ class Relay:
 
     async def _place(self, ask: Ask, exchange: RelayedExchange) -> Placement:
         """A worker for the request. Raises Unavailable, or CannotBeOnTime if the request wants that."""
-        deadline = time.monotonic() + (PATIENCE_S if exchange.begun else 0.0)
+        deadline = time.monotonic() + (exchange.hold_s if self.registry.workers else 0.0)
         unable = self._unable(exchange)
         while True:
             avoid = exchange.tried | unable
@@ -307,8 +306,9 @@ class Relay:
             placement = self.router.place(ask, time.monotonic(), avoid)
             if placement is not None:
                 break
-            if time.monotonic() >= deadline:
-                raise nobody(self.registry, ask.request.model, exchange.path, unable)
+            why = nobody(self.registry, ask.request.model, exchange.path, unable)
+            if time.monotonic() >= deadline or not isinstance(why, Unavailable):
+                raise why
             await asyncio.sleep(RETRY_PAUSE_S)
             exchange.tried.clear()
         late = placement.ttft_s < inf and not placement.feasible and not exchange.begun
