@@ -29,8 +29,8 @@ LISTS = ("models", "workers", "allowed_hosts", "cors_origins", "feedback_prompts
 ONE_KEY = "STRETTO_API_KEY"
 # Read by the gateway, the examples and the tests.
 OTHERS = (
-    *("STRETTO_KEYS_FILE", "STRETTO_USAGE_FILE", "STRETTO_GATEWAYS", "STRETTO_WORKERS", "STRETTO_ROUTE"),
-    *("STRETTO_HEDGE_SHARE", "STRETTO_REDIS", "STRETTO_URL", "STRETTO_DATA", "STRETTO_KEY"),
+    *("KEYS_FILE", "USAGE_FILE", "GATEWAYS", "WORKERS", "ROUTE", "HEDGE_SHARE", "REDIS", "URL", "DATA"),
+    *("KEY", "ANSWER_TIMEOUT", "SILENCE_TIMEOUT"),
 )
 API_KEY = re.compile(r"[!-~]+")
 HOST_NAME = re.compile(r"\*|(\*\.)?[\w.-]+|\[?[0-9a-fA-F:.]+\]?")
