@@ -19,7 +19,7 @@ from tests.server_process import ServerProcess, Streamed, stream
 
 CLIENTS = 8
 SAMPLE_S = 0.5
-WARM_UP = 0.5  # of the time: buffers, arenas and caches fill, for 30 s on a slow machine
+WARM_UP = 0.6  # of the time: buffers, arenas and caches fill, for 50 s on a slow or a fast machine
 HANG_S = 30.0
 CHAT = "/v1/chat/completions"
 QUESTION = "What is {}.53 + 32.62?"

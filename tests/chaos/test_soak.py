@@ -15,7 +15,7 @@ from tests.chaos.load import show
 from tests.chaos.soak import ALLOWED, Growth, slope, soak
 from tests.server_process import serving
 
-SECONDS = float(os.environ.get("SOAK_S", "60"))
+SECONDS = float(os.environ.get("SOAK_S", "90"))
 LEAKING_S = 10.0
 # The system gives a KV cache its memory when a block is first used, 2 MiB at a time. A large one grows for
 # minutes, and one of a variant that answers rarely for longer still.
