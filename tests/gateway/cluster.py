@@ -73,6 +73,25 @@ async def cluster(
         yield client, gateway
 
 
+@asynccontextmanager
+async def in_front(*urls: str, **extra: Any) -> AsyncGenerator[tuple[httpx.AsyncClient, Gateway]]:
+    """A gateway with these workers, all of which are usable, and a client of it."""
+    gateway = Gateway(GatewayConfig(workers=urls, port=0, drain_s=0.3, **extra), seed=0)
+    async with (
+        running(serving.run, gateway.config, gateway, gateway) as url,
+        httpx.AsyncClient(base_url=url, timeout=20) as client,
+    ):
+        await until(lambda: all(each.view.usable for each in gateway.registry.workers.values()))
+        yield client, gateway
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns when the condition holds. Raises TimeoutError after 30 seconds."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 def text_of(answer: httpx.Response) -> str:
     events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
     assert answer.text.count("data: [DONE]") == 1 and ":~" not in answer.text, answer.text

@@ -25,7 +25,7 @@ from stretto.gateway.cache.policy import CachePolicy
 from stretto.gateway.registry import Worker
 from stretto.gateway.settings import GatewayConfig
 from stretto.protocol.relay import WorkerReport
-from tests.gateway.cluster import ASK, CHAT, cluster, fake, text_of
+from tests.gateway.cluster import ASK, CHAT, cluster, fake, text_of, until
 from tests.server.fake_engine import info
 
 NAN, INF = float("nan"), float("inf")
@@ -104,12 +104,6 @@ async def speaking(answer: Callable[[], bytes], kind: str = "application/msgpack
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may keep the worker that is well from reporting in time."""
     monkeypatch.setattr(registry, "SILENT_S", 10.0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def joined(gateway: Gateway, url: str) -> Worker:

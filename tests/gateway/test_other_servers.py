@@ -8,22 +8,18 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from stretto.errors import EngineDied
 from stretto.gateway import registry
-from stretto.gateway.app import Gateway
 from stretto.gateway.registry import EJECTED
 from stretto.gateway.relay import ATTEMPTS
-from stretto.gateway.settings import GatewayConfig
 from stretto.gateway.upstream import health
 from stretto.gateway.upstream.connection import Address
-from stretto.http import serving
 from stretto.protocol.relay import RELAY
-from tests.gateway.cluster import ASK, CHAT, cluster, fake, running
+from tests.gateway.cluster import ASK, CHAT, cluster, fake, in_front, until
 from tests.gateway.test_bad_workers import report
 
 Answer = Callable[[asyncio.StreamWriter], Awaitable[bool]]
@@ -141,24 +137,6 @@ async def endless_headers(writer: asyncio.StreamWriter) -> bool:
         await writer.drain()
     writer.write(b"Content-Length: 2\r\n\r\n{}")
     return True
-
-
-@asynccontextmanager
-async def in_front(*urls: str, **extra: Any) -> AsyncGenerator[tuple[httpx.AsyncClient, Gateway]]:
-    """A gateway with these workers, all of which are usable."""
-    gateway = Gateway(GatewayConfig(workers=urls, port=0, **extra), seed=0)
-    async with (
-        running(serving.run, gateway.config, gateway, gateway) as url,
-        httpx.AsyncClient(base_url=url, timeout=20) as client,
-    ):
-        await until(lambda: all(each.view.usable for each in gateway.registry.workers.values()))
-        yield client, gateway
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def words_of(answer: httpx.Response) -> list[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,9 @@ from benchmarks.delay_proxy import delayed
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.engine.scheduler.admission import Snapshot
-from stretto.gateway.app import Gateway
-from stretto.gateway.settings import GatewayConfig
 from stretto.http import serving
 from stretto.server.app import build
-from tests.gateway.cluster import ASK, CHAT, running
+from tests.gateway.cluster import ASK, CHAT, in_front, running, until
 from tests.gateway.test_router import snapshot
 from tests.server.fake_engine import FakeEngine, info
 
@@ -44,24 +41,6 @@ async def worker(checkpoint: Path, quality: float) -> AsyncGenerator[str]:
         yield url
 
 
-@asynccontextmanager
-async def gateway_of(*workers: str) -> AsyncGenerator[tuple[httpx.AsyncClient, Gateway]]:
-    gateway = Gateway(GatewayConfig(workers=workers, port=0, drain_s=0.3), seed=0)
-    async with (
-        running(serving.run, gateway.config, gateway, gateway) as url,
-        httpx.AsyncClient(base_url=url, timeout=20) as client,
-    ):
-        await until(lambda: all(each.view.usable for each in gateway.registry.workers.values()))
-        yield client, gateway
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Returns when the condition holds. Raises TimeoutError after 30 seconds."""
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 async def report(client: httpx.AsyncClient, **objective: float) -> dict[str, Any]:
     body = ASK | {"stream": False, "objective": objective or None}
     answer = await client.post(CHAT, json=body)
@@ -75,7 +54,7 @@ async def test_the_best_site_that_is_near_enough_answers_and_an_edge_alone_says_
             core, edge = [await stack.enter_async_context(worker(checkpoint, each)) for each in (1.0, 0.7)]
             network = AsyncExitStack()
             far = await network.enter_async_context(delayed(core, round_trip_s))
-            client, gateway = await stack.enter_async_context(gateway_of(f"edge={edge}", f"core={far}"))
+            client, gateway = await stack.enter_async_context(in_front(f"edge={edge}", f"core={far}"))
             found = await report(client, ttft_ms=TTFT_MS)
             assert (found["site"], found.get("degraded")) == (site, why)
             assert (await report(client))["site"] == "core"  # time is no matter
@@ -90,6 +69,10 @@ async def test_the_best_site_that_is_near_enough_answers_and_an_edge_alone_says_
 
 
 async def test_connections_to_a_far_site_are_open_before_they_are_needed(checkpoint: Path):
-    async with worker(checkpoint, 1.0) as core, delayed(core, 0.05) as far, gateway_of(far) as (_, gateway):
+    async with (
+        worker(checkpoint, 1.0) as core,
+        delayed(core, 0.05) as far,
+        in_front(far) as (_, gateway),
+    ):
         (pool,) = (each.pool for each in gateway.registry.workers.values())
         await until(lambda: pool.idle >= 2)

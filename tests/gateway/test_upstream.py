@@ -22,9 +22,9 @@ from stretto.gateway.upstream.connection import (
 )
 from stretto.gateway.upstream.progress import Progress
 from stretto.protocol.relay import error_mark, mark, variant_mark
-from tests.gateway.cluster import ASK, CHAT
+from tests.gateway.cluster import ASK, CHAT, in_front, until
 from tests.gateway.test_bad_workers import report
-from tests.gateway.test_other_servers import WORDS, in_front, other, sized, until, whole, words_of
+from tests.gateway.test_other_servers import WORDS, other, sized, whole, words_of
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 EVENT = b'data: {"id":"c1","created":7,"choices":[]}\n\n'

@@ -85,8 +85,10 @@ class RelayedExchange:
     def hold_s(self) -> float:
         """How long it waits while no worker is usable: all may be so for a moment, as when their reports come
         late on a busy machine or the last one restarts. A new one waits no longer than its objective."""
-        if self.begun or self.tried:
-            return PATIENCE_S if self.begun else 0.0
+        if self.begun:
+            return PATIENCE_S
+        if self.tried:
+            return 0.0
         ttft_ms = None if self.ask is None else self.ask.request.objective.ttft_ms
         return min(HOLD_S, inf if ttft_ms is None else ttft_ms / 1e3)
 
