@@ -634,6 +634,20 @@ async def test_documents_are_sorted_by_their_nearness_to_the_query(
     assert short["usage"]["total_tokens"] > 0
 
 
+async def test_a_document_may_be_an_object_with_a_text(
+    client: httpx.AsyncClient, embedder: FakeEngine
+) -> None:
+    documents = ["b", {"text": "near a", "id": 7, "title": None}, {"text": "a"}]
+    for more in ({}, {"rank_fields": ["text"]}, {"top_n": 3.0}):
+        answer = await client.post("/v1/rerank", json={"query": "a", "documents": documents} | more)
+        assert answer.status_code == 200, answer.text
+        assert [(each["index"], each["document"]) for each in answer.json()["results"]] == [
+            (2, {"text": "a"}),
+            (1, {"text": "near a"}),
+            (0, {"text": "b"}),
+        ]
+
+
 async def test_pairs_of_texts_have_scores(client: httpx.AsyncClient, embedder: FakeEngine) -> None:
     async def scores(first: object, second: object) -> list[float]:
         answer = await client.post("/v1/score", json={"text_1": first, "text_2": second})
@@ -654,6 +668,11 @@ async def test_pairs_of_texts_have_scores(client: httpx.AsyncClient, embedder: F
         ("/v1/score", {"text_1": "a", "text_2": ""}, "$.text_2"),
         ("/v1/rerank", {"query": "", "documents": ["a"]}, "$.query"),
         ("/v1/rerank", {"query": "a", "documents": ["a", ""]}, "$.documents[1]"),
+        ("/v1/rerank", {"query": "a", "documents": ["a", {"text": ""}]}, "$.documents[1]"),
+        ("/v1/rerank", {"query": "a", "documents": [{"image": "a.png"}]}, "$.documents[0].text"),
+        ("/v1/rerank", {"query": "a", "documents": [7]}, "$.documents[0]"),
+        ("/v1/rerank", {"query": "a", "documents": [{"text": "a"}], "rank_fields": ["b"]}, "$.rank_fields"),
+        ("/v1/rerank", {"query": "a", "documents": ["a"], "max_tokens_per_doc": 9}, "$.max_tokens_per_doc"),
         ("/v1/rerank", {"query": "a", "documents": ["a"] * 2049}, "$.documents"),
         ("/v1/rerank", {"query": "a", "documents": ["a"], "top_n": 0}, "$.top_n"),
     ],

@@ -80,6 +80,7 @@ NOTHING: dict[str, Accepted] = {
     "echo": Accepted((False,), "vLLM"),
     "logits_processors": Accepted(([],), "vLLM"),
     "prompt_cache_retention": Accepted((ANY,), "OpenAI's clients"),
+    "rank_fields": Accepted((["text"],), "Cohere's clients"),
 }
 # Of a chat alone: its template writes special tokens, and an answer without a limit has none.
 CHAT: dict[str, Accepted] = {

@@ -101,12 +101,18 @@ class Scores(Struct, frozen=True, kw_only=True):
     object: str = "list"
 
 
+class RerankDocument(Wire, frozen=True, kw_only=True):
+    """A document as Cohere and Jina write it. Its other members, such as an id, are left out."""
+
+    text: str
+
+
 class RerankRequest(Wire, frozen=True, kw_only=True):
-    """`top_n`: how many documents the answer lists; by default all. `return_documents`: whether the texts of
-    the documents are in it."""
+    """`documents`: texts, or objects with a `text`. `top_n`: how many documents the answer lists; by default
+    all. `return_documents`: whether the texts of the documents are in it."""
 
     query: str
-    documents: Texts
+    documents: Annotated[list[str | RerankDocument], up_to("prompts", min_length=1)]
     model: ModelName | None = None
     top_n: Positive | None = None
     return_documents: bool | None = None

@@ -21,6 +21,7 @@ from stretto.protocol.vllm import (
     RankedDocument,
     RankedText,
     Ranking,
+    RerankDocument,
     RerankRequest,
     Score,
     ScoreRequest,
@@ -61,8 +62,8 @@ async def score(call: Call) -> None:
 
 async def rerank(call: Call) -> None:
     """Answers with the documents in the order of their nearness to the query. Raises StrettoError."""
-    request = parse(RERANK, call.body)
-    texts = request.documents
+    request = parse(RERANK, call.body, history=frozenset((RerankDocument,)))
+    texts = [each if isinstance(each, str) else each.text for each in request.documents]
     model, query, used = await _embed(call, request, [request.query], "$.query")
     _, documents, more = await _embed(call, request, texts, "$.documents")
     scores = await asyncio.to_thread(_cosines, _repeated(query, len(texts)), documents)
