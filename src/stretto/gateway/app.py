@@ -45,14 +45,14 @@ from stretto.gateway.routing.fields import read_fields
 from stretto.gateway.routing.router import Router
 from stretto.gateway.settings import GatewayConfig
 from stretto.http.dialects import dialect_of
-from stretto.http.errors import error_response, internal, nothing_there
+from stretto.http.errors import NothingAt, error_response, internal, nothing_there
 from stretto.http.exchange import KEY, WRITE, Exchange, ExchangeLayer, watch
 from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body, refuse_stream
 from stretto.protocol.health import Status
 from stretto.protocol.parsing import JSON, parse, require_json
 from stretto.protocol.realtime.handshake import PATH
-from stretto.protocol.relay import PATHS, RESPONSES, OperationName
+from stretto.protocol.relay import NO_RESPONSES, PATHS, RESPONSES, OperationName
 from stretto.telemetry import tracing
 
 LEASE_S = 10.0  # a worker that joined by itself must renew within
@@ -204,6 +204,7 @@ class Gateway(Starlette):
             for name, paths in PATHS.items()
             for path in paths
         ]
+        work += [Route(path, NothingAt(path)) for path in NO_RESPONSES]
         work += [
             Route(RESPONSES + "/{id}", RelayedPath(self, name), methods=[method])
             for name, method in METHODS.items()

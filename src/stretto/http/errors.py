@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -36,6 +37,16 @@ async def nothing_there(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         raise NotFound(f"there is no WebSocket at {scope['path']}")
     raise HTTPException(404)
+
+
+@dataclass(frozen=True, slots=True)
+class NothingAt:
+    """The endpoint of a path that has none, though a route with a parameter would take it for its own."""
+
+    path: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await nothing_there(scope, receive, send)
 
 
 def _methods(scope: Scope) -> str:

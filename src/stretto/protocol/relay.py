@@ -66,6 +66,8 @@ PATHS: dict[OperationName, tuple[str, ...]] = {
     "detokenize": ("/detokenize",),
 }
 RESPONSES = "/v1/responses"
+# Operations of OpenAI's API that are not here. Their paths look like that of a kept answer.
+NO_RESPONSES = (f"{RESPONSES}/input_tokens", f"{RESPONSES}/compact")
 FEEDBACK = "/v1/feedback"
 
 

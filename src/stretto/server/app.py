@@ -22,13 +22,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stretto.config import ServeConfig
 from stretto.engine.client import EngineClient
 from stretto.errors import StartError, StrettoError
-from stretto.http.errors import error_response, internal, nothing_there
+from stretto.http.errors import NothingAt, error_response, internal, nothing_there
 from stretto.http.exchange import KEY, Exchange, ExchangeLayer
 from stretto.http.guard import Guard
 from stretto.http.request import plain_path, read_body
 from stretto.ladder.serving import ServedLadder
 from stretto.protocol.parsing import require_json
-from stretto.protocol.relay import FEEDBACK, PATHS, RELAY, OperationName, error_mark
+from stretto.protocol.relay import FEEDBACK, NO_RESPONSES, PATHS, RELAY, OperationName, error_mark
 from stretto.server.adapters.messages import count_tokens, create_message
 from stretto.server.adapters.ollama import answers as ollama
 from stretto.server.adapters.ollama.models import ModelPages, show
@@ -135,9 +135,10 @@ class App(Starlette):
             WebSocketRoute(realtime.PATH, realtime.RealtimeSockets(server)),
             WebSocketRoute(RELAY, realtime.RealtimeSockets(server, relayed=True)),
         ]
+        absent = [Route(path, NothingAt(path)) for path in NO_RESPONSES]
         explained = [Route(realtime.PATH, realtime.explain)]
         super().__init__(
-            routes=[*routes, *responses.routes(), *feedback.routes(), *pages, *sockets, *explained]
+            routes=[*routes, *absent, *responses.routes(), *feedback.routes(), *pages, *sockets, *explained]
         )
         self.router.redirect_slashes = False
         self.router.default = nothing_there
