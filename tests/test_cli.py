@@ -65,20 +65,22 @@ class Served:
     url: str
     pid: int
     lines: list[str]
+    errors: Path
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    log = tmp_path_factory.mktemp("serve") / "out"
-    with log.open("w") as out:
-        process = subprocess.Popen([*STRETTO, "serve", "null=null:1", "--port", "0"], stdout=out)
+    folder = tmp_path_factory.mktemp("serve")
+    log, errors = folder / "out", folder / "err"
+    with log.open("w") as out, errors.open("w") as err:
+        process = subprocess.Popen([*STRETTO, "serve", "null=null:1", "--port", "0"], stdout=out, stderr=err)
     lines: list[str] = []
     deadline = time.monotonic() + 60
     while len(lines) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
         lines = log.read_text().splitlines()
     try:
-        yield Served(lines[2].split()[-1], process.pid, lines)
+        yield Served(lines[2].split()[-1], process.pid, lines, errors)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -239,6 +241,14 @@ def test_serve_prints_its_start_time_and_a_curl_command_that_works(served: Serve
     answer = json.loads(done.stdout)
     assert (answer["model"], answer["object"]) == ("null", "chat.completion")
     assert answer["usage"]["completion_tokens"] > 0
+
+
+def test_serve_logs_where_the_time_of_its_start_went(served: Served) -> None:
+    line = r"\S+ info server cli: ready in (\S+) s: (command .*, imports .*, rest \S+)"
+    logged = [found for text in served.errors.read_text().splitlines() if (found := re.fullmatch(line, text))]
+    assert len(logged) == 1, served.errors.read_text()
+    parts = [float(part.split()[-1]) for part in logged[0][2].split(", ")]
+    assert sum(parts) == pytest.approx(float(logged[0][1]), abs=0.05 * (1 + len(parts)))
 
 
 def test_bench_reports_in_one_json_document(served: Served) -> None:

@@ -6,6 +6,7 @@ The names and help lines of settings come from `stretto.config`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable, Generator
@@ -32,12 +33,13 @@ from stretto.engine.structured.sandbox import GrammarSandbox
 from stretto.errors import StartError, StrettoError
 from stretto.gateway import settings as gateway_settings
 from stretto.gateway.app import Gateway
+from stretto.hardware import process_age
 from stretto.http import serving as server
 from stretto.ladder.locate import LocatedModels, locate, locate_variants
 from stretto.llm import LLM
 from stretto.optimise import recipe as recipes
 from stretto.server import app as api
-from stretto.telemetry import log
+from stretto.telemetry import log, start_times
 from stretto.types import Sampling
 
 T = TypeVar("T")
@@ -140,7 +142,10 @@ async def _serve(front: ServeConfig, located: LocatedModels, loading: terminal.L
         loading.stop()
         default = next(iter(application.server.texts))
         terminal.show_ready(url, client.worker_state(), default, locked=bool(front.api_keys))
+        parts = {"command": command_s, **client.start_s}
+        logging.getLogger(__name__).info("ready in %s", start_times.told(process_age(), parts))
 
+    command_s = process_age()
     try:
         await client.start()
         models = {model.name: Path(model.path) for model in engine.models}

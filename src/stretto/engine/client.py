@@ -151,6 +151,7 @@ class EngineClient:
         self._failures = 0  # starts in a row
         self.restarts = 0
         self.models: dict[str, ModelInfo] = {}
+        self.start_s: dict[str, float] = {}  # seconds of the engine's last start, by part
         self.tiers = tiers_of(config.tiers)  # those that the machine can keep, once that is known
 
     @property
@@ -454,8 +455,8 @@ class EngineClient:
             case ipc.LoadProgress(stage, done, total):
                 if self._on_progress is not None:
                     self._on_progress(stage, done, total)
-            case ipc.Ready(models, tiers):
-                self.tiers = tiers
+            case ipc.Ready(models, tiers, start_s):
+                self.tiers, self.start_s = tiers, start_s
                 self.models = {info.name: info for info in models}
                 self._failures = 0
                 self._change("ready", "")

@@ -52,10 +52,11 @@ class LoadProgress(Struct, frozen=True, tag="progress", array_like=True):
 
 class Ready(Struct, frozen=True, tag="ready", array_like=True):
     """The models are loaded and requests are accepted. `tiers`: what a request gets that names
-    no objective."""
+    no objective. `start_s`: the seconds of the start by part, as `telemetry.start_times` has them."""
 
     models: list[ModelInfo]
     tiers: dict[str, Tier]
+    start_s: dict[str, float] = {}
 
 
 class Failed(Struct, frozen=True, tag="failed", array_like=True):

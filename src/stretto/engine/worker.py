@@ -28,8 +28,10 @@ from stretto.engine.scheduler.admission import Snapshot, snapshot
 from stretto.engine.sequence import Sequence
 from stretto.engine.structured.grammar import Matcher
 from stretto.errors import InvalidGrammar, InvalidRequest, StrettoError
+from stretto.hardware import process_age
 from stretto.queueing.round_robin import RoundRobin
 from stretto.telemetry.log import configure
+from stretto.telemetry.start_times import StartTimes
 from stretto.types import Finish, QueueState, Reason, Request, StepStats, TokenEvent
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,9 @@ class EngineWorker:
 
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
-        self._loader = ModelLoader(config, self._on_progress)
+        self._times = StartTimes()
+        self._times.seconds["imports"] = process_age()
+        self._loader = ModelLoader(config, self._on_progress, self._times)
         models = self._loader.models()
         limits = step_limits(self._loader.config, models)
         self._tiers = dict(limits.tiers)
@@ -77,7 +81,7 @@ class EngineWorker:
     def run(self, pulse: Pulse) -> None:
         """Serve until a `Stop` message arrives."""
         self._emit([], None)
-        self._send(ipc.Ready(self._infos, self._tiers))
+        self._send(ipc.Ready(self._infos, self._tiers, self._times.seconds))
         while not self._stopped:
             pulse.turns += 1
             for raw in self._inbox():

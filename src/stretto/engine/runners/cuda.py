@@ -38,6 +38,7 @@ from stretto.engine.sequence import Drawn, Sequence, follow
 from stretto.kernels.cuda import draw
 from stretto.kernels.cuda.launch import compiling_ahead
 from stretto.models.decoder import Decoder
+from stretto.telemetry.start_times import StartTimes
 from stretto.types import Logprobs, ModelInfo
 
 log = logging.getLogger(__name__)
@@ -140,23 +141,39 @@ class CudaRunner:
         self._ring = [PinnedMemory(rows, most_tokens) for _ in range(RING)]
         self._turn = 0
 
-    def start(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def start(
+        self,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        times: StartTimes | None = None,
+    ) -> None:
         """Compile the kernels of all steps, and capture graphs so that each step has one that holds it.
 
-        `progress(done, total)` counts graphs.
+        `progress(done, total)` counts graphs. `times` gets the parts of the start.
         """
+        times = times or StartTimes()
+        with times.part("kernels"):
+            self._compile()
+        with times.part("graphs"):
+            self._capture_first(progress, times)
+
+    def _compile(self) -> None:
         further = () if self._decoder.spec.routing is None else FURTHER_KERNELS
         with torch.inference_mode(), compiling_ahead():
             for size in self._first:
                 if size.decodes or size.tokens <= ALL_KERNELS or size.tokens in further:
                     self._step(self._idle(size))
+
+    def _capture_first(self, progress: Callable[[int, int], None], times: StartTimes) -> None:
         draw.write_tables(
             self._ring[0].updates([(len(self._tables) - 1, 0, self.info.blocks)], self._device), self._tables
         )
         tokens, rows = set[int](), set[int]()
         for done, size in enumerate(self._first):
             # The kernels of a step with prompts follow from its tokens, and those of its draws from its rows.
-            self._prepare(size, loaded=not size.decodes and size.tokens in tokens and size.rows in rows)
+            if size.decodes or size.tokens not in tokens or size.rows not in rows:
+                with times.part("first steps"):
+                    self._load_kernels(size)
+            self._prepare(size)
             if not size.decodes:
                 tokens.add(size.tokens)
                 rows.add(size.rows)
@@ -167,7 +184,9 @@ class CudaRunner:
         fails, as for want of memory, the graphs that there are serve all steps."""
         try:
             if self._later:
-                self._prepare(self._later.pop())
+                size = self._later.pop()
+                self._load_kernels(size)
+                self._prepare(size)
         except RuntimeError:
             log.warning("no further graphs of %s are captured", self.info.name, exc_info=True)
             self._later.clear()
@@ -240,12 +259,14 @@ class CudaRunner:
         self._in_tables[seq.slot] = owner, preemptions, min(known, -(-tokens // self.info.block_size))
 
     @torch.inference_mode()
-    def _prepare(self, size: StepSize, *, loaded: bool = False) -> None:
-        """Capture the graph of a size. Unless its kernels are loaded they run once before, because none can
-        load in a capture."""
+    def _load_kernels(self, size: StepSize) -> None:
+        """Run a step of a size, so that its kernels are loaded: none can load in a capture."""
+        self._step(self._idle(size))
+
+    @torch.inference_mode()
+    def _prepare(self, size: StepSize) -> None:
+        """Capture the graph of a size whose kernels are loaded."""
         memory = self._idle(size)
-        if not loaded:
-            self._step(memory)
         self._capture(memory)
         self._memory[size] = memory
 

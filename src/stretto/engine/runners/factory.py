@@ -57,6 +57,7 @@ from stretto.models.checkpoint import Checkpoint, identity
 from stretto.models.decoder import Decoder
 from stretto.models.load import MixedKernels, load
 from stretto.models.source import ProgressCallback
+from stretto.telemetry.start_times import StartTimes
 from stretto.types import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -86,25 +87,34 @@ def machine_name(config: EngineConfig) -> str:
 class ModelLoader:
     """Loads all models of one engine process. `machine` describes the processors that run them.
 
-    `on_progress(stage, done, total)` is called while weights are read. Raises StartError, or CheckpointError
-    for a checkpoint that cannot be read.
+    `on_progress(stage, done, total)` is called while weights are read. `times` gets the parts of the start.
+    Raises StartError, or CheckpointError for a checkpoint that cannot be read.
     """
 
-    def __init__(self, config: EngineConfig, on_progress: ProgressCallback = no_progress) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_progress: ProgressCallback = no_progress,
+        times: StartTimes | None = None,
+    ) -> None:
         self._progress = on_progress
+        self._times = times or StartTimes()
         self._grammars: dict[str, Grammars] = {}
         self._decoders: dict[str, Decoder] = {}
         self.machine = machine_name(config)
         use_threads(choose_threads(snapshot(), config.threads).value)
-        device = choose_device(config.device, torch.cuda.is_available()).value
-        self._device = torch.device(device)
+        with self._times.part("device"):
+            device = choose_device(config.device, torch.cuda.is_available()).value
+            self._device = torch.device(device)
+            self._available()  # the first question creates the context of a GPU
         running = choose_running(config.max_running, device).value
         self.config = msgspec.structs.replace(config, max_running=running)
         cache = cache_folder(config.cache_dir)
         if self._device.type == "cuda" and cache is not None:
             # Triton names a compiled kernel by its source, its own version and the device.
             os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "kernels"))
-        loaded = [self._load(model) for model in config.models]
+        with self._times.part("weights"):
+            loaded = [self._load(model) for model in config.models]
         self._free = self._available()
         shares = _kv_shares([each for each in loaded if isinstance(each, LoadedWeights)], config.block_size)
         self.runners = [
@@ -121,10 +131,11 @@ class ModelLoader:
         drafts = self._draft_runners()
         folder = cache and cache / "step-times"
         limits = Limits(self.config.max_running, self.config.max_step_tokens or MOST_STEP_TOKENS)
-        times = {
-            runner.info.name: known_times(runner, limits, machine=self.machine, folder=folder)
-            for runner in self.runners
-        }
+        with self._times.part("calibration"):
+            times = {
+                runner.info.name: known_times(runner, limits, machine=self.machine, folder=folder)
+                for runner in self.runners
+            }
         return [
             LoadedModel(
                 runner,
@@ -150,7 +161,8 @@ class ModelLoader:
             stored, parameters = spec.dtype or checkpoint.dtype, checkpoint.parameters
         dtype = choose_dtype(snapshot(), stored, device=self._device.type, requested=model.dtype).value
         check_fit(model.name, parameters * getattr(torch, dtype).itemsize, self._available())
-        kernels, why = choose_kernels(self._device, getattr(torch, dtype), model.quantise)
+        with self._times.part("imports"):  # of Triton, on a GPU
+            kernels, why = choose_kernels(self._device, getattr(torch, dtype), model.quantise)
         packs = model.quantise is not None and self._device.type == "cpu"
         store = self._store(path, " ".join((kernels.name, *model.exclude))) if packs else None
         mixed = None
@@ -188,10 +200,13 @@ class ModelLoader:
         """A `CudaRunner` for steps of at most `most` tokens, with its graphs. Raises StartError when they
         leave no memory."""
         try:
-            runner = import_module(CUDA).CudaRunner(
-                decoder, info, eos=eos, max_running=self.config.max_running, most_tokens=most
-            )
-            runner.start(partial(self._progress, f"{info.name}: graphs"))
+            with self._times.part("imports"):
+                runners = import_module(CUDA)
+            with self._times.part("memory"):
+                runner = runners.CudaRunner(
+                    decoder, info, eos=eos, max_running=self.config.max_running, most_tokens=most
+                )
+            runner.start(partial(self._progress, f"{info.name}: graphs"), self._times)
         except torch.OutOfMemoryError as error:
             raise StartError(
                 f"{info.name}: beside {gib(info.kv_bytes)} of KV cache, {self._device} has too little memory "
