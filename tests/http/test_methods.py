@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -56,7 +57,13 @@ def taken(app: Starlette) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for each in routes:
         path = re.sub(r"\{[^}]*\}", "1", each.path)
-        scope = {"type": "http", "method": "GET", "path": path, "root_path": "", "headers": []}
+        scope: dict[str, Any] = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "root_path": "",
+            "headers": [],
+        }
         matching = [other for other in routes if other.matches(scope)[0] is not Match.NONE]
         found[path] = {method for other in matching for method in other.methods or ()}
     return found
