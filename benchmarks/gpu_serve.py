@@ -1,10 +1,11 @@
 """Serves a model on this GPU with Stretto, and with vLLM if there is one, and sends both the same requests.
 
-`python benchmarks/gpu_serve.py MODEL_DIR [--vllm PYTHON] [--rates 8 16] [--json FILE]`
+`python benchmarks/gpu_serve.py MODEL_DIR [--vllm PYTHON] [--rates 8 16] [--json FILE] [--seconds-left N]`
 
 Each server runs alone. The first pass follows its start at once; the warm pass repeats it with other prompts.
 `--vllm` names a Python that has vLLM. `--rates` adds Poisson arrivals after the last pass. Goodput is at
 `ttft:500,tpot:50`, and for the rates Stretto starts again with these limits as the objective of its tier.
+The file is written after every load. With `--seconds-left`, a load that would not fit is skipped and named.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ GOOD = "ttft:500,tpot:50"
 GOOD_TIER = "[tiers.default]\nttft_ms = 500\nitl_ms = 50\n"
 START_S, POLL_S, LOAD_S = 300.0, 0.05, 240
 RATE_S = 20  # of requests at each rate
+START = "start"  # stands where a load has its title
 
 
 class Server(NamedTuple):
@@ -124,25 +127,58 @@ def loads_of(passes: list[str], at_once: list[int], rates: list[float]) -> tuple
     return closed, arrivals
 
 
-def measure(server: Server, closed: list[Load], arrivals: list[Load]) -> list[dict[str, Any]]:
-    """A row of figures for each load."""
+class Budget:
+    """The seconds that are left. A load is expected to take as long as the one of its title did before, and
+    otherwise as long as the slowest so far, or as a server's start."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self._took: dict[str, float] = {}
+
+    def took(self, title: str, seconds: float) -> None:
+        self._took[title] = max(seconds, self._took.get(title, 0.0))
+
+    def fits(self, title: str) -> bool:
+        expected = self._took.get(title, max(self._took.values(), default=0.0))
+        return time.monotonic() + expected < self._end
+
+
+def measure(
+    server: Server, closed: list[Load], arrivals: list[Load], budget: Budget
+) -> Iterator[dict[str, Any]]:
+    """A row of figures for each load, as soon as it is done."""
     if not server.objective or not closed or not arrivals:
         options = server.objective if arrivals else ()
-        return _measure(server, options, closed + arrivals, 1)
-    rows = _measure(server, (), closed, 1)
-    return rows + _measure(server, server.objective, arrivals, 1 + len(closed))
+        yield from _measure(server, options, closed + arrivals, 1, budget)
+        return
+    yield from _measure(server, (), closed, 1, budget)
+    yield from _measure(server, server.objective, arrivals, 1 + len(closed), budget)
 
 
-def _measure(server: Server, options: tuple[str, ...], loads: list[Load], seed: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _measure(
+    server: Server, options: tuple[str, ...], loads: list[Load], seed: int, budget: Budget
+) -> Iterator[dict[str, Any]]:
+    if not budget.fits(START):
+        skip(server, loads)
+        return
     with running(server._replace(command=[*server.command, *options])) as ready_s:
+        budget.took(START, ready_s)
         print(f"\n{server.name}: ready after {ready_s:.1f} s", flush=True)
         for number, each in enumerate(loads, seed):
+            if not budget.fits(each.title):
+                skip(server, [each])
+                continue
+            before = time.monotonic()
             report = load(server, each.shape, each.requests, number)
+            budget.took(each.title, time.monotonic() - before)
             told = {"server": server.name, "ready_s": ready_s, "pass": each.run, "load": each.title}
-            rows.append({**told, **report})
-            show(rows[-1])
-    return rows
+            show({**told, **report})
+            yield {**told, **report}
+
+
+def skip(server: Server, loads: list[Load]) -> None:
+    for each in loads:
+        print(f"{server.name:>8} {each.run:>6} {each.title:>12}: skipped, too little time left", flush=True)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -159,6 +195,13 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows so that the file is whole at every moment."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(rows, indent=1))
+    new.replace(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -171,15 +214,18 @@ def main() -> None:
     parser.add_argument(
         "--serve", nargs=argparse.REMAINDER, default=[], help="further options of stretto serve"
     )
-    parser.add_argument("--json", type=Path, help="write the reports to this file")
+    parser.add_argument("--json", type=Path, help="write the reports to this file, after every load")
+    parser.add_argument("--seconds-left", type=float, default=inf, help="skip the loads that do not fit")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    budget = Budget(options.seconds_left)
     closed, arrivals = loads_of(options.passes, options.at_once, options.rates)
     with tempfile.TemporaryDirectory() as folder:
         for server in servers(options.model, options.vllm, options.serve, Path(folder)):
-            rows += measure(server, closed, arrivals)
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1))
+            for row in measure(server, closed, arrivals, budget):
+                rows.append(row)
+                if options.json:
+                    write(options.json, rows)
 
 
 if __name__ == "__main__":
