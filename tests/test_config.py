@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from stretto.config import FILE_ONLY, SERVE, EngineConfig, ModelConfig, ServeConfig, load, size
+from stretto.config import SERVE, EngineConfig, ModelConfig, ServeConfig, load
 from stretto.errors import StartError
 from stretto.gateway.settings import GATEWAY
+from stretto.settings.table import FILE_ONLY, size
 
 
 def test_without_sources_settings_have_their_defaults() -> None:

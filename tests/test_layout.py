@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "stretto"
 FILES = sorted(ROOT.rglob("*.py"))
-GROUND = {"disk", "types", "errors", "config", "hardware", "deadlines", "statistics", "queueing"}
+GROUND = {"disk", "types", "errors", "settings", "config", "hardware", "deadlines", "statistics", "queueing"}
 SCHEDULING = {"engine.scheduler", "engine.sequence", "engine.kv_cache", "engine.step_time"}
 CLIENT = {"engine.client", "engine.scheduler.admission"}
 SERVING = GROUND | CLIENT | {"protocol", "text", "telemetry", "http", "privacy", "energy", "ladder"}
@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": {"errors"},
     "deadlines": {"types"},
     "hardware": {"errors", "types"},
-    "config": {"errors", "types"},
+    "settings": {"errors"},
+    "config": {"errors", "types", "settings"},
     "queueing": {"errors"},
     "protocol": GROUND,
     "telemetry": GROUND,

@@ -39,6 +39,7 @@ from stretto.ladder.locate import LocatedModels, locate, locate_variants
 from stretto.llm import LLM
 from stretto.optimise import recipe as recipes
 from stretto.server import app as api
+from stretto.settings.table import SettingsTable, meaning_of
 from stretto.telemetry import log, start_times
 from stretto.types import Sampling
 
@@ -82,11 +83,11 @@ def root(
         config.SERVE.refuse_unknown(os.environ)
 
 
-def setting(name: str, table: config.SettingsTable = config.SERVE) -> Any:
+def setting(name: str, table: SettingsTable = config.SERVE) -> Any:
     """The option of a setting. It has no default, so that environment and file are read when it is absent."""
     info = table.infos[name]
     default = "none" if info.default is None else info.default
-    text = f"{config.meaning_of(info)} [dim]\\[{default}][/]"
+    text = f"{meaning_of(info)} [dim]\\[{default}][/]"
     return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
 
 

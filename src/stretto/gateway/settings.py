@@ -9,13 +9,14 @@ from typing import Annotated, Any, NamedTuple
 from msgspec import Meta, field
 from msgspec.structs import fields
 
-from stretto.config import HttpConfig, SettingsTable, part
+from stretto.config import HttpConfig
 from stretto.errors import StartError
 from stretto.gateway.accounts.ledger import KeySettings
 from stretto.gateway.accounts.prices import Price
 from stretto.gateway.cache.policy import CachePolicy
 from stretto.gateway.routing.router import Method
 from stretto.gateway.upstream.connection import Address
+from stretto.settings.table import SettingsTable, part
 
 
 class Patience(NamedTuple):

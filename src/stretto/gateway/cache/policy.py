@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, cast
 import msgspec
 from msgspec import Struct, json
 
-from stretto.config import size
 from stretto.errors import InvalidRequest
 from stretto.protocol.openai import CacheFields
 from stretto.protocol.relay import OperationName
+from stretto.settings.table import size
 
 EVERYBODY = "*"  # the policy of tenants that have none of their own
 SUBJECTS = ("user", "safety_identifier", "prompt_cache_key", "cache_salt")
