@@ -5,7 +5,7 @@ Owns the weights. Keeps nothing between steps: cache and batch are arguments, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from stretto.kernels import (
     kv_width,
 )
 from stretto.models.spec import ModelSpec
+
+ALIGNED = 16  # bytes: Triton compiles a kernel anew for a pointer that is aligned less
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,19 @@ class Decoder:
     def with_kv_dtype(self, dtype: torch.dtype) -> Decoder:
         """The same model with caches of `dtype`."""
         return Decoder(self.spec, self.kernels, self.weights, dtype)
+
+    def abridged(self, cache: Cache) -> tuple[Decoder, Cache]:
+        """The same model with the first layer of each kind and the last layer, and their part of `cache`.
+
+        A step of it calls the same kernels with arguments of the same shapes as a step of the whole model. It
+        loads and compiles them in a fraction of the time. What it computes means nothing.
+        """
+        layers = self.weights.stack.layers
+        kinds = [_kind(layer) for layer in layers]
+        chosen = sorted({*(kinds.index(kind) for kind in kinds), len(layers) - 1})
+        stack = replace(self.weights.stack, layers=[layers[number] for number in chosen])
+        decoder = Decoder(self.spec, self.kernels, replace(self.weights, stack=stack), self.kv_dtype)
+        return decoder, replace(cache, layers=[cache.layers[number] for number in chosen])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,3 +173,12 @@ class Decoder:
             kernels.rescore_top_k(logits, hidden, weights.head, weights.embedding)
         cap = self.spec.final_cap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+
+def _kind(value: Any) -> Any:
+    """What the choice of a kernel may depend on: all of a layer but the values in its tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.data_ptr() % ALIGNED
+    if is_dataclass(value):
+        return type(value), [_kind(getattr(value, field.name)) for field in fields(value)]
+    return value

@@ -119,6 +119,7 @@ class CudaRunner:
         self._device = decoder.device
         # The rows that pad a step to the size of its graph use one extra block and one extra slot.
         self._cache = decoder.new_cache(info.blocks + 1, info.block_size)
+        self._abridged = decoder.abridged(self._cache)
         self._sampler = Sampler(info.vocab, eos, self._device)
         columns = -(-info.context // info.block_size)
         self._tables = torch.zeros((max_running + 1, columns), dtype=torch.int32, device=self._device)
@@ -161,7 +162,7 @@ class CudaRunner:
         with torch.inference_mode(), compiling_ahead():
             for size in self._first:
                 if size.decodes or size.tokens <= ALL_KERNELS or size.tokens in further:
-                    self._step(self._idle(size))
+                    self._step(self._idle(size), abridged=True)
 
     def _capture_first(self, progress: Callable[[int, int], None], times: StartTimes) -> None:
         draw.write_tables(
@@ -260,8 +261,8 @@ class CudaRunner:
 
     @torch.inference_mode()
     def _load_kernels(self, size: StepSize) -> None:
-        """Run a step of a size, so that its kernels are loaded: none can load in a capture."""
-        self._step(self._idle(size))
+        """Run an abridged step of a size, so that its kernels are loaded: none can load in a capture."""
+        self._step(self._idle(size), abridged=True)
 
     @torch.inference_mode()
     def _prepare(self, size: StepSize) -> None:
@@ -302,9 +303,10 @@ class CudaRunner:
             first += row.count
         return scores
 
-    def _step(self, memory: StepMemory, *, every: bool = False) -> StepOutput:
-        """Run a step, with the hidden states of all its tokens if `every`."""
+    def _step(self, memory: StepMemory, *, every: bool = False, abridged: bool = False) -> StepOutput:
+        """Run a step, with the hidden states of all tokens if `every`. `abridged`: only for its kernels."""
         inputs, batch = memory.inputs, memory.batch
+        decoder, cache = self._abridged if abridged else (self._decoder, self._cache)
         if memory.size.decodes:
             draw.read(inputs, self._drawn, self._tables, batch, self.info.block_size)
         else:
@@ -313,11 +315,11 @@ class CudaRunner:
             )
         states = None
         if every and batch.outputs is not None:
-            states = self._decoder.forward(replace(batch, outputs=None), self._cache)
+            states = decoder.forward(replace(batch, outputs=None), cache)
             hidden = states[batch.outputs]
         else:
-            hidden = self._decoder.forward(batch, self._cache)
-        logits = self._decoder.logits(hidden)
+            hidden = decoder.forward(batch, cache)
+        logits = decoder.logits(hidden)
         tokens = draw.draw(logits, inputs[: memory.size.rows], self._drawn, self._seen)
         return StepOutput(tokens, logits, hidden, states)
 
