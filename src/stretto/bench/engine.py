@@ -85,7 +85,8 @@ class EngineProcess:
     """An engine in a child process. Raises StartError with its last error line when it ends early."""
 
     def __init__(self, config: EngineConfig) -> None:
-        command = [sys.executable, "-m", "stretto.engine", "stretto.profiler.worker"]
+        on_cpu = ["--cpu"] if config.device == "cpu" else []
+        command = [sys.executable, "-m", "stretto.engine", *on_cpu, "stretto.profiler.worker"]
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -70,7 +70,8 @@ class ChildProcess:
             messages.connect(f"ipc://{address}")
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "stretto.engine", ENGINE, str(address), str(other_end.fileno())),
+                *("-m", "stretto.engine", *(["--cpu"] if config.device == "cpu" else [])),
+                *(ENGINE, str(address), str(other_end.fileno())),
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=(other_end.fileno(),),
             )
