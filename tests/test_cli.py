@@ -137,6 +137,68 @@ def test_help_has_its_short_name(command: str, capsys: pytest.CaptureFixture[str
     assert exit.value.code == 0 and "Usage:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_standard_stream_may_be_closed(closed: str) -> None:
+    """The others are as always."""
+    command = shlex.join([*STRETTO, "run", "--model", "null:1", "--max-tokens", "1", "-"])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, input="Hi", timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert bool(done.stdout) == (closed != ">&-")
+    wrong = ["sh", "-c", f"{shlex.join([*STRETTO, 'serve', '--colour'])} {closed}"]
+    refused = subprocess.run(wrong, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2
+    assert ("No such option" in refused.stderr) == (closed != "2>&-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--config", "none"], "cannot read the configuration none: No such file or directory"),
+        (["serve", "--config", "."], "cannot read the configuration .: Is a directory"),
+        (
+            ["serve", "--config", "latin.txt"],
+            "latin.txt: it is not UTF-8: invalid start byte at byte 1",
+        ),
+        (["optimise", "none"], "cannot read the recipe none: No such file or directory"),
+        (["optimise", "."], "cannot read the recipe .: Is a directory"),
+        (["optimise", "empty"], "empty is empty; docs/ladder.md shows a recipe"),
+        (
+            ["optimise", "open.yaml"],
+            "open.yaml cannot be read as YAML: while parsing a flow node did not find",
+        ),
+        (["bench", "trace", "none", "--virtual"], "none cannot be read: No such file or directory"),
+        (["bench", "trace", "latin.txt", "--virtual"], "latin.txt cannot be read: it is not UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_once_with_the_reason(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "latin.txt").write_bytes("#ü x".encode("latin-1"))
+    (tmp_path / "empty").touch()
+    (tmp_path / "open.yaml").write_text("x: [")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run_main(arguments)
+    printed = capsys.readouterr().err
+    assert message in printed and "Errno" not in printed
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def test_a_file_of_settings_is_utf_8_in_every_locale(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("# Grüße\nport = 70000\n", encoding="utf-8")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = stretto("serve", "--config", str(file), **locale)
+    assert (done.returncode, "Expected `int` <= 65535" in done.stderr) == (2, True), done.stderr
+
+
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         run_main(["--version"])

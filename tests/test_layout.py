@@ -180,6 +180,20 @@ def test_no_import_cycles():
         pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
 
 
+def test_text_files_are_utf_8_in_every_locale():
+    """Without a named encoding, Python takes that of the locale."""
+    wrong = [
+        f"{name}, line {node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("read_text", "write_text")
+        and "encoding" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert wrong == []
+
+
 def test_no_import_inside_a_function():
     wrong = {
         f"{name}.{function.name}"

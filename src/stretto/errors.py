@@ -8,6 +8,15 @@ from __future__ import annotations
 LONGEST_MESSAGE, LONGEST_PARAM = 2000, 200
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a file cannot be read or written, for a message that names the file: without number and path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8: {error.reason} at byte {error.start}"
+    return str(error)
+
+
 def cut(text: str, most: int) -> str:
     """At most `most` characters of a text, and how long it was. What a client sent may be megabytes long."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

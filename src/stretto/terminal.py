@@ -5,6 +5,7 @@ Colours and progress bars appear only on a terminal. This module formats reports
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -37,8 +38,20 @@ from stretto.statistics import Spread
 from stretto.types import WorkerState
 
 FILE_WIDTH = 200  # columns of a table in a file or a pipe, where nothing is cut to the width of a window
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
 QUESTION = "What is 22.53 + 32.62?"
+
+
+def open_missing_streams() -> None:
+    """Opens the null device in the place of a standard stream that the caller has closed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
+open_missing_streams()
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
 err = Console(stderr=True, soft_wrap=True, highlight=False, width=None if sys.stderr.isatty() else FILE_WIDTH)
 
 

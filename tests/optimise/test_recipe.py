@@ -180,7 +180,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str) -> No
 
 
 def test_a_recipe_that_is_missing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match="cannot be read"):
+    with pytest.raises(StartError, match="cannot read the recipe"):
         recipe.read(tmp_path / "none.yaml")
 
 

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from stretto.bench.client import Client, ServedModel
 from stretto.bench.metrics import NO_LIMITS, GoodputLimits, LoadReport, Sample, report
-from stretto.errors import StartError
+from stretto.errors import StartError, reason_of
 
 LoadPrompt = str | list[int] | list[dict[str, Any]]  # a text, token ids, or chat messages
 EndpointName = Literal["chat", "completions"]
@@ -142,7 +142,7 @@ def read_prompts(path: Path) -> list[LoadPrompt]:
         with opened(path, "rt", encoding="utf-8") as file:
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise StartError(f"cannot read prompts from {path}: {error}") from error
+        raise StartError(f"cannot read prompts from {path}: {reason_of(error)}") from error
     prompts = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise StartError(f"{path} has no prompt; write one per line")

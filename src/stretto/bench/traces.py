@@ -20,7 +20,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from stretto.errors import InvalidRequest
+from stretto.errors import InvalidRequest, reason_of
 from stretto.simulator.setting import Arrival
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def read(path: Path, *, requests: int | None = None, seed: int = 0) -> list[Arri
                 raise InvalidRequest(f"{path.name} is empty; write one line for each request")
             arrivals = list(islice(_reader(path, first[1])(path, first, lines, seed), requests))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} cannot be read: {error}") from error
+        raise InvalidRequest(f"{path} cannot be read: {reason_of(error)}") from error
     if not arrivals:
         raise InvalidRequest(f"{path.name} holds no request")
     arrivals.sort(key=lambda arrival: arrival.at)

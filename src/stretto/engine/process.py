@@ -118,7 +118,9 @@ class ChildProcess:
     def cpu_s(self) -> float:
         """The processor time that the process has used, in seconds; 0 after its end."""
         try:
-            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = (
+                Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            )
         except OSError:
             return 0.0
         return (int(fields[11]) + int(fields[12])) / TICKS_PER_S

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from stretto.config import Quantise
 from stretto.engine.step_time import StepCost
-from stretto.errors import CheckpointError, StartError
+from stretto.errors import CheckpointError, StartError, reason_of
 from stretto.ladder.estimate import QualityBin, QualityModel
 from stretto.ladder.lengths import LengthModel
 from stretto.ladder.strict import convert
@@ -161,7 +161,7 @@ def load(folder: Path, *, digests: bool = True) -> Ladder:
             f"{folder} is no ladder: it has no {FILE}; `stretto optimise` makes one"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        raise CheckpointError(f"{file} cannot be read: {reason_of(error)}") from error
     _check_version(file, data)
     try:
         ladder = convert(data, Ladder, str(file))
@@ -257,7 +257,7 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = msgspec.json.decode((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {reason_of(error)}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} must hold a JSON object")
     return cast("dict[str, Any]", config)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stretto.disk.files import POINTER, check_content, open_file, read_file
-from stretto.errors import CheckpointError
+from stretto.errors import CheckpointError, reason_of
 from stretto.models.fields import Fields
 from stretto.models.spec import StoredDtype
 
@@ -191,7 +191,7 @@ class Checkpoint:
                 offset=start,
             )
         except OSError as error:
-            raise CheckpointError(f"{file} cannot be mapped: {error}") from error
+            raise CheckpointError(f"{file} cannot be mapped: {reason_of(error)}") from error
         dtype = DTYPES[entry.dtype]
         if entry.start % dtype.itemsize:
             held = torch.empty(entry.shape, dtype=dtype)
@@ -207,7 +207,7 @@ class Checkpoint:
             try:
                 got = os.preadv(descriptor, [view[done:]], start + done)
             except OSError as error:
-                raise CheckpointError(f"{file} cannot be read: {error}") from error
+                raise CheckpointError(f"{file} cannot be read: {reason_of(error)}") from error
             if not got:
                 raise CheckpointError(f"{file} ends early: it is truncated, fetch it again")
             done += got

@@ -265,7 +265,9 @@ class _Meter:
     @staticmethod
     def _read() -> int | None:
         try:
-            counters = [int(file.read_text()) for file in RAPL.glob("intel-rapl:[0-9]/energy_uj")]
+            counters = [
+                int(file.read_text(encoding="utf-8")) for file in RAPL.glob("intel-rapl:[0-9]/energy_uj")
+            ]
         except (OSError, ValueError):
             return None
         return sum(counters) if counters else None

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from stretto.config import Quantise
-from stretto.errors import StartError
+from stretto.errors import StartError, reason_of
 from stretto.ladder.registry import NAME
 from stretto.ladder.strict import convert, nearest
 
@@ -187,8 +187,12 @@ def read(path: Path, feedback: Path | None = None) -> Recipe:
         raise StartError(
             "a recipe is YAML, and PyYAML is not installed: pip install 'stretto[optimise]'"
         ) from None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-        raise StartError(f"{path} cannot be read as YAML: {error}") from error
+    except OSError as error:
+        raise StartError(f"cannot read the recipe {path}: {reason_of(error)}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise StartError(f"{path} cannot be read as YAML: {' '.join(reason_of(error).split())}") from error
+    if data is None:
+        raise StartError(f"{path} is empty; docs/ladder.md shows a recipe")
     recipe = parse(data, str(path))
     return recipe if feedback is None else _with_feedback(recipe, feedback, str(path))
 

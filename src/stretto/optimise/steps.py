@@ -147,7 +147,7 @@ def _locked(options: RunOptions) -> Generator[None]:
     if out.exists() and any(each.name != WORK for each in out.iterdir()) and not options.resume:
         raise StartError(f"{out} is not empty: go on with --resume, or name another folder with --out")
     (out / WORK).mkdir(parents=True, exist_ok=True)
-    with (out / WORK / "lock").open("w") as lock:
+    with (out / WORK / "lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -311,7 +311,7 @@ class _Run:
     def _work(self, name: str, key: str) -> Path:
         """The folder of an unfinished step. What an attempt with another key left there is removed."""
         work, file = self.out / WORK / name, self.out / WORK / name / "key"
-        if not file.exists() or file.read_text() != key:
+        if not file.exists() or file.read_text(encoding="utf-8") != key:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
             write_whole(file, key.encode())

@@ -148,7 +148,7 @@ def profile_step(runner: Runner, config: EngineConfig) -> StepProfile:
 
 def _peak_bytes() -> int:
     """The peak memory of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import FieldInfo, fields
 
-from stretto.errors import StartError
+from stretto.errors import StartError, reason_of
 
 FILE_ONLY = ("api_keys", "tiers", "prices", "caches", "tenants_prefer")
 LISTS = ("models", "workers", "allowed_hosts", "cors_origins", "feedback_prompts")
@@ -132,9 +132,9 @@ def size(text: object) -> int:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text())
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
-        raise StartError(f"cannot read the configuration {file}: {error}") from error
+        raise StartError(f"cannot read the configuration {file}: {reason_of(error)}") from error
 
 
 def _choices(kind: Any, of: Literal["values", "names"]) -> list[str]:

@@ -177,7 +177,7 @@ def _memory_is_limited() -> bool:
 def _promises_no_more() -> bool:
     """Whether Linux counts each page that it has promised (`vm.overcommit_memory` is 2)."""
     try:
-        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+        return Path("/proc/sys/vm/overcommit_memory").read_text(encoding="utf-8").strip() == "2"
     except OSError:
         return True
 

@@ -151,7 +151,7 @@ class Grammars:
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         try:
-            text, ends = self._path.read_text(), sorted(self._eos)
+            text, ends = self._path.read_text(encoding="utf-8"), sorted(self._eos)
             try:
                 return LLTokenizer(text, eos_token=ends or None)
             except ValueError:  # the model has an EOS token that its tokenizer lacks

@@ -51,7 +51,7 @@ def cut(source: Path, target: Path, what: Cut) -> None:
     of experts, and for the hidden dimensions of a model with longrope.
     """
     spec = families.read(source)
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != spec.family:
         raise StartError(
             f"{source} holds more than a text model ({config.get('model_type')}): only text models are cut"
@@ -69,7 +69,9 @@ def cut(source: Path, target: Path, what: Cut) -> None:
         name: tensor for old, held in _tensors(source) for name, tensor in _kept(spec, what, old, held)
     }
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    (target / "config.json").write_text(json.dumps(config | _changes(spec, what), indent=2) + "\n")
+    (target / "config.json").write_text(
+        json.dumps(config | _changes(spec, what), indent=2) + "\n", encoding="utf-8"
+    )
     copy_beside(source, target)
 
 
