@@ -282,6 +282,52 @@ def run_main(arguments: list[str]) -> None:
         sys.argv = before
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "command", ["--version", "doctor", "doctor --json", "run hello", "serve null --port 0"]
+)
+def test_an_output_that_cannot_be_written_is_one_line(command: str, unbuffered: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*STRETTO, *command.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: the output cannot be written: No space left on device\n",
+    )
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    command = f"{shlex.join(STRETTO)} doctor --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode in (0, 1) and done.stderr == ""
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 2.0])
+def test_ctrl_c_during_the_start_ends_with_one_line(seconds: float, tmp_path: Path) -> None:
+    """The signal goes to the whole process group, as a terminal sends it."""
+    process = subprocess.Popen(
+        [*STRETTO, "serve", "--port", "0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    drained = r"(\S+ info server http\.serving: draining: 0 requests running\n)"
+    assert re.fullmatch(rf"interrupted\n|{drained}", errors), errors
+    assert process.returncode == (130 if errors == "interrupted\n" else 0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_port_in_use_is_an_error_that_names_it(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = stretto("serve", "null", "--port", str(taken.getsockname()[1]), TMPDIR=str(tmp_path))

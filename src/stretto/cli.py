@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from errno import EDQUOT, EFBIG, EIO, ENOSPC, EPIPE
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import typer
 import uvloop
+from typer.core import TyperGroup
 
 from stretto import chat as conversation
 from stretto import config, doctor, terminal
@@ -44,7 +46,8 @@ from stretto.telemetry import log, start_times
 from stretto.types import Sampling
 
 T = TypeVar("T")
-FAILURE, USAGE = 1, 2
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+UNWRITABLE = (ENOSPC, EDQUOT, EFBIG, EIO, EPIPE)  # what a write to an open file may fail with
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -53,7 +56,19 @@ def _one_spelling(flag: str) -> str:
     return flag.replace("quantize", "quantise")
 
 
+class _Commands(TyperGroup):
+    """The commands. One that is interrupted ends with one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            terminal.err.print("interrupted")
+            sys.exit(INTERRUPTED)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="A real-time LLM server.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -463,7 +478,21 @@ def main() -> None:
     """Run a command. A StrettoError is printed as one line, without a traceback."""
     terminal.write_any_text()
     try:
+        _run()
+    except OSError as error:
+        if error.errno not in UNWRITABLE or error.filename is not None:
+            raise
+        terminal.drop_output()
+        if error.errno != EPIPE:  # whoever read a pipe has enough
+            terminal.print_error(StrettoError(f"the output cannot be written: {error.strerror}"))
+        sys.exit(FAILURE)
+
+
+def _run() -> None:
+    try:
         app()
     except StrettoError as error:
         terminal.print_error(error)
         sys.exit(FAILURE)
+    finally:
+        sys.stdout.flush()

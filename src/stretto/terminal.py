@@ -62,6 +62,11 @@ def write_any_text() -> None:
             stream.reconfigure(errors="replace")
 
 
+def drop_output() -> None:
+    """Lose what waits for a standard output that cannot be written, so that no further error follows."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_json(value: object) -> None:
     """Print one JSON document on standard output."""
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")

@@ -74,6 +74,7 @@ class ChildProcess:
                 *(ENGINE, str(address), str(other_end.fileno())),
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=(other_end.fileno(),),
+                start_new_session=True,  # Ctrl-C in a terminal is for the server, which ends the engine
             )
             other_end.close()  # the process has its own
             undo.pop_all()
