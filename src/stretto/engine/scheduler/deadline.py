@@ -116,10 +116,10 @@ def deadline(context: SchedulingContext) -> Plan:
         seq for _, seq in sorted(running.partial_prefills + others, key=_place)
     ]
     owed = _owed_now(builder, best_effort)
-    owed -= _fill(builder, best_effort, min(owed, builder.left_ms / 2))
+    owed -= builder.fill(best_effort, min(owed, builder.left_ms / 2))
     _run_prompts(builder, prompts, deferred, estimate)
     put_off = _put_off(builder, prompts, others, estimate, deferral, deferred)
-    owed -= _fill(builder, best_effort + put_off, inf)
+    owed -= builder.fill(best_effort + put_off, inf)
     if spare_time.waits(context):
         spare_time.fill(builder)
     late = {**deferred, **dict(builder.plan.refuse)}
@@ -463,23 +463,3 @@ def _sure_to_be_late(builder: PlanBuilder, prompts: list[Placed], estimate: Esti
         return {}
     deferral = estimate.defer(_jobs(builder, prompts), lambda weight: 0.0, builder.context.now)
     return {prompts[index][1]: excess for index, excess in deferral.late_by.items()}
-
-
-def _fill(builder: PlanBuilder, sequences: list[Sequence], ms: float) -> float:
-    """Run sequences, in order, for at most `ms` of the step; returns the milliseconds they take."""
-    before = builder.ms
-    # A step that has nothing else runs its first token whatever it costs.
-    token = builder.cost.per_prefill if builder.plan.rows else 0.0
-    least = min(token, builder.cost.per_decode)
-    if not sequences or min(builder.left_ms, ms) < least:
-        return 0.0
-    ran = {id(row.seq) for row in builder.plan.rows[builder.timed_rows :]}
-    for seq in sequences:
-        left = min(builder.left_ms, ms - (builder.ms - before))
-        if left <= 0 or left < least or builder.tokens_left <= 0:
-            break
-        if seq.slot < 0 and (builder.full or left < token):
-            break
-        if id(seq) not in ran:
-            builder.run(seq, left)
-    return builder.ms - before

@@ -104,6 +104,25 @@ class PlanBuilder(Struct, eq=False):
         else:
             self.proceed(seq, self._chunk(seq.kv.computed, seq.remaining, ms))
 
+    def fill(self, sequences: list[Sequence], ms: float) -> float:
+        """Run sequences, in order, for at most `ms` of the step; returns the milliseconds they take."""
+        before = self.ms
+        # A step that has nothing else runs its first token whatever it costs.
+        token = self.cost.per_prefill if self.plan.rows else 0.0
+        least = min(token, self.cost.per_decode)
+        if not sequences or min(self.left_ms, ms) < least:
+            return 0.0
+        ran = {id(row.seq) for row in self.plan.rows[self.timed_rows :]}
+        for seq in sequences:
+            left = min(self.left_ms, ms - (self.ms - before))
+            if left <= 0 or left < least or self.tokens_left <= 0:
+                break
+            if seq.slot < 0 and (self.full or left < token):
+                break
+            if id(seq) not in ran:
+                self.run(seq, left)
+        return self.ms - before
+
     def proceed(self, seq: Sequence, count: int) -> None:
         """Compute the next `count` tokens of a running sequence, if there are blocks for them."""
         if seq in self.plan.preempt:
