@@ -247,7 +247,7 @@ def test_fp8_experts_hold_a_byte_for_a_weight_and_a_scale_for_a_row() -> None:
         assert (error <= torch.maximum(weight.double().abs() / 16, peak / 448 * 2**-10) * 1.001).all()
 
 
-@pytest.mark.parametrize("quantise", [None, "fp8"])
+@pytest.mark.parametrize("quantise", [None, "fp8", "int4"])
 def test_streamed_rows_are_read_through_a_norm_and_added_to_a_sum(
     quantise: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,5 +297,5 @@ def test_int4_experts_hold_each_matrix_as_a_linear_layer_would(shape: Shape) -> 
     size = shape.inner * groups[0] * (GROUP + 4) + half * groups[1] * (GROUP + 4)
     assert packed.nbytes == shape.count * size
     for found, matrices in zip(widened(packed), held, strict=True):
-        wanted = [Int4.pack(each.to(DEVICE), None).widened(torch.float64).cpu() for each in matrices]
+        wanted = [Int4.pack(each.to(DEVICE), None, False).widened(torch.float64).cpu() for each in matrices]
         assert torch.equal(found, torch.stack(wanted))

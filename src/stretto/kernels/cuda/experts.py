@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stretto.kernels.cuda.int4 import int4_products
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
-from stretto.kernels.cuda.linear import int4_levels, int4_values
 from stretto.kernels.cuda.routing import ExpertRows, PickOrder, choose, choose_and_quantise, sort
 from stretto.kernels.cuda.rows import FP8, FP8_MAX, activate
 from stretto.kernels.cuda.streaming import stream
@@ -94,55 +94,6 @@ def _int4_tiling(tokens: int, rows: int) -> GroupTiling:
 
 
 @triton.jit
-def _int4_products(
-    x, levels, place, held, weights, scales, row, half, k, stored,
-    TILE: tl.constexpr, N_BLOCK: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """The rows `row` of one expert's int4 weights, and those `half` further, times the rows `place` of x:
-    [N_BLOCK, TILE] each. Weights are multiplied without their scales; the sums of each group are scaled,
-    also by the scales of x in `levels` if there are any.
-
-    The bits of a level are those of an e4m3 number, level / 512. So beside e4m3 rows no level is converted:
-    the tensor cores add -8 / 512 times the group instead, and the result is to be multiplied by 512."""
-    column, there, groups = tl.arange(0, GROUP), row < half, stored // GROUP
-    at = weights + row[:, None] * stored + column[None]
-    across = x + place[None] * k + column[:, None]
-    low, high = tl.load(scales + row, there, 0.0), tl.load(scales + half + row, there, 0.0)
-    if levels is not None:
-        level = tl.load(levels + place * groups, held, 0.0)
-    lows = tl.zeros((N_BLOCK, TILE), tl.float32)
-    highs = tl.zeros((N_BLOCK, TILE), tl.float32)
-    for group in range(0, groups):
-        inside = group * GROUP + column < k
-        packed = tl.load(at + group * GROUP, there[:, None], 0, eviction_policy="evict_first")
-        values = tl.load(across + group * GROUP, held[None] & inside[:, None], 0.0)
-        # The next scales are requested before these products need their own.
-        further = tl.minimum(group + 1, groups - 1)
-        next_low = tl.load(scales + further * 2 * half + row, there, 0.0)
-        next_high = tl.load(scales + (further * 2 + 1) * half + row, there, 0.0)
-        if x.dtype.element_ty == tl.float8e4nv:
-            below, above = int4_levels(packed)
-            zero = tl.full((N_BLOCK, GROUP), 0x88, tl.uint8).to(tl.float8e4nv, bitcast=True)
-            base = tl.dot(zero, values)
-            below = tl.dot(below.to(tl.float8e4nv, bitcast=True), values) + base
-            if levels is not None:
-                below *= level[None]
-            lows += below * low.to(tl.float32)[:, None]
-            above = tl.dot(above.to(tl.float8e4nv, bitcast=True), values) + base
-            if levels is not None:
-                above *= level[None]
-                level = tl.load(levels + place * groups + further, held, 0.0)
-            highs += above * high.to(tl.float32)[:, None]
-        else:
-            below = tl.dot(int4_values(packed & 15, x), values, input_precision="ieee" if EXACT else "tf32")
-            lows += below * low.to(tl.float32)[:, None]
-            above = tl.dot(int4_values(packed >> 4, x), values, input_precision="ieee" if EXACT else "tf32")
-            highs += above * high.to(tl.float32)[:, None]
-        low, high = next_low, next_high
-    return lows, highs
-
-
-@triton.jit
 def _grouped_gate_up(
     x, x_scales, weights, scales, order, starts, out, out_scales, n, k, stored, share,
     KIND: tl.constexpr, MAX: tl.constexpr, INT4: tl.constexpr, TILE: tl.constexpr, N_BLOCK: tl.constexpr,
@@ -164,9 +115,10 @@ def _grouped_gate_up(
         held = place < end
         token = tl.load(order + place, held, 0) // share
         if INT4:
-            gates, ups = _int4_products(
-                x, None, token, held, weights + expert * n * stored,
-                scales + above * (stored // K_BLOCK), row, n, k, stored, TILE, N_BLOCK, K_BLOCK, EXACT,
+            gates, ups = int4_products(
+                x, None, None, token, held, weights + expert * n * stored,
+                scales + above * (stored // K_BLOCK), row, n, 0, k, stored, 0, stored // K_BLOCK,
+                TILE, N_BLOCK, K_BLOCK, EXACT,
             )  # fmt: skip
         else:
             across = x + token[None] * k + column[:, None]
@@ -218,9 +170,10 @@ def _grouped_down(
         held = place < end
         spot = out + tl.load(order + place, held, 0)[None] * n + row[:, None]
         if INT4:
-            sums, highs = _int4_products(
-                hidden, levels, place, held, weights + expert * half * stored,
-                scales + expert * groups * 2 * half, row, half, k, stored, TILE, N_BLOCK, K_BLOCK, EXACT,
+            sums, highs = int4_products(
+                hidden, levels, None, place, held, weights + expert * half * stored,
+                scales + expert * groups * 2 * half, row, half, 0, k, stored, 0, groups,
+                TILE, N_BLOCK, K_BLOCK, EXACT,
             )  # fmt: skip
             if levels is not None:
                 sums *= 512.0

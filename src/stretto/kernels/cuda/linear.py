@@ -7,6 +7,7 @@ way. `skinny_gemm` feeds tensor cores at the speed of memory. Both read weights 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,13 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from stretto.kernels import Activation, Attention
-from stretto.kernels.cuda.launch import INTERPRETED, OPTIONS, pow2, release, wait
+from stretto.kernels.cuda.int4 import int4_dot_rows, int4_products
+from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 from stretto.kernels.cuda.rows import activate
-from stretto.kernels.cuda.weights import CudaWeights, Tiling
+from stretto.kernels.cuda.weights import GROUP, CudaWeights, Int4, Tiling
 
 GEMV_ROWS = 1
-MAX_M_BLOCK = 64
-INTERPRETER = tl.constexpr(INTERPRETED)  # it knows no inline assembly
 
 
 @triton.jit
@@ -84,51 +84,121 @@ def dot_rows(
 
 @triton.jit
 def _gemv(
-    x, weight, scales, bias, gains, residual, out, n, k, eps,
+    x, weight, scales, bias, gains, residual, out, n, half, k, stored, eps,
     ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr, LANE: tl.constexpr, GATED: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs. If GATED names an activation, they are gates, and the rows n further on their ups."""
+    """ROWS of n outputs. If GATED names an activation, they are gates, and the rows `half` further their ups.
+    Of int4 weights, with groups of GROUP and rows of `stored` columns, also the outputs `half` further."""
     release()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < n
-    sums, ups = dot_rows(
-        x, weight, gains, row, n + row, there, k, eps, SPAN, LOOPS, LANE, GATED is not None
-    )  # fmt: skip
-    sums = _finish(sums, scales, bias, row, there)
+    there = row < half
+    if GROUP is not None:
+        sums, ups = int4_dot_rows(
+            x + tl.arange(0, SPAN)[None], weight + row.to(tl.int64) * stored, scales + row, gains,
+            half, there, k, stored, eps, SPAN, LOOPS, LANE, GROUP,
+        )  # fmt: skip
+        sums = _finish(sums, None, bias, row, there)
+        ups = _finish(ups, None, bias, half + row, half + row < n)
+    else:
+        sums, ups = dot_rows(
+            x, weight, gains, row, half + row, there, k, eps, SPAN, LOOPS, LANE, GATED is not None
+        )  # fmt: skip
+        sums = _finish(sums, scales, bias, row, there)
+        if GATED is not None:
+            ups = _finish(ups, scales, bias, half + row, there)
     if GATED is not None:
-        sums = activate(sums, GATED) * _finish(ups, scales, bias, n + row, there)
+        sums = activate(sums, GATED) * ups
+    elif GROUP is not None:
+        _add_and_store(ups, residual, out, half + row, half + row < n)
+    _add_and_store(sums, residual, out, row, there)
+
+
+@triton.jit
+def _add_and_store(sums, residual, out, row, there):
     if residual is not None:
         sums += tl.load(residual + row, there, 0.0).to(tl.float32)
     tl.store(out + row, sums.to(out.dtype.element_ty), there)
 
 
 @triton.jit
-def _gemv_rope_and_cache(
-    x, weight, scales, bias, gains, cos_sin, slots, out, layer, blocks, k, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
-    ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """ROWS pairs of dimensions of queries, keys or values. The first PAIRS of a query's or key's head are
-    rotated. Queries go to `out`, keys and values to their slot of the cache."""
-    release()
-    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head, pair = number // (DIM // 2), number % (DIM // 2)
-    there = head < HEADS + 2 * KV_HEADS
-    first = tl.where(pair < PAIRS, pair, 2 * pair)
-    second = tl.where(pair < PAIRS, pair + PAIRS, 2 * pair + 1)
+def _dimensions(pair, PAIRS: tl.constexpr, DIM: tl.constexpr):
+    """The two dimensions of a pair. The pairs that are rotated come first."""
+    first, second = pair, pair + PAIRS
+    if 2 * PAIRS < DIM:
+        first = tl.where(pair < PAIRS, first, 2 * pair)
+        second = tl.where(pair < PAIRS, second, 2 * pair + 1)
+    return first, second
+
+
+@triton.jit
+def _rotation(cos_sin, head, pair, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAIRS: tl.constexpr):
+    """The cosine and the sine by which a pair of dimensions of a head is rotated."""
     rotated = (pair < PAIRS) & (head < HEADS + KV_HEADS)
-    cosine = tl.load(cos_sin + pair, rotated, 1.0)
-    sine = tl.load(cos_sin + PAIRS + pair, rotated, 0.0)
-    slot, pool = tl.load(slots), (head - HEADS) // KV_HEADS
-    page = (pool * blocks + slot // SIZE) * KV_HEADS + (head - HEADS) % KV_HEADS
-    row = head * DIM + first
-    a, b = dot_rows(x, weight, gains, row, row + second - first, there, k, eps, SPAN, LOOPS, LANE, True)
-    a = _finish(a, scales, bias, row, there)
-    b = _finish(b, scales, bias, row + second - first, there)
+    return tl.load(cos_sin + pair, rotated, 1.0), tl.load(cos_sin + PAIRS + pair, rotated, 0.0)
+
+
+@triton.jit
+def _store_rotated(
+    a, b, turn, head, first, second, there, slot, out, layer, blocks,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Rotate the dimensions `first` and `second` of heads; store queries, and keys and values in a slot."""
+    cosine, sine = turn
+    page = ((head - HEADS) // KV_HEADS * blocks + slot // SIZE) * KV_HEADS + (head - HEADS) % KV_HEADS
     spot = tl.where(head < HEADS, out + head * DIM, layer + (page * SIZE + slot % SIZE) * DIM)
     kind = out.dtype.element_ty
     tl.store(spot + first, (a * cosine - b * sine).to(kind), there)
     tl.store(spot + second, (b * cosine + a * sine).to(kind), there)
+
+
+@triton.jit
+def _gemv_rope_and_cache(
+    x, weight, scales, bias, gains, cos_sin, slots, out, layer, blocks, half, k, stored, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr, LANE: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """ROWS pairs of dimensions of queries, keys or values. The first PAIRS of a query's or key's head are
+    rotated. Queries go to `out`, keys and values to their slot of the cache. Of int4 weights also the pairs
+    `half` rows further, which are the same pairs of other heads."""
+    release()
+    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, pair = number // (DIM // 2), number % (DIM // 2)
+    there = head * DIM < half
+    first, second = _dimensions(pair, PAIRS, DIM)
+    turn, slot = _rotation(cos_sin, head, pair, HEADS, KV_HEADS, PAIRS), tl.load(slots)
+    row = head * DIM + first
+    if GROUP is not None:
+        # All first dimensions, then all second ones, so that the scales of adjacent rows are read at once.
+        line = tl.arange(0, 2 * ROWS)
+        numbers = tl.program_id(0) * ROWS + line % ROWS
+        firsts, seconds = _dimensions(numbers % (DIM // 2), PAIRS, DIM)
+        lines = numbers // (DIM // 2) * DIM + tl.where(line < ROWS, firsts, seconds)
+        if 2 * PAIRS == DIM and PAIRS % ROWS == 0:
+            lines = tl.max_contiguous(tl.multiple_of(lines, ROWS), ROWS)
+        lows, highs = int4_dot_rows(
+            x + tl.arange(0, SPAN)[None], weight + lines.to(tl.int64) * stored, scales + lines, gains, half,
+            lines < half, k, stored, eps, SPAN, LOOPS, LANE, GROUP,
+        )  # fmt: skip
+        a, b = tl.split(tl.trans(tl.reshape(highs, (2, ROWS))))
+        a = _finish(a, None, bias, half + row, there)
+        b = _finish(b, None, bias, half + row + second - first, there)
+        further = head + half // DIM
+        turned = _rotation(cos_sin, further, pair, HEADS, KV_HEADS, PAIRS)
+        _store_rotated(
+            a, b, turned, further, first, second, there, slot, out, layer, blocks, HEADS, KV_HEADS, DIM, SIZE
+        )
+        a, b = tl.split(tl.trans(tl.reshape(lows, (2, ROWS))))
+        a = _finish(a, None, bias, row, there)
+        b = _finish(b, None, bias, row + second - first, there)
+    else:
+        a, b = dot_rows(x, weight, gains, row, row + second - first, there, k, eps, SPAN, LOOPS, LANE, True)
+        a = _finish(a, scales, bias, row, there)
+        b = _finish(b, scales, bias, row + second - first, there)
+    _store_rotated(
+        a, b, turn, head, first, second, there, slot, out, layer, blocks, HEADS, KV_HEADS, DIM, SIZE
+    )
 
 
 @triton.jit
@@ -151,53 +221,6 @@ def _dot_dense(
 
 
 @triton.jit
-def int4_levels(packed):
-    """The lower and the upper four bits of bytes, as bytes."""
-    if INTERPRETER:
-        return packed & 15, packed >> 4
-    # Four bytes at once; the compiler would take each one by itself.
-    return tl.inline_asm_elementwise(
-        "and.b32 $0, $2, 0x0f0f0f0f; shr.b32 $1, $2, 4; and.b32 $1, $1, 0x0f0f0f0f;",
-        "=&r,=r,r", [packed], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def int4_values(nibbles, like):
-    """level - 8 for four-bit levels, in the dtype of `like`."""
-    if like.dtype.element_ty == tl.bfloat16:
-        # The bits are put into those of 128, because a device does few conversions at once.
-        return (nibbles.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
-    return nibbles.to(like.dtype.element_ty) - 8.0
-
-
-@triton.jit
-def _dot_int4(
-    x, weight, scales, row, place, begin, end, m, k, half, padded,
-    M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """As `_dot_dense`, for the rows `row` and the rows `row + half`. Levels are multiplied unscaled; the sums
-    of each group are scaled."""
-    column, inside = tl.arange(0, GROUP), row < half
-    at = weight + row.to(tl.int64)[:, None] * padded + column[None]
-    across = x + place[None] * k + column[:, None]
-    lows = tl.zeros((N_BLOCK, M_BLOCK), tl.float32)
-    highs = tl.zeros((N_BLOCK, M_BLOCK), tl.float32)
-    wait()
-    for start in range(begin, end, GROUP):
-        held = tl.load(at + start, inside[:, None], 0, eviction_policy="evict_first")
-        values = tl.load(across + start, (place < m)[None] & (start + column < k)[:, None], 0.0)
-        spot = scales + start // GROUP * 2 * half + row
-        low = tl.load(spot, inside, 0.0).to(tl.float32)
-        high = tl.load(spot + half, inside, 0.0).to(tl.float32)
-        below = tl.dot(int4_values(held & 15, x), values, input_precision="ieee" if EXACT else "tf32")
-        above = tl.dot(int4_values(held >> 4, x), values, input_precision="ieee" if EXACT else "tf32")
-        lows += below * low[:, None]
-        highs += above * high[:, None]
-    return lows, highs
-
-
-@triton.jit
 def _store(sums, x_scales, scales, bias, out, row, end, place, m, n):
     """Scale the sums and add the bias; write those of the rows before `end`."""
     if x_scales is not None:
@@ -212,15 +235,15 @@ def _store(sums, x_scales, scales, bias, out, row, end, place, m, n):
 
 @triton.jit
 def _skinny_gemm(
-    x, weight, x_scales, scales, bias, out, parts, arrived, m, n, k, stored_rows, stored_columns, reach,
+    x, weight, x_scales, zeros, scales, bias, out, parts, arrived,
+    m, n, k, stored_rows, stored_columns, reach,
     M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     EXACT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """N_BLOCK stored rows of the weights by M_BLOCK rows of x, over one of SPLITS parts of the columns.
 
     Weights are the left operand, so that they fill the tensor cores however few the rows of x are. The last
-    program of a tile adds the parts up; there are parts only where one block holds all rows of x. A stored
-    row of int4 weights holds two outputs."""
+    program of a tile adds the parts up. A stored row of int4 weights holds two outputs."""
     release()
     split, tile = tl.program_id(1), tl.program_id(2)
     row = tile * N_BLOCK + tl.arange(0, N_BLOCK)
@@ -228,10 +251,14 @@ def _skinny_gemm(
     begin = split * reach
     end = tl.minimum(begin + reach, stored_columns)
     if FORMAT == "int4":
-        sums, highs = _dot_int4(
-            x, weight, scales, row, place, begin, end, m, k, stored_rows, stored_columns,
-            M_BLOCK, N_BLOCK, K_BLOCK, EXACT,
+        wait()
+        sums, highs = int4_products(
+            x, None, zeros, tl.minimum(place, m - 1), None, weight, scales, row, stored_rows, m, k,
+            stored_columns, begin // K_BLOCK, end // K_BLOCK, M_BLOCK, N_BLOCK, K_BLOCK, EXACT,
         )  # fmt: skip
+        if x_scales is not None:
+            sums *= 512.0
+            highs *= 512.0
         width = 2 * stored_rows
     else:
         sums = _dot_dense(x, weight, row, place, begin, end, m, n, k, M_BLOCK, N_BLOCK, K_BLOCK, EXACT)
@@ -243,7 +270,8 @@ def _skinny_gemm(
         if FORMAT == "int4":
             tl.store(own + split * width + stored_rows, highs, there)
         tl.debug_barrier()
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") != SPLITS - 1:
+        counter = arrived + tile * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") != SPLITS - 1:
             return
         sums = tl.zeros((N_BLOCK, M_BLOCK), tl.float32)
         if FORMAT == "int4":
@@ -252,7 +280,7 @@ def _skinny_gemm(
             sums += tl.load(own + other * width, there, 0.0, cache_modifier=".cg")
             if FORMAT == "int4":
                 highs += tl.load(own + other * width + stored_rows, there, 0.0, cache_modifier=".cg")
-        tl.store(arrived + tile, 0)
+        tl.store(counter, 0)
     if FORMAT == "int4":
         _store(sums, x_scales, None, bias, out, row, stored_rows, place, m, n)
         _store(highs, x_scales, None, bias, out, row + stored_rows, n, place, m, n)
@@ -279,22 +307,24 @@ class GemvShape:
 
 
 GEMV_SHAPES = {
-    (2, True): GemvShape(4096, 2, 4),
-    (2, False): GemvShape(2048, 4, 8),
-    (1, True): GemvShape(2048, 8, 4),
-    (1, False): GemvShape(1024, 4, 2),
-    (4, True): GemvShape(2048, 8, 8),
-    (4, False): GemvShape(2048, 8, 8),
+    (16, True): GemvShape(4096, 2, 4),
+    (16, False): GemvShape(2048, 4, 8),
+    (8, True): GemvShape(2048, 8, 4),
+    (8, False): GemvShape(1024, 4, 2),
+    (4, True): GemvShape(1024, 8, 4),
+    (4, False): GemvShape(1024, 4, 4),
+    (32, True): GemvShape(2048, 8, 8),
+    (32, False): GemvShape(2048, 8, 8),
 }
-"""By the bytes of a weight, and whether x is read through a norm."""
+"""By the bits of a weight, and whether x is read through a norm. A row of 4 bits is one of bytes."""
 # 16-bit weights of few outputs are divided among more programs.
 FEW_OUTPUTS, FINER = 2048, GemvShape(2048, 2, 2)
 
 
-def row_options(k: int, size: int, normed: bool, both: bool, fine: bool = False) -> dict[str, int]:
-    """The compile-time options of a kernel that streams rows of k weights of `size` bytes. With `both`, a
-    program reads twice ROWS rows. `fine`: among more programs."""
-    shape = FINER if fine else GEMV_SHAPES[size, normed]
+def row_options(k: int, bits: int, normed: bool, both: bool, fine: bool = False) -> dict[str, int]:
+    """The compile-time options of a kernel that streams stored rows of k weights, or of k bytes if a weight
+    has four bits. With `both`, a program reads twice ROWS rows. `fine`: among more programs."""
+    shape = FINER if fine else GEMV_SHAPES[bits, normed]
     span = min(pow2(k, 32), shape.longest)
     if triton.cdiv(k, span) * span > triton.cdiv(k, span // 2) * (span // 2):
         span //= 2  # a shorter span leaves fewer columns unused
@@ -302,15 +332,19 @@ def row_options(k: int, size: int, normed: bool, both: bool, fine: bool = False)
         "ROWS": max(shape.rows // (2 if both else 1), 1),
         "SPAN": span,
         "LOOPS": triton.cdiv(k, span),
-        "LANE": 16 // size,
+        "LANE": 8 if bits == 4 else 128 // bits,
         "num_warps": max(shape.warps * span // shape.longest, 1),
     }
 
 
-def _gemv_options(packed: CudaWeights, normed: bool, both: bool) -> dict[str, int]:
-    (n, k), size = packed.weight.shape, packed.weight.itemsize
-    fine = (size, normed) == (2, False) and n <= FEW_OUTPUTS
-    return row_options(k, size, normed, both, fine)
+def _gemv_options(packed: CudaWeights, normed: bool, both: bool) -> dict[str, Any]:
+    """`both`: results are made of two rows, which one stored row of int4 weights holds."""
+    n, k = packed.weight.shape
+    if isinstance(packed, Int4):
+        return {**row_options(k, 4, normed, False), "GROUP": GROUP}
+    bits = 8 * packed.weight.itemsize
+    fine = (bits, normed) == (16, False) and n <= FEW_OUTPUTS
+    return {**row_options(k, bits, normed, both, fine), "GROUP": None}
 
 
 def gemv(
@@ -326,17 +360,22 @@ def gemv(
     With an activation, the weights are gates and ups, and the result is [1, N / 2]. `norm` is applied to x
     first; `residual` [1, N] is added last.
     """
-    n, k = packed.weight.shape
-    if activation is not None:
-        n //= 2
+    n, (half, stored) = packed.outputs, packed.weight.shape
     options = _gemv_options(packed, norm is not None, activation is not None)
-    out = x.new_empty(1, n, dtype=dtype or x.dtype)
-    _gemv[(triton.cdiv(n, options["ROWS"]),)](
-        x, packed.weight, packed.scales, packed.bias,
-        None if norm is None else norm.gains, residual, out, n, k, 0.0 if norm is None else norm.eps,
+    if activation is not None:
+        half = n // 2  # as it is of int4 weights
+    out = x.new_empty(1, n if activation is None else half, dtype=dtype or x.dtype)
+    _gemv[(triton.cdiv(half, options["ROWS"]),)](
+        x, packed.weight, packed.scales, packed.bias, None if norm is None else norm.gains, residual, out,
+        n, half, x.shape[1], stored, 0.0 if norm is None else norm.eps,
         GATED=activation, **options, **OPTIONS,
     )  # fmt: skip
     return out
+
+
+def rotates(packed: CudaWeights, kind: Attention) -> bool:
+    """Whether `gemv_rope_and_cache` can read these. The halves of int4 weights must be whole heads."""
+    return not isinstance(packed, Int4) or kind.heads % 2 == 0
 
 
 def gemv_rope_and_cache(
@@ -350,13 +389,14 @@ def gemv_rope_and_cache(
 ) -> Tensor:
     """One row [1, K] through its norm -> rotated queries [1, heads, head_dim]; its key and value are
     written to their slot of the cache layer. `cos_sin` as `rows.cos_sin_table` makes it. Queries and keys
-    have no norm."""
-    kind, options = attention, _gemv_options(packed, True, True)
+    have no norm. `packed` must be weights that it `rotates`."""
+    kind, options, (half, stored) = attention, _gemv_options(packed, True, True), packed.weight.shape
+    if isinstance(packed, Int4):
+        options["ROWS"] //= 2
     out = x.new_empty(1, kind.heads, kind.head_dim)
-    pairs = (kind.heads + 2 * kind.kv_heads) * kind.head_dim // 2
-    _gemv_rope_and_cache[(triton.cdiv(pairs, options["ROWS"]),)](
+    _gemv_rope_and_cache[(triton.cdiv(half // 2, options["ROWS"]),)](
         x, packed.weight, packed.scales, packed.bias, norm.gains, cos_sin, slots, out, layer, layer.shape[1],
-        x.shape[1], norm.eps, HEADS=kind.heads, KV_HEADS=kind.kv_heads, DIM=kind.head_dim,
+        half, x.shape[1], stored, norm.eps, HEADS=kind.heads, KV_HEADS=kind.kv_heads, DIM=kind.head_dim,
         PAIRS=cos_sin.shape[2], SIZE=layer.shape[3], **options, **OPTIONS,
     )  # fmt: skip
     return out
@@ -364,23 +404,23 @@ def gemv_rope_and_cache(
 
 def skinny_gemm(x: Tensor, packed: CudaWeights, arrived: Tensor, tiling: Tiling | None = None) -> Tensor:
     """[M, K] -> [M, N] for up to `packed.skinny_rows` rows. `arrived`: int32 zeros, one for each tile of
-    outputs, which are zero again afterwards."""
+    outputs and rows, which are zero again afterwards."""
     (m, k), n, (stored_rows, stored_columns) = x.shape, packed.outputs, packed.weight.shape
     tiling = tiling or packed.tiling(m)
-    out = x.new_empty(m, n)
-    x, x_scales = packed.activations(x)
-    k_block = tiling.group or min(tiling.k_block * 2 // x.itemsize, pow2(k, 32))
-    tiles, steps = triton.cdiv(stored_rows, tiling.n_block), triton.cdiv(stored_columns, k_block)
-    splits = 1
-    while tiles * splits * 2 <= tiling.programs and splits * 4 <= steps:
+    out, operand = x.new_empty(m, n), packed.activations(x)
+    values = operand.values
+    k_block = tiling.group or min(tiling.k_block * 2 // values.itemsize, pow2(k, 32))
+    m_block = min(pow2(m, 16), tiling.m_block)
+    blocks, tiles = triton.cdiv(m, m_block), triton.cdiv(stored_rows, tiling.n_block)
+    splits, steps = 1, triton.cdiv(stored_columns, k_block)
+    while blocks * tiles * splits * 2 <= tiling.programs and splits * 4 <= steps:
         splits *= 2
     parts = out.new_empty((m, splits, n + n % 2) if splits > 1 else 0, dtype=torch.float32)
-    m_block = min(pow2(m, 16), MAX_M_BLOCK)
-    _skinny_gemm[(triton.cdiv(m, m_block), splits, tiles)](
-        x, packed.weight, x_scales, packed.scales, packed.bias, out, parts, arrived, m, n, k,
-        stored_rows, stored_columns, triton.cdiv(steps, splits) * k_block,
+    _skinny_gemm[(blocks, splits, tiles)](
+        values, packed.weight, operand.scales, operand.zeros, packed.scales, packed.bias, out, parts, arrived,
+        m, n, k, stored_rows, stored_columns, triton.cdiv(steps, splits) * k_block,
         M_BLOCK=m_block, N_BLOCK=tiling.n_block, K_BLOCK=k_block, SPLITS=splits,
-        EXACT=x.dtype == torch.float32, FORMAT=packed.format,
+        EXACT=values.dtype == torch.float32, FORMAT=packed.format,
         num_warps=tiling.warps, num_stages=tiling.stages, **OPTIONS,
     )  # fmt: skip
     return out

@@ -6,6 +6,8 @@ Values are computed in float32 and rounded once, when they are stored.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,20 @@ FP8_MAX = 448.0
 ACT_BLOCK = 1024
 # A step of many tokens has enough programs when each of them rotates several heads.
 LANES, LANES_FROM = 16, 128
+# Columns of a row that share a scale, in int4 weights and in the e4m3 rows that experts multiply.
+GROUP = 128
+ZERO_POINT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Rows [M, K] as a product multiplies them. Those in e4m3 have a float32 scale each, [M]. Many rows in
+    front of int4 weights have `zeros` float32 [groups, M]: -ZERO_POINT / 512 times the sum of each GROUP
+    columns of a row, which is what levels around zero have less than levels from zero."""
+
+    values: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
 
 
 @triton.jit
@@ -152,24 +168,47 @@ def quantised_act_and_mul(gate_up: Tensor, activation: Activation) -> tuple[Tens
 
 
 @triton.jit
-def _quantise_rows(x, out, scales, k, MAX: tl.constexpr, BLOCK: tl.constexpr):
+def store_zeros(rounded, zeros, row, k, GROUP: tl.constexpr, ZERO: tl.constexpr, BLOCK: tl.constexpr):
+    """The `zeros` of an `Operand`, of one row in e4m3 by a program of `row`; programs are as many as rows."""
+    group = tl.arange(0, BLOCK // GROUP)
+    sums = tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // GROUP, GROUP)), 1)
+    spot = zeros + group.to(tl.int64) * tl.num_programs(0) + row
+    tl.store(spot, sums * (ZERO / -512), group * GROUP < k)
+
+
+@triton.jit
+def _quantise_rows(
+    x, out, scales, zeros, k, GROUP: tl.constexpr, ZERO: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     release()
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     wait()
     value = tl.load(x + row * k + column, column < k, 0.0).to(tl.float32)
-    value = quantised(value, scales + row, MAX)
-    tl.store(out + row * k + column, value.to(out.dtype.element_ty), column < k)
+    rounded = quantised(value, scales + row, MAX).to(out.dtype.element_ty)
+    tl.store(out + row * k + column, rounded, column < k)
+    if zeros is not None:
+        store_zeros(rounded, zeros, row, k, GROUP, ZERO, BLOCK)
+
+
+def _launch_quantise(x: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, scales = torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
+    block = pow2(x.shape[1], GROUP)
+    _quantise_rows[(x.shape[0],)](
+        x, out, scales, zeros, x.shape[1], GROUP=GROUP, ZERO=ZERO_POINT,
+        MAX=FP8_MAX, BLOCK=block, num_warps=min(max(block // 512, 1), 16), **OPTIONS,
+    )  # fmt: skip
+    return out, scales
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """[M, K] -> e4m3 [M, K], and the float32 scale of each row."""
-    out, scales = torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
-    block = pow2(x.shape[1])
-    _quantise_rows[(x.shape[0],)](
-        x, out, scales, x.shape[1],
-        MAX=FP8_MAX, BLOCK=block, num_warps=min(max(block // 512, 1), 16), **OPTIONS,
-    )  # fmt: skip
-    return out, scales
+    return _launch_quantise(x, None)
+
+
+def quantise_and_sum_rows(x: Tensor) -> Operand:
+    """As `quantise_rows`, with the `zeros` of an `Operand`."""
+    zeros = x.new_empty((triton.cdiv(x.shape[1], GROUP), x.shape[0]), dtype=torch.float32)
+    return Operand(*_launch_quantise(x, zeros), zeros)
 
 
 @triton.jit

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stretto.kernels.cuda.int4 import int4_dot_rows
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
-from stretto.kernels.cuda.linear import Norm, dot_rows, int4_levels, row_options
+from stretto.kernels.cuda.linear import Norm, dot_rows, row_options
 from stretto.kernels.cuda.routing import ExpertChoice
 from stretto.kernels.cuda.rows import activate
 from stretto.kernels.cuda.weights import (
@@ -17,7 +18,6 @@ from stretto.kernels.cuda.weights import (
     Int4Experts,
     expert_scales,
     expert_width,
-    rounds_rows,
 )
 
 # What a program of `_stream_down` requests at once: columns, and bytes for each thread.
@@ -26,46 +26,10 @@ INT4_COLUMNS = 256  # more leave more columns unused, and more warps to add up
 
 
 @triton.jit
-def _lane_sums(weights, values, LANE: tl.constexpr):
-    """The sums of weights [R, SPAN] * values over LANE adjacent columns."""
-    return tl.sum(tl.reshape(weights * values, (weights.shape[0], weights.shape[1] // LANE, LANE)), 2)
-
-
-@triton.jit
-def _stream_int4(
-    across, at, scale_at, half, there, k, stored,
-    SPAN: tl.constexpr, LOOPS: tl.constexpr, LANE: tl.constexpr, GROUP: tl.constexpr, E4M3: tl.constexpr,
-):  # fmt: skip
-    """The dot products of x with rows of int4 weights -> (those of lower, those of upper levels).
-
-    A line has pointers to its row's levels in `at` and to its first scale in `scale_at`, and `across` points
-    to SPAN columns of x, in a row for each line or one for all. E4M3: the device knows such numbers, and
-    the bits of a level are those of one, level / 512."""
-    column, lane = tl.arange(0, SPAN), (tl.arange(0, SPAN // LANE) * LANE)[None]
-    scale_at = scale_at[:, None] + lane // GROUP * 2 * half
-    lows = tl.zeros((at.shape[0], SPAN // LANE), tl.float32)
-    highs = tl.zeros((at.shape[0], SPAN // LANE), tl.float32)
-    for loop in tl.static_range(LOOPS):
-        inside = there[:, None] & (column < stored - loop * SPAN)[None]
-        known = there[:, None] & (lane < stored - loop * SPAN)
-        held = tl.load(at[:, None] + column[None] + loop * SPAN, inside, 0, eviction_policy="evict_first")
-        low = tl.load(scale_at + loop * (SPAN // GROUP) * 2 * half, known, 0.0).to(tl.float32)
-        high = tl.load(scale_at + (loop * (SPAN // GROUP) * 2 + 1) * half, known, 0.0).to(tl.float32)
-        values = tl.load(across + loop * SPAN, column < k - loop * SPAN, 0.0).to(tl.float32)
-        below, above = int4_levels(held)
-        if E4M3:
-            below, above = below.to(tl.float8e4nv, bitcast=True), above.to(tl.float8e4nv, bitcast=True)
-        zero = 8.0 * _lane_sums(tl.full((at.shape[0], SPAN), 1.0, tl.float32), values, LANE)
-        lows += (_lane_sums(below.to(tl.float32), values, LANE) * (512.0 if E4M3 else 1.0) - zero) * low
-        highs += (_lane_sums(above.to(tl.float32), values, LANE) * (512.0 if E4M3 else 1.0) - zero) * high
-    return tl.sum(lows, 1), tl.sum(highs, 1)
-
-
-@triton.jit
 def _stream_gate_up(
     x, weights, scales, gains, chosen, out, n, k, stored, share, eps,
     KIND: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr, LANE: tl.constexpr,
-    GROUP: tl.constexpr, E4M3: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """ROWS values behind the activation, for one pick. Int4 weights have groups of GROUP columns, and rows
     of `stored` columns."""
@@ -75,10 +39,10 @@ def _stream_gate_up(
     wait()
     expert = tl.load(chosen + pick).to(tl.int64)
     if GROUP is not None:
-        gates, ups = _stream_int4(
-            x + (pick // share) * k + tl.arange(0, SPAN), weights + (expert * n + row) * stored,
-            scales + expert * (stored // GROUP) * 2 * n + row, n, there, k, stored,
-            SPAN, LOOPS, LANE, GROUP, E4M3,
+        gates, ups = int4_dot_rows(
+            x + (pick // share) * k + tl.arange(0, SPAN)[None], weights + (expert * n + row) * stored,
+            scales + expert * (stored // GROUP) * 2 * n + row, gains, n, there, k, stored, eps,
+            SPAN, LOOPS, LANE, GROUP,
         )  # fmt: skip
     else:
         first = expert * 2 * n
@@ -105,7 +69,7 @@ def _add_picks(sums, share, residual, out, place, inside, ROWS: tl.constexpr, TO
 def _stream_down(
     hidden, weights, scales, chosen, shares, residual, out, n, half, k, stored,
     TOP: tl.constexpr, TOP_BLOCK: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, LOOPS: tl.constexpr,
-    LANE: tl.constexpr, GROUP: tl.constexpr, E4M3: tl.constexpr,
+    LANE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one token, over all its experts: a line is one expert's row of an output. Of int4
     weights, with groups of GROUP and rows of `stored` columns, also those `half` further."""
@@ -121,10 +85,10 @@ def _stream_down(
     expert = tl.load(chosen + pick).to(tl.int64)
     share = tl.load(shares + pick, there, 0.0)
     if GROUP is not None:
-        sums, highs = _stream_int4(
+        sums, highs = int4_dot_rows(
             across, weights + (expert * half + row) * stored,
-            scales + expert * (stored // GROUP) * 2 * half + row, half, there, k, stored,
-            SPAN, LOOPS, LANE, GROUP, E4M3,
+            scales + expert * (stored // GROUP) * 2 * half + row, None, half, there, k, stored, 0.0,
+            SPAN, LOOPS, LANE, GROUP,
         )  # fmt: skip
         _add_picks(highs, share, residual, out, place + half, made < n - half, ROWS, TOP_BLOCK)
     else:
@@ -151,23 +115,24 @@ def stream(
     norm: Norm | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The mixture of a few rows x [T, H] -> [T, H]. `norm`, for weights that are not int4, is applied to x
-    first; `residual` [T, H] is added last."""
+    """The mixture of a few rows x [T, H] -> [T, H]. `norm` is applied to x first; `residual` [T, H] is
+    added last."""
     (tokens, top), n, k, size = choice.experts.shape, x.shape[1], expert_width(packed), packed.down.itemsize
     gate_up_scales, down_scales = expert_scales(packed)
     hidden, group = x.new_empty(tokens * top, k), GROUP if isinstance(packed, Int4Experts) else None
-    options = row_options(packed.gate_up.shape[2], size, norm is not None, group is None)
+    bits = 8 * size if group is None else 4
+    options = row_options(packed.gate_up.shape[2], bits, norm is not None, group is None)
     _stream_gate_up[(triton.cdiv(k, options["ROWS"]), tokens * top)](
         x, packed.gate_up, gate_up_scales, None if norm is None else norm.gains, choice.experts, hidden,
         k, n, packed.gate_up.shape[2], top, 0.0 if norm is None else norm.eps,
-        KIND=packed.activation, GROUP=group, E4M3=rounds_rows(packed), **options, **OPTIONS,
+        KIND=packed.activation, GROUP=group, **options, **OPTIONS,
     )  # fmt: skip
     out, lines, half = torch.empty_like(x), max(8, pow2(top)), packed.down.shape[1]
     span = min(pow2(packed.down.shape[2], 32), STREAMED_COLUMNS if group is None else INT4_COLUMNS)
     _stream_down[(triton.cdiv(half, lines // pow2(top)), tokens)](
         hidden, packed.down, down_scales, choice.experts, choice.shares, residual, out, n, half, k,
         packed.down.shape[2], TOP=top, TOP_BLOCK=pow2(top), ROWS=lines // pow2(top), SPAN=span,
-        LOOPS=triton.cdiv(packed.down.shape[2], span), LANE=16 // size, GROUP=group, E4M3=rounds_rows(packed),
+        LOOPS=triton.cdiv(packed.down.shape[2], span), LANE=16 // size, GROUP=group,
         num_warps=min(max(lines * span * size // (32 * STREAMED_BYTES), 1), 8), **OPTIONS,
     )  # fmt: skip
     return out

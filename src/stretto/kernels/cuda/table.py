@@ -25,7 +25,7 @@ from stretto.kernels import (
 )
 from stretto.kernels.cuda import attention, routing, rows
 from stretto.kernels.cuda.experts import experts
-from stretto.kernels.cuda.linear import GEMV_ROWS, Norm, gemv, gemv_rope_and_cache, skinny_gemm
+from stretto.kernels.cuda.linear import GEMV_ROWS, Norm, gemv, gemv_rope_and_cache, rotates, skinny_gemm
 from stretto.kernels.cuda.streaming import stream
 from stretto.kernels.cuda.weights import (
     SKINNY_ROWS,
@@ -92,7 +92,7 @@ class CudaTable:
         if self._quantise is None or outputs < SMALLEST_QUANTISED:
             return Unquantised.pack(weight, bias)
         if self._quantise == "int4" and (outputs < VOCABULARY or not self._has_fp8):
-            return Int4.pack(weight, bias)
+            return Int4.pack(weight, bias, self._has_fp8)
         return Fp8.pack(weight, bias)
 
     def pack_experts(self, gate_up: Tensor, down: Tensor, activation: Activation) -> CudaExperts:
@@ -198,7 +198,7 @@ class CudaTable:
         first, second = layer.pre_attention_norm, layer.pre_mlp_norm
         assert first is not None and second is not None, "see _has_gemv"
         norm = Norm(first, eps)
-        if layer.query_key_norm is None:
+        if layer.query_key_norm is None and rotates(layer.qkv, kind):
             cos_sin, slots = plan.cos_sin[kind.rotation], plan.batch.slots
             q = gemv_rope_and_cache(residual, layer.qkv, norm, kind, keys, cos_sin, slots)
         else:
@@ -232,8 +232,6 @@ def _has_gemv(layer: CudaLayer) -> bool:
     linears, block = _linears(layer), layer.feed_forward
     routers: tuple[CudaWeights, ...] = ()
     if isinstance(block, MixtureOfExperts):
-        if isinstance(block.experts, Int4Experts):
-            return False  # `stream` does not read x through a norm for them
         routers = (block.router,)
     return linears is not None and all(weights.has_gemv for weights in (*linears, *routers))
 

@@ -17,15 +17,23 @@ from torch import Tensor
 
 from stretto.kernels import Activation
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
-from stretto.kernels.cuda.rows import FP8, FP8_MAX, quantise_rows
+from stretto.kernels.cuda.rows import (
+    FP8,
+    FP8_MAX,
+    GROUP,
+    ZERO_POINT,
+    Operand,
+    quantise_and_sum_rows,
+    quantise_rows,
+)
 from stretto.kernels.reference import Dense, DenseExperts
 
 SKINNY_ROWS = 64
 WIDE = 8192  # with this many outputs or more, the vendor's product of 16-bit weights is the faster one
 
-# Columns of a row that share a scale, in int4 weights and in the e4m3 rows that experts multiply.
-GROUP = 128
-ZERO_POINT = 8
+# So many rows are rounded to e4m3 in front of int4 weights, if the device has fp8. Fewer keep their dtype;
+# for more, the weights are widened. The first is at most SKINNY_ROWS + 1.
+ROUNDED_ROWS = range(5, 2**20)
 # The largest magnitude of a group is represented by the lowest level, or is this much beyond it.
 CLIP_RATIOS = tuple(1.0 - i * 0.04 for i in range(8))
 ROWS_AT_ONCE = 2048
@@ -36,7 +44,7 @@ class Tiling:
     """How `skinny_gemm` divides the weights: blocks of stored rows by blocks of columns.
 
     `k_block` counts 16-bit columns; `group`, if not zero, is a fixed number of columns instead. Columns are
-    split over programs until there are `programs` of them.
+    split over programs until there are `programs` of them. A tile has at most `m_block` rows of x.
     """
 
     n_block: int
@@ -45,12 +53,14 @@ class Tiling:
     programs: int
     warps: int = 4
     group: int = 0
+    m_block: int = SKINNY_ROWS
 
 
 FLAT = Tiling(64, 256, 3, 132)
 TALL = Tiling(128, 128, 3, 264)
 TALL_FROM = 132 * 128
 GROUPED = Tiling(64, GROUP, 4, 528, group=GROUP)
+GROUPED_TALL = Tiling(128, GROUP, 3, 132, warps=8, group=GROUP, m_block=128)
 
 
 class CudaWeights(Protocol):
@@ -81,8 +91,8 @@ class CudaWeights(Protocol):
         """How `skinny_gemm` divides them for so many rows of x."""
         ...
 
-    def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x as `skinny_gemm` multiplies it, and the scale of each row if it is quantised."""
+    def activations(self, x: Tensor) -> Operand:
+        """x as `skinny_gemm` multiplies it."""
         ...
 
     def gemm(self, x: Tensor) -> Tensor:
@@ -127,8 +137,8 @@ class Unquantised(Dense):
     def tiling(self, rows: int) -> Tiling:
         return _dense_tiling(self.outputs)
 
-    def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return x, None
+    def activations(self, x: Tensor) -> Operand:
+        return Operand(x)
 
     def gemm(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -171,8 +181,8 @@ class Fp8:
     def tiling(self, rows: int) -> Tiling:
         return _dense_tiling(self.outputs)
 
-    def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return quantise_rows(x)
+    def activations(self, x: Tensor) -> Operand:
+        return Operand(*quantise_rows(x))
 
     def has_product(self, dtype: torch.dtype) -> bool:
         """Whether the tensor cores multiply activations in `dtype`, once quantised, with these weights."""
@@ -198,23 +208,26 @@ class Fp8:
 class Int4:
     """Weights of four bits. `weight` uint8 [half, K padded to groups]: a byte holds row n, and in its upper
     four bits row n + half. `scales` float16 [groups, 2 * half]: one for GROUP columns of a row. A weight is
-    scale * (level - 8)."""
+    scale * (level - 8).
+
+    `rounds`: whether activations are quantised to e4m3, in steps of ROUNDED_ROWS."""
 
     format: ClassVar[str] = "int4"
-    has_gemv: ClassVar[bool] = False
+    has_gemv: ClassVar[bool] = True
 
     weight: Tensor
     scales: Tensor
     bias: Tensor | None
     outputs: int
     columns: int
+    rounds: bool
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None) -> Int4:
+    def pack(cls, weight: Tensor, bias: Tensor | None, rounds: bool) -> Int4:
         """Round weights [N, K]. Each group gets the scale, of several, that leaves the least
         squared error."""
         packed, scales = _paired(weight[None])
-        return cls(packed[0], scales[0], bias, *weight.shape)
+        return cls(packed[0], scales[0], bias, weight.shape[0], weight.shape[1], rounds)
 
     @property
     def nbytes(self) -> int:
@@ -224,13 +237,15 @@ class Int4:
         return False
 
     def skinny_rows(self, dtype: torch.dtype) -> int:
-        return SKINNY_ROWS
+        return max(SKINNY_ROWS, ROUNDED_ROWS.stop - 1) if self.rounds else SKINNY_ROWS
 
     def tiling(self, rows: int) -> Tiling:
-        return GROUPED
+        return GROUPED if rows <= SKINNY_ROWS else GROUPED_TALL
 
-    def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return x, None
+    def activations(self, x: Tensor) -> Operand:
+        if not self.rounds or x.shape[0] not in ROUNDED_ROWS:
+            return Operand(x)
+        return Operand(*quantise_rows(x)) if x.shape[0] <= SKINNY_ROWS else quantise_and_sum_rows(x)
 
     def gemm(self, x: Tensor) -> Tensor:
         return F.linear(x, self.widened(x.dtype), self.bias)
@@ -364,9 +379,11 @@ class Int4Experts:
         """The weights that these represent."""
         inner, hidden = self.inner, self.hidden
         first = zip(self.gate_up, self.gate_up_scales, strict=True)
-        gate_up = [Int4(held, scales, None, 2 * inner, hidden).widened(dtype) for held, scales in first]
+        gate_up = [
+            Int4(held, scales, None, 2 * inner, hidden, False).widened(dtype) for held, scales in first
+        ]
         second = zip(self.down, self.down_scales, strict=True)
-        down = [Int4(held, scales, None, hidden, inner).widened(dtype) for held, scales in second]
+        down = [Int4(held, scales, None, hidden, inner, False).widened(dtype) for held, scales in second]
         return DenseExperts(torch.stack(gate_up), torch.stack(down), self.activation)
 
 
