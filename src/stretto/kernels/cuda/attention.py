@@ -15,12 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from stretto.kernels import Attention, Batch
+from stretto.kernels.cuda.hopper import attention as hopper
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
 
 KEYS = 64
 MAX_SPLITS = 32
 PROGRAMS = 264  # two for each multiprocessor of a Hopper card
 MANY_PROGRAMS = 512
+HOPPER_PROGRAMS = 132  # one for each multiprocessor
 CHUNK_ROWS, CHUNK_KEYS, CHUNK_STAGES = 128, 128, 3
 SEQUENCES = 512  # `_number_tiles` is compiled once for up to so many sequences
 PARTS_AT_ONCE, PARTS_VALUES = 8, 4096  # that a program adds up at once: more would not fit its registers
@@ -183,21 +185,46 @@ def _decode(
     _arrive(stats, parts, arrived + pair, there, split, active, head, high, total, SHARE, DIM, WIDTH, PARTS)
 
 
+@triton.jit
+def _longer(begins, counts, tiles, keys, TOKENS: tl.constexpr):
+    """How many tiles of each sequence read more than so many keys. A tile reads the keys in front of the
+    sequence's queries and those up to its own last query."""
+    full = tl.maximum(keys - begins, 0) // TOKENS  # tiles of TOKENS queries that do not read more
+    return tiles - tl.where(begins + counts <= keys, tiles, tl.minimum(full, tl.maximum(tiles - 1, 0)))
+
+
 @triton.jit(do_not_specialize=["sequences"])
-def _number_tiles(starts, tiles_out, sequences, TOKENS: tl.constexpr, SEQS: tl.constexpr):
-    """The sequence and the number within it of one tile; sequence -1 where there is no such tile."""
+def _number_tiles(
+    starts, contexts, tiles_out, sequences, LEAST: tl.constexpr, TOKENS: tl.constexpr, SEQS: tl.constexpr
+):
+    """The first row of `number_tiles`, or that of one tile, whose place is the number of longer ones."""
     release()
     each = tl.arange(0, SEQS)
+    there = each < sequences
     wait()
-    ends = tl.load(starts + 1 + each, each < sequences, 0)
-    counts = tl.where(each < sequences, ends - tl.load(starts + each, each < sequences, 0), 0)
-    tiles = tl.where(counts > 1, tl.cdiv(counts, TOKENS), 0)
-    # The later tiles of a prompt read the most keys, so they come first.
-    number = tl.num_programs(0) - 1 - tl.program_id(0)
-    seq = tl.sum((tl.cumsum(tiles, 0) <= number).to(tl.int32), 0)
-    spot = tiles_out + 2 * tl.program_id(0)
-    tl.store(spot, tl.where(seq < sequences, seq, -1))
-    tl.store(spot + 1, number - tl.sum(tl.where(each < seq, tiles, 0), 0))
+    counts = tl.load(starts + 1 + each, there, 0) - tl.load(starts + each, there, 0)
+    begins = tl.load(contexts + each, there, 0) - counts
+    tiles = tl.where(there & (counts >= LEAST), tl.cdiv(counts, TOKENS), 0)
+    own, total = tl.program_id(0) - 1, tl.sum(tiles, 0)
+    if own < 0:
+        tl.store(tiles_out, total)
+    elif own >= total:
+        tl.store(tiles_out + 4 * (own + 1), -1)
+    else:
+        seq = tl.sum((tl.cumsum(tiles, 0) <= own).to(tl.int32), 0)
+        token = (own - tl.sum(tl.where(each < seq, tiles, 0), 0)) * TOKENS
+        first = tl.load(starts + seq) + token
+        left = tl.load(starts + seq + 1) - first
+        position = tl.load(contexts + seq) - left
+        keys = position + tl.minimum(left, TOKENS)
+        longer = _longer(begins, counts, tiles, keys, TOKENS)
+        as_long = _longer(begins, counts, tiles, keys - 1, TOKENS) - longer
+        place = tl.sum(longer + tl.where(each < seq, as_long, 0), 0)
+        spot = tiles_out + 4 * (place + 1)
+        tl.store(spot, seq)
+        tl.store(spot + 1, first)
+        tl.store(spot + 2, left)
+        tl.store(spot + 3, position)
 
 
 @triton.jit
@@ -244,38 +271,36 @@ def _chunk_keys(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _chunk(
-    q, layer, tables, tiles, starts, contexts, out, q_stride, table_stride, blocks, scale,
+    q, layer, tables, tiles, out, q_stride, table_stride, blocks, scale,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of TOKENS queries of one sequence, for the heads that share keys. `tiles` names the tile of each
-    program; a sequence with one query has none. Keys that all queries of the tile see need no mask."""
+    """A tile of TOKENS queries of one sequence, for the heads that share keys. Keys that all queries of the
+    tile see need no mask."""
     release()
     kv_head = tl.program_id(1)
     wait()
-    seq = tl.load(tiles + 2 * tl.program_id(0)).to(tl.int64)
+    spot = tiles + 4 * (tl.program_id(0) + 1)
+    seq = tl.load(spot).to(tl.int64)
     if seq < 0:
         return
-    tile = tl.load(tiles + 2 * tl.program_id(0) + 1)
-    first, context = tl.load(starts + seq), tl.load(contexts + seq)
-    count = tl.load(starts + seq + 1) - first
+    first, count, lowest = tl.load(spot + 1), tl.load(spot + 2), tl.load(spot + 3)
     line = tl.arange(0, TOKENS * SHARE_BLOCK)
-    token, head = tile * TOKENS + line // SHARE_BLOCK, line % SHARE_BLOCK
+    token, head = line // SHARE_BLOCK, line % SHARE_BLOCK
     dim = tl.arange(0, DIM_BLOCK)
     own = ((token < count) & (head < SHARE))[:, None] & (dim < DIM)[None]
     rows = (first + token).to(tl.int64)
     lanes = (kv_head * SHARE + head)[:, None] * DIM + dim[None]
     queries = tl.load(q + rows[:, None] * q_stride + lanes, own, 0.0)
-    position = context - count + token
+    position = lowest + token
     high = tl.full((TOKENS * SHARE_BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((TOKENS * SHARE_BLOCK,), tl.float32)
     mixed = tl.zeros((TOKENS * SHARE_BLOCK, DIM_BLOCK), tl.float32)
-    lowest = context - count + tile * TOKENS
     table = tables + seq * table_stride
     keys_at = layer + kv_head * SIZE * DIM
     values_at = keys_at + blocks.to(tl.int64) * KV_HEADS * SIZE * DIM
-    end = tl.minimum(lowest + TOKENS, context)
+    end = lowest + tl.minimum(TOKENS, count)
     oldest = tl.maximum(lowest - WINDOW + 1, 0) if WINDOW else 0
     begin = oldest // KEYS * KEYS
     seen_by_all = begin if WINDOW else tl.maximum(lowest + 1, 0) // KEYS * KEYS
@@ -353,30 +378,49 @@ def _wide(kind: Attention, itemsize: int) -> bool:
     return kind.head_dim > 128 or itemsize > 2
 
 
-def number_tiles(batch: Batch, tokens: int) -> Tensor:
-    """The sequence and number of each tile of `tokens` queries, int32 [tiles, 2]. When only the device knows
-    the sequences, there are as many tiles as there may be."""
+def number_tiles(batch: Batch, tokens: int, least: int) -> Tensor:
+    """The tiles of `tokens` queries of the sequences that have `least` or more, int32 [1 + tiles, 4].
+
+    The first row has their number. The others have a tile's sequence or -1, its first row of the step, the
+    sequence's queries from there on, and the position of the first. Those that read the most keys come first.
+    When only the device knows the sequences, there are as many rows as there may be tiles.
+    """
     sequences = batch.contexts.shape[0]
-    tiles = sum(-(-count // tokens) for count in batch.query_lens if count > 1)
+    tiles = sum(-(-count // tokens) for count in batch.query_lens if count >= least)
     if not batch.query_lens:
         tiles = batch.tokens.shape[0] // tokens + sequences
-    out = torch.empty((tiles, 2), dtype=torch.int32, device=batch.contexts.device)
-    _number_tiles[(tiles,)](
-        batch.query_starts, out, sequences, TOKENS=tokens, SEQS=pow2(sequences, SEQUENCES), **OPTIONS
+    out = torch.empty((1 + tiles, 4), dtype=torch.int32, device=batch.contexts.device)
+    _number_tiles[(1 + tiles,)](
+        batch.query_starts,
+        batch.contexts,
+        out,
+        sequences,
+        LEAST=least,
+        TOKENS=tokens,
+        SEQS=pow2(sequences, SEQUENCES),
+        **OPTIONS,
     )
     return out
+
+
+def in_one_launch(kind: Attention, layer: Tensor, sequences: int) -> bool:
+    """Whether `chunk` handles sequences with one query too: so many keep all programs busy."""
+    return hopper.supported(kind, layer) and sequences * kind.kv_heads >= HOPPER_PROGRAMS
 
 
 def chunk(
     q: Tensor, kind: Attention, layer: Tensor, batch: Batch, tiles: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """Attention of the sequences that have several queries. The rows of others in `out` are not changed.
-    `tiles` as `number_tiles` makes them of `tile_tokens`."""
+    """Attention of the sequences that have tiles: `tiles` as `number_tiles` makes them of `tile_tokens`. The
+    rows of others in `out` are not changed."""
     if out is None:
         out = q.new_empty(q.shape[0], kind.heads * kind.head_dim)
+    if hopper.supported(kind, layer):
+        hopper.chunk(q, kind, layer, batch, tiles, out)
+        return out
     wide = _wide(kind, q.itemsize)
-    _chunk[(tiles.shape[0], kind.kv_heads)](
-        q, layer, batch.tables, tiles, batch.query_starts, batch.contexts, out,
+    _chunk[(tiles.shape[0] - 1, kind.kv_heads)](
+        q, layer, batch.tables, tiles, out,
         q.stride(0), batch.tables.stride(0), layer.shape[1], kind.scale,
         KV_HEADS=kind.kv_heads, SHARE=kind.heads // kind.kv_heads,
         SHARE_BLOCK=pow2(kind.heads // kind.kv_heads), DIM=kind.head_dim,

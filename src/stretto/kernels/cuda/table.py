@@ -59,7 +59,7 @@ class CudaPlan:
     cos_sin: list[Tensor]
     arrived: Tensor
     workspaces: dict[int, attention.DecodeWorkspace]
-    tiles: dict[int, Tensor]
+    tiles: dict[tuple[int, int], Tensor]
 
     def workspace(self, kind: Attention, layer: Tensor) -> attention.DecodeWorkspace:
         """The workspace of decode attention in layers of this kind."""
@@ -70,12 +70,12 @@ class CudaPlan:
             self.workspaces[kind.heads] = workspace
         return workspace
 
-    def tiles_of(self, kind: Attention, itemsize: int) -> Tensor:
-        """The tiles of chunk attention in layers of this kind."""
-        tokens = attention.tile_tokens(kind, itemsize)
-        if tokens not in self.tiles:
-            self.tiles[tokens] = attention.number_tiles(self.batch, tokens)
-        return self.tiles[tokens]
+    def tiles_of(self, kind: Attention, itemsize: int, least: int) -> Tensor:
+        """The tiles of chunk attention in layers of this kind, for sequences of `least` queries or more."""
+        key = tokens, _ = attention.tile_tokens(kind, itemsize), least
+        if key not in self.tiles:
+            self.tiles[key] = attention.number_tiles(self.batch, tokens, least)
+        return self.tiles[key]
 
 
 class CudaTable:
@@ -130,10 +130,12 @@ class CudaTable:
         return rows.rope_and_cache(qkv, weights, kind, layer, plan.cos_sin[kind.rotation], plan.batch.slots)
 
     def paged_attention(self, q: Tensor, kind: Attention, layer: Tensor, plan: CudaPlan) -> Tensor:
-        counts = plan.batch.query_lens
+        counts, sequences = plan.batch.query_lens, plan.batch.contexts.shape[0]
+        if attention.in_one_launch(kind, layer, sequences):
+            return attention.chunk(q, kind, layer, plan.batch, plan.tiles_of(kind, q.itemsize, 1))
         if counts and max(counts) == 1:
             return attention.decode(q, kind, layer, plan.batch, plan.workspace(kind, layer))
-        tiles, out = plan.tiles_of(kind, q.itemsize), None
+        tiles, out = plan.tiles_of(kind, q.itemsize, 2), None
         if not counts or min(counts) == 1:
             out = attention.decode(q, kind, layer, plan.batch, plan.workspace(kind, layer))
         return attention.chunk(q, kind, layer, plan.batch, tiles, out)
