@@ -22,7 +22,6 @@ KEYS = 64
 MAX_SPLITS = 32
 PROGRAMS = 264  # two for each multiprocessor of a Hopper card
 MANY_PROGRAMS = 512
-HOPPER_PROGRAMS = 132  # one for each multiprocessor
 CHUNK_ROWS, CHUNK_KEYS, CHUNK_STAGES = 128, 128, 3
 SEQUENCES = 512  # `_number_tiles` is compiled once for up to so many sequences
 PARTS_AT_ONCE, PARTS_VALUES = 8, 4096  # that a program adds up at once: more would not fit its registers
@@ -404,8 +403,8 @@ def number_tiles(batch: Batch, tokens: int, least: int) -> Tensor:
 
 
 def in_one_launch(kind: Attention, layer: Tensor, sequences: int) -> bool:
-    """Whether `chunk` handles sequences with one query too: so many keep all programs busy."""
-    return hopper.supported(kind, layer) and sequences * kind.kv_heads >= HOPPER_PROGRAMS
+    """Whether `chunk` handles sequences with one query too."""
+    return hopper.supported(kind, layer) and hopper.keeps_busy(kind, sequences)
 
 
 def chunk(

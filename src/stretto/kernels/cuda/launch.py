@@ -25,11 +25,12 @@ from triton.runtime.jit import JITFunction
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-def _dependent() -> bool:
-    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability() if not INTERPRETED and torch.cuda.is_available() else (0, 0)
 
 
-OPTIONS: dict[str, Any] = {"launch_pdl": True} if _dependent() else {}
+HOPPER = _capability()[0] == 9
+OPTIONS: dict[str, Any] = {"launch_pdl": True} if _capability() >= (9, 0) else {}
 DEPENDENT = tl.constexpr(bool(OPTIONS))
 
 

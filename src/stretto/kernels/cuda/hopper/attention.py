@@ -8,7 +8,6 @@ keys, as FlashAttention 3 does (Shah et al. 2024, arXiv 2407.08608).
 # pyright: reportMissingTypeStubs=false
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,12 +21,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stretto.kernels import Attention, Batch
-from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
+from stretto.kernels.cuda.launch import HOPPER, OPTIONS, pow2, release, wait
 
-ROWS, KEYS, STAGES = 128, 128, 2
+ROWS = 128
+PROGRAMS = 132  # one for each multiprocessor of a Hopper card
 GROUP = ROWS // 2  # rows of a warpgroup
+# Keys at once, and stages of the rings of keys and of values: for prompts alone, and for many sequences.
+FEW, MANY = (128, 2), (64, 4)
 REGISTERS = 168  # of a thread at the launch: twelve warps share 65,536
 LOG2_E = 1.4426950408889634
+# Triton 3.6 has another name for it than later versions.
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -73,14 +77,14 @@ def _load(
                 mbarrier.wait(k_free.index(stage), phase ^ 1)
                 mbarrier.expect(k_ready.index(stage), NBYTES)
                 for part in gl.static_range(PAGES):
-                    tma.async_copy_global_to_shared(
+                    copy_in(
                         pool, [rows[part], 0], k_ready.index(stage),
                         k_bufs.index(stage).slice(part * SIZE, SIZE),
                     )  # fmt: skip
                 mbarrier.wait(v_free.index(stage), phase ^ 1)
                 mbarrier.expect(v_ready.index(stage), NBYTES)
                 for part in gl.static_range(PAGES):
-                    tma.async_copy_global_to_shared(
+                    copy_in(
                         pool, [further + rows[part], 0], v_ready.index(stage),
                         v_bufs.index(stage).slice(part * SIZE, SIZE),
                     )  # fmt: skip
@@ -272,20 +276,25 @@ def supported(kind: Attention, layer: Tensor) -> bool:
     """Whether `chunk` computes attention of this kind."""
     size, dim = layer.shape[3], kind.head_dim
     plain = not kind.window and not kind.softcap and layer.itemsize == 2
-    pages = dim in (64, 128) and size % 8 == 0 and KEYS % size == 0
-    return bool(OPTIONS) and plain and pages and kind.heads // kind.kv_heads <= GROUP
+    pages = dim in (64, 128) and size % 8 == 0 and FEW[0] % size == 0 and MANY[0] % size == 0
+    return HOPPER and plain and pages and kind.heads // kind.kv_heads <= GROUP
+
+
+def keeps_busy(kind: Attention, sequences: int) -> bool:
+    """Whether so many sequences give each program a tile, even if all have one query."""
+    return sequences * kind.kv_heads >= PROGRAMS
 
 
 def chunk(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, tiles: Tensor, out: Tensor) -> None:
     """As `attention.chunk`, of kinds that are `supported`."""
+    keys, stages = MANY if keeps_busy(kind, batch.contexts.shape[0]) else FEW
     share, size, dim = kind.heads // kind.kv_heads, layer.shape[3], kind.head_dim
     pages = layer.view(-1, dim)
     layout = gl.NVMMASharedLayout(128, 16)
     pool = TensorDescriptor(pages, list(pages.shape), list(pages.stride()), [size, dim], layout)
-    most = torch.cuda.get_device_properties(q.device).multi_processor_count
-    _chunk[(min((tiles.shape[0] - 1) * kind.kv_heads, most),)](
+    _chunk[(min((tiles.shape[0] - 1) * kind.kv_heads, PROGRAMS),)](
         q, pool, batch.tables, tiles, out, q.stride(0), batch.tables.stride(0),
         layer.shape[1] * kind.kv_heads * size, kind.kv_heads, kind.scale * LOG2_E,
         SHARE=share, SHARE_BLOCK=pow2(share), DIM=dim, SIZE=size, TOKENS=ROWS // pow2(share), GROUP=GROUP,
-        KEYS=KEYS, STAGES=STAGES, num_warps=4, maxnreg=REGISTERS, **OPTIONS,
+        KEYS=keys, STAGES=stages, num_warps=4, maxnreg=REGISTERS, **OPTIONS,
     )  # fmt: skip
