@@ -4,11 +4,16 @@
 # pyright: reportMissingTypeStubs=false
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
+from stretto.kernels import Batch, Cache
+from tests.kernels.steps import Step
 
 GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -42,3 +47,13 @@ def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 
 interpreter._convert_float = convert
+
+
+def on_device(made: Step) -> tuple[Batch, Cache]:
+    """Copy the batch and the cache to the device."""
+    moved = {
+        field.name: value.to(DEVICE) if isinstance(value, Tensor) else value
+        for field in fields(made.batch)
+        for value in [getattr(made.batch, field.name)]
+    }
+    return Batch(**moved), Cache([layer.to(DEVICE) for layer in made.cache.layers])

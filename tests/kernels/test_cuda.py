@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +14,6 @@ from stretto.kernels import (
     Activation,
     AnyKernels,
     Attention,
-    Batch,
-    Cache,
     DecoderLayer,
     Geometry,
     LayerStack,
@@ -23,7 +22,7 @@ from stretto.kernels import (
     Rotation,
 )
 from stretto.kernels.reference import REFERENCE
-from tests.kernels.cuda import DEVICE, GPU, TOLERANCES
+from tests.kernels.cuda import DEVICE, GPU, TOLERANCES, on_device
 from tests.kernels.steps import Step, attention, rms, rotated, step
 
 from stretto.kernels.cuda import attention as paged, linear, weights as formats  # isort: skip
@@ -52,16 +51,6 @@ def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert found.shape == wanted.shape
     assert torch.isfinite(found).all()
     assert (found - wanted).norm() / wanted.norm() <= tolerance
-
-
-def on_device(made: Step) -> tuple[Batch, Cache]:
-    """Copy the batch and the cache to the device."""
-    moved = {
-        field.name: value.to(DEVICE) if isinstance(value, Tensor) else value
-        for field in fields(made.batch)
-        for value in [getattr(made.batch, field.name)]
-    }
-    return Batch(**moved), Cache([layer.to(DEVICE) for layer in made.cache.layers])
 
 
 def attend(kernels: AnyKernels, made: Step, kind: Attention, q: Tensor) -> Tensor:
@@ -211,6 +200,41 @@ def test_rope_and_cache_rotates_queries_and_writes_keys_and_values(
     near(layer[1, blocks, :, offsets], v, TOLERANCES[dtype])
     layer[:, blocks, :, offsets] = before[:, blocks, :, offsets]
     assert torch.equal(layer, before), "a slot of somebody else was written"
+
+
+def test_the_cache_holds_numbers_even_where_a_model_makes_none(kernels: AnyKernels) -> None:
+    """A kernel may multiply what another sequence has left in a block with weights of 0."""
+    made = step([(2, 2), (1, 1)], KIND)
+    batch, cache = on_device(made)
+    plan = kernels.prepare(batch, cache, Geometry((Rotation(torch.zeros(8, device=DEVICE)),), (0,)))
+    qkv = torch.ones(3, 10 * 16)
+    qkv[0], qkv[1], qkv[2] = torch.nan, torch.inf, -torch.inf
+    with np.errstate(invalid="ignore"):
+        found = kernels.rope_and_cache(qkv.to(DEVICE), None, KIND, cache.layers[0], plan)
+    assert not found.isfinite().any()
+    assert cache.layers[0].isfinite().all()
+
+
+@pytest.mark.parametrize("least", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_tiles_cover_all_queries_and_those_with_the_most_keys_come_first(least: int, tokens: int) -> None:
+    sequences = [(1, 500), (70, 70), (2, 300), (1, 2), (33, 97), (32, 32), (90, 90)]
+    made = step(sequences, KIND)
+    batch, _ = on_device(made)
+    batch.contexts[-1] = 1  # as a graph pads a step
+    for known in (made.batch.query_lens, []):
+        batch.query_lens = known
+        (total, *_), *rows = paged.number_tiles(batch, tokens, least).tolist()
+        assert all(row[0] == -1 for row in rows[total:])
+        last = [position + min(left, tokens) for _, _, left, position in rows[:total]]
+        assert last == sorted(last, reverse=True)
+        expected = [
+            [seq, made.rows[seq].start + token, count - token, int(batch.contexts[seq]) - count + token]
+            for seq, (count, _) in enumerate(sequences)
+            if count >= least
+            for token in range(0, count, tokens)
+        ]
+        assert sorted(rows[:total]) == expected
 
 
 def test_rope_is_exact_at_far_positions(kernels: AnyKernels) -> None:
