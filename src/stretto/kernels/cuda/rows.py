@@ -53,8 +53,8 @@ def activate(x, KIND: tl.constexpr):
 def finite(value, kind: tl.constexpr):
     """What the cache holds of float32 values: numbers of `kind`, and neither NaN nor infinity. Attention may
     multiply what another sequence has left in a block with weights of 0."""
-    MOST: tl.constexpr = 65504.0 if kind == tl.float16 else 3.3895313892515355e38
-    return tl.minimum(tl.maximum(tl.where(value == value, value, 0.0), -MOST), MOST)
+    most = 65504.0 if kind == tl.float16 else 3.3895313892515355e38
+    return tl.minimum(tl.maximum(tl.where(value == value, value, 0.0), -most), most)
 
 
 @triton.jit
