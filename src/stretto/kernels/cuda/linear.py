@@ -17,7 +17,7 @@ from torch import Tensor
 from stretto.kernels import Activation, Attention
 from stretto.kernels.cuda.int4 import int4_dot_rows, int4_products
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
-from stretto.kernels.cuda.rows import activate, finite
+from stretto.kernels.cuda.rows import activate
 from stretto.kernels.cuda.weights import GROUP, CudaWeights, Int4, Tiling
 
 GEMV_ROWS = 1
@@ -147,10 +147,9 @@ def _store_rotated(
     cosine, sine = turn
     page = ((head - HEADS) // KV_HEADS * blocks + slot // SIZE) * KV_HEADS + (head - HEADS) % KV_HEADS
     spot = tl.where(head < HEADS, out + head * DIM, layer + (page * SIZE + slot % SIZE) * DIM)
-    kind: tl.constexpr = out.dtype.element_ty
-    query, low, high = head < HEADS, a * cosine - b * sine, b * cosine + a * sine
-    tl.store(spot + first, tl.where(query, low, finite(low, kind)).to(kind), there)
-    tl.store(spot + second, tl.where(query, high, finite(high, kind)).to(kind), there)
+    kind = out.dtype.element_ty
+    tl.store(spot + first, (a * cosine - b * sine).to(kind), there)
+    tl.store(spot + second, (b * cosine + a * sine).to(kind), there)
 
 
 @triton.jit

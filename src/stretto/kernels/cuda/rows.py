@@ -50,14 +50,6 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def finite(value, kind: tl.constexpr):
-    """What the cache holds of float32 values: numbers of `kind`, and neither NaN nor infinity. Attention may
-    multiply what another sequence has left in a block with weights of 0."""
-    most = 65504.0 if kind == tl.float16 else 3.3895313892515355e38
-    return tl.minimum(tl.maximum(tl.where(value == value, value, 0.0), -most), most)
-
-
-@triton.jit
 def quantised(value, scale_at, MAX: tl.constexpr):
     """A row divided by the scale that brings its largest magnitude to MAX; the scale is stored."""
     scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / MAX
@@ -275,12 +267,10 @@ def _rope_and_cache(
     block = (lane - HEADS) // KV_HEADS * blocks + slot // SIZE
     cached = layer + ((block * KV_HEADS + head) * SIZE + slot % SIZE)[:, None] * DIM
     out = tl.where((lane < HEADS)[:, None], here, cached)
-    kind: tl.constexpr = qkv.dtype.element_ty
-    query = (lane < HEADS)[:, None]
-    low, high = first * cosine - second * sine, second * cosine + first * sine
-    tl.store(out + pair, tl.where(query, low, finite(low, kind)).to(kind), paired)
-    tl.store(out + PAIRS + pair, tl.where(query, high, finite(high, kind)).to(kind), paired)
-    tl.store(out + rest, tl.where(query, others, finite(others, kind)).to(kind), resting)
+    kind = qkv.dtype.element_ty
+    tl.store(out + pair, (first * cosine - second * sine).to(kind), paired)
+    tl.store(out + PAIRS + pair, (second * cosine + first * sine).to(kind), paired)
+    tl.store(out + rest, others.to(kind), resting)
 
 
 def rope_and_cache(

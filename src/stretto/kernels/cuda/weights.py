@@ -34,6 +34,8 @@ WIDE = 8192  # with this many outputs or more, the vendor's product of 16-bit we
 # So many rows are rounded to e4m3 in front of int4 weights, if the device has fp8. Fewer keep their dtype;
 # for more, the weights are widened. The first is at most SKINNY_ROWS + 1.
 ROUNDED_ROWS = range(5, 2**20)
+# Smaller matrices are widened for more than SKINNY_ROWS rows all the same, because that takes less time.
+ROUNDED_WEIGHTS = 2**24
 # The largest magnitude of a group is represented by the lowest level, or is this much beyond it.
 CLIP_RATIOS = tuple(1.0 - i * 0.04 for i in range(8))
 ROWS_AT_ONCE = 2048
@@ -237,7 +239,8 @@ class Int4:
         return False
 
     def skinny_rows(self, dtype: torch.dtype) -> int:
-        return max(SKINNY_ROWS, ROUNDED_ROWS.stop - 1) if self.rounds else SKINNY_ROWS
+        large = self.rounds and self.outputs * self.columns >= ROUNDED_WEIGHTS
+        return max(SKINNY_ROWS, ROUNDED_ROWS.stop - 1) if large else SKINNY_ROWS
 
     def tiling(self, rows: int) -> Tiling:
         return GROUPED if rows <= SKINNY_ROWS else GROUPED_TALL
