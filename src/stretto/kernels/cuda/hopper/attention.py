@@ -14,24 +14,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stretto.kernels import Attention, Batch
+from stretto.kernels.cuda.hopper.device import PROGRAMS, REGISTERS, copy_in
 from stretto.kernels.cuda.launch import HOPPER, OPTIONS, pow2, release, wait
 
 ROWS = 128
-PROGRAMS = 132  # one for each multiprocessor of a Hopper card
 GROUP = ROWS // 2  # rows of a warpgroup
 # Keys at once, and stages of the rings of keys and of values: for prompts alone, and for many sequences.
 FEW, MANY = (128, 2), (64, 4)
-REGISTERS = 168  # of a thread at the launch: twelve warps share 65,536
 LOG2_E = 1.4426950408889634
-# Triton 3.6 has another name for it than later versions.
-copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -122,6 +118,7 @@ def _advance(
     stage, phase = done % STAGES, (done // STAGES) & 1
     last, last_phase = (done - 1) % STAGES, ((done - 1) // STAGES) & 1
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    row: gl.constexpr = gl.SliceLayout(1, mixed.type.layout)
     GROUP: gl.constexpr = queries.shape[0]
     empty = gl.zeros((GROUP, KEYS), gl.float32, layout)
     mbarrier.wait(k_ready.index(stage), phase)
@@ -133,7 +130,7 @@ def _advance(
     fresh, high, total, fade = _weigh(scores, high, total, unit, position, start, end, MASKED)
     mixed = warpgroup_mma_wait(0, deps=[mixed])
     mbarrier.arrive(v_free.index(last), count=1)
-    mixed = mixed * gl.convert_layout(fade, gl.SliceLayout(1, mixed.type.layout))[:, None]
+    mixed = mixed * gl.convert_layout(fade, row)[:, None]
     weights = gl.convert_layout(fresh.to(weights.dtype), weights.type.layout)
     return weights, mixed, high, total
 
