@@ -15,17 +15,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from stretto.config import EngineConfig, ModelConfig
 from stretto.engine.core import EngineCore, LoadedModel
 from stretto.engine.runners.factory import ModelLoader
+from stretto.engine.runners.graphs import StepSize, first_sizes, rows_for
 from stretto.engine.scheduler.fcfs import fcfs
 from stretto.engine.scheduler.types import Limits
 from stretto.engine.sequence import Sequence
 from stretto.kernels import Activation, AnyKernels
 from stretto.kernels.reference import REFERENCE, DenseExperts
+from stretto.models.decoder import Decoder
 from stretto.models.load import load
+from stretto.models.spec import Routing
 from stretto.types import Reason, Request, Sampling
 from tests.engine.runners.cuda_bench import (
     LAYERS,
@@ -43,6 +47,7 @@ from tests.models.checkpoints import FAMILIES, VOCAB, expected, make
 from stretto.engine.runners import cuda  # isort: skip
 from stretto.kernels.cuda import table as cuda_table  # isort: skip
 from stretto.kernels.cuda.experts import FEW_TOKENS  # isort: skip
+from stretto.kernels.cuda.hopper.gated import LEAST_ROWS  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
 
 __all__ = ["bench", "events"]
@@ -202,6 +207,26 @@ def test_steps_are_padded_to_graphs_and_none_is_captured_while_serving(bench: Be
     assert runner.captures == ready
     assert runner.prepare() and runner.captures == ready + 1
     assert bench.run(engine, PROMPTS[:1]) == wanted[:1]
+
+
+@pytest.mark.parametrize("most_tokens", [LEAST_ROWS, 500, 8192])
+@pytest.mark.parametrize("routed", [False, True])
+def test_the_start_compiles_what_only_longer_steps_use(
+    bench: Bench, most_tokens: int, routed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routing = Routing(count=4, top_k=2, normalise=True, intermediate=8) if routed else None
+    decoder, compiled = bench.decoder, list[StepSize]()
+    spec = structs.replace(decoder.spec, routing=routing)
+    monkeypatch.setattr(bench, "decoder", Decoder(spec, decoder.kernels, decoder.weights, decoder.kv_dtype))
+    runner = bench.runner(step_tokens=most_tokens)
+    monkeypatch.setattr(runner, "_step", lambda memory, abridged: compiled.append(memory.size))
+    monkeypatch.setattr(runner, "_capture_first", lambda progress, times: None)
+    runner.start()
+    prompts = {size.tokens for size in compiled if not size.decodes}
+    assert prompts & {*range(LEAST_ROWS, most_tokens + 1)}, "gated products are other kernels from here on"
+    assert max(prompts) == (1024 if routed and most_tokens > 1024 else LEAST_ROWS)
+    decodes = {size for size in first_sizes(rows_for(6), most_tokens) if size.decodes}
+    assert decodes and decodes <= {*compiled}
 
 
 def test_a_graph_that_cannot_be_captured_later_is_done_without(bench: Bench) -> None:

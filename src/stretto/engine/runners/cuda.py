@@ -36,6 +36,7 @@ from stretto.engine.runners.step_memory import INPUT_ROW, PinnedMemory, StepMemo
 from stretto.engine.scheduler.types import Plan, Row
 from stretto.engine.sequence import Drawn, Sequence, follow
 from stretto.kernels.cuda import draw
+from stretto.kernels.cuda.hopper.gated import LEAST_ROWS
 from stretto.kernels.cuda.launch import compiling_ahead
 from stretto.models.decoder import Decoder
 from stretto.telemetry.start_times import StartTimes
@@ -44,7 +45,8 @@ from stretto.types import Logprobs, ModelInfo
 log = logging.getLogger(__name__)
 RING = 10  # launched steps whose results are still to be read: those of a draft model are launched at once
 ALL_KERNELS = 128  # steps of so many tokens use every kernel that longer ones do,
-FURTHER_KERNELS = (384, 1024)  # except those of mixtures of experts, which have larger tiles from here on
+# except for the gated product on Hopper and for experts, which have larger tiles from here on.
+GATED_KERNELS, EXPERT_KERNELS = (LEAST_ROWS,), (384, 1024)
 NO_PENALTIES = (1.0, 0.0, 0.0)
 MAX_COUNT = draw.MOST_SEEN.value
 
@@ -158,7 +160,7 @@ class CudaRunner:
             self._capture_first(progress, times)
 
     def _compile(self) -> None:
-        further = () if self._decoder.spec.routing is None else FURTHER_KERNELS
+        further = GATED_KERNELS if self._decoder.spec.routing is None else EXPERT_KERNELS
         with torch.inference_mode(), compiling_ahead():
             for size in self._first:
                 if size.decodes or size.tokens <= ALL_KERNELS or size.tokens in further:

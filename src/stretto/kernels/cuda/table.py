@@ -25,6 +25,7 @@ from stretto.kernels import (
 )
 from stretto.kernels.cuda import attention, routing, rows
 from stretto.kernels.cuda.experts import experts
+from stretto.kernels.cuda.hopper import gated
 from stretto.kernels.cuda.linear import GEMV_ROWS, Norm, gemv, gemv_rope_and_cache, rotates, skinny_gemm
 from stretto.kernels.cuda.streaming import stream
 from stretto.kernels.cuda.weights import (
@@ -118,6 +119,8 @@ class CudaTable:
     def linear_act_and_mul(self, x: Tensor, packed: CudaWeights, activation: Activation) -> Tensor:
         if packed.has_gemv and 0 < x.shape[0] <= GEMV_ROWS:
             return gemv(x.contiguous(), packed, activation)
+        if isinstance(packed, Unquantised) and gated.supported(x, packed.weight):
+            return gated.linear_act_and_mul(x, packed.weight, packed.bias, activation)
         return rows.act_and_mul(self.linear(x, packed), activation)
 
     def prepare(self, batch: Batch, cache: Cache, geometry: Geometry) -> CudaPlan:
