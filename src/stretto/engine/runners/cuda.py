@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 RING = 10  # launched steps whose results are still to be read: those of a draft model are launched at once
 ALL_KERNELS = 128  # steps of so many tokens use every kernel that longer ones do,
 # except for the gated product on Hopper and for experts, which have larger tiles from here on.
-GATED_KERNELS, EXPERT_KERNELS = (LEAST_ROWS,), (384, 1024)
+GATED_KERNELS, EXPERT_KERNELS = (LEAST_ROWS,), (384, LEAST_ROWS, 1024)
 NO_PENALTIES = (1.0, 0.0, 0.0)
 MAX_COUNT = draw.MOST_SEEN.value
 

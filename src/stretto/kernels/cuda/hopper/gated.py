@@ -27,7 +27,7 @@ from stretto.kernels.cuda.hopper.device import PROGRAMS, REGISTERS, copy_in, cop
 from stretto.kernels.cuda.launch import HOPPER, OPTIONS, release, wait
 from stretto.kernels.cuda.rows import activate
 
-LEAST_ROWS = 384  # fewer are multiplied by the vendor's product, and another kernel activates
+LEAST_ROWS = 512  # fewer are multiplied by the vendor's product, and another kernel activates
 ROWS, COLUMNS = 128, 128  # of a tile of the result
 GROUP = ROWS // 2  # rows of a warpgroup
 DEPTH, STAGES = 64, 4  # columns of a block, in 128 bytes of a row, and the blocks that fit shared memory
