@@ -233,3 +233,4 @@ def test_the_tokens_of_a_step_follow_from_the_device_and_the_tightest_objective(
 ) -> None:
     assert choose_step_tokens(0, base_ms=base, per_token_ms=per_token, itl_ms=itl).value == tokens
     assert choose_step_tokens(96, base_ms=base, per_token_ms=per_token, itl_ms=itl).value == 96
+    assert choose_step_tokens(0, base_ms=base, per_token_ms=per_token, itl_ms=itl, most=600).value <= 600

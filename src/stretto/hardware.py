@@ -230,9 +230,10 @@ def choose_running(requested: int, device: str) -> Decision[int]:
 
 
 def choose_step_tokens(
-    requested: int, *, base_ms: float, per_token_ms: float, itl_ms: float
+    requested: int, *, base_ms: float, per_token_ms: float, itl_ms: float, most: int = MOST_STEP_TOKENS
 ) -> Decision[int]:
-    """The most tokens in a step, from what a step costs apart from its tokens and what a prompt's token adds.
+    """The most tokens in a step, from what a step costs apart from its tokens and what a prompt's token adds;
+    no more than `most`.
 
     `itl_ms` is the tightest inter-token objective of the tiers: a step must not take longer, because streams
     wait for it. The schedule `deadline` also ends each step in time for the streams that are running.
@@ -240,7 +241,7 @@ def choose_step_tokens(
     if requested:
         return Decision(requested, "set by the user")
     ms = max(min(STEP_BASES * base_ms, itl_ms - base_ms), 0.0)
-    fitting = min(ms / max(per_token_ms, ms / MOST_STEP_TOKENS, 1e-9), MOST_STEP_TOKENS)
+    fitting = min(ms / max(per_token_ms, ms / most, 1e-9), most)
     tokens = max(round(fitting / STEP_TOKENS_ROUNDED) * STEP_TOKENS_ROUNDED, FEWEST_STEP_TOKENS)
     return Decision(tokens, f"{tokens} take about {base_ms + tokens * per_token_ms:.0f} ms")
 

@@ -32,10 +32,10 @@ hopper.chunk(q, Attention(8, 2, DIM, 0.1), layer, batch, ints, torch.empty(64, 8
 """
 
 
-@pytest.mark.parametrize(("dim", "sequences", "keys"), [(128, 1, 128), (64, 66, 64)])
-def test_the_kernel_compiles_for_hopper(tmp_path: Path, dim: int, sequences: int, keys: int) -> None:
-    code = CODE.replace("DIM", str(dim)).replace("SEQUENCES", str(sequences))
-    assert compiled(code, tmp_path) == [{f"m64n{keys}k16", f"m64n{dim}k16", "cp.async.bulk.tensor.2d"}]
+@pytest.mark.parametrize("dim", [64, 128])
+def test_one_kernel_compiles_for_hopper_for_any_number_of_sequences(tmp_path: Path, dim: int) -> None:
+    code = "\n".join(CODE.replace("DIM", str(dim)).replace("SEQUENCES", str(count)) for count in (1, 2, 66))
+    assert compiled(code, tmp_path) == [{"m64n64k16", f"m64n{dim}k16", "cp.async.bulk.tensor.2d"}]
 
 
 def test_other_devices_and_kinds_have_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

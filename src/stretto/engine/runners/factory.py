@@ -22,7 +22,7 @@ from stretto.config import EngineConfig, ModelConfig, tiers_of
 from stretto.engine.core import LoadedModel
 from stretto.engine.runners.calibrate import known_times
 from stretto.engine.runners.draft_model import CHUNK, UNREAD, DeviceDraftModel, DraftModel
-from stretto.engine.runners.graphs import rows_for
+from stretto.engine.runners.graphs import MOST_TOKENS, rows_for
 from stretto.engine.runners.interface import Runner
 from stretto.engine.runners.null import NullRunner, null_cost, null_info
 from stretto.engine.runners.sampler import verified_on_device
@@ -319,14 +319,20 @@ def _kv_shares(loaded: Sequence[LoadedWeights], block_size: int) -> dict[str, fl
 def step_limits(config: EngineConfig, models: list[LoadedModel]) -> Limits:
     """What the engine may do at once, and what its tiers ask for.
 
-    The step of each model keeps the tightest objective of the tiers.
+    The step of each model keeps the tightest objective of the tiers. On a GPU it is a graph, unless the user
+    wants longer ones.
     """
     costs = [model.times.cost for model in models]
+    on_gpu = any(model.runner.info.device.startswith("cuda") for model in models)
     tiers = tiers_of(config.tiers, default_tiers(costs))
     itl_ms = min((tier.objective.itl_ms for tier in tiers.values() if tier.objective.itl_ms), default=inf)
     chosen = [
         choose_step_tokens(
-            config.max_step_tokens, base_ms=cost.base, per_token_ms=cost.per_prefill, itl_ms=itl_ms
+            config.max_step_tokens,
+            base_ms=cost.base,
+            per_token_ms=cost.per_prefill,
+            itl_ms=itl_ms,
+            most=MOST_TOKENS if on_gpu else MOST_STEP_TOKENS,
         )
         for cost in costs
     ]

@@ -25,8 +25,7 @@ from stretto.kernels.cuda.launch import HOPPER, OPTIONS, pow2, release, wait
 
 ROWS = 128
 GROUP = ROWS // 2  # rows of a warpgroup
-# Keys at once, and stages of the rings of keys and of values: for prompts alone, and for many sequences.
-FEW, MANY = (128, 2), (64, 4)
+KEYS, STAGES = 64, 4  # keys at once, and stages of the rings of keys and of values
 LOG2_E = 1.4426950408889634
 
 
@@ -273,7 +272,7 @@ def supported(kind: Attention, layer: Tensor) -> bool:
     """Whether `chunk` computes attention of this kind."""
     size, dim = layer.shape[3], kind.head_dim
     plain = not kind.window and not kind.softcap and layer.itemsize == 2
-    pages = dim in (64, 128) and size % 8 == 0 and FEW[0] % size == 0 and MANY[0] % size == 0
+    pages = dim in (64, 128) and size % 8 == 0 and KEYS % size == 0
     return HOPPER and plain and pages and kind.heads // kind.kv_heads <= GROUP
 
 
@@ -284,7 +283,6 @@ def keeps_busy(kind: Attention, sequences: int) -> bool:
 
 def chunk(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, tiles: Tensor, out: Tensor) -> None:
     """As `attention.chunk`, of kinds that are `supported`."""
-    keys, stages = MANY if keeps_busy(kind, batch.contexts.shape[0]) else FEW
     share, size, dim = kind.heads // kind.kv_heads, layer.shape[3], kind.head_dim
     pages = layer.view(-1, dim)
     layout = gl.NVMMASharedLayout(128, 16)
@@ -293,5 +291,5 @@ def chunk(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, tiles: Tensor
         q, pool, batch.tables, tiles, out, q.stride(0), batch.tables.stride(0),
         layer.shape[1] * kind.kv_heads * size, kind.kv_heads, kind.scale * LOG2_E,
         SHARE=share, SHARE_BLOCK=pow2(share), DIM=dim, SIZE=size, TOKENS=ROWS // pow2(share), GROUP=GROUP,
-        KEYS=keys, STAGES=stages, num_warps=4, maxnreg=REGISTERS, **OPTIONS,
+        KEYS=KEYS, STAGES=STAGES, num_warps=4, maxnreg=REGISTERS, **OPTIONS,
     )  # fmt: skip
