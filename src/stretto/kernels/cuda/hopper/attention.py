@@ -168,21 +168,9 @@ def _attend(queries, lowest, position, end, reach, done, unit, k_bufs, v_bufs, b
         done += 1
     for _ in range(unmasked):
         weights, mixed, high, total = _advance(
-            queries,
-            weights,
-            mixed,
-            high,
-            total,
-            unit,
-            position,
-            start,
-            end,
-            done,
-            k_bufs,
-            v_bufs,
-            bars,
+            queries, weights, mixed, high, total, unit, position, start, end, done, k_bufs, v_bufs, bars,
             False,
-        )
+        )  # fmt: skip
         done += 1
     last, last_phase = (done - 1) % STAGES, ((done - 1) // STAGES) & 1
     mbarrier.wait(v_ready.index(last), last_phase)
