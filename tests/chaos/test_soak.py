@@ -28,7 +28,7 @@ if "serve" in sys.orig_argv:
     from stretto.server.state import Server
     ended, kept = Server.ended, []
     def leak(server, request):
-        kept.append(bytes(16384))
+        kept.append(bytes(65536))
         if len(kept) % 10 == 0:
             kept.append(os.open("/dev/null", os.O_RDONLY))
             threading.Thread(target=threading.Event().wait, daemon=True).start()
