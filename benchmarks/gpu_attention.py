@@ -10,12 +10,10 @@ ours pages of a cache. TFLOP/s count the keys that a causal mask lets through.
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_engine import DEVICE, DTYPE, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,8 +21,8 @@ from stretto.kernels import Attention, Batch
 from stretto.kernels.cuda import attention
 from stretto.kernels.cuda.hopper import attention as hopper
 
-DEVICE, DTYPE, SIZE = torch.device("cuda"), torch.bfloat16, 16
-LAYERS, ROUNDS, REPLAYS = 4, 8, 7
+SIZE = 16
+LAYERS = 4
 # By sequence: its queries, and its context with them.
 TIMED = (
     ((512, 512),), ((2048, 2048),), ((4, 4), (300, 300), (208, 2000)), ((448, 448), *((1, 576),) * 64),
@@ -92,27 +90,6 @@ def check(kind: Attention, lengths: tuple[tuple[int, int], ...], padding: int, l
             float((found - right).norm() / right.norm()) if bool(found.isfinite().all()) else torch.inf
         )
     return max(errors)
-
-
-def timed(works: list[Callable[[], Any]]) -> float:
-    """Microseconds of one of these, which run in turn in a graph."""
-    for work in works:
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(ROUNDS):
-            for work in works:
-                work()
-    took: list[float] = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        took.append(begin.elapsed_time(end) * 1e3 / (ROUNDS * len(works)))
-    return statistics.median(took)
 
 
 def ours(kind: Attention, lengths: tuple[tuple[int, int], ...], together: bool) -> float:

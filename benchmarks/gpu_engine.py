@@ -10,7 +10,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ MODELS: dict[str, tuple[dict[str, Any], CudaQuantise | None]] = {
     "qwen3-30b-a3b-int4": (QWEN_30B, "int4"),
 }
 BLOCK, PROMPT = 16, 512
+REPLAYS = 8  # of a graph that is timed; the first is not counted
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -260,3 +261,24 @@ def copy_bandwidth() -> float:
         end.synchronize()
         took.append(begin.elapsed_time(end) / 1e3)
     return 2 * source.nbytes / statistics.median(took)
+
+
+def timed(works: list[Callable[[], Any]], rounds: int = 4) -> float:
+    """Microseconds of one of these, which run in turn in a CUDA graph."""
+    for work in works:
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for work in works:
+                work()
+    took: list[float] = []
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        took.append(begin.elapsed_time(end) * 1e3 / (rounds * len(works)))
+    return statistics.median(took[1:])

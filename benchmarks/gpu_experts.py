@@ -32,6 +32,7 @@ from gpu_engine import (
     bytes_read,
     copy_bandwidth,
     new_runner,
+    timed,
 )
 from torch import Tensor
 from triton.runtime.errors import OutOfResources  # pyright: ignore[reportMissingTypeStubs]
@@ -51,7 +52,7 @@ FORMATS: dict[str, CudaQuantise | None] = {"fp8": "fp8", "int4": "int4", "bf16":
 
 EXPERTS, TOP = QWEN_30B["num_experts"], QWEN_30B["num_experts_per_tok"]
 HIDDEN, INNER = QWEN_30B["hidden_size"], QWEN_30B["moe_intermediate_size"]
-LAYERS, ROUNDS, REPLAYS = 4, 4, 7
+LAYERS = 4
 TOKENS = (1, 2, 4, 5, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 SWEPT, STAGES, COLUMNS = (1, 4, 8, 32, 128, 256, 2048), (2, 3, 4), (256, 512, 1024)
 BATCHES, PROMPTS = (1, 8, 32, 128, 256), (512, 2048)
@@ -93,27 +94,6 @@ def step(packed: list[CudaExperts], tokens: int) -> list[Mixture]:
         )
         for each in packed
     ]
-
-
-def timed(works: list[Callable[[], Any]]) -> float:
-    """Microseconds of one of these, which run in turn in a graph."""
-    for work in works:
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(ROUNDS):
-            for work in works:
-                work()
-    took: list[float] = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        took.append(begin.elapsed_time(end) * 1e3 / (ROUNDS * len(works)))
-    return statistics.median(took[1:])
 
 
 def parts(

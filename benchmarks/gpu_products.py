@@ -11,42 +11,21 @@ in float64. Several sets of weights are multiplied in turn, so that none stays i
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from gpu_engine import DEVICE, DTYPE, timed
 from torch import Tensor
 
 from stretto.kernels.cuda.hopper import gated
 from stretto.kernels.cuda.rows import act_and_mul, quantise_rows
 from stretto.kernels.cuda.weights import Fp8
 
-DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 GATE_UP = (24576, 4096)
 FP8_SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": GATE_UP, "down": (4096, 12288)}
-CACHE, ROUNDS, REPLAYS = 160e6, 2, 8
-
-
-def timed(work: Callable[[int], Any], count: int) -> float:
-    """Microseconds of one call, of `count` different ones in turn in a graph."""
-    for number in range(count):
-        work(number)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in [*range(count)] * ROUNDS:
-            work(number)
-    took: list[float] = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        took.append(begin.elapsed_time(end) * 1e3 / (ROUNDS * count))
-    return statistics.median(took[1:])
+CACHE, ROUNDS = 160e6, 2
 
 
 def weights(shape: tuple[int, int], itemsize: int) -> list[Tensor]:
@@ -66,10 +45,11 @@ def compare_gated(rows: int) -> None:
         "vendor, then activation": lambda number: act_and_mul(F.linear(x, sets[number]), "silu"),
         "gated": lambda number: gated.linear_act_and_mul(x, sets[number], None, "silu"),
     }
-    line = [f"vendor alone {timed(lambda number: F.linear(x, sets[number]), len(sets)):.1f} us"]
+    line = [f"vendor alone {timed([lambda w=w: F.linear(x, w) for w in sets], ROUNDS):.1f} us"]
     for name, work in works.items():
         off = error(work(0), F.silu(gates) * ups)
-        line.append(f"{name} {timed(work, len(sets)):.1f} us, error {off}")
+        took = timed([partial(work, number) for number in range(len(sets))], ROUNDS)
+        line.append(f"{name} {took:.1f} us, error {off}")
     print(f"gate_up {rows} rows:", "; ".join(line), flush=True)
 
 
@@ -87,7 +67,10 @@ def compare_sums(name: str, shape: tuple[int, int], rows: int) -> None:
                 x, weight, scales[:, None], own, out_dtype=DTYPE, use_fast_accum=fast
             )  # fmt: skip
 
-        took, off = timed(product, len(sets)), error(product(0), wanted)
+        took, off = (
+            timed([partial(product, number) for number in range(len(sets))], ROUNDS),
+            error(product(0), wanted),
+        )
         line.append(f"{'fast' if fast else 'exact'} sums {took:.1f} us, error {off}")
     print(f"fp8 {name} {rows} rows:", "; ".join(line), flush=True)
 
