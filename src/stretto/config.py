@@ -129,7 +129,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             description="most tokens in a step; 0: as many as keep the fixed cost of a step below a tenth, "
-            "within the tightest ITL objective of the tiers",
+            "within the tightest ITL objective of the tiers, and on a GPU at most 2,560",
         ),
     ] = 0
     schedule: Schedule = SCHEDULE
