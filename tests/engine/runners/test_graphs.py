@@ -13,6 +13,7 @@ from stretto.engine.runners.graphs import (
     later_sizes,
     nearest,
 )
+from stretto.engine.scheduler.plan_builder import nearest_size
 
 
 @pytest.mark.parametrize(("running", "most"), [(256, 8192), (6, 16), (1, 512), (40, 700)])
@@ -33,6 +34,11 @@ def test_later_graphs_waste_less_and_none_is_captured_twice() -> None:
     for tokens in range(64, 2049):
         held = nearest([*first, *later], StepSize(tokens, 1, False))
         assert held is not None and held.tokens <= tokens * 1.5
+
+
+def test_steps_of_the_sizes_that_a_schedule_prefers_need_no_padding() -> None:
+    sizes = {size.tokens for size in [*first_sizes(256, 8192), *later_sizes(256, 8192)] if not size.decodes}
+    assert {nearest_size(tokens) for tokens in range(1, MOST_TOKENS + 1)} <= sizes
 
 
 def test_the_smallest_graph_that_holds_a_step_serves_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations, pairwise
@@ -21,6 +22,7 @@ from stretto.engine.scheduler import deadline as schedule
 from stretto.engine.scheduler.admission import Forecast, predict, snapshot
 from stretto.engine.scheduler.estimate import step_limit
 from stretto.engine.scheduler.moore_hodgson import tardy_jobs
+from stretto.engine.scheduler.plan_builder import nearest_size
 from stretto.engine.scheduler.types import Limits, Plan
 from stretto.engine.sequence import BEST_EFFORT, TIMED
 from stretto.engine.step_time import StepCost, StepTime
@@ -130,12 +132,14 @@ def longest_step(world: World) -> int:
     return max(sum(row.count for row in plan.rows) for plan in world.plans)
 
 
-def beside_streams(prompts: int, objective: Objective, *, prompt: int = 16) -> TwoModels:
+def beside_streams(
+    prompts: int, objective: Objective, *, cost: StepCost = COST, saturating: int = 128
+) -> TwoModels:
     """Eight streams, then prompts of 480 tokens on a device that 128 tokens keep busy."""
-    world = TwoModels(saturating=128)
+    world = TwoModels(cost=cost, saturating=saturating)
     for ident in range(1, 9):
-        world.send(ident, prompt, tokens=600, objective=Objective(ttft_ms=5000, itl_ms=500), first=-1)
-    world.run(until=0.1 if prompt < 100 else 0.6)
+        world.send(ident, 16, tokens=600, objective=Objective(ttft_ms=5000, itl_ms=500), first=-1)
+    world.run(until=0.1)
     world.plans.clear()
     for ident in range(11, 11 + prompts):
         world.send(ident, 480, tokens=256, objective=objective)
@@ -150,13 +154,43 @@ def test_prompts_are_spread_over_steps_that_keep_the_device_busy():
 
 
 @pytest.mark.parametrize(
-    ("prompts", "ttft_ms", "prompt"),
-    [(4, 160, 16), (60, 60_000, 16), (4, 5000, 6000)],
-    ids=["their deadlines are near", "many wait", "as many as those of the streams would take longer"],
+    ("prompts", "ttft_ms"), [(4, 160), (60, 60_000)], ids=["their deadlines are near", "many wait"]
 )
-def test_prompts_are_not_spread_when(prompts: int, ttft_ms: float, prompt: int):
-    world = beside_streams(prompts, Objective(ttft_ms=ttft_ms, itl_ms=500), prompt=prompt)
+def test_prompts_are_not_spread_when(prompts: int, ttft_ms: float):
+    world = beside_streams(prompts, Objective(ttft_ms=ttft_ms, itl_ms=500))
     assert longest_step(world) > 128
+
+
+def test_prompts_are_read_as_fast_as_answers_end():
+    """Prompts have four times as many tokens as answers, and a new one comes when an answer ends. So steps of
+    16 streams are all about 64 tokens longer."""
+    world = TwoModels(saturating=32)
+    sent = 0
+    while sent < 80 or not world.engine.idle:
+        while sent < 80 and sent - len(world.ends) < 16:
+            sent += 1
+            world.send(sent, 240, tokens=60, objective=Objective(ttft_ms=60_000, itl_ms=500))
+        world.step()
+    steps = [sum(row.count for row in plan.rows) for plan in world.plans if plan.rows]
+    middle = steps[len(steps) // 3 : -len(steps) // 3]
+    assert max(steps) <= 128 and statistics.median(middle) in range(64, 97)
+    assert statistics.mean(size < 32 for size in middle) < 0.05, "steps without prompts"
+
+
+@pytest.mark.parametrize("ttft_ms", [60_000, None], ids=["with a deadline", "without"])
+def test_a_longer_queue_is_read_faster(ttft_ms: float | None):
+    cost, longest = msgspec.structs.replace(COST, base=10.0), list[int]()
+    for prompts in (2, 24, 48):
+        objective = Objective(ttft_ms=ttft_ms, itl_ms=500)
+        longest.append(longest_step(beside_streams(prompts, objective, cost=cost, saturating=64)))
+    assert longest[0] == 64 < longest[1] < longest[2] < 512
+
+
+@given(tokens=st.floats(1, 1e5))
+def test_a_step_of_the_nearest_size_needs_little_more_or_fewer_tokens(tokens: float):
+    size = nearest_size(tokens)
+    assert size >= 64 and size % 64 == 0
+    assert abs(size - tokens) <= max(64, tokens / 8)
 
 
 def test_a_prompt_alone_is_read_in_long_steps():

@@ -83,7 +83,7 @@ GPU_CALIBRATION_STEPS = (
     CalibrationStep(64, 256, 1472),
 )
 LONG = 1024  # tokens of a step that saturates any device
-SATURATED = 1.25  # times what a token costs in the best of these steps
+SATURATED = 1.5  # times what a token costs in the best of these steps
 MAX_FILES = 64
 LOOP_MS = 0.05  # of the engine's loop for one step
 REWEIGHTED = 10  # rounds of a robust fit

@@ -13,8 +13,8 @@ MOST_TOKENS = 2560
 # Few sizes are captured at start, the others when nobody waits. A step is padded to the next size.
 FIRST_DECODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 DECODES = (*range(1, 33), *range(40, 129, 8), *range(144, 257, 16), *range(288, 1025, 32))
-FIRST_TOKENS = (32, 64, 128, 192, 256, 384, 512, 576, 640, 768, 1024, 1280, 1536, 1792, 2048, 2304, 2560)
-TOKENS = (16, 96, 160, 224, 320, 448, 704, 832, 896, 1152, 1408, 1664, 1920)
+FIRST_TOKENS = (32, 64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024, 1280, 1536, 1792, 2048, 2304, 2560)
+TOKENS = (16, 96, 160, 224, 448, 704, 832, 896, 960, 1152, 1408, 1664, 1920)
 # Of a step with prompts, or as many as there may be.
 FIRST_ROWS = (16, 64, 256)
 ROWS = (128,)

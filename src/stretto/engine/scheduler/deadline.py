@@ -104,8 +104,10 @@ def deadline(context: SchedulingContext) -> Plan:
         prompts, others = _admit(builder, prompts, others, deferral, deferred)
     _run_streams(builder, running, pressed=pressed)
     if context.history.times.saturating and not pressed:
-        works = _prompt_works(jobs, running.partial_prefills + others, builder.cost)
-        builder.spread(works, running.streams)
+        unread = running.partial_prefills + others
+        works = _prompt_works(jobs, unread, builder.cost)
+        streams = running.streams + running.best_effort
+        builder.spread(streams, [seq for _, seq in prompts + unread], works)
     builder.plan.predicted = builder.ms
     idle = not (prompts or others or running.best_effort or running.partial_prefills)
     if idle and not spare_time.waits(context):
@@ -147,7 +149,7 @@ def _look_at_waiting(builder: PlanBuilder, expired: set[Sequence]) -> tuple[list
     prompts = [(seq.rank, seq) for seq in waiting[timed : min(best_effort, timed + DEPTH)]]
     spare = bisect_left(waiting, (SPARE_TIME,), key=_rank)
     others = [(seq.rank, seq) for seq in waiting[best_effort : min(spare, best_effort + DEPTH)]]
-    builder.behind = spare - best_effort
+    builder.waiting, builder.behind = spare, spare - best_effort
     due = builder.context.due
     if due:
         prompts = [one for one in prompts if one[1] not in due]

@@ -15,8 +15,16 @@ from stretto.engine.step_time import StepCost
 
 UNLIMITED_MS = 1e9
 # Prompts are read soon if that takes at most this time, and this share of the time until their deadlines.
-SOON_MS, SOON = 1000.0, 0.4
-SAMPLE = 16  # streams that tell what is usual
+SOON_MS, SOON = 2000.0, 0.4
+SAMPLE = 16  # sequences that tell what is usual
+SIZES_APART = 64  # tokens between two sizes of short steps
+
+
+def nearest_size(tokens: float) -> int:
+    """The nearest of the sizes that are not padded: multiples of `SIZES_APART`, and in longer steps of an
+    eighth of a power of two."""
+    unit = max(SIZES_APART, (1 << int(tokens).bit_length()) // 16)
+    return max(round(tokens / unit), 1) * unit
 
 
 class PlanBuilder(Struct, eq=False):
@@ -36,7 +44,8 @@ class PlanBuilder(Struct, eq=False):
     slots_left: int  # sequences that may still be admitted
     end: float = inf  # when the step must be over
     timed_rows: int = 0  # rows of streams with a deadline, which stand first
-    behind: int = 0  # sequences that wait behind the prompts with a deadline
+    waiting: int = 0  # sequences that wait for a slot, without those that wait for spare time
+    behind: int = 0  # those of them without a deadline
     full: bool = False  # whether a sequence without a deadline was turned away
     held: bool = False  # whether all slots are taken by sequences that cannot be preempted
     place_waits: tuple[
@@ -67,32 +76,39 @@ class PlanBuilder(Struct, eq=False):
         """Milliseconds that can still be filled before the step would be over too late."""
         return (self.end - self.context.now) * 1e3 / self.worst - self.ms
 
-    def spread(self, jobs: list[tuple[float, float]], streams: list[Sequence]) -> None:
-        """Take no more tokens than keep the device busy, if all prompts that wait are still read soon.
+    def spread(
+        self, streams: list[Sequence], prompts: list[Sequence], jobs: list[tuple[float, float]]
+    ) -> None:
+        """Take no more tokens of prompts than keep up with the answers that end, if prompts are read soon.
 
-        A decode costs a busy device little, so more decodes run beside prompts when those are spread over
-        more steps. `jobs`: the deadline of each prompt, or inf, and its milliseconds; the most urgent first.
-        `streams`: those of this step. When each of them ends, such a prompt as its own should have been read.
+        A step reads all weights for its decodes, and a prompt's tokens cost less beside them. So steps of
+        equal length take less time than some that read whole prompts and some that read none. `jobs`: the
+        deadline of each prompt, or inf, and its milliseconds; the most urgent first.
         """
-        rows = self.context.limits.max_step_tokens - self.tokens_left
-        tokens = self.context.history.times.saturating - rows
-        alone = not rows and len(jobs) < 2
-        if alone or tokens < rows * self._prompt_share(streams) or not 0 < tokens < self.tokens_left:
+        limits, times = self.context.limits, self.context.history.times
+        if not streams and len(prompts) < 2:
             return
-        prompt_ms = self.cost.per_prefill * tokens
-        pace, now, work = prompt_ms / (self.ms + prompt_ms), self.context.now, 0.0
+        hurry, work = 0.0, 0.0  # the share of the time that prompts need
         for deadline, ms in jobs:
             work += ms
-            if work > pace * min(SOON_MS, SOON * (deadline - now) * 1e3):
+            soon = min(SOON_MS, SOON * (deadline - self.context.now) * 1e3)
+            if work >= soon:
                 return
-        self.tokens_left = tokens
+            hurry = max(hurry, work / soon)
+        begun = sum([seq.slot >= 0 for seq in prompts])
+        sequences = min(len(streams) + begun + self.waiting, limits.max_running)
+        tokens = sequences * self._prompt_share(streams or prompts)
+        tokens += self.ms * hurry / (1.0 - hurry) / max(self.cost.per_prefill, 1e-9)
+        total = nearest_size(max(len(streams) + tokens, times.saturating))
+        rows = limits.max_step_tokens - self.tokens_left
+        self.tokens_left = min(self.tokens_left, total - rows if total > rows else SIZES_APART)
 
-    def _prompt_share(self, streams: list[Sequence]) -> float:
-        """The tokens of prompts for each token of an answer, by some of these streams."""
-        some = streams[:: max(len(streams) // SAMPLE, 1)]
+    def _prompt_share(self, sequences: list[Sequence]) -> float:
+        """The tokens of prompts for each token of an answer, by some of these sequences."""
+        some = sequences[:: max(len(sequences) // SAMPLE, 1)]
         answer_tokens = self.context.history.lengths.of
-        answers = sum(max(answer_tokens(seq.request), seq.output_len) for seq in some)
-        return sum(seq.prompt_len for seq in some) / max(answers, 1)
+        shares = [seq.prompt_len / answer_tokens(seq.request) for seq in some]
+        return sum(shares) / max(len(shares), 1)
 
     def run(self, seq: Sequence, ms: float) -> None:
         """Compute as much of a sequence as fits in `ms`; admit it first if it waits."""
