@@ -1,7 +1,8 @@
 """The engine's loop: plan a step, launch it, commit the tokens it drew, and emit them.
 
-It alone changes sequences, queues and pools. The clock and the runners are arguments, so the same loop runs
-in virtual time over `stretto.engine.runners.null`. It knows no text, no socket and no tensor.
+It alone changes sequences, queues and pools; what concerns one model alone is in `stretto.engine.state`. The
+clock and the runners are arguments, so the same loop runs in virtual time over `stretto.engine.runners.null`.
+It knows no text, no socket and no tensor.
 """
 
 from __future__ import annotations
@@ -15,17 +16,9 @@ from heapq import heapify, heappop, heappush
 from math import inf, isfinite
 from operator import attrgetter
 
-from stretto.engine.kv_cache import BlockPool
 from stretto.engine.scheduler.lateness import RESUME_S, goes_first_at
 from stretto.engine.scheduler.lengths import IdleTime
-from stretto.engine.scheduler.types import (
-    History,
-    Limits,
-    Plan,
-    Row,
-    SchedulePolicy,
-    SchedulingContext,
-)
+from stretto.engine.scheduler.types import Limits, Plan, Row, SchedulePolicy, SchedulingContext
 from stretto.engine.sequence import Drawn, Ending, Sequence
 from stretto.engine.state import InFlightStep, LoadedModel, ModelState
 from stretto.engine.variants.moves import LOOK_S, behind, heavier_request, lighter_request, movable
@@ -61,14 +54,7 @@ class EngineCore:
         self._events: list[TokenEvent] = []
         idle = IdleTime()
         self.models = {
-            model.runner.info.name: ModelState(
-                runner=model.runner,
-                pool=BlockPool(model.runner.info.blocks, model.runner.info.block_size, share=share),
-                slots=list(range(limits.max_running - 1, -1, -1)),
-                history=History.of(model.times, model.runner.info.usual_tokens, limits.tiers, idle),
-                speculation=model.speculation,
-            )
-            for model in models
+            model.runner.info.name: ModelState.of(model, limits, idle, share=share) for model in models
         }
         self._others = {a: [self.models[b] for b in self.models if b != a] for a in self.models}
         self._turns = deque(self.models)
@@ -109,7 +95,7 @@ class EngineCore:
         """Drop and zero the cached prompts of a tenant or of its subject: blocks, and those still in use."""
         for model in self.models.values():
             blocks, held = model.pool.drop(tenant, subject)
-            self._erase(model, blocks)
+            model.erase(blocks)
             yield len(blocks), held
 
     def step(self) -> bool:
@@ -162,11 +148,9 @@ class EngineCore:
         return busy
 
     def check(self) -> None:
-        """Raise AssertionError when a pool and the sequences that hold its blocks disagree."""
+        """Raise AssertionError when a model and its sequences disagree on who holds blocks and slots."""
         for model in self.models.values():
-            model.pool.check(seq.kv for seq in model.queues.running)
-            assert all(not seq.kv.blocks for seq in model.queues.waiting), "a waiting sequence holds blocks"
-            assert len(model.slots) + len(model.queues.running) == self._limits.max_running, "slots were lost"
+            model.check(self._limits.max_running)
 
     def _turn(self, model: ModelState, until: float) -> StepStats | None:
         """Launch the model's next step, then commit the steps beyond its depth.
@@ -179,14 +163,14 @@ class EngineCore:
         rang = [self._sequences.get(ident) for ident in model.alarms.due(self._clock())]
         context = self.context(name, until, tuple(seq for seq in rang if seq and seq.request.model == name))
         plan = self._schedule(context)
-        if model.in_flight and not context.due and self._promises_drafts(model, plan, context):
+        if model.in_flight and not context.due and model.promises_drafts(plan, context):
             return self._commit(model, model.in_flight.popleft())
         if len(self.models) > 1 and self._move_late(model, plan, context):
             context = self.context(name, until, tuple(seq for seq in context.due if not seq.ended))
             plan = self._schedule(context)
         self._apply(model, plan)
         if plan.rows:
-            self._add_drafts(model, plan, context)
+            model.add_drafts(plan, context)
             self._launch(model, plan)
         else:
             model.answered = None
@@ -278,27 +262,6 @@ class EngineCore:
             seq.cached = seq.kv.computed
         insort(model.queues.running, seq, key=_rank)
 
-    def _promises_drafts(self, model: ModelState, plan: Plan, context: SchedulingContext) -> bool:
-        """Whether draft tokens are predicted to pay off for a plan that is made when the results of the steps
-        in flight are known. Until then the tokens that they would follow are not."""
-        speculation = model.speculation
-        return speculation is not None and bool(speculation.choose(plan, context).by_sequence)
-
-    def _add_drafts(self, model: ModelState, plan: Plan, context: SchedulingContext) -> None:
-        """Let the plan's decodes verify draft tokens where that is predicted to pay off."""
-        speculation = model.speculation
-        if speculation is None or model.in_flight:
-            return
-        chosen = speculation.choose(plan, context)
-        counts = chosen.by_sequence
-        if counts:
-            for row in plan.rows:
-                model.pool.extend(row.seq.kv, row.start + row.count + counts.get(row.seq, 0))
-            drafts = speculation.propose(chosen)
-            if chosen.model:
-                model.answered = None  # the time of a draft model is no turnaround
-            plan.add_drafts(drafts, model.history.times.cost, apart=speculation.apart)
-
     def _launch(self, model: ModelState, plan: Plan) -> None:
         load, started = plan.load, self._clock()
         try:
@@ -314,17 +277,8 @@ class EngineCore:
             model.pool.advance(seq.kv, count)
             seq.in_flight += row.draw
             if (count > 1 or row.start % model.pool.size == 0) and not seq.request.spare_time:
-                self._charge(model, row, plan.apart)
+                model.charge(row, apart=plan.apart)
         model.in_flight.append(InFlightStep(plan, pending, started, load))
-
-    def _charge(self, model: ModelState, row: Row, apart: bool) -> None:
-        """Charge a tenant for a chunk of a prompt, a row with draft tokens, or once a block for decodes."""
-        cost, size = model.history.times.cost, model.pool.size
-        if row.draft:
-            ms = cost(Plan("", rows=[row], apart=apart).load) - cost.base
-        else:
-            ms = cost.prefill(row.start, row.count) if row.count > 1 else size * cost.row(row.start)
-        model.history.fairness.charge(row.seq.request.tenant, ms)
 
     def _commit(self, model: ModelState, launched: InFlightStep) -> StepStats:
         """Append the tokens that a step drew, end what is complete, and publish the new blocks."""
@@ -355,9 +309,9 @@ class EngineCore:
             if not seq.ended and seq.kv.blocks:
                 model.pool.publish(seq.kv)
                 if not row.draw and not seq.draws and row.start + row.count == seq.length:
-                    self._record_emission(model, seq)
+                    model.record_emission(seq, self._clock())
                     self._end(seq, Ending(Reason.LENGTH))
-        stats = self._stats(model, launched, accepted)
+        stats = model.stats(launched, accepted, self._clock())
         model.unlearnt.append((launched.load, stats.ms))
         if not model.busy:
             model.answered = None
@@ -396,7 +350,7 @@ class EngineCore:
             heavier = heavier_request(seq, self._contexts)
             if heavier is not None and self._move(model, seq, heavier, "unsure"):
                 return
-        self._record_emission(model, seq)
+        model.record_emission(seq, self._clock())
         if drawn.embedding is not None and isfinite(sum(drawn.embedding)):
             self._end(seq, Ending(Reason.STOP, embedding=drawn.embedding))
             return
@@ -422,14 +376,6 @@ class EngineCore:
         elif len(tokens) >= seq.limit:
             self._end(seq, Ending(Reason.LENGTH))
 
-    def _record_emission(self, model: ModelState, seq: Sequence) -> None:
-        """Record the time of a token. The first one sets the pace at which the whole answer is on time."""
-        now, deadline = self._clock(), seq.deadline
-        if not deadline.emitted and deadline.whole < inf:
-            rest = model.history.lengths.of(seq.request)
-            deadline.keep_pace(now, rest)
-        deadline.emit(now)
-
     def _end(self, seq: Sequence, ending: Ending) -> None:
         """End a sequence wherever it stands, and emit its end."""
         model = self.models[seq.request.model]
@@ -441,7 +387,7 @@ class EngineCore:
             model.speculation.forget(seq)
         if seq.slot >= 0:
             if ending.reason is Reason.ERROR:
-                self._erase(model, model.pool.forget(seq.kv))
+                model.erase(model.pool.forget(seq.kv))
             model.queues.running.remove(seq)
             self._release(model, seq)
         else:
@@ -449,12 +395,6 @@ class EngineCore:
         began = seq.began if seq.scores is not None or seq.moved is not None else None
         finish, vector = seq.finish(ending, self._clock()), ending.embedding
         self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=vector, began=began))
-
-    def _erase(self, model: ModelState, blocks: list[int]) -> None:
-        """Zero blocks that may hold NaN, which would spread to their next owner."""
-        model.runner.erase(blocks)
-        if model.speculation is not None:
-            model.speculation.erase(blocks)
 
     def _release(self, model: ModelState, seq: Sequence) -> None:
         model.pool.release(seq.kv)
@@ -469,27 +409,6 @@ class EngineCore:
         for row in rows:
             if not row.seq.ended:
                 self._end(row.seq, Ending(Reason.ERROR, error=reason))
-
-    def _stats(self, model: ModelState, launched: InFlightStep, accepted: int) -> StepStats:
-        now = self._clock()
-        proposed = sum(len(row.draft) for row in launched.plan.rows)
-        started, model.freed = max(launched.started, model.freed), now
-        return StepStats(
-            model=launched.plan.model,
-            started=started,
-            ms=(now - started) * 1e3,
-            decode_tokens=launched.load.decode - proposed + accepted,
-            prefill_tokens=launched.load.prefill,
-            context_tokens=launched.load.context,
-            running=len(model.queues.running),
-            waiting=len(model.queues.waiting),
-            blocks_free=model.pool.available,
-            blocks_total=model.pool.total,
-            preempted=len(launched.plan.preempt),
-            predicted_ms=launched.plan.predicted,
-            proposed=proposed,
-            accepted=accepted,
-        )
 
     def _flush(self, stats: StepStats | None) -> None:
         if self._events or stats is not None:
