@@ -13,8 +13,10 @@ import pytest
 
 from stretto.config import EngineConfig, ModelConfig
 from stretto.engine import ipc
+from stretto.engine.core import EngineCore
 from stretto.engine.runners.null import NullRunner
-from stretto.engine.worker import IDLE_MS, QUIET_MS, EngineWorker
+from stretto.engine.worker import HANDLING_S, IDLE_MS, QUIET_MS, EngineWorker
+from stretto.types import Request, Sampling
 
 NULL = EngineConfig(models=(ModelConfig(name="null", path="null"),))
 FEW = 300  # objects
@@ -76,3 +78,32 @@ def test_what_an_engine_loads_is_no_work_of_the_garbage_collector(unfrozen: None
     assert len(gc.get_objects()) > 100 * FEW, "with what this process has imported"
     worker.run(cast(Any, SimpleNamespace(turns=0)))
     assert socket.objects and socket.objects[0] < FEW
+
+
+def test_a_burst_of_requests_does_not_hold_up_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, unfrozen: None
+) -> None:
+    """An idle engine starts after the first requests, and a busy one reads a few in each turn."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1e-3
+        return now[0]
+
+    requests = [
+        Request(id=ident, model="null", prompt=(1, 2, 3), arrival=0.0, sampling=Sampling(seed=1))
+        for ident in range(40)
+    ]
+    socket = Socket(*map(ipc.Submit, requests), ipc.Stop())
+    worker = EngineWorker(NULL, cast(Any, socket))
+    waiting: list[int] = []
+
+    def step(self: EngineCore) -> bool:
+        waiting.append(len(self._sequences))  # pyright: ignore[reportPrivateUsage]
+        return True
+
+    monkeypatch.setattr(EngineCore, "step", step)
+    monkeypatch.setattr("stretto.engine.worker.time.monotonic", clock)
+    worker.run(cast(Any, SimpleNamespace(turns=0)))
+    grown = [later - before for before, later in zip([0, *waiting], waiting, strict=False)]
+    assert waiting[-1] == 40 and max(grown) <= 1e3 * HANDLING_S + 1

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 IDLE_MS = 1000  # the longest wait for a message
 QUIET_MS = 200  # without a message, after which a runner may use spare time
 COMPILING_MS = 1  # the same while a grammar compiles
+HANDLING_S = 0.004  # of messages between two steps
 SNAPSHOT_S = 0.02  # between two snapshots of a busy model
 PR_SET_PDEATHSIG = 1
 
@@ -96,7 +97,11 @@ class EngineWorker:
             self._owes_snapshots = False
 
     def _inbox(self) -> Iterator[bytes]:
-        """The messages that have arrived. Waits for one when there is nothing to run."""
+        """The messages that have arrived. Waits for one when there is nothing to run.
+
+        While there is, those that take longer than `HANDLING_S` wait for the next turn: the streams of a busy
+        engine do not pause until a burst of requests is over.
+        """
         if self._engine.idle:
             waited = self._socket.poll(self._longest_wait_ms())
             if not waited and self._unprepared and not self._compiling:
@@ -107,8 +112,11 @@ class EngineWorker:
             if not waited and not self._compiling and not self._checked:
                 self._engine.check()
                 self._checked = True
+        until = time.monotonic() + HANDLING_S
         while self._socket.poll(0):
             yield self._socket.recv(zmq.NOBLOCK)
+            if time.monotonic() > until and not self._engine.idle:
+                return
 
     def _longest_wait_ms(self) -> int:
         """How long to wait for a message when there is nothing to run."""
