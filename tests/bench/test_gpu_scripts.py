@@ -44,7 +44,7 @@ SHAPE = {
 def scripts() -> Iterator[Any]:
     """The scripts, imported as when they run: with their folder on the import path."""
     sys.path.insert(0, str(FOLDER))
-    names = ("gpu_engine", "gpu", "gpu_speculation", "gpu_experts")
+    names = ("gpu_engine", "gpu", "gpu_speculation", "gpu_experts", "gpu_draw")
     try:
         yield SimpleNamespace(**{name: __import__(name) for name in names})
     finally:
@@ -134,3 +134,16 @@ def test_a_sweep_times_each_tiling_and_leaves_the_usual_ones(
     assert len(found["down"]) == 8 and {*found["gate_up"].values(), *found["down"].values()} == {1.0}
     assert list(shapes.sweep(packed, 1e6, 1)["whole"]) == ["256 columns", "512 columns", "1024 columns"]
     assert columns[-3:] == [256, 512, 1024] and shapes.streaming.STREAMED_COLUMNS == columns[0]
+
+
+def test_the_benchmark_of_draws_draws_and_compares_logits(scripts: Any) -> None:
+    torch.manual_seed(0)
+    works = scripts.gpu_draw.draws(3, 2500)
+    greedy = works["temperature 0"]()
+    assert greedy.tolist() == works["temperature 0"].args[0].argmax(1).tolist()
+    assert list(works) == list(scripts.gpu_draw.KINDS)
+    assert all(((work() >= 0) & (work() < 2500)).all() for work in works.values())
+    weight = torch.randn(48, 32, dtype=torch.bfloat16 if GPU else torch.float32, device=DEVICE)
+    own, copied = (work() for work in scripts.gpu_draw.products(3, weight, None).values())
+    assert own.dtype == copied.dtype == torch.float32
+    assert torch.allclose(own, copied, atol=0.1 if GPU else 1e-4)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,26 @@ import torch
 from torch import Tensor
 
 from stretto.kernels import Batch
+from tests.kernels.compiling import compiled
 from tests.kernels.cuda import DEVICE, GPU
 
 from stretto.kernels.cuda import draw  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
 VOCAB, COUNT = (5000, 50) if GPU else (300, 10)
+ROUNDING = 2e-6
+"""What sums in float32 may be off, as a share of the whole."""
+
+CODE = """
+from stretto.kernels.cuda import draw
+for rows in (1, 64):
+    inputs, drawn = torch.zeros(rows, draw.ORDER, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
+    draw.draw(torch.zeros(rows, 5000), inputs, drawn, torch.zeros(rows, 5000, dtype=torch.int16))
+"""
+
+
+def test_two_kernels_compile_for_all_numbers_of_rows(tmp_path: Path) -> None:
+    assert len(compiled(CODE, tmp_path)) == 2
 
 
 def orders(*rows: dict[int, float]) -> Tensor:
@@ -166,6 +181,94 @@ def test_extreme_random_numbers_draw_an_allowed_token(logits: Tensor) -> None:
     ends = [{draw.TEMPERATURE: 1.0, draw.FRACTION: fraction} for fraction in (0.0, 1.0)]
     first, last = drawn(logits, *ends)
     assert first == 0 and 0 <= last < 100
+
+
+def check_inverses(logits: Tensor, heat: float, top_k: int = 0) -> None:
+    """Draw from `logits` by many random numbers. Each token must be the one at which the cumulative sum, in
+    float64, passes the random number, or a neighbour where rounding decides. It must have a probability."""
+    goals = torch.tensor([0.0, 2**-24, *((i + 0.5) / COUNT for i in range(COUNT)), 1 - 2**-24, 1.0])
+    row = {draw.TEMPERATURE: heat, draw.TOP_K: top_k}
+    found = torch.tensor(drawn(logits, *(row | {draw.FRACTION: goal} for goal in goals.tolist())))
+    chances = (logits.double() / heat).softmax(0)
+    until = chances.cumsum(0)[found]
+    assert (chances[found] > 0).all() and logits[found].isfinite().all()
+    assert (goals <= until + ROUNDING).all() and (goals >= until - chances[found] - ROUNDING).all()
+
+
+@pytest.fixture
+def long_row() -> Tensor:
+    """Logits of four parts, of which the last is not whole."""
+    return torch.randn(3 * draw.PART + 500, generator=torch.Generator().manual_seed(5)) * 2.5
+
+
+@pytest.mark.parametrize("heat", [0.02, 0.3, 1.0, 40.0])
+def test_a_token_is_found_in_one_of_several_parts(long_row: Tensor, heat: float) -> None:
+    check_inverses(long_row, heat)
+    long_row[2 * draw.PART + 7] += 12.0
+    check_inverses(long_row, heat, top_k=len(long_row))
+
+
+def test_logits_of_minus_infinity_are_never_drawn(long_row: Tensor) -> None:
+    long_row[draw.PART : 2 * draw.PART] = -torch.inf
+    long_row[::3] = -torch.inf
+    long_row[:40], long_row[-40:] = -torch.inf, -torch.inf
+    check_inverses(long_row, 1.0)
+    long_row[: 3 * draw.PART] = -torch.inf
+    check_inverses(long_row, 1.0)
+    only = torch.full_like(long_row, -torch.inf)
+    only[3000] = -5.0
+    assert set(drawn(only, *spread())) == {3000}
+
+
+def test_parts_that_are_far_below_the_largest_logit_are_not_drawn(long_row: Tensor) -> None:
+    long_row[: draw.PART] -= 1e5
+    long_row[-400:] -= 1e5
+    check_inverses(long_row, 1.0)
+
+
+@pytest.mark.parametrize("heat", [1e-5, 1e-39])
+def test_the_lowest_temperatures_draw_the_largest_logit(long_row: Tensor, heat: float) -> None:
+    assert set(drawn(long_row, *spread(heat=heat))) == {int(long_row.argmax())}
+
+
+def test_probabilities_are_those_after_penalties(long_row: Tensor) -> None:
+    generator, vocab = torch.Generator().manual_seed(6), len(long_row)
+    times = torch.randint(0, 3, (vocab,), generator=generator) * torch.randint(
+        0, 2, (vocab,), generator=generator
+    )
+    penalties = {draw.REPETITION: 1.3, draw.FREQUENCY: 0.4, draw.PRESENCE: 0.7}
+    rows = [each | penalties for each in spread()]
+    seen = (draw.IN_OUTPUT * times).short().repeat(COUNT, 1).to(DEVICE)
+    known = torch.zeros(COUNT, dtype=torch.int64, device=DEVICE)
+    found = draw.draw(long_row.repeat(COUNT, 1).to(DEVICE), orders(*rows), known, seen).cpu()
+    final = torch.where(long_row > 0, long_row / 1.3, long_row * 1.3) - 0.4 * times - 0.7
+    chances = torch.where(times > 0, final, long_row).double().softmax(0)
+    until, goals = chances.cumsum(0)[found], (torch.arange(COUNT) + 0.5) / COUNT
+    assert (goals <= until + ROUNDING).all() and (goals >= until - chances[found] - ROUNDING).all()
+    counted = seen.cpu()[torch.arange(COUNT), found] - draw.IN_OUTPUT * times[found]
+    assert (counted == draw.IN_OUTPUT).all()
+
+
+def test_rows_of_all_kinds_are_drawn_together(long_row: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy, plain and filtered rows, and rows that are not finite in one part. Filters read many lots."""
+    monkeypatch.setattr(draw, "LOT", 1024)
+    hot = {draw.TEMPERATURE: 1.0, draw.FRACTION: 0.6}
+    kinds = [hot, {}, hot | {draw.TOP_P: 0.8}, hot | {draw.TOP_K: 20}, hot | {draw.MIN_P: 0.05}, hot, hot, {}]
+    logits = long_row.repeat(len(kinds), 1)
+    logits[5, 5000], logits[6, 3], logits[7, 2100] = torch.nan, torch.inf, torch.nan
+    known = torch.zeros(len(kinds), dtype=torch.int64, device=DEVICE)
+    found = draw.draw(logits.to(DEVICE), orders(*kinds), known, unseen(len(kinds))).tolist()
+    chances = long_row.double().softmax(0)
+    ranked = chances.sort(descending=True).values
+    for index, least in (
+        (0, 0.0),
+        (2, ranked[int((ranked.cumsum(0) < 0.8).sum())]),
+        (3, ranked[19]),
+        (4, 0.05 * ranked[0]),
+    ):
+        until = torch.where(chances >= least, chances, 0.0).cumsum(0)
+        assert found[index] == int((until <= 0.6 * until[-1]).sum())
+    assert found[1] == int(long_row.argmax()) and found[5:] == [-1, -1, -1]
 
 
 def test_the_device_fills_a_batch_from_its_inputs() -> None:

@@ -31,9 +31,11 @@ IN_PROMPT, IN_OUTPUT = 1, 2
 MOST_SEEN = tl.constexpr(2**15 - 4)
 
 PART = 2048
-LOT = 32768
+LOT = 8192
 HALVINGS = 26
 FAR = 100.0  # exp(-FAR) is too small a weight to matter
+LOG2_E = tl.constexpr(1.4426950408889634)
+COLDEST = tl.constexpr(1e-30)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -172,18 +174,20 @@ def _penalties(settings):
 
 
 @triton.jit
-def _penalise_and_find_peaks(
-    logits, peaks, columns, inputs, settings, seen, vocab, ORDER: tl.constexpr, PARTS: tl.constexpr,
+def _penalise_and_sum_parts(
+    logits, peaks, columns, masses, inputs, settings, seen, vocab, ORDER: tl.constexpr, PARTS: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of a part of a row, and its first column; NaN counts as infinite. Penalties are
-    applied first, to the logits of tokens that have a count."""
+    """The largest logit of a part of a row, and its first column; NaN counts as infinite. Above temperature
+    0 also the sum of exp((logit - peak) / temperature), with the peak of the part. Penalties are applied
+    first, to the logits of tokens that have a count."""
     release()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * PART + tl.arange(0, PART)
     wait()
     spot = logits + row * vocab + column
     value = tl.load(spot, column < vocab, -float("inf"))
+    heat = tl.load(settings + row * ORDER + SETTINGS)
     repetition, frequency, presence, penalised = _penalties(settings + row * ORDER + SETTINGS)
     if penalised:
         slot = tl.load(inputs + row * ORDER + TO).to(tl.int64)
@@ -197,10 +201,14 @@ def _penalise_and_find_peaks(
     peak = tl.max(value, 0)
     tl.store(peaks + row * PARTS + part, peak)
     tl.store(columns + row * PARTS + part, tl.min(tl.where(value == peak, column, vocab), 0))
+    if heat > 0:
+        sound = (peak < float("inf")) & (peak > -float("inf"))
+        weights = tl.exp2((value - tl.where(sound, peak, 0.0)) * (LOG2_E / tl.maximum(heat, COLDEST)))
+        tl.store(masses + row * PARTS + part, tl.where(sound, tl.sum(weights, 0), 0.0))
 
 
 @triton.jit
-def _mass(logits, vocab, floor, peak, heat, LOT: tl.constexpr):
+def _mass(logits, vocab, floor, peak, rate, LOT: tl.constexpr):
     """How many logits of a row are at least `floor`, and the sum of their weights."""
     count = 0
     mass = 0.0
@@ -209,17 +217,17 @@ def _mass(logits, vocab, floor, peak, heat, LOT: tl.constexpr):
         value = tl.load(logits + column, column < vocab, -float("inf"))
         kept = value >= floor
         count += tl.sum(kept.to(tl.int32), 0)
-        mass += tl.sum(tl.where(kept, tl.exp((value - peak) / heat), 0.0), 0)
+        mass += tl.sum(tl.where(kept, tl.exp2((value - peak) * rate), 0.0), 0)
     return count, mass
 
 
 @triton.jit
-def _floor(logits, vocab, low, peak, heat, minimum, share, HALVINGS: tl.constexpr, LOT: tl.constexpr):
+def _floor(logits, vocab, low, peak, rate, minimum, share, HALVINGS: tl.constexpr, LOT: tl.constexpr):
     """The largest floor, from `low` up, that keeps `minimum` logits and a mass of `share`."""
     high = peak
     for _ in range(HALVINGS):
         middle = low + (high - low) * 0.5
-        count, mass = _mass(logits, vocab, middle, peak, heat, LOT)
+        count, mass = _mass(logits, vocab, middle, peak, rate, LOT)
         if (count >= minimum) & (mass >= share):
             low = middle
         else:
@@ -228,48 +236,88 @@ def _floor(logits, vocab, low, peak, heat, minimum, share, HALVINGS: tl.constexp
 
 
 @triton.jit
-def _draw(
-    logits, peaks, columns, inputs, settings, drawn, seen, out, vocab,
-    ORDER: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, LOT: tl.constexpr,
-    HALVINGS: tl.constexpr, FAR: tl.constexpr,
+def _invert_kept(
+    logits, vocab, mass, peak, heat, rate, top_k, top_p, min_p, fraction,
+    LOT: tl.constexpr, HALVINGS: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
+    """The token at which the cumulative sum of what top_k, top_p and min_p keep of a row passes `fraction`
+    of it; vocab if rounding leaves none. `mass`: the sum of all weights."""
+    floor = peak - FAR * heat
+    limited = (top_k > 0) & (top_k < vocab)
+    if min_p > 0:
+        floor = tl.maximum(floor, peak + tl.log(min_p) * heat)
+    if limited:
+        floor = _floor(logits, vocab, floor, peak, rate, top_k, 0.0, HALVINGS, LOT)
+    if (min_p > 0) | limited:
+        _, mass = _mass(logits, vocab, floor, peak, rate, LOT)
+    if top_p < 1:
+        floor = _floor(logits, vocab, floor, peak, rate, 0, mass * top_p, HALVINGS, LOT)
+        _, mass = _mass(logits, vocab, floor, peak, rate, LOT)
+    goal = mass * fraction
+    token = vocab
+    passed = 0.0
+    for start in range(0, vocab, LOT):
+        column = start + tl.arange(0, LOT)
+        value = tl.load(logits + column, column < vocab, -float("inf"))
+        weights = tl.where(value >= floor, tl.exp2((value - peak) * rate), 0.0)
+        until = passed + tl.cumsum(weights, 0)
+        token = tl.minimum(token, tl.min(tl.where((weights > 0) & (until > goal), column, vocab), 0))
+        passed += tl.sum(weights, 0)
+    return token
+
+
+@triton.jit
+def _invert_part(logits, vocab, part, peak, rate, goal, PART: tl.constexpr):
+    """The token at which the cumulative sum of a part passes `goal`. Rounding may leave none; then the last
+    one with a weight is taken."""
+    column = part * PART + tl.arange(0, PART)
+    value = tl.load(logits + column, column < vocab, -float("inf"))
+    weights = tl.exp2((value - peak) * rate)
+    passed = (weights > 0) & (tl.cumsum(weights, 0) > goal)
+    last = tl.max(tl.where(weights > 0, column, 0), 0)
+    return tl.minimum(tl.min(tl.where(passed, column, vocab), 0), last)
+
+
+@triton.jit
+def _draw(
+    logits, peaks, columns, masses, inputs, settings, drawn, seen, out, vocab,
+    ORDER: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+    LOT: tl.constexpr, HALVINGS: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """The token of a row. Without top_k, top_p and min_p only one part of the logits is read: that in which
+    the cumulative sum of the parts passes the goal."""
     release()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS_BLOCK)
-    wait()
-    tops = tl.load(peaks + row * PARTS + part, part < PARTS, -float("inf"))
-    peak = tl.max(tops, 0)
-    token = tl.min(
-        tl.where(tops == peak, tl.load(columns + row * PARTS + part, part < PARTS, vocab), vocab), 0
-    )
     row_inputs, settings = inputs + row * ORDER, settings + row * ORDER + SETTINGS
-    heat = tl.load(settings)
+    peaks, own = peaks + row * PARTS, logits + row * vocab
+    wait()
+    tops = tl.load(peaks + part, part < PARTS, -float("inf"))
+    firsts = tl.load(columns + row * PARTS + part, part < PARTS, vocab)
+    sums = tl.load(masses + row * PARTS + part, part < PARTS, 0.0)
+    top_k, heat = tl.load(row_inputs + 4), tl.load(settings)
+    top_p, min_p, fraction = tl.load(settings + 1), tl.load(settings + 2), tl.load(settings + 3)
+    peak = tl.max(tops, 0)
     sound = (peak < float("inf")) & (peak > -float("inf"))
-    token = tl.where(sound, token, -1)
+    token = tl.where(sound, tl.min(tl.where(tops == peak, firsts, vocab), 0), -1)
     if sound & (heat > 0):
-        top_k, top_p, min_p = tl.load(row_inputs + 4), tl.load(settings + 1), tl.load(settings + 2)
-        own = logits + row * vocab
-        floor = peak - FAR * heat
-        if min_p > 0:
-            floor = tl.maximum(floor, peak + tl.log(min_p) * heat)
-        if (top_k > 0) & (top_k < vocab):
-            floor = _floor(own, vocab, floor, peak, heat, top_k, 0.0, HALVINGS, LOT)
-        _, mass = _mass(own, vocab, floor, peak, heat, LOT)
-        if top_p < 1:
-            floor = _floor(own, vocab, floor, peak, heat, 0, mass * top_p, HALVINGS, LOT)
-            _, mass = _mass(own, vocab, floor, peak, heat, LOT)
-        goal = mass * tl.load(settings + 3)
-        before = 0
-        passed = 0.0
-        for start in range(0, vocab, LOT):
-            column = start + tl.arange(0, LOT)
-            value = tl.load(own + column, column < vocab, -float("inf"))
-            weights = tl.where(value >= floor, tl.exp((value - peak) / heat), 0.0)
-            until = passed + tl.cumsum(weights, 0)
-            before += tl.sum(((until <= goal) & (column < vocab)).to(tl.int32), 0)
-            passed += tl.sum(weights, 0)
-        # Rounding may leave no token after the goal; then the likeliest one is taken.
-        token = tl.where(before < vocab, before, token)
+        rate = LOG2_E / tl.maximum(heat, COLDEST)
+        sums *= tl.exp2((tops - peak) * rate)
+        until = tl.cumsum(sums, 0)
+        mass = tl.max(until, 0)
+        if (min_p > 0) | (top_p < 1) | ((top_k > 0) & (top_k < vocab)):
+            kept = _invert_kept(
+                own, vocab, mass, peak, heat, rate, top_k, top_p, min_p, fraction, LOT, HALVINGS, FAR
+            )
+            token = tl.where(kept < vocab, kept, token)
+        else:
+            goal = mass * fraction
+            last = tl.max(tl.where(sums > 0, part, 0), 0)
+            chosen = tl.min(tl.where((sums > 0) & (until > goal), part, last), 0)
+            passed = tl.max(tl.where((sums > 0) & (part < chosen), until, 0.0), 0)
+            top = tl.load(peaks + chosen)
+            goal = (goal - passed) / tl.exp2((top - peak) * rate)
+            token = _invert_part(own, vocab, chosen, top, rate, goal, PART)
     slot = tl.load(row_inputs + TO).to(tl.int64)
     tl.store(out + row, token.to(tl.int64))
     tl.store(drawn + slot, token.to(tl.int64))
@@ -288,18 +336,18 @@ def draw(logits: Tensor, inputs: Tensor, drawn: Tensor, seen: Tensor) -> Tensor:
     """
     count, vocab = logits.shape
     parts = triton.cdiv(vocab, PART)
-    peaks = logits.new_empty(count, parts)
+    peaks, masses = logits.new_empty(count, parts), logits.new_empty(count, parts)
     columns = torch.empty((count, parts), dtype=torch.int32, device=logits.device)
     out = torch.empty(count, dtype=torch.int64, device=logits.device)
     settings = inputs.view(torch.float32)
-    _penalise_and_find_peaks[(count, parts)](
-        logits, peaks, columns, inputs, settings, seen, vocab,
+    _penalise_and_sum_parts[(count, parts)](
+        logits, peaks, columns, masses, inputs, settings, seen, vocab,
         ORDER=ORDER, PARTS=parts, PART=PART, num_warps=4, **OPTIONS,
     )  # fmt: skip
     lot = min(LOT, pow2(vocab))
     _draw[(count,)](
-        logits, peaks, columns, inputs, settings, drawn, seen, out, vocab,
-        ORDER=ORDER, PARTS=parts, PARTS_BLOCK=pow2(parts), LOT=lot, HALVINGS=HALVINGS, FAR=FAR,
+        logits, peaks, columns, masses, inputs, settings, drawn, seen, out, vocab,
+        ORDER=ORDER, PART=PART, PARTS=parts, PARTS_BLOCK=pow2(parts), LOT=lot, HALVINGS=HALVINGS, FAR=FAR,
         num_warps=min(max(lot // 1024, 1), 32), **OPTIONS,
     )  # fmt: skip
     return out
