@@ -25,7 +25,7 @@ from tests.kernels.cuda import DEVICE, GPU, TOLERANCES, on_device
 from tests.kernels.steps import Step, attention, rms, rotated, step
 
 from stretto.kernels.cuda import attention as paged, linear, weights as formats  # isort: skip
-from stretto.kernels.cuda.table import table  # isort: skip
+from stretto.kernels.cuda.table import CudaQuantise, table  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
 KIND = Attention(heads=6, kv_heads=2, head_dim=16, scale=0.3)
@@ -492,6 +492,33 @@ def test_int4_linear_equals_a_product_with_its_unpacked_weights(
     if shape[0] % 2 == 0:
         found = narrow.linear_act_and_mul(x, packed, "silu")
         near(found, gate(wanted.cpu(), "silu"), 2 * tolerance if GPU else tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 70] if GPU else [1, 9])
+@pytest.mark.parametrize("outputs", [24, formats.WIDE] if GPU else [22])
+def test_logits_are_not_rounded_to_16_bits(kernels: AnyKernels, outputs: int, rows: int) -> None:
+    """The vendor's product of the CPU, for many rows, rounds them."""
+    torch.manual_seed(rows)
+    dtype, tolerance = (torch.bfloat16, 1e-4) if GPU else (torch.float16, 1e-5)
+    x, weight = (torch.randn(count, 72).to(dtype).to(DEVICE) for count in (rows, outputs))
+    int4 = [formats.Int4.pack(weight, None, False)] if rows <= formats.SKINNY_ROWS else []
+    assert kernels.logits is not None
+    for packed in (kernels.pack(weight, None), *int4):
+        found = kernels.logits(x, packed)
+        assert found.dtype == torch.float32
+        near(found, x.double() @ packed.widened(torch.float32).double().t(), tolerance)
+
+
+@pytest.mark.parametrize("quantise", [None, "int4"])
+def test_logits_of_many_rows_or_with_a_bias_are_float32(quantise: CudaQuantise | None) -> None:
+    own, dtype = table(DEVICE, quantise), torch.bfloat16 if GPU else torch.float32
+    x, weight, bias = (torch.randn(shape).to(dtype).to(DEVICE) for shape in ((70, 64), (256, 64), 256))
+    assert own.logits is not None
+    for packed in (own.pack(weight, None), own.pack(weight, bias)):
+        found = own.logits(x, packed)
+        assert found.dtype == torch.float32
+        wanted = x.double() @ packed.widened(torch.float32).double().t()
+        near(found, wanted if packed.bias is None else wanted + bias.double(), 1e-2 if GPU else 1e-5)
 
 
 def test_small_int4_matrices_are_widened_for_many_rows() -> None:

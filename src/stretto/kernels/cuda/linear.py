@@ -402,12 +402,18 @@ def gemv_rope_and_cache(
     return out
 
 
-def skinny_gemm(x: Tensor, packed: CudaWeights, arrived: Tensor, tiling: Tiling | None = None) -> Tensor:
-    """[M, K] -> [M, N] for up to `packed.skinny_rows` rows. `arrived`: int32 zeros, one for each tile of
-    outputs and rows, which are zero again afterwards."""
+def skinny_gemm(
+    x: Tensor,
+    packed: CudaWeights,
+    arrived: Tensor,
+    tiling: Tiling | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """[M, K] -> [M, N], in `dtype` or that of x, for up to `packed.skinny_rows` rows. `arrived`: int32 zeros,
+    one for each tile of outputs and rows, which are zero again afterwards."""
     (m, k), n, (stored_rows, stored_columns) = x.shape, packed.outputs, packed.weight.shape
     tiling = tiling or packed.tiling(m)
-    out, operand = x.new_empty(m, n), packed.activations(x)
+    out, operand = x.new_empty(m, n, dtype=dtype or x.dtype), packed.activations(x)
     values = operand.values
     k_block = tiling.group or min(tiling.k_block * 2 // values.itemsize, pow2(k, 32))
     m_block = min(pow2(m, 16), tiling.m_block)

@@ -104,17 +104,18 @@ class CudaTable:
         return Fp8Experts.pack(gate_up, down, activation)
 
     def linear(self, x: Tensor, packed: CudaWeights) -> Tensor:
-        count = x.shape[0]
-        if packed.has_gemv and 0 < count <= GEMV_ROWS:
-            return gemv(x.contiguous(), packed)
-        if 0 < count <= packed.skinny_rows(x.dtype):
-            return skinny_gemm(x.contiguous(), packed, self._arrived)
-        return packed.gemm(x)
+        return self._linear(x, packed, x.dtype)
 
     def logits(self, x: Tensor, packed: CudaWeights) -> Tensor:
-        if packed.has_gemv and 0 < x.shape[0] <= GEMV_ROWS:
-            return gemv(x.contiguous(), packed, dtype=torch.float32)
-        return self.linear(x, packed).float()
+        return self._linear(x, packed, torch.float32)
+
+    def _linear(self, x: Tensor, packed: CudaWeights, dtype: torch.dtype) -> Tensor:
+        count = x.shape[0]
+        if packed.has_gemv and 0 < count <= GEMV_ROWS:
+            return gemv(x.contiguous(), packed, dtype=dtype)
+        if 0 < count <= packed.skinny_rows(x.dtype):
+            return skinny_gemm(x.contiguous(), packed, self._arrived, dtype=dtype)
+        return packed.gemm(x, dtype)
 
     def linear_act_and_mul(self, x: Tensor, packed: CudaWeights, activation: Activation) -> Tensor:
         if packed.has_gemv and 0 < x.shape[0] <= GEMV_ROWS:

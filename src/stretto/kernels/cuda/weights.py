@@ -97,8 +97,9 @@ class CudaWeights(Protocol):
         """x as `skinny_gemm` multiplies it."""
         ...
 
-    def gemm(self, x: Tensor) -> Tensor:
-        """x @ weight.T + bias for any number of rows, by the vendor's library."""
+    def gemm(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x @ weight.T + bias for any number of rows, by the vendor's library; in `dtype`, which is that of x
+        or float32."""
         ...
 
     def widened(self, dtype: torch.dtype) -> Tensor:
@@ -108,6 +109,12 @@ class CudaWeights(Protocol):
 
 def _bytes(*tensors: Tensor | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if x.is_cuda and bias is None and dtype != x.dtype:
+        return torch.mm(x, weight.t(), out_dtype=dtype)  # the CPU cannot do it
+    return F.linear(x, weight, bias).to(dtype)
 
 
 def _dense_tiling(outputs: int) -> Tiling:
@@ -142,8 +149,8 @@ class Unquantised(Dense):
     def activations(self, x: Tensor) -> Operand:
         return Operand(x)
 
-    def gemm(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def gemm(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return _gemm(x, self.weight, self.bias, dtype)
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         return self.weight.to(dtype)
@@ -190,10 +197,10 @@ class Fp8:
         """Whether the tensor cores multiply activations in `dtype`, once quantised, with these weights."""
         return dtype == torch.bfloat16 and not (self.weight.shape[0] % 16 or self.weight.shape[1] % 16)
 
-    def gemm(self, x: Tensor) -> Tensor:
+    def gemm(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.has_product(x.dtype):
-            return F.linear(x, self.widened(x.dtype), self.bias)
-        return self.product(*quantise_rows(x), x.dtype)
+            return _gemm(x, self.widened(x.dtype), self.bias, dtype)
+        return self.product(*quantise_rows(x), x.dtype).to(dtype)
 
     def product(self, x: Tensor, x_scales: Tensor, dtype: torch.dtype) -> Tensor:
         """As `gemm`, for rows that `quantise_rows` or a kernel that fuses it has quantised; in `dtype`, which
@@ -251,8 +258,8 @@ class Int4:
             return Operand(x)
         return Operand(*quantise_rows(x)) if x.shape[0] <= SKINNY_ROWS else quantise_and_sum_rows(x)
 
-    def gemm(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.widened(x.dtype), self.bias)
+    def gemm(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return _gemm(x, self.widened(x.dtype), self.bias, dtype)
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         half, padded = self.weight.shape
