@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from heapq import heapify, heappop, heappush
-from math import inf, isfinite
+from math import inf
 from operator import attrgetter
 
 from stretto.engine.scheduler.lateness import RESUME_S, goes_first_at
@@ -202,6 +202,7 @@ class EngineCore:
             return False
         if seq.slot >= 0:
             model.queues.running.remove(seq)
+            model.pool.forget(seq.kv, wrong=False)
             self._release(model, seq)
         else:
             model.queues.waiting.remove(seq)
@@ -230,6 +231,7 @@ class EngineCore:
             self._admit(model, seq, matched, now)
         for row in plan.rows:
             model.pool.extend(row.seq.kv, row.start + row.count)
+        model.erase(model.pool.stale())  # they may hold NaN, which would spread to their new owners
 
     def _place(self, model: ModelState, plan: Plan) -> None:
         """Give sequences their new ranks, and record the newcomers' work and the plan's promises."""
@@ -297,6 +299,8 @@ class EngineCore:
             seq.in_flight -= row.draw
             if row.scored and not seq.ended:
                 self._score(row, result)
+            if row.draw and not seq.kv.drawn and result.finite:
+                model.pool.judge(seq.kv, row.start + row.count - len(row.draft))
             if row.draw and not seq.ended:
                 try:
                     self._take(model, row, result)
@@ -351,7 +355,7 @@ class EngineCore:
             if heavier is not None and self._move(model, seq, heavier, "unsure"):
                 return
         model.record_emission(seq, self._clock())
-        if drawn.embedding is not None and isfinite(sum(drawn.embedding)):
+        if drawn.embedding is not None and drawn.finite:
             self._end(seq, Ending(Reason.STOP, embedding=drawn.embedding))
             return
         if token < 0:
@@ -386,8 +390,9 @@ class EngineCore:
         if model.speculation is not None:
             model.speculation.forget(seq)
         if seq.slot >= 0:
-            if ending.reason is Reason.ERROR:
-                model.erase(model.pool.forget(seq.kv))
+            wrong = ending.reason is Reason.ERROR
+            if seq.draws or wrong:
+                model.pool.forget(seq.kv, wrong=wrong)
             model.queues.running.remove(seq)
             self._release(model, seq)
         else:
@@ -397,7 +402,7 @@ class EngineCore:
         self._events.append(TokenEvent(seq.request.id, finish=finish, embedding=vector, began=began))
 
     def _release(self, model: ModelState, seq: Sequence) -> None:
-        model.pool.release(seq.kv)
+        model.pool.release(seq.kv, late=seq.in_flight > 0)
         model.slots.append(seq.slot)
         seq.slot = -1
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import isfinite
 from secrets import randbits
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,6 +37,11 @@ class Drawn(Struct, frozen=True, gc=False):
     then: tuple[Drawn, ...] = ()
     scores: tuple[Logprobs, ...] = ()
     sureness: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether it was drawn from numbers, and not from NaN or infinite ones."""
+        return self.token >= 0 or (self.embedding is not None and isfinite(sum(self.embedding)))
 
 
 NOTHING = Drawn(-1)  # of a row that draws nothing

@@ -111,6 +111,7 @@ class ModelState:
         if counts:
             for row in plan.rows:
                 self.pool.extend(row.seq.kv, row.start + row.count + counts.get(row.seq, 0))
+            self.erase(self.pool.stale())
             drafts = speculation.propose(chosen)
             if chosen.model:
                 self.answered = None  # the time of a draft model is no turnaround
@@ -136,10 +137,11 @@ class ModelState:
         deadline.emit(now)
 
     def erase(self, blocks: list[int]) -> None:
-        """Zero blocks that may hold NaN, which would spread to their next owner."""
-        self.runner.erase(blocks)
-        if self.speculation is not None:
-            self.speculation.erase(blocks)
+        """Zero blocks, after all launched steps."""
+        if blocks:
+            self.runner.erase(blocks)
+            if self.speculation is not None:
+                self.speculation.erase(blocks)
 
     def stats(self, launched: InFlightStep, accepted: int, now: float) -> StepStats:
         """What is reported of a step that is over now. `accepted`: its draft tokens that were right."""

@@ -249,3 +249,23 @@ def test_steps_never_exceed_max_step_tokens(checkpoint: Path):
     bench.run(engine, PROMPTS)
     assert max(step.decode_tokens + step.prefill_tokens for step in bench.steps) <= 9
     assert isinstance(fcfs(engine.context("m")), Plan)
+
+
+@pytest.mark.parametrize("kernels", TABLES, ids=lambda table: table.name)
+def test_a_cancelled_prompt_with_nan_leaves_none_to_others(kernels: AnyKernels, tmp_path: Path):
+    """No token was drawn for it, so nobody has noticed. Others in one step use its blocks."""
+    make("llama", tmp_path)
+    bench = Bench(tmp_path, kernels)
+    prompts = [PROMPTS[1][:length] for length in (5, 6, 7, 9)]
+    alone = [bench.run(bench.engine(), [prompt])[0] for prompt in prompts]
+    poison = next(token for token in range(VOCAB) if not any(token in text for text in [*prompts, *alone]))
+    bench.decoder.weights.embedding[poison] = torch.inf
+    engine = bench.engine(step_tokens=10, share=False)
+    prompt = (PROMPTS[3][0], poison, *PROMPTS[3][2:])
+    engine.submit(Sequence.of(Request(id=9, model="m", prompt=prompt, arrival=0.0), 64))
+    for _ in range(3):
+        engine.step()
+    engine.cancel(9)
+    engine.step()
+    assert [event.finish.reason for event in bench.events if event.finish] == [Reason.CANCELLED]
+    assert bench.run(engine, prompts) == alone

@@ -29,6 +29,6 @@ class Runner(Protocol):
         ...
 
     def erase(self, blocks: list[int]) -> None:
-        """Zero the KV memory of these blocks."""
+        """Zero the KV memory of these blocks, after all launched steps."""
 
     def prepare(self) -> bool: ...  # use a little spare time for later steps; whether there is more to do
