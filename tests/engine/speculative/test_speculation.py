@@ -6,6 +6,7 @@ import json
 import time
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,7 +25,7 @@ from stretto.engine.scheduler import SCHEDULES
 from stretto.engine.scheduler.types import Limits, Plan, SchedulingContext
 from stretto.engine.sequence import Sequence
 from stretto.engine.speculative.ngram import INDEXED_AT_ONCE, INDEXED_TOKENS, AcceptanceRate, NgramIndex
-from stretto.engine.speculative.policy import DraftCounts, Speculation
+from stretto.engine.speculative.policy import DraftCounts, Speculation, Verification
 from stretto.engine.step_time import StepCost, StepTime
 from stretto.engine.structured.grammar import Grammars
 from stretto.kernels.choice import choose_kernels
@@ -562,3 +563,31 @@ def test_only_the_end_of_a_long_prompt_is_indexed_and_not_at_once():
     for _ in range(INDEXED_TOKENS // INDEXED_AT_ONCE - 1):
         index.update(text, len(text))
     assert len(index) == INDEXED_TOKENS and index.holds(text) and index.propose(text, 2) == (0, 1)
+
+
+def test_many_sequences_are_indexed_in_several_steps(monkeypatch: pytest.MonkeyPatch):
+    """Draft tokens begin to pay off when few enough streams are left. No step waits for all their indexes."""
+    read, update = [0], NgramIndex.update
+
+    def counted(self: NgramIndex, *arguments: Any) -> int:
+        count = update(self, *arguments)
+        read[0] += count
+        return count
+
+    monkeypatch.setattr(NgramIndex, "update", counted)
+    pays_off = [False]
+    device = Verification(lambda seq: pays_off[0])
+    world = Repeating(Speculation(device=device), span=5, blocks=512)
+    for ident in range(1, 8):
+        world.send(ident, 600, 100)
+    while len(world.engine.models["a"].queues.running) < 7 or world.total("decode_tokens") < 20:
+        world.step()
+    assert read == [0]
+    pays_off[0] = True
+    each: list[int] = []
+    while not world.engine.idle:
+        world.step()
+        each.append(read[0])
+        read[0] = 0
+    assert max(each) <= INDEXED_AT_ONCE < sum(each) - len(each)
+    assert sum(each) > 7 * 600 and world.total("accepted") > 7 * 50

@@ -10,7 +10,7 @@ NGRAM = 2  # tokens of the shortest passage that is looked up
 MATCHES_COMPARED = 16  # earlier occurrences that are compared, the latest first
 LONGEST_MATCH = 32  # tokens compared of each occurrence
 INDEXED_TOKENS = 8192  # only the last ones of a prompt are indexed
-INDEXED_AT_ONCE = 1024  # so that no step waits for the index
+INDEXED_AT_ONCE = 1024  # of all sequences, so that no step waits for their indexes
 LONGEST_BUCKET = 5
 FIRST_RATE = 0.5
 PRIOR_TRIALS = 4.0  # the prior counts as this many trials
@@ -83,12 +83,12 @@ class NgramIndex:
         """The probability that draft token `ahead` (from 0) is right if those before it are; 0: no match."""
         return self.copied.estimate(_bucket(self.match_length + ahead)) if self.match >= 0 else 0.0
 
-    def update(self, tokens: list[int], prompt_len: int) -> None:
-        """Index the new tokens of the sequence, or the first `INDEXED_AT_ONCE` of them.
+    def update(self, tokens: list[int], prompt_len: int, most: int = INDEXED_AT_ONCE) -> int:
+        """Index the new tokens of the sequence, or the first `most` of them -> how many.
 
         Each new output token is a trial of the acceptance rate, whether or not a draft token was verified.
         """
-        end = min(len(tokens), self._read + INDEXED_AT_ONCE)
+        begin, end = self._read, min(len(tokens), self._read + most)
         for index in range(self._read, end):
             if self.match >= 0 and index >= prompt_len:
                 hit = tokens[self.match] == tokens[index]
@@ -98,6 +98,7 @@ class NgramIndex:
             if self.match < 0 and index >= prompt_len - 1:
                 self._search(tokens, index)
         self._read = end
+        return end - begin
 
     def propose(self, tokens: list[int], count: int) -> tuple[int, ...]:
         """`count` draft tokens after the match. At the end of the text they repeat from the match on."""

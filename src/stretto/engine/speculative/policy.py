@@ -8,7 +8,7 @@ no tensor and changes no queue and no block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from math import inf, prod
@@ -17,7 +17,7 @@ from typing import Protocol
 
 from stretto.engine.scheduler.types import Plan, Row, SchedulingContext
 from stretto.engine.sequence import Sequence
-from stretto.engine.speculative.ngram import AcceptanceRate, NgramIndex
+from stretto.engine.speculative.ngram import INDEXED_AT_ONCE, AcceptanceRate, NgramIndex
 from stretto.engine.step_time import StepCost, StepTime
 
 MAX_DRAFT_TOKENS = 16  # of one sequence in a step
@@ -81,6 +81,9 @@ class DraftCounts:
         return self.model | self.ngram
 
 
+Candidate = tuple[Row, NgramIndex]
+
+
 class Speculation:
     """Speculative decoding for one model, and the acceptance rates of its sequences.
 
@@ -119,8 +122,7 @@ class Speculation:
         budget.slack_ms = _slack_ms(plan, context) - budget.lost_ms
         able = self._device.able
         rows = (row for row in decodes if _longest_draft(row) > 0 and able(row.seq))
-        indexed = ((row, self._index(row.seq)) for row in rows)
-        candidates = [(row, index) for row, index in indexed if index.holds(row.seq.tokens)]
+        candidates = self._indexed(rows)
         by_model = {} if self._drafter is None else _from_model(candidates, budget, self._drafter)
         rest = [candidate for candidate in candidates if candidate[0].seq not in by_model]
         by_ngram = _from_ngrams(rest, budget)
@@ -152,15 +154,22 @@ class Speculation:
         """Drop what is kept for a sequence that has ended."""
         self._indexes.pop(seq, None)
 
+    def _indexed(self, rows: Iterable[Row]) -> list[Candidate]:
+        """The rows whose sequences are indexed, once the indexes have read at most `INDEXED_AT_ONCE` tokens
+        more. When many sequences get an index at once, it takes several steps."""
+        left, indexed = INDEXED_AT_ONCE, list[Candidate]()
+        for row in rows:
+            index = self._index(row.seq)
+            left -= index.update(row.seq.tokens, row.seq.prompt_len, left)
+            if index.holds(row.seq.tokens):
+                indexed.append((row, index))
+        return indexed
+
     def _index(self, seq: Sequence) -> NgramIndex:
         index = self._indexes.get(seq)
         if index is None:
             index = self._indexes[seq] = NgramIndex(self._copied, self._drafted, seq.prompt_len)
-        index.update(seq.tokens, seq.prompt_len)
         return index
-
-
-Candidate = tuple[Row, NgramIndex]
 
 
 @dataclass(slots=True)
