@@ -233,7 +233,7 @@ def _store(sums, x_scales, scales, bias, out, row, end, place, m, n):
     tl.store(out + place[None] * n + row[:, None], sums.to(out.dtype.element_ty), there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _skinny_gemm(
     x, weight, x_scales, zeros, scales, bias, out, parts, arrived,
     m, n, k, stored_rows, stored_columns, reach,

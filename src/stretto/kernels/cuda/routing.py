@@ -110,7 +110,7 @@ def choose_and_quantise(
     return _launch_choose(logits, top, normalise, x, rows), rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["picks"])
 def _sort(chosen, order, starts, picks, BLOCK: tl.constexpr):
     """Program e places the picks of expert e behind those of the experts before it."""
     release()
