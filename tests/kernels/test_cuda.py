@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -21,6 +22,7 @@ from stretto.kernels import (
     Rotation,
 )
 from stretto.kernels.reference import REFERENCE
+from tests.kernels.compiling import compiled
 from tests.kernels.cuda import DEVICE, GPU, TOLERANCES, on_device
 from tests.kernels.steps import Step, attention, rms, rotated, step
 
@@ -28,6 +30,16 @@ from stretto.kernels.cuda import attention as paged, linear, weights as formats 
 from stretto.kernels.cuda.table import CudaQuantise, table  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
+FEW_ROWS = """
+from stretto.kernels.cuda.linear import skinny_gemm
+from stretto.kernels.cuda.routing import ExpertChoice, sort
+from stretto.kernels.cuda.weights import Unquantised
+weights = Unquantised.pack(torch.zeros(512, 512, dtype=torch.bfloat16), None)
+for rows in (40, 48, 56):
+    skinny_gemm(torch.zeros(rows, 512, dtype=torch.bfloat16), weights, torch.zeros(64, dtype=torch.int32))
+    chosen = torch.zeros(rows // 8, 8, dtype=torch.int32)
+    sort(ExpertChoice(chosen, chosen.float()), 16)
+"""
 KIND = Attention(heads=6, kv_heads=2, head_dim=16, scale=0.3)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES)
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -43,6 +55,11 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def kernels() -> AnyKernels:
     return table(DEVICE)
+
+
+def test_rows_of_any_number_need_no_kernel_of_their_own(tmp_path: Path) -> None:
+    """A size that is captured in spare time would compile it, while a new request waits."""
+    assert len(compiled(FEW_ROWS, tmp_path)) == 2
 
 
 def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:

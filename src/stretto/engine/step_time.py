@@ -115,8 +115,8 @@ UNKNOWN = StepCost(20.0, 1.0, 0.5, 1e-3, 1e-6)
 class StepTime:
     """A cost that learns. `cost` is the present estimate, which `observe` refines after each step.
 
-    `saturating`: with so many tokens in a step the device is busy, and a token costs no less in a longer one.
-    0: it is not known, or there is no such number.
+    `saturating`: with so many tokens in a step the device is busy, and a token costs little less in a longer
+    one. 0: it is not known, or there is no such number.
 
     The state is a system of normal equations, kept as rows of five coefficients and a right-hand side, in
     units of the first cost. `_prior` is the system that forgetting leads back to.

@@ -83,7 +83,7 @@ GPU_CALIBRATION_STEPS = (
     CalibrationStep(64, 256, 1472),
 )
 LONG = 1024  # tokens of a step that saturates any device
-SATURATED = 1.5  # times what a token costs in the best of these steps
+SATURATED = 1.5
 MAX_FILES = 64
 LOOP_MS = 0.05  # of the engine's loop for one step
 REWEIGHTED = 10  # rounds of a robust fit
@@ -221,7 +221,7 @@ def calibrate(run: StepClock, steps: Iterable[CalibrationStep] = CALIBRATION_STE
 
 
 def _saturating(times: Mapping[CalibrationStep, Sequence[float]]) -> int:
-    """The tokens of the shortest step that reads a prompt at the lowest cost a token, or nearly so.
+    """The tokens of the shortest step in which a prompt's token costs at most `SATURATED` times the least.
 
     0 unless the steps that were measured are long enough to tell.
     """
