@@ -249,6 +249,25 @@ def test_probabilities_are_those_after_penalties(long_row: Tensor) -> None:
     assert (counted == draw.IN_OUTPUT).all()
 
 
+@pytest.mark.parametrize("limits", [{"top_p": 0.8}, {"top_k": 30, "min_p": 0.02}])
+def test_filters_skip_lots_whose_logits_are_all_too_low(
+    long_row: Tensor, monkeypatch: pytest.MonkeyPatch, limits: dict[str, float]
+) -> None:
+    """What is likely is in the first and the third part, which are in one lot with another part each."""
+    monkeypatch.setattr(draw, "LOT", 2 * draw.PART)
+    row = torch.cat([long_row, torch.zeros(2 * draw.PART)])
+    row[draw.PART : 2 * draw.PART] -= 30.0
+    row[3 * draw.PART :] -= 30.0
+    weights = (row.double() - row.max()).exp()
+    kept = torch.where(weights >= limits.get("min_p", 0.0), weights, 0.0)
+    kept = torch.where(kept >= kept.topk(int(limits.get("top_k", len(kept)))).values[-1], kept, 0.0)
+    ranked = (kept / kept.sum()).sort(descending=True).values
+    count = int((ranked.cumsum(0) < limits.get("top_p", 1.0) - 1e-9).sum()) + 1
+    kept = torch.where(kept >= kept.topk(count).values[-1], kept, 0.0)
+    rows, tokens = spread(**limits), wanted(kept)
+    assert drawn(row, rows[1], rows[-1]) == [tokens[1], tokens[-1]]
+
+
 def test_rows_of_all_kinds_are_drawn_together(long_row: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy, plain and filtered rows, and rows that are not finite in one part. Filters read many lots."""
     monkeypatch.setattr(draw, "LOT", 1024)

@@ -208,26 +208,37 @@ def _penalise_and_sum_parts(
 
 
 @triton.jit
-def _mass(logits, vocab, floor, peak, rate, LOT: tl.constexpr):
+def _reaches(peaks, start, vocab, floor, LOT: tl.constexpr, PART: tl.constexpr):
+    """Whether any of LOT logits from column `start` is at least `floor`. `peaks`: of the parts of the row."""
+    part = start // PART + tl.arange(0, LOT // PART if LOT > PART else 1)
+    return tl.max(tl.load(peaks + part, part * PART < vocab, -float("inf")), 0) >= floor
+
+
+@triton.jit
+def _mass(logits, peaks, vocab, floor, peak, rate, LOT: tl.constexpr, PART: tl.constexpr):
     """How many logits of a row are at least `floor`, and the sum of their weights."""
     count = 0
     mass = 0.0
     for start in range(0, vocab, LOT):
-        column = start + tl.arange(0, LOT)
-        value = tl.load(logits + column, column < vocab, -float("inf"))
-        kept = value >= floor
-        count += tl.sum(kept.to(tl.int32), 0)
-        mass += tl.sum(tl.where(kept, tl.exp2((value - peak) * rate), 0.0), 0)
+        if _reaches(peaks, start, vocab, floor, LOT, PART):
+            column = start + tl.arange(0, LOT)
+            value = tl.load(logits + column, column < vocab, -float("inf"))
+            kept = value >= floor
+            count += tl.sum(kept.to(tl.int32), 0)
+            mass += tl.sum(tl.where(kept, tl.exp2((value - peak) * rate), 0.0), 0)
     return count, mass
 
 
 @triton.jit
-def _floor(logits, vocab, low, peak, rate, minimum, share, HALVINGS: tl.constexpr, LOT: tl.constexpr):
+def _floor(
+    logits, peaks, vocab, low, peak, rate, minimum, share,
+    LOT: tl.constexpr, PART: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
     """The largest floor, from `low` up, that keeps `minimum` logits and a mass of `share`."""
     high = peak
     for _ in range(HALVINGS):
         middle = low + (high - low) * 0.5
-        count, mass = _mass(logits, vocab, middle, peak, rate, LOT)
+        count, mass = _mass(logits, peaks, vocab, middle, peak, rate, LOT, PART)
         if (count >= minimum) & (mass >= share):
             low = middle
         else:
@@ -237,32 +248,34 @@ def _floor(logits, vocab, low, peak, rate, minimum, share, HALVINGS: tl.constexp
 
 @triton.jit
 def _invert_kept(
-    logits, vocab, mass, peak, heat, rate, top_k, top_p, min_p, fraction,
-    LOT: tl.constexpr, HALVINGS: tl.constexpr, FAR: tl.constexpr,
+    logits, peaks, vocab, mass, peak, heat, rate, top_k, top_p, min_p, fraction,
+    LOT: tl.constexpr, PART: tl.constexpr, HALVINGS: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """The token at which the cumulative sum of what top_k, top_p and min_p keep of a row passes `fraction`
-    of it; vocab if rounding leaves none. `mass`: the sum of all weights."""
+    of it; vocab if rounding leaves none. `mass`: the sum of all weights. A lot without a peak as high as the
+    floor is not read, and where few tokens are likely, few other lots are left soon."""
     floor = peak - FAR * heat
     limited = (top_k > 0) & (top_k < vocab)
     if min_p > 0:
         floor = tl.maximum(floor, peak + tl.log(min_p) * heat)
     if limited:
-        floor = _floor(logits, vocab, floor, peak, rate, top_k, 0.0, HALVINGS, LOT)
+        floor = _floor(logits, peaks, vocab, floor, peak, rate, top_k, 0.0, LOT, PART, HALVINGS)
     if (min_p > 0) | limited:
-        _, mass = _mass(logits, vocab, floor, peak, rate, LOT)
+        _, mass = _mass(logits, peaks, vocab, floor, peak, rate, LOT, PART)
     if top_p < 1:
-        floor = _floor(logits, vocab, floor, peak, rate, 0, mass * top_p, HALVINGS, LOT)
-        _, mass = _mass(logits, vocab, floor, peak, rate, LOT)
+        floor = _floor(logits, peaks, vocab, floor, peak, rate, 0, mass * top_p, LOT, PART, HALVINGS)
+        _, mass = _mass(logits, peaks, vocab, floor, peak, rate, LOT, PART)
     goal = mass * fraction
     token = vocab
     passed = 0.0
     for start in range(0, vocab, LOT):
-        column = start + tl.arange(0, LOT)
-        value = tl.load(logits + column, column < vocab, -float("inf"))
-        weights = tl.where(value >= floor, tl.exp2((value - peak) * rate), 0.0)
-        until = passed + tl.cumsum(weights, 0)
-        token = tl.minimum(token, tl.min(tl.where((weights > 0) & (until > goal), column, vocab), 0))
-        passed += tl.sum(weights, 0)
+        if _reaches(peaks, start, vocab, floor, LOT, PART):
+            column = start + tl.arange(0, LOT)
+            value = tl.load(logits + column, column < vocab, -float("inf"))
+            weights = tl.where(value >= floor, tl.exp2((value - peak) * rate), 0.0)
+            until = passed + tl.cumsum(weights, 0)
+            token = tl.minimum(token, tl.min(tl.where((weights > 0) & (until > goal), column, vocab), 0))
+            passed += tl.sum(weights, 0)
     return token
 
 
@@ -307,8 +320,9 @@ def _draw(
         mass = tl.max(until, 0)
         if (min_p > 0) | (top_p < 1) | ((top_k > 0) & (top_k < vocab)):
             kept = _invert_kept(
-                own, vocab, mass, peak, heat, rate, top_k, top_p, min_p, fraction, LOT, HALVINGS, FAR
-            )
+                own, peaks, vocab, mass, peak, heat, rate, top_k, top_p, min_p, fraction, LOT, PART, HALVINGS,
+                FAR,
+            )  # fmt: skip
             token = tl.where(kept < vocab, kept, token)
         else:
             goal = mass * fraction
