@@ -126,6 +126,7 @@ async def _serve(
     shutdown = _Shutdown(config, app, server)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_failure)
+    await asyncio.sleep(0)  # an interrupt that has come by now ends the start here, and is not handled twice
     for number in SIGNALS:
         loop.add_signal_handler(number, shutdown.signal)
     serving = asyncio.create_task(server.serve([listener]))
