@@ -116,11 +116,10 @@ def closed_loop(
     return world
 
 
-def show(tier: str, outcomes: list[RequestOutcome], world: OverloadWorld) -> None:
+def show(tier: str, outcomes: list[RequestOutcome], world: OverloadWorld, seconds: float) -> None:
     """Print what became of the requests of one tier."""
     served = [one for one in outcomes if one.count]
     good, refused = sum(one.good for one in outcomes), len(outcomes) - len(served)
-    seconds = max(one.request.arrival for one in outcomes) or 1.0
     print(
         f"{tier}: {len(outcomes)} sent, {good} on time ({good / seconds:.1f}/s), {refused} refused, "
         f"{len(served) - good} late"
@@ -154,11 +153,13 @@ def main() -> None:
     device: dict[str, Any] = {name: vars(options)[name] for name in ("slots", "blocks", "schedule")}
     if options.at_once:
         world = closed_loop(options.at_once, options.requests, **device)
+        seconds = world.clock()
     else:
         world = played(options.rate, options.seconds, mixed=options.mixed, **device)
+        seconds = options.seconds
     outcomes = world.outcomes()
     for tier in dict.fromkeys(one.request.tier for one in outcomes):
-        show(tier, [one for one in outcomes if one.request.tier == tier], world)
+        show(tier, [one for one in outcomes if one.request.tier == tier], world, seconds)
     preempted = sum(step.preempted for step in world.steps)
     tokens = sum(one.count for one in outcomes) / world.clock()
     print(f"the last ended after {world.clock():.1f} s; {tokens:.0f} tokens/s; {preempted} preemptions")
