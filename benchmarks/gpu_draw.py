@@ -18,39 +18,49 @@ from gpu_engine import DEVICE, DTYPE, timed
 from torch import Tensor
 
 from stretto.kernels.cuda import draw
+from stretto.kernels.cuda import step_inputs as field
 from stretto.kernels.cuda.table import CudaQuantise, table
 
 VOCABULARY, HIDDEN = 151936, 4096
-KINDS: dict[str, dict[int, float]] = {
-    "temperature 0": {},
-    "temperature 1": {draw.TEMPERATURE: 1.0},
-    "top_p 0.9": {draw.TEMPERATURE: 1.0, draw.TOP_P: 0.9},
-    "top_p 0.9, few likely": {draw.TEMPERATURE: 1.0, draw.TOP_P: 0.9},
+RANDOM, SKEWED = "random", "skewed"
+DRAWN, TOP_P = {field.TEMPERATURE: 1.0}, {field.TEMPERATURE: 1.0, field.TOP_P: 0.9}
+KINDS: dict[str, tuple[str, dict[int, float]]] = {
+    "greedy": (RANDOM, {}),
+    "temperature 1": (RANDOM, DRAWN),
+    "top_p 0.9": (SKEWED, TOP_P),
+    "top_k 20 and top_p 0.95": (SKEWED, {**DRAWN, field.TOP_K: 20, field.TOP_P: 0.95}),
+    "min_p 0.05": (SKEWED, {**DRAWN, field.MIN_P: 0.05}),
+    "top_p 0.9 of random logits": (RANDOM, TOP_P),
 }
-LIKELY = 12.0  # above the others, of eight tokens
+SKEW = 1.2
 FORMATS: dict[str, CudaQuantise | None] = {"bf16": None, "fp8": "fp8"}
 
 
+def some_logits(rows: int, vocabulary: int) -> dict[str, Tensor]:
+    """Normal ones, whose largest 0.9 of the probability are a sixth of all tokens, and ones with which the
+    n-th most likely token has a probability of n to the power of -SKEW."""
+    ranks = torch.stack([torch.randperm(vocabulary, device=DEVICE) for _ in range(rows)])
+    return {
+        RANDOM: torch.randn(rows, vocabulary, device=DEVICE) * 2.5,
+        SKEWED: -SKEW * torch.log1p(ranks.float()),
+    }
+
+
 def draws(rows: int, vocabulary: int) -> dict[str, Callable[[], Tensor]]:
-    """What draws a token for each row of random logits, by kind of sampling."""
-    logits = torch.randn(rows, vocabulary, device=DEVICE) * 2.5
-    raised = torch.full((rows, 8), LIKELY, device=DEVICE)
+    """What draws a token for each row of logits, by kind of sampling."""
+    logits = some_logits(rows, vocabulary)
     known = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
     seen = torch.zeros(rows, vocabulary, dtype=torch.int16, device=DEVICE)
     works: dict[str, Callable[[], Tensor]] = {}
-    for name, fields in KINDS.items():
-        inputs = torch.zeros(rows, draw.ORDER, dtype=torch.int32)
-        inputs[:, draw.SLOT] = inputs[:, draw.SINK] = torch.arange(rows)
+    for name, (kind, fields) in KINDS.items():
+        inputs = torch.zeros(rows, field.ORDER, dtype=torch.int32)
+        inputs[:, field.SLOT] = inputs[:, field.SINK] = torch.arange(rows)
         settings = inputs.view(torch.float32)
-        settings[:, draw.FRACTION] = torch.rand(rows)
-        for place, value in ({draw.TOP_P: 1.0, draw.REPETITION: 1.0} | fields).items():
-            settings[:, place] = value
-        values = logits
-        if name.endswith("likely"):
-            values = logits.index_add(
-                1, torch.arange(0, vocabulary, vocabulary // 8, device=DEVICE)[:8], raised
-            )
-        works[name] = partial(draw.draw, values, inputs.to(DEVICE), known, seen)
+        settings[:, field.FRACTION] = torch.rand(rows)
+        for place, value in ({field.TOP_P: 1.0, field.REPETITION: 1.0} | fields).items():
+            into = settings if place >= field.TEMPERATURE else inputs
+            into[:, place] = value
+        works[name] = partial(draw.draw, logits[kind], inputs.to(DEVICE), known, seen)
     return works
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.kernels.compiling import compiled
 from tests.kernels.cuda import DEVICE, GPU
 
 from stretto.kernels.cuda import draw  # isort: skip
+from stretto.kernels.cuda import step_inputs as field  # isort: skip
 
 pytestmark = [pytest.mark.cuda] if GPU else []
 VOCAB, COUNT = (5000, 50) if GPU else (300, 10)
@@ -24,8 +26,9 @@ ROUNDING = 2e-6
 
 CODE = """
 from stretto.kernels.cuda import draw
+from stretto.kernels.cuda import step_inputs as field
 for rows in (1, 64):
-    inputs, drawn = torch.zeros(rows, draw.ORDER, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
+    inputs, drawn = torch.zeros(rows, field.ORDER, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
     draw.draw(torch.zeros(rows, 5000), inputs, drawn, torch.zeros(rows, 5000, dtype=torch.int16))
 """
 
@@ -36,11 +39,11 @@ def test_two_kernels_compile_for_all_numbers_of_rows(tmp_path: Path) -> None:
 
 def orders(*rows: dict[int, float]) -> Tensor:
     """Sampling parameters for each row, by field. Row i gets slot i."""
-    made = np.zeros((len(rows), draw.ORDER), dtype=np.int32)
+    made = np.zeros((len(rows), field.ORDER), dtype=np.int32)
     for index, row in enumerate(rows):
-        made[index, draw.SLOT] = made[index, draw.SINK] = index
-        for place, value in ({draw.TOP_P: 1.0, draw.REPETITION: 1.0} | row).items():
-            if place >= draw.TEMPERATURE:
+        made[index, field.SLOT] = made[index, field.SINK] = index
+        for place, value in ({field.TOP_P: 1.0, field.REPETITION: 1.0} | row).items():
+            if place >= field.TEMPERATURE:
                 made[index, place : place + 1].view(np.float32)[:] = value
             else:
                 made[index, place] = int(value)
@@ -62,9 +65,14 @@ def drawn(logits: Tensor, *rows: dict[int, float]) -> list[int]:
 
 def spread(**fields: float) -> list[dict[int, float]]:
     """Rows of parameters whose random numbers are evenly spaced in (0, 1)."""
-    names = {"heat": draw.TEMPERATURE, "top_p": draw.TOP_P, "min_p": draw.MIN_P, "top_k": draw.TOP_K}
+    names = {
+        "heat": field.TEMPERATURE,
+        "top_p": field.TOP_P,
+        "min_p": field.MIN_P,
+        "top_k": field.TOP_K,
+    }
     chosen = {names[name]: value for name, value in fields.items()}
-    return [{draw.TEMPERATURE: 1.0} | chosen | {draw.FRACTION: (i + 0.5) / COUNT} for i in range(COUNT)]
+    return [{field.TEMPERATURE: 1.0} | chosen | {field.FRACTION: (i + 0.5) / COUNT} for i in range(COUNT)]
 
 
 def wanted(probabilities: Tensor) -> list[int]:
@@ -81,7 +89,7 @@ def logits() -> Tensor:
 
 def test_greedy_picks_the_first_of_equal_largest_logits(logits: Tensor) -> None:
     best = int(logits.argmax())
-    assert drawn(logits, {}, {draw.TOP_K: 3}) == [best, best]
+    assert drawn(logits, {}, {field.TOP_K: 3}) == [best, best]
     logits[[17, 250]] = 99.0
     assert drawn(logits, {}) == [17]
 
@@ -129,9 +137,9 @@ PENALTIES = [(1.7, 0.0, 0.0), (1.0, 0.6, 0.0), (1.0, 0.0, 0.9), (0.8, -0.4, 0.3)
 def test_penalties_equal_those_of_the_host_sampler(logits: Tensor) -> None:
     """Each step counts the token of the previous step. Greedy and sampled rows are tested."""
     rows = [
-        {draw.REPETITION: rep, draw.FREQUENCY: often, draw.PRESENCE: ever, **heat}
+        {field.REPETITION: rep, field.FREQUENCY: often, field.PRESENCE: ever, **heat}
         for rep, often, ever in PENALTIES
-        for heat in ({}, {draw.TEMPERATURE: 0.7, draw.FRACTION: 0.4, draw.TOP_K: 5})
+        for heat in ({}, {field.TEMPERATURE: 0.7, field.FRACTION: 0.4, field.TOP_K: 5})
     ]
     likely = logits.argsort(descending=True).tolist()
     prompt, output = [*likely[:3], likely[50], likely[-1]], [likely[0], likely[0], likely[4]]
@@ -144,12 +152,12 @@ def test_penalties_equal_those_of_the_host_sampler(logits: Tensor) -> None:
         found = draw.draw(logits.repeat(len(rows), 1).to(DEVICE), orders(*rows), known, seen).tolist()
         for row, text, token in zip(rows, texts, found, strict=True):
             final = logits.clone()
-            met = prompt if row[draw.REPETITION] != 1.0 else []
+            met = prompt if row[field.REPETITION] != 1.0 else []
             for other in {*met, *text}:
                 value, times = float(final[other]), text.count(other)
-                value = value / row[draw.REPETITION] if value > 0 else value * row[draw.REPETITION]
-                final[other] = value - row[draw.FREQUENCY] * times - row[draw.PRESENCE] * (times > 0)
-            if row.get(draw.TEMPERATURE, 0.0) == 0:
+                value = value / row[field.REPETITION] if value > 0 else value * row[field.REPETITION]
+                final[other] = value - row[field.FREQUENCY] * times - row[field.PRESENCE] * (times > 0)
+            if row.get(field.TEMPERATURE, 0.0) == 0:
                 assert token == int(final.argmax())
             else:
                 kept = torch.where(final >= final.topk(5).values[-1], (final / 0.7).softmax(0), 0.0)
@@ -162,14 +170,14 @@ def test_token_counts_do_not_overflow(logits: Tensor) -> None:
     seen, known = unseen(1), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     best = int(logits.argmax())
     seen[0, best] = 2**15 - 2
-    draw.draw(logits[None].to(DEVICE), orders({draw.FREQUENCY: -0.1}), known, seen)
+    draw.draw(logits[None].to(DEVICE), orders({field.FREQUENCY: -0.1}), known, seen)
     assert int(known[0]) == best and int(seen[0, best]) == 2**15 - 2
 
 
 def test_rows_are_independent_and_a_row_of_nan_gives_minus_one(logits: Tensor) -> None:
     rows = torch.stack((logits, logits, logits, logits, logits.flip(0)))
     rows[1, 50], rows[2, 0], rows[3] = torch.nan, torch.inf, -torch.inf
-    hot = {draw.TEMPERATURE: 1.0, draw.FRACTION: 0.3, draw.TOP_P: 0.9}
+    hot = {field.TEMPERATURE: 1.0, field.FRACTION: 0.3, field.TOP_P: 0.9}
     known = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     found = draw.draw(rows.to(DEVICE), orders(hot, hot, {}, {}, hot), known, unseen(5)).tolist()
     assert found[1:4] == [-1, -1, -1]
@@ -178,18 +186,41 @@ def test_rows_are_independent_and_a_row_of_nan_gives_minus_one(logits: Tensor) -
 
 def test_extreme_random_numbers_draw_an_allowed_token(logits: Tensor) -> None:
     logits[100:] = -torch.inf
-    ends = [{draw.TEMPERATURE: 1.0, draw.FRACTION: fraction} for fraction in (0.0, 1.0)]
+    ends = [{field.TEMPERATURE: 1.0, field.FRACTION: fraction} for fraction in (0.0, 1.0)]
     first, last = drawn(logits, *ends)
     assert first == 0 and 0 <= last < 100
 
 
-def check_inverses(logits: Tensor, heat: float, top_k: int = 0) -> None:
+def kept_chances(logits: Tensor, heat: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0) -> Tensor:
+    """The probabilities that the host would draw from, in float64. Ties of the last one are kept."""
+    chances = (logits.double() / heat).softmax(0)
+    chances[chances < min_p * chances.max()] = 0.0
+    if top_k:
+        chances[chances < chances.topk(top_k).values[-1]] = 0.0
+    if top_p < 1:
+        ranked = (chances / chances.sum()).sort(descending=True)
+        last = ranked.indices[int((ranked.values.cumsum(0) < top_p - 1e-9).sum())]
+        chances[chances < chances[last]] = 0.0
+    return chances / chances.sum()
+
+
+def check_inverses(
+    logits: Tensor, heat: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> None:
     """Draw from `logits` by many random numbers. Each token must be the one at which the cumulative sum, in
     float64, passes the random number, or a neighbour where rounding decides. It must have a probability."""
-    goals = torch.tensor([0.0, 2**-24, *((i + 0.5) / COUNT for i in range(COUNT)), 1 - 2**-24, 1.0])
-    row = {draw.TEMPERATURE: heat, draw.TOP_K: top_k}
-    found = torch.tensor(drawn(logits, *(row | {draw.FRACTION: goal} for goal in goals.tolist())))
-    chances = (logits.double() / heat).softmax(0)
+    middle = ((i + 0.5) / COUNT for i in range(COUNT))
+    if not GPU and (top_k or top_p < 1 or min_p):
+        middle = [0.4]
+    goals = torch.tensor([0.0, 2**-24, *middle, 1 - 2**-24, 1.0])
+    row = {
+        field.TEMPERATURE: heat,
+        field.TOP_K: top_k,
+        field.TOP_P: top_p,
+        field.MIN_P: min_p,
+    }
+    found = torch.tensor(drawn(logits, *(row | {field.FRACTION: goal} for goal in goals.tolist())))
+    chances = kept_chances(logits, heat, top_k, top_p, min_p)
     until = chances.cumsum(0)[found]
     assert (chances[found] > 0).all() and logits[found].isfinite().all()
     assert (goals <= until + ROUNDING).all() and (goals >= until - chances[found] - ROUNDING).all()
@@ -236,7 +267,7 @@ def test_probabilities_are_those_after_penalties(long_row: Tensor) -> None:
     times = torch.randint(0, 3, (vocab,), generator=generator) * torch.randint(
         0, 2, (vocab,), generator=generator
     )
-    penalties = {draw.REPETITION: 1.3, draw.FREQUENCY: 0.4, draw.PRESENCE: 0.7}
+    penalties = {field.REPETITION: 1.3, field.FREQUENCY: 0.4, field.PRESENCE: 0.7}
     rows = [each | penalties for each in spread()]
     seen = (draw.IN_OUTPUT * times).short().repeat(COUNT, 1).to(DEVICE)
     known = torch.zeros(COUNT, dtype=torch.int64, device=DEVICE)
@@ -249,30 +280,67 @@ def test_probabilities_are_those_after_penalties(long_row: Tensor) -> None:
     assert (counted == draw.IN_OUTPUT).all()
 
 
-@pytest.mark.parametrize("limits", [{"top_p": 0.8}, {"top_k": 30, "min_p": 0.02}])
-def test_filters_skip_lots_whose_logits_are_all_too_low(
-    long_row: Tensor, monkeypatch: pytest.MonkeyPatch, limits: dict[str, float]
+MANY: list[dict[str, Any]] = [
+    {"top_p": 0.8},
+    {"top_k": 400, "top_p": 0.6},
+    {"top_k": 30, "min_p": 0.02, "top_p": 0.9},
+]
+LIMITS: list[dict[str, Any]] = [
+    *MANY,
+    {"top_p": 1e-6},
+    {"top_k": 7},
+    {"min_p": 0.02},
+    {"min_p": 0.3, "top_p": 0.999},
+]
+
+
+@pytest.mark.parametrize("lot", [512, 8192])
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_filters_keep_what_the_host_keeps(
+    long_row: Tensor, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any], lot: int
 ) -> None:
-    """What is likely is in the first and the third part, which are in one lot with another part each."""
-    monkeypatch.setattr(draw, "LOT", 2 * draw.PART)
-    row = torch.cat([long_row, torch.zeros(2 * draw.PART)])
-    row[draw.PART : 2 * draw.PART] -= 30.0
-    row[3 * draw.PART :] -= 30.0
-    weights = (row.double() - row.max()).exp()
-    kept = torch.where(weights >= limits.get("min_p", 0.0), weights, 0.0)
-    kept = torch.where(kept >= kept.topk(int(limits.get("top_k", len(kept)))).values[-1], kept, 0.0)
-    ranked = (kept / kept.sum()).sort(descending=True).values
-    count = int((ranked.cumsum(0) < limits.get("top_p", 1.0) - 1e-9).sum()) + 1
-    kept = torch.where(kept >= kept.topk(count).values[-1], kept, 0.0)
-    rows, tokens = spread(**limits), wanted(kept)
-    assert drawn(row, rows[1], rows[-1]) == [tokens[1], tokens[-1]]
+    """Of logits that fit a lot, and of more. What is likely is in the first and the third part."""
+    monkeypatch.setattr(draw, "LOT", lot)
+    long_row[draw.PART : 2 * draw.PART] -= 30.0
+    long_row[3 * draw.PART :] -= 30.0
+    check_inverses(long_row, 1.0, **limits)
+
+
+@pytest.mark.parametrize("limits", MANY, ids=str)
+@pytest.mark.parametrize(
+    ("heat", "scale", "shift"), [(0.3, 1.0, 0.0), (30.0, 1.0, 90.0), (1.0, 0.01, -7.0), (1.0, 1.0, 3e5)]
+)
+def test_filters_keep_the_same_of_flat_steep_and_large_logits(
+    long_row: Tensor, limits: dict[str, Any], heat: float, scale: float, shift: float
+) -> None:
+    """Levels of a part lie above or below all its logits, and far from 0 they are no longer exact."""
+    row = long_row * scale + shift
+    row[: draw.PART] -= 9.0
+    check_inverses(row, heat, **limits)
+
+
+def test_equal_logits_are_all_kept(long_row: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than fit a lot, which have no floor between them."""
+    monkeypatch.setattr(draw, "LOT", 1024)
+    long_row[:] = torch.where(torch.arange(len(long_row)) % 2 == 0, 4.0, -50.0)
+    for limits in ({"top_p": 0.3}, {"top_k": 5}, {"min_p": 0.5}):
+        check_inverses(long_row, 1.0, **limits)
 
 
 def test_rows_of_all_kinds_are_drawn_together(long_row: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy, plain and filtered rows, and rows that are not finite in one part. Filters read many lots."""
     monkeypatch.setattr(draw, "LOT", 1024)
-    hot = {draw.TEMPERATURE: 1.0, draw.FRACTION: 0.6}
-    kinds = [hot, {}, hot | {draw.TOP_P: 0.8}, hot | {draw.TOP_K: 20}, hot | {draw.MIN_P: 0.05}, hot, hot, {}]
+    hot = {field.TEMPERATURE: 1.0, field.FRACTION: 0.6}
+    kinds = [
+        hot,
+        {},
+        hot | {field.TOP_P: 0.8},
+        hot | {field.TOP_K: 20},
+        hot | {field.MIN_P: 0.05},
+        hot,
+        hot,
+        {},
+    ]
     logits = long_row.repeat(len(kinds), 1)
     logits[5, 5000], logits[6, 3], logits[7, 2100] = torch.nan, torch.inf, torch.nan
     known = torch.zeros(len(kinds), dtype=torch.int64, device=DEVICE)
@@ -298,15 +366,15 @@ def test_the_device_fills_a_batch_from_its_inputs() -> None:
     tables[:, :550] = torch.arange(4 * 550).view(4, 550)
     known = torch.tensor([40, 41, 42, -1], device=DEVICE)
     rows = [(2, 9, -1, 77), (0, 2195, 5, 88), (3, 0, -1, 99)]
-    made = np.zeros((3, draw.ORDER), dtype=np.int32)
+    made = np.zeros((3, field.ORDER), dtype=np.int32)
     made[:, :4] = rows
-    made[:, draw.AHEAD] = 0, 3, 0
+    made[:, field.AHEAD] = 0, 3, 0
     batch = Batch(
         zeros(3), zeros(3), zeros(3), zeros(4), zeros(3, kind=torch.int32), zeros(3, 600, kind=torch.int32),
         zeros(3), [1] * 3, [0] * 3, zeros(3, kind=torch.int32),
     )  # fmt: skip
     before = tables.clone()
-    draw.read(torch.from_numpy(made).to(DEVICE), known, tables, batch, 4)
+    field.read(torch.from_numpy(made).to(DEVICE), known, tables, batch, 4)
     assert batch.tokens.tolist() == [42, 5, 0], "a token that is no number must not be looked up"
     assert batch.positions.tolist() == [9, 2195, 0] and batch.contexts.tolist() == [10, 2196, 1]
     assert batch.written is not None and batch.written.tolist() == [9, 2192, 0]

@@ -35,7 +35,7 @@ from stretto.engine.runners.scores import score
 from stretto.engine.runners.step_memory import INPUT_ROW, PinnedMemory, StepMemory, send
 from stretto.engine.scheduler.types import Plan, Row
 from stretto.engine.sequence import Drawn, Sequence, follow
-from stretto.kernels.cuda import draw
+from stretto.kernels.cuda import draw, step_inputs
 from stretto.kernels.cuda.hopper.gated import LEAST_ROWS
 from stretto.kernels.cuda.launch import compiling_ahead
 from stretto.models.decoder import Decoder
@@ -167,7 +167,7 @@ class CudaRunner:
                     self._step(self._idle(size), abridged=True)
 
     def _capture_first(self, progress: Callable[[int, int], None], times: StartTimes) -> None:
-        draw.write_tables(
+        step_inputs.write_tables(
             self._ring[0].updates([(len(self._tables) - 1, 0, self.info.blocks)], self._device), self._tables
         )
         tokens, rows = set[int](), set[int]()
@@ -227,7 +227,7 @@ class CudaRunner:
             tokens = memory.replayed
         else:
             tokens, logits, hidden, every = self._step(memory, every=bool(scoring))
-        draw.move(tokens[: len(parts)], pinned.tokens)
+        step_inputs.move(tokens[: len(parts)], pinned.tokens)
         pinned.arrived.record()
         results: dict[int, Drawn] = {}
         if on_host and logits is not None:
@@ -312,9 +312,9 @@ class CudaRunner:
         inputs, batch = memory.inputs, memory.batch
         decoder, cache = self._abridged if abridged else (self._decoder, self._cache)
         if memory.size.decodes:
-            draw.read(inputs, self._drawn, self._tables, batch, self.info.block_size)
+            step_inputs.read(inputs, self._drawn, self._tables, batch, self.info.block_size)
         else:
-            draw.read_mixed(
+            step_inputs.read_mixed(
                 inputs, memory.ids, self._drawn, self._tables, memory.outputs, batch, self.info.block_size
             )
         states = None
@@ -349,7 +349,7 @@ class CudaRunner:
             # The blocks of draft tokens are written again next time, because rejection frees them.
             self._in_tables[seq.slot] = seq, seq.preemptions, row.start // size + 1 if row.draft else end
         if updates:
-            draw.write_tables(pinned.updates(updates, self._device), self._tables)
+            step_inputs.write_tables(pinned.updates(updates, self._device), self._tables)
 
     def _fill(self, memory: StepMemory, parts: list[Row], pinned: PinnedMemory) -> None:
         """Send rows, and those of draft tokens as `_parts` makes them, to the memory of a step."""
@@ -367,8 +367,8 @@ class CudaRunner:
         if not size.decodes:
             inputs["first"][len(parts) :] = first
             inputs["count"][-1] = size.tokens - first
-        words = len(inputs) * draw.ORDER + (0 if size.decodes else first)
-        draw.move(torch.from_numpy(pinned.words[:words]), memory.words)
+        words = len(inputs) * step_inputs.ORDER + (0 if size.decodes else first)
+        step_inputs.move(torch.from_numpy(pinned.words[:words]), memory.words)
 
     def _input(self, row: Row, first: int) -> tuple[float, ...]:
         """The `INPUT_ROW` of a row, whose first token is number `first` of the step. Token -1 is known to the

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from stretto.engine.runners.graphs import StepSize
 from stretto.kernels import Batch
-from stretto.kernels.cuda import draw
+from stretto.kernels.cuda import step_inputs
 
 UPDATES = 4096  # blocks that a step may add to the tables from pinned memory; more take a copy of their own
-# One row of a step's input, as `kernels.cuda.draw` reads it.
+# One row of a step's input, as `kernels.cuda.step_inputs` reads it.
 INPUT_ROW = np.dtype(
     [
         *(
@@ -32,7 +32,7 @@ INPUT_ROW = np.dtype(
         ("ahead", np.int32),
     ]
 )
-assert INPUT_ROW.itemsize == 4 * draw.ORDER
+assert INPUT_ROW.itemsize == 4 * step_inputs.ORDER
 
 
 @dataclass(slots=True)
@@ -74,16 +74,16 @@ class StepMemory:
             context_lens=[context] * size.rows if size.decodes else [],
             written=zeros(rows, dtype=torch.int32) if size.decodes else None,
         )
-        words = rows * draw.ORDER + (0 if size.decodes else size.tokens)
+        words = rows * step_inputs.ORDER + (0 if size.decodes else size.tokens)
         return cls(size, zeros(words, dtype=torch.int32), batch, outputs)
 
     @property
     def inputs(self) -> Tensor:
-        return self.words[: input_rows(self.size) * draw.ORDER].view(-1, draw.ORDER)
+        return self.words[: input_rows(self.size) * step_inputs.ORDER].view(-1, step_inputs.ORDER)
 
     @property
     def ids(self) -> Tensor:
-        return self.words[input_rows(self.size) * draw.ORDER :]
+        return self.words[input_rows(self.size) * step_inputs.ORDER :]
 
 
 class PinnedMemory:
@@ -91,14 +91,14 @@ class PinnedMemory:
 
     def __init__(self, rows: int, tokens: int) -> None:
         self._pin = torch.cuda.is_available()
-        self.words: NDArray[np.int32] = self._zeros((rows + 1) * draw.ORDER + tokens).numpy()
+        self.words: NDArray[np.int32] = self._zeros((rows + 1) * step_inputs.ORDER + tokens).numpy()
         self.tokens = torch.zeros(rows, dtype=torch.int64, pin_memory=self._pin)
         self.arrived = torch.cuda.Event()
         self._updates = self._zeros(UPDATES * 3).view(-1, 3)
 
     def parts(self, size: StepSize) -> tuple[NDArray[np.void], NDArray[np.int32]]:
         """`INPUT_ROW`s and tokens of a step, as views of `words`."""
-        until = input_rows(size) * draw.ORDER
+        until = input_rows(size) * step_inputs.ORDER
         return self.words[:until].view(INPUT_ROW), self.words[until : until + size.tokens]
 
     def updates(self, updates: list[tuple[int, int, int]], device: torch.device) -> Tensor:

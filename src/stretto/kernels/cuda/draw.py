@@ -1,8 +1,9 @@
-"""The input of a step and the sampling of its tokens, both on the device, so that the host need not wait.
+"""Draws the tokens of a step on the device, so that the host need not wait.
 
-A row of inputs holds what the host knows of one sequence's step; the token to read may be known to the device
-alone. Sampling inverts the cumulative sum, in the vocabulary's order, over the tokens that top_k, top_p and
-min_p keep. Their smallest logit is found by bisection; tokens as likely as the last one kept are kept too.
+Sampling inverts the cumulative sum, in the vocabulary's order, over the tokens that top_k, top_p and min_p
+keep. Tokens as likely as the last one kept are kept too. A first kernel goes through all parts of all rows at
+once. What it learns of them bounds the smallest logit that is kept, so that a second kernel, which has one
+program for each row, need only search the logits above that bound.
 """
 
 from __future__ import annotations
@@ -12,20 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stretto.kernels import Batch
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
+from stretto.kernels.cuda.step_inputs import ORDER, SETTINGS, TO
 
-SLOT, POSITION, TOKEN, BLOCK, TOP_K, SINK, COUNT, FIRST = range(8)
-TEMPERATURE, TOP_P, MIN_P, FRACTION, REPETITION, FREQUENCY, PRESENCE = range(8, 15)
-AHEAD = 15
-ORDER = 16
-"""How many numbers of 32 bits a row of inputs has. They are float32 from TEMPERATURE to PRESENCE, the others
-int32. Row tables and tokens are read by SLOT; the drawn token is written by SINK, which is another slot where
-none is wanted. A row has COUNT tokens from POSITION on; the first is number FIRST of the step. The step
-computes AHEAD tokens before them, in rows of the same sequence."""
-SETTINGS = tl.constexpr(TEMPERATURE)
-TO = tl.constexpr(SINK)
-BEFORE = tl.constexpr(AHEAD)
 IN_PROMPT, IN_OUTPUT = 1, 2
 """What a token's count is made of: 1 if the prompt has it, and 2 for each time it was sampled."""
 MOST_SEEN = tl.constexpr(2**15 - 4)
@@ -33,136 +23,11 @@ MOST_SEEN = tl.constexpr(2**15 - 4)
 PART = 2048
 LOT = 8192
 HALVINGS = 26
+LEVELS, DEPTH = 16, 32  # halvings of the probability that are known of a part, and looked at in a row
 FAR = 100.0  # exp(-FAR) is too small a weight to matter
+EXACT = tl.constexpr(2.0**20)
 LOG2_E = tl.constexpr(1.4426950408889634)
 COLDEST = tl.constexpr(1e-30)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _move(source, target, count, BLOCK: tl.constexpr):
-    release()
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    wait()
-    tl.store(target + place, tl.load(source + place, place < count), place < count)
-
-
-def move(source: Tensor, target: Tensor) -> None:
-    """Copy between the device and pinned memory, in the stream's order. A kernel does it, because the kernels
-    before and after would wait longer for a copy engine."""
-    count = source.numel()
-    _move[(triton.cdiv(count, 256),)](source, target, count, BLOCK=256, num_warps=2, **OPTIONS)
-
-
-@triton.jit
-def _fill_batch(
-    inputs, drawn, tables, tokens, positions, slots, contexts, written, own_tables, table_stride, own_stride,
-    ORDER: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    release()
-    row = tl.program_id(0).to(tl.int64)
-    wait()
-    row_inputs = inputs + row * ORDER
-    slot, position = tl.load(row_inputs).to(tl.int64), tl.load(row_inputs + 1)
-    token, block = tl.load(row_inputs + 2).to(tl.int64), tl.load(row_inputs + 3)
-    if token < 0:
-        token = tl.maximum(tl.load(drawn + slot), 0)
-    tl.store(tokens + row, token)
-    tl.store(positions + row, position.to(tl.int64))
-    tl.store(slots + row, block.to(tl.int64) * SIZE + position % SIZE)
-    tl.store(contexts + row, position + 1)
-    tl.store(written + row, position - tl.load(row_inputs + BEFORE))
-    last = position // SIZE
-    tl.store(tables + slot * table_stride + last, block)
-    for start in range(0, last + 1, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        value = tl.load(tables + slot * table_stride + column, column < last, 0)
-        value = tl.where(column == last, block, value)
-        tl.store(own_tables + row * own_stride + column, value, column <= last)
-
-
-def read(inputs: Tensor, drawn: Tensor, tables: Tensor, batch: Batch, block_size: int) -> None:
-    """Fill `batch`, which has `written`, for a step of one token per row.
-
-    `inputs`: int32 [B, ORDER]. `drawn` (int64, the last token) and `tables` (int32, the blocks) are indexed
-    by slot; the newest block is added to `tables`. A TOKEN below zero is read from `drawn`. Of a sequence
-    with several rows, `tables` must hold all blocks.
-    """
-    assert batch.written is not None, "rows of one sequence must know of each other"
-    _fill_batch[(inputs.shape[0],)](
-        inputs, drawn, tables, batch.tokens, batch.positions, batch.slots, batch.contexts, batch.written,
-        batch.tables, tables.stride(0), batch.tables.stride(0),
-        ORDER=ORDER, SIZE=block_size, COLUMNS=512, **OPTIONS,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["padding"])
-def _fill_mixed(
-    inputs, ids, drawn, tables, tokens, positions, slots, starts, contexts, outputs, own_tables,
-    table_stride, own_stride, padding,
-    ORDER: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    release()
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    wait()
-    row_inputs = inputs + row * ORDER
-    slot, position = tl.load(row_inputs).to(tl.int64), tl.load(row_inputs + 1)
-    count, first = tl.load(row_inputs + 6), tl.load(row_inputs + 7)
-    real = slot != padding
-    place = part * TOKENS + tl.arange(0, TOKENS)
-    inside = place < count
-    at = tl.where(real, position + place, 0)
-    token = tl.load(ids + first + place, place < tl.where(real, count, 0), 0).to(tl.int64)
-    newest = tl.maximum(tl.load(drawn + slot), 0)
-    block = tl.load(tables + slot * table_stride + at // SIZE, inside, 0).to(tl.int64)
-    tl.store(tokens + first + place, tl.where(token < 0, newest, token), inside)
-    tl.store(positions + first + place, at.to(tl.int64), inside)
-    tl.store(slots + first + place, block * SIZE + at % SIZE, inside)
-    if part == 0:
-        context = tl.where(real, position + count, 1)
-        tl.store(starts + row, first)
-        tl.store(contexts + row, context)
-        tl.store(outputs + row, tl.maximum(first + count - 1, 0).to(tl.int64))
-        columns = tl.cdiv(context, SIZE)
-        for start in range(0, columns, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            value = tl.load(tables + slot * table_stride + column, column < columns, 0)
-            tl.store(own_tables + row * own_stride + column, value, column < columns)
-
-
-def read_mixed(
-    inputs: Tensor, ids: Tensor, drawn: Tensor, tables: Tensor, outputs: Tensor, batch: Batch, block_size: int
-) -> None:
-    """Fill `batch` for a step in which each sequence has any number of tokens.
-
-    `inputs`: int32 [S, ORDER]. Its rows in the last slot are padding, and attend to one key only. `ids`:
-    int32 [T], the tokens; one below zero is read from `drawn`. `outputs`: int64 [S], gets the last token of
-    each row. `tables` must hold all blocks.
-    """
-    rows, tokens = inputs.shape[0], ids.shape[0]
-    _fill_mixed[(rows, triton.cdiv(tokens, 512))](
-        inputs, ids, drawn, tables, batch.tokens, batch.positions, batch.slots, batch.query_starts,
-        batch.contexts, outputs, batch.tables, tables.stride(0), batch.tables.stride(0), tables.shape[0] - 1,
-        ORDER=ORDER, SIZE=block_size, COLUMNS=512, TOKENS=512, **OPTIONS,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["count"])
-def _write_tables(updates, tables, count, stride, BLOCK: tl.constexpr):
-    release()
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    wait()
-    slot = tl.load(updates + 3 * place, inside, 0).to(tl.int64)
-    column, block = tl.load(updates + 3 * place + 1, inside, 0), tl.load(updates + 3 * place + 2, inside, 0)
-    tl.store(tables + slot * stride + column, block, inside)
-
-
-def write_tables(updates: Tensor, tables: Tensor) -> None:
-    """Write blocks into `tables` (int32, by slot). `updates`: int32 [N, 3], a slot, a column and a block."""
-    count = updates.shape[0]
-    _write_tables[(triton.cdiv(count, 256),)](
-        updates, tables, count, tables.stride(0), BLOCK=256, num_warps=2, **OPTIONS
-    )
 
 
 @triton.jit
@@ -174,13 +39,36 @@ def _penalties(settings):
 
 
 @triton.jit
+def _limited(top_k, vocab):
+    """Whether top_k has an effect."""
+    return (top_k > 0) & (top_k < vocab)
+
+
+@triton.jit
+def _half(heat):
+    """How much lower a logit has half the weight."""
+    return tl.maximum(heat, COLDEST) / LOG2_E
+
+
+@triton.jit
+def _store_levels(levels, value, amount, peak, heat, LEVELS: tl.constexpr):
+    """Sums of `amount` over the logits of a part that are at least a multiple of `_half`: the highest one
+    that is not above the peak, and those below it."""
+    half = _half(heat)
+    top = tl.floor(peak / half)
+    for level in range(LEVELS):
+        tl.store(levels + level, tl.sum(tl.where(value >= (top - level) * half, amount, 0.0), 0))
+
+
+@triton.jit
 def _penalise_and_sum_parts(
-    logits, peaks, columns, masses, inputs, settings, seen, vocab, ORDER: tl.constexpr, PARTS: tl.constexpr,
-    PART: tl.constexpr,
+    logits, peaks, columns, masses, levels, inputs, settings, seen, vocab,
+    ORDER: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of a part of a row, and its first column; NaN counts as infinite. Above temperature
-    0 also the sum of exp((logit - peak) / temperature), with the peak of the part. Penalties are applied
-    first, to the logits of tokens that have a count."""
+    0 also the sum of exp((logit - peak) / temperature), with the peak of the part, and with top_k or top_p
+    how many logits, or what part of that sum, are above each level. Penalties are applied first, to the
+    logits of tokens that have a count."""
     release()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * PART + tl.arange(0, PART)
@@ -199,12 +87,18 @@ def _penalise_and_sum_parts(
         tl.store(spot, value, column < vocab)
     value = tl.where(value == value, value, float("inf"))
     peak = tl.max(value, 0)
-    tl.store(peaks + row * PARTS + part, peak)
-    tl.store(columns + row * PARTS + part, tl.min(tl.where(value == peak, column, vocab), 0))
+    place = row * PARTS + part
+    tl.store(peaks + place, peak)
+    tl.store(columns + place, tl.min(tl.where(value == peak, column, vocab), 0))
     if heat > 0:
         sound = (peak < float("inf")) & (peak > -float("inf"))
         weights = tl.exp2((value - tl.where(sound, peak, 0.0)) * (LOG2_E / tl.maximum(heat, COLDEST)))
-        tl.store(masses + row * PARTS + part, tl.where(sound, tl.sum(weights, 0), 0.0))
+        tl.store(masses + place, tl.where(sound, tl.sum(weights, 0), 0.0))
+        top_k, top_p = tl.load(inputs + row * ORDER + 4), tl.load(settings + row * ORDER + SETTINGS + 1)
+        limited = _limited(top_k, vocab)
+        if limited | (top_p < 1):
+            amount = tl.where(sound, tl.where(limited, 1.0, weights), 0.0)
+            _store_levels(levels + place * LEVELS, value, amount, peak, heat, LEVELS)
 
 
 @triton.jit
@@ -215,31 +109,57 @@ def _reaches(peaks, start, vocab, floor, LOT: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def _mass(logits, peaks, vocab, floor, peak, rate, LOT: tl.constexpr, PART: tl.constexpr):
-    """How many logits of a row are at least `floor`, and the sum of their weights."""
-    count = 0
-    mass = 0.0
-    for start in range(0, vocab, LOT):
-        if _reaches(peaks, start, vocab, floor, LOT, PART):
-            column = start + tl.arange(0, LOT)
-            value = tl.load(logits + column, column < vocab, -float("inf"))
-            kept = value >= floor
-            count += tl.sum(kept.to(tl.int32), 0)
-            mass += tl.sum(tl.where(kept, tl.exp2((value - peak) * rate), 0.0), 0)
-    return count, mass
+def _running_sums(amount):
+    """The cumulative sums of a block: those of rows of 32, and of the sums of these rows."""
+    WIDTH: tl.constexpr = 32 if amount.shape[0] >= 32 else amount.shape[0]
+    rows = tl.reshape(amount, (amount.shape[0] // WIDTH, WIDTH))
+    sums = tl.sum(rows, 1)
+    within = tl.cumsum(rows, 1) + (tl.cumsum(sums, 0) - sums)[:, None]
+    return tl.reshape(within, (amount.shape[0],))
 
 
 @triton.jit
-def _floor(
-    logits, peaks, vocab, low, peak, rate, minimum, share,
-    LOT: tl.constexpr, PART: tl.constexpr, HALVINGS: tl.constexpr,
-):  # fmt: skip
-    """The largest floor, from `low` up, that keeps `minimum` logits and a mass of `share`."""
-    high = peak
+def _amounts(
+    logits, peaks, vocab, first, second, third, peak, rate, counted, LOT: tl.constexpr, PART: tl.constexpr
+):
+    """How many logits of a row are at least as large as each of three floors, of which the first is the
+    lowest, or, if not `counted`, the sums of their weights."""
+    above_first, above_second, above_third = 0.0, 0.0, 0.0
+    for start in range(0, vocab, LOT):
+        if _reaches(peaks, start, vocab, first, LOT, PART):
+            column = start + tl.arange(0, LOT)
+            value = tl.load(logits + column, column < vocab, -float("inf"))
+            amount = tl.where(counted, 1.0, tl.exp2((value - peak) * rate))
+            above_first += tl.sum(tl.where(value >= first, amount, 0.0), 0)
+            above_second += tl.sum(tl.where(value >= second, amount, 0.0), 0)
+            above_third += tl.sum(tl.where(value >= third, amount, 0.0), 0)
+    return above_first, above_second, above_third
+
+
+@triton.jit
+def _collect(logits, peaks, columns, vocab, low, high, LOT: tl.constexpr, PART: tl.constexpr):
+    """How many logits of a row are from `low` up to below `high`. The columns of the first LOT of them are
+    stored, in order."""
+    tl.debug_barrier()
+    found = 0
+    for start in range(0, vocab, LOT):
+        if _reaches(peaks, start, vocab, low, LOT, PART):
+            column = start + tl.arange(0, LOT)
+            value = tl.load(logits + column, column < vocab, -float("inf"))
+            kept = (value >= low) & (value < high)
+            place = found + _running_sums(kept.to(tl.int32)) - 1
+            tl.store(columns + place, column, kept & (place < LOT))
+            found += tl.sum(kept.to(tl.int32), 0)
+    tl.debug_barrier()
+    return found
+
+
+@triton.jit
+def _narrow(value, amount, low, high, goal, HALVINGS: tl.constexpr):
+    """The largest floor from `low` up to `high` above which the amounts of these logits reach `goal`."""
     for _ in range(HALVINGS):
         middle = low + (high - low) * 0.5
-        count, mass = _mass(logits, peaks, vocab, middle, peak, rate, LOT, PART)
-        if (count >= minimum) & (mass >= share):
+        if tl.sum(tl.where(value >= middle, amount, 0.0), 0) >= goal:
             low = middle
         else:
             high = middle
@@ -247,35 +167,127 @@ def _floor(
 
 
 @triton.jit
-def _invert_kept(
-    logits, peaks, vocab, mass, peak, heat, rate, top_k, top_p, min_p, fraction,
-    LOT: tl.constexpr, PART: tl.constexpr, HALVINGS: tl.constexpr, FAR: tl.constexpr,
+def _floor(
+    logits, peaks, columns, vocab, low, high, peak, rate, goal, counted,
+    LOT: tl.constexpr, PART: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    """The token at which the cumulative sum of what top_k, top_p and min_p keep of a row passes `fraction`
-    of it; vocab if rounding leaves none. `mass`: the sum of all weights. A lot without a peak as high as the
-    floor is not read, and where few tokens are likely, few other lots are left soon."""
-    floor = peak - FAR * heat
-    limited = (top_k > 0) & (top_k < vocab)
-    if min_p > 0:
-        floor = tl.maximum(floor, peak + tl.log(min_p) * heat)
+    """The largest floor, from `low` up, above which the amount of a row is at least `goal`. It is looked for
+    below `high` first. As soon as the logits in question fit a lot, only these are searched."""
+    found, base = LOT + 1, 0.0
+    for _ in range(HALVINGS // 2):
+        if found > LOT:
+            third = (high - low) / 3
+            first, second = low + third, high - third
+            above_first, above_second, above_high = _amounts(
+                logits, peaks, vocab, first, second, high, peak, rate, counted, LOT, PART
+            )
+            if above_high >= goal:
+                low, high = high, peak
+            elif above_second >= goal:
+                low, base = second, above_high
+            elif above_first >= goal:
+                low, high, base = first, second, above_second
+            else:
+                high, base = first, above_first
+            found = _collect(logits, peaks, columns, vocab, low, high, LOT, PART)
+    if found <= LOT:
+        place = tl.arange(0, LOT)
+        value = tl.load(logits + tl.load(columns + place, place < found, 0), place < found, -float("inf"))
+        amount = tl.where(counted, 1.0, tl.exp2((value - peak) * rate))
+        low = _narrow(value, amount, low, high, goal - base, HALVINGS)
+    return low
+
+
+@triton.jit
+def _bounds(
+    levels, tops, scales, goal, heat, peak,
+    PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, LEVELS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The highest level above which the amounts of all parts, times their scales, are known to be at least
+    `goal`, and the next higher one; -inf and the peak if none is. Below the lowest level of a part there may
+    be more."""
+    half, part, depth = _half(heat), tl.arange(0, PARTS_BLOCK), tl.arange(0, DEPTH)
+    index = tl.floor(tops / half)
+    top = tl.max(index, 0)
+    level = depth[None] - tl.minimum(top - index, DEPTH).to(tl.int32)[:, None]
+    known = levels + part[:, None] * LEVELS + tl.minimum(level, LEVELS - 1)
+    amounts = tl.load(known, (level >= 0) & (part < PARTS)[:, None], 0.0) * scales[:, None]
+    first = tl.min(tl.where(tl.sum(amounts, 0) >= goal, depth, DEPTH), 0)
+    # Larger numbers are not all whole.
+    found = (first < DEPTH) & (tl.abs(top) < EXACT)
+    low = tl.where(found, (top - first) * half, -float("inf"))
+    return low, tl.minimum(tl.where(found, (top - first + 1) * half, peak), peak)
+
+
+@triton.jit
+def _invert_collected(
+    logits, columns, found, mass, floor, vocab, peak, rate, top_k, top_p, min_p, fraction,
+    LOT: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
+    """As `_invert_kept`, of `found` collected logits, all of which are at least `floor`."""
+    place, limited = tl.arange(0, LOT), _limited(top_k, vocab)
+    value = tl.load(logits + tl.load(columns + place, place < found, 0), place < found, -float("inf"))
+    weights = tl.exp2((value - peak) * rate)
     if limited:
-        floor = _floor(logits, peaks, vocab, floor, peak, rate, top_k, 0.0, LOT, PART, HALVINGS)
+        floor = _narrow(value, tl.full((LOT,), 1.0, tl.float32), floor, peak, top_k, HALVINGS)
+        weights = tl.where(value >= floor, weights, 0.0)
     if (min_p > 0) | limited:
-        _, mass = _mass(logits, peaks, vocab, floor, peak, rate, LOT, PART)
+        mass = tl.sum(weights, 0)
     if top_p < 1:
-        floor = _floor(logits, peaks, vocab, floor, peak, rate, 0, mass * top_p, LOT, PART, HALVINGS)
-        _, mass = _mass(logits, peaks, vocab, floor, peak, rate, LOT, PART)
-    goal = mass * fraction
-    token = vocab
-    passed = 0.0
+        floor = _narrow(value, weights, floor, peak, mass * top_p, HALVINGS)
+        weights = tl.where(value >= floor, weights, 0.0)
+    until = _running_sums(weights)
+    passed = (weights > 0) & (until > tl.max(until, 0) * fraction)
+    last = tl.max(tl.where(weights > 0, place, 0), 0)
+    return tl.load(columns + tl.minimum(tl.min(tl.where(passed, place, LOT), 0), last))
+
+
+@triton.jit
+def _invert_row(logits, peaks, vocab, goal, floor, peak, rate, LOT: tl.constexpr, PART: tl.constexpr):
+    """The token at which the cumulative sum of the weights of logits from `floor` up passes `goal`, or the
+    last one of them."""
+    token, last, passed = vocab, 0, 0.0
     for start in range(0, vocab, LOT):
         if _reaches(peaks, start, vocab, floor, LOT, PART):
             column = start + tl.arange(0, LOT)
             value = tl.load(logits + column, column < vocab, -float("inf"))
             weights = tl.where(value >= floor, tl.exp2((value - peak) * rate), 0.0)
-            until = passed + tl.cumsum(weights, 0)
+            until = passed + _running_sums(weights)
             token = tl.minimum(token, tl.min(tl.where((weights > 0) & (until > goal), column, vocab), 0))
+            last = tl.maximum(last, tl.max(tl.where(weights > 0, column, 0), 0))
             passed += tl.sum(weights, 0)
+    return tl.minimum(token, last)
+
+
+@triton.jit
+def _invert_kept(
+    logits, peaks, columns, vocab, mass, floor, low, high, peak, rate, top_k, top_p, min_p, fraction,
+    LOT: tl.constexpr, PART: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
+    """The token at which the cumulative sum of what top_k, top_p and min_p keep of a row passes `fraction`
+    of it, or the last one that is kept. `mass`: the sum of all weights. What is kept is at least `floor`, by
+    min_p, and at least `low`. If no more than a lot of logits are, only these are read again."""
+    limited = _limited(top_k, vocab)
+    floor = tl.maximum(floor, low)
+    found = _collect(logits, peaks, columns, vocab, floor, float("inf"), LOT, PART)
+    if found <= LOT:
+        token = _invert_collected(
+            logits, columns, found, mass, floor, vocab, peak, rate, top_k, top_p, min_p, fraction, LOT,
+            HALVINGS,
+        )  # fmt: skip
+    else:
+        high = tl.maximum(high, floor)
+        if limited:
+            floor = _floor(logits, peaks, columns, vocab, floor, high, peak, rate, top_k.to(tl.float32), True,
+                           LOT, PART, HALVINGS)  # fmt: skip
+        if (min_p > 0) | limited:
+            mass, _, _ = _amounts(logits, peaks, vocab, floor, floor, floor, peak, rate, False, LOT, PART)
+            high = peak
+        if top_p < 1:
+            floor = _floor(logits, peaks, columns, vocab, floor, high, peak, rate, mass * top_p, False, LOT,
+                           PART, HALVINGS)  # fmt: skip
+            mass, _, _ = _amounts(logits, peaks, vocab, floor, floor, floor, peak, rate, False, LOT, PART)
+        token = _invert_row(logits, peaks, vocab, mass * fraction, floor, peak, rate, LOT, PART)
     return token
 
 
@@ -293,9 +305,9 @@ def _invert_part(logits, vocab, part, peak, rate, goal, PART: tl.constexpr):
 
 @triton.jit
 def _draw(
-    logits, peaks, columns, masses, inputs, settings, drawn, seen, out, vocab,
+    logits, peaks, columns, masses, levels, collected, inputs, settings, drawn, seen, out, vocab,
     ORDER: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
-    LOT: tl.constexpr, HALVINGS: tl.constexpr, FAR: tl.constexpr,
+    LEVELS: tl.constexpr, DEPTH: tl.constexpr, LOT: tl.constexpr, HALVINGS: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """The token of a row. Without top_k, top_p and min_p only one part of the logits is read: that in which
     the cumulative sum of the parts passes the goal."""
@@ -315,15 +327,24 @@ def _draw(
     token = tl.where(sound, tl.min(tl.where(tops == peak, firsts, vocab), 0), -1)
     if sound & (heat > 0):
         rate = LOG2_E / tl.maximum(heat, COLDEST)
-        sums *= tl.exp2((tops - peak) * rate)
+        scales = tl.exp2((tops - peak) * rate)
+        sums *= scales
         until = tl.cumsum(sums, 0)
         mass = tl.max(until, 0)
-        if (min_p > 0) | (top_p < 1) | ((top_k > 0) & (top_k < vocab)):
-            kept = _invert_kept(
-                own, peaks, vocab, mass, peak, heat, rate, top_k, top_p, min_p, fraction, LOT, PART, HALVINGS,
-                FAR,
+        limited = _limited(top_k, vocab)
+        if limited | (top_p < 1) | (min_p > 0):
+            floor, low, high = peak - FAR * heat, -float("inf"), peak
+            if min_p > 0:
+                floor = tl.maximum(floor, peak + tl.log(min_p) * heat)
+            if limited | (min_p <= 0):
+                scales = tl.where(limited, 1.0, scales)
+                goal = tl.where(limited, top_k.to(tl.float32), mass * top_p)
+                low, high = _bounds(levels + row * PARTS * LEVELS, tops, scales, goal, heat, peak, PARTS,
+                                    PARTS_BLOCK, LEVELS, DEPTH)  # fmt: skip
+            token = _invert_kept(
+                own, peaks, collected + row * LOT, vocab, mass, floor, low, high, peak, rate, top_k, top_p,
+                min_p, fraction, LOT, PART, HALVINGS,
             )  # fmt: skip
-            token = tl.where(kept < vocab, kept, token)
         else:
             goal = mass * fraction
             last = tl.max(tl.where(sums > 0, part, 0), 0)
@@ -350,18 +371,20 @@ def draw(logits: Tensor, inputs: Tensor, drawn: Tensor, seen: Tensor) -> Tensor:
     """
     count, vocab = logits.shape
     parts = triton.cdiv(vocab, PART)
-    peaks, masses = logits.new_empty(count, parts), logits.new_empty(count, parts)
-    columns = torch.empty((count, parts), dtype=torch.int32, device=logits.device)
+    peaks, masses, levels = (logits.new_empty(count, parts, size) for size in (1, 1, LEVELS))
+    lot = min(LOT, pow2(vocab))
+    columns, collected = (
+        torch.empty((count, size), dtype=torch.int32, device=logits.device) for size in (parts, lot)
+    )
     out = torch.empty(count, dtype=torch.int64, device=logits.device)
     settings = inputs.view(torch.float32)
     _penalise_and_sum_parts[(count, parts)](
-        logits, peaks, columns, masses, inputs, settings, seen, vocab,
-        ORDER=ORDER, PARTS=parts, PART=PART, num_warps=4, **OPTIONS,
+        logits, peaks, columns, masses, levels, inputs, settings, seen, vocab,
+        ORDER=ORDER, PARTS=parts, PART=PART, LEVELS=LEVELS, num_warps=4, **OPTIONS,
     )  # fmt: skip
-    lot = min(LOT, pow2(vocab))
     _draw[(count,)](
-        logits, peaks, columns, masses, inputs, settings, drawn, seen, out, vocab,
-        ORDER=ORDER, PART=PART, PARTS=parts, PARTS_BLOCK=pow2(parts), LOT=lot, HALVINGS=HALVINGS, FAR=FAR,
-        num_warps=min(max(lot // 1024, 1), 32), **OPTIONS,
+        logits, peaks, columns, masses, levels, collected, inputs, settings, drawn, seen, out, vocab,
+        ORDER=ORDER, PART=PART, PARTS=parts, PARTS_BLOCK=pow2(parts), LEVELS=LEVELS, DEPTH=DEPTH, LOT=lot,
+        HALVINGS=HALVINGS, FAR=FAR, maxnreg=128, num_warps=min(max(lot // 1024, 1), 32), **OPTIONS,
     )  # fmt: skip
     return out
