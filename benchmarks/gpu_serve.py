@@ -1,8 +1,10 @@
 """Serves a model on this GPU with Stretto, and with vLLM if there is one, and sends both the same requests.
 
-`python benchmarks/gpu_serve.py MODEL_DIR [--vllm PYTHON] [--rates 8 16] [--json FILE] [--seconds-left N]`
+`python benchmarks/gpu_serve.py MODEL_DIR [--vllm PYTHON] [--steady 10] [--rates 8 16] [--json FILE]`
 
 Each server runs alone. The first pass follows its start at once; the warm pass repeats it with other prompts.
+`--steady` adds a pass with that many times as many requests as are sent at once, in which the burst at the
+start and the last answers weigh less.
 `--vllm` names a Python that has vLLM. `--rates` adds Poisson arrivals after the last pass. Goodput is at
 `ttft:500,tpot:50`, and for the rates Stretto starts again with these limits as the objective of its tier.
 The file is written after every load. With `--seconds-left`, a load that would not fit is skipped and named.
@@ -30,6 +32,7 @@ GOOD = "ttft:500,tpot:50"
 GOOD_TIER = "[tiers.default]\nttft_ms = 500\nitl_ms = 50\n"
 START_S, POLL_S, LOAD_S = 300.0, 0.05, 240
 RATE_S = 20  # of requests at each rate
+STEADY = "steady"
 START = "start"  # stands where a load has its title
 
 
@@ -116,11 +119,18 @@ class Load(NamedTuple):
     requests: int
 
 
-def loads_of(passes: list[str], at_once: list[int], rates: list[float]) -> tuple[list[Load], list[Load]]:
+def loads_of(
+    passes: list[str], at_once: list[int], rates: list[float], steady: int = 0
+) -> tuple[list[Load], list[Load]]:
     """The loads of so many requests at once, pass by pass, and those of a rate."""
     closed = [
-        Load(run, f"{n} at once", ["--concurrency", str(n)], REQUESTS.get(n, 3 * n))
-        for run in passes
+        Load(
+            run,
+            f"{n} at once",
+            ["--concurrency", str(n)],
+            steady * n if run == STEADY else REQUESTS.get(n, 3 * n),
+        )
+        for run in (*passes, *([STEADY] if steady else []))
         for n in at_once
     ]
     arrivals = [Load(passes[-1], f"{rate:g}/s", ["--rate", str(rate)], int(rate * RATE_S)) for rate in rates]
@@ -128,19 +138,20 @@ def loads_of(passes: list[str], at_once: list[int], rates: list[float]) -> tuple
 
 
 class Budget:
-    """The seconds that are left. A load is expected to take as long as the one of its title did before, and
-    otherwise as long as the slowest so far, or as a server's start."""
+    """The seconds that are left. A load is expected to take as long for a request as the one of its title did
+    before, and otherwise as long as the slowest load so far, or as a server's start."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
-        self._took: dict[str, float] = {}
+        self._slowest, self._each = 0.0, dict[str, float]()
 
-    def took(self, title: str, seconds: float) -> None:
-        self._took[title] = max(seconds, self._took.get(title, 0.0))
+    def took(self, title: str, seconds: float, requests: int = 1) -> None:
+        self._slowest = max(seconds, self._slowest)
+        self._each[title] = max(seconds / requests, self._each.get(title, 0.0))
 
-    def fits(self, title: str) -> bool:
-        expected = self._took.get(title, max(self._took.values(), default=0.0))
-        return time.monotonic() + expected < self._end
+    def fits(self, title: str, requests: int = 1) -> bool:
+        each = self._each.get(title)
+        return time.monotonic() + (self._slowest if each is None else each * requests) < self._end
 
 
 def measure(
@@ -165,12 +176,12 @@ def _measure(
         budget.took(START, ready_s)
         print(f"\n{server.name}: ready after {ready_s:.1f} s", flush=True)
         for number, each in enumerate(loads, seed):
-            if not budget.fits(each.title):
+            if not budget.fits(each.title, each.requests):
                 skip(server, [each])
                 continue
             before = time.monotonic()
             report = load(server, each.shape, each.requests, number)
-            budget.took(each.title, time.monotonic() - before)
+            budget.took(each.title, time.monotonic() - before, each.requests)
             told = {"server": server.name, "ready_s": ready_s, "pass": each.run, "load": each.title}
             show({**told, **report})
             yield {**told, **report}
@@ -209,6 +220,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="directory of a checkpoint")
     parser.add_argument("--vllm", help="a Python that has vLLM")
     parser.add_argument("--passes", nargs="+", default=["first", "warm"])
+    parser.add_argument("--steady", type=int, default=0, help="requests for each that is sent at once")
     parser.add_argument("--at-once", nargs="*", type=int, default=list(REQUESTS))
     parser.add_argument("--rates", nargs="*", type=float, default=[])
     parser.add_argument(
@@ -219,7 +231,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     budget = Budget(options.seconds_left)
-    closed, arrivals = loads_of(options.passes, options.at_once, options.rates)
+    closed, arrivals = loads_of(options.passes, options.at_once, options.rates, options.steady)
     with tempfile.TemporaryDirectory() as folder:
         for server in servers(options.model, options.vllm, options.serve, Path(folder)):
             for row in measure(server, closed, arrivals, budget):

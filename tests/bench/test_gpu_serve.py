@@ -76,3 +76,22 @@ def test_loads_that_do_not_fit_are_skipped_and_named(
     assert len(lines) == len(told) == 2 * len(LOADS)
     assert [told["stretto", each] for each in LOADS] == [at < ours for at in range(4)]
     assert [told["vllm", each] for each in LOADS] == [at < theirs for at in range(4)]
+
+
+def test_a_steady_pass_has_more_requests_and_is_expected_to_take_longer(
+    serve: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a start of 20 s and loads of 16 and 6 s, of 30 and 60 more requests the first fit 40 s."""
+    sent: dict[str, int] = {}
+    load = serve.load
+
+    def counted(server: Any, shape: list[str], requests: int, seed: int) -> dict[str, Any]:
+        sent[f"{seed}: {shape[-1]}"] = requests
+        return load(server, shape, requests, seed)
+
+    monkeypatch.setattr(serve, "load", counted)
+    arguments = [*TWO_LOADS, "--passes", "warm", "--steady", "30", "--seconds-left", "82"]
+    monkeypatch.setattr(sys, "argv", ["gpu_serve", *arguments])
+    serve.main()
+    assert sent == {"1: 1": 16, "2: 2": 6, "3: 1": 30}
+    assert "steady    2 at once: skipped" in capsys.readouterr().out
