@@ -37,7 +37,7 @@ from stretto.engine.scheduler.types import Plan, Row
 from stretto.engine.sequence import Drawn, Sequence, follow
 from stretto.kernels.cuda import draw, step_inputs
 from stretto.kernels.cuda.hopper.gated import LEAST_ROWS
-from stretto.kernels.cuda.launch import compiling_ahead
+from stretto.kernels.cuda.launch import compiling_ahead, loading
 from stretto.models.decoder import Decoder
 from stretto.telemetry.start_times import StartTimes
 from stretto.types import Logprobs, ModelInfo
@@ -266,7 +266,8 @@ class CudaRunner:
     @torch.inference_mode()
     def _load_kernels(self, size: StepSize) -> None:
         """Run an abridged step of a size, so that its kernels are loaded: none can load in a capture."""
-        self._step(self._idle(size), abridged=True)
+        with loading():
+            self._step(self._idle(size), abridged=True)
 
     @torch.inference_mode()
     def _prepare(self, size: StepSize) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from stretto.kernels import Attention, Batch
 from stretto.kernels.cuda.hopper import attention as hopper
 from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
+from stretto.kernels.cuda.rows import new_rows
 
 KEYS = 64
 MAX_SPLITS = 32
@@ -342,7 +343,7 @@ def decode(q: Tensor, kind: Attention, layer: Tensor, batch: Batch, workspace: D
     """Attention of the sequences that have one query, [T, heads * head_dim]. The rows of other sequences are
     not written."""
     share = kind.heads // kind.kv_heads
-    out, width = q.new_empty(q.shape[0], kind.heads * kind.head_dim), pow2(share * kind.head_dim)
+    out, width = new_rows(q, q.shape[0], kind.heads * kind.head_dim), pow2(share * kind.head_dim)
     _decode[(batch.contexts.shape[0], kind.kv_heads, workspace.splits)](
         q, layer, batch.tables, batch.query_starts, batch.contexts,
         batch.contexts if batch.written is None else batch.written, out,
@@ -413,7 +414,7 @@ def chunk(
     """Attention of the sequences that have tiles: `tiles` as `number_tiles` makes them of `tile_tokens`. The
     rows of others in `out` are not changed."""
     if out is None:
-        out = q.new_empty(q.shape[0], kind.heads * kind.head_dim)
+        out = new_rows(q, q.shape[0], kind.heads * kind.head_dim)
     if hopper.supported(kind, layer):
         hopper.chunk(q, kind, layer, batch, tiles, out)
         return out

@@ -68,6 +68,26 @@ def compiling_ahead() -> Generator[None]:
         JITFunction.run = run
 
 
+class _Loading:
+    """Whether kernels are being loaded, so that no one waits for a result."""
+
+    now = False
+
+
+@contextmanager
+def loading() -> Generator[None]:
+    """Inside, what is launched only loads kernels. Choices among kernels may be made by measuring them."""
+    _Loading.now = True
+    try:
+        yield
+    finally:
+        _Loading.now = False
+
+
+def is_loading() -> bool:
+    return _Loading.now
+
+
 def pow2(size: int, minimum: int = 1) -> int:
     """The next power of two, but at least `minimum`."""
     return max(triton.next_power_of_2(size), minimum)

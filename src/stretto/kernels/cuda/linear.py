@@ -6,21 +6,25 @@ way. `skinny_gemm` feeds tensor cores at the speed of memory. Both read weights 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from stretto.kernels import Activation, Attention
 from stretto.kernels.cuda.int4 import int4_dot_rows, int4_products
-from stretto.kernels.cuda.launch import OPTIONS, pow2, release, wait
-from stretto.kernels.cuda.rows import activate
+from stretto.kernels.cuda.launch import OPTIONS, is_loading, pow2, release, wait
+from stretto.kernels.cuda.rows import SPARE_ROWS, activate
 from stretto.kernels.cuda.weights import GROUP, CudaWeights, Int4, Tiling
 
 GEMV_ROWS = 1
+UNIT, WORTHWHILE = 64, 0.8  # products are padded to multiples of UNIT rows, if that saves a fifth of the time
+ROUNDS, PRODUCTS = 3, 4  # of a measurement; the first product also loads its kernel
 
 
 @triton.jit
@@ -430,3 +434,46 @@ def skinny_gemm(
         num_warps=tiling.warps, num_stages=tiling.stages, **OPTIONS,
     )  # fmt: skip
     return out
+
+
+class PaddedRows:
+    """To how many rows the vendor's products are padded.
+
+    For some numbers of rows its library chooses a kernel that takes longer than the one it chooses for more
+    rows. So a product has as many rows as take the least time, by what `measure` finds: the microseconds of a
+    product of so many rows with a matrix [N, K]. It is asked while kernels are loaded, and never in a step.
+    """
+
+    def __init__(self, measure: Callable[[int, Tensor], float]) -> None:
+        self._measure = measure
+        self._best: dict[tuple[int, ...], int] = {}
+
+    def pad(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [M, K], with rows behind it that hold anything, if its product with `weight` is faster then and
+        x has room for them, as `new_rows` leaves it."""
+        rows, key = x.shape[0], (x.shape[0], *weight.shape)
+        if is_loading() and key not in self._best:
+            self._best[key] = self._fastest(rows, weight)
+        best = self._best.get(key, rows)
+        room = (x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()) // x.stride(0)
+        return x.as_strided((best, x.shape[1]), x.stride()) if rows < best <= room else x
+
+    def _fastest(self, rows: int, weight: Tensor) -> int:
+        above = range(rows // UNIT * UNIT + UNIT, rows + SPARE_ROWS + 1, UNIT)
+        times = {more: self._measure(more, weight) for more in above}
+        best = min(times, key=times.__getitem__)
+        return best if times[best] < WORTHWHILE * self._measure(rows, weight) else rows
+
+
+def product_us(rows: int, weight: Tensor) -> float:
+    """Microseconds of the vendor's product of so many random rows with `weight` [N, K] on its device."""
+    x, took = weight.new_empty(rows, weight.shape[1]).normal_(), list[float]()
+    for _ in range(ROUNDS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(PRODUCTS):
+            F.linear(x, weight)
+        end.record()
+        end.synchronize()
+        took.append(begin.elapsed_time(end) * 1e3 / PRODUCTS)
+    return min(took)

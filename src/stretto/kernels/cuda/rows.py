@@ -24,6 +24,7 @@ LANES, LANES_FROM = 16, 128
 # Columns of a row that share a scale, in int4 weights and in the e4m3 rows that experts multiply.
 GROUP = 128
 ZERO_POINT = 8
+PADDED, SPARE_ROWS = range(65, 513), 128  # rows that the vendor's products may pad, and by how many at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,16 @@ def _launch_norm(
     )  # fmt: skip
 
 
+def new_rows(like: Tensor, rows: int, width: int) -> Tensor:
+    """An empty matrix in the dtype of `like`, with room for SPARE_ROWS behind it if its products may be
+    padded."""
+    spare = SPARE_ROWS if rows in PADDED else 0
+    return like.new_empty(rows + spare, width)[:rows]
+
+
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = new_rows(x, *x.shape)
     if x.shape[0]:
         _launch_norm(x, None, weight, out, eps)
     return out
@@ -102,7 +110,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x, residual = x.contiguous(), residual.contiguous()
-    out = torch.empty_like(x)
+    out = new_rows(x, *x.shape)
     if x.shape[0]:
         _launch_norm(x, residual, weight, out, eps)
     return out, residual
@@ -133,7 +141,7 @@ def _act_and_mul(both, out, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
 def act_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
+    out = new_rows(gate_up, rows, width)
     block = min(pow2(width), ACT_BLOCK)
     if rows:
         grid = (rows, triton.cdiv(width, block))

@@ -26,7 +26,16 @@ from stretto.kernels import (
 from stretto.kernels.cuda import attention, routing, rows
 from stretto.kernels.cuda.experts import experts
 from stretto.kernels.cuda.hopper import gated
-from stretto.kernels.cuda.linear import GEMV_ROWS, Norm, gemv, gemv_rope_and_cache, rotates, skinny_gemm
+from stretto.kernels.cuda.linear import (
+    GEMV_ROWS,
+    Norm,
+    PaddedRows,
+    gemv,
+    gemv_rope_and_cache,
+    product_us,
+    rotates,
+    skinny_gemm,
+)
 from stretto.kernels.cuda.streaming import stream
 from stretto.kernels.cuda.weights import (
     SKINNY_ROWS,
@@ -86,6 +95,7 @@ class CudaTable:
     def __init__(self, device: torch.device, quantise: CudaQuantise | None) -> None:
         self._quantise = quantise
         self._has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+        self._padded = PaddedRows(product_us) if device.type == "cuda" else None
         self._arrived = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> CudaWeights:
@@ -115,6 +125,8 @@ class CudaTable:
             return gemv(x.contiguous(), packed, dtype=dtype)
         if 0 < count <= packed.skinny_rows(x.dtype):
             return skinny_gemm(x.contiguous(), packed, self._arrived, dtype=dtype)
+        if self._padded and isinstance(packed, Unquantised) and count in rows.PADDED and dtype == x.dtype:
+            return packed.gemm(self._padded.pad(x.contiguous(), packed.weight), dtype)[:count]
         return packed.gemm(x, dtype)
 
     def linear_act_and_mul(self, x: Tensor, packed: CudaWeights, activation: Activation) -> Tensor:
