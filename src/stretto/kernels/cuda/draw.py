@@ -111,8 +111,7 @@ def _reaches(peaks, start, vocab, floor, LOT: tl.constexpr, PART: tl.constexpr):
 @triton.jit
 def _running_sums(amount):
     """The cumulative sums of a block: those of rows of 32, and of the sums of these rows."""
-    WIDTH: tl.constexpr = 32 if amount.shape[0] >= 32 else amount.shape[0]
-    rows = tl.reshape(amount, (amount.shape[0] // WIDTH, WIDTH))
+    rows = tl.reshape(amount, (amount.shape[0] // 32, 32))
     sums = tl.sum(rows, 1)
     within = tl.cumsum(rows, 1) + (tl.cumsum(sums, 0) - sums)[:, None]
     return tl.reshape(within, (amount.shape[0],))
@@ -372,7 +371,7 @@ def draw(logits: Tensor, inputs: Tensor, drawn: Tensor, seen: Tensor) -> Tensor:
     count, vocab = logits.shape
     parts = triton.cdiv(vocab, PART)
     peaks, masses, levels = (logits.new_empty(count, parts, size) for size in (1, 1, LEVELS))
-    lot = min(LOT, pow2(vocab))
+    lot = min(LOT, pow2(vocab, 32))
     columns, collected = (
         torch.empty((count, size), dtype=torch.int32, device=logits.device) for size in (parts, lot)
     )
