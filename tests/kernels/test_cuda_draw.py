@@ -319,6 +319,27 @@ def test_filters_keep_the_same_of_flat_steep_and_large_logits(
     check_inverses(row, heat, **limits)
 
 
+def test_a_floor_may_be_above_the_level_that_is_known_to_hold_enough(
+    long_row: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the second part, 300 logits lie below its lowest level, which is counted from its peak. So the level
+    above which 301 are known is one of the first part, whose logits are smaller but for one."""
+    monkeypatch.setattr(draw, "LOT", 512)
+    half = float(np.log(2))
+    long_row[:] = -300.0
+    long_row[0] = -10.3 * half
+    long_row[1:401] = -torch.linspace(20.0, 24.0, 400) * half
+    second = draw.PART
+    long_row[second] = 0.0
+    long_row[second + 1 : second + 301] = -torch.linspace(17.0, 17.9, 300) * half
+    assert drawn(
+        long_row, *({field.TEMPERATURE: 1.0, field.TOP_K: k, field.FRACTION: 1.0} for k in (301, 302))
+    ) == [
+        second + 299,
+        second + 300,
+    ]
+
+
 def test_equal_logits_are_all_kept(long_row: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than fit a lot, which have no floor between them."""
     monkeypatch.setattr(draw, "LOT", 1024)

@@ -180,15 +180,18 @@ def _floor(
             above_first, above_second, above_high = _amounts(
                 logits, peaks, vocab, first, second, high, peak, rate, counted, LOT, PART
             )
-            if above_high >= goal:
-                low, high = high, peak
+            risen = above_high >= goal
+            if risen:
+                low, high, base = high, peak, 0.0
             elif above_second >= goal:
                 low, base = second, above_high
             elif above_first >= goal:
                 low, high, base = first, second, above_second
             else:
                 high, base = first, above_first
-            found = _collect(logits, peaks, columns, vocab, low, high, LOT, PART)
+            # What is at the peak is counted in the next turn, unless it is all that is left.
+            if (not risen) | (low >= peak):
+                found = _collect(logits, peaks, columns, vocab, low, high, LOT, PART)
     if found <= LOT:
         place = tl.arange(0, LOT)
         value = tl.load(logits + tl.load(columns + place, place < found, 0), place < found, -float("inf"))
