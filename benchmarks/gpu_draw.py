@@ -37,8 +37,8 @@ FORMATS: dict[str, CudaQuantise | None] = {"bf16": None, "fp8": "fp8"}
 
 
 def some_logits(rows: int, vocabulary: int) -> dict[str, Tensor]:
-    """Normal ones, whose largest 0.9 of the probability are a sixth of all tokens, and ones with which the
-    n-th most likely token has a probability of n to the power of -SKEW."""
+    """Two kinds: normal ones, of which top_p 0.9 keeps a ninth, and skewed ones, where the n-th most likely
+    token has a probability of n to the power of -SKEW."""
     ranks = torch.stack([torch.randperm(vocabulary, device=DEVICE) for _ in range(rows)])
     return {
         RANDOM: torch.randn(rows, vocabulary, device=DEVICE) * 2.5,

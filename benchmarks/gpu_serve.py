@@ -30,9 +30,10 @@ REQUESTS = {1: 16, 16: 128, 64: 256, 256: 768}  # by how many are sent at once
 INPUT, OUTPUT = 512, 128
 GOOD = "ttft:500,tpot:50"
 GOOD_TIER = "[tiers.default]\nttft_ms = 500\nitl_ms = 50\n"
-START_S, POLL_S, LOAD_S = 300.0, 0.05, 240
+START_S, POLL_S = 300.0, 0.05
+LOAD_S, REQUEST_S = 240, 1  # the most that a load may take, and what each request adds
 RATE_S = 20  # of requests at each rate
-STEADY = "steady"
+PASSES, STEADY = ("first", "warm"), "steady"
 START = "start"  # stands where a load has its title
 
 
@@ -104,7 +105,9 @@ def load(server: Server, shape: list[str], requests: int, seed: int) -> dict[str
     command = [sys.executable, "-m", "stretto", "bench", "serve", url, *shape, "--requests", str(requests)]
     command += ["--random-input", str(INPUT), "--output-tokens", str(OUTPUT), "--seed", str(seed)]
     command += ["--goodput", GOOD, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_S, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=LOAD_S + REQUEST_S * requests, check=False
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)["report"]
@@ -138,8 +141,8 @@ def loads_of(
 
 
 class Budget:
-    """The seconds that are left. A load is expected to take as long for a request as the one of its title did
-    before, and otherwise as long as the slowest load so far, or as a server's start."""
+    """The seconds that are left. A load is expected to need as many seconds a request as the slowest earlier
+    one of its title. If there is none, it is expected to take as long as the slowest load or start so far."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -219,7 +222,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="directory of a checkpoint")
     parser.add_argument("--vllm", help="a Python that has vLLM")
-    parser.add_argument("--passes", nargs="+", default=["first", "warm"])
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--steady", type=int, default=0, help="requests for each that is sent at once")
     parser.add_argument("--at-once", nargs="*", type=int, default=list(REQUESTS))
     parser.add_argument("--rates", nargs="*", type=float, default=[])

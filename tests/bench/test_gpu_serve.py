@@ -81,7 +81,7 @@ def test_loads_that_do_not_fit_are_skipped_and_named(
 def test_a_steady_pass_has_more_requests_and_is_expected_to_take_longer(
     serve: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a start of 20 s and loads of 16 and 6 s, of 30 and 60 more requests the first fit 40 s."""
+    """40 s are left for it. It needs 30 s for one load and 60 for the other, so only the first fits."""
     sent: dict[str, int] = {}
     load = serve.load
 

@@ -294,63 +294,87 @@ LIMITS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("lot", [512, 8192])
+@pytest.fixture
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Logits of four parts of 256, of which the last is not whole. A lot is a part."""
+    monkeypatch.setattr(draw, "PART", 256)
+    monkeypatch.setattr(draw, "LOT", 256)
+    return torch.randn(3 * 256 + 60, generator=torch.Generator().manual_seed(7)) * 0.3
+
+
+@pytest.mark.parametrize("fits", [False, True])
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 def test_filters_keep_what_the_host_keeps(
-    long_row: Tensor, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any], lot: int
+    short_parts: Tensor, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any], fits: bool
 ) -> None:
     """Of logits that fit a lot, and of more. What is likely is in the first and the third part."""
-    monkeypatch.setattr(draw, "LOT", lot)
-    long_row[draw.PART : 2 * draw.PART] -= 30.0
-    long_row[3 * draw.PART :] -= 30.0
-    check_inverses(long_row, 1.0, **limits)
+    if fits:
+        monkeypatch.setattr(draw, "LOT", 1024)
+    short_parts[256:512] -= 30.0
+    short_parts[768:] -= 30.0
+    check_inverses(short_parts, 1.0, **limits)
+
+
+def test_some_of_these_filters_keep_more_than_a_lot(short_parts: Tensor) -> None:
+    short_parts[256:512] -= 30.0
+    short_parts[768:] -= 30.0
+    kept = [int((kept_chances(short_parts, 1.0, **limits) > 0).sum()) for limits in LIMITS]
+    assert sum(count > 256 for count in kept) >= 3 and sum(count < 256 for count in kept) >= 3
 
 
 @pytest.mark.parametrize("limits", MANY, ids=str)
 @pytest.mark.parametrize(
-    ("heat", "scale", "shift"), [(0.3, 1.0, 0.0), (30.0, 1.0, 90.0), (1.0, 0.01, -7.0), (1.0, 1.0, 3e5)]
+    ("heat", "scale", "shift"), [(0.3, 1.0, 0.0), (30.0, 1.0, 90.0), (1.0, 0.01, -7.0), (1.0, 1.0, 3e6)]
 )
 def test_filters_keep_the_same_of_flat_steep_and_large_logits(
-    long_row: Tensor, limits: dict[str, Any], heat: float, scale: float, shift: float
+    short_parts: Tensor, limits: dict[str, Any], heat: float, scale: float, shift: float
 ) -> None:
-    """Levels of a part lie above or below all its logits, and far from 0 they are no longer exact."""
-    row = long_row * scale + shift
-    row[: draw.PART] -= 9.0
+    """Levels of a part lie above or below all its logits. Those of the largest logits are not used."""
+    row = short_parts * scale + shift
+    row[:256] -= 9.0
     check_inverses(row, heat, **limits)
 
 
 def test_a_floor_may_be_above_the_level_that_is_known_to_hold_enough(
-    long_row: Tensor, monkeypatch: pytest.MonkeyPatch
+    short_parts: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the second part, 300 logits lie below its lowest level, which is counted from its peak. So the level
-    above which 301 are known is one of the first part, whose logits are smaller but for one."""
-    monkeypatch.setattr(draw, "LOT", 512)
+    """Of the second part, 50 logits lie below its lowest level, which is counted from its peak. So the level
+    above which 51 are known is one of the first part, all but one of whose logits are smaller."""
+    monkeypatch.setattr(draw, "LOT", 64)
     half = float(np.log(2))
-    long_row[:] = -300.0
-    long_row[0] = -10.3 * half
-    long_row[1:401] = -torch.linspace(20.0, 24.0, 400) * half
-    second = draw.PART
-    long_row[second] = 0.0
-    long_row[second + 1 : second + 301] = -torch.linspace(17.0, 17.9, 300) * half
-    assert drawn(
-        long_row, *({field.TEMPERATURE: 1.0, field.TOP_K: k, field.FRACTION: 1.0} for k in (301, 302))
-    ) == [
-        second + 299,
-        second + 300,
-    ]
+    short_parts[:] = -300.0
+    short_parts[0] = -10.3 * half
+    short_parts[1:81] = -torch.linspace(20.0, 24.0, 80) * half
+    short_parts[256] = 0.0
+    short_parts[257:307] = -torch.linspace(17.0, 17.9, 50) * half
+    last = {field.TEMPERATURE: 1.0, field.FRACTION: 1.0}
+    assert drawn(short_parts, last | {field.TOP_K: 51}, last | {field.TOP_K: 52}) == [305, 306]
 
 
-def test_equal_logits_are_all_kept(long_row: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than fit a lot, which have no floor between them."""
-    monkeypatch.setattr(draw, "LOT", 1024)
-    long_row[:] = torch.where(torch.arange(len(long_row)) % 2 == 0, 4.0, -50.0)
-    for limits in ({"top_p": 0.3}, {"top_k": 5}, {"min_p": 0.5}):
-        check_inverses(long_row, 1.0, **limits)
+@pytest.mark.parametrize("larger", [0, 1])
+def test_equal_logits_are_all_kept(short_parts: Tensor, larger: int) -> None:
+    """More than fit a lot: no floor separates them. They are the largest ones, or one is larger."""
+    short_parts[:] = torch.where(torch.arange(len(short_parts)) % 2 == 0, 4.0, -50.0)
+    short_parts[300 : 300 + larger] = 5.0
+    for limits in ({"top_k": 5}, *([] if larger else [{"top_p": 0.3}, {"min_p": 0.5}])):
+        check_inverses(short_parts, 1.0, **limits)
 
 
-def test_rows_of_all_kinds_are_drawn_together(long_row: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy, plain and filtered rows, and rows that are not finite in one part. Filters read many lots."""
-    monkeypatch.setattr(draw, "LOT", 1024)
+def test_the_smallest_top_p_keeps_the_largest_logit(short_parts: Tensor) -> None:
+    """In float32 it is 0. A level is not above the peak, though its product may be rounded up beyond it."""
+    half = np.float32(1.0) / np.float32(1.4426950408889634)
+    levels = np.arange(1, 4000, dtype=np.float32) * half
+    below = np.nextafter(levels, np.float32(0))
+    peaks = below[np.floor(below / half) * half > below]
+    assert len(peaks) > 5
+    short_parts[:] = -5.0
+    for peak in peaks[:3].tolist():
+        short_parts[400] = peak
+        assert drawn(short_parts, {field.TEMPERATURE: 1.0, field.TOP_P: 1e-50}) == [400]
+
+
+def test_rows_of_all_kinds_are_drawn_together(long_row: Tensor) -> None:
+    """Greedy, plain and filtered rows, and rows that are not finite in one part."""
     hot = {field.TEMPERATURE: 1.0, field.FRACTION: 0.6}
     kinds = [
         hot,

@@ -23,13 +23,14 @@ class Measured:
         self.times = times
         self.asked: list[int] = []
 
-    def __call__(self, count: int, weight: Tensor) -> float:
+    def __call__(self, count: int, weight: Tensor, bias: Tensor | None) -> float:
         self.asked.append(count)
         return self.times[count]
 
 
 @pytest.fixture
-def weight() -> Tensor:
+def weight(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    monkeypatch.setattr(linear, "LEAST_PADDED", 1)
     return torch.randn(OUTPUTS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
@@ -43,34 +44,47 @@ def test_a_product_is_padded_to_the_fastest_number_of_rows_that_was_measured_whi
 ) -> None:
     measured = Measured({320: 33.0, 384: 24.0, 448: 35.0})
     padded, x = PaddedRows(measured), some_rows(320)
-    assert padded.pad(x, weight) is x, "nothing is measured while someone waits"
+    assert padded.pad(x, weight, None) is x, "nothing is measured while someone waits"
     with loading():
-        assert padded.pad(x, weight).shape == (384, COLUMNS)
-    longer = padded.pad(x, weight)
+        for _ in range(2):
+            assert padded.pad(x, weight, None).shape == (384, COLUMNS)
+    longer = padded.pad(x, weight, None)
     assert longer.shape == (384, COLUMNS) and longer.data_ptr() == x.data_ptr()
     assert torch.equal(longer[:320], x)
     assert sorted(measured.asked) == [320, 384, 448], "each number once"
 
 
 def test_each_matrix_and_number_of_rows_is_measured_by_itself(weight: Tensor) -> None:
-    measured = Measured({100: 20.0, 128: 16.5, 192: 17.3, 228: 9.0, 256: 8.0, 320: 7.0, 130: 9.0})
+    measured = Measured({100: 20.0, 128: 16.5, 192: 17.3, 228: 9.0, 256: 8.0, 320: 7.0})
     padded = PaddedRows(measured)
     with loading():
-        assert padded.pad(some_rows(100), weight).shape[0] == 100, "too little is saved"
-        assert padded.pad(some_rows(228), weight).shape[0] == 320
-        assert padded.pad(some_rows(228), weight[:48]).shape[0] == 320
-    assert len(measured.asked) == 9
+        assert padded.pad(some_rows(100), weight, None).shape[0] == 100, "too little is saved"
+        assert padded.pad(some_rows(228), weight, None).shape[0] == 320
+        assert padded.pad(some_rows(228), weight[:48], None).shape[0] == 320
+        assert padded.pad(some_rows(228), weight, weight[:, 0]).shape[0] == 320
+    assert len(measured.asked) == 3 + 3 * 3
+
+
+def test_the_products_of_small_matrices_are_not_measured(
+    weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "LEAST_PADDED", weight.numel() + 1)
+    measured = Measured({})
+    with loading():
+        assert PaddedRows(measured).pad(some_rows(320), weight, None).shape[0] == 320
 
 
 def test_rows_without_room_behind_them_are_not_padded(weight: Tensor) -> None:
     padded = PaddedRows(Measured({320: 33.0, 384: 24.0, 448: 35.0}))
     with loading():
-        padded.pad(some_rows(320), weight)
+        padded.pad(some_rows(320), weight, None)
     tight = torch.randn(320, COLUMNS, device=DEVICE)
-    assert padded.pad(tight, weight) is tight
+    assert padded.pad(tight, weight, None) is tight
+    nearly = torch.randn(383, COLUMNS, device=DEVICE)[:320]
+    assert padded.pad(nearly, weight, None) is nearly
     wide = some_rows(448)
-    assert padded.pad(wide[100:420], weight).shape[0] == 384
-    assert padded.pad(wide[256 : 256 + 320], weight).shape[0] == 192, "fewer rows are others"
+    assert padded.pad(wide[100:420], weight, None).shape[0] == 384
+    assert padded.pad(wide[256 : 256 + 320], weight, None).shape[0] == 192, "fewer rows are others"
 
 
 @pytest.mark.parametrize("count", [64, 65, 200, 512, 513])
@@ -110,4 +124,4 @@ def test_loading_ends_with_an_error() -> None:
 
 @pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
 def test_a_product_is_timed_on_the_device(weight: Tensor) -> None:
-    assert 0 < linear.product_us(128, weight) < 1e5
+    assert 0 < linear.product_us(128, weight, None) < 1e5

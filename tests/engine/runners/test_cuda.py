@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ from stretto.engine.runners import cuda  # isort: skip
 from stretto.kernels.cuda import table as cuda_table  # isort: skip
 from stretto.kernels.cuda.experts import FEW_TOKENS  # isort: skip
 from stretto.kernels.cuda.hopper.gated import LEAST_ROWS  # isort: skip
+from stretto.kernels.cuda.launch import is_loading  # isort: skip
 from stretto.kernels.cuda.table import table  # isort: skip
 
 __all__ = ["bench", "events"]
@@ -198,7 +200,18 @@ def test_steps_are_padded_to_graphs_and_none_is_captured_while_serving(bench: Be
     engine = bench.engine(step_tokens=16)
     runner = engine.models["m"].runner
     assert isinstance(runner, Counting)
-    runner.start()
+    loads, step = set[bool](), runner._step  # pyright: ignore[reportPrivateUsage]
+
+    def spied(*given: Any, **options: Any) -> Any:
+        loads.add(is_loading())
+        return step(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_step", spied)
+        runner.start()
+    assert loads == {False, True} and not is_loading(), (
+        "products are measured while kernels load, not captured"
+    )
     ready = runner.captures
     assert ready == 7, "decodes of 1, 2, 4, 8, 12 and 16 rows, and 16 tokens of any"
     with pytest.MonkeyPatch.context() as patch:

@@ -25,7 +25,7 @@ LOT = 8192
 HALVINGS = 26
 LEVELS, DEPTH = 16, 32  # halvings of the probability that are known of a part, and looked at in a row
 FAR = 100.0  # exp(-FAR) is too small a weight to matter
-EXACT = tl.constexpr(2.0**20)
+EXACT = tl.constexpr(2.0**20)  # whole numbers below it, and their sums, are exact in float32
 LOG2_E = tl.constexpr(1.4426950408889634)
 COLDEST = tl.constexpr(1e-30)
 
@@ -66,8 +66,8 @@ def _penalise_and_sum_parts(
     ORDER: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of a part of a row, and its first column; NaN counts as infinite. Above temperature
-    0 also the sum of exp((logit - peak) / temperature), with the peak of the part, and with top_k or top_p
-    how many logits, or what part of that sum, are above each level. Penalties are applied first, to the
+    0 also the sum of exp((logit - peak) / temperature), with the peak of the part. With top_k also how many
+    logits reach each level, or with top_p alone what part of that sum. Penalties are applied first, to the
     logits of tokens that have a count."""
     release()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -95,8 +95,8 @@ def _penalise_and_sum_parts(
         weights = tl.exp2((value - tl.where(sound, peak, 0.0)) * (LOG2_E / tl.maximum(heat, COLDEST)))
         tl.store(masses + place, tl.where(sound, tl.sum(weights, 0), 0.0))
         top_k, top_p = tl.load(inputs + row * ORDER + 4), tl.load(settings + row * ORDER + SETTINGS + 1)
-        limited = _limited(top_k, vocab)
-        if limited | (top_p < 1):
+        min_p, limited = tl.load(settings + row * ORDER + SETTINGS + 2), _limited(top_k, vocab)
+        if limited | ((top_p < 1) & (min_p <= 0)):
             amount = tl.where(sound, tl.where(limited, 1.0, weights), 0.0)
             _store_levels(levels + place * LEVELS, value, amount, peak, heat, LEVELS)
 
@@ -170,8 +170,8 @@ def _floor(
     logits, peaks, columns, vocab, low, high, peak, rate, goal, counted,
     LOT: tl.constexpr, PART: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    """The largest floor, from `low` up, above which the amount of a row is at least `goal`. It is looked for
-    below `high` first. As soon as the logits in question fit a lot, only these are searched."""
+    """The largest floor from `low` up that keeps an amount of at least `goal` of a row. First the range below
+    `high` is searched. Once its logits fit a lot, only those are read."""
     found, base = LOT + 1, 0.0
     for _ in range(HALVINGS // 2):
         if found > LOT:
@@ -206,8 +206,8 @@ def _bounds(
     PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, LEVELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The highest level above which the amounts of all parts, times their scales, are known to be at least
-    `goal`, and the next higher one; -inf and the peak if none is. Below the lowest level of a part there may
-    be more."""
+    `goal`, and the next higher one; -inf and the peak if none is. A part knows nothing below its lowest
+    level, so the floor that is sought may lie above the second value."""
     half, part, depth = _half(heat), tl.arange(0, PARTS_BLOCK), tl.arange(0, DEPTH)
     index = tl.floor(tops / half)
     top = tl.max(index, 0)
@@ -215,10 +215,10 @@ def _bounds(
     known = levels + part[:, None] * LEVELS + tl.minimum(level, LEVELS - 1)
     amounts = tl.load(known, (level >= 0) & (part < PARTS)[:, None], 0.0) * scales[:, None]
     first = tl.min(tl.where(tl.sum(amounts, 0) >= goal, depth, DEPTH), 0)
-    # Larger numbers are not all whole.
     found = (first < DEPTH) & (tl.abs(top) < EXACT)
     low = tl.where(found, (top - first) * half, -float("inf"))
-    return low, tl.minimum(tl.where(found, (top - first + 1) * half, peak), peak)
+    high = tl.where(found, (top - first + 1) * half, peak)
+    return tl.minimum(low, peak), tl.minimum(high, peak)  # both may be rounded up
 
 
 @triton.jit
@@ -338,7 +338,7 @@ def _draw(
             floor, low, high = peak - FAR * heat, -float("inf"), peak
             if min_p > 0:
                 floor = tl.maximum(floor, peak + tl.log(min_p) * heat)
-            if limited | (min_p <= 0):
+            if limited | ((top_p < 1) & (min_p <= 0)):
                 scales = tl.where(limited, 1.0, scales)
                 goal = tl.where(limited, top_k.to(tl.float32), mass * top_p)
                 low, high = _bounds(levels + row * PARTS * LEVELS, tops, scales, goal, heat, peak, PARTS,

@@ -69,7 +69,7 @@ def compiling_ahead() -> Generator[None]:
 
 
 class _Loading:
-    """Whether kernels are being loaded, so that no one waits for a result."""
+    """Whether launches now only load kernels; no request waits for their results."""
 
     now = False
 

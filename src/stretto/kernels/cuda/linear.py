@@ -24,7 +24,9 @@ from stretto.kernels.cuda.weights import GROUP, CudaWeights, Int4, Tiling
 
 GEMV_ROWS = 1
 UNIT, WORTHWHILE = 64, 0.8  # products are padded to multiples of UNIT rows, if that saves a fifth of the time
+LEAST_PADDED = 2**22  # weights; the products of smaller matrices are too short to be measured
 ROUNDS, PRODUCTS = 3, 4  # of a measurement; the first product also loads its kernel
+L2_BYTES = 60_000_000
 
 
 @triton.jit
@@ -440,39 +442,43 @@ class PaddedRows:
     """To how many rows the vendor's products are padded.
 
     For some numbers of rows its library chooses a kernel that takes longer than the one it chooses for more
-    rows. So a product has as many rows as take the least time, by what `measure` finds: the microseconds of a
-    product of so many rows with a matrix [N, K]. It is asked while kernels are loaded, and never in a step.
+    rows. So a product has as many rows as take the least time. `measure` gives the microseconds of a product
+    of so many rows with a matrix [N, K] and a bias [N] or None. It is called only while kernels are loaded.
     """
 
-    def __init__(self, measure: Callable[[int, Tensor], float]) -> None:
+    def __init__(self, measure: Callable[[int, Tensor, Tensor | None], float]) -> None:
         self._measure = measure
-        self._best: dict[tuple[int, ...], int] = {}
+        self._best: dict[tuple[object, ...], int] = {}
 
-    def pad(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [M, K], with rows behind it that hold anything, if its product with `weight` is faster then and
+    def pad(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [M, K], or with rows of any values behind it, if that makes its product with `weight` faster and
         x has room for them, as `new_rows` leaves it."""
-        rows, key = x.shape[0], (x.shape[0], *weight.shape)
+        rows, key = x.shape[0], (x.shape[0], *weight.shape, bias is None)
         if is_loading() and key not in self._best:
-            self._best[key] = self._fastest(rows, weight)
+            self._best[key] = self._fastest(rows, weight, bias)
         best = self._best.get(key, rows)
         room = (x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()) // x.stride(0)
         return x.as_strided((best, x.shape[1]), x.stride()) if rows < best <= room else x
 
-    def _fastest(self, rows: int, weight: Tensor) -> int:
+    def _fastest(self, rows: int, weight: Tensor, bias: Tensor | None) -> int:
+        if weight.numel() < LEAST_PADDED:
+            return rows
         above = range(rows // UNIT * UNIT + UNIT, rows + SPARE_ROWS + 1, UNIT)
-        times = {more: self._measure(more, weight) for more in above}
+        times = {more: self._measure(more, weight, bias) for more in above}
         best = min(times, key=times.__getitem__)
-        return best if times[best] < WORTHWHILE * self._measure(rows, weight) else rows
+        return best if times[best] < WORTHWHILE * self._measure(rows, weight, bias) else rows
 
 
-def product_us(rows: int, weight: Tensor) -> float:
-    """Microseconds of the vendor's product of so many random rows with `weight` [N, K] on its device."""
+def product_us(rows: int, weight: Tensor, bias: Tensor | None) -> float:
+    """Microseconds of the vendor's product of so many random rows with `weight` [N, K] on its device. Copies
+    of a small matrix take turns, so that the L2 cache does not hold it."""
     x, took = weight.new_empty(rows, weight.shape[1]).normal_(), list[float]()
+    weights = [weight, *(weight.clone() for _ in range(L2_BYTES // weight.nbytes))]
     for _ in range(ROUNDS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        for _ in range(PRODUCTS):
-            F.linear(x, weight)
+        for number in range(PRODUCTS):
+            F.linear(x, weights[number % len(weights)], bias)
         end.record()
         end.synchronize()
         took.append(begin.elapsed_time(end) * 1e3 / PRODUCTS)

@@ -94,8 +94,8 @@ def _launch_norm(
 
 
 def new_rows(like: Tensor, rows: int, width: int) -> Tensor:
-    """An empty matrix in the dtype of `like`, with room for SPARE_ROWS behind it if its products may be
-    padded."""
+    """An empty matrix in the dtype of `like`. If its products may be padded, there is room for SPARE_ROWS
+    more rows behind it."""
     spare = SPARE_ROWS if rows in PADDED else 0
     return like.new_empty(rows + spare, width)[:rows]
 

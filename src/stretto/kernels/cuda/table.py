@@ -1,6 +1,7 @@
 """The kernels table for NVIDIA devices: which kernel serves which step.
 
-No function reads a value back or waits for the device, so that a step of decodes can be captured in a graph.
+No function reads a value back or waits for the device, except to measure products while kernels are loaded.
+So a step can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class CudaTable:
         if 0 < count <= packed.skinny_rows(x.dtype):
             return skinny_gemm(x.contiguous(), packed, self._arrived, dtype=dtype)
         if self._padded and isinstance(packed, Unquantised) and count in rows.PADDED and dtype == x.dtype:
-            return packed.gemm(self._padded.pad(x.contiguous(), packed.weight), dtype)[:count]
+            padded = self._padded.pad(x.contiguous(), packed.weight, packed.bias)
+            return packed.gemm(padded, dtype)[:count]
         return packed.gemm(x, dtype)
 
     def linear_act_and_mul(self, x: Tensor, packed: CudaWeights, activation: Activation) -> Tensor:
