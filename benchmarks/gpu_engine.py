@@ -214,10 +214,13 @@ class Driver:
                 first = time.perf_counter() - started
         return ident, first
 
-    def ttft_ms(self, length: int, times: int = 7) -> float:
-        """Median milliseconds to the first token of a prompt of `length` alone, after one that is not
-        counted."""
-        took = [self.answer(length, 1)[1] for _ in range(times + 1)]
+    def ttft_ms(self, length: int, times: int = 7, pause_s: float = 0.0) -> float:
+        """Median milliseconds to the first token of a prompt of `length` alone, each after a pause. The first
+        one is not counted."""
+        took: list[float] = []
+        for _ in range(times + 1):
+            time.sleep(pause_s)
+            took.append(self.answer(length, 1)[1])
         return statistics.median(took[1:]) * 1e3
 
     def decode(self, batch: int, length: int, steps: int) -> list[float]:

@@ -1,6 +1,6 @@
-"""Compares products of many rows on a Hopper GPU: the gated product and the vendor's, and fast sums in fp8.
+"""Compares products of many rows on a Hopper GPU: gated and the vendor's, fast sums in fp8, and padded ones.
 
-`python benchmarks/gpu_products.py [--rows 384 512 ...]`
+`python benchmarks/gpu_products.py [--rows 320 384 ...]`
 
 Prints microseconds in a CUDA graph, in the shapes of Qwen3-8B, and errors relative to the norm of the result
 in float64. Several sets of weights are multiplied in turn, so that none stays in the L2 cache.
@@ -20,11 +20,14 @@ from gpu_engine import DEVICE, DTYPE, timed
 from torch import Tensor
 
 from stretto.kernels.cuda.hopper import gated
-from stretto.kernels.cuda.rows import act_and_mul, quantise_rows
+from stretto.kernels.cuda.launch import loading
+from stretto.kernels.cuda.linear import PaddedRows, product_us
+from stretto.kernels.cuda.rows import PADDED, act_and_mul, new_rows, quantise_rows
 from stretto.kernels.cuda.weights import Fp8
 
 GATE_UP = (24576, 4096)
 FP8_SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": GATE_UP, "down": (4096, 12288)}
+SHAPES = {**FP8_SHAPES, "gate_up of Llama-3.1-8B": (28672, 4096)}
 CACHE, ROUNDS = 160e6, 2
 
 
@@ -75,13 +78,27 @@ def compare_sums(name: str, shape: tuple[int, int], rows: int) -> None:
     print(f"fp8 {name} {rows} rows:", "; ".join(line), flush=True)
 
 
+def compare_padded(name: str, shape: tuple[int, int], rows: int) -> None:
+    """The vendor's product, and with the rows to which it is padded while kernels are loaded."""
+    weight = torch.randn(shape, dtype=DTYPE, device=DEVICE)
+    with loading():
+        more = PaddedRows(product_us).pad(new_rows(weight, rows, shape[1]), weight, None).shape[0]
+    line = f"{name} {rows} rows: {product_us(rows, weight, None):.1f} us"
+    print(
+        line + (f", padded to {more} {product_us(more, weight, None):.1f} us" if more > rows else ""),
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[384, 512, 576, 768, 1024, 2048])
+    parser.add_argument("--rows", type=int, nargs="+", default=[320, 384, 448, 512, 576, 768, 1024, 2048])
     for rows in parser.parse_args().rows:
         compare_gated(rows)
         for name, shape in FP8_SHAPES.items():
             compare_sums(name, shape, rows)
+        for name, shape in SHAPES.items() if rows in PADDED else ():
+            compare_padded(name, shape, rows)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def test_a_text_that_repeats_itself_takes_fewer_steps_and_no_other_tokens(copyin
     assert sum(step.accepted for step in copying.steps) >= LENGTH
     alone = engine(copying, Speculation(device=DEVICE_RULES))
     assert copying.run(alone, prompts[1:2], ASKS[1]) == plain[1:2]
-    assert len(copying.steps) <= steps * 2 / 3
+    assert len(copying.steps) <= steps * (2 / 3 if GPU else 1 / 2), "on a GPU the sampled answer repeats less"
 
 
 def test_known_drafts_with_wrong_tokens_change_no_answer(bench: Bench) -> None:

@@ -442,8 +442,9 @@ class PaddedRows:
     """To how many rows the vendor's products are padded.
 
     For some numbers of rows its library chooses a kernel that takes longer than the one it chooses for more
-    rows. So a product has as many rows as take the least time. `measure` gives the microseconds of a product
-    of so many rows with a matrix [N, K] and a bias [N] or None. It is called only while kernels are loaded.
+    rows. Then a product has as many rows as take the least time, if that saves enough. `measure` gives the
+    microseconds of a product of so many rows with a matrix [N, K] and a bias [N] or None. It is called only
+    while kernels are loaded.
     """
 
     def __init__(self, measure: Callable[[int, Tensor, Tensor | None], float]) -> None:
